@@ -1,0 +1,74 @@
+# Every target sets itself up in $(VENV); a step is repeated only when a file it depends on has changed.
+#   make test PYTHON=python3.12                another interpreter
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"    another build of torch
+#   EARLYEXIT_BUILD=auto|cpu|cuda|none         what setup.py builds
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
+NATIVE_SOURCES := $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench build clean setup
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: setup ## train a small model on generated text and watch its rows leave early (a few minutes on a CPU)
+	@echo "running the demo"
+	@$(VENV)/bin/earlyexit demo $(ARGS)
+
+test: setup ## run the tests plainly, then the Triton kernels under the interpreter; ARGS goes to pytest
+	@echo "testing"
+	@$(PY) -m pytest -m "not triton" $(ARGS)
+	@echo "testing the Triton kernels under the interpreter"
+	@TRITON_INTERPRET=1 $(PY) -m pytest -m triton $(ARGS)
+
+lint: $(VENV)/.lint ## ruff and mypy
+	@echo "checking style, format and types"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy earlyexit_kernels
+
+bench: setup ## run the benchmarks and write their JSON
+	@echo "running the benchmarks"
+	@$(PY) -m benchmarks.run $(ARGS)
+
+build: ## build the extension in place for an environment that has torch (PYTHON=...); needs no network
+	@$(PYTHON) setup.py build_ext --inplace
+
+setup: $(VENV)/.extension ## only set up: the environment, the package and its extension
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info earlyexit_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch:
+	@echo "creating the environment $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH)"
+	@$(PIP_INSTALL) $(TORCH)
+	@touch $@
+
+# the extension is left to the next step, where ninja compiles only what changed
+$(VENV)/.package: $(VENV)/.torch pyproject.toml
+	@echo "installing the build requirements"
+	@$(PIP_INSTALL) "setuptools>=77" wheel ninja pybind11
+	@echo "installing earlyexit_kernels with its extras test, train, plot and bench"
+	@EARLYEXIT_BUILD=none $(PIP_INSTALL) --no-build-isolation -e ".[test,train,plot,bench]"
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.package setup.py $(NATIVE_SOURCES)
+	@echo "building the extension (log: $(VENV)/build.log)"
+	@$(PY) setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@grep '^earlyexit_kernels: ' $(VENV)/build.log
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.package
+	@echo "installing the linters"
+	@EARLYEXIT_BUILD=none $(PIP_INSTALL) --no-build-isolation -e ".[dev]"
+	@touch $@

@@ -1,0 +1,16 @@
+// The Python module. The ops register themselves beside their code, under the schemas of
+// earlyexit_kernels/ops/schema.py; loading the module loads them.
+
+#include <pybind11/pybind11.h>
+
+#include "criteria/all.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.doc() = "Compiled kernels of earlyexit_kernels; `criteria` names the rules they know.";
+#define EE_NAME(name, Functor) #name,
+  constexpr const char* kNames[] = {EE_CRITERIA(EE_NAME)};
+#undef EE_NAME
+  pybind11::list names;
+  for (const char* name : kNames) names.append(name);
+  module.attr("criteria") = pybind11::tuple(names);
+}

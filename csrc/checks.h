@@ -1,0 +1,78 @@
+// Input checks of the C++ ops: every message says what was expected, what came and what to do. All raise ValueError.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+
+namespace earlyexit {
+
+#define EE_CHECK(condition, op, ...) TORCH_CHECK_VALUE(condition, op, ": ", __VA_ARGS__)
+
+constexpr int64_t kAnySize = -1;
+
+inline const char* given(const std::optional<at::Tensor>& tensor) { return tensor ? "given" : "None"; }
+
+inline std::string dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return "float32";
+    case at::kHalf: return "float16";
+    case at::kBFloat16: return "bfloat16";
+    case at::kInt: return "int32";
+    case at::kLong: return "int64";
+    default: return c10::toString(dtype);
+  }
+}
+
+inline std::string shape_name(at::IntArrayRef shape) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t k = 0; k < shape.size(); ++k) {
+    text << (k ? ", " : "");
+    shape[k] == kAnySize ? text << '*' : text << shape[k];
+  }
+  text << ']';
+  return text.str();
+}
+
+inline bool has_shape(const at::Tensor& tensor, at::IntArrayRef shape) {
+  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
+  for (size_t k = 0; k < shape.size(); ++k) {
+    if (shape[k] != kAnySize && shape[k] != tensor.size(k)) return false;
+  }
+  return true;
+}
+
+// A contiguous tensor of one dtype and shape; kAnySize matches every size.
+inline void check_tensor(
+    const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
+  EE_CHECK(tensor.scalar_type() == dtype && has_shape(tensor, shape), op, "expected ", name, " to be ",
+           dtype_name(dtype), " ", shape_name(shape), ", got ", dtype_name(tensor.scalar_type()), " ",
+           shape_name(tensor.sizes()), "; convert or reshape it");
+  EE_CHECK(tensor.is_contiguous(), op, "expected ", name, " to be contiguous, got strides ",
+           shape_name(tensor.strides()), " for shape ", shape_name(tensor.sizes()), "; call .contiguous() on it");
+}
+
+// The dtypes of hidden states and logits.
+inline void check_float_dtype(const char* op, const char* name, const at::Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  EE_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op, "expected ", name,
+           " to be float32, float16 or bfloat16, got ", dtype_name(dtype), "; convert it");
+}
+
+// Row i owns the tokens offsets[i] .. offsets[i + 1] of a buffer with `tokens` tokens (kAnySize: of no known length).
+inline void check_offsets(const char* op, const char* name, const int32_t* offsets, int64_t rows, int64_t tokens) {
+  EE_CHECK(offsets[0] >= 0, op, "expected ", name, " to start at 0 or above, got ", offsets[0],
+           "; pass cumulative lengths");
+  for (int64_t i = 0; i < rows; ++i) {
+    EE_CHECK(offsets[i] <= offsets[i + 1], op, "expected ", name, " never to decrease, got ", offsets[i], " then ",
+             offsets[i + 1], " at row ", i, "; pass cumulative lengths");
+  }
+  EE_CHECK(tokens == kAnySize || offsets[rows] <= tokens, op, "expected ", name, " to end within the ", tokens,
+           " tokens given, got ", offsets[rows], "; pass the buffer these offsets were made for");
+}
+
+}  // namespace earlyexit

@@ -1,0 +1,62 @@
+// What a criterion sees of one row at one exit, and the softmax forms that several criteria share.
+// Compiled for the host and, under nvcc, for the device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define EE_HD __host__ __device__
+#else
+#define EE_HD
+#endif
+
+namespace earlyexit {
+
+// A functor of csrc/criteria offers `needs_aux`, `param_count`, `state_width` and `static bool step(const Row&)`, which
+// updates the state and says whether the row leaves. It only ever sees logits with a meaning (see is_invalid).
+struct Row {
+  const float* z;       // [classes] logits of this exit
+  int classes;
+  float aux;            // the scalar of this row and exit, where the criterion needs one
+  float* state;         // value k of this row is state[k * stride]
+  int64_t stride;
+  int layer;            // 1-based
+  int depth;            // number of layers
+  const float* params;  // the numbers of the criterion at this layer
+  float* answer;        // [classes], holds z on entry; overwritten by a criterion that answers something else
+};
+
+// Logits without a softmax: any NaN, two or more +inf, or nothing above -inf.
+EE_HD inline bool is_invalid(const float* z, int classes) {
+  int top_heavy = 0;
+  int above_floor = 0;
+  int nan = 0;
+  for (int c = 0; c < classes; ++c) {
+    nan += z[c] != z[c];
+    top_heavy += z[c] == INFINITY;
+    above_floor += z[c] > -INFINITY;
+  }
+  return nan > 0 || top_heavy > 1 || above_floor == 0;
+}
+
+// The class with the largest logit, the lowest one among ties.
+EE_HD inline int top_class(const Row& row) {
+  int top = 0;
+  for (int c = 1; c < row.classes; ++c) {
+    if (row.z[c] > row.z[top]) top = c;
+  }
+  return top;
+}
+
+// z - top, 0 for the top itself even where it is +inf.
+EE_HD inline float below_top(float z, float top) { return z == top ? 0.0f : z - top; }
+
+// sum_c exp(z_c - top): the probability of class c is exp(z_c - top) over it.
+EE_HD inline float softmax_sum(const Row& row, float top) {
+  float sum = 0.0f;
+  for (int c = 0; c < row.classes; ++c) sum += expf(below_top(row.z[c], top));
+  return sum;
+}
+
+}  // namespace earlyexit

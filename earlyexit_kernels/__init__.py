@@ -1,0 +1,47 @@
+"""Early exit for BERT-like sequence classifiers: easy inputs leave early, at any batch size.
+
+Importing the package registers its model with transformers' Auto classes and its attention function with transformers'
+attention tables, and does nothing else.
+"""
+
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from earlyexit_kernels import criteria, ops
+from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.config import EarlyExitConfig
+from earlyexit_kernels.convert import to_early_exit
+from earlyexit_kernels.errors import (
+    AttentionReplacedError,
+    BackendUnavailableError,
+    InvalidLogitsError,
+    MissingHeadsError,
+)
+from earlyexit_kernels.model import EarlyExitForSequenceClassification, EarlyExitOutput
+from earlyexit_kernels.packing import register_attention
+from earlyexit_kernels.predict import ExitPredictions, predict_with_exits
+from earlyexit_kernels.replay import replay
+from earlyexit_kernels.types import ExitTrace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionReplacedError",
+    "BackendUnavailableError",
+    "EarlyExitConfig",
+    "EarlyExitForSequenceClassification",
+    "EarlyExitOutput",
+    "ExitPredictions",
+    "ExitTrace",
+    "InvalidLogitsError",
+    "MissingHeadsError",
+    "available_backends",
+    "criteria",
+    "ops",
+    "predict_with_exits",
+    "replay",
+    "to_early_exit",
+]
+
+register_attention()
+AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitForSequenceClassification, exist_ok=True)

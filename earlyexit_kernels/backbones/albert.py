@@ -1,0 +1,38 @@
+"""ALBERT (arXiv 1909.11942): a layer is a step of the loop over shared groups, not a set of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from earlyexit_kernels.backbones.base import (
+    BackboneAdapter,
+    StockHead,
+    column_positions,
+    embed_with_types,
+    position_limit,
+)
+
+
+def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    encoder: Any = backbone.encoder
+    return encoder.embedding_hidden_mapping_in(embed_with_types(backbone, ids, positions, types))
+
+
+def _layers(backbone: nn.Module) -> Sequence[nn.Module]:
+    encoder: Any = backbone.encoder
+    depth, groups = encoder.config.num_hidden_layers, encoder.config.num_hidden_groups
+    return [encoder.albert_layer_groups[int(i / (depth / groups))] for i in range(depth)]
+
+
+ALBERT = BackboneAdapter(
+    model_type="albert",
+    base="albert",
+    head=StockHead(dense="albert.pooler"),
+    embed=_embed,
+    layers=_layers,
+    positions=column_positions,
+    longest=position_limit,
+)

@@ -1,0 +1,70 @@
+"""What an adapter says of a model family: where its parts are. Names only; the family's own code does the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class StockHead:
+    """The family's classification head: first token -> dense -> activation -> dropout -> linear.
+
+    Attributes:
+        dense, out, dropout: dotted names in the stock ``...ForSequenceClassification`` model.
+        activation: after the dense module.
+        dropout_before_dense: whether the head drops out before the dense module too.
+    """
+
+    dense: str
+    out: str = "classifier"
+    dropout: str = "dropout"
+    activation: str = "tanh"
+    dropout_before_dense: bool = False
+
+
+@dataclass(frozen=True)
+class BackboneAdapter:
+    """One family of encoders.
+
+    Attributes:
+        model_type: of the family's config.
+        base: name of the encoder in the stock classifier.
+        head: the stock classification head.
+        embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> hidden [1, T, H]``.
+        layers: ``backbone -> L`` callables ``layer(hidden, None, plan=...)``, in order of use.
+        positions: ``(backbone, input_ids [N, S]) -> [N, S]`` as the stock model computes them, on the padded ids.
+        longest: ``config ->`` longest row in tokens.
+    """
+
+    model_type: str
+    base: str
+    head: StockHead
+    embed: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+    layers: Callable[[nn.Module], Sequence[Callable[..., Any]]]
+    positions: Callable[[nn.Module, Tensor], Tensor]
+    longest: Callable[[Any], int]
+
+
+def column_positions(backbone: nn.Module, input_ids: Tensor) -> Tensor:
+    """Positions by column, ``[N, S]``."""
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+
+
+def position_limit(config: Any) -> int:
+    """Longest row where positions start at 0."""
+    return config.max_position_embeddings
+
+
+def encoder_layers(backbone: nn.Module) -> Sequence[nn.Module]:
+    """The layers of the common ``encoder.layer`` list."""
+    return backbone.encoder.layer  # type: ignore[union-attr, return-value]
+
+
+def embed_with_types(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    """Embeddings that take token types."""
+    return backbone.embeddings(input_ids=ids, position_ids=positions, token_type_ids=types)  # type: ignore[operator]

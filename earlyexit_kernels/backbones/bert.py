@@ -1,0 +1,20 @@
+"""BERT (arXiv 1810.04805)."""
+
+from earlyexit_kernels.backbones.base import (
+    BackboneAdapter,
+    StockHead,
+    column_positions,
+    embed_with_types,
+    encoder_layers,
+    position_limit,
+)
+
+BERT = BackboneAdapter(
+    model_type="bert",
+    base="bert",
+    head=StockHead(dense="bert.pooler.dense"),
+    embed=embed_with_types,
+    layers=encoder_layers,
+    positions=column_positions,
+    longest=position_limit,
+)

@@ -1,0 +1,31 @@
+"""DistilBERT (arXiv 1910.01108): no token types, and a ReLU in the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from earlyexit_kernels.backbones.base import BackboneAdapter, StockHead, column_positions, position_limit
+
+
+def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    embeddings: Any = backbone.embeddings
+    return embeddings(input_ids=ids, position_ids=positions)
+
+
+def _layers(backbone: nn.Module) -> Sequence[nn.Module]:
+    transformer: Any = backbone.transformer
+    return transformer.layer
+
+
+DISTILBERT = BackboneAdapter(
+    model_type="distilbert",
+    base="distilbert",
+    head=StockHead(dense="pre_classifier", activation="relu"),
+    embed=_embed,
+    layers=_layers,
+    positions=column_positions,
+    longest=position_limit,
+)

@@ -1,0 +1,99 @@
+"""Conversion: from a Hugging Face sequence classifier to one with exits, around the same encoder parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from earlyexit_kernels.backbones import StockHead, adapter_of
+from earlyexit_kernels.config import EarlyExitConfig
+from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.heads import ExitHeads, HeadConfig
+from earlyexit_kernels.model import EarlyExitForSequenceClassification, default_problem_type
+
+
+def to_early_exit(
+    hf_model: PreTrainedModel,
+    *,
+    method: str = "joint",
+    criterion: Criterion | None = None,
+    pooling: str | None = None,
+    halting: bool = False,
+    strict: bool = False,
+) -> EarlyExitForSequenceClassification:
+    """Give a Hugging Face sequence classifier an exit after every layer.
+
+    The new model has modules and a config of its own around the *same* encoder parameters, so training one trains both,
+    and ``.half()`` or ``.to()`` on one moves both. The instance given is otherwise left as it was; hooks and adapters
+    put on it later aren't seen.
+
+    Args:
+        hf_model: a ``...ForSequenceClassification`` instance of a supported family.
+        method: training method; ``"joint"`` (also named ``"pabee"``) trains all exits, weighted by depth.
+        criterion: who may leave where; None is full depth. `set_criterion` changes it later.
+        pooling: None for the family's own head at every exit (the last one is a copy of the stock head, and all share
+            its dense module), ``"first"`` or ``"mean"`` for a fresh linear on the pooled hidden state (the last one
+            starts from the stock output layer where the shapes allow).
+        halting: add the halting output that `QExit` needs.
+        strict: raise on logits without a meaning.
+
+    Raises:
+        ValueError: an unsupported family, an unknown method or pooling, a criterion that doesn't fit, or
+            ``chunk_size_feed_forward > 0``.
+        TypeError: not a sequence classifier.
+    """
+    config: Any = hf_model.config
+    if config.model_type == EarlyExitConfig.model_type:
+        raise ValueError("to_early_exit: the model has exits already; use set_criterion to change the criterion")
+    adapter = adapter_of(config.model_type)
+    base = getattr(hf_model, adapter.base, None)
+    names = dict(hf_model.named_modules())
+    if base is None or adapter.head.out not in names or adapter.head.dense not in names:
+        raise TypeError(
+            f"to_early_exit: expected a {config.model_type} model for sequence classification, got "
+            f"{type(hf_model).__name__}; load it with AutoModelForSequenceClassification"
+        )
+    if getattr(config, "chunk_size_feed_forward", 0) > 0:
+        raise ValueError("chunk_size_feed_forward > 0 isn't supported: packed tokens have no sequence axis to chunk")
+    stock = adapter.head
+    head_config = HeadConfig(
+        pooling=pooling,
+        activation=stock.activation,
+        dropout=names[stock.dropout].p,
+        dropout_before_dense=stock.dropout_before_dense,
+        halting=halting,
+    )
+    memo = {id(t): t for t in [*base.parameters(), *base.buffers()]}
+    backbone = copy.deepcopy(base, memo)
+    for module in backbone.modules():
+        module._is_hf_initialized = True
+    outer = EarlyExitConfig(
+        backbone_config=backbone.config,
+        method=method,
+        heads=head_config.to_dict(),
+        strict=strict,
+        problem_type=config.problem_type or default_problem_type(config.num_labels),
+        id2label=config.id2label,
+        label2id=config.label2id,
+        pad_token_id=config.pad_token_id,
+        initializer_range=getattr(config, "initializer_range", 0.02),
+        dtype=hf_model.dtype,
+    )
+    model = EarlyExitForSequenceClassification(outer, backbone)
+    _start_from_stock(model.heads, names, stock)
+    reference = next(names[stock.out].parameters())
+    model.heads.to(device=reference.device, dtype=hf_model.dtype)
+    model.set_criterion(criterion)
+    return model.train(hf_model.training)
+
+
+def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead) -> None:
+    """Copy the stock head's dense module and its output layer into the exits, where shapes allow."""
+    if heads.dense is not None:
+        heads.dense.load_state_dict(names[stock.dense].state_dict())
+    own = heads.out if heads.dense is not None else heads.out[-1:]
+    for out in own:
+        if out.weight.shape == names[stock.out].weight.shape:
+            out.load_state_dict(names[stock.out].state_dict())

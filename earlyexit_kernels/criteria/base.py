@@ -1,0 +1,145 @@
+"""What an exit criterion is: a named rule that may end a row at a layer, plugged into every back-end's skeleton."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+Threshold: TypeAlias = float | Sequence[float]
+CLASSIFICATION = frozenset({"single_label_classification"})
+ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """Base of the rules; a subclass is one file with the rule in torch and as a Triton step.
+
+    The rule sees rows with meaningful logits only: the skeletons keep rows with NaN (and its like) in the batch and
+    leave their state alone, and let every row go at the last layer.
+
+    Class attributes:
+        name: key of the criteria table, of the C++ list and of the saved config.
+        needs: the scalar a head must produce for this rule (a key of `AUX_ACTIVATIONS`), or None.
+        tasks: problem types the rule has a meaning for.
+        triton_step: device function ``(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1)`` ->
+            ``(answer, leave)`` on one row's ``[BLOCK_C]`` logits; `state` points at the row's first value, its next
+            one is `rows` further.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[str | None] = None
+    tasks: ClassVar[frozenset[str]] = CLASSIFICATION
+    triton_step: ClassVar[Any]
+
+    def params(self, layer: int) -> list[float]:
+        """The numbers handed to the rule at 1-based `layer`."""
+        return []
+
+    def initial_state(self) -> tuple[float, ...]:
+        """The K numbers a row starts with."""
+        return ()
+
+    @staticmethod
+    def rule(
+        z: Tensor, aux: Tensor | None, state: Tensor, layer: int, depth: int, params: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rule in torch, on many rows.
+
+        Args:
+            z: logits ``[B, C]`` float32, meaningful.
+            aux: ``[B]`` float32, the scalar named by `needs`, or None.
+            state: ``[K, B]`` float32.
+            layer, depth: 1-based layer and number of layers.
+            params: the numbers of `params(layer)`.
+
+        Returns:
+            answer ``[B, C]`` float32, leave ``[B]`` bool, new state ``[K, B]``.
+        """
+        raise NotImplementedError
+
+    def is_due(self, layer: int, depth: int) -> bool:
+        """Whether the exit of 1-based `layer` has to be computed at all."""
+        return True
+
+    def new_state(self, rows: int, device: torch.device) -> Tensor:
+        """The state ``[K, N]`` float32 of `rows` rows before layer 1."""
+        init = torch.tensor(self.initial_state(), dtype=torch.float32, device=device)
+        return init[:, None].expand(-1, rows).contiguous()
+
+    def check(self, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
+        """Raise ValueError where the rule can't run on exits of this shape.
+
+        Args:
+            depth, classes: L and C of the exits.
+            problem_type: the model's, as in transformers.
+            aux: names of the scalars the heads produce.
+        """
+        if self.needs is not None and self.needs not in aux:
+            raise ValueError(
+                f"criterion {self.name!r} needs heads with a {self.needs!r} output, these produce "
+                f"{list(aux) or 'none'}; build them with to_early_exit(..., {self.needs}=True)"
+            )
+        if problem_type not in self.tasks:
+            raise ValueError(
+                f"criterion {self.name!r} is defined for {sorted(self.tasks)}, got problem_type={problem_type!r}"
+            )
+        if "single_label_classification" in self.tasks and self.tasks == CLASSIFICATION and classes < 2:
+            raise ValueError(f"criterion {self.name!r} compares classes and needs at least 2, got {classes}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) != depth - 1:
+                raise ValueError(
+                    f"{field.name} of criterion {self.name!r}: expected one number for each of the {depth - 1} exits "
+                    f"before the last, got {len(value)}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The criterion as JSON-ready data; `criteria.from_dict` reads it back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+
+def checked_number(criterion: str, argument: str, value: Any, *, low: float, high: float = math.inf) -> float:
+    """`value` as a float if it is a finite number in ``[low, high]``, else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{criterion}({argument}=...): expected a finite number, got {value!r}")
+    if not low <= value <= high:
+        allowed = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{criterion}({argument}=...): expected a number {allowed}, got {value!r}")
+    return float(value)
+
+
+def checked_threshold(criterion: str, value: Any, *, low: float, high: float = math.inf) -> Any:
+    """A threshold, or one for each exit before the last, validated by `checked_number`."""
+    if isinstance(value, (list, tuple)):
+        return tuple(checked_number(criterion, "threshold", v, low=low, high=high) for v in value)
+    return checked_number(criterion, "threshold", value, low=low, high=high)
+
+
+def threshold_at(threshold: Any, layer: int) -> float:
+    """The threshold of 1-based `layer`; the last layer, where every row leaves, repeats the one before."""
+    return threshold[min(layer, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold
+
+
+def shifted(z: Tensor) -> Tensor:
+    """``z - max z`` over the classes, with the maximum itself at 0 even where it is +inf; ``[B, C]``."""
+    top = z.max(dim=-1, keepdim=True).values
+    return torch.where(z == top, 0.0, z - top)
+
+
+def softmax(z: Tensor) -> Tensor:
+    """Class probabilities ``[B, C]`` of meaningful logits, one +inf allowed."""
+    e = shifted(z).exp()
+    return e / e.sum(dim=-1, keepdim=True)
+
+
+def lowest_argmax(z: Tensor) -> Tensor:
+    """Index of the largest logit of each row as float32 ``[B]``; the lowest one among ties."""
+    classes = torch.arange(z.shape[-1], device=z.device, dtype=torch.float32)
+    top = z.max(dim=-1, keepdim=True).values
+    return torch.where(z == top, classes, float(z.shape[-1])).min(dim=-1).values

@@ -1,0 +1,54 @@
+"""Margin exit.
+
+Confident Adaptive Language Modeling. Tal Schuster et al. NeurIPS 2022, arXiv 2207.07061 ("softmax response"): leave at
+the first layer where the two largest class probabilities differ by at least the threshold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.criteria.base import Criterion, Threshold, checked_threshold, softmax, threshold_at
+from earlyexit_kernels.criteria.softmax_step import argmax_lowest, shifted_exp
+
+
+@jit
+def margin_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+    _d, e = shifted_exp(z, cols, classes)
+    best = argmax_lowest(z, cols, classes)
+    runner_up = tl.max(tl.where(cols == best, 0.0, e), 0)
+    return z, (1.0 - runner_up) / tl.sum(e, 0) >= p0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Margin(Criterion):
+    """Leave where the two largest class probabilities are far enough apart.
+
+    Args:
+        threshold: in [0, 1], or a list with one for each exit before the last.
+
+    Raises:
+        ValueError: a threshold is NaN or out of range.
+    """
+
+    threshold: Threshold
+    name: ClassVar[str] = "margin"
+    triton_step: ClassVar = margin_step
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", checked_threshold("Margin", self.threshold, low=0.0, high=1.0))
+
+    def params(self, layer: int) -> list[float]:
+        return [threshold_at(self.threshold, layer)]
+
+    @staticmethod
+    def rule(
+        z: Tensor, aux: Tensor | None, state: Tensor, layer: int, depth: int, params: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        top = softmax(z).topk(2, dim=-1).values
+        return z, top[:, 0] - top[:, 1] >= params[0], state

@@ -1,0 +1,52 @@
+"""Maximum-probability exit.
+
+Confident Adaptive Language Modeling. Tal Schuster et al. NeurIPS 2022, arXiv 2207.07061, and The Right Tool for the
+Job. Roy Schwartz et al. ACL 2020, arXiv 2004.07453: leave at the first layer with max_c p(c) >= threshold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.criteria.base import Criterion, Threshold, checked_threshold, softmax, threshold_at
+from earlyexit_kernels.criteria.softmax_step import shifted_exp
+
+
+@jit
+def max_probability_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+    _d, e = shifted_exp(z, cols, classes)
+    return z, 1.0 / tl.sum(e, 0) >= p0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaxProbability(Criterion):
+    """Leave where the largest class probability reaches a threshold.
+
+    Args:
+        threshold: in [0, 1], or a list with one for each exit before the last.
+
+    Raises:
+        ValueError: a threshold is NaN or out of range.
+    """
+
+    threshold: Threshold
+    name: ClassVar[str] = "max_probability"
+    triton_step: ClassVar = max_probability_step
+
+    def __post_init__(self) -> None:
+        checked = checked_threshold("MaxProbability", self.threshold, low=0.0, high=1.0)
+        object.__setattr__(self, "threshold", checked)
+
+    def params(self, layer: int) -> list[float]:
+        return [threshold_at(self.threshold, layer)]
+
+    @staticmethod
+    def rule(
+        z: Tensor, aux: Tensor | None, state: Tensor, layer: int, depth: int, params: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return z, softmax(z).max(dim=-1).values >= params[0], state

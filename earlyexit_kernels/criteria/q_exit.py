@@ -1,0 +1,60 @@
+"""Q-exit.
+
+PALBERT: Teaching ALBERT to Ponder. Nikita Balagansky, Daniil Gavrilov. NeurIPS 2022, arXiv 2204.03276: with halting
+probabilities lambda_l, leave at the first layer where cdf_l = 1 - prod_{j<=l} (1 - lambda_j) > q.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.criteria.base import ANY_TASK, Criterion, checked_number
+
+
+@jit
+def q_exit_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+    survival = tl.load(state, mask=live, other=1.0) * (1.0 - aux)
+    tl.store(state, survival, mask=live)
+    return z, (1.0 - survival > p0) | (p0 <= 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QExit(Criterion):
+    """Leave at the q-quantile of the exit distribution that the halting head describes.
+
+    Args:
+        q: in [0, 1]; 0 leaves at layer 1, 1 never leaves early, 0.5 is the median.
+
+    Raises:
+        ValueError: q is NaN or out of range.
+
+    Differences from the paper's code: q = 0 is layer 1 (there it enters a branch that fails).
+    """
+
+    q: float
+    name: ClassVar[str] = "q_exit"
+    needs: ClassVar[str | None] = "halting"
+    tasks: ClassVar[frozenset[str]] = ANY_TASK
+    triton_step: ClassVar = q_exit_step
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "q", checked_number("QExit", "q", self.q, low=0.0, high=1.0))
+
+    def params(self, layer: int) -> list[float]:
+        return [self.q]
+
+    def initial_state(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    @staticmethod
+    def rule(
+        z: Tensor, aux: Tensor | None, state: Tensor, layer: int, depth: int, params: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert aux is not None
+        survival = state[0] * (1.0 - aux)
+        return z, (1.0 - survival > params[0]) | (params[0] <= 0.0), survival[None]

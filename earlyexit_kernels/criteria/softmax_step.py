@@ -1,0 +1,23 @@
+"""Triton device functions shared by the rules that read class probabilities."""
+
+from __future__ import annotations
+
+from earlyexit_kernels.backends import jit, tl
+
+
+@jit
+def shifted_exp(z, cols, classes):
+    """``z - max z`` and its exponential over the classes; the maximum is at 0 even where it is +inf."""
+    real = cols < classes
+    top = tl.max(tl.where(real, z, -float("inf")), 0)
+    d = tl.where(z == top, 0.0, z - top)
+    e = tl.where(real, tl.exp(d), 0.0)
+    return d, e
+
+
+@jit
+def argmax_lowest(z, cols, classes):
+    """Index of the largest logit, the lowest one among ties."""
+    real = cols < classes
+    top = tl.max(tl.where(real, z, -float("inf")), 0)
+    return tl.min(tl.where(real & (z == top), cols, classes), 0)

@@ -1,0 +1,189 @@
+"""Compaction: the rows still live move together, in order, and their tokens into a second buffer.
+
+`compact` plans (new row ids, new offsets, where each row came from), `gather_rows` copies. Criterion state, answers and
+exit layers stay where they are: they are indexed by the request's rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, resolve, tl
+from earlyexit_kernels.ops.schema import COMPACT, GATHER_ROWS, define
+
+BLOCK_ROWS = 1024
+BLOCK_WIDTH = 256
+
+
+@jit
+def compact_kernel(
+    row_ids,  # [B] int32
+    offsets,  # [B + 1] int32
+    new_ids,  # [B] int32
+    new_offsets,  # [B + 1] int32
+    source,  # [B] int32
+    present,  # B
+    BLOCK: tl.constexpr,
+):
+    """A stable exclusive scan of rows and tokens; one program walks the batch block by block."""
+    rows_done = present * 0
+    tokens_done = present * 0
+    start = present * 0
+    while start < present:
+        i = start + tl.arange(0, BLOCK)
+        inside = i < present
+        n = tl.load(row_ids + i, mask=inside, other=-1)
+        live = n >= 0
+        keep = live.to(tl.int32)
+        end = tl.load(offsets + i + 1, mask=inside, other=0)
+        length = tl.where(live, end - tl.load(offsets + i, mask=inside, other=0), 0)
+        slot = rows_done + tl.cumsum(keep, 0) - keep
+        tl.store(new_ids + slot, n, mask=live)
+        tl.store(source + slot, i, mask=live)
+        tl.store(new_offsets + slot + 1, tokens_done + tl.cumsum(length, 0), mask=live)
+        rows_done += tl.sum(keep, 0)
+        tokens_done += tl.sum(length, 0)
+        start += BLOCK
+    tl.store(new_offsets, 0)
+    start = present * 0
+    while start < present:
+        i = start + tl.arange(0, BLOCK)
+        beyond = (i < present) & (i >= rows_done)
+        tl.store(new_ids + i, -1, mask=beyond)
+        tl.store(source + i, -1, mask=beyond)
+        tl.store(new_offsets + i + 1, tokens_done, mask=beyond)
+        start += BLOCK
+
+
+def compact_triton(row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch `compact_kernel`."""
+    planned = torch.empty_like(row_ids), torch.zeros_like(offsets), torch.empty_like(row_ids)
+    if row_ids.numel():
+        compact_kernel[(1,)](row_ids, offsets, *planned, row_ids.numel(), BLOCK=BLOCK_ROWS)
+    return planned
+
+
+@jit
+def gather_rows_kernel(
+    hidden,  # [T, H]
+    offsets,  # [B + 1] int32
+    source,  # [B2] int32
+    new_offsets,  # [B2 + 1] int32
+    out,  # [T2, H]
+    width,  # H
+    BLOCK: tl.constexpr,
+):
+    """One program for each new row and slice of the width; it walks the row's tokens."""
+    j = tl.program_id(0).to(tl.int64)
+    i = tl.load(source + j).to(tl.int64)
+    if i >= 0:
+        h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = h < width
+        token = tl.load(offsets + i).to(tl.int64)
+        end = tl.load(offsets + i + 1).to(tl.int64)
+        shift = tl.load(new_offsets + j).to(tl.int64) - token
+        while token < end:
+            values = tl.load(hidden + token * width + h, mask=inside)
+            tl.store(out + (token + shift) * width + h, values, mask=inside)
+            token += 1
+
+
+def gather_rows_triton(hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor) -> None:
+    """Launch `gather_rows_kernel`."""
+    width = hidden.shape[1]
+    if source.numel() and width:
+        grid = (source.numel(), -(-width // BLOCK_WIDTH))
+        gather_rows_kernel[grid](hidden, offsets, source, new_offsets, out, width, BLOCK=BLOCK_WIDTH)
+
+
+def compact_torch(row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`compact` in torch, the reference of the other back-ends."""
+    left = row_ids < 0
+    source = torch.argsort(left, stable=True).to(torch.int32)
+    beyond = left[source]
+    lengths = offsets.diff()[source].masked_fill(beyond, 0)
+    new_offsets = torch.zeros_like(offsets)
+    new_offsets[1:] = lengths.cumsum(0)
+    return row_ids[source].masked_fill(beyond, -1), new_offsets, source.masked_fill(beyond, -1)
+
+
+def gather_rows_torch(hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor) -> None:
+    """`gather_rows` in torch, the reference of the other back-ends."""
+    lengths = new_offsets.diff().masked_fill(source < 0, 0)
+    shift = (offsets[source.clamp(min=0)] - new_offsets[:-1]).repeat_interleave(lengths)
+    token = torch.arange(shift.numel(), device=hidden.device)
+    out[: shift.numel()] = hidden[token + shift]
+
+
+def _fake_compact(row_ids, offsets):
+    return torch.empty_like(row_ids), torch.empty_like(offsets), torch.empty_like(row_ids)
+
+
+def _fake_gather_rows(hidden, offsets, source, new_offsets, out):
+    return None
+
+
+_COMPACT = define(
+    "compact", COMPACT, fake=_fake_compact, implementations={"torch": compact_torch, "triton": compact_triton}
+)
+_GATHER_ROWS = define(
+    "gather_rows",
+    GATHER_ROWS,
+    fake=_fake_gather_rows,
+    implementations={"torch": gather_rows_torch, "triton": gather_rows_triton},
+)
+
+
+def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """Plan a stable compaction of the rows still live.
+
+    Args:
+        row_ids: ``[B]`` int32, -1 for a row that has left.
+        offsets: ``[B + 1]`` int32.
+        backend: as in `exit_step`.
+
+    Returns:
+        new row ids ``[B]`` (live ones first, in order, then -1), new offsets ``[B + 1]`` (live segments back to back,
+        constant after them), source ``[B]`` (the old index of each new row, -1 after them); all int32.
+
+    Raises:
+        ValueError: shapes or dtypes don't fit.
+        BackendUnavailableError: `backend` can't run here.
+    """
+    if row_ids.dtype != torch.int32 or offsets.dtype != torch.int32 or offsets.shape != (row_ids.shape[0] + 1,):
+        raise ValueError(
+            f"compact: expected row_ids [B] and offsets [B + 1], both int32, got {list(row_ids.shape)} "
+            f"{row_ids.dtype} and {list(offsets.shape)} {offsets.dtype}"
+        )
+    return _COMPACT[resolve(backend, row_ids.device.type)](row_ids.contiguous(), offsets.contiguous())
+
+
+def gather_rows(
+    hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor, *, backend: str = "auto"
+) -> None:
+    """Copy the tokens of the rows named by `source` into a second buffer.
+
+    Args:
+        hidden: ``[T, H]`` packed tokens.
+        offsets: ``[B + 1]`` int32 of `hidden`.
+        source: ``[B2]`` int32, the index in `hidden` of each new row, -1 for none.
+        new_offsets: ``[B2 + 1]`` int32 of `out`.
+        out: ``[T2, H]``, dtype of `hidden`, T2 at least the live tokens. **Changed**; what lies beyond them isn't.
+        backend: as in `exit_step`.
+
+    Raises:
+        ValueError: shapes or dtypes don't fit.
+        BackendUnavailableError: `backend` can't run here.
+    """
+    if out.dtype != hidden.dtype or out.shape[1:] != hidden.shape[1:] or not out.is_contiguous():
+        raise ValueError(
+            f"gather_rows: out should be contiguous [T2, {hidden.shape[1]}] {hidden.dtype}, got {list(out.shape)} "
+            f"{out.dtype}"
+        )
+    if new_offsets.shape != (source.shape[0] + 1,):
+        raise ValueError(
+            f"gather_rows: new_offsets should have {source.shape[0] + 1} entries, got {list(new_offsets.shape)}"
+        )
+    op = _GATHER_ROWS[resolve(backend, hidden.device.type)]
+    op(hidden.contiguous(), offsets, source, new_offsets, out)

@@ -1,0 +1,48 @@
+"""The ops' schemas, one string each for all back-ends, and how an implementation joins them.
+
+One dispatch key holds one implementation, so each back-end has its own op name: ``earlyexit_kernels::exit_step_torch``,
+``..._triton``, ``..._cpp``. The compiled extension registers its ``_cpp`` kernels itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from earlyexit_kernels.backends import BACKENDS, NAMESPACE
+
+EXIT_STEP = (
+    "(Tensor? hidden, Tensor? offsets, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, "
+    "Tensor(a!) row_ids, Tensor(b!) state, Tensor(c!) answers, Tensor(d!) exit_layer, "
+    "str criterion, float[] params, str pooling, int layer, int depth) -> Tensor"
+)
+COMPACT = "(Tensor row_ids, Tensor offsets) -> (Tensor, Tensor, Tensor)"
+GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_DISPATCH_KEYS = {"torch": ("CompositeExplicitAutograd",), "triton": ("CPU", "CUDA")}
+
+
+def define(op: str, schema: str, *, fake: Callable, implementations: Mapping[str, Callable]) -> dict[str, Any]:
+    """Define `op` for every back-end and attach its Python implementations.
+
+    Args:
+        op: name without the back-end's suffix.
+        schema: arguments and returns, mutation declared.
+        fake: shapes and dtypes of the returns, on fake tensors.
+        implementations: Python function by back-end; ``cpp`` registers its own.
+
+    Returns:
+        The callable op of each back-end.
+    """
+    ops = {}
+    for backend in BACKENDS:
+        name = f"{op}_{backend}"
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        for key in _DISPATCH_KEYS.get(backend, ()):
+            _LIBRARY.impl(name, implementations[backend], key)
+        ops[backend] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return ops

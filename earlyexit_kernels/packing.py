@@ -1,0 +1,215 @@
+"""Packed tokens: padding leaves before the embeddings, and attention runs row by row over what remains.
+
+`pack` turns ids and mask into tokens ``[T]`` with ``offsets [B + 1]``; `plan_attention` groups rows for the attention
+function registered with transformers under `PACKED_ATTENTION`, which a family's own layers then call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from earlyexit_kernels.ops import compact, gather_rows
+
+PACKED_ATTENTION = "earlyexit_packed"
+#: Rows share a bucket while the longest has at most this many tokens, or this factor, more than the shortest.
+BUCKET_SLACK_TOKENS = 8
+BUCKET_SLACK_FACTOR = 1.25
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Rows of similar length, attended together as ``[rows, width]``.
+
+    Attributes:
+        rows, width: the rectangle.
+        slots: ``[rows * width]`` packed token of each slot, or None where the packed tokens are the rectangle. A
+            filler slot holds its own row's last token, so that nothing of another row, NaN included, can reach it.
+        mask: ``[rows, 1, 1, width]`` bool, or None where every slot is a token.
+        kept: slots that are tokens, or None where all are.
+    """
+
+    rows: int
+    width: int
+    slots: Tensor | None = None
+    mask: Tensor | None = None
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How the rows of one packed batch are attended: buckets, or one variable-length call on CUDA.
+
+    Attributes:
+        buckets: the rectangles, of similar length each.
+        inverse: ``[T]`` place of each packed token among the buckets' tokens; None where they are in order.
+        offsets, longest: for the variable-length kernel.
+    """
+
+    buckets: tuple[Bucket, ...] = ()
+    inverse: Tensor | None = None
+    offsets: Tensor | None = None
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One batch without padding.
+
+    Attributes:
+        tokens: ``[T]`` index of each kept token in the flattened ``[N * S]`` input, or None where all are kept.
+        offsets: ``[B + 1]`` int32.
+        row_ids: ``[B]`` int32, request row of each row present; -1 where it has left.
+        lengths: tokens of each row, on the host.
+    """
+
+    tokens: Tensor | None
+    offsets: Tensor
+    row_ids: Tensor
+    lengths: tuple[int, ...]
+
+    def take(self, values: Tensor) -> Tensor:
+        """Pick the kept tokens of ``[N, S]`` values as ``[1, T]``."""
+        flat = values.reshape(-1)
+        return (flat if self.tokens is None else flat[self.tokens])[None]
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor | None) -> PackedBatch:
+    """Drop the padding of a batch.
+
+    Args:
+        input_ids: ``[N, S]``, N and S at least 1.
+        attention_mask: ``[N, S]``, nonzero for tokens to keep, holes allowed. A row without any keeps its first token:
+            its answer is finite and touches no other row, and means nothing.
+    """
+    n, s = input_ids.shape
+    device = input_ids.device
+    row_ids = torch.arange(n, dtype=torch.int32, device=device)
+    keep = None if attention_mask is None else attention_mask != 0
+    if keep is None or bool(keep.all()):
+        offsets = torch.arange(0, n * s + 1, s, dtype=torch.int32, device=device)
+        return PackedBatch(None, offsets, row_ids, (s,) * n)
+    keep[:, 0] |= ~keep.any(dim=1)
+    counts = keep.sum(dim=1)
+    offsets = torch.zeros(n + 1, dtype=torch.int32, device=device)
+    offsets[1:] = counts.cumsum(0)
+    return PackedBatch(keep.flatten().nonzero()[:, 0], offsets, row_ids, tuple(counts.tolist()))
+
+
+def shrink(batch: PackedBatch, hidden: Tensor, live: int, tokens: int, backend: str) -> tuple[PackedBatch, Tensor]:
+    """Move the live rows together, in order, into a second buffer.
+
+    Args:
+        batch, hidden: the rows present and their tokens ``[1, T, H]``.
+        live, tokens: how many rows are live and how many tokens they have.
+        backend: of the ops.
+
+    Returns:
+        The smaller batch and its tokens ``[1, tokens, H]``.
+    """
+    row_ids, offsets, source = compact(batch.row_ids, batch.offsets, backend=backend)
+    row_ids, offsets, source = row_ids[:live], offsets[: live + 1], source[:live]
+    out = hidden.new_empty(1, tokens, hidden.shape[2])
+    gather_rows(hidden[0], batch.offsets, source, offsets, out[0], backend=backend)
+    lengths = tuple(batch.lengths[i] for i in source.tolist())
+    return PackedBatch(None, offsets, row_ids, lengths), out
+
+
+def plan_attention(batch: PackedBatch, dtype: torch.dtype) -> AttentionPlan:
+    """Group the rows of a batch for attention; done once a batch and once a compaction, not once a layer."""
+    device = batch.offsets.device
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return AttentionPlan(offsets=batch.offsets, longest=max(batch.lengths))
+    lengths = batch.lengths
+    if min(lengths) == max(lengths):
+        return AttentionPlan(buckets=(Bucket(len(lengths), lengths[0]),))
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    buckets = []
+    while order:
+        limit = max(lengths[order[0]] + BUCKET_SLACK_TOKENS, int(lengths[order[0]] * BUCKET_SLACK_FACTOR))
+        size = next((k for k, row in enumerate(order) if lengths[row] > limit), len(order))
+        buckets.append(_bucket([starts[r] for r in order[:size]], [lengths[r] for r in order[:size]], device))
+        order = order[size:]
+    kept = [b.slots if b.kept is None else b.slots[b.kept] for b in buckets if b.slots is not None]
+    token_of_place = torch.cat(kept)
+    inverse = torch.empty_like(token_of_place)
+    inverse[token_of_place] = torch.arange(token_of_place.numel(), device=device)
+    return AttentionPlan(buckets=tuple(buckets), inverse=inverse)
+
+
+def _bucket(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Bucket:
+    width = max(lengths)
+    start = torch.tensor(starts, device=device)[:, None]
+    length = torch.tensor(lengths, device=device)[:, None]
+    column = torch.arange(width, device=device)[None]
+    slots = (start + torch.minimum(column, length - 1)).flatten()
+    if min(lengths) == width:
+        return Bucket(len(starts), width, slots)
+    real = column < length
+    return Bucket(len(starts), width, slots, real[:, None, None, :], real.flatten().nonzero()[:, 0])
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers; without a plan it is the stock sdpa.
+
+    Args:
+        query, key, value: ``[1, heads, T, D]`` over packed tokens.
+        plan: which tokens form a row; handed down by the engine through the layers' keyword arguments.
+
+    Returns:
+        ``[1, T, heads, D]`` and no attention weights.
+    """
+    if plan is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if plan.offsets is not None:
+        return _varlen(q, k, v, plan, scaling, dropout)[None], None
+    parts = []
+    for bucket in plan.buckets:
+        shape = (bucket.rows, bucket.width, *q.shape[1:])
+        slots = bucket.slots
+        bq, bk, bv = ((x if slots is None else x.index_select(0, slots)).view(shape).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(bq, bk, bv, attn_mask=bucket.mask, dropout_p=dropout, scale=scaling)
+        out = out.transpose(1, 2).reshape(-1, *q.shape[1:])
+        parts.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
+    if plan.inverse is None:
+        return parts[0][None], None
+    return torch.cat(parts).index_select(0, plan.inverse)[None], None
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float | None, dropout: float) -> Tensor:
+    """Variable-length attention on CUDA; dropout, which the kernel's public face lacks, takes its aten form."""
+    offsets, longest = plan.offsets, plan.longest
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, longest, longest, dropout, False, False, scale=scaling
+    )
+    return out[0]
+
+
+def register_attention() -> None:
+    """Tell transformers of `packed_attention`, in the mask table too: a name absent there gets no padding mask."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,0 +1,55 @@
+"""Replay: what any criterion would have done, from the stored exits of one full-depth pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.ops import exit_step
+from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
+
+
+def replay(trace: ExitTrace, criterion: Criterion | None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Run a criterion over a trace, so that a sweep of thresholds costs one pass of the model.
+
+    Args:
+        trace: from `model.trace`, or built from stored logits ``[N, L, C]``.
+        criterion: the rule, or None for full depth.
+        backend: of the op.
+
+    Returns:
+        logits ``[N, C]`` float32 and exit_layer ``[N]`` int64, as the model itself would give, but for rows whose
+        score lies within rounding of the threshold: the model's matrix products round with the batch they run in.
+
+    Raises:
+        ValueError: the trace lacks what the criterion needs, or the criterion has no meaning on its shape.
+    """
+    rule = FullDepth() if criterion is None else criterion
+    rows, depth, classes = trace.logits.shape
+    problem_type = "regression" if classes == 1 else "single_label_classification"
+    rule.check(depth=depth, classes=classes, problem_type=problem_type, aux=tuple(trace.aux))
+    device = trace.logits.device
+    row_ids = torch.arange(rows, dtype=torch.int32, device=device)
+    state = rule.new_state(rows, device)
+    answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
+    exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
+    for layer in range(1, depth + 1):
+        if not rule.is_due(layer, depth):
+            continue
+        aux = None
+        if rule.needs is not None:
+            aux = AUX_ACTIVATIONS[rule.needs](trace.aux[rule.needs][:, layer - 1].float())
+        exit_step(
+            criterion=rule,
+            layer=layer,
+            depth=depth,
+            row_ids=row_ids,
+            state=state,
+            answers=answers,
+            exit_layer=exit_layer,
+            logits=trace.logits[:, layer - 1].detach(),
+            aux=aux,
+            backend=backend,
+        )
+    return answers, exit_layer

@@ -1,0 +1,64 @@
+"""What travels between the rooms: exit logits of a full-depth pass, and the answer of one request batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+#: Scalars a head may produce beside its logits, and the map from the raw number to the one a criterion reads.
+AUX_ACTIVATIONS = {"halting": torch.sigmoid}
+
+
+@dataclass(frozen=True)
+class ExitTrace:
+    """The outputs of every exit on every row of one full-depth pass, in request order.
+
+    Attributes:
+        logits: ``[N, L, C]``, in the dtype of the heads.
+        aux: raw scalars by name, each ``[N, L]`` (``"halting"``: the logit s of lambda = sigmoid(s)).
+    """
+
+    logits: Tensor
+    aux: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """L, the number of exits."""
+        return self.logits.shape[1]
+
+    @staticmethod
+    def cat(traces: Sequence[ExitTrace]) -> ExitTrace:
+        """Join traces of several batches along the rows.
+
+        Raises:
+            ValueError: no trace was given, or the traces hold different aux names.
+        """
+        if not traces:
+            raise ValueError("ExitTrace.cat: expected at least one trace, got an empty list")
+        names = [sorted(t.aux) for t in traces]
+        if any(n != names[0] for n in names):
+            raise ValueError(f"ExitTrace.cat: expected the same aux outputs in every trace, got {names}")
+        aux = {n: torch.cat([t.aux[n] for t in traces]) for n in names[0]}
+        return ExitTrace(torch.cat([t.logits for t in traces]), aux)
+
+
+@dataclass(frozen=True)
+class ExitOutput:
+    """The answer of one request batch, in request order.
+
+    Attributes:
+        logits: ``[N, C]`` float32, the answer of the exit each row left at.
+        exit_layer: ``[N]`` int64, 1-based depth of the answering head.
+        layers_run: ``[N]`` int64, layers computed for the row.
+        invalid_rows: for each layer 1..L, how many rows present there had logits without a meaning.
+        trace: the exits of every layer, when asked for.
+    """
+
+    logits: Tensor
+    exit_layer: Tensor
+    layers_run: Tensor
+    invalid_rows: tuple[int, ...] = ()
+    trace: ExitTrace | None = None

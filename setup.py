@@ -1,0 +1,147 @@
+"""Builds the compiled extension `earlyexit_kernels._C`; everything else about the package is in pyproject.toml.
+
+EARLYEXIT_BUILD=auto   CPU kernels, and CUDA kernels where torch and the machine can build them (default)
+EARLYEXIT_BUILD=cpu    CPU kernels
+EARLYEXIT_BUILD=cuda   CPU and CUDA kernels, or an error that says what is missing
+EARLYEXIT_BUILD=none   no extension: a pure Python package with the torch and triton back-ends
+
+The choice follows the torch installed and the compilers found, never a GPU being visible: a wheel built on a machine
+without one is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import setuptools
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "cpu", "cuda", "none")
+#: Commands that compile; the others (sdist, egg_info, ...) need neither torch nor a compiler.
+BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+# no -march: the arithmetic is the same on every machine, and so are a row's bits
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr"]
+
+
+def say(choice: str, reason: str) -> None:
+    print(f"earlyexit_kernels: EARLYEXIT_BUILD={build_mode()}: {choice}, because {reason}", file=sys.stderr)
+
+
+def build_mode() -> str:
+    mode = os.environ.get("EARLYEXIT_BUILD", "auto")
+    if mode not in MODES:
+        raise SystemExit(f"EARLYEXIT_BUILD: expected one of {', '.join(MODES)}, got {mode!r}")
+    return mode
+
+
+def check_setuptools() -> None:
+    """An older one stops at pyproject.toml with a message that says nothing; pip fetches a new one by itself."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        raise SystemExit(f"expected setuptools>=77, got {setuptools.__version__}; run: pip install -U setuptools")
+
+
+def import_torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"earlyexit_kernels is compiled against the torch it will run with, and torch can't be imported here "
+            f"({error}).\nInstall torch first, then: pip install --no-build-isolation earlyexit_kernels\n"
+            f"or set EARLYEXIT_BUILD=none for the pure Python package."
+        ) from None
+    return torch
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def find_toolkit() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else the one of nvcc on PATH, else the usual place.
+
+    nvcc on PATH may be a wrapper that lives elsewhere, so a folder counts only if it has the headers too.
+    """
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    beside = [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]] if nvcc else []
+    candidates = [Path(named)] if named else [*beside, Path("/usr/local/cuda")]
+    for home in candidates:
+        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            return home
+    return None
+
+
+def toolkit_version(home: Path) -> str:
+    text = subprocess.run([str(home / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", text)
+    return found.group(1) if found else "unknown"
+
+
+def why_no_cuda(torch) -> str:
+    """Empty if the CUDA kernels can be built, else what is missing and the cure."""
+    if not sources("cuda/*.cu"):
+        return "there are no CUDA sources (csrc/cuda/*.cu) in this version"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install a CUDA build of torch"
+    home = find_toolkit()
+    if home is None:
+        return "no CUDA toolkit with nvcc was found; install one and set CUDA_HOME"
+    version = toolkit_version(home)
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc in {home} is of CUDA {version}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to a match"
+    return ""
+
+
+def extension(torch, with_cuda: bool) -> dict:
+    """The keyword arguments of setup() that build `_C`."""
+    if with_cuda:
+        # torch reads these when cpp_extension is imported; sm_90 is the card the kernels are made for
+        os.environ["CUDA_HOME"] = str(find_toolkit())
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    from torch.utils import cpp_extension
+
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    native = kind(
+        name="earlyexit_kernels._C",
+        sources=sources("*.cpp", "cpu/*.cpp", *(("cuda/*.cpp", "cuda/*.cu") if with_cuda else ())),
+        depends=sources("**/*.h", "**/*.cuh"),
+        # -fopenmp only when compiling: the symbols come from the OpenMP runtime torch has loaded, one thread pool
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+    )
+    return {"ext_modules": [native], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+def native_build() -> dict:
+    """Choose what to build, say so, and return the arguments of setup() for it."""
+    mode = build_mode()
+    if mode == "none":
+        say("pure Python package", "it was asked for")
+        return {}
+    if not BUILDING & set(sys.argv[1:]):
+        return {}
+    compiler = os.environ.get("CXX", "c++")
+    if mode == "auto" and shutil.which(compiler.split()[0]) is None:
+        say("pure Python package", f"there is no C++ compiler ({compiler!r} isn't on PATH; set CXX or install one)")
+        return {}
+    torch = import_torch()
+    if mode == "cpu":
+        say("CPU kernels", "they were asked for")
+        return extension(torch, with_cuda=False)
+    reason = why_no_cuda(torch)
+    if mode == "cuda" and reason:
+        raise SystemExit(f"EARLYEXIT_BUILD=cuda: can't build the CUDA kernels: {reason}")
+    if reason:
+        say("CPU kernels only", reason)
+    else:
+        say("CPU and CUDA kernels", f"torch is built for CUDA {torch.version.cuda} and nvcc is in {find_toolkit()}")
+    return extension(torch, with_cuda=not reason)
+
+
+check_setuptools()
+setuptools.setup(**native_build())
