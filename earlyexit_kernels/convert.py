@@ -57,6 +57,8 @@ def to_early_exit(
         )
     if getattr(config, "chunk_size_feed_forward", 0) > 0:
         raise ValueError("chunk_size_feed_forward > 0 isn't supported: packed tokens have no sequence axis to chunk")
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError("to_early_exit: expected an encoder, got a model with is_decoder or add_cross_attention set")
     stock = adapter.head
     head_config = HeadConfig(
         pooling=pooling,

@@ -94,9 +94,9 @@ class ExitHeads(nn.Module):
         out: Any = self.out[layer - 1]
         if self.dense is None and self.halting is None:
             assert self.config.pooling is not None
-            return FusedExit(hidden, self.config.pooling, out.weight, out.bias, {})
+            return FusedExit(hidden.to(out.weight.dtype), self.config.pooling, out.weight, out.bias, {})
         features = self._features(self._pool(hidden, offsets))
-        return FusedExit(features, "none", out.weight, out.bias, self._aux(layer, features))
+        return FusedExit(features.to(out.weight.dtype), "none", out.weight, out.bias, self._aux(layer, features))
 
     def _pool(self, hidden: Tensor, offsets: Tensor) -> Tensor:
         if self.config.pooling == "mean":

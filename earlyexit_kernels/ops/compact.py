@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, resolve, tl
+from earlyexit_kernels.ops.checks import FLOATS, INT32, check_tensor
 from earlyexit_kernels.ops.schema import COMPACT, GATHER_ROWS, define
 
 BLOCK_ROWS = 1024
@@ -151,11 +152,8 @@ def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple
         ValueError: shapes or dtypes don't fit.
         BackendUnavailableError: `backend` can't run here.
     """
-    if row_ids.dtype != torch.int32 or offsets.dtype != torch.int32 or offsets.shape != (row_ids.shape[0] + 1,):
-        raise ValueError(
-            f"compact: expected row_ids [B] and offsets [B + 1], both int32, got {list(row_ids.shape)} "
-            f"{row_ids.dtype} and {list(offsets.shape)} {offsets.dtype}"
-        )
+    check_tensor("compact", "row_ids", row_ids, (None,), INT32)
+    check_tensor("compact", "offsets", offsets, (row_ids.shape[0] + 1,), INT32, device=row_ids.device)
     return _COMPACT[resolve(backend, row_ids.device.type)](row_ids.contiguous(), offsets.contiguous())
 
 
@@ -176,14 +174,11 @@ def gather_rows(
         ValueError: shapes or dtypes don't fit.
         BackendUnavailableError: `backend` can't run here.
     """
-    if out.dtype != hidden.dtype or out.shape[1:] != hidden.shape[1:] or not out.is_contiguous():
-        raise ValueError(
-            f"gather_rows: out should be contiguous [T2, {hidden.shape[1]}] {hidden.dtype}, got {list(out.shape)} "
-            f"{out.dtype}"
-        )
-    if new_offsets.shape != (source.shape[0] + 1,):
-        raise ValueError(
-            f"gather_rows: new_offsets should have {source.shape[0] + 1} entries, got {list(new_offsets.shape)}"
-        )
+    device = hidden.device
+    check_tensor("gather_rows", "hidden", hidden, (None, None), FLOATS)
+    check_tensor("gather_rows", "out", out, (None, hidden.shape[1]), (hidden.dtype,), written=True, device=device)
+    check_tensor("gather_rows", "offsets", offsets, (None,), INT32, device=device)
+    check_tensor("gather_rows", "source", source, (None,), INT32, device=device)
+    check_tensor("gather_rows", "new_offsets", new_offsets, (source.shape[0] + 1,), INT32, device=device)
     op = _GATHER_ROWS[resolve(backend, hidden.device.type)]
-    op(hidden.contiguous(), offsets, source, new_offsets, out)
+    op(hidden.contiguous(), offsets.contiguous(), source.contiguous(), new_offsets.contiguous(), out)

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import jit, resolve, tl
 from earlyexit_kernels.criteria import CRITERIA, Criterion
+from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, INT32, INT64, check_tensor
 from earlyexit_kernels.ops.schema import EXIT_STEP, define
 
 POOLINGS = ("first", "mean", "none")
+#: Weights of the head that a Triton program holds at a time.
+TILE = 8192
 
 
 @jit
@@ -129,6 +132,7 @@ def exit_step_triton(
     assert x is not None
     p0, p1 = (*params, 0.0, 0.0)[:2]
     rule = CRITERIA[criterion]
+    block_c = max(2, 1 << (classes - 1).bit_length())
     exit_step_kernel[(row_ids.numel(),)](
         x,
         row_ids if offsets is None else offsets,
@@ -153,8 +157,9 @@ def exit_step_triton(
         HAS_AUX=aux is not None and rule.needs is not None,
         FROM_LOGITS=hidden is None,
         IS_LAST=layer == depth,
-        BLOCK_C=max(2, 1 << (classes - 1).bit_length()),
-        BLOCK_H=128,
+        BLOCK_C=block_c,
+        BLOCK_H=max(16, min(128, TILE // block_c)),
+        enable_fp_fusion=False,
     )
     return counts
 
@@ -286,7 +291,7 @@ def exit_step(
     op = _EXIT_STEP[resolve(backend, row_ids.device.type)]
     return op(
         None if hidden is None else hidden.contiguous(),
-        offsets,
+        None if offsets is None else offsets.contiguous(),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         None if logits is None else logits.contiguous(),
@@ -304,44 +309,31 @@ def exit_step(
 
 
 def _check(criterion, row_ids, state, answers, exit_layer, hidden, offsets, weight, bias, logits, aux, pooling) -> None:
-    b, (n, c) = row_ids.shape[0], answers.shape
     if (hidden is None) == (logits is None):
         raise ValueError("exit_step: expected either hidden (with weight and bias) or logits, got both or neither")
+    if hidden is not None and (weight is None or bias is None):
+        raise ValueError("exit_step: expected weight [C, H] and bias [C] beside hidden, got None")
     if pooling not in POOLINGS:
-        raise ValueError(f"exit_step: pooling must be one of {POOLINGS}, got {pooling!r}")
+        raise ValueError(f"exit_step: expected pooling to be one of {POOLINGS}, got {pooling!r}")
     if criterion.needs is not None and aux is None:
-        raise ValueError(f"exit_step: criterion {criterion.name!r} needs aux, the {criterion.needs} of each row [B]")
-    expected: list[tuple[str, Tensor | None, tuple[int | None, ...]]] = [
-        ("state", state, (None, n)),
-        ("exit_layer", exit_layer, (n,)),
-        ("offsets", offsets, (b + 1,)),
-        ("logits", logits, (b, c)),
-        ("aux", aux, (b,)),
-    ]
-    if hidden is not None:
-        if weight is None or bias is None:
-            raise ValueError("exit_step: hidden needs weight [C, H] and bias [C]")
-        h = hidden.shape[-1]
-        tokens = b if offsets is None or pooling == "none" else None
-        expected += [("hidden", hidden, (tokens, h)), ("weight", weight, (c, h)), ("bias", bias, (c,))]
-        if not hidden.dtype == weight.dtype == bias.dtype:
-            raise ValueError(
-                f"exit_step: hidden, weight and bias need one dtype, got {hidden.dtype}, {weight.dtype}, {bias.dtype}"
-            )
-    for name, tensor, shape in expected:
-        if tensor is None:
-            continue
-        got = tuple(tensor.shape)
-        if len(got) != len(shape) or any(want not in (None, have) for want, have in zip(shape, got, strict=True)):
-            raise ValueError(f"exit_step: {name} should have shape {list(shape)}, got {list(got)}")
-        if tensor.device != row_ids.device:
-            raise ValueError(f"exit_step: {name} is on {tensor.device}, row_ids on {row_ids.device}; use one device")
-    for name, tensor, dtype in (
-        ("row_ids", row_ids, torch.int32),
-        ("state", state, torch.float32),
-        ("answers", answers, torch.float32),
-        ("exit_layer", exit_layer, torch.int64),
-        ("offsets", offsets, torch.int32),
+        raise ValueError(
+            f"exit_step: expected aux [B], the {criterion.needs} that criterion {criterion.name!r} reads, got None"
+        )
+    check_tensor("exit_step", "row_ids", row_ids, (None,), INT32, written=True)
+    check_tensor("exit_step", "answers", answers, (None, None), FLOAT32, written=True, device=row_ids.device)
+    (b,), (n, c), device = row_ids.shape, answers.shape, row_ids.device
+    tokens = b if offsets is None or pooling == "none" else None
+    width = None if hidden is None else hidden.shape[-1]
+    dtype = FLOATS if hidden is None else (hidden.dtype,)
+    for name, tensor, shape, dtypes, written in (
+        ("state", state, (len(criterion.initial_state()), n), FLOAT32, True),
+        ("exit_layer", exit_layer, (n,), INT64, True),
+        ("offsets", offsets, (b + 1,), INT32, False),
+        ("logits", logits, (b, c), FLOATS, False),
+        ("hidden", hidden, (tokens, width), FLOATS, False),
+        ("weight", weight, (c, width), dtype, False),
+        ("bias", bias, (c,), dtype, False),
+        ("aux", aux, (b,), FLOAT32, False),
     ):
-        if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
-            raise ValueError(f"exit_step: {name} should be contiguous {dtype}, got {tensor.dtype}")
+        if tensor is not None:
+            check_tensor("exit_step", name, tensor, shape, dtypes, written=written, device=device)
