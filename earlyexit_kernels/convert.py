@@ -44,13 +44,19 @@ def to_early_exit(
             ``chunk_size_feed_forward > 0``.
         TypeError: not a sequence classifier.
     """
+    if not isinstance(hf_model, PreTrainedModel):
+        raise TypeError(
+            f"to_early_exit: expected a model instance of transformers, got {hf_model!r}; load it with "
+            "AutoModelForSequenceClassification"
+        )
     config: Any = hf_model.config
     if config.model_type == EarlyExitConfig.model_type:
         raise ValueError("to_early_exit: the model has exits already; use set_criterion to change the criterion")
     adapter = adapter_of(config.model_type)
     base = getattr(hf_model, adapter.base, None)
     names = dict(hf_model.named_modules())
-    if base is None or adapter.head.out not in names or adapter.head.dense not in names:
+    out: Any = names.get(adapter.head.out)
+    if base is None or adapter.head.dense not in names or getattr(out, "out_features", None) != config.num_labels:
         raise TypeError(
             f"to_early_exit: expected a {config.model_type} model for sequence classification, got "
             f"{type(hf_model).__name__}; load it with AutoModelForSequenceClassification"
@@ -77,8 +83,8 @@ def to_early_exit(
         heads=head_config.to_dict(),
         strict=strict,
         problem_type=config.problem_type or default_problem_type(config.num_labels),
-        id2label=config.id2label,
-        label2id=config.label2id,
+        id2label=dict(config.id2label),
+        label2id=dict(config.label2id),
         pad_token_id=config.pad_token_id,
         initializer_range=getattr(config, "initializer_range", 0.02),
         dtype=hf_model.dtype,

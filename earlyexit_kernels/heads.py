@@ -77,12 +77,19 @@ class ExitHeads(nn.Module):
     def forward(self, layer: int, hidden: Tensor, offsets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits ``[B, C]`` and raw scalars ``[B]`` of 1-based `layer`, differentiable, with dropout in training.
 
+        In eval mode the last linear is float32, as in the fused op: a half-precision one can overflow.
+
         Args:
             hidden: packed tokens ``[T, H]``.
             offsets: ``[B + 1]`` int32.
         """
         features = self._features(self._pool(hidden, offsets))
-        return self.out[layer - 1](self._drop(features)), self._aux(layer, features)
+        out: Any = self.out[layer - 1]
+        if self.training:
+            return out(self._drop(features)), self._aux(layer, features)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = F.linear(features.float(), out.weight.float(), out.bias.float())
+        return logits, self._aux(layer, features)
 
     def fused(self, layer: int, hidden: Tensor, offsets: Tensor) -> FusedExit:
         """The same exit for inference, its last linear left to the fused op.

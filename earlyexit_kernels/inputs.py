@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,29 +18,37 @@ def check_inputs(
     *,
     device: torch.device,
     longest: int,
-    vocabulary: int,
+    limits: Mapping[str, int | None],
     first_token: bool,
 ) -> Tensor:
     """Validate the input of a forward and return `input_ids` as int64.
 
     Args:
-        input_ids: ``[N, S]`` integers in ``[0, vocabulary)``.
+        input_ids: ``[N, S]`` integers.
         attention_mask: ``[N, S]``.
         token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers.
         device: of the model.
         longest: tokens a row may have.
-        vocabulary: number of token ids; checked on the CPU, where looking costs no synchronisation.
+        limits: argument -> how many ids its embedding has; checked on the CPU, where looking costs no synchronisation.
         first_token: whether the heads read each row's first token.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if input_ids is None or input_ids.dim() != 2:
-        got = "None" if input_ids is None else f"shape {list(input_ids.shape)}"
-        raise ValueError(f"input_ids: expected integers of shape [N, S], got {got}")
+    given = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+        "position_ids": position_ids,
+    }
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor [N, S], got {type(value).__name__}")
+    if input_ids is None:
+        raise ValueError("input_ids: expected integers of shape [N, S], got None")
     shape = input_ids.shape
-    if input_ids.dtype not in _INTEGERS:
-        raise ValueError(f"input_ids: expected integers, got {input_ids.dtype}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected integers of shape [N, S], got shape {list(shape)}")
     if shape[0] and not shape[1]:
         raise ValueError(f"input_ids: expected at least one token a row, got shape {list(shape)}")
     if shape[1] > longest:
@@ -47,26 +57,29 @@ def check_inputs(
         raise ValueError(
             f"attention_mask: expected the shape of input_ids {list(shape)}, got {list(attention_mask.shape)}"
         )
-    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-        if ids is None:
+    for name, value in given.items():
+        if value is None:
             continue
-        if ids.dtype not in _INTEGERS or tuple(ids.shape) not in ((1, shape[1]), tuple(shape)):
-            raise ValueError(f"{name}: expected integers of shape {list(shape)}, got {ids.dtype} {list(ids.shape)}")
-    for name, tensor in (
-        ("input_ids", input_ids),
-        ("attention_mask", attention_mask),
-        ("token_type_ids", token_type_ids),
-        ("position_ids", position_ids),
-    ):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the model on {device}; move one of them")
-    if shape[0] and device.type == "cpu":
-        low, high = (int(v) for v in input_ids.aminmax())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"input_ids: expected ids in [0, {vocabulary - 1}], got {low if low < 0 else high}")
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}, the model on {device}; move one of them")
+        if name != "attention_mask":
+            _check_ids(name, value, shape, limits[name])
     if first_token and attention_mask is not None and shape[0]:
         _check_first_column(attention_mask)
     return input_ids.long()
+
+
+def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int | None) -> None:
+    """Integers of the batch's shape (or one row for all), each below `limit`."""
+    if ids.dtype not in _INTEGERS:
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+    if tuple(ids.shape) not in (tuple(shape), (1, shape[1])):
+        raise ValueError(f"{name}: expected the shape of input_ids {list(shape)}, got {list(ids.shape)}")
+    if limit is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: expected ids in [0, {limit - 1}], got {low if low < 0 else high}")
 
 
 def _check_first_column(attention_mask: Tensor) -> None:

@@ -16,10 +16,11 @@ from earlyexit_kernels import backends, engine
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth
-from earlyexit_kernels.errors import AttentionReplacedError, MissingHeadsError
+from earlyexit_kernels.errors import AttentionReplacedError
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
 from earlyexit_kernels.inputs import check_inputs
-from earlyexit_kernels.objectives import objective_of, task_loss
+from earlyexit_kernels.loading import check_loaded, corrupt_files
+from earlyexit_kernels.objectives import mean_task_loss, objective_of
 from earlyexit_kernels.packing import PACKED_ATTENTION, pack
 from earlyexit_kernels.types import ExitOutput, ExitTrace
 
@@ -32,7 +33,7 @@ class EarlyExitOutput(ModelOutput):
 
     Attributes:
         loss: scalar; in train mode the method's objective, in eval mode the task loss of `logits`.
-        logits: ``[N, C]``; its softmax is the answer.
+        logits: ``[N, C]``, float32 in eval mode whatever the model's dtype; its softmax is the answer.
         exit_layer: ``[N]`` int64, 1-based depth of the answering head.
         layers_run: ``[N]`` int64, layers computed for the row.
         all_logits: ``[N, L, C]`` in train mode or with `output_all_logits=True`.
@@ -66,6 +67,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     def __init__(self, config: EarlyExitConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
         encoder: Any = config.backbone_config
+        if encoder is None:
+            raise ValueError(
+                "the config has no backbone_config, so this is no early-exit checkpoint; load a stock one with "
+                "AutoModelForSequenceClassification and give it exits with to_early_exit"
+            )
         self.adapter = adapter_of(encoder.model_type)
         if backbone is None:
             backbone = AutoModel.from_config(encoder)
@@ -74,7 +80,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         self.backbone = backbone
         encoder = backbone.config
         config.backbone_config = encoder
-        encoder._attn_implementation = PACKED_ATTENTION
+        config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig(**config.heads), encoder.hidden_size, config.num_labels, self.depth)
         self.objective = objective_of(config.method)
@@ -128,6 +134,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """Refused: packed rows need the packed attention."""
         raise ValueError(_ATTENTION_IS_FIXED)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, on the backbone, whose config is the one saved; the stock model keeps its embeddings."""
+        backbone: Any = self.backbone
+        return backbone.resize_token_embeddings(*args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -165,14 +176,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         all_exits = self.training or bool(output_all_logits)
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             result = self._run(input_ids, attention_mask, token_type_ids, position_ids, all_exits)
-        logits = result.logits.to(self.dtype)
-        loss = None
+        logits, loss = result.logits, None
         if self.training:
             assert result.trace is not None
             logits = result.trace.logits[:, -1]
             loss = None if labels is None else self._objective_loss(result.trace, labels)
         elif labels is not None:
-            loss = task_loss(logits, labels, self._problem_type()).mean()
+            loss = mean_task_loss(logits, labels, self._problem_type())
         output = EarlyExitOutput(
             loss=loss,
             logits=logits,
@@ -225,7 +235,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             position_ids,
             device=self.device,
             longest=self.adapter.longest(backbone.config),
-            vocabulary=backbone.config.vocab_size,
+            limits={
+                "input_ids": backbone.get_input_embeddings().num_embeddings,
+                "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
+                "position_ids": backbone.config.max_position_embeddings,
+            },
             first_token=self.heads.config.pooling != "mean",
         )
         if ids.shape[0] == 0:
@@ -280,32 +294,41 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, *args: Any, allow_new_heads: bool = False, output_loading_info: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        allow_new_heads: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Load a saved model, criterion and thresholds included.
+        """Load a saved model, criterion and thresholds included; safetensors files only.
 
         Args:
+            pretrained_model_name_or_path: folder or hub name.
             allow_new_heads: accept a checkpoint that lacks weights, which are then freshly initialised.
             output_loading_info: return ``(model, info)``.
-            args, kwargs: as in transformers, but for `attn_implementation`, which is refused.
+            args, kwargs: as in transformers, but for `attn_implementation` and `use_safetensors=False`, which are
+                refused.
 
         Raises:
             MissingHeadsError: the checkpoint lacks weights.
-            ValueError: `attn_implementation` was given.
-            RuntimeError: a file is corrupt, or a weight has another shape.
+            ValueError: `attn_implementation` or `use_safetensors=False` was given.
+            RuntimeError: a file is corrupt, or a weight has another shape or no place.
         """
-        if kwargs.get("attn_implementation") is not None:
+        config: Any = kwargs.get("config")
+        chosen = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+        if chosen not in (None, PACKED_ATTENTION):
             raise ValueError(_ATTENTION_IS_FIXED)
+        if not kwargs.pop("use_safetensors", True):
+            raise ValueError("use_safetensors=False: pickled weights are never read; convert them to safetensors")
+        source = pretrained_model_name_or_path
         try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise RuntimeError(f"a weight file of {args[0]!r} is corrupt or cut short: {error}") from error
-        missing = sorted(info["missing_keys"])
-        if missing and not allow_new_heads:
-            raise MissingHeadsError(
-                f"the checkpoint {args[0]!r} lacks {len(missing)} weights ({', '.join(missing[:5])}...); they would be "
-                "random. Train and save the model, or pass allow_new_heads=True to start with fresh ones"
+            model, info = super().from_pretrained(
+                source, *args, output_loading_info=True, use_safetensors=True, **kwargs
             )
+        except SafetensorError as error:
+            raise RuntimeError(f"{corrupt_files(source)} is corrupt or cut short: {error}") from error
+        check_loaded(info, source, allow_new_heads=allow_new_heads)
         return (model, info) if output_loading_info else model
 
 

@@ -77,8 +77,8 @@ class PackedBatch:
     lengths: tuple[int, ...]
 
     def take(self, values: Tensor) -> Tensor:
-        """Pick the kept tokens of ``[N, S]`` values as ``[1, T]``."""
-        flat = values.reshape(-1)
+        """Pick the kept tokens of ``[N, S]`` integers as ``[1, T]`` int64."""
+        flat = values.reshape(-1).long()
         return (flat if self.tokens is None else flat[self.tokens])[None]
 
 

@@ -17,7 +17,7 @@ class ExitTrace:
     """The outputs of every exit on every row of one full-depth pass, in request order.
 
     Attributes:
-        logits: ``[N, L, C]``, in the dtype of the heads.
+        logits: ``[N, L, C]``, float32 in eval mode, in the dtype of the heads in train mode.
         aux: raw scalars by name, each ``[N, L]`` (``"halting"``: the logit s of lambda = sigmoid(s)).
     """
 

@@ -45,7 +45,7 @@ def from_dict(data: Mapping[str, Any] | None) -> Criterion:
         return FullDepth()
     arguments = dict(data)
     name = arguments.pop("name", None)
-    if name not in CRITERIA:
+    if not isinstance(name, str) or name not in CRITERIA:
         raise ValueError(f"criterion: expected one of {sorted(CRITERIA)}, got {name!r}")
     try:
         return CRITERIA[name](**arguments)

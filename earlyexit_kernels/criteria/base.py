@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 Threshold: TypeAlias = float | Sequence[float]
 CLASSIFICATION = frozenset({"single_label_classification"})
+FINITE = sys.float_info.max
 ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
 
 
@@ -106,7 +108,7 @@ class Criterion:
 
 def checked_number(criterion: str, argument: str, value: Any, *, low: float, high: float = math.inf) -> float:
     """`value` as a float if it is a finite number in ``[low, high]``, else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -FINITE <= value <= FINITE:
         raise ValueError(f"{criterion}({argument}=...): expected a finite number, got {value!r}")
     if not low <= value <= high:
         allowed = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
@@ -122,8 +124,10 @@ def checked_threshold(criterion: str, value: Any, *, low: float, high: float = m
 
 
 def threshold_at(threshold: Any, layer: int) -> float:
-    """The threshold of 1-based `layer`; the last layer, where every row leaves, repeats the one before."""
-    return threshold[min(layer, len(threshold)) - 1] if isinstance(threshold, tuple) else threshold
+    """The threshold of 1-based `layer`; at the last one, where every row leaves, a list's last number stands in."""
+    if not isinstance(threshold, tuple):
+        return threshold
+    return (*threshold[:layer], 0.0)[min(layer, len(threshold)) - 1]
 
 
 def shifted(z: Tensor) -> Tensor:

@@ -71,9 +71,12 @@ class Patience(Criterion):
 
     def check(self, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
         super().check(depth=depth, classes=classes, problem_type=problem_type, aux=aux)
-        if (self.tolerance is None) == (classes == 1):
-            cure = "give tolerance=..." if classes == 1 else "leave tolerance out"
-            raise ValueError(f"Patience(tolerance={self.tolerance}) on {classes} output(s): for this model {cure}")
+        regression = problem_type == "regression"
+        if regression == (self.tolerance is None) or regression != (classes == 1):
+            cure = "give tolerance=..., for one output" if regression else "leave tolerance out, for several classes"
+            raise ValueError(
+                f"criterion 'patience' with tolerance={self.tolerance} on {problem_type} with {classes} output(s): {cure}"
+            )
 
     @staticmethod
     def rule(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from earlyexit_kernels.objectives.base import Objective, task_loss
+from earlyexit_kernels.objectives.base import Objective, mean_task_loss, task_loss
 from earlyexit_kernels.objectives.joint import joint_loss
 
-__all__ = ["OBJECTIVES", "Objective", "objective_of", "task_loss"]
+__all__ = ["OBJECTIVES", "Objective", "mean_task_loss", "objective_of", "task_loss"]
 
 OBJECTIVES: dict[str, Objective] = {
     "joint": joint_loss,

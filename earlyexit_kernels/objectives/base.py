@@ -27,11 +27,22 @@ def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=-1)
 
 
+#: Label of a row without one, as in torch's cross entropy.
+IGNORED = -100
+
 TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "regression": _squared_error,
     "single_label_classification": _cross_entropy,
     "multi_label_classification": _binary_cross_entropy,
 }
+
+
+def mean_task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """Mean of `task_loss` over the rows that have a label: as in stock models, class -100 means none."""
+    losses = task_loss(logits, labels, problem_type)
+    if problem_type != "single_label_classification":
+        return losses.mean()
+    return losses.sum() / (labels != IGNORED).sum().clamp(min=1).to(losses)
 
 
 def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:

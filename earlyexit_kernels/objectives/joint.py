@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from earlyexit_kernels.objectives.base import task_loss
+from earlyexit_kernels.objectives.base import mean_task_loss
 from earlyexit_kernels.types import ExitTrace
 
 
@@ -21,5 +21,5 @@ def joint_loss(trace: ExitTrace, labels: Tensor, problem_type: str) -> Tensor:
         problem_type: as in transformers.
     """
     depth = trace.depth
-    losses = [task_loss(trace.logits[:, j], labels, problem_type).mean() * (j + 1) for j in range(depth)]
+    losses = [mean_task_loss(trace.logits[:, j], labels, problem_type) * (j + 1) for j in range(depth)]
     return sum(losses[1:], losses[0]) / (depth * (depth + 1) / 2)

@@ -109,6 +109,7 @@ def compact_torch(row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Ten
     return row_ids[source].masked_fill(beyond, -1), new_offsets, source.masked_fill(beyond, -1)
 
 
+@torch.no_grad()
 def gather_rows_torch(hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor) -> None:
     """`gather_rows` in torch, the reference of the other back-ends."""
     lengths = new_offsets.diff().masked_fill(source < 0, 0)

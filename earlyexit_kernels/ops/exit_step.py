@@ -165,15 +165,15 @@ def exit_step_triton(
 
 
 def reference_logits(
-    hidden: Tensor, offsets: Tensor | None, weight: Tensor, bias: Tensor, pooling: str, rows: int
+    hidden: Tensor, offsets: Tensor | None, weight: Tensor, bias: Tensor, pooling: str, present: Tensor
 ) -> Tensor:
-    """Pool and apply the linear head in float32, ``[B, C]``, in a reduction order that ignores the batch."""
+    """Pool the rows present and apply the linear head in float32, in a reduction order that ignores the batch."""
     if pooling == "none" or offsets is None:
-        pooled = hidden[:rows].float()
+        pooled = hidden[present].float()
     elif pooling == "first":
-        pooled = hidden[offsets[:-1].long()].float()
+        pooled = hidden[offsets[:-1][present]].float()
     else:
-        pooled = torch.segment_reduce(hidden.float(), "mean", offsets=offsets.long())
+        pooled = torch.segment_reduce(hidden.float(), "mean", offsets=offsets.long())[present]
     return (pooled[:, None, :] * weight.float()).sum(dim=-1) + bias.float()
 
 
@@ -183,6 +183,7 @@ def meaningful(z: Tensor, aux: Tensor | None) -> Tensor:
     return valid if aux is None else valid & ~aux.isnan()
 
 
+@torch.no_grad()
 def exit_step_torch(
     hidden: Tensor | None,
     offsets: Tensor | None,
@@ -201,14 +202,15 @@ def exit_step_torch(
     depth: int,
 ) -> Tensor:
     """The same in torch, the reference of the other back-ends."""
+    present = row_ids >= 0
     if logits is None:
         assert hidden is not None and weight is not None and bias is not None
-        z = reference_logits(hidden, offsets, weight, bias, pooling, row_ids.numel())
+        z = weight.new_zeros(row_ids.numel(), weight.shape[0], dtype=torch.float32)
+        z[present] = reference_logits(hidden, offsets, weight, bias, pooling, present)
     else:
-        z = logits.float()
+        z = logits.float().clone()
     rule = CRITERIA[criterion]
     aux = aux if rule.needs is not None else None
-    present = row_ids >= 0
     valid = meaningful(z, aux)
     decided = present & valid
     rows = row_ids[decided].long()
@@ -216,7 +218,6 @@ def exit_step_torch(
         z[decided], None if aux is None else aux[decided].float(), state[:, rows], layer, depth, params
     )
     state[:, rows] = new_state
-    z = z.clone()
     z[decided] = answer
     gone = present & torch.full_like(present, layer == depth)
     gone[decided] |= leave
@@ -287,7 +288,22 @@ def exit_step(
 
     All arithmetic is float32 and ties go to the lowest class. A row's bits depend on nothing but the row.
     """
-    _check(criterion, row_ids, state, answers, exit_layer, hidden, offsets, weight, bias, logits, aux, pooling)
+    _check(
+        criterion,
+        layer,
+        depth,
+        row_ids,
+        state,
+        answers,
+        exit_layer,
+        hidden,
+        offsets,
+        weight,
+        bias,
+        logits,
+        aux,
+        pooling,
+    )
     op = _EXIT_STEP[resolve(backend, row_ids.device.type)]
     return op(
         None if hidden is None else hidden.contiguous(),
@@ -308,11 +324,15 @@ def exit_step(
     )
 
 
-def _check(criterion, row_ids, state, answers, exit_layer, hidden, offsets, weight, bias, logits, aux, pooling) -> None:
+def _check(
+    criterion, layer, depth, row_ids, state, answers, exit_layer, hidden, offsets, weight, bias, logits, aux, pooling
+) -> None:
     if (hidden is None) == (logits is None):
         raise ValueError("exit_step: expected either hidden (with weight and bias) or logits, got both or neither")
     if hidden is not None and (weight is None or bias is None):
         raise ValueError("exit_step: expected weight [C, H] and bias [C] beside hidden, got None")
+    if not 1 <= layer <= depth:
+        raise ValueError(f"exit_step: expected 1 <= layer <= depth, got layer {layer} of {depth}; layers count from 1")
     if pooling not in POOLINGS:
         raise ValueError(f"exit_step: expected pooling to be one of {POOLINGS}, got {pooling!r}")
     if criterion.needs is not None and aux is None:

@@ -1,0 +1,42 @@
+"""Show versions, the machine, and which back-ends run here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from earlyexit_kernels.backends import available_backends, resolve
+from earlyexit_kernels.report import environment, markdown_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the environment and the back-ends."""
+    print(markdown_table(("environment", "value"), _rows(environment())))
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for kind in kinds:
+        rows = [(name, reason or "usable") for name, reason in available_backends(kind).items()]
+        print(f"\nBack-ends on {kind} tensors ('auto' takes {resolve('auto', kind)!r}):\n")
+        print(markdown_table(("back-end", "state"), rows))
+    return 0
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            rows += [(package, version or "not installed") for package, version in value.items()]
+        else:
+            rows.append((name, _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "unknown" if value is None else str(value)

@@ -1,0 +1,74 @@
+"""What all tests share: the back-ends as a parameter, and the count of decisions that fell within rounding."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+from earlyexit_kernels.backends import BACKENDS, available_backends
+
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40, database=None)
+hypothesis.settings.load_profile("here")
+
+FLIPS = "decision flips"
+
+
+def pytest_configure(config) -> None:
+    # the interpreter computes with numpy, which remarks on every NaN that a test feeds it
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy._core.fromnumeric")
+
+
+def backend_params(names=BACKENDS) -> list:
+    """Parameters for the back-ends; one that can't run here is skipped with the reason the package gives.
+
+    Triton carries its own mark: it runs on the CPU under its interpreter only, in a second pass of the suite.
+    """
+    reasons = available_backends("cpu")
+    params = []
+    for name in names:
+        marks = [pytest.mark.skipif(bool(reasons[name]), reason=f"{name}: {reasons[name]}")]
+        marks += [pytest.mark.triton] if name == "triton" else []
+        params.append(pytest.param(name, marks=marks))
+    return params
+
+
+@pytest.fixture(params=backend_params())
+def backend(request) -> str:
+    """The name of a back-end; a test that takes it runs once on each."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def count_flips(record_property):
+    """``count_flips(flips, rows)``: how many of a test's rows decided otherwise than the truth, within tolerance."""
+    return lambda flips, rows: record_property(FLIPS, (int(flips), int(rows)))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = [r for group in terminalreporter.stats.values() for r in group if getattr(r, "when", "") == "call"]
+    counted = [value for r in reports for name, value in r.user_properties if name == FLIPS]
+    if counted:
+        flips, rows = (sum(column) for column in zip(*counted, strict=True))
+        terminalreporter.write_line(f"decision flips within tolerance: {flips} of {rows} rows")
+
+
+@pytest.fixture(scope="session")
+def traces() -> Path:
+    """The folder of stored exit logits under EARLYEXIT_DATA."""
+    root = os.environ.get("EARLYEXIT_DATA")
+    if not root:
+        pytest.skip("EARLYEXIT_DATA isn't set; it names a folder with traces/*.npz")
+    folder = Path(root) / "traces"
+    if not folder.is_dir():
+        pytest.skip(f"EARLYEXIT_DATA: there is no folder {folder}")
+    return folder

@@ -1,0 +1,153 @@
+"""The command line: mistakes end in one line and exit code 2, and the commands do what they say on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from earlyexit_kernels import EarlyExitForSequenceClassification, toy
+from earlyexit_kernels.cli import demo, main
+from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe
+from earlyexit_kernels.task_sources import DATA_VARIABLE
+from earlyexit_kernels.tasks import load_task
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def denormals_as_before():
+    """Commands flush denormals for speed; other tests count on them."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a stock model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    toy.toy_model(0, layers=3, hidden=16).save_pretrained(folder)
+    toy.toy_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A folder written by `earlyexit train`."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = ["train", "--model", base, "--task", "toy", "--output", str(folder), "--train-rows", "96"]
+    assert main([*arguments, "--holdout", "64", "--epochs", "1", "--lr", "1e-3", "--halting", "--seed", "3"]) == 0
+    return folder
+
+
+def error_of(capsys, argv: list[str]) -> str:
+    """The one line that a failing command prints, after whatever transformers has logged."""
+    assert main(argv) == 2
+    *logged, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and not any("Traceback" in other for other in logged)
+    return line
+
+
+def test_unknown_task_is_one_line(capsys, base, tmp_path):
+    message = error_of(capsys, ["train", "--model", base, "--task", "sst3", "--output", str(tmp_path)])
+    assert "expected one of" in message and "'sst3'" in message
+
+
+def test_missing_data_folder_is_one_line(capsys, base, tmp_path, monkeypatch):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "nowhere"))
+    message = error_of(capsys, ["train", "--model", base, "--task", "sst2", "--output", str(tmp_path)])
+    assert str(tmp_path / "nowhere") in message
+
+
+def test_missing_model_folder_is_one_line(capsys, tmp_path):
+    assert "expected a folder written by `earlyexit train`" in error_of(
+        capsys, ["eval", "--model", str(tmp_path / "x")]
+    )
+    assert RECIPE_FILE in error_of(capsys, ["eval", "--model", str(tmp_path)])
+    message = error_of(capsys, ["train", "--model", str(tmp_path / "x"), "--task", "toy", "--output", str(tmp_path)])
+    assert str(tmp_path / "x") in message
+
+
+def test_too_many_rows_are_refused_before_training(capsys, base, tmp_path):
+    arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--train-rows", "31500"]
+    assert "has 32000 train rows for both together" in error_of(capsys, arguments)
+
+
+def test_unknown_method_is_one_line(capsys, base, tmp_path):
+    arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--method", "magic"]
+    assert "'magic'" in error_of(capsys, arguments)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["--debug", "eval", "--model", str(tmp_path)])
+
+
+def test_a_command_is_required(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("demo", "train", "eval", "env"))
+
+
+def test_env_names_versions_and_backends(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and all(name in out for name in ("torch", "triton", "cpp", "usable"))
+
+
+def test_train_saves_model_tokenizer_and_recipe(trained):
+    model = AutoModelForSequenceClassification.from_pretrained(trained, local_files_only=True)
+    assert isinstance(model, EarlyExitForSequenceClassification) and model.depth == 3
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    recipe = Recipe.load(trained)
+    assert (recipe.task, recipe.seed, recipe.holdout, recipe.train_rows) == ("toy", 3, 64, 96)
+    assert recipe.evaluation_split == "dev" and len(recipe.scores) == 3
+    rows, held = recipe.part(load_task("toy", seed=3))
+    assert len(rows) == 96 and len(held) == 64 and not set(rows.sentences) & set(held.sentences)
+
+
+def test_eval_reports_what_train_stored(trained, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results, curve = tmp_path / "results.json", tmp_path / "curve.png"
+    arguments = ["eval", "--model", str(trained), "--output", str(results), "--plot", str(curve), "--drop", "1"]
+    assert main([*arguments, "--points", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "| q_exit " in out and "random exit" in out and str(curve) in out
+    document = json.loads(results.read_text(encoding="utf-8"))
+    layers = [r["reporting"] for r in document["records"] if r["kind"] == "static_truncation"]
+    assert layers == [pytest.approx(scores) for scores in Recipe.load(trained).scores]
+    assert document["environment"]["flush_denormal"] is True and document["arguments"]["drop"] == 1.0
+    assert curve.read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_refuses_a_task_of_other_classes(trained, capsys, tmp_path, monkeypatch):
+    (tmp_path / "trec").mkdir()
+    lines = "".join(f"{i}\t{i % 6}\twhat ?\n" for i in range(200))
+    (tmp_path / "trec" / "train.tsv").write_text(f"idx\tlabel\tsentence\n{lines}", encoding="utf-8")
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    assert "trec has 6 classes" in error_of(capsys, ["eval", "--model", str(trained), "--task", "trec"])
+
+
+def test_a_damaged_recipe_is_named(trained, tmp_path, capsys):
+    (tmp_path / RECIPE_FILE).write_text('{"task": "toy"}', encoding="utf-8")
+    assert "isn't a recipe" in error_of(capsys, ["eval", "--model", str(tmp_path)])
+
+
+def test_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    sizes = demo.Sizes(train_rows=64, rows=40, rounds=1, batches={1: 1, 32: 1})
+    monkeypatch.setattr(demo, "QUICK", sizes)
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(question in out for question in demo.QUESTIONS) and "patience 2" in out and "5 reported" in out
+    records = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))["records"]
+    plain, full = (r for r in records if r.get("model") in (demo.PLAIN, "full depth"))
+    assert plain["accuracy"] == full["accuracy"] and plain["time_ratio"]["1"]["median"] == 1.0
+    assert (tmp_path / "curve.png").is_file() and (tmp_path / "model" / "config.json").is_file()

@@ -1,0 +1,208 @@
+"""The rules as objects: what their constructors refuse, what is saved, and where they apply."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import (
+    CRITERIA,
+    Entropy,
+    FullDepth,
+    Margin,
+    MaxProbability,
+    Patience,
+    QExit,
+    from_dict,
+)
+
+SAVED = [
+    (FullDepth(), {"name": "full_depth"}),
+    (Entropy(threshold=0.3), {"name": "entropy", "threshold": 0.3, "normalized": False}),
+    (Entropy(threshold=(1, 0.5), normalized=True), {"name": "entropy", "threshold": [1.0, 0.5], "normalized": True}),
+    (MaxProbability(threshold=[0.9]), {"name": "max_probability", "threshold": [0.9]}),
+    (Margin(threshold=0), {"name": "margin", "threshold": 0.0}),
+    (Patience(patience=3), {"name": "patience", "patience": 3, "tolerance": None}),
+    (Patience(patience=1, tolerance=0.1), {"name": "patience", "patience": 1, "tolerance": 0.1}),
+    (QExit(q=np.float64(0.5)), {"name": "q_exit", "q": 0.5}),
+]
+CRITERION = [c for c, _ in SAVED]
+
+#: constructor, arguments, and what the message has to say: the argument, what came, what is allowed.
+REFUSED = [
+    (Entropy, {"threshold": math.nan}, ("threshold", "nan", "finite number")),
+    (Entropy, {"threshold": math.inf}, ("threshold", "inf", "finite number")),
+    (Entropy, {"threshold": 10**400}, ("threshold", "finite number")),
+    (Entropy, {"threshold": -0.1}, ("threshold", "-0.1", "at least 0")),
+    (Entropy, {"threshold": 1.5, "normalized": True}, ("threshold", "1.5", "[0, 1]")),
+    (Entropy, {"threshold": "low"}, ("threshold", "'low'", "finite number")),
+    (Entropy, {"threshold": None}, ("threshold", "None", "finite number")),
+    (Entropy, {"threshold": True}, ("threshold", "True", "finite number")),
+    (Entropy, {"threshold": [0.1, math.nan]}, ("threshold", "nan", "finite number")),
+    (Entropy, {"threshold": [0.1, -1]}, ("threshold", "-1", "at least 0")),
+    (Entropy, {"threshold": [[0.1]]}, ("threshold", "[0.1]", "finite number")),
+    (Entropy, {"threshold": 0.1, "normalized": 1}, ("normalized", "1", "True or False")),
+    (MaxProbability, {"threshold": 1.01}, ("threshold", "1.01", "[0, 1]")),
+    (MaxProbability, {"threshold": -0.01}, ("threshold", "-0.01", "[0, 1]")),
+    (MaxProbability, {"threshold": math.nan}, ("threshold", "nan", "finite number")),
+    (MaxProbability, {"threshold": [0.5, 2]}, ("threshold", "2", "[0, 1]")),
+    (Margin, {"threshold": 1.01}, ("threshold", "1.01", "[0, 1]")),
+    (Margin, {"threshold": -math.inf}, ("threshold", "-inf", "finite number")),
+    (Patience, {"patience": 0}, ("patience", "0", "whole number >= 1", "criterion=None")),
+    (Patience, {"patience": -2}, ("patience", "-2", "whole number >= 1")),
+    (Patience, {"patience": 1.5}, ("patience", "1.5", "whole number")),
+    (Patience, {"patience": True}, ("patience", "True", "whole number")),
+    (Patience, {"patience": None}, ("patience", "None", "whole number")),
+    (Patience, {"patience": 1, "tolerance": 0}, ("tolerance", "0", "> 0")),
+    (Patience, {"patience": 1, "tolerance": -0.5}, ("tolerance", "-0.5", "at least 0")),
+    (Patience, {"patience": 1, "tolerance": math.nan}, ("tolerance", "nan", "finite number")),
+    (Patience, {"patience": 1, "tolerance": math.inf}, ("tolerance", "inf", "finite number")),
+    (QExit, {"q": -0.1}, ("q", "-0.1", "[0, 1]")),
+    (QExit, {"q": 1.1}, ("q", "1.1", "[0, 1]")),
+    (QExit, {"q": math.nan}, ("q", "nan", "finite number")),
+    (QExit, {"q": [0.5]}, ("q", "[0.5]", "finite number")),
+]
+
+
+@pytest.mark.parametrize(("cls", "arguments", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", None))
+def test_constructor_refuses(cls, arguments, words):
+    with pytest.raises(ValueError) as caught:
+        cls(**arguments)
+    message = str(caught.value)
+    assert message.startswith(f"{cls.__name__}({words[0]}=...): expected ")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("cls", [Entropy, MaxProbability, Margin, Patience, QExit])
+def test_arguments_are_keyword_only_and_required(cls):
+    with pytest.raises(TypeError, match="positional"):
+        cls(1)
+    with pytest.raises(TypeError, match="missing"):
+        cls()
+
+
+@pytest.mark.parametrize("criterion", CRITERION, ids=str)
+def test_cannot_be_changed(criterion):
+    for field in dataclasses.fields(criterion):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(criterion, field.name, 0.1)
+    assert hash(criterion) == hash(dataclasses.replace(criterion))
+
+
+def test_a_list_of_thresholds_is_copied():
+    given = [0.1, 0.2]
+    criterion = Entropy(threshold=given)
+    given[0] = 9.0
+    saved = criterion.to_dict()
+    saved["threshold"][1] = 9.0
+    assert criterion.threshold == (0.1, 0.2)
+
+
+def test_the_ends_of_each_range_are_allowed():
+    for value in (0, 1, 0.0, 1.0):
+        assert Entropy(threshold=value, normalized=True).threshold == float(value)
+        assert (
+            MaxProbability(threshold=value).threshold == Margin(threshold=value).threshold == QExit(q=value).q == value
+        )
+    assert Entropy(threshold=50).threshold == 50.0
+
+
+@pytest.mark.parametrize(("criterion", "data"), SAVED, ids=str)
+def test_saved_and_read_back(criterion, data):
+    assert criterion.to_dict() == data
+    text = json.dumps(criterion.to_dict(), allow_nan=False)
+    again = from_dict(json.loads(text))
+    assert again == criterion and type(again) is type(criterion)
+    assert again.to_dict() == data
+
+
+def test_every_criterion_of_the_table_is_saved_somewhere_above():
+    assert {type(c) for c in CRITERION} == set(CRITERIA.values())
+
+
+def test_no_data_is_full_depth():
+    assert from_dict(None) == FullDepth()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"name": "psychic"}, ("criterion", "'psychic'", *CRITERIA)),
+        ({"threshold": 0.1}, ("criterion", "None", *CRITERIA)),
+        ({"name": ["entropy"]}, ("criterion", "['entropy']", *CRITERIA)),
+        ({"name": "entropy"}, ("'entropy'", "threshold")),
+        ({"name": "entropy", "threshold": 0.1, "q": 0.5}, ("'entropy'", "'q'")),
+        ({"name": "entropy", "threshold": -1}, ("Entropy(threshold=...)", "-1", "at least 0")),
+    ],
+    ids=str,
+)
+def test_data_that_is_refused(data, words):
+    kept = dict(data)
+    with pytest.raises(ValueError) as caught:
+        from_dict(data)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert data == kept
+
+
+def checked(criterion, *, depth=4, classes=3, problem_type="single_label_classification", aux=()) -> None:
+    criterion.check(depth=depth, classes=classes, problem_type=problem_type, aux=aux)
+
+
+def test_fits_a_classifier():
+    for criterion in (FullDepth(), Entropy(threshold=[0.1, 0.2, 0.3]), Patience(patience=9), Margin(threshold=0.5)):
+        checked(criterion)
+    checked(QExit(q=0.5), aux=("halting",))
+    checked(QExit(q=0.5), aux=("halting",), problem_type="multi_label_classification")
+    checked(Patience(patience=1, tolerance=0.1), classes=1, problem_type="regression")
+
+
+@pytest.mark.parametrize(
+    ("criterion", "given", "words"),
+    [
+        (Entropy(threshold=[0.1, 0.2]), {}, ("threshold", "'entropy'", "each of the 3 exits before the last", "got 2")),
+        (Margin(threshold=[]), {}, ("threshold", "'margin'", "3 exits", "got 0")),
+        (Entropy(threshold=0.1), {"classes": 1}, ("'entropy'", "at least 2", "got 1")),
+        (Entropy(threshold=0.1), {"problem_type": "regression"}, ("'entropy'", "single_label", "'regression'")),
+        (Margin(threshold=0.1), {"problem_type": "multi_label_classification"}, ("'margin'", "'multi_label")),
+        (Patience(patience=1), {"problem_type": "multi_label_classification"}, ("'patience'", "'multi_label")),
+        (QExit(q=0.5), {}, ("'q_exit'", "'halting'", "none", "halting=True")),
+        (QExit(q=0.5), {"aux": ("uncertainty",)}, ("'q_exit'", "'halting'", "uncertainty")),
+        (
+            Patience(patience=1),
+            {"classes": 1, "problem_type": "regression"},
+            ("tolerance=None", "1 output", "give tol"),
+        ),
+        (Patience(patience=1, tolerance=0.1), {}, ("tolerance=0.1", "3 output", "leave tolerance out")),
+        (Patience(patience=1), {"problem_type": "regression"}, ("'patience'", "regression", "3 output")),
+    ],
+    ids=str,
+)
+def test_check_refuses(criterion, given, words):
+    with pytest.raises(ValueError) as caught:
+        checked(criterion, **given)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_the_threshold_of_each_layer():
+    criterion = Entropy(threshold=[0.1, 0.2, 0.3])
+    assert [criterion.params(layer)[0] for layer in (1, 2, 3)] == [0.1, 0.2, 0.3]
+    assert criterion.params(4)[0] in criterion.threshold
+
+
+@pytest.mark.parametrize("cls", [Entropy, MaxProbability, Margin])
+def test_a_model_of_one_layer_takes_an_empty_list(cls):
+    assert ee.replay(ee.ExitTrace(torch.randn(2, 1, 3)), cls(threshold=[]))[1].tolist() == [1, 1]
+
+
+def test_the_state_has_the_request_behind_each_number():
+    state = Patience(patience=1).new_state(5, torch.device("cpu"))
+    assert state.shape == (2, 5) and state.is_contiguous() and state.dtype == torch.float32
+    assert state[0].isnan().all() and (state[1] == 0).all()
+    assert QExit(q=0.5).new_state(2, torch.device("cpu")).tolist() == [[1.0, 1.0]]
+    assert Entropy(threshold=1).new_state(3, torch.device("cpu")).shape == (0, 3)

@@ -1,0 +1,172 @@
+"""Who may import whom, read from the source, and that the package imports where optional parts are missing."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from earlyexit_kernels.backends import available_backends
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "earlyexit_kernels"
+
+#: Room -> what it may import: other rooms of the package, and packages from outside the standard library.
+#: `*` is every room; `__init__` is the package's public face.
+MAY_IMPORT = {
+    "errors": "",
+    "types": "torch",
+    "backends": "errors torch triton",
+    "criteria": "backends torch",
+    "ops": "backends criteria torch",
+    "replay": "criteria ops types torch",
+    "heads": "types torch transformers",
+    "inputs": "torch",
+    "packing": "ops torch transformers",
+    "engine": "criteria errors heads ops packing types torch",
+    "backbones": "torch",
+    "objectives": "types torch",
+    "config": "criteria transformers",
+    "loading": "errors safetensors",
+    "model": "backbones backends config criteria engine errors heads inputs loading objectives packing types "
+    "safetensors torch transformers",
+    "convert": "backbones config criteria heads model torch transformers",
+    "predict": "model numpy torch",
+    "metrics": "numpy",
+    "timing": "numpy tqdm",
+    "sweep": "criteria metrics replay types numpy torch tqdm",
+    "report": "matplotlib numpy torch",
+    "toy": "tokenizers torch transformers",
+    "task_sources": "datasets",
+    "tasks": "task_sources toy torch",
+    "cli": "* __init__ numpy torch transformers",
+    "__init__": "* transformers",
+}
+#: Reads code from data, or talks to the network.
+NEVER = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "socket", "http", "urllib", "requests", "ftplib"}
+
+
+def sources() -> dict[str, Path]:
+    """Dotted module name without the package's -> file; the package itself is ``__init__``."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = sources()
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute dotted names a file imports, inside functions too; ``from a import b`` gives ``a.b``."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def targets(module: str) -> set[str]:
+    """What a module imports: modules of ours, ``__init__`` for the public face, ``outside:...`` for other packages."""
+    found = set()
+    for name in imports(MODULES[module]):
+        inside = name.removeprefix(PACKAGE + ".")
+        if name == PACKAGE:
+            found.add("__init__")
+        elif inside == name:
+            found.add("outside:" + name.split(".")[0])
+        else:
+            parts = inside.split(".")
+            known = [".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in MODULES]
+            found.add("_C" if parts[0] == "_C" else known[0] if known else "__init__")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_what_its_room_may(module):
+    room = room_of(module)
+    assert room in MAY_IMPORT, f"a new room {room!r}: say in MAY_IMPORT, and in CONTRIBUTING.md, what it may import"
+    allowed = set(MAY_IMPORT[room].split())
+    for target in targets(module):
+        if target.startswith("outside:"):
+            name = target.removeprefix("outside:")
+            assert name not in NEVER, f"{module} imports {name}"
+            assert name in sys.stdlib_module_names or name in allowed, f"{room} may not import {name} ({module})"
+        elif room_of(target) != room:
+            everything = "*" in allowed and target != "__init__"
+            assert everything or room_of(target) in allowed, f"{room} may not import {target} ({module})"
+
+
+def test_the_table_names_nothing_that_is_not_there():
+    rooms = {room_of(module) for module in MODULES}
+    assert set(MAY_IMPORT) <= rooms
+    named = {name for allowed in MAY_IMPORT.values() for name in allowed.split()}
+    used = {t.removeprefix("outside:") for m in MODULES for t in targets(m) if t.startswith("outside:")}
+    assert named - rooms - {"*"} <= used
+
+
+def test_no_cycles():
+    graph = {m: {t for t in targets(m) if t in MODULES and t != m} for m in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_every_package_from_outside_is_declared():
+    """In pyproject.toml, or required by transformers, which we declare."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    declared += [r for r in importlib.metadata.requires("transformers") or [] if "extra ==" not in r]
+    names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in declared}
+    outside = {t.removeprefix("outside:") for m in MODULES for t in targets(m) if t.startswith("outside:")}
+    assert {name for name in outside if name not in sys.stdlib_module_names} <= names
+
+
+#: Imports the package in a fresh process where {blocked} can't be imported; a socket or an unpickled name raises.
+PROGRAM = """
+import json, sys
+def watch(event, arguments):
+    assert event not in ("socket.connect", "socket.getaddrinfo", "pickle.find_class"), (event, arguments)
+sys.addaudithook(watch)
+for name in {blocked!r}:
+    sys.modules[name] = None
+import torch
+import earlyexit_kernels as ee
+from transformers import AutoConfig
+assert AutoConfig.for_model("early-exit").model_type == "early-exit"
+logits, exit_layer = ee.replay(ee.ExitTrace(torch.zeros(2, 3, 2)), ee.criteria.MaxProbability(threshold=0.5))
+print(json.dumps([ee.available_backends("cpu"), ee.available_backends("cuda"), exit_layer.tolist()]))
+"""
+
+
+#: What is blocked -> the back-end lost with it, and what its reason has to say.
+OPTIONAL = {
+    "triton": ("triton", ("triton can't be imported", "install triton")),
+    f"{PACKAGE}._C": ("cpp", ("isn't built", "make build")),
+}
+
+
+@pytest.mark.parametrize("blocked", OPTIONAL)
+def test_works_where_an_optional_part_is_missing(blocked):
+    code = PROGRAM.format(blocked=[blocked])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    on_cpu, on_cuda, exit_layer = json.loads(done.stdout.splitlines()[-1])
+    lost, words = OPTIONAL[blocked]
+    assert all(word in reasons[lost] for word in words for reasons in (on_cpu, on_cuda))
+    assert {**on_cpu, lost: ""} == {**available_backends("cpu"), lost: ""}
+    assert exit_layer == [1, 1]

@@ -1,0 +1,124 @@
+"""torch.library.opcheck on every op and back-end, and that an op changes what its schema declares and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from earlyexit_kernels.criteria import CRITERIA
+
+OPS = torch.ops.earlyexit_kernels
+N, C, H = 5, 3, 8
+
+
+def exit_step_arguments(source="logits", *, rows=4, grad=False, criterion="patience", layer=2, depth=2) -> tuple:
+    """Positional arguments of exit_step; patience 1 is in its second layer, so that all that is mutable changes."""
+    params, state = {
+        "patience": ([1.0, -1.0], [[0.0] * N, [0.0] * N]),
+        "q_exit": ([0.4], [[0.8] * N]),
+        "full_depth": ([], torch.zeros(0, N).tolist()),
+    }[criterion]
+    hidden = weight = bias = offsets = logits = None
+    if source == "logits":
+        logits = torch.randn(rows, C, requires_grad=grad)
+    else:
+        offsets = torch.arange(0, 2 * rows + 1, 2, dtype=torch.int32)
+        hidden = torch.randn(rows if source == "none" else 2 * rows, H, requires_grad=grad)
+        weight, bias = torch.randn(C, H, requires_grad=grad), torch.randn(C, requires_grad=grad)
+    aux = torch.rand(rows) if criterion == "q_exit" else None
+    row_ids, answers = torch.arange(rows, dtype=torch.int32), torch.zeros(N, C)
+    state = torch.tensor(state).reshape(-1, N)
+    exit_layer = torch.zeros(N, dtype=torch.int64)
+    inputs = (hidden, offsets, weight, bias, logits, aux)
+    pooling = "none" if source == "logits" else source
+    return *inputs, row_ids, state, answers, exit_layer, criterion, params, pooling, layer, depth
+
+
+def compact_arguments(rows=4) -> tuple:
+    row_ids = torch.arange(rows, dtype=torch.int32)
+    row_ids[::2] = -1
+    return row_ids, torch.arange(0, 2 * rows + 1, 2, dtype=torch.int32)
+
+
+def gather_arguments(rows=3, grad=False) -> tuple:
+    offsets = torch.arange(0, 2 * rows + 1, 2, dtype=torch.int32)
+    source = torch.arange(rows, dtype=torch.int32)
+    return torch.randn(2 * rows, H, requires_grad=grad), offsets, source, offsets.clone(), torch.zeros(2 * rows + 1, H)
+
+
+CASES = {
+    "logits": ("exit_step", lambda: exit_step_arguments()),
+    "logits_grad": ("exit_step", lambda: exit_step_arguments(grad=True)),
+    "logits_empty": ("exit_step", lambda: exit_step_arguments(rows=0)),
+    "first": ("exit_step", lambda: exit_step_arguments("first")),
+    "mean": ("exit_step", lambda: exit_step_arguments("mean", layer=1)),
+    "mean_grad": ("exit_step", lambda: exit_step_arguments("mean", grad=True)),
+    "mean_empty": ("exit_step", lambda: exit_step_arguments("mean", rows=0)),
+    "none": ("exit_step", lambda: exit_step_arguments("none", criterion="full_depth")),
+    "aux": ("exit_step", lambda: exit_step_arguments(criterion="q_exit", layer=1)),
+    "compact": ("compact", compact_arguments),
+    "compact_empty": ("compact", lambda: compact_arguments(0)),
+    "gather": ("gather_rows", gather_arguments),
+    "gather_grad": ("gather_rows", lambda: gather_arguments(grad=True)),
+    "gather_empty": ("gather_rows", lambda: gather_arguments(0)),
+}
+
+
+def op_of(name, backend):
+    return getattr(OPS, f"{name}_{backend}").default
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(backend, case):
+    name, arguments = CASES[case]
+    torch.library.opcheck(op_of(name, backend), arguments())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_changes_what_it_declares_and_nothing_else(backend, case):
+    name, arguments = CASES[case]
+    op, given = op_of(name, backend), arguments()
+    before = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in given]
+    returned = op(*given)
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    changed = {
+        argument.name
+        for argument, old, new in zip(op._schema.arguments, before, given, strict=True)
+        if isinstance(new, torch.Tensor) and not torch.equal(old, new.detach())
+    }
+    declared = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    assert changed <= declared
+    if case in ("logits", "first", "mean_grad", "gather"):
+        assert changed == declared
+    memory = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor) and x.numel()}
+    assert all(x.untyped_storage().data_ptr() not in memory for x in returned if x is not None and x.numel())
+
+
+def test_all_back_ends_share_one_schema():
+    for name in ("exit_step", "compact", "gather_rows"):
+        schemas = {str(op_of(name, backend)._schema).split("(", 1)[1] for backend in ("torch", "triton", "cpp")}
+        assert len(schemas) == 1
+
+
+def test_fake_tensors_give_the_real_shapes_and_dtypes(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for name, arguments in CASES.values():
+        real = op_of(name, backend)(*arguments())
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            given = [mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()]
+            fake = op_of(name, backend)(*given)
+        real, fake = (x if isinstance(x, tuple) else (x,) for x in (real, fake))
+        assert [describe(x) for x in real] == [describe(x) for x in fake]
+
+
+def describe(tensor):
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device.type)
+
+
+def test_an_unknown_criterion_is_refused(backend):
+    arguments = list(exit_step_arguments(criterion="full_depth"))
+    arguments[10] = "nonsense"
+    assert "nonsense" not in CRITERIA
+    with pytest.raises((ValueError, KeyError), match="nonsense"):
+        op_of("exit_step", backend)(*arguments)

@@ -1,0 +1,185 @@
+"""The contract of the three tables, and the budgets of files, functions and kernels."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import earlyexit_kernels as ee
+from earlyexit_kernels import backends, ops
+from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead, adapter_of
+from earlyexit_kernels.criteria import CRITERIA, Criterion, Entropy, FullDepth, Margin, MaxProbability, Patience, QExit
+from earlyexit_kernels.objectives import OBJECTIVES, objective_of
+from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc" / "criteria"
+ARXIV = re.compile(r"arXiv\s+(//\s*)?\d{4}\.\d{4,5}")
+#: One of each, for the contract; a new criterion adds its line.
+EXAMPLES = {
+    "full_depth": FullDepth(),
+    "entropy": Entropy(threshold=0.3),
+    "max_probability": MaxProbability(threshold=0.8),
+    "margin": Margin(threshold=0.5),
+    "patience": Patience(patience=2),
+    "q_exit": QExit(q=0.5),
+}
+STEP_ARGUMENTS = "z aux cols classes state rows live layer depth p0 p1".split()
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_has_all_its_parts(name):
+    cls = CRITERIA[name]
+    assert cls.name == name and issubclass(cls, Criterion)
+    assert cls.__name__ in ee.criteria.__all__ and getattr(ee.criteria, cls.__name__) is cls
+    assert cls.rule is not Criterion.rule, "no torch rule"
+    assert cls.needs is None or cls.needs in AUX_ACTIVATIONS
+    assert cls.tasks
+    if not backends._TRITON_MISSING:
+        assert list(inspect.signature(cls.triton_step.fn).parameters) == STEP_ARGUMENTS
+    assert inspect.getmodule(cls).__file__.endswith(f"{name}.py"), "one file per rule, named as in the table"
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_torch_rule_returns_what_it_says(name):
+    example = EXAMPLES[name]
+    rows, classes = 5, 3
+    state = example.new_state(rows, torch.device("cpu"))
+    aux = None if example.needs is None else torch.rand(rows)
+    z = torch.randn(rows, classes)
+    answer, leave, new_state = example.rule(z, aux, state, 1, 4, example.params(1))
+    assert answer.shape == (rows, classes) and answer.dtype == torch.float32
+    assert leave.shape == (rows,) and leave.dtype == torch.bool
+    assert new_state.shape == state.shape == (len(example.initial_state()), rows)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_has_its_functor(name):
+    header = (CSRC / f"{name}.h").read_text()
+    listed = (CSRC / "all.h").read_text()
+    assert f'#include "{name}.h"' in listed
+    (functor,) = re.findall(rf"X\({name}, (\w+)\)", listed)
+    assert f"struct {functor} " in header
+    said = dict(re.findall(r"static constexpr \w+ (needs_aux|param_count|state_width) = (\w+);", header))
+    example = EXAMPLES[name]
+    assert said == {
+        "needs_aux": "false" if example.needs is None else "true",
+        "param_count": str(len(example.params(1))),
+        "state_width": str(len(example.initial_state())),
+    }
+
+
+def test_the_lists_of_python_and_cpp_are_the_same():
+    listed = re.findall(r"X\((\w+), \w+\)", (CSRC / "all.h").read_text())
+    assert listed == list(CRITERIA) == list(EXAMPLES)
+    headers = {path.stem for path in CSRC.glob("*.h")} - {"all"}
+    assert headers == set(CRITERIA)
+    if not ee.available_backends("cpu")["cpp"]:
+        from earlyexit_kernels import _C
+
+        assert set(_C.criteria) == set(CRITERIA)
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "full_depth"])
+def test_a_criterion_names_its_source(name):
+    assert ARXIV.search(inspect.getmodule(CRITERIA[name]).__doc__)
+    assert ARXIV.search((CSRC / f"{name}.h").read_text())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_has_all_its_parts(name):
+    adapter = BACKBONES[name]
+    assert isinstance(adapter, BackboneAdapter) and adapter is adapter_of(name)
+    assert adapter.model_type == name
+    assert isinstance(adapter.head, StockHead)
+    assert all(callable(part) for part in (adapter.embed, adapter.layers, adapter.positions, adapter.longest))
+
+
+def test_an_unknown_backbone_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'t5'.*'albert', 'bert'"):
+        adapter_of("t5")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_a_loss_with_a_source(name):
+    objective = objective_of(name)
+    assert objective is OBJECTIVES[name]
+    assert list(inspect.signature(objective).parameters) == ["trace", "labels", "problem_type"]
+    assert objective.__doc__ and ARXIV.search(inspect.getmodule(objective).__doc__)
+    logits = torch.randn(4, 3, 2, requires_grad=True)
+    loss = objective(ExitTrace(logits), torch.tensor([0, 1, 1, 0]), "single_label_classification")
+    loss.backward()
+    assert loss.shape == () and (logits.grad.abs().sum(dim=(0, 2)) > 0).all(), "every exit learns"
+
+
+def test_an_unknown_objective_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got 'magic'"):
+        objective_of("magic")
+
+
+PUBLIC = [(ee, name) for name in ee.__all__] + [(ops, name) for name in ops.__all__]
+PUBLIC += [(ee.criteria, name) for name in ee.criteria.__all__]
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda v: getattr(v, "__name__", v))
+def test_what_is_public_has_a_docstring(module, name):
+    thing = getattr(module, name)
+    if not (inspect.isclass(thing) or inspect.isfunction(thing) or inspect.ismodule(thing)):
+        return
+    text = (vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__) or ""
+    assert len(text) > 20 and not text.startswith(f"{name}("), f"{name} has no docstring of its own"
+    if inspect.isclass(thing):
+        methods = {k: v for k, v in vars(thing).items() if not k.startswith("_") and inspect.isfunction(v)}
+        inherited = {k for base in thing.__mro__[1:] for k in vars(base)}
+        bare = [k for k, v in methods.items() if not v.__doc__ and k not in inherited]
+        assert not bare, f"{name}: methods without a docstring: {bare}"
+
+
+def files(*suffixes) -> list[Path]:
+    """Files of the project: hidden folders, environments and what a build leaves are none."""
+    built = re.compile(r"\..*|build|dist|.*\.egg-info")
+    found = [path.relative_to(ROOT) for suffix in suffixes for path in sorted(ROOT.rglob(f"*{suffix}"))]
+    return [path for path in found if not any(built.fullmatch(part) for part in path.parts[:-1])]
+
+
+def test_no_file_is_longer_than_400_lines():
+    sources = files(".py", ".h", ".cpp", ".cu", ".cuh")
+    lengths = {str(path): len((ROOT / path).read_text().splitlines()) for path in sources}
+    assert len(lengths) > 20
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
+def functions() -> list[tuple[Path, ast.FunctionDef]]:
+    found = []
+    for path in (ROOT / "earlyexit_kernels").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        found += [(path, n) for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return found
+
+
+def is_kernel(function) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == "jit" for d in function.decorator_list)
+
+
+def test_no_function_is_longer_than_60_lines_nor_a_kernel_than_90():
+    long = {
+        f"{path.relative_to(ROOT)}: {f.name}": f.end_lineno - f.lineno + 1
+        for path, f in functions()
+        if f.end_lineno - f.lineno + 1 > (90 if is_kernel(f) else 60)
+    }
+    assert long == {}
+
+
+def test_a_kernel_has_at_most_18_arguments_at_run_time():
+    kernels = {f.name: f for _, f in functions() if is_kernel(f)}
+    assert {"exit_step_kernel", "compact_kernel", "gather_rows_kernel"} <= set(kernels)
+    counted = {
+        name: sum("constexpr" not in ast.unparse(a.annotation) if a.annotation else True for a in f.args.args)
+        for name, f in kernels.items()
+    }
+    assert {name: count for name, count in counted.items() if count > 18} == {}

@@ -1,0 +1,133 @@
+"""Training through packed tokens: the loss and gradients of a padded reference that shares no code with the package."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, encoder_of, stock
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.objectives import objective_of
+
+LABELS = torch.tensor([2, 0, 1, 1])
+ACTIVATIONS = {"bert": torch.tanh, "roberta": torch.tanh, "albert": torch.tanh, "electra": F.gelu, "distilbert": F.relu}
+
+
+def padded_loss(base, heads, pooling, activation, batch):
+    """Joint loss over the stock encoder's padded hidden states, with the textbook's heads."""
+    hidden = encoder_of(base)(**batch, output_hidden_states=True).hidden_states[1:]
+    assert len(hidden) == DEPTH
+    mask = batch["attention_mask"][:, :, None]
+    loss = 0.0
+    for j, (states, out) in enumerate(zip(hidden, heads.out, strict=True), start=1):
+        x = (states * mask).sum(1) / mask.sum(1) if pooling == "mean" else states[:, 0]
+        if pooling is None:
+            x = activation(x @ heads.dense.weight.T + heads.dense.bias)
+        loss = loss + j * F.cross_entropy(x @ out.weight.T + out.bias, LABELS)
+    return loss / (DEPTH * (DEPTH + 1) / 2)
+
+
+def pair(family, pooling):
+    """Two early-exit models that share nothing, with equal random weights, and the stock model of the second."""
+    model = early_exit(family, dropout=0.0, pooling=pooling)
+    base = stock(family, dropout=0.0)
+    twin = ee.to_early_exit(base, pooling=pooling)
+    twin.load_state_dict(model.state_dict())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    return model.train(), twin.train(), base.train()
+
+
+@pytest.mark.parametrize("kind", ["right", "holes"])
+@pytest.mark.parametrize("pooling", [None, "first", "mean"])
+@pytest.mark.parametrize("family", ACTIVATIONS)
+def test_loss_and_gradients_equal_a_padded_reference(family, pooling, kind):
+    model, twin, base = pair(family, pooling)
+    batch = batch_for(model, kind)
+    loss = model(**batch, labels=LABELS).loss
+    expected = padded_loss(base, twin.heads, pooling, ACTIVATIONS[family], batch)
+    loss.backward()
+    expected.backward()
+    assert abs(loss - expected) < 1e-6
+    others = dict(twin.named_parameters())
+    largest = worst = 0.0
+    for name, parameter in model.named_parameters():
+        worst = max(worst, (parameter.grad - others[name].grad).abs().max().item())
+        largest = max(largest, others[name].grad.abs().max().item())
+    print(
+        f"{family} {pooling} {kind}: loss off by {abs(loss - expected):.1e}, gradients by {worst:.1e} of {largest:.2f}"
+    )
+    assert largest > 0.01 and worst < 2e-6
+
+
+def test_joint_weights_by_hand():
+    """Losses 1, .5 and .25 with weights 1/6, 2/6 and 3/6: .458333."""
+    wanted = [1.0, 0.5, 0.25]
+    logits = torch.tensor([[[0.0, math.log(math.expm1(loss))] for loss in wanted]] * 2)
+    assert torch.allclose(
+        F.cross_entropy(logits[0], torch.zeros(3, dtype=torch.long), reduction="none"), torch.tensor(wanted)
+    )
+    for method in ("joint", "pabee"):
+        objective = objective_of(method)
+        loss = objective(ee.ExitTrace(logits), torch.zeros(2, dtype=torch.long), "single_label_classification")
+        assert loss.item() == pytest.approx(0.458333, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        ("single_label_classification", LABELS),
+        ("regression", torch.tensor([0.1, -1.0, 2.0, 0.5])),
+        ("multi_label_classification", F.one_hot(LABELS, CLASSES).float()),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"pooling": "first"}, {"pooling": "mean"}, {"halting": True}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_gets_a_gradient(family, settings, problem_type, labels):
+    model = early_exit(
+        family, num_labels=1 if problem_type == "regression" else CLASSES, problem_type=problem_type, **settings
+    ).train()
+    model(**batch_for(model), labels=labels).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(head.weight.grad.abs().max() > 0 for head in model.heads.out)
+
+
+def test_criterion_does_not_touch_training():
+    model = early_exit(dropout=0.0).train()
+    batch = batch_for(model)
+    expected = model(**batch, labels=LABELS)
+    model.set_criterion(ee.criteria.Entropy(threshold=10.0))
+    out = model(**batch, labels=LABELS)
+    assert torch.equal(out.loss, expected.loss) and torch.equal(out.all_logits, expected.all_logits)
+    assert torch.equal(out.exit_layer, torch.full((4,), DEPTH))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_at_work_in_training_only(family):
+    model = early_exit(family, dropout=0.3)
+    batch = batch_for(model)
+    assert torch.equal(model(**batch).logits, model(**batch).logits)
+    model.train()
+    torch.manual_seed(1)
+    first = model(**batch).all_logits
+    assert not torch.equal(model(**batch).all_logits, first)
+    torch.manual_seed(1)
+    assert torch.equal(model(**batch).all_logits, first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_dropout_is_that_of_the_family(family):
+    """The RoBERTa family and ELECTRA drop out before the dense module too; with all dropped only biases remain."""
+    model = early_exit(family, dropout=0.0)
+    heads = model.heads.train()
+    twice = family in ("roberta", "electra", "xlm-roberta", "camembert")
+    assert heads.config.dropout_before_dense is twice
+    object.__setattr__(heads.config, "dropout", 1.0)
+    seen = []
+    heads.dense.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max().item()))
+    logits, _ = heads(2, torch.randn(6, 64), torch.tensor([0, 2, 6], dtype=torch.int32))
+    assert torch.equal(logits, heads.out[1].bias.expand(2, -1))
+    assert (seen[0] == 0.0) is twice
