@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 #: Batch sizes B for each class count C; at 150 a Triton program takes narrower slices of H. The interpreter, slow,
 #: gets fewer rows.
 SHAPES = {1: (0, 1, 7, 33), 2: (1, 7), 3: (0, 7, 33), 17: (1, 33), 150: (7,)}
-SMALL_SHAPES = {1: (1, 7), 2: (1,), 3: (0, 7), 17: (1,), 150: (7,)}
+SMALL_SHAPES = {1: (0, 7), 2: (1,), 3: (0, 7), 17: (1,), 150: (1,)}
 
 
 def grid(shapes, sources=SOURCES, dtypes=DTYPES) -> list[Case]:
@@ -103,7 +103,7 @@ def test_a_row_has_the_same_bits_in_any_company(backend, name, source):
     everyone = torch.arange(rows)
     together = finish(backend, name, batch.layers, everyone)
     assert len(set(together[1].tolist())) > 1 or name == "full_depth", "rows should leave at several layers"
-    for company in (everyone.flip(0), everyone[torch.randperm(rows)], everyone[::2], *everyone.split(1)):
+    for company in (everyone[torch.randperm(rows)], everyone[::2], *everyone.split(1)):
         answers, exit_layer = finish(backend, name, batch.layers, company)
         assert torch.equal(answers.nan_to_num(0.5), together[0][company].nan_to_num(0.5))
         assert torch.equal(exit_layer, together[1][company])

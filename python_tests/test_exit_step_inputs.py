@@ -170,3 +170,13 @@ def test_nothing_tracks_gradients(backend):
         given[name].requires_grad_()
     counts = exit_step(**given, backend=backend)
     assert not any(given[name].requires_grad for name in ("answers", "state")) and not counts.requires_grad
+
+
+def test_a_compiled_caller_gets_the_same(backend):
+    given = call(Entropy(threshold=0.9), row_ids=torch.tensor([2, -1, 0, 3], dtype=torch.int32))
+    again = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    compiled = torch.compile(lambda arguments: exit_step(**arguments, backend=backend) + 0, backend="aot_eager")
+    assert torch.equal(compiled(again), exit_step(**given, backend=backend))
+    for name in ("row_ids", "answers", "exit_layer"):
+        assert torch.equal(given[name], again[name])
+    assert 0 < int((given["row_ids"] >= 0).sum()) < 3, "some of the rows should leave"

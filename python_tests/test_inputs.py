@@ -62,15 +62,12 @@ def test_all_padding_row_is_finite_and_alone(family, pooling):
         ({"input_ids": torch.tensor([[5, 120]])}, r"expected ids in \[0, 119\], got 120"),
         ({"attention_mask": torch.ones(2, 6)}, r"attention_mask: expected the shape .*\[2, 5\], got \[2, 6\]"),
         ({"attention_mask": torch.ones(1, 5)}, r"attention_mask: expected the shape .*\[2, 5\], got \[1, 5\]"),
-        (
-            {"token_type_ids": torch.zeros(2, 5)},
-            r"token_type_ids: expected integers of shape \[2, 5\], got torch.float32",
-        ),
-        ({"token_type_ids": torch.zeros(2, 4, dtype=torch.long)}, r"token_type_ids: .*got torch.int64 \[2, 4\]"),
-        ({"token_type_ids": torch.full((2, 5), 2)}, r"token_type_ids: .*got 2"),
-        ({"position_ids": torch.zeros(3, 5, dtype=torch.long)}, r"position_ids: .*got torch.int64 \[3, 5\]"),
-        ({"position_ids": torch.full((2, 5), 70)}, r"position_ids: .*got 70"),
-        ({"position_ids": torch.full((2, 5), -1)}, r"position_ids: .*got -1"),
+        ({"token_type_ids": torch.zeros(2, 5)}, "token_type_ids: expected integers.*got torch.float32"),
+        ({"token_type_ids": torch.zeros(2, 4, dtype=torch.long)}, r"token_type_ids: expected .*got .*\[2, 4\]"),
+        ({"token_type_ids": torch.full((2, 5), 2)}, r"token_type_ids: expected .*\[0, 1\], got 2"),
+        ({"position_ids": torch.zeros(3, 5, dtype=torch.long)}, r"position_ids: expected .*got .*\[3, 5\]"),
+        ({"position_ids": torch.full((2, 5), 70)}, r"position_ids: expected .*\[0, 69\], got 70"),
+        ({"position_ids": torch.full((2, 5), -1)}, r"position_ids: expected .*got -1"),
     ],
 )
 def test_wrong_input_is_named(inputs, message):

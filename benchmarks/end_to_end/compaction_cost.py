@@ -40,7 +40,8 @@ def measure(width: int, rows: int, length: int, repeats: int = 15) -> dict[str, 
     tokens = int(batch.offsets[-1])
     hidden = torch.randn(1, tokens, width)
     plan = plan_attention(batch, hidden.dtype)
-    left = PackedBatch(None, batch.offsets, torch.cat((torch.tensor([-1], dtype=torch.int32), batch.row_ids[1:])), batch.lengths)
+    left = PackedBatch(None, batch.offsets, batch.row_ids.clone(), batch.lengths)
+    left.row_ids[0] = -1
     kept = tokens - batch.lengths[0]
 
     def compaction() -> None:

@@ -23,12 +23,14 @@ from transformers import (
 )
 
 from earlyexit_kernels.convert import to_early_exit
+from earlyexit_kernels.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.report import markdown_table
 from earlyexit_kernels.sweep import collect_trace, truncations
 from earlyexit_kernels.task_sources import Split
 from earlyexit_kernels.tasks import TASK_NAMES, Task, encode, holdout, load_task
 
 RECIPE_FILE = "earlyexit_task.json"
+WEIGHT_DECAY = 0.01
 POOLINGS = {"family": None, "first": "first", "mean": "mean"}
 
 
@@ -88,11 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, type=Path, help="folder to save in")
     add("--method", default="joint", help="training method (default: %(default)s)")
     add("--pooling", choices=sorted(POOLINGS), default="family", help="what exits read (family: the stock head)")
-    add("--halting", action="store_true", help="add halting outputs to the exits")
+    add("--halting", action="store_true", help="add halting outputs ('joint' doesn't train them)")
     add("--train-rows", type=int, default=None, help="rows to train on (default: all that aren't held out)")
     add("--holdout", type=int, default=1000, help="train rows kept for tuning thresholds (default: %(default)s)")
     add("--epochs", type=float, default=3.0, help="(default: %(default)s)")
-    add("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s)")
+    add("--lr", type=float, default=5e-5, help="peak learning rate of the encoder (default: %(default)s)")
+    add("--head-lr", type=float, default=1e-3, help="peak learning rate of the fresh exits (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="(default: %(default)s)")
     add("--max-length", type=int, default=128, help="tokens a row is cut to (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -115,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         args=training_arguments(args.output, args.seed, args.epochs, args.lr, args.batch_size),
         train_dataset=encode(train_split, tokenizer, max_length=recipe.max_length),
         data_collator=collate,
+        optimizers=(two_rate_optimizer(model, args.lr, args.head_lr), None),
     )
     trainer.train()
     evaluation = encode(task.split(recipe.evaluation_split), tokenizer, max_length=recipe.max_length)
@@ -166,6 +170,12 @@ def load_base(name: str, task: Task) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def two_rate_optimizer(model: EarlyExitForSequenceClassification, lr: float, head_lr: float) -> torch.optim.Optimizer:
+    """AdamW in which the exits, which start from nothing, learn faster than the pretrained encoder."""
+    groups = [{"params": model.backbone.parameters(), "lr": lr}, {"params": model.heads.parameters(), "lr": head_lr}]
+    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+
+
 def training_arguments(
     output: Path, seed: int, epochs: float, lr: float, batch_size: int, **others: Any
 ) -> TrainingArguments:
@@ -176,7 +186,7 @@ def training_arguments(
         learning_rate=lr,
         per_device_train_batch_size=batch_size,
         warmup_steps=0.1,
-        weight_decay=0.01,
+        weight_decay=WEIGHT_DECAY,
         seed=seed,
         save_strategy="no",
         logging_strategy="no",

@@ -74,9 +74,7 @@ class Patience(Criterion):
         regression = problem_type == "regression"
         if regression == (self.tolerance is None) or regression != (classes == 1):
             cure = "give tolerance=..., for one output" if regression else "leave tolerance out, for several classes"
-            raise ValueError(
-                f"criterion 'patience' with tolerance={self.tolerance} on {problem_type} with {classes} output(s): {cure}"
-            )
+            raise ValueError(f"Patience(tolerance={self.tolerance}) on {problem_type} with {classes} output(s): {cure}")
 
     @staticmethod
     def rule(
