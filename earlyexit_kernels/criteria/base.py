@@ -130,6 +130,20 @@ def threshold_at(threshold: Any, layer: int) -> float:
     return (*threshold[:layer], 0.0)[min(layer, len(threshold)) - 1]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbabilityThreshold(Criterion):
+    """What the rules share that compare a number in [0, 1] with a threshold, or with one for each exit."""
+
+    threshold: Threshold
+
+    def __post_init__(self) -> None:
+        checked = checked_threshold(type(self).__name__, self.threshold, low=0.0, high=1.0)
+        object.__setattr__(self, "threshold", checked)
+
+    def params(self, layer: int) -> list[float]:
+        return [threshold_at(self.threshold, layer)]
+
+
 def shifted(z: Tensor) -> Tensor:
     """``z - max z`` over the classes, with the maximum itself at 0 even where it is +inf; ``[B, C]``."""
     top = z.max(dim=-1, keepdim=True).values

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import Criterion, Threshold, checked_threshold, softmax, threshold_at
+from earlyexit_kernels.criteria.base import ProbabilityThreshold, softmax
 from earlyexit_kernels.criteria.softmax_step import argmax_lowest, shifted_exp
 
 
@@ -26,7 +26,7 @@ def margin_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Margin(Criterion):
+class Margin(ProbabilityThreshold):
     """Leave where the two largest class probabilities are far enough apart.
 
     Args:
@@ -36,15 +36,8 @@ class Margin(Criterion):
         ValueError: a threshold is NaN or out of range.
     """
 
-    threshold: Threshold
     name: ClassVar[str] = "margin"
     triton_step: ClassVar = margin_step
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", checked_threshold("Margin", self.threshold, low=0.0, high=1.0))
-
-    def params(self, layer: int) -> list[float]:
-        return [threshold_at(self.threshold, layer)]
 
     @staticmethod
     def rule(

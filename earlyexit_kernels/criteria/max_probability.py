@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import Criterion, Threshold, checked_threshold, softmax, threshold_at
+from earlyexit_kernels.criteria.base import ProbabilityThreshold, softmax
 from earlyexit_kernels.criteria.softmax_step import shifted_exp
 
 
@@ -24,7 +24,7 @@ def max_probability_step(z, aux, cols, classes, state, rows, live, layer, depth,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaxProbability(Criterion):
+class MaxProbability(ProbabilityThreshold):
     """Leave where the largest class probability reaches a threshold.
 
     Args:
@@ -34,16 +34,8 @@ class MaxProbability(Criterion):
         ValueError: a threshold is NaN or out of range.
     """
 
-    threshold: Threshold
     name: ClassVar[str] = "max_probability"
     triton_step: ClassVar = max_probability_step
-
-    def __post_init__(self) -> None:
-        checked = checked_threshold("MaxProbability", self.threshold, low=0.0, high=1.0)
-        object.__setattr__(self, "threshold", checked)
-
-    def params(self, layer: int) -> list[float]:
-        return [threshold_at(self.threshold, layer)]
 
     @staticmethod
     def rule(
