@@ -18,6 +18,7 @@ inline const char* given(const std::optional<at::Tensor>& tensor) { return tenso
 
 inline std::string dtype_name(at::ScalarType dtype) {
   switch (dtype) {
+    case at::kDouble: return "float64";
     case at::kFloat: return "float32";
     case at::kHalf: return "float16";
     case at::kBFloat16: return "bfloat16";

@@ -6,7 +6,6 @@ interpreter (``TRITON_INTERPRET=1`` set before the first import). `cpp` is the c
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import logging
@@ -97,14 +96,10 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     return {name: why(kind) for name, why in _WHY_NOT.items()}
 
 
-def check_backend_name(backend: str) -> str:
-    """Return `backend` if it is a known name or ``"auto"``, else raise ValueError."""
-    if backend not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
-    return backend
+_CHOICES: dict[tuple[str, str], str] = {}
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def resolve(backend: str, device: str) -> str:
     """Choose the back-end for tensors of one kind of device.
 
@@ -116,7 +111,14 @@ def resolve(backend: str, device: str) -> str:
         ValueError: an unknown name.
         BackendUnavailableError: a back-end asked for by name can't run here.
     """
-    check_backend_name(backend)
+    if (backend, device) not in _CHOICES:
+        _CHOICES[backend, device] = _choose(backend, device)
+    return _CHOICES[backend, device]
+
+
+def _choose(backend: str, device: str) -> str:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
     if backend != "auto":
         reason = _WHY_NOT[backend](device)
         if reason:

@@ -25,6 +25,13 @@ def replay(trace: ExitTrace, criterion: Criterion | None, *, backend: str = "aut
     Raises:
         ValueError: the trace lacks what the criterion needs, or the criterion has no meaning on its shape.
     """
+    if criterion is not None and not isinstance(criterion, Criterion):
+        raise ValueError(f"replay: expected one of earlyexit_kernels.criteria or None, got {criterion!r}")
+    wrong = {name: list(aux.shape) for name, aux in trace.aux.items() if aux.shape != trace.logits.shape[:2]}
+    if trace.logits.dim() != 3 or wrong:
+        raise ValueError(
+            f"replay: expected trace.logits [N, L, C] and aux [N, L], got {list(trace.logits.shape)} and aux {wrong}"
+        )
     rule = FullDepth() if criterion is None else criterion
     rows, depth, classes = trace.logits.shape
     problem_type = "regression" if classes == 1 else "single_label_classification"

@@ -5,14 +5,18 @@ python ddp_worker.py FOLDER RANK WORLD; the test itself runs `steps` on the whol
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import CLASSES, batch_for, early_exit
+import transformers as tf
+from models import CLASSES, batch_for, early_exit, ragged, rows_of, tokenizer
 from torch.nn.parallel import DistributedDataParallel
+
+import earlyexit_kernels as ee
 
 CASES = {
     "bert": {},
@@ -47,9 +51,31 @@ def steps(case: str, rank: int, world: int) -> dict:
     return {"gradients": gradients, "losses": losses, "state": model.state_dict()}
 
 
+def data_set() -> list:
+    """Eleven rows, which two processes with batches of three can't share evenly."""
+    return rows_of(ragged(lengths=[9, 4, 6, 9, 3, 9, 8, 5, 7, 2, 9]), torch.arange(11) % CLASSES)
+
+
+def predictions(folder: Path) -> dict:
+    """What `predict_with_exits` returns here, for a Trainer that spreads its batches over the processes."""
+    args = tf.TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", per_device_eval_batch_size=3, ddp_backend="gloo"
+    )
+    run = tf.Trainer(
+        model=early_exit(criterion=ee.criteria.Patience(patience=1)), args=args, processing_class=tokenizer()
+    )
+    assert run.args.world_size == dist.get_world_size()
+    got = ee.predict_with_exits(run, data_set())
+    return {name: torch.from_numpy(getattr(got, name)) for name in ("logits", "exit_layer", "layers_run", "labels")}
+
+
 def main(folder: Path, rank: int, world: int) -> None:
+    # accelerate looks for these, and then takes the group that is there: the address is never used
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
-    torch.save({case: steps(case, rank, world) for case in CASES}, folder / f"rank{rank}.pt")
+    results = {case: steps(case, rank, world) for case in CASES}
+    torch.save({**results, "predictions": predictions(folder)}, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Two processes on half a batch each train as one process on all of it, every parameter used."""
+"""Two processes on half of the work each train and predict as one process on all of it, every parameter used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import ddp_worker
 import pytest
 import torch
-from models import python_environment
+from models import early_exit, python_environment
+
+import earlyexit_kernels as ee
 
 WORLD = 2
 
@@ -52,3 +54,15 @@ def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
     assert any(gradient.abs().max() > 1e-3 for gradient in alone["gradients"][0].values())
     for name, value in alone["state"].items():
         assert (ranks[0][case]["state"][name] - value).abs().max() < 1e-6, name
+
+
+def test_predictions_are_of_the_whole_data_set(ranks):
+    """Every process gets all rows, in the order of the data set and none twice."""
+    model = early_exit(criterion=ee.criteria.Patience(patience=1))
+    expected = ee.predict_with_exits(model, ddp_worker.data_set())
+    for rank in ranks:
+        got = rank["predictions"]
+        assert len(got["exit_layer"]) == 11
+        for name in ("exit_layer", "layers_run", "labels"):
+            assert (got[name].numpy() == getattr(expected, name)).all(), name
+        assert abs(got["logits"].numpy() - expected.logits).max() < 1e-5

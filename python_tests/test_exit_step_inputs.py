@@ -36,7 +36,7 @@ def head(dtype=torch.float32, tokens=B, classes=C) -> dict:
 REFUSED = {
     "both": (lambda: call(hidden=torch.randn(B, H)), ("either hidden", "or logits", "got both or neither")),
     "neither": (lambda: call(logits=None), ("either hidden", "or logits", "got both or neither")),
-    "no_weight": (lambda: call(**{**head(), "weight": None}), ("weight [C, H] and bias [C]", "hidden", "got None")),
+    "no_weight": (lambda: call(**{**head(), "weight": None}), ("weight [C, H] and bias [C]", "hidden")),
     "pooling": (lambda: call(pooling="max"), ("pooling", "('first', 'mean', 'none')", "got 'max'")),
     "no_aux": (lambda: call(QExit(q=0.5)), ("aux [B]", "halting", "'q_exit'", "got None")),
     "aux": (lambda: call(QExit(q=0.5), aux=torch.rand(B + 1)), ("aux", "[4]", "got [5]")),

@@ -150,7 +150,17 @@ def test_trace_of_a_half_precision_model_is_float32(halting, pooling):
     criteria = [varied_entropy(trace), ee.criteria.Patience(patience=1)]
     for criterion in criteria + [ee.criteria.QExit(q=0.6)] * halting:
         model.set_criterion(criterion)
-        assert torch.equal(model(**batch).exit_layer, ee.replay(trace, criterion)[1])
+        out, (logits, exit_layer) = model(**batch), ee.replay(trace, criterion)
+        assert torch.equal(out.exit_layer, exit_layer)
+        assert (out.logits.float() - logits).abs().max() < 1e-4, "the same products, rounded nowhere in between"
+
+
+def test_trace_of_no_rows_joins_the_others():
+    model, batch = early_exit().to(torch.bfloat16), ragged()
+    none = model.trace(**{name: value[:0] for name, value in batch.items()})
+    some = model.trace(**batch)
+    assert none.logits.dtype == some.logits.dtype
+    assert torch.equal(ee.ExitTrace.cat([some, none]).logits, some.logits)
 
 
 def test_predict_with_exits_on_a_model():

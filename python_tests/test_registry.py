@@ -166,13 +166,19 @@ def is_kernel(function) -> bool:
     return any(isinstance(d, ast.Name) and d.id == "jit" for d in function.decorator_list)
 
 
+def code_lines(function) -> int:
+    """Length of a function without its docstring, which says as much as it has to."""
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)
+
+
 def test_no_function_is_longer_than_60_lines_nor_a_kernel_than_90():
-    long = {
-        f"{path.relative_to(ROOT)}: {f.name}": f.end_lineno - f.lineno + 1
-        for path, f in functions()
-        if f.end_lineno - f.lineno + 1 > (90 if is_kernel(f) else 60)
+    lengths = {
+        (str(path.relative_to(ROOT)), f.name, 90 if is_kernel(f) else 60): code_lines(f) for path, f in functions()
     }
-    assert long == {}
+    assert len(lengths) > 100
+    assert {where: lines for where, lines in lengths.items() if lines > where[2]} == {}
 
 
 def test_a_kernel_has_at_most_18_arguments_at_run_time():

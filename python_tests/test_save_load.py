@@ -97,6 +97,12 @@ def test_another_dtype_is_taken_on_request(saved, load):
     assert (got.float() - expected).abs().max() < 0.15
 
 
+def test_config_of_a_live_model_is_accepted(saved, load):
+    model = load(saved)
+    again = load(saved, config=model.config)
+    assert torch.equal(again(**ragged()).logits, model(**ragged()).logits)
+
+
 def test_shards(tmp_path, load):
     model = early_exit()
     model.save_pretrained(tmp_path, max_shard_size="100KB")

@@ -28,9 +28,7 @@ POINTERS = {
     "answers": "*fp32",
     "exit_layer": "*i64",
 }
-SCALARS = {"p0": "fp32", "p1": "fp32"} | dict.fromkeys(
-    ("rows", "width", "classes", "layer", "depth", "present"), "i32"
-)
+SCALARS = {"p0": "fp32", "p1": "fp32"} | dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present"), "i32")
 
 
 def compile_for_sm90(kernel, constants):

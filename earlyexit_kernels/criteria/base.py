@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
@@ -108,11 +109,10 @@ class Criterion:
 
 def checked_number(criterion: str, argument: str, value: Any, *, low: float, high: float = math.inf) -> float:
     """`value` as a float if it is a finite number in ``[low, high]``, else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -FINITE <= value <= FINITE:
-        raise ValueError(f"{criterion}({argument}=...): expected a finite number, got {value!r}")
-    if not low <= value <= high:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not max(low, -FINITE) <= value <= min(high, FINITE):
         allowed = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{criterion}({argument}=...): expected a number {allowed}, got {value!r}")
+        raise ValueError(f"{criterion}({argument}=...): expected a finite number {allowed}, got {value!r}")
     return float(value)
 
 

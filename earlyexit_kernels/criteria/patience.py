@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch import Tensor
 from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.criteria.base import Criterion, checked_number, lowest_argmax
 from earlyexit_kernels.criteria.softmax_step import argmax_lowest
+
+#: Agreements are counted in float32, which holds whole numbers up to here.
+MOST_PATIENCE = 2**24
 
 
 @jit
@@ -52,11 +56,14 @@ class Patience(Criterion):
     triton_step: ClassVar = patience_step
 
     def __post_init__(self) -> None:
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
+        patience: Any = self.patience
+        whole = isinstance(patience, numbers.Integral) and not isinstance(patience, bool)
+        if not whole or not 1 <= patience <= MOST_PATIENCE:
             raise ValueError(
-                f"Patience(patience=...): expected a whole number >= 1, got {self.patience!r} "
+                f"Patience(patience=...): expected a whole number in [1, {MOST_PATIENCE}], got {patience!r} "
                 "(criterion=None runs all layers)"
             )
+        object.__setattr__(self, "patience", int(patience))
         if self.tolerance is not None:
             tolerance = checked_number("Patience", "tolerance", self.tolerance, low=0.0)
             if tolerance == 0.0:

@@ -13,6 +13,38 @@ INT32 = (torch.int32,)
 INT64 = (torch.int64,)
 
 
+def check_rows(
+    op: str, row_ids: Tensor, offsets: Tensor | None, *, requests: int, tokens: int | None, pools: bool
+) -> None:
+    """Raise ValueError where a row present lies outside of the request, or has no token to pool.
+
+    For CPU tensors: looking costs a synchronisation elsewhere. The compiled op looks itself.
+
+    Args:
+        op: for the message.
+        row_ids: ``[B]``.
+        offsets: ``[B + 1]`` or None.
+        requests: N.
+        tokens: T, or None where the offsets belong to no buffer.
+        pools: the op reads tokens through the offsets.
+    """
+    if not row_ids.numel():
+        return
+    if int(row_ids.max()) >= requests:
+        raise ValueError(f"{op}: expected row_ids below the {requests} rows of answers, got {int(row_ids.max())}")
+    if offsets is None:
+        return
+    lengths = offsets.diff()
+    end = int(offsets[-1])
+    if int(offsets[0]) < 0 or int(lengths.min()) < 0 or (tokens is not None and end > tokens):
+        raise ValueError(
+            f"{op}: expected offsets that never decrease, from 0 or above to at most {tokens} tokens, got "
+            f"{int(offsets[0])} to {end} with steps down to {int(lengths.min())}; pass cumulative lengths"
+        )
+    if pools and bool(((row_ids >= 0) & (lengths == 0)).any()):
+        raise ValueError(f"{op}: expected a token in every row present, got an empty one; set its row id to -1")
+
+
 def check_tensor(
     op: str,
     name: str,

@@ -181,5 +181,7 @@ def gather_rows(
     check_tensor("gather_rows", "offsets", offsets, (None,), INT32, device=device)
     check_tensor("gather_rows", "source", source, (None,), INT32, device=device)
     check_tensor("gather_rows", "new_offsets", new_offsets, (source.shape[0] + 1,), INT32, device=device)
+    if out.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr() and out.numel():
+        raise ValueError("gather_rows: expected out to share no memory with hidden; pass a second buffer")
     op = _GATHER_ROWS[resolve(backend, hidden.device.type)]
     op(hidden.contiguous(), offsets.contiguous(), source.contiguous(), new_offsets.contiguous(), out)

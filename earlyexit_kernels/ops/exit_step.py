@@ -13,7 +13,7 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import jit, resolve, tl
 from earlyexit_kernels.criteria import CRITERIA, Criterion
-from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, INT32, INT64, check_tensor
+from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, INT32, INT64, check_rows, check_tensor
 from earlyexit_kernels.ops.schema import EXIT_STEP, define
 
 POOLINGS = ("first", "mean", "none")
@@ -266,7 +266,7 @@ def exit_step(
         criterion: the rule; its numbers for this layer are `criterion.params(layer)`.
         layer, depth: 1-based layer and number of layers; at `depth` every row leaves.
         row_ids: ``[B]`` int32, the request row of each row present, -1 for a row that has left. **Changed**: -1 is
-            written where a row leaves.
+            written where a row leaves. On CUDA ids and offsets are trusted, since looking would cost a synchronisation.
         state: ``[K, N]`` float32 from `criterion.new_state`. **Changed.**
         answers: ``[N, C]`` float32, by request row. **Changed** for the rows that leave.
         exit_layer: ``[N]`` int64, by request row. **Changed** likewise.
@@ -304,8 +304,12 @@ def exit_step(
         aux,
         pooling,
     )
-    op = _EXIT_STEP[resolve(backend, row_ids.device.type)]
-    return op(
+    backend = resolve(backend, row_ids.device.type)
+    if backend != "cpp" and row_ids.device.type == "cpu":
+        pools = hidden is not None and pooling != "none"
+        tokens = hidden.shape[0] if hidden is not None and pools else None
+        check_rows("exit_step", row_ids, offsets, requests=answers.shape[0], tokens=tokens, pools=pools)
+    return _EXIT_STEP[backend](
         None if hidden is None else hidden.contiguous(),
         None if offsets is None else offsets.contiguous(),
         None if weight is None else weight.contiguous(),
@@ -329,8 +333,8 @@ def _check(
 ) -> None:
     if (hidden is None) == (logits is None):
         raise ValueError("exit_step: expected either hidden (with weight and bias) or logits, got both or neither")
-    if hidden is not None and (weight is None or bias is None):
-        raise ValueError("exit_step: expected weight [C, H] and bias [C] beside hidden, got None")
+    if (hidden is None) != (weight is None) or (hidden is None) != (bias is None):
+        raise ValueError("exit_step: expected weight [C, H] and bias [C] beside hidden, and neither beside logits")
     if not 1 <= layer <= depth:
         raise ValueError(f"exit_step: expected 1 <= layer <= depth, got layer {layer} of {depth}; layers count from 1")
     if pooling not in POOLINGS:
