@@ -37,13 +37,14 @@ def wall_clock() -> str:
             (
                 record["case"],
                 f"{record['layer_rows']:.2f}",
+                f"{record['tokens']:.2f}",
                 f"{record['ratio']:.3f} ({record['ratio_low']:.3f} to {record['ratio_high']:.3f})",
                 "" if record["goal"] is None else f"{record['goal']:.2f}",
                 f"{record['median_ms']:.1f}",
             )
             for record in document["records"]
         ]
-        header = ("case", "layer-rows run", "time / plain model", "goal", "ms")
+        header = ("case", "layer-rows run", "tokens in the padded batch", "time / plain model", "goal", "ms")
         parts.append(f"{_machine(document['environment'])}:\n\n{markdown_table(header, rows)}")
     return "\n\n".join(parts)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.heads import ExitHeads
-from earlyexit_kernels.ops import exit_step
+from earlyexit_kernels.ops import exit_step_op
 from earlyexit_kernels.packing import PackedBatch, plan_attention, shrink
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitOutput, ExitTrace
 
@@ -26,7 +26,7 @@ COMPACTIONS = ("auto", "always", "never")
 
 #: Moving one hidden value costs about as much as this many multiply-adds of a layer's matrix products; measured on two
 #: cores of an AVX-512 server by benchmarks/end_to_end/compaction_cost.py.
-MACS_PER_MOVED_VALUE = 20
+MACS_PER_MOVED_VALUE = 60
 #: The fixed price of a compaction (three ops, a new attention plan) in the same unit.
 MACS_PER_COMPACTION = 10_000_000
 
@@ -86,6 +86,7 @@ def run(
     """
     rows, depth, device = batch.row_ids.shape[0], len(layers), hidden.device
     state = criterion.new_state(rows, device)
+    decide = exit_step_op(settings.backend, device.type)
     answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
     exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
     invalid = [0] * depth
@@ -99,26 +100,17 @@ def run(
         if settings.all_exits:
             logits, aux = heads(layer, hidden[0], batch.offsets)
             collected.append((logits, aux))
-            source: dict[str, Any] = {"logits": logits.detach()}
+            source: tuple[Tensor | None, ...] = (None, batch.offsets, None, None, logits.detach())
+            pooling = "none"
         else:
             fused = heads.fused(layer, hidden[0], batch.offsets)
-            aux = fused.aux
-            source = {"hidden": fused.hidden, "weight": fused.weight, "bias": fused.bias, "pooling": fused.pooling}
+            aux, pooling = fused.aux, fused.pooling
+            source = (fused.hidden, batch.offsets, fused.weight, fused.bias, None)
         if not due:
             continue
-        counts = exit_step(
-            criterion=criterion,
-            layer=layer,
-            depth=depth,
-            row_ids=batch.row_ids,
-            state=state,
-            answers=answers,
-            exit_layer=exit_layer,
-            offsets=batch.offsets,
-            aux=None if criterion.needs is None else read_aux(aux[criterion.needs].detach(), criterion.needs),
-            backend=settings.backend,
-            **source,
-        )
+        scalar = None if criterion.needs is None else read_aux(aux[criterion.needs].detach(), criterion.needs)
+        memory = (batch.row_ids, state, answers, exit_layer)
+        counts = decide(*source, scalar, *memory, criterion.name, criterion.params(layer), pooling, layer, depth)
         live, tokens, invalid[layer - 1] = counts.tolist()
         if invalid[layer - 1] and settings.strict:
             raise InvalidLogitsError(_invalid_message(invalid[layer - 1], layer, depth))

@@ -101,14 +101,17 @@ class ExitHeads(nn.Module):
         out: Any = self.out[layer - 1]
         if self.dense is None and self.halting is None:
             assert self.config.pooling is not None
-            return FusedExit(hidden.to(out.weight.dtype), self.config.pooling, out.weight, out.bias, {})
+            return FusedExit(hidden.to(out.weight.dtype), self.config.pooling, out.weight.contiguous(), out.bias, {})
         features = self._features(self._pool(hidden, offsets))
-        return FusedExit(features.to(out.weight.dtype), "none", out.weight, out.bias, self._aux(layer, features))
+        return FusedExit(
+            features.to(out.weight.dtype), "none", out.weight.contiguous(), out.bias, self._aux(layer, features)
+        )
 
     def _pool(self, hidden: Tensor, offsets: Tensor) -> Tensor:
         if self.config.pooling == "mean":
             mean = torch.segment_reduce(hidden.float(), "mean", offsets=offsets.long(), axis=0)
-            return mean.to(hidden.dtype)
+            linear_follows = self.dense is None and self.halting is None
+            return mean if linear_follows and not self.training else mean.to(hidden.dtype)
         return hidden.index_select(0, offsets[:-1])
 
     def _features(self, pooled: Tensor) -> Tensor:

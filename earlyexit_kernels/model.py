@@ -151,7 +151,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> EarlyExitOutput | tuple[Tensor, ...]:
-        """Classify a batch.
+        """Classify a batch. Gradients flow in train mode only.
 
         Args:
             input_ids: ``[N, S]`` integers.
@@ -268,7 +268,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         classes = self.config.num_labels
         exits = torch.zeros(0, dtype=torch.int64, device=device)
         aux = {n: torch.zeros(0, self.depth, device=device) for n in self.heads.aux_names}
-        trace = ExitTrace(torch.zeros(0, self.depth, classes, device=device, dtype=self.dtype), aux)
+        dtype = self.dtype if self.training else torch.float32
+        trace = ExitTrace(torch.zeros(0, self.depth, classes, device=device, dtype=dtype), aux)
         logits = torch.zeros(0, classes, device=device)
         return ExitOutput(logits, exits, exits.clone(), (0,) * self.depth, trace if all_exits else None)
 

@@ -50,38 +50,50 @@ def predict_with_exits(
         batch_size: of a bare model.
         collate_fn: of a bare model; default: pad on the right with the backbone's pad token.
 
+    Returns:
+        The predictions of the whole data set, in every process where a Trainer runs several.
+
     Raises:
         TypeError: neither an early-exit model nor a Trainer around one.
     """
-    model = getattr(model_or_trainer, "model", model_or_trainer)
+    is_trainer = hasattr(model_or_trainer, "get_test_dataloader")
+    model = model_or_trainer.model if is_trainer else model_or_trainer
     if not isinstance(model, EarlyExitForSequenceClassification):
         raise TypeError(
             "predict_with_exits: expected an early-exit model or a Trainer of one, got "
             f"{type(model_or_trainer).__name__}"
         )
     loader: Any
-    if model is model_or_trainer:
+    gather: Callable[[Any], Any] = _as_they_are
+    if not is_trainer:
         pad = model.config.backbone_config.pad_token_id or 0
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or _PadRight(pad))
     else:
         loader = model_or_trainer.get_test_dataloader(dataset)
+        gather = model_or_trainer.accelerator.gather_for_metrics
     was_training = model.training
     model.eval()
     try:
-        return _predict(model, loader)
+        return _predict(model, loader, gather)
     finally:
         model.train(was_training)
 
 
-def _predict(model: EarlyExitForSequenceClassification, loader: Any) -> ExitPredictions:
+def _as_they_are(tensors: Any) -> Any:
+    return tensors
+
+
+def _predict(model: EarlyExitForSequenceClassification, loader: Any, gather: Callable[[Any], Any]) -> ExitPredictions:
+    """Run over the batches; `gather` brings the rows of all processes together."""
     parts: list[tuple[np.ndarray, ...]] = []
     labels: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in loader:
             inputs = {k: batch[k].to(model.device) for k in _INPUTS if k in batch}
             out: Any = model(**inputs)
-            parts.append(tuple(x.cpu().numpy() for x in (out.logits.float(), out.exit_layer, out.layers_run)))
-            labels.extend(batch[name].cpu().numpy() for name in _LABELS if name in batch)
+            answers = gather((out.logits.float(), out.exit_layer, out.layers_run))
+            parts.append(tuple(x.cpu().numpy() for x in answers))
+            labels.extend(gather(batch[name]).cpu().numpy() for name in _LABELS if name in batch)
     if not parts:
         empty = np.zeros(0, dtype=np.int64)
         return ExitPredictions(np.zeros((0, model.config.num_labels), np.float32), empty, empty.copy(), None)

@@ -10,12 +10,15 @@ from earlyexit_kernels.ops import exit_step
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
 
 
-def replay(trace: ExitTrace, criterion: Criterion | None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def replay(
+    trace: ExitTrace, criterion: Criterion | None, *, problem_type: str | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """Run a criterion over a trace, so that a sweep of thresholds costs one pass of the model.
 
     Args:
         trace: from `model.trace`, or built from stored logits ``[N, L, C]``.
         criterion: the rule, or None for full depth.
+        problem_type: as in transformers; default: regression with one output, else one label of several.
         backend: of the op.
 
     Returns:
@@ -34,8 +37,8 @@ def replay(trace: ExitTrace, criterion: Criterion | None, *, backend: str = "aut
         )
     rule = FullDepth() if criterion is None else criterion
     rows, depth, classes = trace.logits.shape
-    problem_type = "regression" if classes == 1 else "single_label_classification"
-    rule.check(depth=depth, classes=classes, problem_type=problem_type, aux=tuple(trace.aux))
+    task = problem_type or ("regression" if classes == 1 else "single_label_classification")
+    rule.check(depth=depth, classes=classes, problem_type=task, aux=tuple(trace.aux))
     device = trace.logits.device
     row_ids = torch.arange(rows, dtype=torch.int32, device=device)
     state = rule.new_state(rows, device)

@@ -6,7 +6,7 @@ answer and the layer to the row's place in the request. Adding a criterion adds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -238,6 +238,21 @@ def _fake(hidden, offsets, weight, bias, logits, aux, row_ids, *rest):
 _EXIT_STEP = define(
     "exit_step", EXIT_STEP, fake=_fake, implementations={"torch": exit_step_torch, "triton": exit_step_triton}
 )
+
+
+def exit_step_op(backend: str, device: str) -> Callable[..., Tensor]:
+    """The bare op of a back-end, for a loop that calls it at every layer with input it has made itself.
+
+    The price of `exit_step`'s checks shows at one row a batch. Arguments are positional, in the order of the schema.
+
+    Args:
+        backend: ``"auto"`` or a name.
+        device: kind of device, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        BackendUnavailableError: `backend` can't run there.
+    """
+    return _EXIT_STEP[resolve(backend, device)]
 
 
 def exit_step(
