@@ -87,6 +87,7 @@ def run(
     rows, depth, device = batch.row_ids.shape[0], len(layers), hidden.device
     state = criterion.new_state(rows, device)
     decide = exit_step_op(settings.backend, device.type)
+    linear = None if settings.all_exits else heads.linear_exits(hidden.dtype)
     answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
     exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
     invalid = [0] * depth
@@ -95,31 +96,35 @@ def run(
     for layer, run_layer in enumerate(layers, start=1):
         hidden = _first(run_layer(hidden, None, plan=plan))
         due = criterion.is_due(layer, depth)
-        if not due and not settings.all_exits:
-            continue
+        pooling = "none"
+        source: tuple[Tensor | None, ...] = (None, batch.offsets, None, None)
+        aux: dict[str, Tensor] = {}
+        logits: Tensor | None = None
         if settings.all_exits:
             logits, aux = heads(layer, hidden[0], batch.offsets)
             collected.append((logits, aux))
-            source: tuple[Tensor | None, ...] = (None, batch.offsets, None, None, logits.detach())
-            pooling = "none"
-        else:
-            fused = heads.fused(layer, hidden[0], batch.offsets)
-            aux, pooling = fused.aux, fused.pooling
-            source = (fused.hidden, batch.offsets, fused.weight, fused.bias, None)
+        elif due and linear is not None:
+            pooling, source = linear.pooling, (hidden[0], batch.offsets, *linear.weights[layer - 1])
+        elif due:
+            features, weight, bias, aux = heads.fused(layer, hidden[0], batch.offsets)
+            source = (features, batch.offsets, weight, bias)
         if not due:
             continue
+        logits = None if logits is None else logits.detach()
         scalar = None if criterion.needs is None else read_aux(aux[criterion.needs].detach(), criterion.needs)
         memory = (batch.row_ids, state, answers, exit_layer)
-        counts = decide(*source, scalar, *memory, criterion.name, criterion.params(layer), pooling, layer, depth)
-        live, tokens, invalid[layer - 1] = counts.tolist()
+        counts = decide(
+            *source, logits, scalar, *memory, criterion.name, criterion.params(layer), pooling, layer, depth
+        )
+        live, live_tokens, invalid[layer - 1] = counts.tolist()
         if invalid[layer - 1] and settings.strict:
             raise InvalidLogitsError(_invalid_message(invalid[layer - 1], layer, depth))
         if settings.all_exits:
             continue
         if live == 0:
             break
-        if live < batch.row_ids.shape[0] and _compacts(hidden.shape, tokens, settings):
-            batch, hidden = shrink(batch, hidden, live, tokens, settings.backend)
+        if live < batch.row_ids.shape[0] and _compacts(hidden.shape, live_tokens, settings):
+            batch, hidden = shrink(batch, hidden, live, live_tokens, settings.backend)
             plan = plan_attention(batch, hidden.dtype)
     layers_run = torch.full_like(exit_layer, depth) if settings.all_exits else exit_layer.clone()
     return ExitOutput(answers, exit_layer, layers_run, tuple(invalid), _trace(collected))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +41,20 @@ class HeadConfig:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class FusedExit:
-    """What `ops.exit_step` needs to finish one exit: where to pool, and the linear head."""
+class LinearExits(NamedTuple):
+    """All exits where each is one linear on the pooled hidden state: how to pool, and weight and bias by layer."""
 
-    hidden: Tensor
     pooling: str
+    weights: list[tuple[Tensor, Tensor]]
+
+
+class FusedExit(NamedTuple):
+    """One exit up to its last linear: a vector ``[B, H]`` for each row, that linear, and the raw scalars."""
+
+    features: Tensor
     weight: Tensor
     bias: Tensor
-    aux: Mapping[str, Tensor]
+    aux: dict[str, Tensor]
 
 
 class ExitHeads(nn.Module):
@@ -91,21 +95,28 @@ class ExitHeads(nn.Module):
             logits = F.linear(features.float(), out.weight.float(), out.bias.float())
         return logits, self._aux(layer, features)
 
+    def linear_exits(self, dtype: torch.dtype) -> LinearExits | None:
+        """The exits as plain linears on hidden states of this dtype, or None where they are more than that.
+
+        Looked up once a batch: at one row a batch, looking modules up at every layer shows in the latency.
+        """
+        if self.config.pooling is None or self.halting is not None:
+            return None
+        outs: Any = self.out
+        weights = [(out.weight.contiguous(), out.bias) for out in outs]
+        return LinearExits(self.config.pooling, weights) if weights[0][0].dtype == dtype else None
+
     def fused(self, layer: int, hidden: Tensor, offsets: Tensor) -> FusedExit:
-        """The same exit for inference, its last linear left to the fused op.
+        """Any exit for inference, its last linear left to the fused op.
 
         Args:
             hidden: packed tokens ``[T, H]``.
             offsets: ``[B + 1]`` int32.
         """
         out: Any = self.out[layer - 1]
-        if self.dense is None and self.halting is None:
-            assert self.config.pooling is not None
-            return FusedExit(hidden.to(out.weight.dtype), self.config.pooling, out.weight.contiguous(), out.bias, {})
         features = self._features(self._pool(hidden, offsets))
-        return FusedExit(
-            features.to(out.weight.dtype), "none", out.weight.contiguous(), out.bias, self._aux(layer, features)
-        )
+        aux = self._aux(layer, features)
+        return FusedExit(features.to(out.weight.dtype), out.weight.contiguous(), out.bias, aux)
 
     def _pool(self, hidden: Tensor, offsets: Tensor) -> Tensor:
         if self.config.pooling == "mean":

@@ -73,7 +73,7 @@ def full_batch(rows: int, length: int) -> dict[str, Tensor]:
 
 
 def sst2_batches(split: str, rows: int, batches: int) -> tuple[dict[str, Tensor], ...]:
-    """Padded batches with the token counts of SST-2's rows, words and two marks, drawn at random; none without the data."""
+    """Padded batches with the token counts of random SST-2 rows, words and two marks; none without the data."""
     folder = os.environ.get("EARLYEXIT_DATA")
     if folder is None:
         return ()
