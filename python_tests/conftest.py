@@ -14,6 +14,9 @@ from earlyexit_kernels.backends import BACKENDS, available_backends
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("here")
 
+# two test processes with two threads each on two cores wait for each other longer than they compute
+torch.set_num_threads(1)
+
 FLIPS = "decision flips"
 
 

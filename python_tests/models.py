@@ -18,8 +18,6 @@ from torch import Tensor, nn
 import earlyexit_kernels as ee
 
 tf.utils.logging.disable_progress_bar()
-# on models this small threads wait longer than they work, by a factor of 20 where others use the machine
-torch.set_num_threads(1)
 
 FAMILIES = ("bert", "roberta", "albert", "electra", "distilbert", "xlm-roberta", "camembert")
 ATTENDED = ("full", "right", "holes", "real_ids_masked", "pad_ids_attended")

@@ -14,8 +14,6 @@ from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe
 from earlyexit_kernels.task_sources import DATA_VARIABLE
 from earlyexit_kernels.tasks import load_task
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
 def denormals_as_before():

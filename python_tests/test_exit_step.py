@@ -109,6 +109,21 @@ def test_a_row_has_the_same_bits_in_any_company(backend, name, source):
         assert torch.equal(exit_layer, together[1][company])
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_threads_change_no_bit(source):
+    """1024 rows are enough work for the compiled op to share it out."""
+    batch = build(Case("entropy", source, torch.float32, 1024, 3))
+    everyone, answers = torch.arange(1024), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            answers.append(finish("auto", "entropy", batch.layers, everyone))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(answers[0][0].nan_to_num(0.5), answers[1][0].nan_to_num(0.5))
+    assert torch.equal(answers[0][1], answers[1][1])
+
+
 def finish(backend, name, layers, rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Answers and exit layers of some rows of a batch, run in this order through all layers."""
     criterion = RULES[name].build(3)
