@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 import earlyexit_kernels as ee
 
 
-def geometric_schedule(rows: int, depth: int, share: float) -> list[int]:
-    """Exit layer of each row so that about `share` of all layer-rows run and the batch thins out evenly.
+def long_tail(rows: int, depth: int, share: float) -> list[int]:
+    """Exit layer of each row, sorted, where the same part of the rows still there leaves at every layer.
 
-    Returns:
-        exit layers in [1, depth], sorted.
+    About `share` of all layer-rows run; the last rows run on almost alone.
     """
 
     def exits(rate: float) -> list[int]:
@@ -26,23 +27,38 @@ def geometric_schedule(rows: int, depth: int, share: float) -> list[int]:
     return exits(high)
 
 
+def even(rows: int, depth: int, share: float) -> list[int]:
+    """Exit layer of each row, sorted, where as many rows leave at every layer from the first to a last one.
+
+    About `share` of all layer-rows run, at most about half.
+    """
+    span = 2 * (share * depth - 1)
+    return [min(depth, round(1 + span * (row + 0.5) / rows)) for row in range(rows)]
+
+
+MIXES: dict[str, Callable[[int, int, float], list[int]]] = {"even": even, "long tail": long_tail}
+
+
 def per_exit_entropy(logits: Tensor) -> Tensor:
     """Entropy ``[N, L]`` in nats of the exits' logits ``[N, L, C]``."""
     p = logits.double().softmax(-1)
     return torch.special.entr(p).sum(-1)
 
 
-def force_exits(model: ee.EarlyExitForSequenceClassification, batch: dict[str, Tensor], share: float) -> float:
+def force_exits(
+    model: ee.EarlyExitForSequenceClassification, batch: dict[str, Tensor], share: float, mix: str
+) -> float:
     """Give `model` entropy thresholds, one for each exit, under which `share` of the layer-rows of `batch` run.
 
-    At each exit the threshold lies between the entropies of the rows that are to leave and of those that stay.
+    At each exit the threshold lies between the entropies of the rows that are to leave and of those that stay; `mix`, a
+    name of `MIXES`, says how many are to.
 
     Returns:
         The share of layer-rows that really runs.
     """
     entropy = per_exit_entropy(model.trace(**batch).logits)
     rows, depth = entropy.shape
-    schedule = geometric_schedule(rows, depth, share)
+    schedule = MIXES[mix](rows, depth, share)
     live = torch.arange(rows)
     thresholds = []
     for layer in range(1, depth):

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
-from benchmarks.end_to_end.forced import force_exits
+from benchmarks.end_to_end.forced import MIXES, force_exits
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
 
@@ -28,9 +28,12 @@ CLASSES = 3
 GOALS = {
     "never exit, B 1, S 32": 1.03,
     "never exit, B 32, S 32": 1.03,
-    "39 % of layer-rows, B 32, S 32": 0.40,
-    "23 % of layer-rows, B 32, S 32": 0.24,
-    "18 % of layer-rows, B 32, S 32": 0.19,
+    "39 % of layer-rows, even, B 32, S 32": 0.40,
+    "23 % of layer-rows, even, B 32, S 32": 0.24,
+    "18 % of layer-rows, even, B 32, S 32": 0.19,
+    "39 % of layer-rows, long tail, B 32, S 32": 0.40,
+    "23 % of layer-rows, long tail, B 32, S 32": 0.24,
+    "18 % of layer-rows, long tail, B 32, S 32": 0.19,
     "never exit, SST-2 train lengths, B 32": 0.48,
 }
 
@@ -104,10 +107,11 @@ def cases(stock: BertForSequenceClassification) -> Iterator[Case]:
         yield Case(f"B {rows}, S {length}", (full_batch(rows, length),), never, everything)
     batch = full_batch(32, 32)
     models, shares = {}, {}
-    for share in (0.39, 0.23, 0.18):
-        model = ee.to_early_exit(stock, pooling="first")
-        name = f"{share * 100:.0f} % of layer-rows"
-        models[name], shares[name] = model, force_exits(model, batch, share)
+    for mix in MIXES:
+        for share in (0.39, 0.23, 0.18):
+            model = ee.to_early_exit(stock, pooling="first")
+            name = f"{share * 100:.0f} % of layer-rows, {mix}"
+            models[name], shares[name] = model, force_exits(model, batch, share, mix)
     yield Case("B 32, S 32", (batch,), models, shares)
     for split in ("train", "dev"):
         ragged = sst2_batches(split, rows=32, batches=4)
