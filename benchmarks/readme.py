@@ -30,7 +30,7 @@ def _machine(facts: dict[str, Any]) -> str:
 
 
 def wall_clock() -> str:
-    """Time of each case over the plain model's, for every machine with results."""
+    """Time of each case over the plain model's, for every machine; full depth without decisions is in the JSON alone."""
     parts = []
     for document in _load("wall_clock-*.json"):
         rows = [
@@ -43,6 +43,7 @@ def wall_clock() -> str:
                 f"{record['median_ms']:.1f}",
             )
             for record in document["records"]
+            if not record["case"].startswith("full depth")
         ]
         header = ("case", "layer-rows run", "tokens in the padded batch", "time / plain model", "goal", "ms")
         parts.append(f"{_machine(document['environment'])}:\n\n{markdown_table(header, rows)}")

@@ -28,6 +28,8 @@ def replay(
     Raises:
         ValueError: the trace lacks what the criterion needs, or the criterion has no meaning on its shape.
     """
+    if not isinstance(trace, ExitTrace):
+        raise ValueError(f"replay: expected a trace, as model.trace(**batch) gives, got {type(trace).__name__}")
     if criterion is not None and not isinstance(criterion, Criterion):
         raise ValueError(f"replay: expected one of earlyexit_kernels.criteria or None, got {criterion!r}")
     wrong = {name: list(aux.shape) for name, aux in trace.aux.items() if aux.shape != trace.logits.shape[:2]}

@@ -149,3 +149,11 @@ def test_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
     plain, full = (r for r in records if r.get("model") in (demo.PLAIN, "full depth"))
     assert plain["accuracy"] == full["accuracy"] and plain["time_ratio"]["1"]["median"] == 1.0
     assert (tmp_path / "curve.png").is_file() and (tmp_path / "model" / "config.json").is_file()
+
+
+def test_a_tokenizer_that_does_not_know_the_text_is_refused(tmp_path, capsys):
+    toy.toy_model(layers=2, hidden=16).save_pretrained(tmp_path / "stock")
+    code = main(["train", "--model", str(tmp_path / "stock"), "--task", "toy", "--output", str(tmp_path / "out")])
+    assert code == 2
+    assert "doesn't know" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

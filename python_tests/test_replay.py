@@ -183,3 +183,8 @@ def test_traces_that_do_not_join():
         ee.ExitTrace.cat(
             [ee.ExitTrace(torch.zeros(1, 2, 2), {"halting": torch.zeros(1, 2)}), ee.ExitTrace(torch.zeros(1, 2, 2))]
         )
+
+
+def test_a_model_in_place_of_a_trace_is_refused():
+    with pytest.raises(ValueError, match=r"replay: expected a trace, as model.trace\(\*\*batch\) gives, got Linear"):
+        ee.replay(torch.nn.Linear(2, 2), None)

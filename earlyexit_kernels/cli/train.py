@@ -24,10 +24,11 @@ from transformers import (
 
 from earlyexit_kernels.convert import to_early_exit
 from earlyexit_kernels.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.objectives import OBJECTIVES
 from earlyexit_kernels.report import markdown_table
 from earlyexit_kernels.sweep import collect_trace, truncations
 from earlyexit_kernels.task_sources import Split
-from earlyexit_kernels.tasks import TASK_NAMES, Task, encode, holdout, load_task
+from earlyexit_kernels.tasks import TASK_NAMES, EncodedSplit, Task, encode, holdout, load_task
 
 RECIPE_FILE = "earlyexit_task.json"
 WEIGHT_DECAY = 0.01
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="folder or hub name of a BERT-like encoder or classifier")
     add("--task", required=True, help=f"one of {', '.join(TASK_NAMES)}")
     add("--output", required=True, type=Path, help="folder to save in")
-    add("--method", default="joint", help="training method (default: %(default)s)")
+    add("--method", default="joint", help=f"one of {', '.join(sorted(OBJECTIVES))} (default: %(default)s)")
     add("--pooling", choices=sorted(POOLINGS), default="family", help="what exits read (family: the stock head)")
     add("--halting", action="store_true", help="add halting outputs ('joint' doesn't train them)")
     add("--train-rows", type=int, default=None, help="rows to train on (default: all that aren't held out)")
@@ -113,10 +114,12 @@ def run(args: argparse.Namespace) -> int:
     model = to_early_exit(base, method=args.method, pooling=POOLINGS[args.pooling], halting=args.halting)
     collate = DataCollatorWithPadding(tokenizer)
     print(f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {task.name} ({task.source})")
+    train_set = encode(train_split, tokenizer, max_length=recipe.max_length)
+    check_vocabulary(train_set, tokenizer, args.model)
     trainer = Trainer(
         model=model,
         args=training_arguments(args.output, args.seed, args.epochs, args.lr, args.batch_size),
-        train_dataset=encode(train_split, tokenizer, max_length=recipe.max_length),
+        train_dataset=train_set,
         data_collator=collate,
         optimizers=(two_rate_optimizer(model, args.lr, args.head_lr), None),
     )
@@ -168,6 +171,22 @@ def load_base(name: str, task: Task) -> tuple[Any, Any]:
         local_files_only=local,
     )
     return model, tokenizer
+
+
+def check_vocabulary(data: EncodedSplit, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that doesn't know the text: a folder without one gets an empty one from transformers.
+
+    Raises:
+        ValueError: most tokens of the first rows are unknown.
+    """
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    ids = [i for row in range(min(len(data), 200)) for i in data[row]["input_ids"] if i not in special]
+    unknown = sum(i == tokenizer.unk_token_id for i in ids) / max(len(ids), 1)
+    if unknown > 0.5:
+        raise ValueError(
+            f"--model: the tokenizer of {name} doesn't know {unknown:.0%} of the task's tokens; save the model's own "
+            "tokenizer in the same folder"
+        )
 
 
 def two_rate_optimizer(model: EarlyExitForSequenceClassification, lr: float, head_lr: float) -> torch.optim.Optimizer:
