@@ -30,7 +30,7 @@ def _machine(facts: dict[str, Any]) -> str:
 
 
 def wall_clock() -> str:
-    """Time of each case over the plain model's, for every machine; full depth without decisions is in the JSON alone."""
+    """Time of each case over the plain model's, for every machine; full depth without decisions only in the JSON."""
     parts = []
     for document in _load("wall_clock-*.json"):
         rows = [
