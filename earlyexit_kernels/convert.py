@@ -33,15 +33,15 @@ def to_early_exit(
         hf_model: a ``...ForSequenceClassification`` instance of a supported family.
         method: training method; ``"joint"`` (also named ``"pabee"``) trains all exits, weighted by depth.
         criterion: who may leave where; None is full depth. `set_criterion` changes it later.
-        pooling: None for the family's own head at every exit (the last one is a copy of the stock head, and all share
-            its dense module), ``"first"`` or ``"mean"`` for a fresh linear on the pooled hidden state (the last one
+        pooling: None for the family's own head at every exit (each starts as a copy of the stock head, and all share
+            one dense module), ``"first"`` or ``"mean"`` for a fresh linear on the pooled hidden state (the last one
             starts from the stock output layer where the shapes allow).
         halting: add the halting output that `QExit` needs.
         strict: raise on logits without a meaning.
 
     Raises:
         ValueError: an unsupported family, an unknown method or pooling, a criterion that doesn't fit, or
-            ``chunk_size_feed_forward > 0``.
+            ``chunk_size_feed_forward > 0``, or a decoder.
         TypeError: not a sequence classifier.
     """
     if not isinstance(hf_model, PreTrainedModel):

@@ -49,6 +49,10 @@ class Settings:
     strict: bool = False
     layer_macs: int = 0
 
+    def __post_init__(self) -> None:
+        if self.compaction not in COMPACTIONS:
+            raise ValueError(f"compaction: expected one of {COMPACTIONS}, got {self.compaction!r}")
+
 
 def compaction_pays(present: int, live: int, width: int, layer_macs: int) -> bool:
     """Whether moving the live tokens costs less than carrying the others through one more layer.

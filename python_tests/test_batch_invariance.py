@@ -211,3 +211,8 @@ def test_flip_check_sees_a_flip():
     far = ee.criteria.Entropy(threshold=[0.0, score + 1e-3, 9.0])
     with pytest.raises(AssertionError, match="nothing explains it"):
         flips(ee.ExitTrace(logits), far, one, other)
+
+
+def test_an_unknown_compaction_is_refused():
+    with pytest.raises(ValueError, match=r"compaction: expected one of \('auto', 'always', 'never'\), got 'alwys'"):
+        engine.Settings(compaction="alwys")
