@@ -1,4 +1,5 @@
-"""The README's tables, written from the committed results between ``<!-- table:NAME -->`` and ``<!-- end -->``.
+"""The README's tables, between ``<!-- table:NAME -->`` and ``<!-- end -->``: from the committed results, and what is
+supported from the package's own tables.
 
 ``python -m benchmarks.readme`` rewrites them; ``python -m benchmarks.readme --check`` fails where they are out of date.
 """
@@ -6,13 +7,23 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.accuracy import tables as accuracy
+from benchmarks.accuracy.tables import NOT_MEASURED
+from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
+from earlyexit_kernels.grids import settings, skip_settings
+from earlyexit_kernels.objectives import OBJECTIVES, Objective
 from earlyexit_kernels.report import markdown_table
+from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,6 +61,32 @@ def wall_clock() -> str:
     return "\n\n".join(parts)
 
 
+def decision_cost() -> str:
+    """Time of each rule's decision over entropy's, for every machine and back-end."""
+    parts = []
+    for document in _load("decision_cost-*.json"):
+        parts.append(f"{_machine(document['environment'])}:")
+        for backend in dict.fromkeys(record["backend"] for record in document["records"]):
+            records = [record for record in document["records"] if record["backend"] == backend]
+            parts.append(_decision_table(backend, records))
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _decision_table(backend: str, records: list[dict[str, Any]]) -> str:
+    if "not_measured" in records[0]:
+        return f"`{backend}`: not measured, {records[0]['not_measured']}."
+    batches = list(dict.fromkeys(record["rows"] for record in records))
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        spread = f" ({record['ratio_low']:.2f} to {record['ratio_high']:.2f})" if record["rule"] != "entropy" else ""
+        cells = rows.setdefault(record["rule"].replace("_", " "), [])
+        cells += [f"{record['ratio']:.2f}{spread}", f"{record['microseconds']:.1f}"]
+    header = [f"`{backend}`"]
+    for size in batches:
+        header += [f"B {size}: time / entropy", "us"]
+    return markdown_table(header, [(name, *cells) for name, cells in rows.items()])
+
+
 def sst2_layers() -> str:
     """Accuracy of static truncation to each exit of the real encoder."""
     (document,) = _load("sst2-*.json")
@@ -79,7 +116,116 @@ def sst2_criteria() -> str:
     return markdown_table(header, rows)
 
 
-TABLES = {"wall_clock": wall_clock, "sst2_layers": sst2_layers, "sst2_criteria": sst2_criteria}
+#: Problem type of transformers -> how the tables call it.
+TASKS = {
+    "single_label_classification": "classes",
+    "regression": "regression",
+    "multi_label_classification": "several labels",
+}
+
+
+def methods() -> str:
+    """Every training method with its phases, its paper's exit rule, and where both have a meaning and run."""
+    names: dict[type[Objective], list[str]] = {}
+    for name, cls in OBJECTIVES.items():
+        names.setdefault(cls, []).append(name)
+    rows = []
+    for cls, found in names.items():
+        rule = CRITERIA[cls.rule]
+        objective = cls()
+        fused = _fused(_examples()[cls.rule].exit_rule.name)
+        rows.append(
+            (
+                " or ".join(f"`{name}`" for name in found),
+                ", ".join(phase.name for phase in objective.phases),
+                f"`{cls.rule}`",
+                *(_trains_for(cls, rule, task) for task in TASKS),
+                *(_yes(fused[backend]) for backend in ("torch", "triton", "cpp")),
+                _yes(cls.rule in RULES),
+            )
+        )
+    header = ("method", "phases", "exit rule", *TASKS.values(), "torch", "triton", "cpp", "replay")
+    return markdown_table(header, rows)
+
+
+def criteria() -> str:
+    """Every exit rule with its arguments, what it needs and keeps, and where it has a meaning."""
+    rows = []
+    for name, cls in CRITERIA.items():
+        example = _examples()[name]
+        skips = example.skip_from is not None
+        needs = [cls.needs or "", "gate" * skips, "row keys" * cls.uses_keys]
+        rows.append(
+            (
+                f"`{_signature(cls)}`",
+                ", ".join(need for need in needs if need),
+                "as `exit`" if skips else ", ".join(word for task, word in TASKS.items() if task in cls.tasks),
+                "as `exit`" if skips else _state(name),
+                _yes(name in RULES),
+            )
+        )
+    return markdown_table(("criterion", "needs", "for", "numbers kept for a row", "replay"), rows)
+
+
+@functools.cache
+def _examples(classes: int = 3) -> dict[str, Criterion]:
+    """A setting of every criterion, from the grids over a trace that has all outputs."""
+    generator = torch.Generator().manual_seed(0)
+    rows, depth = 16, 4
+    aux = {name: torch.rand(rows, depth, generator=generator) for name in AUX_ACTIVATIONS}
+    trace = ExitTrace(torch.randn(rows, depth, classes, generator=generator), aux, torch.arange(rows))
+    groups = {name: group[0] for name, group in settings(trace).items()}
+    return {"full_depth": FullDepth(), **groups, "skip_gate": skip_settings(trace)[0]}
+
+
+def _trains_for(method: type[Objective], rule: type[Criterion], task: str) -> str:
+    if task not in method.tasks:
+        return ""
+    return "yes" if task in rule.tasks else "by another rule"
+
+
+def _fused(rule: str) -> dict[str, bool]:
+    """Which back-ends have the rule: its parts are there, and listed."""
+    listed = re.findall(r"X\((\w+), \w+\)", (ROOT / "csrc" / "criteria" / "all.h").read_text(encoding="utf-8"))
+    cls = RULES[rule]
+    return {
+        "torch": cls.rule is not Criterion.rule,
+        "triton": hasattr(cls, "triton_step"),
+        "cpp": rule in listed,
+    }
+
+
+def _signature(cls: type[Criterion]) -> str:
+    """The call that builds a criterion, with its defaults."""
+    arguments = [
+        field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+        for field in dataclasses.fields(cls)
+    ]
+    return f"{cls.__name__}({', '.join(arguments)})"
+
+
+def _state(name: str) -> str:
+    """K as a formula of the number of classes C."""
+    few, many = (len(_examples(classes)[name].initial_state(classes)) for classes in (3, 4))
+    by_class = many - few
+    rest = few - 3 * by_class
+    terms = ["C" if by_class == 1 else f"{by_class} C"] * bool(by_class) + [str(rest)] * bool(rest)
+    return " + ".join(terms) or "none"
+
+
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else ""
+
+
+TABLES = {
+    "methods": methods,
+    "criteria": criteria,
+    "wall_clock": wall_clock,
+    "decision_cost": decision_cost,
+    "sst2_layers": sst2_layers,
+    "sst2_criteria": sst2_criteria,
+    **accuracy.TABLES,
+}
 
 
 def rewrite(*, check: bool = False) -> bool:
@@ -104,4 +250,4 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true")
     checking = parser.parse_args().check
     if not rewrite(check=checking) and checking:
-        sys.exit("README.md: its tables differ from benchmarks/results; run `python -m benchmarks.readme`")
+        sys.exit("README.md: its tables are out of date; run `python -m benchmarks.readme`")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.end_to_end import compaction_cost, wall_clock
+from benchmarks.micro import decision_cost
 from benchmarks.readme import rewrite
 from earlyexit_kernels.report import environment, write_json
 
@@ -16,6 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 SUITES = {
     wall_clock.SUITE: lambda repeats: wall_clock.records(repeats),
     compaction_cost.SUITE: lambda repeats: compaction_cost.records(),
+    decision_cost.SUITE: lambda repeats: decision_cost.records(repeats),
 }
 
 

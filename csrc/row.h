@@ -2,6 +2,7 @@
 // Compiled for the host and, under nvcc, for the device.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -13,8 +14,10 @@
 
 namespace earlyexit {
 
-// A functor of csrc/criteria offers `needs_aux`, `param_count`, `state_width` and `static bool step(const Row&)`, which
-// updates the state and says whether the row leaves. It only ever sees logits with a meaning (see is_invalid).
+// A functor of csrc/criteria offers `needs_aux`, `param_count`, `state_width`, `state_per_class` and
+// `static bool step(const Row&)`, which updates the state and says whether the row leaves. A row's state has
+// state_width + state_per_class * classes numbers, those of the classes last. The step only ever sees logits with a
+// meaning (see is_invalid).
 struct Row {
   const float* z;       // [classes] logits of this exit
   int classes;
@@ -24,7 +27,7 @@ struct Row {
   int layer;            // 1-based
   int depth;            // number of layers
   const float* params;  // the numbers of the criterion at this layer
-  float* answer;        // [classes], holds z on entry; overwritten by a criterion that answers something else
+  float* answer;        // [classes], holds z on entry; what a criterion leaves in it is the answer where the row leaves
 };
 
 // Logits without a softmax: any NaN, two or more +inf, or nothing above -inf.
@@ -58,5 +61,25 @@ EE_HD inline float softmax_sum(const Row& row, float top) {
   for (int c = 0; c < row.classes; ++c) sum += expf(below_top(row.z[c], top));
   return sum;
 }
+
+// H(softmax z) in nats. With d_c = z_c - max z and s = sum_c exp(d_c): H = log s - sum_c exp(d_c) d_c / s, 0 log 0 = 0.
+EE_HD inline float entropy_nats(const Row& row) {
+  const float top = row.z[top_class(row)];
+  float sum = 0.0f;
+  float weighted = 0.0f;
+  for (int c = 0; c < row.classes; ++c) {
+    const float d = below_top(row.z[c], top);
+    const float e = expf(d);
+    sum += e;
+    if (e > 0.0f) weighted += e * d;
+  }
+  return logf(sum) - weighted / sum;
+}
+
+// Whether the answer of this exit is wanted: the row leaves, or has to.
+EE_HD inline bool answers_now(const Row& row, bool leaves) { return leaves || row.layer == row.depth; }
+
+// log p, with a probability of 0 at the smallest normal number.
+EE_HD inline float safe_log(float p) { return logf(p > FLT_MIN ? p : FLT_MIN); }
 
 }  // namespace earlyexit

@@ -6,7 +6,7 @@ attention tables, and does nothing else.
 
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from earlyexit_kernels import criteria, ops
+from earlyexit_kernels import criteria, objectives, ops
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.convert import to_early_exit
@@ -20,6 +20,7 @@ from earlyexit_kernels.model import EarlyExitForSequenceClassification, EarlyExi
 from earlyexit_kernels.packing import register_attention
 from earlyexit_kernels.predict import ExitPredictions, predict_with_exits
 from earlyexit_kernels.replay import replay
+from earlyexit_kernels.training import Phase, phases
 from earlyexit_kernels.types import ExitTrace
 
 __version__ = "0.1.0"
@@ -34,9 +35,12 @@ __all__ = [
     "ExitTrace",
     "InvalidLogitsError",
     "MissingHeadsError",
+    "Phase",
     "available_backends",
     "criteria",
+    "objectives",
     "ops",
+    "phases",
     "predict_with_exits",
     "replay",
     "to_early_exit",

@@ -17,7 +17,7 @@ class EarlyExitConfig(PretrainedConfig):
 
     Args:
         backbone_config: config of the encoder, or its dict; it is copied.
-        method: training method, a name of the objectives table.
+        method: training method, a name of the objectives table or data of `Objective.to_dict`.
         criterion: data of `Criterion.to_dict`, or None for full depth.
         heads: data of `HeadConfig.to_dict`.
         strict: raise on logits without a meaning.
@@ -34,7 +34,7 @@ class EarlyExitConfig(PretrainedConfig):
     def __init__(
         self,
         backbone_config: PretrainedConfig | dict[str, Any] | None = None,
-        method: str = "joint",
+        method: str | dict[str, Any] = "joint",
         criterion: dict[str, Any] | None = None,
         heads: dict[str, Any] | None = None,
         strict: bool = False,
@@ -62,3 +62,8 @@ class EarlyExitConfig(PretrainedConfig):
     def exit_criterion(self) -> Criterion:
         """The criterion, built."""
         return from_dict(self.criterion)
+
+
+def default_problem_type(num_labels: int) -> str:
+    """What transformers takes a model with that many outputs for, where its config doesn't say."""
+    return "regression" if num_labels == 1 else "single_label_classification"

@@ -7,17 +7,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from earlyexit_kernels.backbones import StockHead, adapter_of
-from earlyexit_kernels.config import EarlyExitConfig
-from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.backbones import BackboneAdapter, StockHead, adapter_of
+from earlyexit_kernels.config import EarlyExitConfig, default_problem_type
+from earlyexit_kernels.criteria import Criterion, from_dict
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
-from earlyexit_kernels.model import EarlyExitForSequenceClassification, default_problem_type
+from earlyexit_kernels.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.objectives import Objective, objective_of
 
 
 def to_early_exit(
     hf_model: PreTrainedModel,
     *,
-    method: str = "joint",
+    method: str | Objective = "joint",
     criterion: Criterion | None = None,
     pooling: str | None = None,
     halting: bool = False,
@@ -31,17 +32,62 @@ def to_early_exit(
 
     Args:
         hf_model: a ``...ForSequenceClassification`` instance of a supported family.
-        method: training method; ``"joint"`` (also named ``"pabee"``) trains all exits, weighted by depth.
-        criterion: who may leave where; None is full depth. `set_criterion` changes it later.
+        method: training method, a name for the paper's own settings, or one of `earlyexit_kernels.objectives`, such
+            as ``Palbert(beta=0.1)``. It brings the exits it trains: halting outputs, gates, attention exits.
+        criterion: who may leave where. None is full depth, or the method's own answer where that is another one: DACT's
+            accumulated one, and SmartBERT's with gates that skip. `set_criterion` changes it later.
         pooling: None for the family's own head at every exit (each starts as a copy of the stock head, and all share
-            one dense module), ``"first"`` or ``"mean"`` for a fresh linear on the pooled hidden state (the last one
-            starts from the stock output layer where the shapes allow).
-        halting: add the halting output that `QExit` needs.
+            one dense module, or have their own where the method wants that), ``"first"`` or ``"mean"`` for a fresh
+            linear on the pooled hidden state (the last one starts from the stock output layer where the shapes allow).
+        halting: add the halting output that `QExit` needs to a method that has none of its own.
         strict: raise on logits without a meaning.
 
     Raises:
         ValueError: an unsupported family, an unknown method or pooling, a criterion that doesn't fit, or
             ``chunk_size_feed_forward > 0``, or a decoder.
+        TypeError: not a sequence classifier.
+    """
+    adapter, base, names = _parts(hf_model)
+    config: Any = hf_model.config
+    objective = objective_of(method)
+    stock = adapter.head
+    head_config = HeadConfig(
+        pooling=pooling,
+        activation=stock.activation,
+        dropout=names[stock.dropout].p,
+        dropout_before_dense=stock.dropout_before_dense,
+        **{"halting": halting, **objective.head_changes(adapter.shares_layers)},
+    )
+    memo = {id(t): t for t in [*base.parameters(), *base.buffers()]}
+    backbone = copy.deepcopy(base, memo)
+    for module in backbone.modules():
+        module._is_hf_initialized = True
+    outer = EarlyExitConfig(
+        backbone_config=backbone.config,
+        method=objective.to_dict(),
+        heads=head_config.to_dict(),
+        strict=strict,
+        problem_type=config.problem_type or default_problem_type(config.num_labels),
+        id2label=dict(config.id2label),
+        label2id=dict(config.label2id),
+        pad_token_id=config.pad_token_id,
+        initializer_range=getattr(config, "initializer_range", 0.02),
+        dtype=hf_model.dtype,
+    )
+    model = EarlyExitForSequenceClassification(outer, backbone)
+    _start_from_stock(model.heads, names, stock)
+    reference = next(names[stock.out].parameters())
+    model.heads.to(device=reference.device, dtype=hf_model.dtype)
+    data = objective.answering()
+    model.set_criterion(from_dict(data) if criterion is None and data is not None else criterion)
+    return model.train(hf_model.training)
+
+
+def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
+    """The adapter of a stock classifier, its encoder, and its modules by name.
+
+    Raises:
+        ValueError: an unsupported family or setting.
         TypeError: not a sequence classifier.
     """
     if not isinstance(hf_model, PreTrainedModel):
@@ -65,43 +111,14 @@ def to_early_exit(
         raise ValueError("chunk_size_feed_forward > 0 isn't supported: packed tokens have no sequence axis to chunk")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError("to_early_exit: expected an encoder, got a model with is_decoder or add_cross_attention set")
-    stock = adapter.head
-    head_config = HeadConfig(
-        pooling=pooling,
-        activation=stock.activation,
-        dropout=names[stock.dropout].p,
-        dropout_before_dense=stock.dropout_before_dense,
-        halting=halting,
-    )
-    memo = {id(t): t for t in [*base.parameters(), *base.buffers()]}
-    backbone = copy.deepcopy(base, memo)
-    for module in backbone.modules():
-        module._is_hf_initialized = True
-    outer = EarlyExitConfig(
-        backbone_config=backbone.config,
-        method=method,
-        heads=head_config.to_dict(),
-        strict=strict,
-        problem_type=config.problem_type or default_problem_type(config.num_labels),
-        id2label=dict(config.id2label),
-        label2id=dict(config.label2id),
-        pad_token_id=config.pad_token_id,
-        initializer_range=getattr(config, "initializer_range", 0.02),
-        dtype=hf_model.dtype,
-    )
-    model = EarlyExitForSequenceClassification(outer, backbone)
-    _start_from_stock(model.heads, names, stock)
-    reference = next(names[stock.out].parameters())
-    model.heads.to(device=reference.device, dtype=hf_model.dtype)
-    model.set_criterion(criterion)
-    return model.train(hf_model.training)
+    return adapter, base, names
 
 
 def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead) -> None:
     """Copy the stock head's dense module and its output layer into the exits, where shapes allow."""
-    if heads.dense is not None:
-        heads.dense.load_state_dict(names[stock.dense].state_dict())
-    own = heads.out if heads.dense is not None else heads.out[-1:]
+    for dense in heads.dense:
+        dense.load_state_dict(names[stock.dense].state_dict())
+    own = heads.out if len(heads.dense) else heads.out[-1:]
     for out in own:
         if out.weight.shape == names[stock.out].weight.shape:
             out.load_state_dict(names[stock.out].state_dict())

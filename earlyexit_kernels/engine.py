@@ -1,9 +1,9 @@
 """The loop: layer, exit, compaction. It knows no paper, no model family and no device code.
 
-    hidden -> [ layer -> exit head -> exit_step -> compact? ] x L -> answers, in request order
+    hidden -> [ gate? -> layer -> exit head -> exit_step -> compact? ] x L -> answers, in request order
 
 The host reads three numbers a layer (rows live, their tokens, rows without a meaningful answer): free on the CPU, one
-synchronisation a layer on CUDA.
+synchronisation a layer on CUDA. With a gate it reads which rows run the layer as well.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import exit_step_op
-from earlyexit_kernels.packing import PackedBatch, plan_attention, shrink
-from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitOutput, ExitTrace
+from earlyexit_kernels.packing import AttentionPlan, PackedBatch, PackedStates, plan_attention, put_back, shrink
+from earlyexit_kernels.tracing import first
+from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitOutput
 
 COMPACTIONS = ("auto", "always", "never")
 
@@ -38,20 +39,38 @@ class Settings:
     Attributes:
         backend: of the ops, ``"auto"`` or a name.
         compaction: ``"auto"`` moves rows together when that pays, ``"always"`` at every exit, ``"never"``.
-        all_exits: run every layer on every row and keep the logits of every exit.
         strict: raise on logits without a meaning.
         layer_macs: multiply-adds of one layer on one token.
     """
 
     backend: str = "auto"
     compaction: str = "auto"
-    all_exits: bool = False
     strict: bool = False
     layer_macs: int = 0
 
     def __post_init__(self) -> None:
         if self.compaction not in COMPACTIONS:
             raise ValueError(f"compaction: expected one of {COMPACTIONS}, got {self.compaction!r}")
+
+
+@dataclass
+class Present:
+    """The rows in the batch at a layer: some may have left, their row id is -1.
+
+    Attributes:
+        batch, hidden, plan: the rows, their tokens ``[1, T, H]``, the attention over them.
+        live, live_tokens: how many rows haven't left, and their tokens.
+    """
+
+    batch: PackedBatch
+    hidden: Tensor
+    plan: AttentionPlan
+    live: int
+    live_tokens: int
+
+    @property
+    def states(self) -> PackedStates:
+        return PackedStates(self.hidden[0], self.batch.offsets, self.plan)
 
 
 def compaction_pays(present: int, live: int, width: int, layer_macs: int) -> bool:
@@ -65,6 +84,59 @@ def compaction_pays(present: int, live: int, width: int, layer_macs: int) -> boo
     return (present - live) * layer_macs > live * width * MACS_PER_MOVED_VALUE + MACS_PER_COMPACTION
 
 
+class _Exits:
+    """The exits of one request: heads, rule, and what is indexed by the request's rows."""
+
+    def __init__(
+        self,
+        present: Present,
+        heads: ExitHeads,
+        criterion: Criterion,
+        classes: int,
+        depth: int,
+        settings: Settings,
+        keys: Tensor | None,
+    ) -> None:
+        rows, device = present.batch.row_ids.shape[0], present.hidden.device
+        rule = self.rule = criterion.exit_rule
+        self.heads, self.depth, self.strict, self.rows = heads, depth, settings.strict, rows
+        self.state = rule.new_state(rows, device, classes, keys)
+        self.decide = exit_step_op(settings.backend, device.type)
+        self.linear = None if rule.needs is not None else heads.linear_exits(present.hidden.dtype)
+        self.answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
+        self.exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.invalid = [0] * depth
+        # a last, spare row takes what rows that have left would write
+        memory = {} if rule.needs is None else heads.first_memory(present.states, rule.needs)
+        self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in memory.items()}
+
+    def step(self, layer: int, present: Present) -> None:
+        """Compute the exit of 1-based `layer` where it is due, and let rows of `present` leave."""
+        if not self.rule.is_due(layer, self.depth):
+            return
+        offsets, row_ids = present.batch.offsets, present.batch.row_ids
+        aux = None
+        if self.linear is not None:
+            pooling, source = self.linear.pooling, (present.hidden[0], offsets, *self.linear.weights[layer - 1])
+        else:
+            slots = torch.where(row_ids < 0, self.rows, row_ids).long() if self.memory else row_ids
+            memory = {name: x.index_select(0, slots) for name, x in self.memory.items()}
+            pooling = "none"
+            features, weight, bias, aux, memory = self.heads.fused(layer, present.states, memory, self.rule.needs)
+            source = (features, offsets, weight, bias)
+            for name, x in memory.items():
+                self.memory[name][slots] = x.to(self.memory[name].dtype)
+            aux = None if aux is None or self.rule.needs is None else read_aux(aux, self.rule.needs)
+        rule, memory_of_rows = self.rule, (row_ids, self.state, self.answers, self.exit_layer)
+        counts = self.decide(
+            *source, None, aux, *memory_of_rows, rule.name, rule.params(layer), pooling, layer, self.depth
+        )
+        present.live, present.live_tokens, self.invalid[layer - 1] = counts.tolist()
+        if self.invalid[layer - 1] and self.strict:
+            raise InvalidLogitsError(invalid_message(self.invalid[layer - 1], layer, self.depth))
+
+
+@torch.no_grad()
 def run(
     hidden: Tensor,
     batch: PackedBatch,
@@ -73,6 +145,7 @@ def run(
     criterion: Criterion,
     classes: int,
     settings: Settings,
+    keys: Tensor | None = None,
 ) -> ExitOutput:
     """Run a packed batch until every row has its answer.
 
@@ -81,57 +154,38 @@ def run(
         batch: its rows, at least one.
         layers: L callables ``layer(hidden, None, plan=...)``.
         heads: their exits.
-        criterion: who may leave where.
+        criterion: who may leave, and skip, where.
         classes: C.
         settings: how.
+        keys: ``[N]`` int64, for a rule that wants them.
 
     Raises:
         InvalidLogitsError: logits without a meaning, with `settings.strict`.
     """
-    rows, depth, device = batch.row_ids.shape[0], len(layers), hidden.device
-    state = criterion.new_state(rows, device)
-    decide = exit_step_op(settings.backend, device.type)
-    linear = None if settings.all_exits else heads.linear_exits(hidden.dtype)
-    answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
-    exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
-    invalid = [0] * depth
-    collected: list[tuple[Tensor, dict[str, Tensor]]] = []
-    plan = plan_attention(batch, hidden.dtype)
+    depth = len(layers)
+    present = Present(batch, hidden, plan_attention(batch, hidden.dtype), len(batch.lengths), hidden.shape[1])
+    exits = _Exits(present, heads, criterion, classes, depth, settings, keys)
+    skips = criterion.skip_from
+    layers_run = None if skips is None else torch.zeros_like(exits.exit_layer)
     for layer, run_layer in enumerate(layers, start=1):
-        hidden = _first(run_layer(hidden, None, plan=plan))
-        due = criterion.is_due(layer, depth)
-        pooling = "none"
-        source: tuple[Tensor | None, ...] = (None, batch.offsets, None, None)
-        aux: dict[str, Tensor] = {}
-        logits: Tensor | None = None
-        if settings.all_exits:
-            logits, aux = heads(layer, hidden[0], batch.offsets)
-            collected.append((logits, aux))
-        elif due and linear is not None:
-            pooling, source = linear.pooling, (hidden[0], batch.offsets, *linear.weights[layer - 1])
-        elif due:
-            features, weight, bias, aux = heads.fused(layer, hidden[0], batch.offsets)
-            source = (features, batch.offsets, weight, bias)
-        if not due:
-            continue
-        logits = None if logits is None else logits.detach()
-        scalar = None if criterion.needs is None else read_aux(aux[criterion.needs].detach(), criterion.needs)
-        memory = (batch.row_ids, state, answers, exit_layer)
-        counts = decide(
-            *source, logits, scalar, *memory, criterion.name, criterion.params(layer), pooling, layer, depth
-        )
-        live, live_tokens, invalid[layer - 1] = counts.tolist()
-        if invalid[layer - 1] and settings.strict:
-            raise InvalidLogitsError(_invalid_message(invalid[layer - 1], layer, depth))
-        if settings.all_exits:
-            continue
-        if live == 0:
+        runs = None if skips is None else _rows_that_run(heads, layer, present, skips)
+        if layers_run is not None:
+            ids = present.batch.row_ids
+            layers_run[ids[ids >= 0 if runs is None else runs].long()] += 1
+        if runs is None:
+            present.hidden = first(run_layer(present.hidden, None, plan=present.plan))
+            exits.step(layer, present)
+        else:
+            _split_layer(layer, run_layer, present, runs, exits, settings.backend)
+        if present.live == 0:
             break
-        if live < batch.row_ids.shape[0] and _compacts(hidden.shape, live_tokens, settings):
-            batch, hidden = shrink(batch, hidden, live, live_tokens, settings.backend)
-            plan = plan_attention(batch, hidden.dtype)
-    layers_run = torch.full_like(exit_layer, depth) if settings.all_exits else exit_layer.clone()
-    return ExitOutput(answers, exit_layer, layers_run, tuple(invalid), _trace(collected))
+        if present.live < present.batch.row_ids.shape[0] and _compacts(present, settings):
+            present.batch, present.hidden, _ = shrink(
+                present.batch, present.hidden, present.live, present.live_tokens, settings.backend
+            )
+            present.plan = plan_attention(present.batch, present.hidden.dtype)
+    layers_run = exits.exit_layer.clone() if layers_run is None else layers_run
+    return ExitOutput(exits.answers, exits.exit_layer, layers_run, tuple(exits.invalid))
 
 
 def read_aux(raw: Tensor, name: str) -> Tensor:
@@ -139,25 +193,50 @@ def read_aux(raw: Tensor, name: str) -> Tensor:
     return AUX_ACTIVATIONS[name](raw.float())
 
 
-def _compacts(shape: torch.Size, live_tokens: int, settings: Settings) -> bool:
+def _rows_that_run(heads: ExitHeads, layer: int, present: Present, skip_from: float) -> Tensor | None:
+    """Which rows present run the layer, ``[B]`` bool: those whose gate value isn't at the threshold or above.
+
+    None where every live row does. A gate value of NaN skips nothing.
+    """
+    gate = torch.sigmoid(heads.gate(layer, present.states).float())
+    live = present.batch.row_ids >= 0
+    runs = live & ~(gate >= skip_from)
+    return None if bool(torch.equal(runs, live)) else runs
+
+
+def _split_layer(
+    layer: int, run_layer: Callable[..., Any], present: Present, runs: Tensor, exits: _Exits, backend: str
+) -> None:
+    """One layer on the rows that run it; the others keep their hidden states and meet no exit but the last.
+
+    A row that skips the last layer is answered by the last exit from the hidden state it has.
+    """
+    batch, last = present.batch, layer == exits.depth
+    lengths = batch.offsets.diff()
+    count, tokens = torch.stack((runs.sum(), lengths[runs].sum())).tolist()
+    if count:
+        chosen = PackedBatch(None, batch.offsets, torch.where(runs, batch.row_ids, -1), batch.lengths)
+        part_batch, hidden, source = shrink(chosen, present.hidden, count, tokens, backend)
+        plan = plan_attention(part_batch, hidden.dtype)
+        part = Present(part_batch, first(run_layer(hidden, None, plan=plan)), plan, count, tokens)
+        if not last:
+            exits.step(layer, part)
+        put_back(part.batch, part.hidden, source, batch, present.hidden, backend)
+        present.live -= count - part.live
+        present.live_tokens -= tokens - part.live_tokens
+    if last:
+        exits.step(layer, present)
+
+
+def _compacts(present: Present, settings: Settings) -> bool:
     if settings.compaction == "auto":
-        return compaction_pays(shape[1], live_tokens, shape[2], settings.layer_macs)
+        _, tokens, width = present.hidden.shape
+        return compaction_pays(tokens, present.live_tokens, width, settings.layer_macs)
     return settings.compaction == "always"
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _trace(collected: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> ExitTrace | None:
-    if not collected:
-        return None
-    names = collected[0][1]
-    aux = {name: torch.stack([a[name] for _, a in collected], dim=1) for name in names}
-    return ExitTrace(torch.stack([logits for logits, _ in collected], dim=1), aux)
-
-
-def _invalid_message(rows: int, layer: int, depth: int) -> str:
+def invalid_message(rows: int, layer: int, depth: int) -> str:
+    """What a strict model says of logits without a meaning."""
     return (
         f"{rows} row(s) have logits without a meaning (NaN, several +inf, or all -inf) at layer {layer} of {depth}; "
         "check the weights and the input, or use strict=False to let such rows run on"

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, initialization
 from transformers.utils import ModelOutput
 
-from earlyexit_kernels import backends, engine
+from earlyexit_kernels import backends, engine, tracing
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.config import EarlyExitConfig
-from earlyexit_kernels.criteria import Criterion, FullDepth
-from earlyexit_kernels.errors import AttentionReplacedError
-from earlyexit_kernels.heads import ExitHeads, HeadConfig
+from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
+from earlyexit_kernels.errors import AttentionReplacedError, InvalidLogitsError
+from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
 from earlyexit_kernels.inputs import check_inputs
 from earlyexit_kernels.loading import check_loaded, corrupt_files
 from earlyexit_kernels.objectives import mean_task_loss, objective_of
-from earlyexit_kernels.packing import PACKED_ATTENTION, pack
+from earlyexit_kernels.ops.exit_step import meaningful
+from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, pack, row_keys
+from earlyexit_kernels.phased import PhasedTraining
+from earlyexit_kernels.replay import replay
 from earlyexit_kernels.types import ExitOutput, ExitTrace
 
 logger = logging.getLogger("earlyexit_kernels")
+
+_Inputs: TypeAlias = tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -46,7 +51,7 @@ class EarlyExitOutput(ModelOutput):
     all_logits: Tensor | None = None
 
 
-class EarlyExitForSequenceClassification(PreTrainedModel):
+class EarlyExitForSequenceClassification(PhasedTraining):
     """A sequence classifier whose rows leave at the exit that is sure of them, at any batch size.
 
     Built by `to_early_exit`, or by ``AutoModelForSequenceClassification.from_pretrained`` of a saved one.
@@ -83,11 +88,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig(**config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self.objective = objective_of(config.method)
         self.compaction = "auto"
         self.invalid_rows = 0
         self._backend = "auto"
         self._layer_macs = _layer_macs(encoder)
+        self.set_objective(objective_of(config.method))
         self.set_criterion(config.exit_criterion())
         self.post_init()
 
@@ -110,8 +115,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             raise TypeError(f"criterion: expected one of earlyexit_kernels.criteria or None, got {criterion!r}")
         rule = FullDepth() if criterion is None else criterion
         config: Any = self.config
-        problem_type = config.problem_type or default_problem_type(config.num_labels)
-        rule.check(depth=self.depth, classes=config.num_labels, problem_type=problem_type, aux=self.heads.aux_names)
+        check_fits(
+            rule,
+            depth=self.depth,
+            classes=config.num_labels,
+            problem_type=self.problem_type,
+            aux=self.heads.aux_names,
+        )
         self._criterion = rule
         config.criterion = None if isinstance(rule, FullDepth) else rule.to_dict()
 
@@ -159,7 +169,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             token_type_ids, position_ids: ``[N, S]`` integers; default: as the stock model computes them.
             labels: ``[N]``, or ``[N, C]`` for several labels a row.
             output_all_logits: run every layer on every row and return the logits of every exit; the answers are those
-                of the criterion all the same.
+                of the criterion all the same. Refused under a criterion that skips layers.
             output_hidden_states, output_attentions: refused, since rows leave on the way.
             return_dict: False for a tuple.
 
@@ -173,19 +183,17 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 "output_hidden_states and output_attentions aren't available: rows leave on the way, so there is no "
                 "full set to return; call model.backbone for them"
             )
-        all_exits = self.training or bool(output_all_logits)
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            result = self._run(input_ids, attention_mask, token_type_ids, position_ids, all_exits)
-        logits, loss = result.logits, None
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids)
         if self.training:
-            assert result.trace is not None
-            logits = result.trace.logits[:, -1]
-            loss = None if labels is None else self._objective_loss(result.trace, labels)
-        elif labels is not None:
-            loss = mean_task_loss(logits, labels, self._problem_type())
+            trace = self._trace(inputs, self.training_collect())
+            loss = self.training_loss(trace, labels)
+            result = self._full_depth(trace, trace.logits[:, -1])
+        else:
+            result = self._traced_answers(inputs) if output_all_logits else self._answers(inputs)
+            loss = None if labels is None else mean_task_loss(result.logits, labels, self.problem_type)
         output = EarlyExitOutput(
             loss=loss,
-            logits=logits,
+            logits=result.logits,
             exit_layer=result.exit_layer,
             layers_run=result.layers_run,
             all_logits=None if result.trace is None else result.trace.logits,
@@ -201,6 +209,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
         Raises:
             RuntimeError: the model is in train mode, where dropout would colour the trace.
+            ValueError: an unknown input, or the criterion skips layers.
         """
         if self.training:
             raise RuntimeError("trace: expected the model in eval mode, got train mode; call model.eval() first")
@@ -209,25 +218,71 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         unknown = sorted(set(inputs) - set(names))
         if unknown:
             raise ValueError(f"trace: expected inputs among {names}, got {unknown}")
-        ids, mask, types, positions = (inputs.get(n) for n in names)
-        trace = self._run(ids, mask, types, positions, all_exits=True).trace
-        assert trace is not None
+        return self._trace(tuple(inputs.get(n) for n in names), tracing.Collect())
+
+    @torch.no_grad()
+    def _answers(self, inputs: _Inputs) -> ExitOutput:
+        """Rows leave where the criterion says so."""
+        packed = self._packed(inputs)
+        if packed is None:
+            return self._full_depth(self._no_rows())
+        hidden, batch, keys = packed
+        settings = engine.Settings(
+            backend=self._backend,
+            compaction=self.compaction,
+            strict=bool(self.config.strict),
+            layer_macs=self._layer_macs,
+        )
+        layers, classes = self.adapter.layers(self.backbone), self.config.num_labels
+        result = engine.run(hidden, batch, layers, self.heads, self._criterion, classes, settings, keys)
+        self._count_invalid(result.invalid_rows)
+        return result
+
+    @torch.no_grad()
+    def _traced_answers(self, inputs: _Inputs) -> ExitOutput:
+        """Every layer runs on every row; the answers are the criterion's all the same."""
+        trace = self._trace(inputs, tracing.Collect())
+        answers, exit_layer = replay(trace, self._criterion, problem_type=self.problem_type, backend=self._backend)
+        return self._full_depth(trace, answers, exit_layer)
+
+    def _trace(self, inputs: _Inputs, collect: tracing.Collect) -> ExitTrace:
+        if not self.training and self._criterion.skip_from is not None:
+            raise ValueError(
+                f"criterion {self._criterion.name!r} skips layers, which changes all later hidden states: no pass "
+                "through all layers holds its answers. Run the model, or choose another criterion (None is full depth) "
+                "for the trace"
+            )
+        packed = self._packed(inputs)
+        if packed is None:
+            return self._no_rows()
+        hidden, batch, keys = packed
+        trace = tracing.trace_exits(hidden, batch, self.adapter.layers(self.backbone), self.heads, collect, keys)
+        with torch.no_grad():
+            invalid = (~meaningful(trace.logits.flatten(0, 1), None)).view(trace.logits.shape[:2]).sum(0).tolist()
+        if any(invalid) and self.config.strict:
+            layer = next(k for k, rows in enumerate(invalid, start=1) if rows)
+            raise InvalidLogitsError(engine.invalid_message(invalid[layer - 1], layer, self.depth))
+        self._count_invalid(tuple(invalid))
         return trace
 
-    def _run(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        all_exits: bool,
+    def _full_depth(
+        self, trace: ExitTrace, answers: Tensor | None = None, exit_layer: Tensor | None = None
     ) -> ExitOutput:
+        """What a pass through all layers returns; by default the last exit answers."""
+        rows = trace.logits.shape[0]
+        depths = torch.full((rows,), self.depth, dtype=torch.int64, device=trace.logits.device)
+        answers = trace.logits[:, -1] if answers is None else answers
+        return ExitOutput(answers, depths if exit_layer is None else exit_layer, depths.clone(), (), trace)
+
+    def _packed(self, inputs: _Inputs) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
+        """Checked, packed and embedded: hidden ``[1, T, H]``, the rows, their keys; None for an empty batch."""
         backbone: Any = self.backbone
         if backbone.config._attn_implementation != PACKED_ATTENTION:
             raise AttentionReplacedError(
                 f"the backbone's attention is {backbone.config._attn_implementation!r}, expected {PACKED_ATTENTION!r}; "
                 "under another one the rows of a batch attend to each other. Convert the model again"
             )
+        input_ids, attention_mask, token_type_ids, position_ids = inputs
         ids = check_inputs(
             input_ids,
             attention_mask,
@@ -243,43 +298,28 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             first_token=self.heads.config.pooling != "mean",
         )
         if ids.shape[0] == 0:
-            return self._empty(ids.device, all_exits)
+            return None
         batch = pack(ids, attention_mask)
         if position_ids is None:
             position_ids = self.adapter.positions(backbone, ids)
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids
+        tokens = batch.take(ids)
         hidden = self.adapter.embed(
-            backbone, batch.take(ids), batch.take(position_ids.expand(ids.shape)), batch.take(types.expand(ids.shape))
+            backbone, tokens, batch.take(position_ids.expand(ids.shape)), batch.take(types.expand(ids.shape))
         )
-        settings = engine.Settings(
-            backend=self._backend,
-            compaction=self.compaction,
-            all_exits=all_exits,
-            strict=bool(self.config.strict),
-            layer_macs=self._layer_macs,
-        )
-        criterion = FullDepth() if self.training else self._criterion
-        layers = self.adapter.layers(backbone)
-        result = engine.run(hidden, batch, layers, self.heads, criterion, self.config.num_labels, settings)
-        self._count_invalid(result.invalid_rows)
-        return result
+        return hidden, batch, row_keys(tokens, batch.offsets) if self._wants_keys() else None
 
-    def _empty(self, device: torch.device, all_exits: bool) -> ExitOutput:
-        classes = self.config.num_labels
-        exits = torch.zeros(0, dtype=torch.int64, device=device)
-        aux = {n: torch.zeros(0, self.depth, device=device) for n in self.heads.aux_names}
+    def _wants_keys(self) -> bool:
+        """Whether anybody may read the rows' keys: a rule that draws, now or in a replay."""
+        return not self.training and "halting" in self.heads.aux_names
+
+    def _no_rows(self) -> ExitTrace:
+        device, classes = self.device, self.config.num_labels
+        names = [n for n in self.heads.aux_names if n != "gate"]
+        aux = {n: torch.zeros(0, self.depth, device=device) for n in names}
         dtype = self.dtype if self.training else torch.float32
-        trace = ExitTrace(torch.zeros(0, self.depth, classes, device=device, dtype=dtype), aux)
-        logits = torch.zeros(0, classes, device=device)
-        return ExitOutput(logits, exits, exits.clone(), (0,) * self.depth, trace if all_exits else None)
-
-    def _objective_loss(self, trace: ExitTrace, labels: Tensor) -> Tensor:
-        loss = self.objective(trace, labels, self._problem_type())
-        # an output the objective leaves out would be an unused parameter, which DDP refuses
-        return loss + sum(0.0 * raw.float().sum() for raw in trace.aux.values())
-
-    def _problem_type(self) -> str:
-        return self.config.problem_type or default_problem_type(self.config.num_labels)
+        keys = torch.zeros(0, dtype=torch.int64, device=device) if self._wants_keys() else None
+        return ExitTrace(torch.zeros(0, self.depth, classes, device=device, dtype=dtype), aux, keys)
 
     def _count_invalid(self, invalid_rows: tuple[int, ...]) -> None:
         if not any(invalid_rows):
@@ -292,6 +332,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 where,
             )
         self.invalid_rows += sum(invalid_rows)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, StartsAt):
+            initialization.constant_(module.bias, module.first_bias)
 
     @classmethod
     def from_pretrained(
@@ -337,10 +382,6 @@ _ATTENTION_IS_FIXED = (
     "attn_implementation can't be chosen: an early-exit model packs the rows of a batch, and only its own attention "
     f"({PACKED_ATTENTION!r}) keeps them apart"
 )
-
-
-def default_problem_type(num_labels: int) -> str:
-    return "regression" if num_labels == 1 else "single_label_classification"
 
 
 def _layer_macs(config: Any) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from earlyexit_kernels.hashing import scrambled
 from earlyexit_kernels.ops import compact, gather_rows
 
 PACKED_ATTENTION = "earlyexit_packed"
@@ -76,10 +77,23 @@ class PackedBatch:
     row_ids: Tensor
     lengths: tuple[int, ...]
 
+    @property
+    def token_count(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
     def take(self, values: Tensor) -> Tensor:
         """Pick the kept tokens of ``[N, S]`` integers as ``[1, T]`` int64."""
         flat = values.reshape(-1).long()
         return (flat if self.tokens is None else flat[self.tokens])[None]
+
+
+class PackedStates(NamedTuple):
+    """Hidden states ``[T, H]`` of packed rows, their offsets ``[B + 1]`` and the attention over them."""
+
+    hidden: Tensor
+    offsets: Tensor
+    plan: AttentionPlan
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None) -> PackedBatch:
@@ -104,7 +118,25 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> PackedBatch:
     return PackedBatch(keep.flatten().nonzero()[:, 0], offsets, row_ids, tuple(counts.tolist()))
 
 
-def shrink(batch: PackedBatch, hidden: Tensor, live: int, tokens: int, backend: str) -> tuple[PackedBatch, Tensor]:
+def row_keys(ids: Tensor, offsets: Tensor) -> Tensor:
+    """A number ``[N]`` int64 for each row that depends on its kept tokens and their order alone.
+
+    Args:
+        ids: packed token ids ``[1, T]`` int64.
+        offsets: ``[N + 1]`` int32.
+    """
+    ends = offsets.long()
+    place = torch.arange(ids.shape[1], device=ids.device) - ends[:-1].repeat_interleave(
+        offsets.diff(), output_size=ids.shape[1]
+    )
+    sums = torch.zeros(ids.shape[1] + 1, dtype=torch.int64, device=ids.device)
+    sums[1:] = scrambled(ids[0] + scrambled(place)).cumsum(0)
+    return sums[ends[1:]] - sums[ends[:-1]]
+
+
+def shrink(
+    batch: PackedBatch, hidden: Tensor, live: int, tokens: int, backend: str
+) -> tuple[PackedBatch, Tensor, Tensor]:
     """Move the live rows together, in order, into a second buffer.
 
     Args:
@@ -113,14 +145,31 @@ def shrink(batch: PackedBatch, hidden: Tensor, live: int, tokens: int, backend: 
         backend: of the ops.
 
     Returns:
-        The smaller batch and its tokens ``[1, tokens, H]``.
+        The smaller batch, its tokens ``[1, tokens, H]``, and the place ``[live]`` int32 each row had.
     """
     row_ids, offsets, source = compact(batch.row_ids, batch.offsets, backend=backend)
     row_ids, offsets, source = row_ids[:live], offsets[: live + 1], source[:live]
     out = hidden.new_empty(1, tokens, hidden.shape[2])
     gather_rows(hidden[0], batch.offsets, source, offsets, out[0], backend=backend)
     lengths = tuple(batch.lengths[i] for i in source.tolist())
-    return PackedBatch(None, offsets, row_ids, lengths), out
+    return PackedBatch(None, offsets, row_ids, lengths), out, source
+
+
+def put_back(
+    part: PackedBatch, part_hidden: Tensor, source: Tensor, batch: PackedBatch, hidden: Tensor, backend: str
+) -> None:
+    """Write the tokens and row ids of a part of the rows to the places they came from.
+
+    Args:
+        part, part_hidden, source: as `shrink` gave them; row ids may have become -1 since.
+        batch, hidden: all rows and their tokens ``[1, T, H]``. **Changed.**
+        backend: of the ops.
+    """
+    place = torch.full_like(batch.row_ids, -1)
+    index = source.long()
+    place[index] = torch.arange(source.shape[0], dtype=torch.int32, device=source.device)
+    gather_rows(part_hidden[0], part.offsets, place, batch.offsets, hidden[0], backend=backend)
+    batch.row_ids[index] = part.row_ids
 
 
 def plan_attention(batch: PackedBatch, dtype: torch.dtype) -> AttentionPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
 from earlyexit_kernels.ops import exit_step
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
 
@@ -26,7 +26,8 @@ def replay(
         score lies within rounding of the threshold: the model's matrix products round with the batch they run in.
 
     Raises:
-        ValueError: the trace lacks what the criterion needs, or the criterion has no meaning on its shape.
+        ValueError: the trace lacks what the criterion needs, the criterion has no meaning on its shape, or it skips
+            layers, whose effect no stored pass holds.
     """
     if not isinstance(trace, ExitTrace):
         raise ValueError(f"replay: expected a trace, as model.trace(**batch) gives, got {type(trace).__name__}")
@@ -37,13 +38,18 @@ def replay(
         raise ValueError(
             f"replay: expected trace.logits [N, L, C] and aux [N, L], got {list(trace.logits.shape)} and aux {wrong}"
         )
-    rule = FullDepth() if criterion is None else criterion
+    if criterion is not None and criterion.skip_from is not None:
+        raise ValueError(
+            f"replay: {criterion.name!r} can't be replayed, since a layer that a row skips changes all its later "
+            f"exits; run the model with it, or replay its exit rule, {criterion.exit_rule.name!r}, alone"
+        )
+    rule = (FullDepth() if criterion is None else criterion).exit_rule
     rows, depth, classes = trace.logits.shape
     task = problem_type or ("regression" if classes == 1 else "single_label_classification")
-    rule.check(depth=depth, classes=classes, problem_type=task, aux=tuple(trace.aux))
+    check_fits(rule, depth=depth, classes=classes, problem_type=task, aux=tuple(trace.aux))
     device = trace.logits.device
     row_ids = torch.arange(rows, dtype=torch.int32, device=device)
-    state = rule.new_state(rows, device)
+    state = rule.new_state(rows, device, classes, trace.keys)
     answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
     exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
     for layer in range(1, depth + 1):

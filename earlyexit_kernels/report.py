@@ -139,11 +139,11 @@ def plot_tradeoff(
     metric: str,
     title: str,
 ) -> Path:
-    """Draw score against mean exit layer.
+    """Draw score against the mean number of layers run.
 
     Args:
         path: of the PNG; missing folders are made.
-        curves: criterion -> points (mean exit layer, score), drawn in order of the first.
+        curves: criterion -> points (mean layers run, score), drawn in order of the first.
         baselines: the same, drawn dashed.
         chosen: criterion -> its chosen point, drawn as a ring.
         depth: L.
@@ -171,7 +171,8 @@ def plot_tradeoff(
             axes.plot([x], [y], color=color, **ring)
     if chosen:
         axes.plot([], [], color="black", label="chosen on the tuning split", **ring)
-    axes.set(xlabel=f"mean exit layer (of {depth})", ylabel=metric, title=title, xlim=(0.8, depth + 0.2))
+    axes.set(xlabel=f"mean layers run (of {depth})", ylabel=metric, title=title)
+    axes.set_xlim(right=depth + 0.2)
     axes.set_xticks(range(1, depth + 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small")
@@ -217,5 +218,5 @@ def _height(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
     return ys[right - 1] + share * (ys[right] - ys[right - 1])
 
 
-_MARKERS = ("o", "s", "^", "D", "v")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # ten colours, so that 70 curves differ
 _GREYS = ("0.35", "0.6")

@@ -1,8 +1,11 @@
 """What each criterion would give at every setting, from one full-depth pass over a tuning and a reporting split.
 
-Settings are laid out and chosen on the tuning split; every number to be quoted comes from the reporting split. Cost is
-counted in layers: with a mean exit layer m of L, the *layer speed-up* is L / m and the *layers saved* are 1 - m / L.
-Wall-clock is a matter of measuring (`timing`), not of this file.
+Settings are laid out (`grids`) and chosen on the tuning split; every number to be quoted comes from the reporting
+split. Cost is counted in layers: with m layers run in the mean, of L, the *layer speed-up* is L / m and the *layers
+saved* are 1 - m / L. Where no layer is skipped, m is the mean exit layer. Wall-clock is a matter of measuring
+(`timing`), not of this file.
+
+A rule that skips layers can't be replayed: `sweep_skipping` runs the model once for each of its settings.
 
 Baselines: *static truncation* answers every row at exit k, and *random exit* keeps a criterion's share of rows per
 layer but draws which rows leave where. A criterion that doesn't beat the second one chooses no better than chance.
@@ -10,7 +13,9 @@ layer but draws which rows leave where. A criterion that doesn't beat the second
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,8 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from earlyexit_kernels.criteria import Criterion, Entropy, Margin, MaxProbability, Patience, QExit
+from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.grids import settings
 from earlyexit_kernels.metrics import predictions_of, score
+from earlyexit_kernels.predict import predict_with_exits
 from earlyexit_kernels.replay import replay
 from earlyexit_kernels.types import ExitTrace
 
@@ -35,19 +42,22 @@ class Outcome:
 
     Attributes:
         scores: metric -> value.
-        mean_exit_layer: m, 1-based.
+        mean_exit_layer: 1-based depth of the answering exit, in the mean.
+        mean_layers_run: m; less than `mean_exit_layer` where layers are skipped, otherwise the same.
         layer_speed_up: L / m.
         layers_saved: 1 - m / L.
         exit_shares: share of the rows that leave at each layer 1..L.
-        random_exit: value of the deciding metric expected when rows are drawn at random into the same shares.
+        random_exit: value of the deciding metric expected when rows are drawn at random into the same shares; None
+            where layers are skipped, since what other exits would have said isn't known.
     """
 
     scores: dict[str, float]
     mean_exit_layer: float
+    mean_layers_run: float
     layer_speed_up: float
     layers_saved: float
     exit_shares: tuple[float, ...]
-    random_exit: float
+    random_exit: float | None
 
 
 @dataclass(frozen=True)
@@ -110,10 +120,10 @@ class Sweep:
 def collect_trace(
     model: Any, dataset: Any, *, collate_fn: Callable, batch_size: int = 32, progress: str | None = None
 ) -> tuple[ExitTrace, NDArray]:
-    """Run every layer over a data set.
+    """Run every layer over a data set, whatever criterion is in force.
 
     Args:
-        model: an early-exit model; left in eval mode.
+        model: an early-exit model; left in eval mode with the criterion it had.
         dataset: dicts with ``labels``, as from `tasks.encode`.
         collate_fn: pads a list of them, e.g. `transformers.DataCollatorWithPadding`.
         batch_size: rows a pass.
@@ -125,80 +135,24 @@ def collect_trace(
     model.eval()
     traces, labels = [], []
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn)
-    for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
-        labels.append(batch.pop("labels"))
-        trace = model.trace(**{name: values.to(model.device) for name, values in batch.items()})
-        aux = {name: values.float().cpu() for name, values in trace.aux.items()}
-        traces.append(ExitTrace(trace.logits.float().cpu(), aux))
+    with _without_criterion(model):
+        for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+            labels.append(batch.pop("labels"))
+            trace = model.trace(**{name: values.to(model.device) for name, values in batch.items()})
+            aux = {name: values.float().cpu() for name, values in trace.aux.items()}
+            traces.append(ExitTrace(trace.logits.float().cpu(), aux, None if trace.keys is None else trace.keys.cpu()))
     return ExitTrace.cat(traces), torch.cat(labels).numpy()
 
 
-def _early_probabilities(trace: ExitTrace) -> NDArray:
-    """Class probabilities at the exits that may leave early, ``[N * (L - 1), C]`` float64."""
-    early = trace.logits[:, :-1].double()
-    return early.softmax(dim=-1).flatten(0, 1).numpy()
-
-
-def _quantile_grid(scores: NDArray, points: int) -> list[float]:
-    """Thresholds between which equal shares of the scores lie, so that a curve is evenly covered; ascending."""
-    return sorted({float(q) for q in np.quantile(scores[np.isfinite(scores)], np.linspace(0, 1, points))})
-
-
-def _entropy_grid(trace: ExitTrace, points: int) -> list[Criterion]:
-    p = _early_probabilities(trace)
-    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=1)
-    return [Entropy(threshold=max(t, 0.0)) for t in _quantile_grid(entropy, points)]
-
-
-def _max_probability_grid(trace: ExitTrace, points: int) -> list[Criterion]:
-    top = _early_probabilities(trace).max(axis=1)
-    return [MaxProbability(threshold=min(t, 1.0)) for t in _quantile_grid(top, points)]
-
-
-def _margin_grid(trace: ExitTrace, points: int) -> list[Criterion]:
-    ordered = np.sort(_early_probabilities(trace), axis=1)
-    return [Margin(threshold=min(t, 1.0)) for t in _quantile_grid(ordered[:, -1] - ordered[:, -2], points)]
-
-
-def _patience_grid(trace: ExitTrace, points: int) -> list[Criterion]:
-    patiences = range(1, trace.depth)
-    if trace.logits.shape[2] > 1:
-        return [Patience(patience=p) for p in patiences]
-    steps = trace.logits[:, :, 0].double().diff(dim=1).abs().flatten().numpy()
-    tolerances = [t for t in _quantile_grid(steps, max(3, points // len(patiences))) if t > 0]
-    return [Patience(patience=p, tolerance=t) for p in patiences for t in tolerances]
-
-
-def _q_exit_grid(trace: ExitTrace, points: int) -> list[Criterion]:
-    return [QExit(q=float(q)) for q in np.linspace(0.05, 0.95, points)]
-
-
-_CLASSIFICATION_GRIDS = {
-    "entropy": _entropy_grid,
-    "max_probability": _max_probability_grid,
-    "margin": _margin_grid,
-}
-
-
-def settings(trace: ExitTrace, *, points: int = 24) -> dict[str, list[Criterion]]:
-    """The criteria that have a meaning on a trace, each at several settings laid out over its scores.
-
-    Args:
-        trace: of the tuning split.
-        points: settings of a criterion with a threshold; patience has its own L - 1.
-
-    Raises:
-        ValueError: fewer than 8 points, or fewer than two exits.
-    """
-    if points < 8 or trace.depth < 2:
-        raise ValueError(
-            f"settings: expected points >= 8 and a trace of at least 2 exits, got {points} and {trace.depth}"
-        )
-    grids = dict(_CLASSIFICATION_GRIDS) if trace.logits.shape[2] > 1 else {}
-    grids["patience"] = _patience_grid
-    if "halting" in trace.aux:
-        grids["q_exit"] = _q_exit_grid
-    return {name: grid(trace, points) for name, grid in grids.items()}
+@contextmanager
+def _without_criterion(model: Any) -> Iterator[None]:
+    """Full depth for a while: one that skips layers would refuse to be traced."""
+    before = model.criterion
+    model.set_criterion(None)
+    try:
+        yield
+    finally:
+        model.set_criterion(before)
 
 
 def _at_layer(trace: ExitTrace, exit_layer: NDArray) -> NDArray:
@@ -233,19 +187,32 @@ def truncations(trace: ExitTrace, labels: ArrayLike, *, metrics: Sequence[str]) 
     return tuple(score(metrics, trace.logits[:, k].numpy(), labels) for k in range(trace.depth))
 
 
-def outcome(trace: ExitTrace, labels: ArrayLike, criterion: Criterion, *, metrics: Sequence[str]) -> Outcome:
+def outcome(
+    trace: ExitTrace,
+    labels: ArrayLike,
+    criterion: Criterion,
+    *,
+    metrics: Sequence[str],
+    problem_type: str | None = None,
+) -> Outcome:
     """Replay a criterion over a trace and score it; ``metrics[0]`` decides."""
-    logits, exit_layer = replay(trace, criterion)
-    counts = np.bincount(exit_layer.numpy(), minlength=trace.depth + 1)[1:]
-    shares = tuple(float(share) for share in counts / counts.sum())
-    mean = float(np.dot(shares, np.arange(1, trace.depth + 1)))
+    logits, exit_layer = replay(trace, criterion, problem_type=problem_type)
+    layers = exit_layer.numpy()
+    found = _outcome(score(metrics, logits.numpy(), labels), layers, layers, trace.depth)
+    return replace(found, random_exit=random_exit(trace, labels, found.exit_shares, metric=metrics[0]))
+
+
+def _outcome(scores: dict[str, float], exit_layer: NDArray, layers_run: NDArray, depth: int) -> Outcome:
+    counts = np.bincount(exit_layer, minlength=depth + 1)[1:]
+    mean = float(layers_run.mean())
     return Outcome(
-        scores=score(metrics, logits.numpy(), labels),
-        mean_exit_layer=mean,
-        layer_speed_up=trace.depth / mean,
-        layers_saved=1 - mean / trace.depth,
-        exit_shares=shares,
-        random_exit=random_exit(trace, labels, shares, metric=metrics[0]),
+        scores=scores,
+        mean_exit_layer=float(exit_layer.mean()),
+        mean_layers_run=mean,
+        layer_speed_up=depth / mean if mean else math.inf,
+        layers_saved=1 - mean / depth,
+        exit_shares=tuple(float(share) for share in counts / counts.sum()),
+        random_exit=None,
     )
 
 
@@ -256,7 +223,23 @@ def choose(outcomes: Sequence[Outcome], full_depth: float, *, metric: str, drop:
         the index, or None where every outcome loses more.
     """
     kept = [i for i, o in enumerate(outcomes) if o.scores[metric] >= full_depth - drop - 1e-9]
-    return min(kept, key=lambda i: (outcomes[i].mean_exit_layer, -outcomes[i].scores[metric]), default=None)
+    return min(kept, key=lambda i: (outcomes[i].mean_layers_run, -outcomes[i].scores[metric]), default=None)
+
+
+def nearest(points: Sequence[Point], speed_up: float) -> Point:
+    """The point whose layer speed-up on the tuning split lies nearest to a given one, the better among equally near.
+
+    Args:
+        points: of one criterion, at least one.
+        speed_up: the layer speed-up wanted, at least 1. How near the point comes, on either split, stands in it.
+
+    Raises:
+        ValueError: no point was given.
+    """
+    if not points:
+        raise ValueError("nearest: expected at least one point, got none")
+    metric = next(iter(points[0].tuning.scores))
+    return min(points, key=lambda p: (abs(p.tuning.layer_speed_up - speed_up), -p.tuning.scores[metric]))
 
 
 def sweep(
@@ -266,6 +249,7 @@ def sweep(
     metrics: Sequence[str] = ("accuracy",),
     drop: float = 0.0,
     points: int = 24,
+    problem_type: str | None = None,
     progress: str | None = None,
 ) -> Sweep:
     """Try every criterion at every setting, choose on the tuning split and report on the other.
@@ -275,6 +259,7 @@ def sweep(
         metrics: names of `metrics.METRICS`; the first decides.
         drop: loss of that metric against full depth that a choice may cost on the tuning split, at least 0.
         points: settings of a criterion with a threshold.
+        problem_type: as in transformers; default: regression with one output, else one label of several.
         progress: title of a progress bar; None shows none.
 
     Raises:
@@ -287,21 +272,71 @@ def sweep(
         raise ValueError(f"sweep: expected drop >= 0, got {drop}")
     splits = {"tuning": tuning, "reporting": reporting}
     layers = {name: truncations(trace, labels, metrics=metrics) for name, (trace, labels) in splits.items()}
-    full = layers["tuning"][-1][metrics[0]]
-    groups = settings(tuning[0], points=points)
+    groups = settings(tuning[0], points=points, problem_type=problem_type)
     found: dict[str, tuple[Point, ...]] = {}
+    full = layers["tuning"][-1][metrics[0]]
     with tqdm(total=sum(map(len, groups.values())), desc=progress, disable=progress is None, leave=False) as bar:
         for name, group in groups.items():
             listed = []
             for criterion in group:
-                on_tuning, on_reporting = (outcome(*split, criterion, metrics=metrics) for split in splits.values())
+                on_tuning, on_reporting = (
+                    outcome(*split, criterion, metrics=metrics, problem_type=problem_type) for split in splits.values()
+                )
                 listed.append(Point(criterion, on_tuning, on_reporting))
                 bar.update()
-            best = choose([point.tuning for point in listed], full, metric=metrics[0], drop=drop)
-            if best is not None:
-                listed[best] = replace(listed[best], chosen=True)
-            found[name] = tuple(sorted(listed, key=lambda point: point.reporting.mean_exit_layer))
+            found[name] = _with_choice(listed, full, metric=metrics[0], drop=drop)
     return Sweep(metrics[0], tuning[0].depth, drop, layers, found, *_limits(*reporting))
+
+
+def _with_choice(listed: Sequence[Point], full_depth: float, *, metric: str, drop: float) -> tuple[Point, ...]:
+    """The points of a criterion, fastest first on the reporting split, with the chosen one marked."""
+    best = choose([point.tuning for point in listed], full_depth, metric=metric, drop=drop)
+    marked = [replace(point, chosen=number == best) for number, point in enumerate(listed)]
+    return tuple(sorted(marked, key=lambda point: point.reporting.mean_layers_run))
+
+
+def sweep_skipping(
+    model: Any,
+    result: Sweep,
+    criteria: Sequence[Criterion],
+    tuning: Any,
+    reporting: Any,
+    *,
+    collate_fn: Callable,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> Sweep:
+    """Add rules that skip layers to a sweep, by running the model over both splits at each setting.
+
+    Args:
+        model: with gates; its own criterion is put back at the end.
+        result: the sweep of the same splits by replay.
+        criteria: the settings, all of one kind, as from `grids.skip_settings`.
+        tuning, reporting: the splits' data sets, dicts with ``labels``.
+        collate_fn: pads a list of them.
+        batch_size: rows a pass.
+        progress: title of a progress bar; None shows none.
+
+    Returns:
+        the sweep with one more group of points, chosen against full depth without skips as the others are.
+
+    Raises:
+        ValueError: the model has no gates.
+    """
+    full_depth = result.layers["tuning"][-1]
+
+    def run(data: Any) -> Outcome:
+        out = predict_with_exits(model, data, batch_size=batch_size, collate_fn=collate_fn)
+        scores = score(tuple(full_depth), out.logits, np.asarray(out.labels))
+        return _outcome(scores, out.exit_layer, out.layers_run, result.depth)
+
+    listed = []
+    with _without_criterion(model):
+        for criterion in tqdm(criteria, desc=progress, disable=progress is None, leave=False):
+            model.set_criterion(criterion)
+            listed.append(Point(criterion, run(tuning), run(reporting)))
+    points = _with_choice(listed, full_depth[result.metric], metric=result.metric, drop=result.drop)
+    return replace(result, points={**result.points, criteria[0].name: points})
 
 
 def _limits(trace: ExitTrace, labels: ArrayLike) -> tuple[float | None, float | None]:

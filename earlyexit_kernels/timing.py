@@ -40,6 +40,7 @@ def interleave(
     repeats: int = 20,
     warmup: int = 3,
     sync: Callable[[], None] | None = None,
+    prepare: Callable[[str], None] | None = None,
     seed: int = 0,
     progress: str | None = None,
 ) -> dict[str, list[float]]:
@@ -52,6 +53,7 @@ def interleave(
         repeats: timed rounds.
         warmup: untimed rounds before them.
         sync: waits for work queued on a device, e.g. `torch.cuda.synchronize`; called before each clock reading.
+        prepare: called with an alternative's name before each of its calls, untimed: restores what the call changes.
         seed: of the orders.
         progress: title of a progress bar; None shows none.
 
@@ -72,6 +74,8 @@ def interleave(
     for turn in tqdm(range(warmup + repeats), desc=progress, disable=progress is None, leave=False):
         shuffle(order)
         for name in order:
+            if prepare is not None:
+                prepare(name)
             elapsed = _milliseconds(alternatives[name], sync)
             if turn >= warmup:
                 times[name].append(elapsed)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 #: Scalars a head may produce beside its logits, and the map from the raw number to the one a criterion reads.
-AUX_ACTIVATIONS = {"halting": torch.sigmoid}
+AUX_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "halting": torch.sigmoid,
+    "uncertainty": torch.sigmoid,
+    "hidden_cosine": torch.positive,
+}
 
 
 @dataclass(frozen=True)
@@ -19,10 +24,16 @@ class ExitTrace:
     Attributes:
         logits: ``[N, L, C]``, float32 in eval mode, in the dtype of the heads in train mode.
         aux: raw scalars by name, each ``[N, L]`` (``"halting"``: the logit s of lambda = sigmoid(s)).
+        keys: ``[N]`` int64, a hash of each row's tokens; None where the trace wasn't made by a model.
+        projections: ``[M, T, P]``, projections of the packed tokens, where an objective asks for them in train mode.
+        offsets: ``[N + 1]`` int32, the rows of these tokens.
     """
 
     logits: Tensor
     aux: Mapping[str, Tensor] = field(default_factory=dict)
+    keys: Tensor | None = None
+    projections: Tensor | None = None
+    offsets: Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -31,10 +42,10 @@ class ExitTrace:
 
     @staticmethod
     def cat(traces: Sequence[ExitTrace]) -> ExitTrace:
-        """Join traces of several batches along the rows.
+        """Join traces of several batches along the rows; projections of tokens stay behind.
 
         Raises:
-            ValueError: no trace was given, or the traces hold different aux names.
+            ValueError: no trace was given, the traces hold different aux names, or only some hold keys.
         """
         if not traces:
             raise ValueError("ExitTrace.cat: expected at least one trace, got an empty list")
@@ -42,7 +53,12 @@ class ExitTrace:
         if any(n != names[0] for n in names):
             raise ValueError(f"ExitTrace.cat: expected the same aux outputs in every trace, got {names}")
         aux = {n: torch.cat([t.aux[n] for t in traces]) for n in names[0]}
-        return ExitTrace(torch.cat([t.logits for t in traces]), aux)
+        keys = [t.keys for t in traces if t.keys is not None]
+        if len(keys) not in (0, len(traces)):
+            raise ValueError(
+                f"ExitTrace.cat: expected keys in every trace or in none, got {len(keys)} of {len(traces)}"
+            )
+        return ExitTrace(torch.cat([t.logits for t in traces]), aux, torch.cat(keys) if keys else None)
 
 
 @dataclass(frozen=True)
@@ -62,3 +78,15 @@ class ExitOutput:
     layers_run: Tensor
     invalid_rows: tuple[int, ...] = ()
     trace: ExitTrace | None = None
+
+
+class Gating(NamedTuple):
+    """How skip gates mix a layer's output with its input in training.
+
+    Attributes:
+        hard: skip where g >= threshold, with the gradient of g itself (straight-through); else mix by g.
+        threshold: of the hard gates.
+    """
+
+    hard: bool
+    threshold: float

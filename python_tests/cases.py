@@ -31,12 +31,19 @@ class Rule:
         build: ``C -> Criterion``.
         numbers: ``(C, layer) -> the oracle's params``.
         classes: class counts C it is tested with.
+        scale: its scalars lie in [0, scale].
     """
 
     name: str
     build: Callable[[int], criteria.Criterion]
     numbers: Callable[[int, int], Any]
     classes: tuple[int, ...] = (2, 3, 17)
+    scale: float = 0.5
+
+    @property
+    def own_answer(self) -> bool:
+        """Whether it answers something else than the logits it sees."""
+        return self.name in ("expectation", "voting", "dact")
 
 
 def half(c: int) -> float:
@@ -64,6 +71,46 @@ RULES = {
         "patience", lambda c: criteria.Patience(patience=1, tolerance=0.8), lambda c, at: (1, 0.8), (1,)
     ),
     "q_exit": Rule("q_exit", lambda c: criteria.QExit(q=0.5), lambda c, at: (0.5,), (1, 2, 3, 17)),
+    "sampled_exit": Rule("sampled_exit", lambda c: criteria.SampledExit(seed=5), lambda c, at: (5,), (1, 3)),
+    "expectation": Rule("expectation", lambda c: criteria.Expectation(), lambda c, at: (), (1, 3, 17)),
+    "voting": Rule("voting", lambda c: criteria.Voting(threshold=2), lambda c, at: (2, 0, "vote")),
+    "voting_by_depth": Rule(
+        "voting",
+        lambda c: criteria.Voting(threshold=1.3, gamma=0.5, final="last"),
+        lambda c, at: (1.3, 0.5, "last"),
+        (3,),
+    ),
+    "dact": Rule("dact", lambda c: criteria.Dact(), lambda c, at: ("paper", 0), (2, 3, 17), 0.98),
+    "dact_tight": Rule("dact", lambda c: criteria.Dact(bound="tight"), lambda c, at: ("tight", 0), (3,), 0.98),
+    "dact_epsilon": Rule("dact", lambda c: criteria.Dact(epsilon=0.5), lambda c, at: ("paper", 0.5), (3,)),
+    "learned": Rule("learned", lambda c: criteria.Learned(threshold=0.1), lambda c, at: (0.1,), (1, 3)),
+    "learned_by_layer": Rule(
+        "learned",
+        lambda c: criteria.Learned(threshold=[0.1, 0.2, 0.3]),
+        lambda c, at: ((0.1, 0.2, 0.3, 0)[at - 1],),
+        (3,),
+    ),
+    "patient_confidence": Rule(
+        "patient_confidence",
+        lambda c: criteria.PatientConfidence(threshold=0.7, patience=2),
+        lambda c, at: (0.7, 2),
+        (3, 17),
+    ),
+    "divergence_patience": Rule(
+        "divergence_patience",
+        lambda c: criteria.DivergencePatience(threshold=0.2, patience=1),
+        lambda c, at: (0.2, 1),
+    ),
+    "divergence_patience_2": Rule(
+        "divergence_patience",
+        lambda c: criteria.DivergencePatience(threshold=0.4, patience=2),
+        lambda c, at: (0.4, 2),
+        (3,),
+    ),
+    "hidden_cosine": Rule(
+        "hidden_cosine", lambda c: criteria.HiddenCosine(threshold=0.4), lambda c, at: (0.4,), (1, 3)
+    ),
+    "energy": Rule("energy", lambda c: criteria.Energy(threshold=0.1), lambda c, at: (0.1,), (3, 17)),
 }
 
 
@@ -88,7 +135,8 @@ class Case:
     @property
     def exact(self) -> bool:
         """Whether the decision involves no rounding: labels compared on logits as they came."""
-        return self.source == "logits" and self.rule in ("full_depth", "patience", "patience_1")
+        by_label = ("full_depth", "patience", "patience_1", "voting", "voting_by_depth")
+        return self.source == "logits" and self.rule in by_label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +181,7 @@ def _layer(case: Case, layer: int, offsets: Tensor, g: torch.Generator) -> dict[
         given.update(hidden=hidden.to(case.dtype), weight=weight.to(case.dtype), bias=bias.to(case.dtype))
         given.update(pooling=case.source, offsets=offsets)
     if case.criterion.needs is not None:
-        given["aux"] = torch.rand(case.rows, generator=g) / 2
+        given["aux"] = torch.rand(case.rows, generator=g) * RULES[case.rule].scale
         if case.rows >= 7:
             given["aux"][torch.randint(case.rows, (1,), generator=g)] = math.nan
     return given
@@ -174,8 +222,9 @@ def truth(case: Case) -> tuple[Truth, ...]:
     """The oracle's run over all layers of a case."""
     rule, batch = RULES[case.rule], build(case)
     row_ids = batch.row_ids.numpy().copy()
-    first = {"patience": [math.nan, 0.0], "q_exit": [1.0]}.get(rule.name, [])
-    state = np.tile(np.array(first, dtype=np.float64)[:, None], (1, batch.requests))
+    numbers = rule.numbers(case.classes, 1)
+    first = [oracle.first_state(rule.name, numbers, case.classes, key) for key in range(batch.requests)]
+    state = np.array(first, dtype=np.float64).T.copy()
     answers = np.full((batch.requests, case.classes), UNTOUCHED)
     exit_layer = np.full(batch.requests, NO_LAYER)
     after = []
@@ -204,10 +253,11 @@ def wide(tensor: Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
-def memory(criterion: criteria.Criterion, requests: int, classes: int) -> dict[str, Tensor]:
-    """State, answers and exit layers before layer 1; the last two poisoned."""
+def memory(criterion: criteria.Criterion, requests: int, classes: int, keys: Tensor | None = None) -> dict[str, Tensor]:
+    """State, answers and exit layers before layer 1; the last two poisoned. A row's key is its number."""
+    keys = torch.arange(requests) if keys is None else keys
     return {
-        "state": criterion.new_state(requests, torch.device("cpu")),
+        "state": criterion.new_state(requests, torch.device("cpu"), classes, keys),
         "answers": torch.full((requests, classes), UNTOUCHED),
         "exit_layer": torch.full((requests,), NO_LAYER),
     }

@@ -17,20 +17,32 @@ from models import CLASSES, batch_for, early_exit, ragged, rows_of, tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
 import earlyexit_kernels as ee
+from earlyexit_kernels.objectives import OBJECTIVES
 
 CASES = {
     "bert": {},
     "roberta": {"pooling": "mean"},
     "albert": {"halting": True},
     "bert, label smoothing": {"pooling": "first"},
+    **{
+        f"bert, {name}, phase {phase}": {"method": name}
+        for name, objective in OBJECTIVES.items()
+        for phase in range(len(objective().phases))
+        if name not in ("joint", "pabee")
+    },
 }
 STEPS, BATCH, RATE = 3, 8, 0.05
+#: Epochs done before each step: SmartBERT's gates turn hard at the third.
+EPOCHS = (0.0, 1.5, 3.0)
 
 
 def steps(case: str, rank: int, world: int) -> dict:
     """Gradients and losses of each step, and the weights after the last."""
-    family, _, smoothing = case.partition(", ")
+    family, *more = case.split(", ")
+    smoothing = more == ["label smoothing"]
     model = early_exit(family, dropout=0.0, **CASES[case]).train()
+    if "method" in CASES[case]:
+        model.enter_phase(int(case[-1]))
     wrapped = DistributedDataParallel(model, find_unused_parameters=False) if dist.is_initialized() else model
     optimiser = torch.optim.SGD(model.parameters(), lr=RATE)
     labels = torch.arange(BATCH) % CLASSES
@@ -39,13 +51,14 @@ def steps(case: str, rank: int, world: int) -> dict:
     for step in range(STEPS):
         batch = batch_for(model, lengths=[9, 4, 6, 9, 3, 9, 8, 5], seed=step)
         optimiser.zero_grad()
+        model.set_progress(step, EPOCHS[step])
         inputs = {name: value[mine] for name, value in batch.items()}
         if smoothing:  # as the Trainer does it: from the logits of the last exit, and still no parameter is unused
             loss = F.cross_entropy(wrapped(**inputs).logits, labels[mine], label_smoothing=0.1)
         else:
             loss = wrapped(**inputs, labels=labels[mine]).loss
         loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
         losses.append(loss.detach())
         optimiser.step()
     return {"gradients": gradients, "losses": losses, "state": model.state_dict()}

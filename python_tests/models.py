@@ -131,7 +131,8 @@ def early_exit(family: str = "bert", *, seed: int = 0, gain: float = 1.5, **argu
     sizes = {name: arguments.pop(name) for name in ("dropout", "problem_type", "num_labels") if name in arguments}
     model = ee.to_early_exit(stock(family, seed=seed, **sizes), **arguments)
     generator = torch.Generator().manual_seed(seed + 1)
-    heads = [*model.heads.out, *(model.heads.halting or [])]
+    bank = model.heads
+    heads = [*bank.out, *bank.uncertainty, *(module.out for module in (*bank.halting, *bank.gates))]
     with torch.no_grad():
         for head in heads:
             spread = torch.randn(head.weight.shape, generator=generator)

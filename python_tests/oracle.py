@@ -45,7 +45,8 @@ def exit_step(
         scalar = None if aux is None else aux[i]
         leaves = False
         if has_meaning(z) and not (scalar is not None and math.isnan(scalar)):
-            leaves, score[n], distance[n] = DECISIONS[criterion](z, scalar, state[:, n], params)
+            at = (layer, depth)
+            leaves, score[n], distance[n], z = DECISIONS[criterion](z, scalar, state[:, n], params, at)
         else:
             invalid += 1
         if leaves or layer == depth:
@@ -86,35 +87,68 @@ def probabilities(z) -> list[float]:
     return [w / math.fsum(weights) for w in weights]
 
 
-def _full_depth(z, aux, state, params):
-    return False, 0.0, math.inf
+def entropy(z) -> float:
+    return -math.fsum(p * math.log(p) for p in probabilities(z) if p > 0)
 
 
-def _entropy(z, aux, state, params):
+def label(z) -> int:
+    """The lowest class among those with the largest logit."""
+    return min(c for c in range(len(z)) if z[c] == max(z))
+
+
+def clearance(z) -> float:
+    """How far the label is from turning: the distance of the two top logits."""
+    best = label(z)
+    return z[best] - max((z[c] for c in range(len(z)) if c != best), default=-math.inf)
+
+
+def logs(probabilities) -> np.ndarray:
+    """Logarithms, with 0 at the smallest normal float32."""
+    return np.array([math.log(max(p, 2.0**-126)) for p in probabilities])
+
+
+def uniform(seed, key) -> float:
+    """A number in [0, 1) from a seed and a key: the top 24 bits of splitmix64's output for key xor mixed seed."""
+
+    def mixed(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    return (mixed((key % 2**64) ^ mixed(seed)) >> 40) / 2**24
+
+
+# Each decision: (z, aux, state, params, (layer, depth)) -> whether the row leaves, the number that rests on, its
+# distance from where the decision turns, the answer. The state [K] is changed in place.
+
+
+def _full_depth(z, aux, state, params, at):
+    return False, 0.0, math.inf, z
+
+
+def _entropy(z, aux, state, params, at):
     threshold, normalized = params
-    h = -math.fsum(p * math.log(p) for p in probabilities(z) if p > 0)
-    h = h / math.log(len(z)) if normalized else h
-    return h < threshold, h, abs(h - threshold)
+    h = entropy(z) / math.log(len(z)) if normalized else entropy(z)
+    return h < threshold, h, abs(h - threshold), z
 
 
-def _max_probability(z, aux, state, params):
+def _max_probability(z, aux, state, params, at):
     p = max(probabilities(z))
-    return p >= params[0], p, abs(p - params[0])
+    return p >= params[0], p, abs(p - params[0]), z
 
 
-def _margin(z, aux, state, params):
+def _margin(z, aux, state, params, at):
     second, first = sorted(probabilities(z))[-2:]
-    return first - second >= params[0], first - second, abs(first - second - params[0])
+    return first - second >= params[0], first - second, abs(first - second - params[0]), z
 
 
-def _patience(z, aux, state, params):
+def _patience(z, aux, state, params, at):
     """The decision turns where the label does (two top logits meet), or where the output moves by the tolerance."""
     patience, tolerance = params
     last = state[0]
     if tolerance is None:
-        best = min(c for c in range(len(z)) if z[c] == max(z))
-        others = [z[c] for c in range(len(z)) if c != best]
-        now, distance = float(best), z[best] - max(others, default=-math.inf)
+        now, distance = float(label(z)), clearance(z)
         agrees = now == last
     else:
         now = z[0]
@@ -122,13 +156,96 @@ def _patience(z, aux, state, params):
         agrees, distance = moved < tolerance, abs(moved - tolerance)
     state[1] = state[1] + 1 if agrees else 0
     state[0] = now
-    return state[1] >= patience, state[1], distance
+    return state[1] >= patience, state[1], distance, z
 
 
-def _q_exit(z, aux, state, params):
+def _q_exit(z, aux, state, params, at):
     state[0] *= 1 - aux
     reached = 1 - state[0]
-    return reached > params[0] or params[0] == 0, reached, abs(reached - params[0]) if params[0] else math.inf
+    return reached > params[0] or params[0] == 0, reached, abs(reached - params[0]) if params[0] else math.inf, z
+
+
+def _sampled_exit(z, aux, state, params, at):
+    state[0] *= 1 - aux
+    reached = 1 - state[0]
+    return reached > state[1], reached, abs(reached - state[1]), z
+
+
+def _expectation(z, aux, state, params, at):
+    layer, depth = at
+    weight = state[0] if layer == depth else state[0] * aux
+    values = z if len(z) == 1 else probabilities(z)
+    for c in range(len(z)):
+        state[1 + c] += weight * values[c] if weight > 0 else 0.0
+    state[0] *= 1 - aux
+    return False, 0.0, math.inf, state[1:].copy() if len(z) == 1 else logs(state[1:])
+
+
+def _voting(z, aux, state, params, at):
+    """State: votes * 4096 + layer of the last vote."""
+    threshold, gamma, final = params
+    layer, depth = at
+    mine = label(z)
+    state[mine] = (state[mine] // 4096 + 1) * 4096 + layer
+    votes = [v // 4096 for v in state]
+    tied = [c for c in range(len(z)) if votes[c] == max(votes)]
+    winner = max(tied, key=lambda c: state[c] % 4096)
+    smoothed = [v + 1 + 0.5 * (c == winner) for c, v in enumerate(votes)]
+    answer = z if final == "last" and layer == depth else logs(s / math.fsum(smoothed) for s in smoothed)
+    return max(votes) / layer**gamma >= threshold - 1e-9, max(votes), clearance(z), answer
+
+
+def _dact(z, aux, state, params, at):
+    bound, epsilon = params
+    layer, depth = at
+    before, left = state[0], depth - layer
+    p = state[0] = (1 - aux) * before
+    state[1:] = [y * before + a * (1 - before) for y, a in zip(probabilities(z), state[1:], strict=True)]
+    second, top = sorted(state[1:])[-2:]
+    kept = (1 - p) ** left
+    lead = top * kept - (second + p * left)
+    if bound == "tight":
+        lead = max(lead, (top - second) * kept - (1 - kept))
+    leaves = lead > 1e-6 or (epsilon > 0 and p <= epsilon)
+    return leaves, lead, min(abs(lead - 1e-6), abs(p - epsilon) if epsilon > 0 else math.inf), logs(state[1:])
+
+
+def _learned(z, aux, state, params, at):
+    return aux < params[0], aux, abs(aux - params[0]), z
+
+
+def _hidden_cosine(z, aux, state, params, at):
+    return aux >= params[0], aux, abs(aux - params[0]), z
+
+
+def _patient_confidence(z, aux, state, params, at):
+    threshold, patience = params
+    h = entropy(z) / math.log(len(z))
+    state[0] = state[0] + 1 if h < threshold else 0
+    return state[0] >= patience, state[0], abs(h - threshold), z
+
+
+def _divergence_patience(z, aux, state, params, at):
+    """Half the Kullback-Leibler divergences from the mean of both."""
+    threshold, patience = params
+    now, last = probabilities(z), list(state[1:])
+    apart = math.inf
+    if not any(math.isnan(q) for q in last):
+        middle = [(p + q) / 2 for p, q in zip(now, last, strict=True)]
+        apart = sum(
+            math.fsum(a * math.log(a / m) for a, m in zip(one, middle, strict=True) if a > 0) / 2 for one in (now, last)
+        )
+    state[0] = state[0] + 1 if apart < threshold else 0
+    state[1:] = now
+    return state[0] >= patience, state[0], abs(apart - threshold), z
+
+
+def _energy(z, aux, state, params, at):
+    top = max(z)
+    if top > 700:  # exp would overflow
+        return params[0] > 0, 0.0, params[0], z
+    energy = 1 / (1 + math.fsum(math.exp(v) for v in z))
+    return energy < params[0], energy, abs(energy - params[0]), z
 
 
 DECISIONS = {
@@ -138,7 +255,32 @@ DECISIONS = {
     "margin": _margin,
     "patience": _patience,
     "q_exit": _q_exit,
+    "sampled_exit": _sampled_exit,
+    "expectation": _expectation,
+    "voting": _voting,
+    "dact": _dact,
+    "learned": _learned,
+    "patient_confidence": _patient_confidence,
+    "divergence_patience": _divergence_patience,
+    "hidden_cosine": _hidden_cosine,
+    "energy": _energy,
 }
+
+
+def first_state(criterion, params, classes, key) -> list[float]:
+    """The numbers a row of this key starts with."""
+    if criterion == "sampled_exit":
+        return [1.0, uniform(params[0], key)]
+    fixed = {
+        "patience": [math.nan, 0.0],
+        "q_exit": [1.0],
+        "expectation": [1.0],
+        "dact": [1.0],
+        "patient_confidence": [0.0],
+        "divergence_patience": [0.0],
+    }
+    each = {"expectation": 0.0, "voting": 0.0, "dact": 0.0, "divergence_patience": math.nan}
+    return fixed.get(criterion, []) + ([each[criterion]] * classes if criterion in each else [])
 
 
 def compact(row_ids, offsets):

@@ -1,38 +1,94 @@
 """A row's answer and exit do not depend on who shares its batch, nor on how the batch is compacted.
 
 A row may decide otherwise only where its score lies within the rounding of library matrix products of where the
-decision turns; the tests work that out from a full-depth trace, count such flips and show them.
+decision turns; the tests ask a full-depth trace with noise of that size, count such flips and show them.
 """
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from conftest import backend_params
 from models import DEPTH, VOCABULARY, balance_classes, batch_for, early_exit, entropies, parameter_set, varied_entropy
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import engine
+from earlyexit_kernels import criteria, engine
 
 FAMILIES = ("bert", "roberta", "albert")
 LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
 TOLERANCE = 1e-5
 POISON = VOCABULARY - 1
 COMPACTIONS = ("always", "never", "auto")
-CRITERIA = ("entropy", "patience")
+GRID = [k / 20 for k in range(1, 20)]
+#: Settings of each rule to choose from: the one that spreads the rows over most exits is taken.
+SETTINGS = {
+    "full_depth": [criteria.FullDepth()],
+    "entropy": [],
+    "max_probability": [criteria.MaxProbability(threshold=t) for t in GRID],
+    "margin": [criteria.Margin(threshold=t) for t in GRID],
+    "patience": [criteria.Patience(patience=1)],
+    "q_exit": [criteria.QExit(q=t) for t in GRID],
+    "sampled_exit": [criteria.SampledExit(seed=k) for k in range(9)],
+    "expectation": [criteria.Expectation()],
+    "voting": [criteria.Voting(threshold=2)],
+    "dact": [criteria.Dact(bound="tight", epsilon=t) for t in GRID],
+    "learned": [criteria.Learned(threshold=t) for t in GRID],
+    "patient_confidence": [criteria.PatientConfidence(threshold=t, patience=2) for t in GRID],
+    "divergence_patience": [criteria.DivergencePatience(threshold=t / 9, patience=1) for t in GRID],
+    "hidden_cosine": [criteria.HiddenCosine(threshold=t) for t in GRID],
+    "energy": [criteria.Energy(threshold=t) for t in GRID],
+}
+#: Exits that the rows leave at, at least.
+SPREAD = {"full_depth": 1, "expectation": 1, "entropy": 3}
+#: One rule of each kind: no state, a state, a scalar of the heads.
+OF_EACH_KIND = ("entropy", "patience", "q_exit")
+#: Every rule on one family, and one of each kind on all; Triton's interpreter, which is slow, has these on one.
+CASES = [
+    pytest.param(family, name, backend.values[0], marks=backend.marks)
+    for backend in backend_params()
+    for family in FAMILIES
+    for name in SETTINGS
+    if (family == "bert", name in OF_EACH_KIND).count(True) >= (2 if "triton" in backend.values else 1)
+]
+every_case = pytest.mark.parametrize(("family", "criterion", "backend"), CASES, indirect=["backend"])
 
 
-def setting(family, backend, criterion="entropy", **arguments):
-    """A model, a batch whose rows leave at three or more different exits, and the trace that decides it."""
-    model = early_exit(family, **arguments)
+def test_every_rule_is_among_them():
+    assert set(SETTINGS) == set(criteria.RULES)
+
+
+def spread(trace, rule):
+    return len(ee.replay(trace, rule)[1].unique())
+
+
+@functools.cache
+def prepared(family, pooling, rows):
+    """A model whose exits have all scalars there are, a batch, and its trace; once for all tests."""
+    model = early_exit(family, method="berxit", halting=True, pooling=pooling)
+    batch = batch_for(model, lengths=LENGTHS[:rows])
+    balance_classes(model, batch)
+    return model, batch, model.trace(**batch)
+
+
+@functools.cache
+def tuned(family, pooling, rows, name):
+    """The setting of a rule by which the rows of the batch leave at most exits."""
+    trace = prepared(family, pooling, rows)[2]
+    settings = SETTINGS[name] or [varied_entropy(trace)]
+    return max(settings, key=lambda rule: spread(trace, rule))
+
+
+def setting(family, backend, criterion="entropy", pooling=None):
+    """A model, a batch whose rows leave at several exits, and the trace that decides it."""
+    rows = 6 if backend == "triton" else len(LENGTHS)
+    model, batch, trace = prepared(family, pooling, rows)
     model.set_backend(backend)
     model.compaction = "always"
-    batch = batch_for(model, lengths=LENGTHS[:6] if backend == "triton" else LENGTHS)
-    balance_classes(model, batch)
-    trace = model.trace(**batch)
-    model.set_criterion(varied_entropy(trace) if criterion == "entropy" else ee.criteria.Patience(patience=1))
+    model.set_criterion(tuned(family, pooling, rows, criterion))
     exits = model(**batch).exit_layer
-    # patience leaves at layer 2 at the earliest
-    assert len(exits.unique()) >= (3 if criterion == "entropy" and backend != "triton" else 2)
+    assert len(exits.unique()) >= min(SPREAD.get(criterion, 2), 2 if backend == "triton" else DEPTH)
     return model, batch, trace
 
 
@@ -40,13 +96,16 @@ def rows(batch, index):
     return {name: values[index] for name, values in batch.items()}
 
 
-def near_a_turn(trace, criterion, row, layer):
-    """Whether rounding may turn the decision of `row` at a layer up to `layer`."""
-    if isinstance(criterion, ee.criteria.Entropy):
-        scores, thresholds = entropies(trace.logits[row]), torch.tensor(criterion.threshold).double()
-        return bool((scores[: DEPTH - 1] - thresholds)[:layer].abs().min() <= TOLERANCE)
-    top = trace.logits[row, :layer].double().topk(2).values
-    return bool((top[:, 0] - top[:, 1]).abs().min() <= TOLERANCE)
+def near_a_turn(trace, criterion, row):
+    """Whether noise of the size of that rounding moves the exit that a row of the trace leaves at."""
+    generator = torch.Generator().manual_seed(row)
+
+    def noisy(x):
+        return x[row] + TOLERANCE * (2 * torch.rand(64, *x.shape[1:], generator=generator) - 1)
+
+    keys = None if trace.keys is None else trace.keys[row].expand(64)
+    copies = ee.ExitTrace(noisy(trace.logits), {name: noisy(x) for name, x in trace.aux.items()}, keys)
+    return len(ee.replay(copies, criterion)[1].unique()) > 1
 
 
 def flips(trace, criterion, got, expected):
@@ -55,11 +114,11 @@ def flips(trace, criterion, got, expected):
     for row in range(len(expected.exit_layer)):
         exits = got.exit_layer[row].item(), expected.exit_layer[row].item()
         if exits[0] == exits[1]:
-            same_label = got.logits[row].argmax() == expected.logits[row].argmax()
-            assert same_label or near_a_turn(trace, ee.criteria.Patience(patience=1), row, exits[0])
+            best, second = expected.logits[row].topk(2).values
+            assert got.logits[row].argmax() == expected.logits[row].argmax() or best - second <= TOLERANCE
             assert (got.logits[row] - expected.logits[row]).abs().max() <= TOLERANCE
             continue
-        assert near_a_turn(trace, criterion, row, min(exits)), f"row {row} left at {exits} and nothing explains it"
+        assert near_a_turn(trace, criterion, row), f"row {row} left at {exits} and nothing explains it"
         count += 1
     return count
 
@@ -75,8 +134,7 @@ def report(count_flips, found, total):
     count_flips(found, total)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_case
 def test_one_row_at_a_time(family, backend, criterion, count_flips):
     model, batch, trace = setting(family, backend, criterion)
     expected = model(**batch)
@@ -87,13 +145,12 @@ def test_one_row_at_a_time(family, backend, criterion, count_flips):
     report(count_flips, found, 2 * n)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_case
 def test_shuffled_and_regrouped(family, backend, criterion, count_flips):
     model, batch, trace = setting(family, backend, criterion)
     expected = model(**batch)
     n, found = len(expected.exit_layer), 0
-    seeds = 1 if backend == "triton" else 3
+    seeds = 1 if backend == "triton" else 2
     for seed in range(seeds):
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         back = order.argsort()
@@ -105,10 +162,15 @@ def test_shuffled_and_regrouped(family, backend, criterion, count_flips):
     report(count_flips, found, 2 * seeds * n)
 
 
-@pytest.mark.parametrize("pooling", [None, "first", "mean"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_beside_a_poisoned_and_an_empty_row(family, pooling, backend, count_flips):
-    model, batch, trace = setting(family, backend, pooling=pooling)
+@pytest.mark.parametrize(
+    ("family", "criterion", "pooling"),
+    [
+        *((family, "entropy", pooling) for family in FAMILIES for pooling in (None, "first", "mean")),
+        *(("bert", name, None) for name in SETTINGS if name != "entropy"),
+    ],
+)
+def test_beside_a_poisoned_and_an_empty_row(family, criterion, pooling, backend, count_flips):
+    model, batch, trace = setting(family, backend, criterion, pooling=pooling)
     expected = model(**batch)
     n = len(expected.exit_layer)
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -125,9 +187,8 @@ def test_beside_a_poisoned_and_an_empty_row(family, pooling, backend, count_flip
     report(count_flips, flips(trace, model.criterion, got, expected), n)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@every_case
 @pytest.mark.parametrize("pooling", [None, "mean"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_compaction_changes_nothing(family, pooling, criterion, backend, monkeypatch):
     model, batch, _ = setting(family, backend, criterion, pooling=pooling)
     shrunk = []
@@ -147,16 +208,17 @@ def test_compaction_changes_nothing(family, pooling, criterion, backend, monkeyp
         model.compaction = compaction
         outputs[compaction] = model(**batch)
         times[compaction] = len(shrunk)
-    assert times["never"] == 0 and times["always"] >= 1 and times["auto"] <= times["always"]
+    some_leave = len(outputs["never"].exit_layer.unique()) > 1
+    assert times["never"] == 0 and times["always"] >= some_leave and times["auto"] <= times["always"]
     everything = model(**batch, output_all_logits=True)
     for out in (outputs["always"], outputs["auto"], everything):
         assert torch.equal(out.exit_layer, outputs["never"].exit_layer)
         assert (out.logits - outputs["never"].logits).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_back_ends_agree(family, backend, count_flips):
-    model, batch, trace = setting(family, backend)
+@every_case
+def test_back_ends_agree(family, backend, criterion, count_flips):
+    model, batch, trace = setting(family, backend, criterion)
     got = model(**batch)
     model.set_backend("torch")
     report(count_flips, flips(trace, model.criterion, got, model(**batch)), len(got.exit_layer))

@@ -40,7 +40,7 @@ def change_config(folder: Path, **values) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["heads.out.1.weight", "heads.dense.bias", "backbone.encoder.layer.0.output.dense.bias"]
+    "name", ["heads.out.1.weight", "heads.dense.0.bias", "backbone.encoder.layer.0.output.dense.bias"]
 )
 def test_missing_weight_is_named(saved, load, name):
     change_weights(saved, lambda state: state.pop(name))
@@ -71,7 +71,7 @@ def test_wrong_shape_is_refused(saved, load):
 def test_weight_without_a_place_is_refused(saved, load):
     """The file says the heads have a dense module, the config says they haven't: one of the two is another model's."""
     change_config(saved, heads={"pooling": "first"})
-    with pytest.raises(RuntimeError, match=r"heads\.dense\.(weight|bias)"):
+    with pytest.raises(RuntimeError, match=r"heads\.dense\.0\.(weight|bias)"):
         load(saved)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from earlyexit_kernels import EarlyExitForSequenceClassification, toy
+from earlyexit_kernels import EarlyExitForSequenceClassification, tasks, toy
 from earlyexit_kernels.cli import demo, main
 from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe
+from earlyexit_kernels.objectives import OBJECTIVES
 from earlyexit_kernels.task_sources import DATA_VARIABLE
 from earlyexit_kernels.tasks import load_task
 
@@ -36,8 +39,22 @@ def trained(base, tmp_path_factory):
     """A folder written by `earlyexit train`."""
     folder = tmp_path_factory.mktemp("trained")
     arguments = ["train", "--model", base, "--task", "toy", "--output", str(folder), "--train-rows", "96"]
-    assert main([*arguments, "--holdout", "64", "--epochs", "1", "--lr", "1e-3", "--halting", "--seed", "3"]) == 0
+    method = ["--method", "palbert", "--set", "beta=0.25", "--set", "kl=posterior_prior"]
+    assert main([*arguments, *method, "--holdout", "64", "--epochs", "1", "--lr", "1e-3", "--seed", "3"]) == 0
     return folder
+
+
+@pytest.fixture
+def small_task(monkeypatch):
+    """The generated task with few rows."""
+    monkeypatch.setattr(tasks, "toy_splits", partial(tasks.toy_splits, train_rows=96, dev_rows=24, test_rows=0))
+
+
+def train_few(base: str, folder: Path, *arguments: str) -> Recipe:
+    """Train on 32 rows of `small_task`, holding 24 out."""
+    rows = ["--train-rows", "32", "--holdout", "24", "--batch-size", "16"]
+    assert main(["train", "--model", base, "--task", "toy", "--output", str(folder), *rows, *arguments]) == 0
+    return Recipe.load(folder)
 
 
 def error_of(capsys, argv: list[str]) -> str:
@@ -78,6 +95,34 @@ def test_unknown_method_is_one_line(capsys, base, tmp_path):
     assert "'magic'" in error_of(capsys, arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "pondering=1"], "with a setting of 'dact', ponder, include_last, "),
+        (["--set", "ponder"], "--set ponder: expected KEY=VALUE"),
+        (["--set", "name=joint"], "--set name=joint: expected KEY=VALUE"),
+        (["--set", "ponder=-1"], "Dact(ponder=...): expected a finite number at least 0, got -1"),
+        (["--set", "ponder=much"], "got 'much'"),
+        (["--epochs", "1", "2"], "--epochs: expected one number above 0, or one for each of the 1 phases of 'dact'"),
+        (["--lr", "0"], "--lr: expected one number above 0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(capsys, base, tmp_path, arguments, words):
+    argv = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--method", "dact", *arguments]
+    assert words in error_of(capsys, argv)
+
+
+def test_a_method_without_a_meaning_for_the_task_is_refused_before_training(capsys, base, tmp_path, monkeypatch):
+    (tmp_path / "stsb").mkdir()
+    lines = "".join(f"{i}\t{i % 6}\ta .\tb .\n" for i in range(9))
+    for split in ("train", "dev"):
+        (tmp_path / "stsb" / f"{split}.tsv").write_text(f"idx\tlabel\tsentence1\tsentence2\n{lines}", encoding="utf-8")
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    arguments = ["train", "--model", base, "--task", "stsb", "--output", str(tmp_path / "out"), "--method", "ensemble"]
+    message = error_of(capsys, arguments)
+    assert "'ensemble' is defined for" in message and "berxit" in message
+
+
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["--debug", "eval", "--model", str(tmp_path)])
@@ -107,8 +152,58 @@ def test_train_saves_model_tokenizer_and_recipe(trained):
     recipe = Recipe.load(trained)
     assert (recipe.task, recipe.seed, recipe.holdout, recipe.train_rows) == ("toy", 3, 64, 96)
     assert recipe.evaluation_split == "dev" and len(recipe.scores) == 3
+    assert (recipe.method["name"], recipe.method["beta"], recipe.method["kl"]) == ("palbert", 0.25, "posterior_prior")
+    assert recipe.method == model.objective.to_dict() and model.criterion is None
+    rates = {"lr": 1e-3, "head_lr": 1e-3, "halting_lr": 1e-3}
+    assert recipe.phases == [{"name": "ponder", "epochs": 1.0, **rates}]
     rows, held = recipe.part(load_task("toy", seed=3))
     assert len(rows) == 96 and len(held) == 64 and not set(rows.sentences) & set(held.sentences)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_every_method_trains_and_saves(base, tmp_path, small_task, method):
+    recipe = train_few(base, tmp_path, "--method", method, "--epochs", "1")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, local_files_only=True)
+    assert [phase["name"] for phase in recipe.phases] == [spec.name for spec in model.objective.phases]
+    assert recipe.method == model.objective.to_dict() and len(recipe.scores) == 3
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "no folders of phases are left"
+
+
+def test_phases_have_their_own_epochs_and_rates(base, tmp_path, small_task, capsys):
+    numbers = ["--epochs", "1", "2", "--lr", "1e-3", "1e-4", "--head-lr", "same"]
+    recipe = train_few(base, tmp_path / "given", "--method", "fastbert", *numbers)
+    assert [(p["epochs"], p["lr"], p["head_lr"]) for p in recipe.phases] == [(1.0, 1e-3, 1e-3), (2.0, 1e-4, 1e-4)]
+    assert "Phase 2 of 2: exits, epochs 2, lr 0.0001, head_lr 0.0001" in capsys.readouterr().out
+    recipe = train_few(base, tmp_path / "papers", "--method", "fastbert", "--halting-lr", "1e-4")
+    assert [(p["epochs"], p["lr"], p["head_lr"]) for p in recipe.phases] == [(3.0, 2e-5, 1e-3), (5.0, 2e-4, 1e-3)]
+    assert {p["halting_lr"] for p in recipe.phases} == {1e-4}
+
+
+def test_eval_of_several_models_marks_each_papers_rule(base, tmp_path, small_task, capsys):
+    pytest.importorskip("matplotlib")
+    folders = [tmp_path / "gates", tmp_path / "ponder"]
+    train_few(base, folders[0], "--method", "smartbert", "--epochs", "1", "--set", "skip_threshold=0.9")
+    train_few(base, folders[1], "--method", "dact", "--epochs", "1")
+    results = tmp_path / "results.json"
+    arguments = ["--points", "8", "--drop", "1", "--output", str(results), "--plot", str(tmp_path / "curve.png")]
+    capsys.readouterr()
+    assert main(["eval", "--model", *map(str, folders), *arguments]) == 0
+    of_gates, of_ponder = capsys.readouterr().out.split(f"{folders[1]}, method")
+    first = of_gates[of_gates.index("| full depth") :].splitlines()[1]
+    assert first.startswith("| skip_gate * ") and "exit entropy (threshold" in first
+    assert "| dact * " in of_ponder and "| entropy " in of_ponder and "skip_gate" not in of_ponder
+    assert (tmp_path / "curve-1.png").is_file() and (tmp_path / "curve-2.png").is_file()
+    document = json.loads(results.read_text(encoding="utf-8"))
+    assert {m["model"]: m["rule"] for m in document["models"]} == {
+        str(folders[0]): "skip_gate",
+        str(folders[1]): "dact",
+    }
+    points = [r for r in document["records"] if r["kind"] == "point"]
+    skips = [r for r in points if r["criterion"]["name"] == "skip_gate"]
+    assert {r["model"] for r in points} == set(map(str, folders)) and {r["model"] for r in skips} == {str(folders[0])}
+    assert {r["criterion"]["threshold"] for r in skips} == {0.9, 1.0}
+    running = [r["reporting"] for r in skips if r["criterion"]["threshold"] == 1.0]
+    assert all(r["mean_layers_run"] == r["mean_exit_layer"] for r in running)
 
 
 def test_eval_reports_what_train_stored(trained, tmp_path, capsys):
@@ -117,7 +212,7 @@ def test_eval_reports_what_train_stored(trained, tmp_path, capsys):
     arguments = ["eval", "--model", str(trained), "--output", str(results), "--plot", str(curve), "--drop", "1"]
     assert main([*arguments, "--points", "8"]) == 0
     out = capsys.readouterr().out
-    assert "| q_exit " in out and "random exit" in out and str(curve) in out
+    assert "| q_exit * " in out and "| expectation " in out and "random exit" in out and str(curve) in out
     document = json.loads(results.read_text(encoding="utf-8"))
     layers = [r["reporting"] for r in document["records"] if r["kind"] == "static_truncation"]
     assert layers == [pytest.approx(scores) for scores in Recipe.load(trained).scores]

@@ -186,7 +186,7 @@ def test_causal_encoder_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "deebert"}, ValueError, "method: expected one of .*joint.*got 'deebert'"),
+        ({"method": "hunch"}, ValueError, "method: expected one of .*joint.*got 'hunch'"),
         ({"pooling": "max"}, ValueError, "pooling: expected one of .*got 'max'"),
         ({"criterion": "entropy"}, TypeError, "criterion: expected .*got 'entropy'"),
         ({"criterion": ee.criteria.QExit(q=0.5)}, ValueError, "needs heads with a 'halting' output.*halting=True"),

@@ -50,7 +50,8 @@ def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
         for name, gradient in alone["gradients"][step].items():
             first, second = (rank[case]["gradients"][step][name] for rank in ranks)
             assert torch.equal(first, second), name
-            assert (first - gradient).abs().max() < 1e-6, name
+            scale = max(1.0, gradient.abs().max().item())
+            assert (first - gradient).abs().max() < 5e-6 * scale, name
     assert any(gradient.abs().max() > 1e-3 for gradient in alone["gradients"][0].values())
     for name, value in alone["state"].items():
         assert (ranks[0][case]["state"][name] - value).abs().max() < 1e-6, name

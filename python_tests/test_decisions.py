@@ -1,32 +1,26 @@
-"""What the rules decide: worked examples of their papers' formulae, and properties that hold for any logits."""
+"""What the rules decide: worked examples of their papers' formulae."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from replays import exit_layers, labelled, logits_of
 
-import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import Entropy, FullDepth, Margin, MaxProbability, Patience, QExit
-
-ROWS, DEPTH, CLASSES = 3, 5, 3
-
-
-def exit_layers(logits, criterion, *, halting=None, backend="auto") -> list[int]:
-    """Exit layers of logits ``[N, L, C]``; `halting` are probabilities ``[N, L]``."""
-    aux = {} if halting is None else {"halting": torch.logit(torch.as_tensor(halting, dtype=torch.float32))}
-    trace = ee.ExitTrace(torch.as_tensor(np.asarray(logits), dtype=torch.float32), aux)
-    return ee.replay(trace, criterion, backend=backend)[1].tolist()
-
-
-def labelled(labels, classes=2) -> torch.Tensor:
-    """Logits ``[1, L, C]`` whose exits answer these labels."""
-    return torch.nn.functional.one_hot(torch.tensor([labels]), classes).float()
+from earlyexit_kernels.criteria import (
+    DivergencePatience,
+    Energy,
+    Entropy,
+    HiddenCosine,
+    Learned,
+    Margin,
+    MaxProbability,
+    Patience,
+    PatientConfidence,
+    QExit,
+    Voting,
+)
 
 
 @pytest.mark.parametrize(("q", "layer"), [(0.5, 3), (0.27, 2), (0.75, 4), (0.0, 1), (1.0, 4), (0.09, 1), (0.63, 3)])
@@ -62,6 +56,77 @@ def test_patience_compares_a_value_with_the_one_right_before_it(backend):
     assert exit_layers(values[..., None], Patience(patience=1, tolerance=0.51), backend=backend) == [3, 2, 2]
 
 
+def with_entropy(share) -> float:
+    """The larger of two probabilities whose entropy is this share of log 2, by bisection."""
+    low, high = 0.5, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        low, high = (p, high) if -(p * math.log(p) + (1 - p) * math.log(1 - p)) > share * math.log(2) else (low, p)
+    return low
+
+
+@pytest.mark.parametrize(("patience", "layer"), [(1, 1), (2, 4), (3, 4)])
+def test_patient_confidence_over_four_entropies(backend, patience, layer):
+    """Shares .3 .6 .2 .1 of log 2 below .5: one at layer 1, two in a row at layer 4."""
+    logits = logits_of(*[(p, 1 - p) for p in map(with_entropy, (0.3, 0.6, 0.2, 0.1))])
+    assert exit_layers(logits, PatientConfidence(threshold=0.5, patience=patience), backend=backend) == [layer]
+
+
+def test_patient_confidence_does_not_ask_for_one_label(backend):
+    logits = logits_of((0.99, 0.01), (0.01, 0.99), (0.5, 0.5))
+    assert exit_layers(logits, PatientConfidence(threshold=0.5, patience=2), backend=backend) == [2]
+    assert exit_layers(logits, PatientConfidence(threshold=[0.1, 0.01], patience=1), backend=backend) == [1]
+
+
+def test_divergence_of_two_distributions(backend):
+    """JS((.6, .4), (.9, .1)) = (.6 log .8 + .4 log 1.6 + .9 log 1.2 + .1 log .4) / 2 = .0632878 nats."""
+    logits = logits_of((0.6, 0.4), (0.9, 0.1), (0.5, 0.5))
+    divergence = (0.6 * math.log(0.8) + 0.4 * math.log(1.6) + 0.9 * math.log(1.2) + 0.1 * math.log(0.4)) / 2
+    assert divergence == pytest.approx(0.0632878, abs=1e-7)
+    for threshold, layer in ((divergence + 1e-5, 2), (divergence - 1e-5, 3)):
+        rule = DivergencePatience(threshold=threshold, patience=1)
+        assert exit_layers(logits, rule, backend=backend) == [layer]
+
+
+def test_divergence_patience_counts_from_the_second_exit(backend):
+    """Equal exits agree at any threshold above 0; the first has none before it, and one jump starts the count anew."""
+    still = labelled([0, 0, 0, 0, 0])
+    jump = labelled([0, 0, 1, 1, 1])
+    for patience in (1, 2, 3):
+        rule = DivergencePatience(threshold=1e-6, patience=patience)
+        assert exit_layers(still, rule, backend=backend) == [patience + 1]
+        assert exit_layers(jump, rule, backend=backend) == [{1: 2, 2: 5, 3: 5}[patience]]
+    assert exit_layers(still, DivergencePatience(threshold=0.0, patience=1), backend=backend) == [5]
+    sure = torch.tensor([[[5.0, -math.inf]] * 3])
+    assert exit_layers(sure, DivergencePatience(threshold=0.1, patience=1), backend=backend) == [2]
+
+
+def test_learned_exit_is_strict(backend):
+    uncertainty = [[0.5, 0.25, 0.1, 0.0]]
+    logits = torch.zeros(1, 4, 2)
+    for threshold, layer in ((0.5, 2), (0.51, 1), (0.1, 4), (0.0, 4), ([0.5, 0.2, 0.11], 3)):
+        rule = Learned(threshold=threshold)
+        assert exit_layers(logits, rule, uncertainty=uncertainty, backend=backend) == [layer]
+
+
+def test_hidden_cosine_is_not_strict(backend):
+    cosine = [[-0.5, 0.25, 0.75, 1.0]]
+    for threshold, layer in ((-1.0, 1), (-0.5, 1), (0.25, 2), (0.5, 3), (1.0, 4), ([0.0, 0.3, 0.7], 3)):
+        rule = HiddenCosine(threshold=threshold)
+        assert exit_layers(torch.zeros(1, 4, 1), rule, cosine=cosine, backend=backend) == [layer]
+
+
+def test_energy_knows_the_scale_of_the_logits(backend):
+    """sum exp = 3 gives 1 / 4, 12 gives 1 / 13; equal softmax, other energy. Strict; an infinite logit has none."""
+    logits = torch.tensor([[[1.0, 2.0], [4.0, 8.0], [2.0, 4.0]]]).log()
+    for threshold, layer in ((0.2501, 1), (0.2499, 2), (0.0768, 3), (0.0, 3)):
+        assert exit_layers(logits, Energy(threshold=threshold), backend=backend) == [layer]
+    assert exit_layers(torch.zeros(1, 2, 3), Energy(threshold=0.25), backend=backend) == [2]
+    assert exit_layers(torch.zeros(1, 2, 3), Energy(threshold=0.2501), backend=backend) == [1]
+    huge = torch.tensor([[[3e38, -3e38]] * 2, [[-3e38, -3.1e38]] * 2])
+    assert exit_layers(huge, Energy(threshold=1e-30), backend=backend) == [1, 2]
+
+
 @pytest.mark.parametrize(("below", "above"), [
     (Entropy(threshold=0.32508), Entropy(threshold=0.32509)),
     (Entropy(threshold=0.46899, normalized=True), Entropy(threshold=0.46901, normalized=True)),
@@ -88,7 +153,14 @@ def test_entropy_is_strict_and_probabilities_are_not(backend):
 
 def test_one_infinite_logit_dominates(backend):
     logits = torch.tensor([[[1.0, math.inf, 3.0]] * 2])
-    for criterion in (Entropy(threshold=1e-6), MaxProbability(threshold=1.0), Margin(threshold=1.0)):
+    for criterion in (
+        Entropy(threshold=1e-6),
+        MaxProbability(threshold=1.0),
+        Margin(threshold=1.0),
+        PatientConfidence(threshold=1e-6, patience=1),
+        Energy(threshold=1e-6),
+        Voting(threshold=1),
+    ):
         assert exit_layers(logits, criterion, backend=backend) == [1]
 
 
@@ -109,115 +181,3 @@ def test_thresholds_by_exit(backend):
     logits = torch.tensor([[[0.0, 1.0]] * 4])
     assert exit_layers(logits, MaxProbability(threshold=[0.99, 0.7, 0.99]), backend=backend) == [2]
     assert exit_layers(logits, MaxProbability(threshold=[0.99, 0.99, 0.99]), backend=backend) == [4]
-
-
-FINITE = st.floats(-8, 8, width=32)
-LOGITS = hnp.arrays(np.float32, (ROWS, DEPTH, CLASSES), elements=FINITE)
-VALUES = hnp.arrays(np.float32, (ROWS, DEPTH, 1), elements=FINITE)
-HALTING = hnp.arrays(np.float32, (ROWS, DEPTH), elements=st.floats(0.015625, 0.9375, width=32))
-HOSTILE = hnp.arrays(
-    np.float32,
-    (ROWS, DEPTH, CLASSES),
-    elements=st.one_of(FINITE, st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -3e38, 0.0])),
-)
-SHARE = st.floats(0, 1)
-
-
-def never_later(logits, eager, reluctant, halting=None) -> None:
-    early, late = (exit_layers(logits, criterion, halting=halting) for criterion in (eager, reluctant))
-    assert all(a <= b for a, b in zip(early, late, strict=True))
-
-
-@given(LOGITS, SHARE, SHARE)
-def test_thresholds_are_monotone(logits, a, b):
-    low, high = sorted((a, b))
-    never_later(logits, Entropy(threshold=high), Entropy(threshold=low))
-    never_later(logits, Entropy(threshold=high, normalized=True), Entropy(threshold=low, normalized=True))
-    never_later(logits, MaxProbability(threshold=low), MaxProbability(threshold=high))
-    never_later(logits, Margin(threshold=low), Margin(threshold=high))
-
-
-@given(LOGITS, HALTING, SHARE, SHARE)
-def test_q_is_monotone(logits, halting, a, b):
-    low, high = sorted((a, b))
-    never_later(logits, QExit(q=low), QExit(q=high), halting)
-
-
-@given(LOGITS, VALUES, st.integers(1, 6), st.integers(1, 6), st.floats(0.01, 4), st.floats(0.01, 4))
-def test_patience_is_monotone(logits, values, a, b, x, y):
-    low, high = sorted((a, b))
-    near, far = sorted((x, y))
-    never_later(logits, Patience(patience=low), Patience(patience=high))
-    never_later(values, Patience(patience=low, tolerance=near), Patience(patience=high, tolerance=near))
-    never_later(values, Patience(patience=low, tolerance=far), Patience(patience=low, tolerance=near))
-
-
-@given(LOGITS, HALTING)
-def test_never_is_full_depth(logits, halting):
-    """The settings that never trigger answer with the last exit, as no criterion at all does."""
-    trace = ee.ExitTrace(torch.from_numpy(logits), {"halting": torch.logit(torch.from_numpy(halting))})
-    for criterion in (
-        None,
-        FullDepth(),
-        Entropy(threshold=0.0),
-        Entropy(threshold=0.0, normalized=True),
-        Patience(patience=DEPTH),
-        QExit(q=1.0),
-    ):
-        answers, exit_layer = ee.replay(trace, criterion)
-        assert torch.equal(answers, trace.logits[:, -1])
-        assert exit_layer.tolist() == [DEPTH] * ROWS
-
-
-def first_with_meaning(logits) -> list[int]:
-    """The first layer of each row whose logits have a softmax; the last one if there is none."""
-    layers = []
-    for row in logits:
-        fine = [not np.isnan(z).any() and (z == np.inf).sum() < 2 and (z > -np.inf).any() for z in row]
-        layers.append(fine.index(True) + 1 if any(fine) else DEPTH)
-    return layers
-
-
-@given(HOSTILE)
-def test_rules_that_always_trigger_wait_for_logits_with_a_meaning(logits):
-    halting = np.full((ROWS, DEPTH), 0.5)
-    for criterion in (Entropy(threshold=9.0), MaxProbability(threshold=0.0), Margin(threshold=0.0), QExit(q=0.0)):
-        assert exit_layers(logits, criterion, halting=halting) == first_with_meaning(logits)
-
-
-@given(HOSTILE, hnp.arrays(np.float32, (ROWS, DEPTH), elements=st.sampled_from([0.1, 0.5, math.nan])), SHARE)
-def test_hostile_numbers_never_crash(logits, halting, x):
-    trace = ee.ExitTrace(torch.from_numpy(logits), {"halting": torch.from_numpy(halting)})
-    for criterion in (
-        Entropy(threshold=x),
-        Margin(threshold=x),
-        MaxProbability(threshold=x),
-        QExit(q=x),
-        Patience(patience=2),
-    ):
-        answers, exit_layer = ee.replay(trace, criterion)
-        assert all(1 <= layer <= DEPTH for layer in exit_layer.tolist())
-        picked = trace.logits[torch.arange(ROWS), exit_layer - 1]
-        assert torch.equal(answers.nan_to_num(0.5), picked.nan_to_num(0.5))
-        assert torch.equal(answers.isnan(), picked.isnan())
-
-
-def test_a_halting_probability_without_meaning_waits(backend):
-    halting = [[math.nan, 0.9, 0.9], [0.9, 0.9, 0.9], [math.nan] * 3]
-    assert exit_layers(torch.zeros(3, 3, 2), QExit(q=0.5), halting=halting, backend=backend) == [2, 1, 3]
-
-
-@given(HOSTILE, HALTING, st.permutations(range(ROWS)), SHARE)
-def test_the_order_of_rows_does_not_matter(logits, halting, order, x):
-    trace = ee.ExitTrace(torch.from_numpy(logits), {"halting": torch.from_numpy(halting)})
-    moved = ee.ExitTrace(trace.logits[list(order)], {"halting": trace.aux["halting"][list(order)]})
-    for criterion in (Entropy(threshold=x), Margin(threshold=x), QExit(q=x), Patience(patience=1)):
-        for one, other in zip(ee.replay(trace, criterion), ee.replay(moved, criterion), strict=True):
-            assert torch.equal(one[list(order)].nan_to_num(0.5), other.nan_to_num(0.5))
-
-
-@pytest.mark.parametrize("classes", [1, 3])
-def test_no_rows(backend, classes):
-    rule = Patience(patience=1, tolerance=0.1) if classes == 1 else Entropy(threshold=0.5)
-    logits, exit_layer = ee.replay(ee.ExitTrace(torch.zeros(0, 4, classes)), rule, backend=backend)
-    assert logits.shape == (0, classes) and exit_layer.shape == (0,)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import NO_LAYER, UNTOUCHED, memory
 
-from earlyexit_kernels.criteria import Entropy, FullDepth, MaxProbability, Patience, QExit
+from earlyexit_kernels.criteria import Dact, Entropy, FullDepth, MaxProbability, Patience, QExit, SkipGate, Voting
 from earlyexit_kernels.ops import compact, exit_step, gather_rows
 
 B, C, H = 4, 3, 8
@@ -51,6 +51,7 @@ REFUSED = {
     "exit_layer_dtype": (lambda: call(exit_layer=torch.zeros(B).int()), ("exit_layer", "torch.int64", "torch.int32")),
     "state_rows": (lambda: call(Patience(patience=1), state=torch.zeros(2, 5)), ("state", "[2, 4]", "got [2, 5]")),
     "state_width": (lambda: call(Patience(patience=1), state=torch.zeros(1, B)), ("state", "[2, 4]", "got [1, 4]")),
+    "state_classes": (lambda: call(Voting(threshold=1), state=torch.zeros(2, B)), ("state", "[3, 4]", "got [2, 4]")),
     "two_dtypes": (
         lambda: call(**{**head(torch.float16), "bias": torch.randn(C)}),
         ("bias", "torch.float16", "got torch.float32"),
@@ -161,6 +162,25 @@ def test_a_row_without_meaning_keeps_its_state_and_answers_at_the_end(backend):
 def test_aux_that_the_criterion_does_not_need_is_not_looked_at(backend):
     given = call(Entropy(threshold=9.0), aux=torch.full((B,), torch.nan))
     assert exit_step(**given, backend=backend).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("criterion", [Voting(threshold=2), Dact()], ids=str)
+def test_a_row_without_meaning_keeps_the_state_of_every_class(backend, criterion):
+    given = call(criterion, depth=3, aux=torch.rand(B))
+    exit_step(**given, backend=backend)
+    state = given["state"].clone()
+    given["logits"][1, 0] = torch.nan
+    given["row_ids"][2] = -1
+    exit_step(**{**given, "layer": 2}, backend=backend)
+    assert torch.equal(given["state"][:, 1:3], state[:, 1:3])
+    assert (given["state"][:, [0, 3]] != state[:, [0, 3]]).any(dim=0).all()
+
+
+def test_the_exit_rule_of_a_gate_decides(backend):
+    gate, alone = call(SkipGate(threshold=0.5, exit=Entropy(threshold=0.9))), call(Entropy(threshold=0.9))
+    alone["logits"] = gate["logits"]
+    assert torch.equal(exit_step(**gate, backend=backend), exit_step(**alone, backend=backend))
+    assert torch.equal(gate["row_ids"], alone["row_ids"])
 
 
 def test_nothing_tracks_gradients(backend):

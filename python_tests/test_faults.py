@@ -89,10 +89,10 @@ def test_nan_halting_never_exits_and_keeps_its_state():
     model, batch = early_exit(criterion=QExit(q=0.3), halting=True), ragged()
     with torch.no_grad():
         for head in model.heads.halting:
-            head.weight.zero_()
-            head.bias.fill_(math.log(0.2 / 0.8))
+            head.out.weight.zero_()
+            head.out.bias.fill_(math.log(0.2 / 0.8))
     assert model(**batch).exit_layer.tolist() == [2] * 4, "1 - .8 ** 2 = .36"
-    with parameter_set(model.heads.halting[1].bias, 0, NAN):
+    with parameter_set(model.heads.halting[1].out.bias, 0, NAN):
         assert model(**batch).exit_layer.tolist() == [3] * 4, "layer 2 counts for nothing"
 
 
@@ -128,7 +128,7 @@ def test_half_precision_overflow(everything):
     """Logits beyond fp16 are finite in float32: the decision is right, and the answer still has a softmax."""
     model, batch = early_exit(criterion=Entropy(threshold=[0.0, 1e-3, 0.0])).half(), ragged()
     with torch.no_grad():
-        model.heads.dense.bias.fill_(20.0)
+        model.heads.dense[0].bias.fill_(20.0)
         model.heads.out[1].weight.copy_(torch.tensor([2e3, 3e3, 2.5e3])[:, None].expand(3, 64))
     out = model(**batch, output_all_logits=everything)
     assert out.exit_layer.tolist() == [2] * 4 and model.invalid_rows == 0

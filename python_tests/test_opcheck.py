@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from earlyexit_kernels.criteria import CRITERIA
+from earlyexit_kernels.criteria import RULES
 
 OPS = torch.ops.earlyexit_kernels
 N, C, H = 5, 3, 8
@@ -16,6 +16,7 @@ def exit_step_arguments(source="logits", *, rows=4, grad=False, criterion="patie
     params, state = {
         "patience": ([1.0, -1.0], [[0.0] * N, [0.0] * N]),
         "q_exit": ([0.4], [[0.8] * N]),
+        "dact": ([1.0, 0.0], [[0.5] * N] * (1 + C)),
         "full_depth": ([], torch.zeros(0, N).tolist()),
     }[criterion]
     hidden = weight = bias = offsets = logits = None
@@ -25,7 +26,7 @@ def exit_step_arguments(source="logits", *, rows=4, grad=False, criterion="patie
         offsets = torch.arange(0, 2 * rows + 1, 2, dtype=torch.int32)
         hidden = torch.randn(rows if source == "none" else 2 * rows, H, requires_grad=grad)
         weight, bias = torch.randn(C, H, requires_grad=grad), torch.randn(C, requires_grad=grad)
-    aux = torch.rand(rows) if criterion == "q_exit" else None
+    aux = torch.rand(rows) if criterion in ("q_exit", "dact") else None
     row_ids, answers = torch.arange(rows, dtype=torch.int32), torch.zeros(N, C)
     state = torch.tensor(state).reshape(-1, N)
     exit_layer = torch.zeros(N, dtype=torch.int64)
@@ -56,6 +57,7 @@ CASES = {
     "mean_empty": ("exit_step", lambda: exit_step_arguments("mean", rows=0)),
     "none": ("exit_step", lambda: exit_step_arguments("none", criterion="full_depth")),
     "aux": ("exit_step", lambda: exit_step_arguments(criterion="q_exit", layer=1)),
+    "state_per_class": ("exit_step", lambda: exit_step_arguments(criterion="dact", layer=1)),
     "compact": ("compact", compact_arguments),
     "compact_empty": ("compact", lambda: compact_arguments(0)),
     "gather": ("gather_rows", gather_arguments),
@@ -119,6 +121,6 @@ def describe(tensor):
 def test_an_unknown_criterion_is_refused(backend):
     arguments = list(exit_step_arguments(criterion="full_depth"))
     arguments[10] = "nonsense"
-    assert "nonsense" not in CRITERIA
+    assert "nonsense" not in RULES
     with pytest.raises((ValueError, KeyError), match="nonsense"):
         op_of("exit_step", backend)(*arguments)

@@ -3,8 +3,15 @@
 import re
 from pathlib import Path
 
+import pytest
+from transformers import Trainer
+
 import earlyexit_kernels as ee
 from benchmarks.readme import TABLES, rewrite
+from earlyexit_kernels import toy
+from earlyexit_kernels.cli.train import training_arguments
+from earlyexit_kernels.criteria import CRITERIA, RULES
+from earlyexit_kernels.objectives import OBJECTIVES
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -14,14 +21,76 @@ def test_tables_are_those_of_the_committed_results():
     assert rewrite(check=True), "run `python -m benchmarks.readme`"
 
 
+def rows_of(table: str) -> dict[str, dict[str, str]]:
+    """A table of the README as first cell -> title -> cell."""
+    block = re.search(rf"<!-- table:{table} -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert block is not None
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block[1].splitlines()]
+    header, _, *rows = lines
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_every_method_and_criterion_is_in_its_table():
+    assert set(re.findall(r"`(\w+)`", " ".join(rows_of("methods")))) == set(OBJECTIVES)
+    assert [call[1:].partition("(")[0] for call in rows_of("criteria")] == [cls.__name__ for cls in CRITERIA.values()]
+
+
+@pytest.mark.parametrize(
+    ("method", "cells"),
+    [
+        ("`smartbert`", {"exit rule": "`skip_gate`", "regression": "", "replay": ""}),
+        ("`deebert`", {"phases": "backbone, exits", "regression": "by another rule", "replay": "yes"}),
+        ("`palbert`", {"exit rule": "`q_exit`", "regression": "yes", "several labels": "yes"}),
+        ("`berxit`", {"regression": "yes", "several labels": ""}),
+    ],
+)
+def test_the_table_of_methods_says_what_is_known(method, cells):
+    row = rows_of("methods")[method]
+    assert {title: row[title] for title in cells} == cells
+    assert row["classes"] == row["torch"] == row["triton"] == row["cpp"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "cells"),
+    [
+        ("`Patience(patience, tolerance=None)`", {"needs": "", "numbers kept for a row": "2"}),
+        ("`Expectation()`", {"needs": "halting", "for": "classes, regression", "numbers kept for a row": "C + 1"}),
+        ("`SampledExit(seed)`", {"needs": "halting, row keys", "replay": "yes"}),
+        ("`SkipGate(threshold, exit)`", {"needs": "gate", "for": "as `exit`", "replay": ""}),
+    ],
+)
+def test_the_table_of_criteria_says_what_is_known(criterion, cells):
+    row = rows_of("criteria")[criterion]
+    assert {title: row[title] for title in cells} == cells
+    assert sum(row["replay"] == "yes" for row in rows_of("criteria").values()) == len(RULES)
+
+
 def test_names_in_the_readme_exist():
     names = set(re.findall(r"\bee\.([A-Za-z_]+)", README))
     assert names and all(hasattr(ee, name) for name in names), names
-    criteria = set(re.findall(r"\bee\.criteria\.([A-Za-z_]+)", README))
-    assert criteria and all(hasattr(ee.criteria, name) for name in criteria), criteria
+    for room in (ee.criteria, ee.objectives):
+        named = set(re.findall(rf"\bee\.{room.__name__.rpartition('.')[2]}\.([A-Za-z_]+)", README))
+        assert named and all(hasattr(room, name) for name in named), named
 
 
 def test_linked_files_exist():
     root = Path(__file__).resolve().parents[1]
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((root / link).exists() for link in links), links
+
+
+def test_the_training_loop_runs(tmp_path):
+    """The block as it stands, on a tiny model and eight sentences."""
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ee.phases" in b]
+    sentences = toy.write_splits(train_rows=8, dev_rows=0, test_rows=0)["train"]
+    tokens = toy.toy_tokenizer()([s.text for s in sentences], padding=True)
+    rows = [{"input_ids": tokens["input_ids"][i], "attention_mask": tokens["attention_mask"][i]} for i in range(8)]
+    names = {
+        "ee": ee,
+        "Trainer": Trainer,
+        "stock": toy.toy_model(0, layers=3, hidden=16),
+        "training_args": training_arguments(tmp_path, seed=0, epochs=1, lr=1e-3, batch_size=8),
+        "train_set": [{**row, "labels": s.label} for row, s in zip(rows, sentences, strict=True)],
+    }
+    exec(block, names)
+    assert names["phase"].name == "exits" and names["model"].criterion == ee.criteria.Entropy(threshold=0.3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -13,13 +15,35 @@ import torch
 import earlyexit_kernels as ee
 from earlyexit_kernels import backends, ops
 from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead, adapter_of
-from earlyexit_kernels.criteria import CRITERIA, Criterion, Entropy, FullDepth, Margin, MaxProbability, Patience, QExit
-from earlyexit_kernels.objectives import OBJECTIVES, objective_of
-from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
+from earlyexit_kernels.criteria import (
+    CRITERIA,
+    RULES,
+    Criterion,
+    Dact,
+    DivergencePatience,
+    Energy,
+    Entropy,
+    Expectation,
+    FullDepth,
+    HiddenCosine,
+    Learned,
+    Margin,
+    MaxProbability,
+    Patience,
+    PatientConfidence,
+    QExit,
+    SampledExit,
+    SkipGate,
+    Voting,
+)
+from earlyexit_kernels.heads import HeadConfig
+from earlyexit_kernels.objectives import OBJECTIVES, PARTS, Objective, objective_of
+from earlyexit_kernels.objectives.base import TASK_LOSSES
+from earlyexit_kernels.types import AUX_ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc" / "criteria"
-ARXIV = re.compile(r"arXiv\s+(//\s*)?\d{4}\.\d{4,5}")
+SOURCE = re.compile(r"arXiv\s+(//\s*)?\d{4}\.\d{4,5}|ACL\s+(//\s*)?Anthology\s+(//\s*)?\d{4}\.[a-z.-]+\d+")
 #: One of each, for the contract; a new criterion adds its line.
 EXAMPLES = {
     "full_depth": FullDepth(),
@@ -28,67 +52,88 @@ EXAMPLES = {
     "margin": Margin(threshold=0.5),
     "patience": Patience(patience=2),
     "q_exit": QExit(q=0.5),
+    "sampled_exit": SampledExit(seed=1),
+    "expectation": Expectation(),
+    "voting": Voting(threshold=2),
+    "dact": Dact(),
+    "learned": Learned(threshold=0.1),
+    "patient_confidence": PatientConfidence(threshold=0.5, patience=2),
+    "divergence_patience": DivergencePatience(threshold=0.1, patience=2),
+    "hidden_cosine": HiddenCosine(threshold=0.9),
+    "energy": Energy(threshold=0.1),
+    "skip_gate": SkipGate(threshold=0.5, exit=Entropy(threshold=0.3)),
 }
-STEP_ARGUMENTS = "z aux cols classes state rows live layer depth p0 p1".split()
+STEP_ARGUMENTS = "z aux cols classes state rows live layer depth p0 p1 p2".split()
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_a_criterion_has_all_its_parts(name):
+def test_a_criterion_is_named_as_in_the_table(name):
     cls = CRITERIA[name]
-    assert cls.name == name and issubclass(cls, Criterion)
+    assert cls.name == name and issubclass(cls, Criterion) and type(EXAMPLES[name]) is cls
     assert cls.__name__ in ee.criteria.__all__ and getattr(ee.criteria, cls.__name__) is cls
+    assert inspect.getmodule(cls).__file__.endswith(f"{name}.py"), "one file per rule, named as in the table"
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_has_all_its_parts(name):
+    cls, example = RULES[name], EXAMPLES[name]
+    assert example.exit_rule is example and example.skip_from is None
+    assert len(example.params(1)) <= 3
     assert cls.rule is not Criterion.rule, "no torch rule"
     assert cls.needs is None or cls.needs in AUX_ACTIVATIONS
     assert cls.tasks
     if not backends._TRITON_MISSING:
         assert list(inspect.signature(cls.triton_step.fn).parameters) == STEP_ARGUMENTS
-    assert inspect.getmodule(cls).__file__.endswith(f"{name}.py"), "one file per rule, named as in the table"
 
 
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", RULES)
 def test_the_torch_rule_returns_what_it_says(name):
     example = EXAMPLES[name]
     rows, classes = 5, 3
-    state = example.new_state(rows, torch.device("cpu"))
+    state = example.new_state(rows, torch.device("cpu"), classes, torch.arange(rows))
     aux = None if example.needs is None else torch.rand(rows)
     z = torch.randn(rows, classes)
     answer, leave, new_state = example.rule(z, aux, state, 1, 4, example.params(1))
     assert answer.shape == (rows, classes) and answer.dtype == torch.float32
     assert leave.shape == (rows,) and leave.dtype == torch.bool
-    assert new_state.shape == state.shape == (len(example.initial_state()), rows)
+    assert new_state.shape == state.shape == (len(example.initial_state(classes)), rows)
 
 
-@pytest.mark.parametrize("name", CRITERIA)
-def test_a_criterion_has_its_functor(name):
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_has_its_functor(name):
     header = (CSRC / f"{name}.h").read_text()
     listed = (CSRC / "all.h").read_text()
     assert f'#include "{name}.h"' in listed
     (functor,) = re.findall(rf"X\({name}, (\w+)\)", listed)
     assert f"struct {functor} " in header
-    said = dict(re.findall(r"static constexpr \w+ (needs_aux|param_count|state_width) = (\w+);", header))
+    said = dict(
+        re.findall(r"static constexpr \w+ (needs_aux|param_count|state_width|state_per_class) = (\w+);", header)
+    )
     example = EXAMPLES[name]
+    per_class = len(example.initial_state(8)) - len(example.initial_state(7))
     assert said == {
         "needs_aux": "false" if example.needs is None else "true",
         "param_count": str(len(example.params(1))),
-        "state_width": str(len(example.initial_state())),
+        "state_width": str(len(example.initial_state(7)) - 7 * per_class),
+        "state_per_class": str(per_class),
     }
 
 
 def test_the_lists_of_python_and_cpp_are_the_same():
     listed = re.findall(r"X\((\w+), \w+\)", (CSRC / "all.h").read_text())
-    assert listed == list(CRITERIA) == list(EXAMPLES)
+    assert listed == list(RULES)
     headers = {path.stem for path in CSRC.glob("*.h")} - {"all"}
-    assert headers == set(CRITERIA)
+    assert headers == set(RULES)
     if not ee.available_backends("cpu")["cpp"]:
         from earlyexit_kernels import _C
 
-        assert set(_C.criteria) == set(CRITERIA)
+        assert set(_C.criteria) == set(RULES)
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name != "full_depth"])
 def test_a_criterion_names_its_source(name):
-    assert ARXIV.search(inspect.getmodule(CRITERIA[name]).__doc__)
-    assert ARXIV.search((CSRC / f"{name}.h").read_text())
+    assert SOURCE.search(inspect.getmodule(CRITERIA[name]).__doc__)
+    assert name not in RULES or SOURCE.search((CSRC / f"{name}.h").read_text())
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -106,15 +151,33 @@ def test_an_unknown_backbone_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_is_a_loss_with_a_source(name):
+def test_an_objective_has_all_its_parts(name):
+    cls = OBJECTIVES[name]
+    assert issubclass(cls, Objective) and OBJECTIVES[cls.name] is cls
+    assert cls.__name__ in ee.objectives.__all__ and getattr(ee.objectives, cls.__name__) is cls
+    module = inspect.getmodule(cls)
+    assert module.__file__.endswith(f"{cls.name}.py"), "one file per paper, named as in the table"
+    assert SOURCE.search(module.__doc__)
+    assert cls.__dataclass_params__.frozen and all(field.kw_only for field in dataclasses.fields(cls))
+    assert cls.loss is not Objective.loss and cls.tasks <= set(TASK_LOSSES)
     objective = objective_of(name)
-    assert objective is OBJECTIVES[name]
-    assert list(inspect.signature(objective).parameters) == ["trace", "labels", "problem_type"]
-    assert objective.__doc__ and ARXIV.search(inspect.getmodule(objective).__doc__)
-    logits = torch.randn(4, 3, 2, requires_grad=True)
-    loss = objective(ExitTrace(logits), torch.tensor([0, 1, 1, 0]), "single_label_classification")
-    loss.backward()
-    assert loss.shape == () and (logits.grad.abs().sum(dim=(0, 2)) > 0).all(), "every exit learns"
+    assert objective == cls() == objective_of(json.loads(json.dumps(objective.to_dict())))
+    trained = [phase.trains for phase in objective.phases]
+    assert all(trained) and {"backbone", "early_exits", "last_exit"} <= frozenset.union(*trained) <= set(PARTS)
+    assert len({phase.name for phase in objective.phases}) == len(trained)
+    assert all(phase.epochs > 0 and phase.lr > 0 for phase in objective.phases)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_fits_the_other_tables(name):
+    """Its exit rule is one of ours, and what it changes about the heads can be changed."""
+    objective = objective_of(name)
+    assert objective.rule in CRITERIA
+    known = {field.name for field in dataclasses.fields(HeadConfig)}
+    for shares_layers in (True, False):
+        changes = objective.head_changes(shares_layers)
+        assert set(changes) <= known
+        HeadConfig(**changes)
 
 
 def test_an_unknown_objective_lists_the_known_ones():
@@ -124,6 +187,7 @@ def test_an_unknown_objective_lists_the_known_ones():
 
 PUBLIC = [(ee, name) for name in ee.__all__] + [(ops, name) for name in ops.__all__]
 PUBLIC += [(ee.criteria, name) for name in ee.criteria.__all__]
+PUBLIC += [(ee.objectives, name) for name in ee.objectives.__all__]
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda v: getattr(v, "__name__", v))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit
+from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit, SkipGate
 
 #: By run: accuracy of exits 1..6; entropy threshold, mean exit layer and accuracy; accuracy and mean exit layer of
 #: patience 1..5. Written with the digits they are known to.
@@ -183,6 +183,23 @@ def test_traces_that_do_not_join():
         ee.ExitTrace.cat(
             [ee.ExitTrace(torch.zeros(1, 2, 2), {"halting": torch.zeros(1, 2)}), ee.ExitTrace(torch.zeros(1, 2, 2))]
         )
+
+
+def test_traces_join_their_keys():
+    logits = torch.zeros(2, 2, 2)
+    keyed = [ee.ExitTrace(logits, keys=torch.tensor(keys)) for keys in ([1, 2], [3, 4])]
+    assert ee.ExitTrace.cat(keyed).keys.tolist() == [1, 2, 3, 4]
+    tokens = {"projections": torch.zeros(1, 5, 3), "offsets": torch.tensor([0, 2, 5])}
+    joined = ee.ExitTrace.cat([ee.ExitTrace(logits, **tokens)] * 2)
+    assert joined.keys is None and joined.projections is None and joined.offsets is None
+    with pytest.raises(ValueError, match="keys in every trace or in none, got 1 of 2"):
+        ee.ExitTrace.cat([keyed[0], ee.ExitTrace(logits)])
+
+
+def test_skipped_layers_cannot_be_replayed():
+    trace = ee.ExitTrace(torch.zeros(2, 3, 2), {"gate": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"'skip_gate' can't be replayed.*skips changes.*exit rule, 'entropy', alone"):
+        ee.replay(trace, SkipGate(threshold=0.5, exit=Entropy(threshold=0.1)))
 
 
 def test_a_model_in_place_of_a_trace_is_refused():

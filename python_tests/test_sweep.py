@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding
 
 from earlyexit_kernels import sweep as sweeps
 from earlyexit_kernels import to_early_exit, toy
-from earlyexit_kernels.criteria import Patience
+from earlyexit_kernels.criteria import Entropy, Patience, SkipGate
 from earlyexit_kernels.task_sources import Split
 from earlyexit_kernels.tasks import encode
 from earlyexit_kernels.types import ExitTrace
@@ -47,7 +47,7 @@ def test_outcome_by_hand(small):
     result = sweeps.outcome(small, LABELS, Patience(patience=1), metrics=("accuracy",))
     assert result.exit_shares == (0.0, 0.5, 0.5)
     assert result.scores == {"accuracy": 1.0}
-    assert result.mean_exit_layer == 2.5 and result.layer_speed_up == 1.2
+    assert result.mean_exit_layer == result.mean_layers_run == 2.5 and result.layer_speed_up == 1.2
     assert result.layers_saved == pytest.approx(1 / 6)
     assert result.random_exit == pytest.approx(0.5 * 1.0 + 0.5 * 0.75)
 
@@ -75,7 +75,7 @@ def test_random_exit_of_other_metrics_is_sampled():
 
 
 def outcome_with(score: float, mean: float) -> sweeps.Outcome:
-    return sweeps.Outcome({"accuracy": score}, mean, 4 / mean, 1 - mean / 4, (), 0.0)
+    return sweeps.Outcome({"accuracy": score}, 4.0, mean, 4 / mean, 1 - mean / 4, (), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -93,29 +93,16 @@ def test_choose_prefers_the_better_of_equally_fast_and_may_find_none():
     assert sweeps.choose(outcomes, 0.99, metric="accuracy") is None
 
 
-def test_settings_cover_the_whole_range_of_costs():
-    trace, labels = drawn(400)
-    groups = sweeps.settings(trace, points=12)
-    assert list(groups) == ["entropy", "max_probability", "margin", "patience"]
-    assert [c.patience for c in groups["patience"]] == [1, 2, 3, 4]
-    for name in ("entropy", "max_probability", "margin"):
-        means = [sweeps.outcome(trace, labels, c, metrics=("accuracy",)).mean_exit_layer for c in groups[name]]
-        assert len(means) == 12 and min(means) < 1.05 and max(means) > 4.9
-        assert max(np.abs(np.diff(means))) < 1.5
-
-
-def test_settings_follow_the_trace():
-    halting, _ = drawn(20, halting=torch.zeros(20, 5))
-    assert "q_exit" in sweeps.settings(halting)
-    regression = ExitTrace(torch.randn(30, 4, 1, generator=torch.Generator().manual_seed(0)))
-    groups = sweeps.settings(regression)
-    assert list(groups) == ["patience"] and all(c.tolerance > 0 for c in groups["patience"])
-
-
-def test_settings_survive_sure_exits():
-    """Probabilities that round to one must still give valid thresholds."""
-    trace, _ = drawn(50)
-    assert sweeps.settings(ExitTrace(trace.logits * 1e4))["margin"][-1].threshold == 1.0
+def test_nearest_reads_the_tuning_split_and_prefers_the_better_of_equally_near():
+    """Speed-ups 4, 2 and 4/3 on the tuning split; on the reporting split all are 1."""
+    reporting = outcome_with(0.9, 4)
+    points = [
+        sweeps.Point(Patience(patience=number), outcome_with(score, mean), reporting)
+        for number, (score, mean) in enumerate([(0.6, 1), (0.7, 2), (0.8, 3), (0.75, 2)], start=1)
+    ]
+    assert [sweeps.nearest(points, wanted).criterion.patience for wanted in (9, 2, 1.5, 1)] == [1, 4, 3, 3]
+    with pytest.raises(ValueError, match="at least one point, got none"):
+        sweeps.nearest([], 2.0)
 
 
 def test_sweep_keeps_its_promise_on_the_tuning_split():
@@ -129,7 +116,7 @@ def test_sweep_keeps_its_promise_on_the_tuning_split():
             assert chosen.tuning.scores["accuracy"] >= full - 0.02 - 1e-9
             rivals = [p for p in points if p.tuning.scores["accuracy"] >= full - 0.02]
             assert chosen.tuning.mean_exit_layer == min(p.tuning.mean_exit_layer for p in rivals)
-        means = [point.reporting.mean_exit_layer for point in points]
+        means = [point.reporting.mean_layers_run for point in points]
         assert means == sorted(means)
     assert all(len(result.points[name]) >= 8 for name in ("entropy", "max_probability", "margin"))
     assert result.chosen("entropy").reporting.scores["accuracy"] > result.chosen("entropy").reporting.random_exit
@@ -160,8 +147,6 @@ def test_sweep_refuses_what_cannot_be_compared():
         sweeps.sweep(drawn(9), drawn(9, depth=4))
     with pytest.raises(ValueError, match=r"drop >= 0, got -0.1"):
         sweeps.sweep(drawn(9), drawn(9), drop=-0.1)
-    with pytest.raises(ValueError, match=r"points >= 8 .* got 7 and 5"):
-        sweeps.settings(drawn(9)[0], points=7)
 
 
 def test_collect_trace_keeps_rows_in_order():
@@ -175,6 +160,59 @@ def test_collect_trace_keeps_rows_in_order():
     for row, sentence in enumerate(sentences):
         alone = model.trace(**tokenizer(sentence, return_tensors="pt")).logits[0]
         assert torch.allclose(trace.logits[row], alone, atol=1e-5)
+
+
+def test_collect_trace_keeps_what_rules_read():
+    tokenizer, model = toy.toy_tokenizer(), to_early_exit(toy.toy_model(0, layers=2, hidden=16), method="palbert")
+    data = encode(Split(["the plot was dull .", "the cast was witty ."], [0, 1]), tokenizer)
+    trace, _ = sweeps.collect_trace(model, data, collate_fn=DataCollatorWithPadding(tokenizer), batch_size=1)
+    assert trace.keys is not None and len(set(trace.keys.tolist())) == 2
+    assert trace.aux["halting"].shape == trace.aux["hidden_cosine"].shape == (2, 2)
+
+
+@pytest.fixture(scope="module")
+def gated():
+    """A model whose gates skip layer 2 of 3 on every row and no other, and two splits of four rows."""
+    torch.manual_seed(0)
+    model = to_early_exit(toy.toy_model(0, layers=3, hidden=16), method="smartbert").eval()
+    with torch.no_grad():
+        for gate, logit in zip(model.heads.gates, (-9.0, 9.0, -9.0), strict=True):
+            gate.out.weight.zero_()
+            gate.out.bias.fill_(logit)
+    tokenizer = toy.toy_tokenizer()
+    splits = toy.write_splits(train_rows=0, dev_rows=4, test_rows=4)
+    halves = (Split([s.text for s in splits[n]], [s.label for s in splits[n]]) for n in ("dev", "test"))
+    data = [encode(half, tokenizer) for half in halves]
+    return model, data, DataCollatorWithPadding(tokenizer)
+
+
+def test_skipping_is_run_and_counts_layers_run(gated):
+    model, data, collate = gated
+    before = model.criterion
+    traced = [sweeps.collect_trace(model, rows, collate_fn=collate) for rows in data]
+    replayed = sweeps.sweep(*traced, points=8)
+    numbers = ((0.5, 0.0), (1.0, 0.0), (0.5, 9.0))
+    settings = [SkipGate(threshold=skip, exit=Entropy(threshold=leave)) for skip, leave in numbers]
+    result = sweeps.sweep_skipping(model, replayed, settings, *data, collate_fn=collate, batch_size=3)
+    assert model.criterion == before and set(result.points) == {*replayed.points, "skip_gate"}
+    by_setting = {(p.criterion.threshold, p.criterion.exit.threshold): p.reporting for p in result.points["skip_gate"]}
+    skipping, running, leaving = by_setting[0.5, 0.0], by_setting[1.0, 0.0], by_setting[0.5, 9.0]
+    assert (skipping.mean_exit_layer, skipping.mean_layers_run, skipping.layer_speed_up) == (3, 2, 1.5)
+    assert (running.mean_exit_layer, running.mean_layers_run) == (3, 3)
+    assert (leaving.mean_exit_layer, leaving.mean_layers_run) == (1, 1)
+    assert running.scores == replayed.layers["reporting"][-1], "without skips, the last exit of the trace"
+    assert skipping.random_exit is None and sum(p.chosen for p in result.points["skip_gate"]) <= 1
+    json.dumps(result.records())
+
+
+def test_skipping_needs_gates(gated):
+    _, data, collate = gated
+    model = to_early_exit(toy.toy_model(0, layers=3, hidden=16))
+    replayed = sweeps.sweep(*(sweeps.collect_trace(model, rows, collate_fn=collate) for rows in data), points=8)
+    with pytest.raises(ValueError, match="'gate'"):
+        settings = [SkipGate(threshold=0.5, exit=Entropy(threshold=0.1))]
+        sweeps.sweep_skipping(model, replayed, settings, *data, collate_fn=collate)
+    assert model.criterion is None
 
 
 @pytest.mark.data

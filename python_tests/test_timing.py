@@ -42,6 +42,17 @@ def test_sync_is_inside_the_measured_time(clock):
     assert timing.interleave({"a": lambda: queued.append(1)}, repeats=2, warmup=0, sync=sync) == {"a": [3.0, 3.0]}
 
 
+def test_preparing_is_outside_the_measured_time(clock):
+    prepared = []
+
+    def prepare(name: str) -> None:
+        clock(7)
+        prepared.append(name)
+
+    times = timing.interleave({"a": lambda: clock(2), "b": lambda: clock(5)}, repeats=2, warmup=1, prepare=prepare)
+    assert times == {"a": [2.0] * 2, "b": [5.0] * 2} and sorted(prepared) == ["a"] * 3 + ["b"] * 3
+
+
 def test_slow_spells_cancel_in_the_paired_ratio():
     slow = [1, 1, 10, 1, 40]
     ratio = timing.paired_ratio([2.0 * s for s in slow], [4.0 * s for s in slow])

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, encoder_of, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.objectives import objective_of
+from earlyexit_kernels.objectives import TrainingStep, objective_of
+from earlyexit_kernels.packing import AttentionPlan, PackedStates
 
 LABELS = torch.tensor([2, 0, 1, 1])
 ACTIVATIONS = {"bert": torch.tanh, "roberta": torch.tanh, "albert": torch.tanh, "electra": F.gelu, "distilbert": F.relu}
@@ -25,7 +26,7 @@ def padded_loss(base, heads, pooling, activation, batch):
     for j, (states, out) in enumerate(zip(hidden, heads.out, strict=True), start=1):
         x = (states * mask).sum(1) / mask.sum(1) if pooling == "mean" else states[:, 0]
         if pooling is None:
-            x = activation(x @ heads.dense.weight.T + heads.dense.bias)
+            x = activation(x @ heads.dense[0].weight.T + heads.dense[0].bias)
         loss = loss + j * F.cross_entropy(x @ out.weight.T + out.bias, LABELS)
     return loss / (DEPTH * (DEPTH + 1) / 2)
 
@@ -71,7 +72,8 @@ def test_joint_weights_by_hand():
     )
     for method in ("joint", "pabee"):
         objective = objective_of(method)
-        loss = objective(ee.ExitTrace(logits), torch.zeros(2, dtype=torch.long), "single_label_classification")
+        step = TrainingStep(problem_type="single_label_classification")
+        loss = objective.loss(ee.ExitTrace(logits), torch.zeros(2, dtype=torch.long), step)
         assert loss.item() == pytest.approx(0.458333, abs=1e-6)
 
 
@@ -127,7 +129,7 @@ def test_head_dropout_is_that_of_the_family(family):
     assert heads.config.dropout_before_dense is twice
     object.__setattr__(heads.config, "dropout", 1.0)
     seen = []
-    heads.dense.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max().item()))
-    logits, _ = heads(2, torch.randn(6, 64), torch.tensor([0, 2, 6], dtype=torch.int32))
-    assert torch.equal(logits, heads.out[1].bias.expand(2, -1))
+    heads.dense[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max().item()))
+    states = PackedStates(torch.randn(6, 64), torch.tensor([0, 2, 6], dtype=torch.int32), AttentionPlan())
+    assert torch.equal(heads(2, states, {}).logits, heads.out[1].bias.expand(2, -1))
     assert (seen[0] == 0.0) is twice

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from earlyexit_kernels.backends import TRITON_INTERPRETED
-from earlyexit_kernels.criteria import CRITERIA
+from earlyexit_kernels.criteria import RULES
 
 triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
@@ -28,7 +28,8 @@ POINTERS = {
     "answers": "*fp32",
     "exit_layer": "*i64",
 }
-SCALARS = {"p0": "fp32", "p1": "fp32"} | dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present"), "i32")
+SCALARS = dict.fromkeys(("p0", "p1", "p2"), "fp32")
+SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present"), "i32")
 
 
 def compile_for_sm90(kernel, constants):
@@ -40,9 +41,9 @@ def compile_for_sm90(kernel, constants):
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize("name", sorted(CRITERIA))
+@pytest.mark.parametrize("name", sorted(RULES))
 def test_exit_step_compiles(name, pooling):
-    rule = CRITERIA[name]
+    rule = RULES[name]
     constants = {
         "STEP": rule.triton_step,
         "POOLING": pooling,

@@ -29,11 +29,13 @@ struct Criterion {
   bool needs_aux;
   int param_count;
   int state_width;
+  int state_per_class;
   bool (*step)(const Row&);
 };
 
 #define EE_ENTRY(name, Functor) \
-  Criterion{#name, Functor::needs_aux, Functor::param_count, Functor::state_width, &Functor::step},
+  Criterion{#name, Functor::needs_aux, Functor::param_count, Functor::state_width, Functor::state_per_class, \
+            &Functor::step},
 constexpr Criterion kCriteria[] = {EE_CRITERIA(EE_ENTRY)};
 #undef EE_ENTRY
 
@@ -202,7 +204,8 @@ void bind_rows(Call& call, const at::Tensor& row_ids, const at::Tensor& state, c
   EE_CHECK(call.classes >= 1 && call.classes <= std::numeric_limits<int>::max(), kOp,
            "expected answers [N, C] with at least one class, got ", shape_name(answers.sizes()));
   check_tensor(kOp, "exit_layer", exit_layer, at::kLong, {call.requests});
-  check_tensor(kOp, "state", state, at::kFloat, {call.criterion->state_width, call.requests});
+  const int64_t per_row = call.criterion->state_width + call.criterion->state_per_class * call.classes;
+  check_tensor(kOp, "state", state, at::kFloat, {per_row, call.requests});
   if (offsets) {
     check_tensor(kOp, "offsets", *offsets, at::kInt, {call.rows + 1});
     call.offsets = offsets->const_data_ptr<int32_t>();

@@ -2,7 +2,6 @@
 // DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference. Ji Xin et al. ACL 2020, arXiv 2004.12993.
 // Normalized: FastBERT: a Self-distilling BERT with Adaptive Inference Time. Weijie Liu et al. ACL 2020, arXiv
 // 2004.02178 ("uncertainty" and "speed").
-// With d_c = z_c - max z and s = sum_c exp(d_c): H = log s - sum_c exp(d_c) d_c / s, and 0 log 0 = 0.
 #pragma once
 
 #include "../row.h"
@@ -13,18 +12,10 @@ struct Entropy {
   static constexpr bool needs_aux = false;
   static constexpr int param_count = 2;  // threshold, normalized (0 or 1)
   static constexpr int state_width = 0;
+  static constexpr int state_per_class = 0;
 
   static EE_HD bool step(const Row& row) {
-    const float top = row.z[top_class(row)];
-    float sum = 0.0f;
-    float weighted = 0.0f;
-    for (int c = 0; c < row.classes; ++c) {
-      const float d = below_top(row.z[c], top);
-      const float e = expf(d);
-      sum += e;
-      if (e > 0.0f) weighted += e * d;
-    }
-    const float entropy = logf(sum) - weighted / sum;
+    const float entropy = entropy_nats(row);
     const bool normalized = row.params[1] > 0.0f;
     return (normalized ? entropy / logf(static_cast<float>(row.classes)) : entropy) < row.params[0];
   }

@@ -11,6 +11,7 @@ struct Margin {
   static constexpr bool needs_aux = false;
   static constexpr int param_count = 1;  // threshold
   static constexpr int state_width = 0;
+  static constexpr int state_per_class = 0;
 
   static EE_HD bool step(const Row& row) {
     const int best = top_class(row);

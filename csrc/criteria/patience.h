@@ -13,6 +13,7 @@ struct Patience {
   static constexpr bool needs_aux = false;
   static constexpr int param_count = 2;  // patience, tolerance (negative: compare labels)
   static constexpr int state_width = 2;
+  static constexpr int state_per_class = 0;
 
   static EE_HD bool step(const Row& row) {
     float& last = row.state[0];

@@ -11,6 +11,7 @@ struct QExit {
   static constexpr bool needs_aux = true;  // lambda_l in [0, 1]
   static constexpr int param_count = 1;    // q
   static constexpr int state_width = 1;
+  static constexpr int state_per_class = 0;
 
   static EE_HD bool step(const Row& row) {
     float& survival = row.state[0];

@@ -35,4 +35,5 @@ ALBERT = BackboneAdapter(
     layers=_layers,
     positions=column_positions,
     longest=position_limit,
+    shares_layers=True,
 )

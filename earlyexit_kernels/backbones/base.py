@@ -39,6 +39,7 @@ class BackboneAdapter:
         layers: ``backbone -> L`` callables ``layer(hidden, None, plan=...)``, in order of use.
         positions: ``(backbone, input_ids [N, S]) -> [N, S]`` as the stock model computes them, on the padded ids.
         longest: ``config ->`` longest row in tokens.
+        shares_layers: one layer is used many times.
     """
 
     model_type: str
@@ -48,6 +49,7 @@ class BackboneAdapter:
     layers: Callable[[nn.Module], Sequence[Callable[..., Any]]]
     positions: Callable[[nn.Module, Tensor], Tensor]
     longest: Callable[[Any], int]
+    shares_layers: bool = False
 
 
 def column_positions(backbone: nn.Module, input_ids: Tensor) -> Tensor:

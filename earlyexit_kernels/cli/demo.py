@@ -143,7 +143,7 @@ def _train(model: Any, data: EncodedSplit, collate: Callable, args: argparse.Nam
 
 def _give_last_exit(model: Any, plain: Any) -> None:
     """Put the trained last exit into the stock model, which shares the trained encoder already."""
-    plain.bert.pooler.dense.load_state_dict(model.heads.dense.state_dict())
+    plain.bert.pooler.dense.load_state_dict(model.heads.dense[0].state_dict())
     plain.classifier.load_state_dict(model.heads.out[-1].state_dict())
     plain.eval()
 

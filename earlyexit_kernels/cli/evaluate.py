@@ -1,87 +1,166 @@
-"""Sweep every criterion over a trained early-exit model: choose on held-out train rows, report on the dev split.
+"""Sweep every criterion over trained early-exit models: choose on held-out train rows, report on the dev split.
 
-Prints tables; --output writes every point as JSON, --plot draws score against mean exit layer.
+Prints tables; --output writes every point as JSON, --plot draws score against layers run. The rule that the training
+method's paper exits by stands first and is starred. Rules that skip layers are run, all others replayed from one pass.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from earlyexit_kernels.cli.train import Recipe
 from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.grids import skip_settings
 from earlyexit_kernels.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.report import markdown_table, plot_tradeoff, write_json
-from earlyexit_kernels.sweep import Sweep, collect_trace, sweep
-from earlyexit_kernels.tasks import encode, load_task
+from earlyexit_kernels.sweep import Sweep, collect_trace, sweep, sweep_skipping
+from earlyexit_kernels.tasks import Task, encode, load_task
+
+#: Gate value from which the layers of a model are skipped, where its method doesn't say.
+SKIP_FROM = 0.5
+NEVER_SKIP = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `earlyexit eval`."""
     add = parser.add_argument
-    add("--model", required=True, type=Path, help="folder written by `earlyexit train`")
+    add("--model", required=True, type=Path, nargs="+", help="folder written by `earlyexit train`, one or more")
     add("--task", default=None, help="default: the task it was trained on")
     add("--drop", type=float, default=0.0, help="loss of the score allowed when choosing (default: %(default)s)")
     add("--points", type=int, default=24, help="settings of a criterion with a threshold (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="(default: %(default)s)")
     add("--output", type=Path, default=None, help="JSON file to write")
-    add("--plot", type=Path, default=None, help="PNG file to write")
+    add("--plot", type=Path, default=None, help="PNG file to write; of several models, NAME-1.png and so on")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model, swept.
+
+    Attributes:
+        model: the folder.
+        recipe: how it was trained.
+        rule: key of the criterion that its method's paper exits by.
+        result: the sweep.
+        title: what was chosen and reported on.
+    """
+
+    model: Path
+    recipe: Recipe
+    rule: str
+    result: Sweep
+    title: str
+
+    def records(self) -> list[dict[str, Any]]:
+        """JSON-ready records, each with the model's folder."""
+        return [{"model": str(self.model), **record} for record in self.result.records()]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trace both splits, sweep, print, and write what was asked for."""
-    if not args.model.is_dir():
-        raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {args.model} isn't one")
-    recipe = Recipe.load(args.model)
-    if args.task is not None:
-        recipe = replace(recipe, task=args.task)
+    """Sweep each model, print, and write what was asked for."""
+    for folder in args.model:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {folder} isn't one")
+    recipes = [Recipe.load(folder) for folder in args.model]
     torch.set_flush_denormal(True)
+    done = []
+    for number, (folder, recipe) in enumerate(zip(args.model, recipes, strict=True), start=1):
+        found = evaluate(folder, recipe if args.task is None else replace(recipe, task=args.task), args)
+        done.append(found)
+        print(f"{folder}, method {recipe.method.get('name')!r}. {found.title}\n")
+        print(layer_table(found.result), choice_table(found.result, found.rule), sep="\n\n")
+        if found.rule in found.result.points:
+            print("\n* the rule of the method's paper")
+        if args.plot is not None:
+            path = args.plot if len(recipes) == 1 else args.plot.with_stem(f"{args.plot.stem}-{number}")
+            print(f"\nCurve: {draw(found.result, path, title=f'{found.recipe.task}, {folder.name}')}")
+        print()
+    if args.output is not None:
+        arguments = {k: _plain(v) for k, v in vars(args).items() if k != "debug"}
+        models = [{"model": str(e.model), "rule": e.rule, "recipe": asdict(e.recipe)} for e in done]
+        records = [record for e in done for record in e.records()]
+        print(f"Every point: {write_json(args.output, records, arguments=arguments, models=models)}")
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluation:
+    """Trace both splits, replay every criterion, and run those that skip layers where the model has gates.
+
+    Raises:
+        ValueError: no early-exit model, another number of classes than the task's, or no rows held out.
+    """
     task = load_task(recipe.task, seed=recipe.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, local_files_only=True)
-    if not isinstance(model, EarlyExitForSequenceClassification):
-        raise ValueError(f"--model: {args.model} holds a {type(model).__name__} without exits; train it first")
-    if model.config.num_labels != task.num_labels:
-        raise ValueError(
-            f"--task: {task.name} has {task.num_labels} classes, the model in {args.model} {model.config.num_labels}"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    model = load_model(folder, task)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     _, held = recipe.part(task)
     if not len(held):
-        raise ValueError("the model was trained without --holdout, so there are no rows to choose a threshold on")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    collate = DataCollatorWithPadding(tokenizer)
-    tuning, reporting = (
-        collect_trace(
-            model,
-            encode(split, tokenizer, max_length=recipe.max_length),
-            collate_fn=collate,
-            batch_size=args.batch_size,
-            progress=name,
-        )
-        for name, split in (("tuning", held), ("reporting", task.split(task.evaluation)))
+        raise ValueError(f"{folder} was trained without --holdout, so there are no rows to choose a threshold on")
+    passing: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": args.batch_size}
+    splits = {"tuning": held, "reporting": task.split(task.evaluation)}
+    data = {name: encode(split, tokenizer, max_length=recipe.max_length) for name, split in splits.items()}
+    tuning, reporting = (collect_trace(model, rows, progress=name, **passing) for name, rows in data.items())
+    result = sweep(
+        tuning,
+        reporting,
+        metrics=task.metrics,
+        drop=args.drop,
+        points=args.points,
+        problem_type=task.problem_type,
+        progress="sweep",
     )
-    result = sweep(tuning, reporting, metrics=task.metrics, drop=args.drop, points=args.points, progress="sweep")
-    print(
+    if "gate" in model.heads.aux_names:
+        skip_from = model.objective.to_dict().get("skip_threshold", SKIP_FROM)
+        group = skip_settings(tuning[0], skip_from=(skip_from, NEVER_SKIP))
+        result = sweep_skipping(model, result, group, *data.values(), progress="skipping", **passing)
+    title = (
         f"Chosen on {len(held)} held-out train rows (score lost at most {args.drop:g}), reported on the "
-        f"{task.evaluation} split of {task.name} ({len(reporting[1])} rows).\n"
+        f"{task.evaluation} split of {task.name} ({len(reporting[1])} rows)."
     )
-    print(layer_table(result), choice_table(result), sep="\n\n")
-    if args.output is not None:
-        arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "debug"}
-        print(f"\nEvery point: {write_json(args.output, result.records(), arguments=arguments)}")
-    if args.plot is not None:
-        print(f"\nCurve: {draw(result, args.plot, title=f'{task.name}, {task.evaluation} split')}")
-    return 0
+    return Evaluation(folder, recipe, model.objective.rule, result, title)
+
+
+def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
+    """The early-exit model of a folder, on the GPU where there is one.
+
+    Raises:
+        ValueError: the folder holds another model, or one for another number of classes.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+    if not isinstance(model, EarlyExitForSequenceClassification):
+        raise ValueError(f"--model: {folder} holds a {type(model).__name__} without exits; train it first")
+    if model.config.num_labels != task.num_labels:
+        raise ValueError(
+            f"--task: {task.name} has {task.num_labels} classes, the model in {folder} {model.config.num_labels}"
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
 def setting(criterion: Criterion) -> str:
     """A criterion's numbers in words, e.g. ``threshold 0.35``."""
-    values = {k: v for k, v in criterion.to_dict().items() if k != "name" and v is not None and v is not False}
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+    words = []
+    for name, value in criterion.to_dict().items():
+        if isinstance(value, dict):
+            inner: Any = getattr(criterion, name)
+            words.append(f"{name} {inner.name} ({setting(inner)})")
+        elif isinstance(value, float):
+            words.append(f"{name} {value:.4g}")
+        elif name != "name" and value is not None and value is not False:
+            words.append(f"{name} {value}")
+    return ", ".join(words)
 
 
 def layer_table(result: Sweep) -> str:
@@ -94,20 +173,36 @@ def layer_table(result: Sweep) -> str:
     return markdown_table(header, rows)
 
 
-def choice_table(result: Sweep) -> str:
-    """Each criterion at its chosen setting, with random exit of the same mix."""
+def choice_table(result: Sweep, rule: str | None = None) -> str:
+    """Each criterion at its chosen setting, with random exit of the same mix.
+
+    Args:
+        result: of the sweep.
+        rule: name of the criterion to put first, with a star.
+    """
     metric = result.metric
-    header = ("criterion", "chosen setting", metric, "mean exit layer", "layer speed-up", "layers saved", "random exit")
-    full = result.layers["reporting"][-1][metric]
-    rows = [("full depth", "", f"{full:.4f}", f"{result.depth:.2f}", "1.00", "0%", f"{full:.4f}")]
-    for name in result.points:
-        point = result.chosen(name)
+    header = (
+        "criterion",
+        "chosen setting",
+        metric,
+        "mean exit layer",
+        "mean layers run",
+        "layer speed-up",
+        "layers saved",
+        "random exit",
+    )
+    full, depth = result.layers["reporting"][-1][metric], f"{result.depth:.2f}"
+    rows: list[Sequence[str]] = [("full depth", "", f"{full:.4f}", depth, depth, "1.00", "0%", f"{full:.4f}")]
+    for name in sorted(result.points, key=lambda name: name != rule):
+        title, point = f"{name} *" if name == rule else name, result.chosen(name)
         if point is None:
-            rows.append((name, "none keeps the score", "", "", "", "", ""))
+            rows.append((title, "none keeps the score", *[""] * 6))
             continue
         o = point.reporting
-        numbers = (f"{o.scores[metric]:.4f}", f"{o.mean_exit_layer:.2f}", f"{o.layer_speed_up:.2f}")
-        rows.append((name, setting(point.criterion), *numbers, f"{o.layers_saved:.0%}", f"{o.random_exit:.4f}"))
+        layers = (f"{o.mean_exit_layer:.2f}", f"{o.mean_layers_run:.2f}", f"{o.layer_speed_up:.2f}")
+        random = "" if o.random_exit is None else f"{o.random_exit:.4f}"
+        saved = f"{o.layers_saved:.0%}"
+        rows.append((title, setting(point.criterion), f"{o.scores[metric]:.4f}", *layers, saved, random))
     return markdown_table(header, rows)
 
 
@@ -115,7 +210,7 @@ def draw(result: Sweep, path: Path, *, title: str) -> Path:
     """The trade-off of every criterion, with static truncation and the random exits of the first criterion."""
     metric = result.metric
     curves = {
-        name: [(p.reporting.mean_exit_layer, p.reporting.scores[metric]) for p in points]
+        name: [(p.reporting.mean_layers_run, p.reporting.scores[metric]) for p in points]
         for name, points in result.points.items()
     }
     marked = {name: point.reporting for name in result.points if (point := result.chosen(name)) is not None}
@@ -123,14 +218,16 @@ def draw(result: Sweep, path: Path, *, title: str) -> Path:
     baselines = {
         "static truncation": [(float(k + 1), scores[metric]) for k, scores in enumerate(result.layers["reporting"])],
         f"random exit, mix of {first}": [
-            (p.reporting.mean_exit_layer, p.reporting.random_exit) for p in result.points[first]
+            (p.reporting.mean_layers_run, p.reporting.random_exit)
+            for p in result.points[first]
+            if p.reporting.random_exit is not None
         ],
     }
     return plot_tradeoff(
         path,
         curves,
         baselines=baselines,
-        chosen={name: (o.mean_exit_layer, o.scores[metric]) for name, o in marked.items()},
+        chosen={name: (o.mean_layers_run, o.scores[metric]) for name, o in marked.items()},
         depth=result.depth,
         metric=metric,
         title=title,

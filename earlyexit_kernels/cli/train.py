@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from transformers import (
 )
 
 from earlyexit_kernels.convert import to_early_exit
-from earlyexit_kernels.model import EarlyExitForSequenceClassification
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from_dict
 from earlyexit_kernels.report import markdown_table
 from earlyexit_kernels.sweep import collect_trace, truncations
 from earlyexit_kernels.task_sources import Split
 from earlyexit_kernels.tasks import TASK_NAMES, EncodedSplit, Task, encode, holdout, load_task
+from earlyexit_kernels.training import Phase, phases
 
 RECIPE_FILE = "earlyexit_task.json"
 WEIGHT_DECAY = 0.01
@@ -37,7 +38,7 @@ POOLINGS = {"family": None, "first": "first", "mean": "mean"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which rows a model was trained on, enough to find those held out again.
+    """Which rows a model was trained on, enough to find those held out again, and how.
 
     Attributes:
         task: name for `load_task`.
@@ -46,6 +47,8 @@ class Recipe:
         train_rows: rows trained on, the first ones of the rest in drawn order.
         max_length: tokens a row was cut to, or None.
         evaluation_split: the split of `scores`.
+        method: data of the training method.
+        phases: for each phase its name, epochs and learning rates.
         scores: metric values of each exit 1..L after training.
     """
 
@@ -55,6 +58,8 @@ class Recipe:
     train_rows: int
     max_length: int | None
     evaluation_split: str
+    method: dict[str, Any] = field(default_factory=dict)
+    phases: tuple[dict[str, Any], ...] = ()
     scores: tuple[dict[str, float], ...] = ()
 
     def save(self, folder: Path) -> None:
@@ -90,13 +95,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", required=True, help=f"one of {', '.join(TASK_NAMES)}")
     add("--output", required=True, type=Path, help="folder to save in")
     add("--method", default="joint", help=f"one of {', '.join(sorted(OBJECTIVES))} (default: %(default)s)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method, repeatable")
     add("--pooling", choices=sorted(POOLINGS), default="family", help="what exits read (family: the stock head)")
-    add("--halting", action="store_true", help="add halting outputs ('joint' doesn't train them)")
     add("--train-rows", type=int, default=None, help="rows to train on (default: all that aren't held out)")
     add("--holdout", type=int, default=1000, help="train rows kept for tuning thresholds (default: %(default)s)")
-    add("--epochs", type=float, default=3.0, help="(default: %(default)s)")
-    add("--lr", type=float, default=5e-5, help="peak learning rate of the encoder (default: %(default)s)")
-    add("--head-lr", type=float, default=1e-3, help="peak learning rate of the fresh exits (default: %(default)s)")
+    add("--epochs", type=float, nargs="+", help="for all phases, or one number for each (default: the paper's)")
+    add("--lr", type=float, nargs="+", help="peak rate of the encoder, likewise (default: the paper's)")
+    add(
+        "--head-lr",
+        type=_head_rate,
+        default=1e-3,
+        help="peak rate of the exits, or 'same' for the encoder's, as in the papers, with which fresh exits learn "
+        "little in few epochs (default: %(default)s)",
+    )
+    add("--halting-lr", type=float, default=None, help="peak rate of halting outputs (default: --head-lr)")
     add("--batch-size", type=int, default=32, help="(default: %(default)s)")
     add("--max-length", type=int, default=128, help="tokens a row is cut to (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -104,38 +116,113 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, and print the score of every exit."""
+    objective = objective_from(args.method, args.set)
+    plans = _plans(objective, args)
     task = load_task(args.task, seed=args.seed)
+    check_task(objective, task.problem_type, task.num_labels)
     recipe = _recipe(args, task)
     train_split, _ = recipe.part(task)
     if torch.set_flush_denormal(True):
         print("Denormal numbers are flushed to zero: with them, CPU training can be ten times slower.")
     set_seed(args.seed)
     base, tokenizer = load_base(args.model, task)
-    model = to_early_exit(base, method=args.method, pooling=POOLINGS[args.pooling], halting=args.halting)
+    model = to_early_exit(base, method=objective, pooling=POOLINGS[args.pooling])
     collate = DataCollatorWithPadding(tokenizer)
-    print(f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {task.name} ({task.source})")
+    print(
+        f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {task.name} ({task.source}) with "
+        f"method {objective.name!r}"
+    )
     train_set = encode(train_split, tokenizer, max_length=recipe.max_length)
     check_vocabulary(train_set, tokenizer, args.model)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(args.output, args.seed, args.epochs, args.lr, args.batch_size),
-        train_dataset=train_set,
-        data_collator=collate,
-        optimizers=(two_rate_optimizer(model, args.lr, args.head_lr), None),
-    )
-    trainer.train()
+    base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
+    for phase, plan in zip(phases(model), plans, strict=True):
+        print(f"Phase {phase.number} of {len(plans)}: {_words(plan)}")
+        _train_phase(phase, plan, base_arguments, train_set, collate)
     evaluation = encode(task.split(recipe.evaluation_split), tokenizer, max_length=recipe.max_length)
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     scores = truncations(trace, labels, metrics=task.metrics)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    Recipe(**{**asdict(recipe), "scores": scores}).save(args.output)
+    outcome = {"method": objective.to_dict(), "phases": tuple(plans), "scores": scores}
+    Recipe(**{**asdict(recipe), **outcome}).save(args.output)
     header = ("exit after layer", *task.metrics)
     rows = [(k, *(f"{score[m]:.4f}" for m in task.metrics)) for k, score in enumerate(scores, start=1)]
     print(f"\nEvery exit on the {recipe.evaluation_split} split ({len(labels)} rows):\n")
     print(f"{markdown_table(header, rows)}\n")
     print(f"Saved in {args.output}; next: earlyexit eval --model {args.output}")
     return 0
+
+
+def _train_phase(
+    phase: Phase, plan: dict[str, Any], base: TrainingArguments, train_set: EncodedSplit, collate: Callable
+) -> None:
+    """One run of the Trainer."""
+    arguments = phase.args(base, output_dir=base.output_dir, num_train_epochs=plan["epochs"], learning_rate=plan["lr"])
+    optimizer = phase.optimizer(arguments, head_lr=plan["head_lr"], halting_lr=plan["halting_lr"])
+    Trainer(
+        model=phase.model,
+        args=arguments,
+        train_dataset=train_set,
+        data_collator=collate,
+        callbacks=phase.callbacks(),
+        optimizers=(optimizer, None),
+    ).train()
+
+
+def objective_from(method: str, given: Sequence[str]) -> Objective:
+    """A training method with some of its settings changed.
+
+    Args:
+        method: a name of the objectives table.
+        given: ``"key=value"``, the value read as JSON where it is JSON and as a word otherwise.
+
+    Raises:
+        ValueError: an unknown method or setting, a value out of range, or text of another form.
+    """
+    changes = {}
+    known = [f.name for f in fields(OBJECTIVES[method])] if method in OBJECTIVES else []
+    for text in given:
+        key, sign, value = text.partition("=")
+        if not sign or (known and key not in known):
+            raise ValueError(f"--set {text}: expected KEY=VALUE with a setting of {method!r}, {', '.join(known)}")
+        try:
+            changes[key] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[key] = value
+    return from_dict({**changes, "name": method})
+
+
+def _plans(objective: Objective, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """For each phase its name, epochs and learning rates."""
+    plans = []
+    numbers = (_for_each_phase(objective, name, getattr(args, name)) for name in ("epochs", "lr"))
+    for spec, epochs, lr in zip(objective.phases, *numbers, strict=True):
+        head_lr = lr if args.head_lr is None else args.head_lr
+        halting_lr = head_lr if args.halting_lr is None else args.halting_lr
+        plans.append({"name": spec.name, "epochs": epochs, "lr": lr, "head_lr": head_lr, "halting_lr": halting_lr})
+    return plans
+
+
+def _words(plan: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else str(value) for name, value in plan.items())
+
+
+def _head_rate(text: str) -> float | None:
+    """A rate, or None for ``same``."""
+    return None if text == "same" else float(text)
+
+
+def _for_each_phase(objective: Objective, name: str, given: Sequence[float] | None) -> list[float]:
+    """Epochs or rates of all phases, from the method's own or the one or more given."""
+    specs = objective.phases
+    if given is None:
+        return [getattr(spec, name) for spec in specs]
+    if len(given) not in (1, len(specs)) or not min(given) > 0:
+        raise ValueError(
+            f"--{name}: expected one number above 0, or one for each of the {len(specs)} phases of "
+            f"{objective.name!r} ({', '.join(spec.name for spec in specs)}), got {list(given)}"
+        )
+    return list(given) * (len(specs) if len(given) == 1 else 1)
 
 
 def _recipe(args: argparse.Namespace, task: Task) -> Recipe:
@@ -187,12 +274,6 @@ def check_vocabulary(data: EncodedSplit, tokenizer: Any, name: str) -> None:
             f"--model: the tokenizer of {name} doesn't know {unknown:.0%} of the task's tokens; save the model's own "
             "tokenizer in the same folder"
         )
-
-
-def two_rate_optimizer(model: EarlyExitForSequenceClassification, lr: float, head_lr: float) -> torch.optim.Optimizer:
-    """AdamW in which the exits, which start from nothing, learn faster than the pretrained encoder."""
-    groups = [{"params": model.backbone.parameters(), "lr": lr}, {"params": model.heads.parameters(), "lr": head_lr}]
-    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
 
 
 def training_arguments(

@@ -2,48 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from earlyexit_kernels.criteria.base import Criterion
+from earlyexit_kernels.criteria.dact import Dact
+from earlyexit_kernels.criteria.divergence_patience import DivergencePatience
+from earlyexit_kernels.criteria.energy import Energy
 from earlyexit_kernels.criteria.entropy import Entropy
+from earlyexit_kernels.criteria.expectation import Expectation
 from earlyexit_kernels.criteria.full_depth import FullDepth
+from earlyexit_kernels.criteria.hidden_cosine import HiddenCosine
+from earlyexit_kernels.criteria.learned import Learned
 from earlyexit_kernels.criteria.margin import Margin
 from earlyexit_kernels.criteria.max_probability import MaxProbability
 from earlyexit_kernels.criteria.patience import Patience
+from earlyexit_kernels.criteria.patient_confidence import PatientConfidence
 from earlyexit_kernels.criteria.q_exit import QExit
+from earlyexit_kernels.criteria.sampled_exit import SampledExit
+from earlyexit_kernels.criteria.skip_gate import SkipGate
+from earlyexit_kernels.criteria.voting import Voting
 
 __all__ = [
     "CRITERIA",
+    "RULES",
     "Criterion",
+    "Dact",
+    "DivergencePatience",
+    "Energy",
     "Entropy",
+    "Expectation",
     "FullDepth",
+    "HiddenCosine",
+    "Learned",
     "Margin",
     "MaxProbability",
     "Patience",
+    "PatientConfidence",
     "QExit",
+    "SampledExit",
+    "SkipGate",
+    "Voting",
+    "check_fits",
     "from_dict",
 ]
 
-CRITERIA: dict[str, type[Criterion]] = {
+#: What an op runs, in the order of csrc/criteria/all.h.
+RULES: dict[str, type[Criterion]] = {
     "full_depth": FullDepth,
     "entropy": Entropy,
     "max_probability": MaxProbability,
     "margin": Margin,
     "patience": Patience,
     "q_exit": QExit,
+    "sampled_exit": SampledExit,
+    "expectation": Expectation,
+    "voting": Voting,
+    "dact": Dact,
+    "learned": Learned,
+    "patient_confidence": PatientConfidence,
+    "divergence_patience": DivergencePatience,
+    "hidden_cosine": HiddenCosine,
+    "energy": Energy,
 }
+#: What a model can be given and a config can hold.
+CRITERIA: dict[str, type[Criterion]] = {**RULES, "skip_gate": SkipGate}
 
 
 def from_dict(data: Mapping[str, Any] | None) -> Criterion:
-    """Build a criterion from the data of `Criterion.to_dict`; None is full depth.
+    """Build a criterion from the data of `Criterion.to_dict`, criteria within it too; None is full depth.
 
     Raises:
         ValueError: an unknown name, or arguments the criterion doesn't take.
     """
     if data is None:
         return FullDepth()
-    arguments = dict(data)
+    arguments = {key: from_dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in CRITERIA:
         raise ValueError(f"criterion: expected one of {sorted(CRITERIA)}, got {name!r}")
@@ -51,3 +85,21 @@ def from_dict(data: Mapping[str, Any] | None) -> Criterion:
         return CRITERIA[name](**arguments)
     except TypeError as error:
         raise ValueError(f"criterion {name!r}: {error}") from None
+
+
+def check_fits(criterion: Criterion, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
+    """Raise ValueError where a criterion can't run on exits of this shape, or has no meaning for the task.
+
+    Args:
+        criterion: any of `CRITERIA`.
+        depth, classes: L and C of the exits.
+        problem_type: the model's, as in transformers.
+        aux: names of the scalars the heads produce.
+    """
+    if problem_type not in criterion.exit_rule.tasks:
+        fitting = sorted(name for name, cls in CRITERIA.items() if problem_type in cls.tasks)
+        raise ValueError(
+            f"criterion {criterion.exit_rule.name!r} is defined for {sorted(criterion.exit_rule.tasks)}, got "
+            f"problem_type={problem_type!r}; for {problem_type} there are {', '.join(fitting)}"
+        )
+    criterion.check(depth=depth, classes=classes, problem_type=problem_type, aux=aux)

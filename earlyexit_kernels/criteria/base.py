@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 Threshold: TypeAlias = float | Sequence[float]
+#: Float32 holds whole numbers up to here, so a count goes no further.
+MOST_COUNTED = 2**24
+#: The smallest normal number of float32: what a probability of 0 becomes before its logarithm is taken.
+TINY = torch.finfo(torch.float32).tiny
 CLASSIFICATION = frozenset({"single_label_classification"})
 FINITE = sys.float_info.max
+#: Stands in for +inf, whose softmax would be NaN.
+LARGEST = torch.finfo(torch.float32).max
 ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
+#: Scalar of the heads -> the argument of `to_early_exit` that adds it.
+BUILT_WITH = {"halting": "halting=True", "uncertainty": "method='berxit'", "gate": "method='smartbert'"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,22 +37,34 @@ class Criterion:
         name: key of the criteria table, of the C++ list and of the saved config.
         needs: the scalar a head must produce for this rule (a key of `AUX_ACTIVATIONS`), or None.
         tasks: problem types the rule has a meaning for.
-        triton_step: device function ``(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1)`` ->
+        uses_keys: `new_state` wants a key for each row.
+        triton_step: device function ``(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2)`` ->
             ``(answer, leave)`` on one row's ``[BLOCK_C]`` logits; `state` points at the row's first value, its next
-            one is `rows` further.
+            one is `rows` further. A state with numbers for each class has them last, behind the others.
     """
 
     name: ClassVar[str]
     needs: ClassVar[str | None] = None
     tasks: ClassVar[frozenset[str]] = CLASSIFICATION
+    uses_keys: ClassVar[bool] = False
     triton_step: ClassVar[Any]
 
     def params(self, layer: int) -> list[float]:
-        """The numbers handed to the rule at 1-based `layer`."""
+        """The numbers handed to the rule at 1-based `layer`, at most three."""
         return []
 
-    def initial_state(self) -> tuple[float, ...]:
-        """The K numbers a row starts with."""
+    @property
+    def exit_rule(self) -> Criterion:
+        """The rule of `RULES` that decides at an exit: this one, or the one it is built around."""
+        return self
+
+    @property
+    def skip_from(self) -> float | None:
+        """The value of a layer's gate from which a row skips the layer; None where nothing is skipped."""
+        return None
+
+    def initial_state(self, classes: int) -> tuple[float, ...]:
+        """The K numbers a row starts with; K may depend on C."""
         return ()
 
     @staticmethod
@@ -69,13 +89,19 @@ class Criterion:
         """Whether the exit of 1-based `layer` has to be computed at all."""
         return True
 
-    def new_state(self, rows: int, device: torch.device) -> Tensor:
-        """The state ``[K, N]`` float32 of `rows` rows before layer 1."""
-        init = torch.tensor(self.initial_state(), dtype=torch.float32, device=device)
+    def new_state(self, rows: int, device: torch.device, classes: int, keys: Tensor | None = None) -> Tensor:
+        """The state ``[K, N]`` float32 of `rows` rows before layer 1.
+
+        Args:
+            rows, classes: N and C.
+            device: of the state.
+            keys: ``[N]`` int64, a hash of each row's tokens, for rules with `uses_keys`.
+        """
+        init = torch.tensor(self.initial_state(classes), dtype=torch.float32, device=device)
         return init[:, None].expand(-1, rows).contiguous()
 
     def check(self, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
-        """Raise ValueError where the rule can't run on exits of this shape.
+        """Raise ValueError where the rule can't run on exits of this shape; `check_fits` looks at the task first.
 
         Args:
             depth, classes: L and C of the exits.
@@ -83,15 +109,8 @@ class Criterion:
             aux: names of the scalars the heads produce.
         """
         if self.needs is not None and self.needs not in aux:
-            raise ValueError(
-                f"criterion {self.name!r} needs heads with a {self.needs!r} output, these produce "
-                f"{list(aux) or 'none'}; build them with to_early_exit(..., {self.needs}=True)"
-            )
-        if problem_type not in self.tasks:
-            raise ValueError(
-                f"criterion {self.name!r} is defined for {sorted(self.tasks)}, got problem_type={problem_type!r}"
-            )
-        if "single_label_classification" in self.tasks and self.tasks == CLASSIFICATION and classes < 2:
+            raise ValueError(lacks(self.name, self.needs, aux))
+        if self.tasks == CLASSIFICATION and classes < 2:
             raise ValueError(f"criterion {self.name!r} compares classes and needs at least 2, got {classes}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -104,7 +123,19 @@ class Criterion:
     def to_dict(self) -> dict[str, Any]:
         """The criterion as JSON-ready data; `criteria.from_dict` reads it back."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+        return {"name": self.name, **{k: _plain(v) for k, v in values.items()}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Criterion):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def lacks(criterion: str, output: str, aux: Sequence[str]) -> str:
+    """What to say where the heads don't produce the scalar `output`."""
+    cure = f"build them with to_early_exit(..., {BUILT_WITH[output]})" if output in BUILT_WITH else "use model.trace"
+    return f"criterion {criterion!r} needs heads with a {output!r} output, these produce {list(aux) or 'none'}; {cure}"
 
 
 def checked_number(criterion: str, argument: str, value: Any, *, low: float, high: float = math.inf) -> float:
@@ -121,6 +152,22 @@ def checked_threshold(criterion: str, value: Any, *, low: float, high: float = m
     if isinstance(value, (list, tuple)):
         return tuple(checked_number(criterion, "threshold", v, low=low, high=high) for v in value)
     return checked_number(criterion, "threshold", value, low=low, high=high)
+
+
+def checked_whole(criterion: str, argument: str, value: Any, *, low: int, high: int, hint: str = "") -> int:
+    """`value` as an int if it is a whole number in ``[low, high]``, else ValueError."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        wanted = f"expected a whole number in [{low}, {high}]"
+        raise ValueError(f"{criterion}({argument}=...): {wanted}, got {value!r}{hint}")
+    return int(value)
+
+
+def checked_choice(criterion: str, argument: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`, else ValueError."""
+    if value not in choices:
+        raise ValueError(f"{criterion}({argument}=...): expected one of {list(choices)}, got {value!r}")
+    return value
 
 
 def threshold_at(threshold: Any, layer: int) -> float:
@@ -146,18 +193,25 @@ class ProbabilityThreshold(Criterion):
 
 def shifted(z: Tensor) -> Tensor:
     """``z - max z`` over the classes, with the maximum itself at 0 even where it is +inf; ``[B, C]``."""
-    top = z.max(dim=-1, keepdim=True).values
-    return torch.where(z == top, 0.0, z - top)
+    # inf - inf is NaN, and belongs to the maximum
+    return (z - z.amax(dim=-1, keepdim=True)).nan_to_num(nan=0.0)
 
 
 def softmax(z: Tensor) -> Tensor:
     """Class probabilities ``[B, C]`` of meaningful logits, one +inf allowed."""
-    e = shifted(z).exp()
-    return e / e.sum(dim=-1, keepdim=True)
+    return z.clamp(max=LARGEST).softmax(dim=-1)
+
+
+def entropy_nats(z: Tensor) -> Tensor:
+    """Entropy of the class probabilities ``[B]`` in nats, with 0 log 0 = 0."""
+    d = shifted(z)
+    e = d.exp()
+    total = e.sum(dim=-1)
+    return total.log() - torch.where(e > 0, e * d, 0.0).sum(dim=-1) / total
 
 
 def lowest_argmax(z: Tensor) -> Tensor:
     """Index of the largest logit of each row as float32 ``[B]``; the lowest one among ties."""
     classes = torch.arange(z.shape[-1], device=z.device, dtype=torch.float32)
-    top = z.max(dim=-1, keepdim=True).values
+    top = z.amax(dim=-1, keepdim=True)
     return torch.where(z == top, classes, float(z.shape[-1])).min(dim=-1).values

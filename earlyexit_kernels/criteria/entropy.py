@@ -13,21 +13,17 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import Criterion, Threshold, checked_threshold, shifted, threshold_at
-from earlyexit_kernels.criteria.softmax_step import shifted_exp
+from earlyexit_kernels.criteria.base import Criterion, Threshold, checked_threshold, entropy_nats, threshold_at
+from earlyexit_kernels.criteria.softmax_step import entropy_nats_of
 
 
 @jit
-def entropy_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
-    d, e = shifted_exp(z, cols, classes)
-    total = tl.sum(e, 0)
-    entropy = tl.log(total) - tl.sum(tl.where(e > 0, e * d, 0.0), 0) / total
+def entropy_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     scale = tl.where(p1 > 0, tl.log(tl.cast(classes, tl.float32)), 1.0)
-    return z, entropy < p0 * scale
+    return z, entropy_nats_of(z, cols, classes) < p0 * scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +58,5 @@ class Entropy(Criterion):
     def rule(
         z: Tensor, aux: Tensor | None, state: Tensor, layer: int, depth: int, params: Sequence[float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        d = shifted(z)
-        e = d.exp()
-        total = e.sum(dim=-1)
-        entropy = total.log() - torch.where(e > 0, e * d, 0.0).sum(dim=-1) / total
         scale = math.log(z.shape[1]) if params[1] > 0 else 1.0
-        return z, entropy < params[0] * scale, state
+        return z, entropy_nats(z) < params[0] * scale, state

@@ -14,7 +14,7 @@ from earlyexit_kernels.criteria.base import ANY_TASK, Criterion
 
 
 @jit
-def full_depth_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+def full_depth_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     return z, tl.min(cols, 0) < 0
 
 

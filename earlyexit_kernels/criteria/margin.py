@@ -18,7 +18,7 @@ from earlyexit_kernels.criteria.softmax_step import argmax_lowest, shifted_exp
 
 
 @jit
-def margin_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+def margin_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     _d, e = shifted_exp(z, cols, classes)
     best = argmax_lowest(z, cols, classes)
     runner_up = tl.max(tl.where(cols == best, 0.0, e), 0)

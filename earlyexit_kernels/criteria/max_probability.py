@@ -18,7 +18,7 @@ from earlyexit_kernels.criteria.softmax_step import shifted_exp
 
 
 @jit
-def max_probability_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+def max_probability_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     _d, e = shifted_exp(z, cols, classes)
     return z, 1.0 / tl.sum(e, 0) >= p0
 

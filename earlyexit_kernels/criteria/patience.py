@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import Criterion, checked_number, lowest_argmax
+from earlyexit_kernels.criteria.base import MOST_COUNTED, Criterion, checked_number, checked_whole, lowest_argmax
 from earlyexit_kernels.criteria.softmax_step import argmax_lowest
-
-#: Agreements are counted in float32, which holds whole numbers up to here.
-MOST_PATIENCE = 2**24
 
 
 @jit
-def patience_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+def patience_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     last = tl.load(state, mask=live, other=0.0)
     count = tl.load(state + rows, mask=live, other=0.0)
     label = argmax_lowest(z, cols, classes).to(tl.float32)
@@ -56,14 +52,9 @@ class Patience(Criterion):
     triton_step: ClassVar = patience_step
 
     def __post_init__(self) -> None:
-        patience: Any = self.patience
-        whole = isinstance(patience, numbers.Integral) and not isinstance(patience, bool)
-        if not whole or not 1 <= patience <= MOST_PATIENCE:
-            raise ValueError(
-                f"Patience(patience=...): expected a whole number in [1, {MOST_PATIENCE}], got {patience!r} "
-                "(criterion=None runs all layers)"
-            )
-        object.__setattr__(self, "patience", int(patience))
+        hint = " (criterion=None runs all layers)"
+        patience = checked_whole("Patience", "patience", self.patience, low=1, high=MOST_COUNTED, hint=hint)
+        object.__setattr__(self, "patience", patience)
         if self.tolerance is not None:
             tolerance = checked_number("Patience", "tolerance", self.tolerance, low=0.0)
             if tolerance == 0.0:
@@ -73,7 +64,7 @@ class Patience(Criterion):
     def params(self, layer: int) -> list[float]:
         return [float(self.patience), -1.0 if self.tolerance is None else self.tolerance]
 
-    def initial_state(self) -> tuple[float, ...]:
+    def initial_state(self, classes: int) -> tuple[float, ...]:
         return (math.nan, 0.0)
 
     def check(self, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from earlyexit_kernels.criteria.base import ANY_TASK, Criterion, checked_number
 
 
 @jit
-def q_exit_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1):
+def q_exit_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     survival = tl.load(state, mask=live, other=1.0) * (1.0 - aux)
     tl.store(state, survival, mask=live)
     return z, (1.0 - survival > p0) | (p0 <= 0.0)
@@ -48,7 +48,7 @@ class QExit(Criterion):
     def params(self, layer: int) -> list[float]:
         return [self.q]
 
-    def initial_state(self) -> tuple[float, ...]:
+    def initial_state(self, classes: int) -> tuple[float, ...]:
         return (1.0,)
 
     @staticmethod

@@ -21,3 +21,11 @@ def argmax_lowest(z, cols, classes):
     real = cols < classes
     top = tl.max(tl.where(real, z, -float("inf")), 0)
     return tl.min(tl.where(real & (z == top), cols, classes), 0)
+
+
+@jit
+def entropy_nats_of(z, cols, classes):
+    """Entropy of the class probabilities in nats, with 0 log 0 = 0."""
+    d, e = shifted_exp(z, cols, classes)
+    total = tl.sum(e, 0)
+    return tl.log(total) - tl.sum(tl.where(e > 0, e * d, 0.0), 0) / total

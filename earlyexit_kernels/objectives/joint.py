@@ -6,20 +6,32 @@ eq. 6 (after Kaya et al. 2019, arXiv 1810.07052): L = sum_j j L_j / sum_j j.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
-from earlyexit_kernels.objectives.base import mean_task_loss
+from earlyexit_kernels.objectives.base import Objective, PhaseSpec, TrainingStep, exit_losses, labelled, row_mean
 from earlyexit_kernels.types import ExitTrace
 
 
-def joint_loss(trace: ExitTrace, labels: Tensor, problem_type: str) -> Tensor:
-    """Average of the exits' mean losses, exit j with weight j / (1 + ... + L).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joint(Objective):
+    """Average of the exits' mean losses, exit j with weight j / (1 + ... + L); one phase, everything learns.
 
-    Args:
-        trace: logits ``[N, L, C]``.
-        labels: ``[N]`` or ``[N, C]``.
-        problem_type: as in transformers.
+    Any task. Five epochs at 2e-5, as in the paper's scripts.
     """
-    depth = trace.depth
-    losses = [mean_task_loss(trace.logits[:, j], labels, problem_type) * (j + 1) for j in range(depth)]
-    return sum(losses[1:], losses[0]) / (depth * (depth + 1) / 2)
+
+    name: ClassVar[str] = "joint"
+    rule: ClassVar[str] = "patience"
+
+    @property
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        return (PhaseSpec(name="joint", epochs=5.0),)
+
+    def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
+        losses = exit_losses(trace.logits, labels, step.problem_type)
+        weights = torch.arange(1, trace.depth + 1, device=losses.device, dtype=losses.dtype)
+        rows = labelled(labels, step.problem_type, trace.logits)
+        return row_mean(losses @ weights / weights.sum(), rows)

@@ -113,9 +113,10 @@ def compact_torch(row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Ten
 def gather_rows_torch(hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor) -> None:
     """`gather_rows` in torch, the reference of the other back-ends."""
     lengths = new_offsets.diff().masked_fill(source < 0, 0)
-    shift = (offsets[source.clamp(min=0)] - new_offsets[:-1]).repeat_interleave(lengths)
-    token = torch.arange(shift.numel(), device=hidden.device)
-    out[: shift.numel()] = hidden[token + shift]
+    before = lengths.cumsum(0) - lengths
+    shift_in, shift_out = offsets[source.clamp(min=0)] - before, new_offsets[:-1] - before
+    token = torch.arange(int(lengths.sum()), device=hidden.device)
+    out[token + shift_out.repeat_interleave(lengths)] = hidden[token + shift_in.repeat_interleave(lengths)]
 
 
 def _fake_compact(row_ids, offsets):
@@ -168,7 +169,8 @@ def gather_rows(
         offsets: ``[B + 1]`` int32 of `hidden`.
         source: ``[B2]`` int32, the index in `hidden` of each new row, -1 for none.
         new_offsets: ``[B2 + 1]`` int32 of `out`.
-        out: ``[T2, H]``, dtype of `hidden`, T2 at least the live tokens. **Changed**; what lies beyond them isn't.
+        out: ``[T2, H]``, dtype of `hidden`, T2 at least the live tokens. **Changed** where a row has a source; the rest
+            isn't, which is how a part of the rows is put back among the others.
         backend: as in `exit_step`.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, resolve, tl
-from earlyexit_kernels.criteria import CRITERIA, Criterion
+from earlyexit_kernels.criteria import RULES, Criterion
 from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, INT32, INT64, check_rows, check_tensor
 from earlyexit_kernels.ops.schema import EXIT_STEP, define
 
@@ -40,6 +40,7 @@ def exit_step_kernel(
     depth,
     p0,
     p1,
+    p2,
     STEP: tl.constexpr,
     POOLING: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
@@ -92,7 +93,9 @@ def exit_step_kernel(
         valid = wrong == 0
         q0 = tl.cast(p0, tl.float32)
         q1 = tl.cast(p1, tl.float32)
-        answer, leave = STEP(z, a, cols, classes, state + n, rows, valid, layer, depth, q0, q1)
+        q2 = tl.cast(p2, tl.float32)
+        stride = tl.cast(rows, tl.int64)
+        answer, leave = STEP(z, a, cols, classes, state + n, stride, valid, layer, depth, q0, q1, q2)
         answer = tl.where(valid, answer, z)
         leave = leave & valid
         if IS_LAST:
@@ -130,8 +133,8 @@ def exit_step_triton(
         return counts
     x = logits if hidden is None else hidden
     assert x is not None
-    p0, p1 = (*params, 0.0, 0.0)[:2]
-    rule = CRITERIA[criterion]
+    p0, p1, p2 = (*params, 0.0, 0.0, 0.0)[:3]
+    rule = RULES[criterion]
     block_c = max(2, 1 << (classes - 1).bit_length())
     exit_step_kernel[(row_ids.numel(),)](
         x,
@@ -151,6 +154,7 @@ def exit_step_triton(
         depth,
         p0,
         p1,
+        p2,
         STEP=rule.triton_step,
         POOLING=pooling,
         HAS_OFFSETS=offsets is not None,
@@ -209,17 +213,17 @@ def exit_step_torch(
         z[present] = reference_logits(hidden, offsets, weight, bias, pooling, present)
     else:
         z = logits.float().clone()
-    rule = CRITERIA[criterion]
+    rule = RULES[criterion]
     aux = aux if rule.needs is not None else None
     valid = meaningful(z, aux)
-    decided = present & valid
+    decided = (present & valid).nonzero()[:, 0]
     rows = row_ids[decided].long()
     answer, leave, new_state = rule.rule(
-        z[decided], None if aux is None else aux[decided].float(), state[:, rows], layer, depth, params
+        z[decided], None if aux is None else aux[decided].float(), state.index_select(1, rows), layer, depth, params
     )
-    state[:, rows] = new_state
+    state.index_copy_(1, rows, new_state)
     z[decided] = answer
-    gone = present & torch.full_like(present, layer == depth)
+    gone = present & (layer == depth)
     gone[decided] |= leave
     rows = row_ids[gone].long()
     answers[rows] = z[gone]
@@ -278,7 +282,7 @@ def exit_step(
     Give either `hidden` with `weight` and `bias` (the linear head is fused) or ready `logits`.
 
     Args:
-        criterion: the rule; its numbers for this layer are `criterion.params(layer)`.
+        criterion: its `exit_rule` decides, with the numbers of `params(layer)`.
         layer, depth: 1-based layer and number of layers; at `depth` every row leaves.
         row_ids: ``[B]`` int32, the request row of each row present, -1 for a row that has left. **Changed**: -1 is
             written where a row leaves. On CUDA ids and offsets are trusted, since looking would cost a synchronisation.
@@ -303,8 +307,9 @@ def exit_step(
 
     All arithmetic is float32 and ties go to the lowest class. A row's bits depend on nothing but the row.
     """
+    rule = criterion.exit_rule
     _check(
-        criterion,
+        rule,
         layer,
         depth,
         row_ids,
@@ -335,8 +340,8 @@ def exit_step(
         state,
         answers,
         exit_layer,
-        criterion.name,
-        criterion.params(layer),
+        rule.name,
+        rule.params(layer),
         pooling if logits is None else "none",
         layer,
         depth,
@@ -365,7 +370,7 @@ def _check(
     width = None if hidden is None else hidden.shape[-1]
     dtype = FLOATS if hidden is None else (hidden.dtype,)
     for name, tensor, shape, dtypes, written in (
-        ("state", state, (len(criterion.initial_state()), n), FLOAT32, True),
+        ("state", state, (len(criterion.initial_state(c)), n), FLOAT32, True),
         ("exit_layer", exit_layer, (n,), INT64, True),
         ("offsets", offsets, (b + 1,), INT32, False),
         ("logits", logits, (b, c), FLOATS, False),

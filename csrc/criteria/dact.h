@@ -1,0 +1,55 @@
+// DACT: with h_n = 1 - lambda_n and y_n = softmax(z_n), p_0 = 1, a_n = y_n p_{n-1} + a_{n-1} (1 - p_{n-1}) and
+// p_n = h_n p_{n-1}; leave where the d layers to come can't change the largest class of a_n any more, and answer log a_n.
+//   paper: a_top (1 - p)^d > a_second + p d
+//   tight: that, or (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d
+// Both with a margin of 1e-6, for rounding and ties. With epsilon > 0 also leave where p_n <= epsilon.
+// DACT-BERT: Differentiable Adaptive Computation Time for an Efficient BERT Inference. Cristobal Eyzaguirre et al. NLP
+// Power 2022, arXiv 2109.11745.
+// State: p, 1 at first; then a, 0 at first.
+#pragma once
+
+#include "../row.h"
+
+namespace earlyexit {
+
+struct Dact {
+  static constexpr bool needs_aux = true;  // lambda_n in [0, 1]
+  static constexpr int param_count = 2;    // tight (0 or 1), epsilon
+  static constexpr int state_width = 1;
+  static constexpr int state_per_class = 1;
+
+  static EE_HD bool step(const Row& row) {
+    const float before = row.state[0];
+    const float p = (1.0f - row.aux) * before;
+    row.state[0] = p;
+    const float top_logit = row.z[top_class(row)];
+    float sum = 0.0f;
+    for (int c = 0; c < row.classes; ++c) sum += row.answer[c] = expf(below_top(row.z[c], top_logit));
+    float top = 0.0f;
+    float second = 0.0f;
+    for (int c = 0; c < row.classes; ++c) {
+      float& a = row.state[(1 + c) * row.stride];
+      a += (row.answer[c] / sum - a) * before;
+      second = a > top ? top : a > second ? a : second;
+      top = a > top ? a : top;
+      row.answer[c] = a;
+    }
+    const bool leaves = is_decided(row, p, top, second) || (row.params[1] > 0.0f && p <= row.params[1]);
+    if (answers_now(row, leaves)) {
+      for (int c = 0; c < row.classes; ++c) row.answer[c] = safe_log(row.answer[c]);
+    }
+    return leaves;
+  }
+
+  static EE_HD bool is_decided(const Row& row, float p, float top, float second) {
+    constexpr float kMargin = 1e-6f;
+    const float left = static_cast<float>(row.depth - row.layer);
+    // kept <= 1 / (1 + p left), so that neither bound holds here; it saves an exponential and a logarithm
+    if (top - second - p * left <= kMargin) return false;
+    const float kept = expf(left * safe_log(1.0f - p));
+    const bool tight = row.params[0] > 0.0f && (top - second) * kept - (1.0f - kept) > kMargin;
+    return tight || top * kept - second - p * left > kMargin;
+  }
+};
+
+}  // namespace earlyexit

@@ -1,0 +1,38 @@
+// Divergence patience: leave once `patience` exits in a row have JS(p_l, p_{l-1}) < threshold, the Jensen-Shannon
+// divergence in nats: half the sum over c of p log(2p / (p + q)) + q log(2q / (p + q)), with 0 log 0 = 0.
+// F-PABEE: Flexible-patience-based Early Exiting for Single-label and Multi-label Text Classification Tasks. Xiangxiang
+// Gao et al. ICASSP 2023, arXiv 2305.11916.
+// State: the close exits in a row so far, then the last probabilities, NaN at first so that nothing is close to them.
+#pragma once
+
+#include "../row.h"
+
+namespace earlyexit {
+
+struct DivergencePatience {
+  static constexpr bool needs_aux = false;
+  static constexpr int param_count = 2;  // threshold, patience
+  static constexpr int state_width = 1;
+  static constexpr int state_per_class = 1;
+
+  static EE_HD bool step(const Row& row) {
+    float& close = row.state[0];
+    const float top = row.z[top_class(row)];
+    const float sum = softmax_sum(row, top);
+    float apart = 0.0f;
+    for (int c = 0; c < row.classes; ++c) {
+      float& last = row.state[(1 + c) * row.stride];
+      const float p = expf(below_top(row.z[c], top)) / sum;
+      const float q = last;
+      const float both = p + q;
+      if (p > 0.0f) apart += p * logf(2.0f * p / both);
+      if (q > 0.0f) apart += q * logf(2.0f * q / both);
+      last = p;
+    }
+    const float threshold = row.params[0];
+    close = 0.5f * apart < threshold && threshold > 0.0f ? close + 1.0f : 0.0f;
+    return close >= row.params[1];
+  }
+};
+
+}  // namespace earlyexit

@@ -1,0 +1,68 @@
+"""Patient and confident exit.
+
+PCEE-BERT: Accelerating BERT Inference via Patient and Confident Early Exiting. Zhen Zhang, Wei Zhu, Jinfan Zhang, Peng
+Wang, Rize Jin, Tae-Sun Chung. Findings of NAACL 2022, ACL Anthology 2022.findings-naacl.25: count the exits in a row
+whose entropy, as a share of log C, lies below a threshold; leave where the count reaches the patience.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.criteria.base import MOST_COUNTED, ProbabilityThreshold, checked_whole, entropy_nats
+from earlyexit_kernels.criteria.softmax_step import entropy_nats_of
+
+
+@jit
+def patient_confidence_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
+    sure = entropy_nats_of(z, cols, classes) < p0 * tl.log(tl.cast(classes, tl.float32))
+    count = tl.where(sure, tl.load(state, mask=live, other=0.0) + 1.0, 0.0)
+    tl.store(state, count, mask=live)
+    return z, count >= p1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatientConfidence(ProbabilityThreshold):
+    """Leave where `patience` exits in a row are confident, so at layer `patience` at the earliest.
+
+    Args:
+        threshold: of H(p) / log C, in [0, 1], or a list with one for each exit before the last; strict, so that 0
+            never leaves early.
+        patience: >= 1; with 1 this is `Entropy(normalized=True)`. The label may change on the way.
+
+    Raises:
+        ValueError: a threshold is NaN or out of range, or `patience` isn't a whole number >= 1.
+
+    Of the three answers of the authors' code this is the default one: the logits of the last exit.
+    """
+
+    patience: int
+    name: ClassVar[str] = "patient_confidence"
+    triton_step: ClassVar = patient_confidence_step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        patience = checked_whole("PatientConfidence", "patience", self.patience, low=1, high=MOST_COUNTED)
+        object.__setattr__(self, "patience", patience)
+
+    def params(self, layer: int) -> list[float]:
+        return [*super().params(layer), float(self.patience)]
+
+    def initial_state(self, classes: int) -> tuple[float, ...]:
+        return (0.0,)
+
+    @staticmethod
+    def rule(
+        z: Tensor, aux: Tensor | None, state: Tensor, layer: int, depth: int, params: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        threshold, patience = params
+        sure = entropy_nats(z) < threshold * math.log(z.shape[1])
+        count = torch.where(sure, state + 1.0, 0.0)
+        return z, count[0] >= patience, count

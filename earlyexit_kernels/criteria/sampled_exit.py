@@ -1,0 +1,85 @@
+"""Sampled exit.
+
+PonderNet: Learning to Ponder. Andrea Banino, Jan Balaguer, Charles Blundell. arXiv 2107.05407: halt at each step with
+the probability lambda_l that the halting head gives. A baseline of PALBERT, arXiv 2204.03276.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.criteria.base import ANY_TASK, Criterion, checked_whole
+from earlyexit_kernels.hashing import scrambled, shifted_right
+
+#: The bits of a uniform number: all that float32 tells apart in [0, 1).
+BITS = 24
+
+
+@jit
+def sampled_exit_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
+    survival = tl.load(state, mask=live, other=1.0) * (1.0 - aux)
+    tl.store(state, survival, mask=live)
+    return z, 1.0 - survival > tl.load(state + rows, mask=live, other=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledExit(Criterion):
+    """Leave at each layer with the halting probability: a draw from the exit distribution that the head describes.
+
+    Args:
+        seed: a whole number; another one draws anew.
+
+    Raises:
+        ValueError: `seed` isn't a whole number in [0, 2^63).
+
+    Differences from the paper: one uniform number u a row instead of one a layer, and the row leaves where the cdf
+    passes it, which is the same distribution. u hangs on the seed and the row's key alone, so that a row leaves at the
+    same layer in any batch; rows of the same tokens draw the same number.
+    """
+
+    seed: int
+    name: ClassVar[str] = "sampled_exit"
+    needs: ClassVar[str | None] = "halting"
+    tasks: ClassVar[frozenset[str]] = ANY_TASK
+    uses_keys: ClassVar[bool] = True
+    triton_step: ClassVar = sampled_exit_step
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", checked_whole("SampledExit", "seed", self.seed, low=0, high=2**63 - 1))
+
+    def initial_state(self, classes: int) -> tuple[float, ...]:
+        return (1.0, 0.0)
+
+    def new_state(self, rows: int, device: torch.device, classes: int, keys: Tensor | None = None) -> Tensor:
+        """As in `Criterion`: the survival and u of each row.
+
+        Raises:
+            ValueError: no keys, or keys of another shape or dtype.
+        """
+        if keys is None:
+            raise ValueError(
+                "criterion 'sampled_exit' draws a number for each row from its key, got keys=None; take the trace from "
+                "model.trace, which keeps them, or give ExitTrace(keys=...) [N] int64"
+            )
+        if keys.shape != (rows,) or keys.dtype != torch.int64:
+            raise ValueError(
+                f"criterion 'sampled_exit': expected keys [{rows}] int64, got {list(keys.shape)} {keys.dtype}"
+            )
+        state = super().new_state(rows, device, classes)
+        drawn = scrambled(keys.to(device) ^ scrambled(torch.tensor(self.seed, device=device)))
+        state[1] = shifted_right(drawn, 64 - BITS).float() / 2**BITS
+        return state
+
+    @staticmethod
+    def rule(
+        z: Tensor, aux: Tensor | None, state: Tensor, layer: int, depth: int, params: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert aux is not None
+        survival = state[0] * (1.0 - aux)
+        return z, 1.0 - survival > state[1], torch.stack((survival, state[1]))

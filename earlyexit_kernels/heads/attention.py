@@ -1,0 +1,105 @@
+"""Small networks over a row's tokens: attention exits, skip gates, and projections for contrastive training.
+
+FastBERT: a Self-distilling BERT with Adaptive Inference Time. Weijie Liu et al. ACL 2020, arXiv 2004.02178 (exits).
+SmartBERT: A Promotion of Dynamic Early Exiting Mechanism for Accelerating BERT Inference. Boren Hu et al. IJCAI 2023,
+arXiv 2303.09266 (exits, gates, projections).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from earlyexit_kernels.heads.config import GATE_HEADS
+from earlyexit_kernels.packing import PackedStates, packed_attention
+
+
+def pool_rows(tokens: Tensor, offsets: Tensor, pooling: str | None) -> Tensor:
+    """One vector ``[B, F]`` for each row of packed tokens ``[T, F]``: the first, or the mean (in float32)."""
+    if pooling == "mean":
+        return torch.segment_reduce(tokens.float(), "mean", offsets=offsets.long(), axis=0)
+    return tokens.index_select(0, offsets[:-1])
+
+
+class TokenAttention(nn.Module):
+    """Narrow every token, then self-attention inside each row; no residual, no norm, no output projection.
+
+    Args:
+        size, width: H and W.
+        heads: of the attention.
+        dropout: of the attention, in training.
+    """
+
+    def __init__(self, size: int, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.narrow = nn.Linear(size, width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, states: PackedStates) -> tuple[Tensor, Tensor]:
+        """Narrowed tokens and what each attended to, both ``[T, W]``."""
+        narrow = torch.tanh(self.narrow(states.hidden))
+        shape = (1, narrow.shape[0], self.heads, -1)
+        q, k, v = (part(narrow).view(shape).transpose(1, 2) for part in (self.query, self.key, self.value))
+        dropout = self.dropout if self.training else 0.0
+        attended, _ = packed_attention(self, q, k, v, None, dropout=dropout, plan=states.plan)
+        return narrow, attended.reshape(narrow.shape)
+
+
+class AttentionFeatures(nn.Module):
+    """An exit up to its last linear: attention, pooling, dense, tanh.
+
+    Args:
+        size, width, heads, dropout: as in `TokenAttention`.
+        pooling: None or ``"first"`` for the first token, ``"mean"``.
+    """
+
+    def __init__(self, size: int, width: int, heads: int, dropout: float, pooling: str | None) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.attention = TokenAttention(size, width, heads, dropout)
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, states: PackedStates) -> tuple[Tensor, Tensor]:
+        """Features ``[B, W]``, and the narrowed tokens ``[T, W]``."""
+        narrow, attended = self.attention(states)
+        pooled = pool_rows(attended, states.offsets, self.pooling).to(attended.dtype)
+        return torch.tanh(self.dense(pooled)), narrow
+
+
+class SkipGate(nn.Module):
+    """The gate before a layer: from the layer's input, the logit of the probability to skip it.
+
+    Args:
+        size, width, dropout, pooling: as in `AttentionFeatures`.
+    """
+
+    def __init__(self, size: int, width: int, dropout: float, pooling: str | None) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.attention = TokenAttention(size, width, GATE_HEADS, dropout)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, states: PackedStates) -> Tensor:
+        """Logits ``[B]`` of g."""
+        _, attended = self.attention(states)
+        pooled = pool_rows(attended, states.offsets, self.pooling).to(attended.dtype)
+        return self.out(pooled)[:, 0]
+
+
+class Projection(nn.Module):
+    """Tokens ``[T, F]`` to what contrastive training compares, ``[T, P]``: linear, norm, tanh, linear.
+
+    Args:
+        size, width: F and P.
+    """
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(size, width)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The projections."""
+        return self.out(torch.tanh(self.norm(self.narrow(tokens))))

@@ -1,0 +1,108 @@
+"""Training the last exit and all exits in turn, and a head that learns when to go on.
+
+BERxiT: Early Exiting for BERT with Better Fine-Tuning and Extension to Regression. Ji Xin, Raphael Tang, Yaoliang Yu,
+Jimmy Lin. EACL 2021, 2021.eacl-main.8; its exits are those of DeeBERT, arXiv 2004.12993. Even steps minimise L_L, odd
+ones sum_l L_l; learning to exit (LTE) fits an uncertainty u_l to whether, or how far, exit l is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from earlyexit_kernels.objectives.arguments import Check, choice, flag, number
+from earlyexit_kernels.objectives.base import (
+    BACKBONE,
+    ENCODER,
+    Objective,
+    PhaseSpec,
+    TrainingStep,
+    at_least_float32,
+    columns,
+    exit_losses,
+    labelled,
+    needed,
+    row_mean,
+)
+from earlyexit_kernels.types import ExitTrace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Berxit(Objective):
+    """Task losses by a strategy, and the squared error of the uncertainty, averaged over layers and rows.
+
+    One label of several, or regression; for several labels a row there is no such thing as wrong. Three epochs at
+    2e-5, as in the paper.
+
+    Args:
+        strategy: ``"alternating"``: even optimiser steps (from 0) L_L, odd ones all exits; ``"two_stage"``: as
+            DeeBERT, the uncertainty with the early exits; ``"joint"``: all exits at every step.
+        odd_includes_last: odd steps sum over l <= L, as the paper; False: l < L, as its code's LTE variant.
+        learned_weight: of the uncertainty's loss, at least 0.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    The target is 1 - 1[argmax z_l = y], or tanh |z_l - y| for regression (several outputs: their mean), without a
+    gradient; u_l has one into whatever the phase trains. Difference from the public code: u_L reads the exit whose
+    answer it is fitted to, not an untrained one.
+    """
+
+    strategy: str = "alternating"
+    odd_includes_last: bool = True
+    learned_weight: float = 1.0
+    name: ClassVar[str] = "berxit"
+    tasks: ClassVar[frozenset[str]] = frozenset({"single_label_classification", "regression"})
+    rule: ClassVar[str] = "learned"
+    checks: ClassVar[Mapping[str, Check]] = {
+        "strategy": choice("alternating", "two_stage", "joint"),
+        "odd_includes_last": flag,
+        "learned_weight": number(low=0.0),
+    }
+
+    @property
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        if self.strategy == "two_stage":
+            return (
+                PhaseSpec(name="backbone", trains=ENCODER),
+                PhaseSpec(name="exits", trains=frozenset({"early_exits", "uncertainty"})),
+            )
+        return (PhaseSpec(name=self.strategy),)
+
+    def head_changes(self, shares_layers: bool) -> dict[str, Any]:
+        return {"exit_dense": "own", "uncertainty": True}
+
+    def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
+        exits, learns = self._exits(trace.depth, step)
+        losses = exit_losses(trace.logits[:, exits], labels, step.problem_type).sum(dim=1)
+        if learns:
+            u = self.aux(trace, "uncertainty").sigmoid()
+            error = (u - wrongness(trace.logits, needed(labels), step.problem_type)).square().mean(dim=1)
+            losses = losses + self.learned_weight * error
+        return row_mean(losses, labelled(labels, step.problem_type, trace.logits))
+
+    def _exits(self, depth: int, step: TrainingStep) -> tuple[slice, bool]:
+        """The exits whose losses count at this step, and whether the uncertainty learns."""
+        early, last, every = slice(0, depth - 1), slice(depth - 1, depth), slice(0, depth)
+        if self.strategy == "two_stage":
+            return (last, False) if step.phase == BACKBONE else (early, True)
+        if self.strategy == "joint":
+            return every, True
+        if step.step is None:
+            raise ValueError(
+                "Berxit(strategy='alternating') needs the number of optimiser steps done, got None; give the Trainer "
+                "callbacks=phase.callbacks(), which counts them, or take another strategy"
+            )
+        odd = every if self.odd_includes_last else early
+        return (last if step.step % 2 == 0 else odd), True
+
+
+def wrongness(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
+    """What the uncertainty is fitted to, ``[N, L]`` of logits ``[N, L, C]``, without a gradient."""
+    z, y = at_least_float32(logits.detach()), columns(labels.to(logits.device))
+    if problem_type == "regression":
+        return (z - y[:, None].to(z)).abs().mean(dim=-1).tanh()
+    return (z.argmax(dim=-1) != y).to(z)

@@ -1,0 +1,52 @@
+"""Training in two stages: the encoder and its last exit first, then the exits before it.
+
+DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference. Ji Xin, Raphael Tang, Jaejun Lee, Yaoliang Yu, Jimmy
+Lin. ACL 2020, arXiv 2004.12993: L_L over everything but the early exits, then sum_{l<L} L_l over these alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from earlyexit_kernels.objectives.base import (
+    BACKBONE,
+    ENCODER,
+    Objective,
+    PhaseSpec,
+    TrainingStep,
+    exit_losses,
+    labelled,
+    row_mean,
+)
+from earlyexit_kernels.types import ExitTrace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deebert(Objective):
+    """Two phases of three epochs each at 2e-5 (the paper's RoBERTa takes ten): ``"backbone"``, then ``"exits"``.
+
+    Any task. Each exit has a dense module of its own, which starts as a copy of the pooler; that of an early exit
+    belongs to the exit, not to the part "dense". Our last exit is the ordinary classifier: the public code builds one
+    more there, never trains it, and lets it answer.
+    """
+
+    name: ClassVar[str] = "deebert"
+    rule: ClassVar[str] = "entropy"
+
+    @property
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        return (
+            PhaseSpec(name="backbone", trains=ENCODER),
+            PhaseSpec(name="exits", trains=frozenset({"early_exits"})),
+        )
+
+    def head_changes(self, shares_layers: bool) -> dict[str, Any]:
+        return {"exit_dense": "own"}
+
+    def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
+        rows = labelled(labels, step.problem_type, trace.logits)
+        logits = trace.logits[:, -1:] if step.phase == BACKBONE else trace.logits[:, :-1]
+        return row_mean(exit_losses(logits, labels, step.problem_type).sum(dim=1), rows)

@@ -1,0 +1,108 @@
+"""Training to ponder: the expected loss of a row that leaves at random, and a prior on where.
+
+PALBERT: Teaching ALBERT to Ponder. Nikita Balagansky, Daniil Gavrilov. NeurIPS 2022, arXiv 2204.03276 (after PonderNet,
+Andrea Banino et al. 2021, arXiv 2107.05407). With halting probabilities lambda_l = sigmoid(s_l) the chance of leaving
+at layer l is q_l = lambda_l prod_{j<l} (1 - lambda_j); the loss is sum_l q_l L_l + beta KL of q and a geometric prior.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from earlyexit_kernels.objectives.arguments import Check, choice, flag, number, whole
+from earlyexit_kernels.objectives.base import Objective, PhaseSpec, TrainingStep, exit_losses, labelled, row_mean
+from earlyexit_kernels.types import ExitTrace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Palbert(Objective):
+    """Expected task loss over the exits, and beta times the divergence from a truncated geometric prior.
+
+    Any task. At most 25 epochs at 1e-5, as in the public code, which stops early: give the Trainer its
+    EarlyStoppingCallback.
+
+    Args:
+        beta: weight of the divergence, at least 0.
+        prior: lambda_p in (0, 1), the prior's chance of leaving at a layer; what is left over falls to the last one.
+        kl: ``"prior_posterior"`` is KL(prior || q), what the public code computes; ``"posterior_prior"`` is
+            KL(q || prior), as the paper writes it.
+        close_tail: the last layer takes all mass left, so that q sums to 1; False as the public code, where
+            lambda_L counts and mass is lost.
+        halting_input: what the halting head reads of the pooled vectors r_l: ``"concat"`` [r_l; r_{l-1}], ``"diff"``
+            r_l - r_{l-1} (the public code's default), ``"single"`` r_l (PonderNet).
+        halting_layers: 1 is one linear; n >= 2 is n hidden layers with tanh and a linear, as the public code counts.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Differences from the public code: all in log space, so nothing is cut off where a row has almost surely left (there
+    such a layer gets the constant 0.05 / L and no gradient). One halting head serves all layers, as there; one exit
+    does so only where layers are shared (ALBERT): a family with layers of its own keeps a linear for each exit.
+    """
+
+    beta: float = 0.5
+    prior: float = 0.1
+    kl: str = "prior_posterior"
+    close_tail: bool = True
+    halting_input: str = "concat"
+    halting_layers: int = 3
+    name: ClassVar[str] = "palbert"
+    rule: ClassVar[str] = "q_exit"
+    halting_weight_decay: ClassVar[bool] = False
+    checks: ClassVar[Mapping[str, Check]] = {
+        "beta": number(low=0.0),
+        "prior": number(low=0.0, high=1.0, inside=True),
+        "kl": choice("prior_posterior", "posterior_prior"),
+        "close_tail": flag,
+        "halting_input": choice("concat", "diff", "single"),
+        "halting_layers": whole(low=1),
+    }
+
+    @property
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        return (PhaseSpec(name="ponder", epochs=25.0, lr=1e-5),)
+
+    def head_changes(self, shares_layers: bool) -> dict[str, Any]:
+        return {
+            "halting": True,
+            "halting_input": self.halting_input,
+            "halting_layers": self.halting_layers,
+            "halting_shared": True,
+            "shared_exit": shares_layers,
+        }
+
+    def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
+        losses = exit_losses(trace.logits, labels, step.problem_type)
+        log_q = log_posterior(self.aux(trace, "halting"), close_tail=self.close_tail)
+        log_g = log_prior(self.prior, trace.depth).to(log_q)
+        if self.kl == "prior_posterior":
+            divergence = (log_g.exp() * (log_g - log_q)).sum(dim=1)
+        else:
+            divergence = (log_q.exp() * (log_q - log_g)).sum(dim=1)
+        expected = (log_q.exp() * losses).sum(dim=1)
+        rows = labelled(labels, step.problem_type, trace.logits)
+        return row_mean(expected + self.beta * divergence, rows)
+
+
+def log_posterior(s: Tensor, *, close_tail: bool) -> Tensor:
+    """log q ``[N, L]`` of halting logits ``[N, L]``; with `close_tail` the last layer takes all that is left."""
+    stay = F.logsigmoid(-s).cumsum(dim=1)
+    before = torch.cat((torch.zeros_like(stay[:, :1]), stay[:, :-1]), dim=1)
+    leave = F.logsigmoid(s)
+    if close_tail:
+        leave = torch.cat((leave[:, :-1], torch.zeros_like(leave[:, -1:])), dim=1)
+    return before + leave
+
+
+def log_prior(prior: float, depth: int) -> Tensor:
+    """log g ``[L]`` float64 of the geometric prior whose last layer takes all that is left."""
+    log_g = torch.arange(depth, dtype=torch.float64) * math.log1p(-prior)
+    log_g[:-1] += math.log(prior)
+    return log_g
