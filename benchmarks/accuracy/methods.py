@@ -14,7 +14,7 @@ from benchmarks.accuracy.runs import Run
 EXPERIMENT = "methods"
 METHODS = ("joint", "palbert", "ensemble", "smartbert", "dact", "deebert", "berxit", "fastbert")
 #: DACT trades speed in training, so it takes a model for each point.
-PONDERS = (0.003, 0.01, 0.03)
+PONDERS = (0.01, 0.03, 0.1)
 
 
 def planned(args: argparse.Namespace) -> Iterator[Run]:
