@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import ddp_worker
 import pytest
 import torch
-from models import early_exit, python_environment
+from models import early_exit
+from processes import WORLD, run_ranks
 
 import earlyexit_kernels as ee
-
-WORLD = 2
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    script = Path(ddp_worker.__file__)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder), str(rank), str(WORLD)],
-            env=python_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(ddp_worker, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("case", ddp_worker.CASES)
