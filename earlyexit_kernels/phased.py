@@ -117,7 +117,7 @@ class PhasedTraining(PreTrainedModel):
         spec, step = self.phase, self.training_step()
         if spec is None or step is None:
             return Collect(needs="halting")
-        return Collect("halting", self.objective.gating(step), spec.projections)
+        return Collect("halting", self.objective.gating(step), spec.projections, spec.balances)
 
     def training_loss(self, trace: ExitTrace, labels: Tensor | None) -> Tensor | None:
         """The method's loss, or None where it needs labels and there are none.

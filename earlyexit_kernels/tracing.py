@@ -27,11 +27,13 @@ class Collect:
         needs: scalars to keep: ``"all"`` there are, or those that learn (``"halting"``).
         gating: how gates mix, or None to run without them.
         projections: ``"inputs"`` or ``"exits"``: which token projections to keep, or None.
+        balances: backwards, a layer receives the average of the gradients of the exits at and above it.
     """
 
     needs: str = "all"
     gating: Gating | None = None
     projections: str | None = None
+    balances: bool = False
 
 
 def trace_exits(
@@ -67,10 +69,15 @@ def trace_exits(
             states = own._replace(hidden=mixed(before, own.hidden, gates[-1], collect.gating))
         if collect.projections == "inputs":
             projections.append(heads.project(layer, before))
-        last = layer == len(layers)
+        above = len(layers) - layer
+        if collect.balances:
+            own = states = own._replace(hidden=GradientScale.apply(own.hidden, 1 / (above + 1)))
+        last = above == 0
         projects = collect.projections == "exits" and not last
         outputs.append(heads(layer, states if last else own, memory, projects=projects))
         memory = outputs[-1].memory
+        if collect.balances:
+            states = states._replace(hidden=GradientScale.apply(states.hidden, above))
     projections += [o.projection for o in outputs if o.projection is not None]
     aux = {name: torch.stack([o.aux[name] for o in outputs], dim=1) for name in outputs[0].aux}
     if gates:
@@ -82,6 +89,21 @@ def trace_exits(
         torch.stack(projections) if projections else None,
         batch.offsets if projections else None,
     )
+
+
+class GradientScale(torch.autograd.Function):
+    """The identity, whose gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        """`x` as it is."""
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of `x`."""
+        return gradients[0] * ctx.scale, None
 
 
 def mixed(before: PackedStates, after: Tensor, gate: Tensor, gating: Gating) -> Tensor:

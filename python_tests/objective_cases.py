@@ -80,6 +80,7 @@ class Case:
 EVERY = (0, 1, 2, 3)
 CASES = {
     "joint": Case(Joint()),
+    "joint, balanced": Case(Joint(equilibrium=True)),
     "joint, several labels": Case(Joint(), problem_type=MULTI),
     "joint, regression": Case(Joint(), problem_type=REGRESSION),
     "palbert": Case(Palbert(), aux={"halting": (0, 1, 2)}),

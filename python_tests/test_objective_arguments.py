@@ -72,7 +72,7 @@ def test_exits_of_palbert_are_shared_where_layers_are(shares):
 
 
 SAVED = [
-    (Joint(), {"name": "joint"}),
+    (Joint(), {"name": "joint", "equilibrium": False}),
     (
         Palbert(beta=1, prior=np.float64(0.2), halting_layers=1),
         {
@@ -130,6 +130,7 @@ REFUSED = [
     (Fastbert, {"kl": "student"}, ("kl", "'student'", "teacher_student")),
     (Smartbert, {"gate_weight": -1}, ("gate_weight", "-1", "at least 0")),
     (Smartbert, {"gate_penalty": "square"}, ("gate_penalty", "'square'", "reciprocal")),
+    (Joint, {"equilibrium": 1}, ("equilibrium", "1", "True or False")),
     (Smartbert, {"skip_threshold": 1.5}, ("skip_threshold", "1.5", "[0, 1]")),
     (Smartbert, {"soft_epochs": -1}, ("soft_epochs", "-1", "at least 0")),
     (Smartbert, {"contrast_backbone": 2}, ("contrast_backbone", "2", "[0, 1]")),

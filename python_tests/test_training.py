@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, encoder_of, stock
 
 import earlyexit_kernels as ee
+from earlyexit_kernels.heads import HeadOutput
 from earlyexit_kernels.objectives import TrainingStep, objective_of
-from earlyexit_kernels.packing import AttentionPlan, PackedStates
+from earlyexit_kernels.packing import AttentionPlan, PackedStates, pack
+from earlyexit_kernels.tracing import Collect, trace_exits
 
 LABELS = torch.tensor([2, 0, 1, 1])
 ACTIVATIONS = {"bert": torch.tanh, "roberta": torch.tanh, "albert": torch.tanh, "electra": F.gelu, "distilbert": F.relu}
@@ -133,3 +135,43 @@ def test_head_dropout_is_that_of_the_family(family):
     states = PackedStates(torch.randn(6, 64), torch.tensor([0, 2, 6], dtype=torch.int32), AttentionPlan())
     assert torch.equal(heads(2, states, {}).logits, heads.out[1].bias.expand(2, -1))
     assert (seen[0] == 0.0) is twice
+
+
+def test_gradient_equilibrium_by_hand():
+    """Gradients of the exits 4, 8, 2 and 6 reach the layers as suffix means, 5, 5 1/3, 4 and 6."""
+    hidden = torch.zeros(1, 3, 1, requires_grad=True)
+    seen = []
+
+    def layer(states, mask, plan):
+        states = states * 1.0
+        states.register_hook(lambda gradient: seen.append(gradient[0, 0].item()))
+        return states
+
+    class Heads:
+        def first_memory(self, states, needs):
+            return {}
+
+        def __call__(self, layer, states, memory, projects):
+            return HeadOutput(states.hidden[:1], {}, {}, None)
+
+    trace = trace_exits(hidden, pack(torch.zeros(1, 3), None), [layer] * 4, Heads(), Collect(balances=True))
+    (trace.logits[0, :, 0] * torch.tensor([4.0, 8.0, 2.0, 6.0])).sum().backward()
+    assert seen == pytest.approx([6.0, 4.0, 16 / 3, 5.0], abs=1e-6)
+
+
+def test_gradient_equilibrium_changes_no_loss_and_no_exit():
+    balanced, plain = (
+        early_exit(dropout=0.0, pooling="mean", method=ee.objectives.Joint(equilibrium=e)).train()
+        for e in (True, False)
+    )
+    batch = batch_for(plain)
+    losses = [model(**batch, labels=LABELS).loss for model in (balanced, plain)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == losses[1].item()
+    for one, other in zip(balanced.heads.out, plain.heads.out, strict=True):
+        assert torch.equal(one.weight.grad, other.weight.grad)
+    first, last = (f"encoder.layer.{k}.output.dense.weight" for k in (0, DEPTH - 1))
+    gradients = [dict(model.backbone.named_parameters()) for model in (balanced, plain)]
+    assert torch.allclose(gradients[0][last].grad, gradients[1][last].grad)
+    assert gradients[0][first].grad.norm() < 0.5 * gradients[1][first].grad.norm()

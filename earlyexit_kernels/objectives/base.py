@@ -35,6 +35,7 @@ class PhaseSpec:
         projections: which token projections the loss reads: ``"inputs"`` (of each layer's input, by projectors of
             their own), ``"exits"`` (of each early exit's own features), or None.
         needs_labels: whether the loss reads labels.
+        balances: each layer receives the average of the gradients of the exits above it, not their sum.
 
     Raises:
         ValueError: an unknown part or kind of projection.
@@ -46,6 +47,7 @@ class PhaseSpec:
     lr: float = 2e-5
     projections: str | None = None
     needs_labels: bool = True
+    balances: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trains", frozenset(self.trains))

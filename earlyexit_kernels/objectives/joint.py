@@ -2,16 +2,21 @@
 
 BERT Loses Patience: Fast and Robust Inference with Early Exit. Wangchunshu Zhou et al. NeurIPS 2020, arXiv 2006.04152,
 eq. 6 (after Kaya et al. 2019, arXiv 1810.07052): L = sum_j j L_j / sum_j j.
+
+Towards Efficient NLP: A Standard Evaluation and A Strong Baseline (ElasticBERT). Xiangyang Liu et al. NAACL 2022, arXiv
+2110.07038: gradient equilibrium (after Li et al. 2019, arXiv 1908.06281), a layer's gradient is the average over exits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.objectives.arguments import Check, flag
 from earlyexit_kernels.objectives.base import Objective, PhaseSpec, TrainingStep, exit_losses, labelled, row_mean
 from earlyexit_kernels.types import ExitTrace
 
@@ -21,14 +26,23 @@ class Joint(Objective):
     """Average of the exits' mean losses, exit j with weight j / (1 + ... + L); one phase, everything learns.
 
     Any task. Five epochs at 2e-5, as in the paper's scripts.
+
+    Args:
+        equilibrium: ElasticBERT's gradient equilibrium: a layer receives the average of the gradients of the exits at
+            and above it, where plain joint training sums them. The loss and the exits' own gradients stay the same.
+
+    Raises:
+        ValueError: `equilibrium` isn't True or False.
     """
 
+    equilibrium: bool = False
     name: ClassVar[str] = "joint"
     rule: ClassVar[str] = "patience"
+    checks: ClassVar[Mapping[str, Check]] = {"equilibrium": flag}
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:
-        return (PhaseSpec(name="joint", epochs=5.0),)
+        return (PhaseSpec(name="joint", epochs=5.0, balances=self.equilibrium),)
 
     def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
         losses = exit_losses(trace.logits, labels, step.problem_type)
