@@ -158,13 +158,28 @@ def criteria() -> str:
         rows.append(
             (
                 f"`{_signature(cls)}`",
+                _first_sentence(cls),
                 ", ".join(need for need in needs if need),
                 "as `exit`" if skips else ", ".join(word for task, word in TASKS.items() if task in cls.tasks),
                 "as `exit`" if skips else _state(name),
                 _yes(name in RULES),
             )
         )
-    return markdown_table(("criterion", "needs", "for", "numbers kept for a row", "replay"), rows)
+    return markdown_table(("criterion", "what it does", "needs", "for", "numbers kept for a row", "replay"), rows)
+
+
+def _first_sentence(cls: type) -> str:
+    """The first line of a docstring, a sentence of its own."""
+    return (cls.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
+def method_settings() -> str:
+    """What can be set about each training method, with the paper's values."""
+    rows = []
+    for cls in dict.fromkeys(OBJECTIVES.values()):
+        given = ", ".join(f"{name}={value!r}" for name, value in cls().to_dict().items() if name != "name")
+        rows.append((f"`{cls.__name__}`", f"`{given}`" if given else ""))
+    return markdown_table(("`ee.objectives`", "settings"), rows)
 
 
 @functools.cache
@@ -219,6 +234,7 @@ def _yes(is_so: bool) -> str:
 
 TABLES = {
     "methods": methods,
+    "method_settings": method_settings,
     "criteria": criteria,
     "wall_clock": wall_clock,
     "decision_cost": decision_cost,

@@ -39,7 +39,7 @@ def to_early_exit(
         pooling: None for the family's own head at every exit (each starts as a copy of the stock head, and all share
             one dense module, or have their own where the method wants that), ``"first"`` or ``"mean"`` for a fresh
             linear on the pooled hidden state (the last one starts from the stock output layer where the shapes allow).
-        halting: add the halting output that `QExit` needs to a method that has none of its own.
+        halting: add a halting output to a method that has none of its own and doesn't train it: for experiments.
         strict: raise on logits without a meaning.
 
     Raises:
@@ -97,7 +97,10 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
         )
     config: Any = hf_model.config
     if config.model_type == EarlyExitConfig.model_type:
-        raise ValueError("to_early_exit: the model has exits already; use set_criterion to change the criterion")
+        raise ValueError(
+            "to_early_exit: the model has exits already; set_criterion changes who leaves, and another method "
+            "needs the stock model"
+        )
     adapter = adapter_of(config.model_type)
     base = getattr(hf_model, adapter.base, None)
     names = dict(hf_model.named_modules())

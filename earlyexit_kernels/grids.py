@@ -30,6 +30,8 @@ PAPER_Q = 0.5
 PATIENCES = (1, 2, 3)
 #: Exponents of the layer in voting. With 1 the first exit's own vote is unanimous, so that every row leaves there.
 GAMMAS = (0.0, 0.25, 0.5, 0.75)
+#: Fewest settings that make a curve.
+FEWEST_POINTS = 8
 #: Fewest thresholds at each value of a rule's second number.
 FEWEST = 4
 
@@ -45,11 +47,12 @@ def settings(
         problem_type: as in transformers; default: regression with one output, else one label of several.
 
     Raises:
-        ValueError: fewer than 8 points, or fewer than two exits.
+        ValueError: fewer than `FEWEST_POINTS`, or fewer than two exits.
     """
-    if points < 8 or trace.depth < 2:
+    if points < FEWEST_POINTS or trace.depth < 2:
         raise ValueError(
-            f"settings: expected points >= 8 and a trace of at least 2 exits, got {points} and {trace.depth}"
+            f"settings: expected points >= {FEWEST_POINTS} and a trace of at least 2 exits, got {points} and "
+            f"{trace.depth}"
         )
     task = problem_type or ("regression" if trace.logits.shape[2] == 1 else "single_label_classification")
     return {

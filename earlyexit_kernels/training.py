@@ -111,8 +111,14 @@ def phases(model: EarlyExitForSequenceClassification, method: str | Objective | 
         method: default: the one it was converted with.
 
     Raises:
+        TypeError: no early-exit model.
         ValueError: the heads lack what the method trains, or it has no meaning for the task.
     """
+    if not isinstance(model, EarlyExitForSequenceClassification):
+        raise TypeError(
+            f"phases: expected an early-exit model, got {type(model).__name__}; make one with to_early_exit(model, "
+            "method=...)"
+        )
     if method is not None:
         model.set_objective(objective_of(method))
     specs = model.objective.phases

@@ -189,7 +189,7 @@ def test_causal_encoder_is_refused():
         ({"method": "hunch"}, ValueError, "method: expected one of .*joint.*got 'hunch'"),
         ({"pooling": "max"}, ValueError, "pooling: expected one of .*got 'max'"),
         ({"criterion": "entropy"}, TypeError, "criterion: expected .*got 'entropy'"),
-        ({"criterion": ee.criteria.QExit(q=0.5)}, ValueError, "needs heads with a 'halting' output.*halting=True"),
+        ({"criterion": ee.criteria.QExit(q=0.5)}, ValueError, "needs heads with a 'halting' output.*method='palbert'"),
     ],
 )
 def test_wrong_argument_is_named(arguments, error, message):

@@ -83,11 +83,12 @@ def test_the_training_loop_runs(tmp_path):
     """The block as it stands, on a tiny model and eight sentences."""
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ee.phases" in b]
     sentences = toy.write_splits(train_rows=8, dev_rows=0, test_rows=0)["train"]
-    tokens = toy.toy_tokenizer()([s.text for s in sentences], padding=True)
-    rows = [{"input_ids": tokens["input_ids"][i], "attention_mask": tokens["attention_mask"][i]} for i in range(8)]
+    tokenizer = toy.toy_tokenizer()
+    rows = [dict(tokenizer(s.text)) for s in sentences]
     names = {
         "ee": ee,
         "Trainer": Trainer,
+        "tokenizer": tokenizer,
         "stock": toy.toy_model(0, layers=3, hidden=16),
         "training_args": training_arguments(tmp_path, seed=0, epochs=1, lr=1e-3, batch_size=8),
         "train_set": [{**row, "labels": s.label} for row, s in zip(rows, sentences, strict=True)],

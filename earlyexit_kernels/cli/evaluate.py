@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from earlyexit_kernels.cli.train import Recipe
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.grids import skip_settings
+from earlyexit_kernels.grids import FEWEST_POINTS, skip_settings
 from earlyexit_kernels.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.objectives import from_dict
 from earlyexit_kernels.report import markdown_table, plot_tradeoff, write_json
 from earlyexit_kernels.sweep import Sweep, collect_trace, sweep, sweep_skipping
 from earlyexit_kernels.tasks import Task, encode, load_task
@@ -34,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, type=Path, nargs="+", help="folder written by `earlyexit train`, one or more")
     add("--task", default=None, help="default: the task it was trained on")
     add("--drop", type=float, default=0.0, help="loss of the score allowed when choosing (default: %(default)s)")
-    add("--points", type=int, default=24, help="settings of a criterion with a threshold (default: %(default)s)")
+    add(
+        "--points",
+        type=int,
+        default=24,
+        help="settings of a criterion with a threshold, at least 8 (default: %(default)s)",
+    )
     add("--batch-size", type=int, default=32, help="(default: %(default)s)")
     add("--output", type=Path, default=None, help="JSON file to write")
     add("--plot", type=Path, default=None, help="PNG file to write; of several models, NAME-1.png and so on")
@@ -65,6 +71,8 @@ class Evaluation:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep each model, print, and write what was asked for."""
+    if args.points < FEWEST_POINTS:
+        raise ValueError(f"--points: expected at least {FEWEST_POINTS}, got {args.points}")
     for folder in args.model:
         if not folder.is_dir():
             raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {folder} isn't one")
@@ -74,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     for number, (folder, recipe) in enumerate(zip(args.model, recipes, strict=True), start=1):
         found = evaluate(folder, recipe if args.task is None else replace(recipe, task=args.task), args)
         done.append(found)
-        print(f"{folder}, method {recipe.method.get('name')!r}. {found.title}\n")
+        print(f"{folder}, {method_words(recipe.method)}. {found.title}\n")
         print(layer_table(found.result), choice_table(found.result, found.rule), sep="\n\n")
         if found.rule in found.result.points:
             print("\n* the rule of the method's paper")
@@ -88,6 +96,13 @@ def run(args: argparse.Namespace) -> int:
         records = [record for e in done for record in e.records()]
         print(f"Every point: {write_json(args.output, records, arguments=arguments, models=models)}")
     return 0
+
+
+def method_words(method: dict[str, Any]) -> str:
+    """A training method and what was set about it, in words."""
+    own = from_dict({"name": method["name"]}).to_dict()
+    changed = ", ".join(f"{key} {value}" for key, value in method.items() if own[key] != value)
+    return f"method {method['name']}" + (f" ({changed})" if changed else "")
 
 
 def _plain(value: Any) -> Any:

@@ -95,7 +95,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", required=True, help=f"one of {', '.join(TASK_NAMES)}")
     add("--output", required=True, type=Path, help="folder to save in")
     add("--method", default="joint", help=f"one of {', '.join(sorted(OBJECTIVES))} (default: %(default)s)")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method, repeatable")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the method, such as ponder=0.05; repeatable, the README lists them",
+    )
     add("--pooling", choices=sorted(POOLINGS), default="family", help="what exits read (family: the stock head)")
     add("--train-rows", type=int, default=None, help="rows to train on (default: all that aren't held out)")
     add("--holdout", type=int, default=1000, help="train rows kept for tuning thresholds (default: %(default)s)")

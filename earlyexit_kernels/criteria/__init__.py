@@ -97,9 +97,11 @@ def check_fits(criterion: Criterion, *, depth: int, classes: int, problem_type: 
         aux: names of the scalars the heads produce.
     """
     if problem_type not in criterion.exit_rule.tasks:
-        fitting = sorted(name for name, cls in CRITERIA.items() if problem_type in cls.tasks)
+        skips = {SkipGate.name} if "gate" in aux else set()
+        fed = {name for name, cls in RULES.items() if cls.needs is None or cls.needs in aux} | skips
+        fitting = sorted(CRITERIA[name].__name__ for name in fed if problem_type in CRITERIA[name].tasks)
         raise ValueError(
             f"criterion {criterion.exit_rule.name!r} is defined for {sorted(criterion.exit_rule.tasks)}, got "
-            f"problem_type={problem_type!r}; for {problem_type} there are {', '.join(fitting)}"
+            f"problem_type={problem_type!r}; for {problem_type} these heads have {', '.join(fitting)}"
         )
     criterion.check(depth=depth, classes=classes, problem_type=problem_type, aux=aux)

@@ -23,7 +23,7 @@ FINITE = sys.float_info.max
 LARGEST = torch.finfo(torch.float32).max
 ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
 #: Scalar of the heads -> the argument of `to_early_exit` that adds it.
-BUILT_WITH = {"halting": "halting=True", "uncertainty": "method='berxit'", "gate": "method='smartbert'"}
+BUILT_WITH = {"halting": "method='palbert' or 'dact'", "uncertainty": "method='berxit'", "gate": "method='smartbert'"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl  # noqa: F401, the interpreter wants tl beside a step
-from earlyexit_kernels.criteria.base import ANY_TASK, ProbabilityThreshold
+from earlyexit_kernels.criteria.base import ProbabilityThreshold
 
 
 @jit
@@ -38,7 +38,7 @@ class Learned(ProbabilityThreshold):
 
     name: ClassVar[str] = "learned"
     needs: ClassVar[str | None] = "uncertainty"
-    tasks: ClassVar[frozenset[str]] = ANY_TASK
+    tasks: ClassVar[frozenset[str]] = frozenset({"single_label_classification", "regression"})
     triton_step: ClassVar = learned_step
 
     @staticmethod

@@ -86,6 +86,8 @@ def objective_of(method: str | Mapping[str, Any] | Objective) -> Objective:
     """
     if isinstance(method, Objective):
         return method
+    if isinstance(method, type) and issubclass(method, Objective):
+        raise ValueError(f"method: expected a name or an instance, got the class; write {method.__name__}()")
     return from_dict(method if isinstance(method, Mapping) else {"name": method})
 
 
