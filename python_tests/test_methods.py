@@ -260,8 +260,8 @@ def test_regression(name):
 
 #: Each method with every argument another than its default.
 OTHERWISE = {
-    "joint": objectives.Joint(),
-    "pabee": objectives.Joint(),
+    "joint": objectives.Joint(equilibrium=True),
+    "pabee": objectives.Joint(equilibrium=True),
     "palbert": objectives.Palbert(
         beta=0.1, prior=0.3, kl="posterior_prior", close_tail=False, halting_input="diff", halting_layers=1
     ),
@@ -351,7 +351,7 @@ def test_phases_of_another_method():
     """What the exits can't do is refused with the way to build them; what they can is taken over and saved."""
     model = converted("bert", "deebert")
     assert [phase.name for phase in ee.phases(model, "joint")] == ["joint"]
-    assert model.objective == objectives.Joint() and model.config.method == {"name": "joint"}
+    assert model.objective == objectives.Joint() and model.config.method == objectives.Joint().to_dict()
     for name, lacks in (("palbert", "halting"), ("smartbert", "gates"), ("berxit", "uncertainty")):
         with pytest.raises(ValueError, match=rf"{lacks}.*to_early_exit\(\.\.\., method='{name}'\)"):
             next(iter(ee.phases(model, name)))
