@@ -48,7 +48,7 @@ class Smartbert(Objective):
         gate_penalty: ``"reciprocal"`` is lambda / sum_l mean g_l; ``"linear"`` is lambda sum_l mean (1 - g_l).
         skip_threshold: s in [0, 1]; a hard gate skips where g >= s.
         soft_epochs: of the first phase, with layers mixed by g; after them, and in the second phase, by 1[g >= s]
-            with the gradient of g.
+            with the gradient of g. The paper's 3 are of 5 epochs: a shorter phase wants fewer, or gates never harden.
         contrast_backbone, contrast_exits: eta1 and eta2, in [0, 1]; at 0 nothing is projected.
         temperature_backbone, temperature_exits: of the similarities, above 0.
         positive_backbone, positive_exits: the positive stands in its own denominator too.
