@@ -223,7 +223,7 @@ class EarlyExitForSequenceClassification(PhasedTraining):
     @torch.no_grad()
     def _answers(self, inputs: _Inputs) -> ExitOutput:
         """Rows leave where the criterion says so."""
-        packed = self._packed(inputs)
+        packed = self._packed(inputs, self._criterion.exit_rule.uses_keys)
         if packed is None:
             return self._full_depth(self._no_rows())
         hidden, batch, keys = packed
@@ -252,7 +252,7 @@ class EarlyExitForSequenceClassification(PhasedTraining):
                 "through all layers holds its answers. Run the model, or choose another criterion (None is full depth) "
                 "for the trace"
             )
-        packed = self._packed(inputs)
+        packed = self._packed(inputs, self._wants_keys())
         if packed is None:
             return self._no_rows()
         hidden, batch, keys = packed
@@ -274,7 +274,7 @@ class EarlyExitForSequenceClassification(PhasedTraining):
         answers = trace.logits[:, -1] if answers is None else answers
         return ExitOutput(answers, depths if exit_layer is None else exit_layer, depths.clone(), (), trace)
 
-    def _packed(self, inputs: _Inputs) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
+    def _packed(self, inputs: _Inputs, with_keys: bool) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
         """Checked, packed and embedded: hidden ``[1, T, H]``, the rows, their keys; None for an empty batch."""
         backbone: Any = self.backbone
         if backbone.config._attn_implementation != PACKED_ATTENTION:
@@ -307,10 +307,10 @@ class EarlyExitForSequenceClassification(PhasedTraining):
         hidden = self.adapter.embed(
             backbone, tokens, batch.take(position_ids.expand(ids.shape)), batch.take(types.expand(ids.shape))
         )
-        return hidden, batch, row_keys(tokens, batch.offsets) if self._wants_keys() else None
+        return hidden, batch, row_keys(tokens, batch.offsets) if with_keys else None
 
     def _wants_keys(self) -> bool:
-        """Whether anybody may read the rows' keys: a rule that draws, now or in a replay."""
+        """Whether a trace keeps the rows' keys: for a rule that draws, in a replay."""
         return not self.training and "halting" in self.heads.aux_names
 
     def _no_rows(self) -> ExitTrace:

@@ -77,11 +77,6 @@ class PackedBatch:
     row_ids: Tensor
     lengths: tuple[int, ...]
 
-    @property
-    def token_count(self) -> int:
-        """T."""
-        return sum(self.lengths)
-
     def take(self, values: Tensor) -> Tensor:
         """Pick the kept tokens of ``[N, S]`` integers as ``[1, T]`` int64."""
         flat = values.reshape(-1).long()
