@@ -9,6 +9,8 @@ VENV ?= .venv
 ARGS ?=
 
 PY := $(VENV)/bin/python
+# a test process a core, up to four; a file's tests stay in one process, where they share what they set up
+PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
@@ -24,9 +26,9 @@ demo: setup ## train a small model on generated text and watch its rows leave ea
 
 test: setup ## run the tests plainly, then the Triton kernels under the interpreter; ARGS goes to pytest
 	@echo "testing"
-	@$(PY) -m pytest -m "not triton" $(ARGS)
+	@$(PYTEST) -m "not triton" $(ARGS)
 	@echo "testing the Triton kernels under the interpreter"
-	@TRITON_INTERPRET=1 $(PY) -m pytest -m triton $(ARGS)
+	@TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS)
 
 lint: $(VENV)/.lint ## ruff and mypy
 	@echo "checking style, format and types"

@@ -21,7 +21,7 @@ from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import exit_step_op
 from earlyexit_kernels.packing import AttentionPlan, PackedBatch, PackedStates, plan_attention, put_back, shrink
 from earlyexit_kernels.tracing import first
-from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitOutput
+from earlyexit_kernels.types import ExitOutput, read_aux
 
 COMPACTIONS = ("auto", "always", "never")
 
@@ -186,11 +186,6 @@ def run(
             present.plan = plan_attention(present.batch, present.hidden.dtype)
     layers_run = exits.exit_layer.clone() if layers_run is None else layers_run
     return ExitOutput(exits.answers, exits.exit_layer, layers_run, tuple(exits.invalid))
-
-
-def read_aux(raw: Tensor, name: str) -> Tensor:
-    """A head's raw scalar as the number a criterion reads, float32."""
-    return AUX_ACTIVATIONS[name](raw.float())
 
 
 def _rows_that_run(heads: ExitHeads, layer: int, present: Present, skip_from: float) -> Tensor | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
 from earlyexit_kernels.ops import exit_step
-from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
+from earlyexit_kernels.types import ExitTrace, read_aux
 
 
 def replay(
@@ -55,9 +55,7 @@ def replay(
     for layer in range(1, depth + 1):
         if not rule.is_due(layer, depth):
             continue
-        aux = None
-        if rule.needs is not None:
-            aux = AUX_ACTIVATIONS[rule.needs](trace.aux[rule.needs][:, layer - 1].float())
+        aux = None if rule.needs is None else read_aux(trace.aux[rule.needs][:, layer - 1], rule.needs)
         exit_step(
             criterion=rule,
             layer=layer,

@@ -17,6 +17,11 @@ AUX_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def read_aux(raw: Tensor, name: str) -> Tensor:
+    """A head's raw scalar as the number a criterion reads, float32."""
+    return AUX_ACTIVATIONS[name](raw.float())
+
+
 @dataclass(frozen=True)
 class ExitTrace:
     """The outputs of every exit on every row of one full-depth pass, in request order.

@@ -21,7 +21,7 @@ from earlyexit_kernels.criteria import Criterion, Dact
 from earlyexit_kernels.grids import settings
 from earlyexit_kernels.ops import exit_step_op
 from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
-from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
+from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace, read_aux
 
 SUITE = "decision_cost"
 CLASSES, DEPTH, LAYER = 3, 12, 6
@@ -68,7 +68,7 @@ class Decision:
         self.logits = [trace.logits[:, k].contiguous() for k in range(LAYER)]
         self.aux: list[Tensor | None] = [None] * LAYER
         if rule.needs is not None:
-            values = AUX_ACTIVATIONS[rule.needs](trace.aux[rule.needs])
+            values = read_aux(trace.aux[rule.needs], rule.needs)
             self.aux = [values[:, k].contiguous() for k in range(LAYER)]
         ids = torch.arange(rows, dtype=torch.int32, device=device)
         answers = torch.zeros(rows, CLASSES, device=device)

@@ -1,7 +1,7 @@
 // DACT: with h_n = 1 - lambda_n and y_n = softmax(z_n), p_0 = 1, a_n = y_n p_{n-1} + a_{n-1} (1 - p_{n-1}) and
 // p_n = h_n p_{n-1}; leave where the d layers to come can't change the largest class of a_n any more, and answer log a_n.
 //   paper: a_top (1 - p)^d > a_second + p d
-//   tight: that, or (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d
+//   tight: (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d
 // Both with a margin of 1e-6, for rounding and ties. With epsilon > 0 also leave where p_n <= epsilon.
 // DACT-BERT: Differentiable Adaptive Computation Time for an Efficient BERT Inference. Cristobal Eyzaguirre et al. NLP
 // Power 2022, arXiv 2109.11745.
@@ -47,8 +47,8 @@ struct Dact {
     // kept <= 1 / (1 + p left), so that neither bound holds here; it saves an exponential and a logarithm
     if (top - second - p * left <= kMargin) return false;
     const float kept = expf(left * safe_log(1.0f - p));
-    const bool tight = row.params[0] > 0.0f && (top - second) * kept - (1.0f - kept) > kMargin;
-    return tight || top * kept - second - p * left > kMargin;
+    const bool tight = row.params[0] > 0.0f;
+    return (tight ? (1.0f + top - second) * kept - 1.0f : top * kept - second - p * left) > kMargin;
   }
 };
 

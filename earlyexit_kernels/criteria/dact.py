@@ -41,8 +41,7 @@ def dact_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2
     left = tl.cast(depth - layer, tl.float32)
     # 1.17...e-38 is the smallest normal number, 1e-6 is MARGIN
     kept = tl.exp(left * tl.log(tl.maximum(1.0 - p, 1.1754943508222875e-38)))
-    lead = top * kept - second - p * left
-    lead = tl.where(p0 > 0, tl.maximum(lead, (top - second) * kept - (1.0 - kept)), lead)
+    lead = tl.where(p0 > 0, (1.0 + top - second) * kept - 1.0, top * kept - second - p * left)
     return tl.log(tl.maximum(a, 1.1754943508222875e-38)), (lead > 1e-6) | ((p1 > 0) & (p <= p1))
 
 
@@ -51,8 +50,9 @@ class Dact(Criterion):
     """Leave where the layers to come can't change the label of the accumulated answer, so that no label ever differs.
 
     Args:
-        bound: ``"paper"``: a_top (1 - p)^d > a_second + p d, with d layers to come. ``"tight"`` also leaves where
-            (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d, which is as sure and never later.
+        bound: ``"paper"``: a_top (1 - p)^d > a_second + p d, with d layers to come. ``"tight"``:
+            (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d, which is as sure, and never later since
+            1 - (1 - p)^d <= p d.
         epsilon: in [0, 1]. Above 0, also leave where p <= epsilon: faster, without the guarantee.
 
     Raises:
@@ -92,9 +92,7 @@ class Dact(Criterion):
         p = (1.0 - aux) * before
         top, second = a.topk(2, dim=0).values
         kept = (1.0 - p).pow(left)
-        lead = top * kept - second - p * left
-        if tight:
-            lead = torch.maximum(lead, (top - second) * kept - (1.0 - kept))
+        lead = (1.0 + top - second) * kept - 1.0 if tight else (top * kept - second).sub_(p, alpha=left)
         leave = lead > MARGIN
         if epsilon > 0:
             leave |= p <= epsilon
