@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, initialization
 from transformers.utils import ModelOutput
 
-from earlyexit_kernels import backends, engine, tracing
+from earlyexit_kernels import engine, tracing
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
@@ -25,6 +25,7 @@ from earlyexit_kernels.ops.exit_step import meaningful
 from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, pack, row_keys
 from earlyexit_kernels.phased import PhasedTraining
 from earlyexit_kernels.replay import replay
+from earlyexit_kernels.runtime import ATTENTION_IS_FIXED, RuntimeChoices
 from earlyexit_kernels.types import ExitOutput, ExitTrace
 
 logger = logging.getLogger("earlyexit_kernels")
@@ -51,7 +52,7 @@ class EarlyExitOutput(ModelOutput):
     all_logits: Tensor | None = None
 
 
-class EarlyExitForSequenceClassification(PhasedTraining):
+class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     """A sequence classifier whose rows leave at the exit that is sure of them, at any batch size.
 
     Built by `to_early_exit`, or by ``AutoModelForSequenceClassification.from_pretrained`` of a saved one.
@@ -88,9 +89,7 @@ class EarlyExitForSequenceClassification(PhasedTraining):
         config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig(**config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self.compaction = "auto"
         self.invalid_rows = 0
-        self._backend = "auto"
         self._layer_macs = _layer_macs(encoder)
         self.set_objective(objective_of(config.method))
         self.set_criterion(config.exit_criterion())
@@ -124,25 +123,6 @@ class EarlyExitForSequenceClassification(PhasedTraining):
         )
         self._criterion = rule
         config.criterion = None if isinstance(rule, FullDepth) else rule.to_dict()
-
-    @property
-    def backend(self) -> str:
-        """The back-end that runs the ops on this model's device."""
-        return backends.resolve(self._backend, self.device.type)
-
-    def set_backend(self, backend: str) -> None:
-        """Choose the back-end of the ops: ``"auto"``, ``"torch"``, ``"triton"`` or ``"cpp"``.
-
-        Raises:
-            ValueError: an unknown name.
-            BackendUnavailableError: it can't run on this model's device.
-        """
-        backends.resolve(backend, self.device.type)
-        self._backend = backend
-
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: packed rows need the packed attention."""
-        raise ValueError(_ATTENTION_IS_FIXED)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, on the backbone, whose config is the one saved; the stock model keeps its embeddings."""
@@ -233,7 +213,7 @@ class EarlyExitForSequenceClassification(PhasedTraining):
             strict=bool(self.config.strict),
             layer_macs=self._layer_macs,
         )
-        layers, classes = self.adapter.layers(self.backbone), self.config.num_labels
+        layers, classes = self.inference_layers(), self.config.num_labels
         result = engine.run(hidden, batch, layers, self.heads, self._criterion, classes, settings, keys)
         self._count_invalid(result.invalid_rows)
         return result
@@ -256,7 +236,8 @@ class EarlyExitForSequenceClassification(PhasedTraining):
         if packed is None:
             return self._no_rows()
         hidden, batch, keys = packed
-        trace = tracing.trace_exits(hidden, batch, self.adapter.layers(self.backbone), self.heads, collect, keys)
+        layers = self.adapter.layers(self.backbone) if self.training else self.inference_layers()
+        trace = tracing.trace_exits(hidden, batch, layers, self.heads, collect, keys)
         with torch.no_grad():
             invalid = (~meaningful(trace.logits.flatten(0, 1), None)).view(trace.logits.shape[:2]).sum(0).tolist()
         if any(invalid) and self.config.strict:
@@ -364,7 +345,7 @@ class EarlyExitForSequenceClassification(PhasedTraining):
         config: Any = kwargs.get("config")
         chosen = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
         if chosen not in (None, PACKED_ATTENTION):
-            raise ValueError(_ATTENTION_IS_FIXED)
+            raise ValueError(ATTENTION_IS_FIXED)
         if not kwargs.pop("use_safetensors", True):
             raise ValueError("use_safetensors=False: pickled weights are never read; convert them to safetensors")
         source = pretrained_model_name_or_path
@@ -376,12 +357,6 @@ class EarlyExitForSequenceClassification(PhasedTraining):
             raise RuntimeError(f"{corrupt_files(source)} is corrupt or cut short: {error}") from error
         check_loaded(info, source, allow_new_heads=allow_new_heads)
         return (model, info) if output_loading_info else model
-
-
-_ATTENTION_IS_FIXED = (
-    "attn_implementation can't be chosen: an early-exit model packs the rows of a batch, and only its own attention "
-    f"({PACKED_ATTENTION!r}) keeps them apart"
-)
 
 
 def _layer_macs(config: Any) -> int:

@@ -204,6 +204,17 @@ def _bucket(starts: Sequence[int], lengths: Sequence[int], device: torch.device)
     return Bucket(len(starts), width, slots, real[:, None, None, :], real.flatten().nonzero()[:, 0])
 
 
+def attend(qkv: Tensor, plan: AttentionPlan, heads: int) -> Tensor:
+    """Attention of packed tokens on the CPU, ``[T, 3 H] -> [T, H]``; queries, keys and values stand side by side."""
+    parts = []
+    for bucket in plan.buckets:
+        x = qkv if bucket.slots is None else qkv.index_select(0, bucket.slots)
+        q, k, v = x.view(bucket.rows, bucket.width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask).transpose(1, 2).flatten(0, 1).flatten(1)
+        parts.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
+    return parts[0] if plan.inverse is None else torch.cat(parts).index_select(0, plan.inverse)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,

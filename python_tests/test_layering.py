@@ -37,9 +37,11 @@ MAY_IMPORT = {
     "objectives": "types torch",
     "config": "criteria transformers",
     "loading": "errors safetensors",
+    "layers": "backbones packing torch",
+    "runtime": "backends errors layers packing torch transformers",
     "phased": "config objectives tracing types torch transformers",
-    "model": "backbones backends config criteria engine errors heads inputs loading objectives ops packing phased "
-    "replay tracing types safetensors torch transformers",
+    "model": "backbones config criteria engine errors heads inputs loading objectives ops packing phased "
+    "replay runtime tracing types safetensors torch transformers",
     "convert": "backbones config criteria heads model objectives torch transformers",
     "training": "model objectives torch transformers",
     "predict": "model numpy torch",

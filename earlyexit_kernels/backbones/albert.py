@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    LayerNames,
     StockHead,
     column_positions,
     embed_with_types,
@@ -27,6 +28,11 @@ def _layers(backbone: nn.Module) -> Sequence[nn.Module]:
     return [encoder.albert_layer_groups[int(i / (depth / groups))] for i in range(depth)]
 
 
+def _parts(group: nn.Module) -> Sequence[nn.Module]:
+    layers: Any = group.albert_layers
+    return layers
+
+
 ALBERT = BackboneAdapter(
     model_type="albert",
     base="albert",
@@ -35,5 +41,17 @@ ALBERT = BackboneAdapter(
     layers=_layers,
     positions=column_positions,
     longest=position_limit,
+    names=LayerNames(
+        query="attention.query",
+        key="attention.key",
+        value="attention.value",
+        attention_out="attention.dense",
+        attention_norm="attention.LayerNorm",
+        inner="ffn",
+        activation="activation",
+        outer="ffn_output",
+        norm="full_layer_layer_norm",
+    ),
+    parts=_parts,
     shares_layers=True,
 )

@@ -28,6 +28,29 @@ class StockHead:
 
 
 @dataclass(frozen=True)
+class LayerNames:
+    """Where the parts of one encoder layer are, dotted, for layers of the original form.
+
+    That form is ``y = norm(x + out(attend(query x, key x, value x)))``, then ``norm(y + outer(activation(inner y)))``.
+    """
+
+    query: str = "attention.self.query"
+    key: str = "attention.self.key"
+    value: str = "attention.self.value"
+    attention_out: str = "attention.output.dense"
+    attention_norm: str = "attention.output.LayerNorm"
+    inner: str = "intermediate.dense"
+    activation: str = "intermediate.intermediate_act_fn"
+    outer: str = "output.dense"
+    norm: str = "output.LayerNorm"
+
+
+def single(layer: nn.Module) -> Sequence[nn.Module]:
+    """A layer that is one encoder layer."""
+    return (layer,)
+
+
+@dataclass(frozen=True)
 class BackboneAdapter:
     """One family of encoders.
 
@@ -39,6 +62,8 @@ class BackboneAdapter:
         layers: ``backbone -> L`` callables ``layer(hidden, None, plan=...)``, in order of use.
         positions: ``(backbone, input_ids [N, S]) -> [N, S]`` as the stock model computes them, on the padded ids.
         longest: ``config ->`` longest row in tokens.
+        names: of the parts of an encoder layer.
+        parts: ``layer ->`` the encoder layers it runs one after the other; mostly itself alone.
         shares_layers: one layer is used many times.
     """
 
@@ -49,6 +74,8 @@ class BackboneAdapter:
     layers: Callable[[nn.Module], Sequence[Callable[..., Any]]]
     positions: Callable[[nn.Module, Tensor], Tensor]
     longest: Callable[[Any], int]
+    names: LayerNames = LayerNames()
+    parts: Callable[[nn.Module], Sequence[nn.Module]] = single
     shares_layers: bool = False
 
 

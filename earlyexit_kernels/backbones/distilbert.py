@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from earlyexit_kernels.backbones.base import BackboneAdapter, StockHead, column_positions, position_limit
+from earlyexit_kernels.backbones.base import BackboneAdapter, LayerNames, StockHead, column_positions, position_limit
 
 
 def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
@@ -28,4 +28,15 @@ DISTILBERT = BackboneAdapter(
     layers=_layers,
     positions=column_positions,
     longest=position_limit,
+    names=LayerNames(
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        attention_out="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        inner="ffn.lin1",
+        activation="ffn.activation",
+        outer="ffn.lin2",
+        norm="output_layer_norm",
+    ),
 )
