@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ ACTIVATIONS = {
     "ReLU": ("relu", ""),
 }
 #: Up to how many tokens oneDNN's packed products are the faster ones, by what the CPU computes with; None: always.
-#: Beyond, torch's own products of the same weights run. Measured by benchmarks/end_to_end/packed_products.py.
+#: Beyond, torch's own products of the same weights run. Measured by benchmarks/micro/layer_products.py.
 PACKED_UP_TO: dict[str, int | None] = {"DEFAULT": 128, "AVX2": 128, "AVX512": None}
 #: What each part of a layer has to be; the activation is one of `ACTIVATIONS`.
 PART_TYPES: dict[str, type[nn.Module] | None] = {
@@ -204,32 +205,38 @@ def _hooked(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a packing was made from, to tell whether it still holds."""
+    """What a packing was made from, to tell whether it still holds; asked at every batch, so it takes no detours."""
 
     modules: tuple[nn.Module, ...]
-    children: tuple[tuple[nn.Module, str, nn.Module | None], ...]
-    tensors: tuple[tuple[nn.Module, str, Tensor | None], ...]
-    versions: tuple[tuple[int, int], ...]
+    children: list[nn.Module | None]
+    tensors: list[Tensor | None]
+    written: list[int]
 
     @staticmethod
     def of(layers: Sequence[nn.Module]) -> _Seen:
         modules = tuple({id(m): m for layer in layers for m in layer.modules()}.values())
-        children = tuple((m, name, child) for m in modules for name, child in m._modules.items())
-        tensors = tuple((m, name, tensor) for m in modules for name, tensor in m._parameters.items())
-        return _Seen(modules, children, tensors, _versions(tensors))
+        return _Seen(modules, *_looks(modules))
 
     def holds(self) -> bool:
+        children, tensors, written = _looks(self.modules)
         return (
-            sum(len(m._modules) for m in self.modules) == len(self.children)
-            and all(m._modules.get(name) is child for m, name, child in self.children)
-            and all(m._parameters.get(name) is tensor for m, name, tensor in self.tensors)
-            and not any(_hooked(module) for module in self.modules)
-            and _versions(self.tensors) == self.versions
+            written == self.written
+            and len(children) == len(self.children)
+            and len(tensors) == len(self.tensors)
+            and all(map(operator.is_, children, self.children))
+            and all(map(operator.is_, tensors, self.tensors))
+            and not any(map(_hooked, self.modules))
         )
 
 
-def _versions(tensors: Sequence[tuple[nn.Module, str, Tensor | None]]) -> tuple[tuple[int, int], ...]:
-    return tuple((0, 0) if t is None else (t.data_ptr(), 0 if t.is_inference() else t._version) for _, _, t in tensors)
+def _looks(modules: Sequence[nn.Module]) -> tuple[list[nn.Module | None], list[Tensor | None], list[int]]:
+    """The modules' children, their tensors, and address and version of each of these."""
+    children = [child for m in modules for child in m._modules.values()]
+    tensors = [tensor for m in modules for tensor in m._parameters.values()]
+    there = [tensor for tensor in tensors if tensor is not None]
+    # a tensor made in inference mode keeps no version
+    versions = [tensor._version for tensor in there if not tensor.is_inference()]
+    return children, tensors, [tensor.data_ptr() for tensor in there] + versions
 
 
 class FusedLayers:

@@ -1,0 +1,86 @@
+"""From how many tokens on torch's own products beat oneDNN's packed ones: the number behind `layers.PACKED_UP_TO`.
+
+One encoder layer of BERT's form on T packed tokens: the family's own, the fused one with oneDNN's products alone, and
+with torch's alone; all of one T take turns. Run with ``python -m benchmarks.run --suite layer_products``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.layers import PACKED_UP_TO, FusedLayer, Product, why_not_onednn
+from earlyexit_kernels.packing import pack, plan_attention
+from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
+
+SUITE = "layer_products"
+BASELINE = "family"
+WIDTHS = (384, 768)
+#: Rows of 16 tokens, the length of a short sentence.
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+LENGTH = 16
+
+
+def with_limit(layer: FusedLayer, limit: float) -> FusedLayer:
+    """A fused layer whose products take the packed weights up to another number of tokens."""
+    products = {name: part for name, part in vars(layer).items() if isinstance(part, Product)}
+    return dataclasses.replace(
+        layer, **{name: dataclasses.replace(part, packed_up_to=limit) for name, part in products.items()}
+    )
+
+
+def records(repeats: int) -> Iterator[dict[str, Any]]:
+    """One record for each width, number of tokens and kind of product."""
+    reason = why_not_onednn(torch.float32)
+    if reason:
+        yield {"suite": SUITE, "not_measured": reason}
+        return
+    with torch.inference_mode():
+        for width in WIDTHS:
+            yield from _records_of(width, repeats)
+
+
+def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
+    config = BertConfig(
+        hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width, num_hidden_layers=1
+    )
+    model = ee.to_early_exit(BertForSequenceClassification(config).eval())
+    own = model.adapter.layers(model.backbone)[0]
+    fused = FusedLayer.of(own, model.adapter.names, config.num_attention_heads)
+    layers: dict[str, Any] = {
+        BASELINE: own,
+        "fused, oneDNN": with_limit(fused, math.inf),
+        "fused, torch": with_limit(fused, 0),
+    }
+    for rows in ROWS:
+        batch = pack(torch.ones(rows, LENGTH, dtype=torch.long), None)
+        plan, hidden = plan_attention(batch, torch.float32), torch.randn(1, rows * LENGTH, width)
+        calls = {name: partial(layer, hidden, None, plan=plan) for name, layer in layers.items()}
+        times = interleave(calls, repeats=repeats, progress=f"H {width}, T {rows * LENGTH}")
+        for name in layers:
+            ratio = paired_ratio(times[name], times[BASELINE])
+            median, p90 = quantiles(times[name], (0.5, 0.9))
+            yield {
+                "suite": SUITE,
+                "case": name,
+                "shape": f"H {width}, T {rows * LENGTH}",
+                "dtype": "float32",
+                "engine": "eager",
+                "backend": "cpu",
+                "baseline": BASELINE,
+                "median_ms": round(median, 4),
+                "p90_ms": round(p90, 4),
+                "ratio": round(ratio.median, 4),
+                "ratio_low": round(ratio.low, 4),
+                "ratio_high": round(ratio.high, 4),
+                "goal": None,
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+                "packed_up_to_in_use": PACKED_UP_TO.get(torch.backends.cpu.get_cpu_capability()),
+            }
