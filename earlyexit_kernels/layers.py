@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, LayerNames
-from earlyexit_kernels.packing import AttentionPlan, attend
+from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.ops import ENCODER_LAYERS
+from earlyexit_kernels.packing import AttentionPlan
 
 #: Activation of transformers -> the name and variant that oneDNN and torch know it by.
 ACTIVATIONS = {
@@ -62,112 +63,60 @@ def why_not_onednn(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class Product:
-    """A linear with what may follow it in the same step.
+class FusedLayer:
+    """One encoder layer over packed tokens, called as the family's own is: ``layer(hidden, None, plan=...)``.
 
     Attributes:
-        weight: ``[out, in]``.
-        bias: ``[out]``.
-        packed: the weight as oneDNN wants it, or None.
-        packed_up_to: tokens up to which it is used.
+        weights, packed, eps, heads, activation: as `ops.encoder_layer` wants them.
+        packed_up_to: tokens up to which the packed weights are used.
+        run: the op.
     """
 
-    weight: Tensor
-    bias: Tensor
-    packed: Tensor | None = None
-    packed_up_to: float = math.inf
-
-    @staticmethod
-    def of(*linears: nn.Linear) -> Product:
-        """One product for linears that read the same, their outputs side by side."""
-        weight, bias = (_beside([getattr(linear, name).detach() for linear in linears]) for name in ("weight", "bias"))
-        if why_not_onednn(weight.dtype):
-            return Product(weight, bias)
-        limit = PACKED_UP_TO.get(torch.backends.cpu.get_cpu_capability(), PACKED_UP_TO["DEFAULT"])
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        return Product(weight, bias, packed, math.inf if limit is None else limit)
-
-    def packed_for(self, x: Tensor) -> Tensor | None:
-        """The packed weight where it is the faster one for ``x [T, in]``."""
-        return self.packed if x.shape[0] <= self.packed_up_to else None
-
-    def plain(self, x: Tensor) -> Tensor:
-        """``x W + b``."""
-        packed = self.packed_for(x)
-        if packed is None:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
-
-    def activated(self, x: Tensor, name: str, variant: str) -> Tensor:
-        """``f(x W + b)`` for an f of `ACTIVATIONS`."""
-        packed = self.packed_for(x)
-        if packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, name, [], variant)
-        y = F.linear(x, self.weight, self.bias)
-        return torch.ops.aten.gelu_(y, approximate=variant) if name == "gelu" else y.relu_()
-
-    def added(self, x: Tensor, other: Tensor) -> Tensor:
-        """``x W + b + other``."""
-        packed = self.packed_for(x)
-        if packed is None:
-            return F.linear(x, self.weight, self.bias).add_(other)
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, self.bias, "add")
-
-
-def _beside(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A layer norm's numbers."""
-
-    shape: tuple[int, ...]
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    @staticmethod
-    def of(norm: nn.LayerNorm) -> Norm:
-        return Norm(tuple(norm.normalized_shape), norm.weight.detach(), norm.bias.detach(), norm.eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
-class FusedLayer:
-    """One encoder layer over packed tokens, called as the family's own is: ``layer(hidden, None, plan=...)``."""
-
+    weights: list[Tensor]
+    packed: list[Tensor]
+    eps: list[float]
     heads: int
-    qkv: Product
-    attention_out: Product
-    attention_norm: Norm
-    inner: Product
     activation: tuple[str, str]
-    outer: Product
-    norm: Norm
+    packed_up_to: float
+    run: Callable[..., Tensor]
 
     @staticmethod
-    def of(layer: nn.Module, names: LayerNames, heads: int) -> FusedLayer:
+    def of(layer: nn.Module, names: LayerNames, heads: int, backend: str) -> FusedLayer:
         """Pack a family's layer, of which `why_not` has nothing to say."""
         part: dict[str, Any] = {name: layer.get_submodule(getattr(names, name)) for name in PART_TYPES}
+        linears = [
+            [part["query"], part["key"], part["value"]],
+            *([part[n]] for n in ("attention_out", "inner", "outer")),
+        ]
+        qkv, out, inner, outer = ([_joined(group, "weight"), _joined(group, "bias")] for group in linears)
+        norms = [part["attention_norm"], part["norm"]]
+        first, second = ([norm.weight.detach(), norm.bias.detach()] for norm in norms)
+        onednn = not why_not_onednn(qkv[0].dtype)
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        limit = PACKED_UP_TO.get(torch.backends.cpu.get_cpu_capability(), PACKED_UP_TO["DEFAULT"])
         return FusedLayer(
-            heads,
-            Product.of(part["query"], part["key"], part["value"]),
-            Product.of(part["attention_out"]),
-            Norm.of(part["attention_norm"]),
-            Product.of(part["inner"]),
-            ACTIVATIONS[type(part["activation"]).__name__],
-            Product.of(part["outer"]),
-            Norm.of(part["norm"]),
+            weights=[*qkv, *out, *first, *inner, *outer, *second],
+            packed=[reorder(weight, None) for weight, _ in (qkv, out, inner, outer)] if onednn else [],
+            eps=[norm.eps for norm in norms],
+            heads=heads,
+            activation=ACTIVATIONS[type(part["activation"]).__name__],
+            packed_up_to=math.inf if limit is None else limit,
+            run=ENCODER_LAYERS[backend],
         )
 
     def __call__(self, hidden: Tensor, mask: None, *, plan: AttentionPlan) -> Tensor:
         """``[1, T, H] -> [1, T, H]``."""
         x = hidden[0]
-        x = self.attention_norm(self.attention_out.added(attend(self.qkv.plain(x), plan, self.heads), x))
-        return self.norm(self.outer.added(self.inner.activated(x, *self.activation), x))[None]
+        packed = self.packed if x.shape[0] <= self.packed_up_to else []
+        return self.run(
+            x, self.weights, packed, self.eps, self.heads, *self.activation, *plan.bucket_lists, plan.inverse
+        )[None]
+
+
+def _joined(linears: Sequence[nn.Linear], name: str) -> Tensor:
+    """Weights or biases of linears that read the same, as those of one."""
+    tensors = [getattr(linear, name).detach() for linear in linears]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def why_not(layer: nn.Module, names: LayerNames) -> str:
@@ -232,7 +181,7 @@ class _Seen:
 def _looks(modules: Sequence[nn.Module]) -> tuple[list[nn.Module | None], list[Tensor | None], list[int]]:
     """The modules' children, their tensors, and address and version of each of these."""
     children = [child for m in modules for child in m._modules.values()]
-    tensors = [tensor for m in modules for tensor in m._parameters.values()]
+    tensors: list[Tensor | None] = [tensor for m in modules for tensor in m._parameters.values()]
     there = [tensor for tensor in tensors if tensor is not None]
     # a tensor made in inference mode keeps no version
     versions = [tensor._version for tensor in there if not tensor.is_inference()]
@@ -284,9 +233,10 @@ def _pack(adapter: BackboneAdapter, backbone: nn.Module) -> tuple[_Seen, tuple[C
     reason = next((reason for reason in reasons if reason), "")
     if reason:
         return seen, None, reason
-    heads = config.num_attention_heads
+    heads, backend = config.num_attention_heads, "torch" if available_backends("cpu")["cpp"] else "cpp"
     fused = {
-        layer: _in_turn([FusedLayer.of(part, adapter.names, heads) for part in each]) for layer, each in parts.items()
+        layer: _in_turn([FusedLayer.of(part, adapter.names, heads, backend) for part in each])
+        for layer, each in parts.items()
     }
     return seen, tuple(fused[layer] for layer in layers), ""
 

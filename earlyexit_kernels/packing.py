@@ -6,6 +6,7 @@ function registered with transformers under `PACKED_ATTENTION`, which a family's
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -59,6 +60,11 @@ class AttentionPlan:
     inverse: Tensor | None = None
     offsets: Tensor | None = None
     longest: int = 0
+
+    @functools.cached_property
+    def bucket_lists(self) -> tuple[list[Any], ...]:
+        """Rows, widths, slots, masks and kept of the buckets, as the fused layers want them."""
+        return tuple([getattr(b, name) for b in self.buckets] for name in ("rows", "width", "slots", "mask", "kept"))
 
 
 @dataclass(frozen=True)
@@ -202,17 +208,6 @@ def _bucket(starts: Sequence[int], lengths: Sequence[int], device: torch.device)
         return Bucket(len(starts), width, slots)
     real = column < length
     return Bucket(len(starts), width, slots, real[:, None, None, :], real.flatten().nonzero()[:, 0])
-
-
-def attend(qkv: Tensor, plan: AttentionPlan, heads: int) -> Tensor:
-    """Attention of packed tokens on the CPU, ``[T, 3 H] -> [T, H]``; queries, keys and values stand side by side."""
-    parts = []
-    for bucket in plan.buckets:
-        x = qkv if bucket.slots is None else qkv.index_select(0, bucket.slots)
-        q, k, v = x.view(bucket.rows, bucket.width, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.mask).transpose(1, 2).flatten(0, 1).flatten(1)
-        parts.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
-    return parts[0] if plan.inverse is None else torch.cat(parts).index_select(0, plan.inverse)
 
 
 def packed_attention(

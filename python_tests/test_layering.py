@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "objectives": "types torch",
     "config": "criteria transformers",
     "loading": "errors safetensors",
-    "layers": "backbones packing torch",
+    "layers": "backbones backends ops packing torch",
     "runtime": "backends errors layers packing torch transformers",
     "phased": "config objectives tracing types torch transformers",
     "model": "backbones config criteria engine errors heads inputs loading objectives ops packing phased "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels import layers, runtime
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.errors import BackendUnavailableError
+from earlyexit_kernels.ops import ENCODER_LAYERS
 
 #: Which products a run takes: all packed by oneDNN, all torch's own, and small ones packed.
 PRODUCTS = {"packed": None, "torch": 0, "by size": 20}
@@ -58,6 +60,44 @@ def test_every_family_and_product(family, products):
             torch.testing.assert_close(ours.logits, theirs.logits, atol=2e-5, rtol=1e-4)
 
 
+@pytest.fixture(params=("torch", "cpp"))
+def op(request, monkeypatch):
+    """Both back-ends of the op."""
+    reason = ee.available_backends("cpu")[request.param]
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setattr(
+        layers, "available_backends", lambda kind: {"cpp": "" if request.param == "cpp" else "left out"}
+    )
+    return request.param
+
+
+def test_both_backends(op, products):
+    own, fused = pair()
+    assert fused.inference_layers()[0].run is ENCODER_LAYERS[op]
+    for kind in ATTENDED:
+        assert_alike(own, fused, batch_for(own, kind))
+
+
+def test_the_op_refuses_lists_that_do_not_fit():
+    if ee.available_backends("cpu")["cpp"]:
+        pytest.skip(ee.available_backends("cpu")["cpp"])
+    model = ee.to_early_exit(stock())
+    layer, x = model.inference_layers()[0], torch.randn(6, 64)
+    weights, plan = layer.weights, ([1], [6], [None], [None], [None], None)
+    run = functools.partial(ENCODER_LAYERS["cpp"], x)
+    rest = (layer.eps, layer.heads, *layer.activation)
+    assert run(weights, [], *rest, *plan).shape == x.shape
+    with pytest.raises(ValueError, match="expected 12 weights, got 11"):
+        run(weights[:-1], [], *rest, *plan)
+    with pytest.raises(ValueError, match="expected 4 packed weights or none, got 1"):
+        run(weights, weights[:1], *rest, *plan)
+    with pytest.raises(ValueError, match="expected eps of 2 norms, got 1"):
+        run(weights, [], layer.eps[:1], *rest[1:], *plan)
+    with pytest.raises(ValueError, match="of each bucket, and inverse for several, got 1"):
+        run(weights, [], *rest, [1], [6], [], [None], [None], None)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
 def test_activations(activation, products):
     own, fused = pair("bert", hidden_act=activation)
@@ -75,7 +115,7 @@ def test_other_dtypes(dtype, atol):
     own, fused = pair()
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    assert fused.inference_layers()[0].norm.weight.dtype == dtype
+    assert fused.inference_layers()[0].weights[0].dtype == dtype
     # traces are float32, so double layers agree to float32's last digit
     assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
 
@@ -233,7 +273,7 @@ def test_without_onednn(monkeypatch, caplog):
     for room in (layers, runtime):
         monkeypatch.setattr(room, "why_not_onednn", lambda dtype: "no such names")
     own, fused = pair()
-    assert all(p.packed is None for p in vars(fused.inference_layers()[0]).values() if isinstance(p, layers.Product))
+    assert not fused.inference_layers()[0].packed
     assert_alike(own, fused, batch_for(own))
     model = ee.to_early_exit(stock(), pooling="first")
     with caplog.at_level(logging.INFO, "earlyexit_kernels"):

@@ -16,7 +16,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.layers import PACKED_UP_TO, FusedLayer, Product, why_not_onednn
+from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.layers import PACKED_UP_TO, FusedLayer, why_not_onednn
 from earlyexit_kernels.packing import pack, plan_attention
 from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
 
@@ -26,14 +27,6 @@ WIDTHS = (384, 768)
 #: Rows of 16 tokens, the length of a short sentence.
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH = 16
-
-
-def with_limit(layer: FusedLayer, limit: float) -> FusedLayer:
-    """A fused layer whose products take the packed weights up to another number of tokens."""
-    products = {name: part for name, part in vars(layer).items() if isinstance(part, Product)}
-    return dataclasses.replace(
-        layer, **{name: dataclasses.replace(part, packed_up_to=limit) for name, part in products.items()}
-    )
 
 
 def records(repeats: int) -> Iterator[dict[str, Any]]:
@@ -53,11 +46,12 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
     )
     model = ee.to_early_exit(BertForSequenceClassification(config).eval())
     own = model.adapter.layers(model.backbone)[0]
-    fused = FusedLayer.of(own, model.adapter.names, config.num_attention_heads)
+    backend = "torch" if available_backends("cpu")["cpp"] else "cpp"
+    fused = FusedLayer.of(own, model.adapter.names, config.num_attention_heads, backend)
     layers: dict[str, Any] = {
         BASELINE: own,
-        "fused, oneDNN": with_limit(fused, math.inf),
-        "fused, torch": with_limit(fused, 0),
+        "fused, oneDNN": dataclasses.replace(fused, packed_up_to=math.inf),
+        "fused, torch": dataclasses.replace(fused, packed_up_to=0),
     }
     for rows in ROWS:
         batch = pack(torch.ones(rows, LENGTH, dtype=torch.long), None)
@@ -73,7 +67,7 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
                 "shape": f"H {width}, T {rows * LENGTH}",
                 "dtype": "float32",
                 "engine": "eager",
-                "backend": "cpu",
+                "backend": backend,
                 "baseline": BASELINE,
                 "median_ms": round(median, 4),
                 "p90_ms": round(p90, 4),

@@ -6,7 +6,7 @@ One dispatch key holds one implementation, so each back-end has its own op name:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,26 +19,38 @@ EXIT_STEP = (
     "str criterion, float[] params, str pooling, int layer, int depth) -> Tensor"
 )
 COMPACT = "(Tensor row_ids, Tensor offsets) -> (Tensor, Tensor, Tensor)"
+ENCODER_LAYER = (
+    "(Tensor x, Tensor[] weights, Tensor[] packed, float[] eps, int heads, str activation, str variant, "
+    "int[] rows, int[] widths, Tensor?[] slots, Tensor?[] masks, Tensor?[] kept, Tensor? inverse) -> Tensor"
+)
 GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _DISPATCH_KEYS = {"torch": ("CompositeExplicitAutograd",), "triton": ("CPU", "CUDA")}
 
 
-def define(op: str, schema: str, *, fake: Callable, implementations: Mapping[str, Callable]) -> dict[str, Any]:
-    """Define `op` for every back-end and attach its Python implementations.
+def define(
+    op: str,
+    schema: str,
+    *,
+    fake: Callable,
+    implementations: Mapping[str, Callable],
+    back_ends: Sequence[str] = BACKENDS,
+) -> dict[str, Any]:
+    """Define `op` for its back-ends and attach its Python implementations.
 
     Args:
         op: name without the back-end's suffix.
         schema: arguments and returns, mutation declared.
         fake: shapes and dtypes of the returns, on fake tensors.
         implementations: Python function by back-end; ``cpp`` registers its own.
+        back_ends: that have the op.
 
     Returns:
         The callable op of each back-end.
     """
     ops = {}
-    for backend in BACKENDS:
+    for backend in back_ends:
         name = f"{op}_{backend}"
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
