@@ -56,13 +56,17 @@ class Run:
     @property
     def model_name(self) -> str:
         """Of the trained model's folder: experiments that want the same one share it."""
-        words = [f"{key}-{value}" for key, value in self.settings.items()]
+        words = [f"{key}-{_short(value)}" for key, value in self.settings.items()]
         return "-".join([self.task, self.method, *words, f"seed{self.seed}"])
 
     @property
     def name(self) -> str:
         """Of the JSON."""
         return f"{self.experiment}-{self.model_name}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, train_rows: int | None = None, holdout: int = 1000) -> None:
@@ -88,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, train_rows: int | None = N
 def settings_of(args: argparse.Namespace, method: str, **settings: Any) -> dict[str, Any]:
     """A method's settings, those of the command line last, without the ones that are its defaults already."""
     if method == "smartbert":
-        settings = {"soft_epochs": SOFT_SHARE * args.epochs, **settings}
+        settings = {"soft_epochs": round(SOFT_SHARE * args.epochs, 6), **settings}
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     given += [text.removeprefix(f"{method}.") for text in args.set if text.startswith(f"{method}.")]
     default, changed = (objective_from(method, found).to_dict() for found in ([], given))
