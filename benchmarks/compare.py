@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -188,7 +189,7 @@ def worker_cases(name: str) -> dict[str, Callable[[], Any]]:
         trace = model.trace(**batch)
         for exits in mixes:
             rule = rule_for(exits, trace, trained=False)
-            found[f"{name}, {exits}, {work.name}"] = lambda rule=rule, batch=batch: _run(model, rule, batch)
+            found[f"{name}, {exits}, {work.name}"] = functools.partial(_run, model, rule, batch)
     return found
 
 

@@ -1,8 +1,8 @@
 """What others do with the same weights: the plain model, compiled, other runtimes, and early exit in plain PyTorch.
 
-A builder takes a model, the rule that decides and a layer to stop after (None: where not asked for), and gives ``batch
--> (logits [N, C], exit_layer [N] or None)``. The loops run the family's own padded layers and the same exits as ours,
-and write the entropy rule out.
+A builder takes a model, the rule that decides (None: nobody leaves) and a layer to stop after, and gives ``batch ->
+(logits [N, C], exit_layer [N] or None)``. The loops run the family's own padded layers and the same exits as ours, and
+write the entropy rule out.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from earlyexit_kernels.tracing import first
 
 Answer: TypeAlias = tuple[Tensor, Tensor | None]
 Answering: TypeAlias = Callable[[dict[str, Tensor]], Answer]
-Builder: TypeAlias = Callable[[Subject, Criterion | None, int | None], Answering]
+Builder: TypeAlias = Callable[[Subject, Criterion | None, int], Answering]
 PLAIN, TRUNCATION = "transformers", "truncation"
 #: Baselines that run fewer layers, and other runtimes.
 LEAVE_EARLY = frozenset({"item loop", "mask loop", TRUNCATION})
 PEERS = frozenset({"ONNX Runtime", "OpenVINO"})
 
 
-def plain(subject: Subject, rule: Criterion | None, layer: int | None) -> Answering:
+def plain(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """Plain Hugging Face: sdpa attention, padded rows, full depth."""
     return lambda batch: (subject.plain(**batch).logits, None)
 
 
-def compiled(subject: Subject, rule: Criterion | None, layer: int | None) -> Answering:
+def compiled(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """The plain model with each of its layers under `torch.compile`: one graph serves all layers."""
     torch.compiler.reset()  # else a second shape of model is compiled for any hidden size
     memo = {id(x): x for x in [*subject.plain.parameters(), *subject.plain.buffers()]}
@@ -44,7 +44,7 @@ def compiled(subject: Subject, rule: Criterion | None, layer: int | None) -> Ans
     return lambda batch: (module(**batch).logits, None)
 
 
-def truncated(subject: Subject, rule: Criterion | None, layer: int | None) -> Answering:
+def truncated(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """The first `layer` layers and the exit after them, for every row."""
 
     def answer(batch: dict[str, Tensor]) -> Answer:
@@ -57,7 +57,7 @@ def truncated(subject: Subject, rule: Criterion | None, layer: int | None) -> An
     return answer
 
 
-def item_loop(subject: Subject, rule: Criterion | None, layer: int | None) -> Answering:
+def item_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """One row at a time, as PABEE's public code does: a Python `if` on `.item()` after every layer."""
     heads = subject.model.heads
 
@@ -80,7 +80,7 @@ def item_loop(subject: Subject, rule: Criterion | None, layer: int | None) -> An
     return answer
 
 
-def mask_loop(subject: Subject, rule: Criterion | None, layer: int | None) -> Answering:
+def mask_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """Padded batches, and a boolean mask that picks the rows that go on after every layer."""
     heads = subject.model.heads
 
@@ -143,5 +143,5 @@ def _entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def _threshold(rule: Criterion | None, layer: int | None) -> float:
-    return rule.params(layer)[0]
+def _threshold(rule: Criterion | None, layer: int) -> float:
+    return 0.0 if rule is None else rule.params(layer)[0]

@@ -171,14 +171,15 @@ class _Stage:
 
     def baseline(self, said: Said) -> Contender:
         """Somebody else's way."""
-        rule, layer = self.rule(said.exits), None
-        if said.engine == TRUNCATION:
-            # as near to the layers that the mix runs as whole layers come
-            exits = [ee.replay(truth.trace, rule)[1] for truth in self.first]
-            layer = round(float(sum(x.sum() for x in exits)) / self.work.rows)
-            said = said._replace(exits=f"{layer} of {self.subject.depth} layers")
+        rule = self.rule(said.exits)
+        # as near to the layers that the mix runs as whole layers come
+        exits = [ee.replay(truth.trace, rule)[1] for truth in self.first]
+        layer = round(float(sum(x.sum() for x in exits)) / self.work.rows)
         answer = BASELINES[said.engine](self.subject, rule, layer)
-        return Contender(said, answer, lambda: None, self.first, rule, layer)
+        if said.engine != TRUNCATION:
+            return Contender(said, answer, lambda: None, self.first, rule)
+        said = said._replace(exits=f"{layer} of {self.subject.depth} layers")
+        return Contender(said, answer, lambda: None, self.first, None, layer)
 
 
 def _answers(model: Model, batch: dict[str, Tensor]) -> Answer:

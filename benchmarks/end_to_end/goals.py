@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class Goal:
     value: float
     of: str = "ratio"
 
-    def met(self, record: dict[str, Any]) -> bool:
+    def met(self, record: Mapping[str, Any]) -> bool:
         """Whether a record with numbers reaches it."""
         return record["ratio"] <= self.value if self.of == "ratio" else record["efficiency"] >= self.value
 

@@ -132,8 +132,8 @@ def never_exit(records: Sequence[Record]) -> Any:
         for record in found:
             place = shapes.index((record["subject"], record["shape"])) + number * height
             spread = [[record["ratio"] - record["ratio_low"]], [record["ratio_high"] - record["ratio"]]]
-            axes.barh(place, record["ratio"], height, color=f"C{number}", xerr=spread, ecolor="0.3", label=label)
-            label = None
+            axes.barh(place, record["ratio"], height, color=f"C{number}", xerr=spread, ecolor="0.3")
+        axes.barh(0, 0, 0, color=f"C{number}", label=label)
     axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(shapes))], [", ".join(shape) for shape in shapes])
     axes.invert_yaxis()
