@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def checked_out(ref: str, folder: str) -> Iterator[Path]:
     """A worktree of a ref with its extension built, gone afterwards."""
     tree = Path(folder) / "tree"
-    subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--detach", str(tree), ref], check=True)
+    added = subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), ref])
+    if added.returncode != 0:
+        raise SystemExit(f"bench-compare: expected a git ref of this repository, got {ref!r}")
     try:
         if (tree / "setup.py").is_file():
             print(f"building the extension of {ref}", flush=True)

@@ -117,7 +117,7 @@ def line_up(case: Case, work: Workload) -> tuple[list[Contender], list[LeftOut]]
         try:
             stage = _Stage(models.subject(case.subject, dtype), work)
         except NotMeasuredError as error:
-            left_out.append(LeftOut(Said("all", "", dtype, ""), str(error)))
+            left_out.append(LeftOut(Said("everything", "", dtype, ""), str(error)))
             continue
         for said in _wanted(case, dtype):
             try:

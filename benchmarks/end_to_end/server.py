@@ -31,8 +31,8 @@ SUITE = "server"
 LARGEST = 16
 #: Arrivals a second, over the rows a second of the plain model.
 RATES = (0.4, 0.8, 1.2)
-SESSIONS = 3
-CASES = (Case("MiniLM", Sst2(LARGEST, 12), (NEVER, OWN, "uniform, 50 %"), RUNTIMES),)
+SESSIONS = 2
+CASES = (Case("MiniLM", Sst2(LARGEST, 8), (NEVER, OWN, "uniform, 50 %"), RUNTIMES),)
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:

@@ -119,16 +119,17 @@ def _per_machine(
 
 
 def _left_out(records: Iterable[Record]) -> list[str]:
-    """A sentence for each reason for which something has no number."""
+    """A line for each reason for which something has no number, and who that is."""
     found: dict[str, list[str]] = {}
     for record in records:
         for kind, word in (("not_measured", "Not measured"), ("refused", "Refused")):
             if kind in record:
-                name = f"{_engine(record)} ({record['case']})" if kind == "refused" else _engine(record)
-                found.setdefault(f"{word}: {{}}: {record[kind]}.", []).append(name)
-    return (
-        ["\n".join(f"- {said.format(', '.join(dict.fromkeys(who)))}" for said, who in found.items())] if found else []
-    )
+                # a refusal is of one case, and so is a workload that can't be had
+                of_a_case = kind == "refused" or not record["dtype"]
+                name = f"{_engine(record)} ({record['case']})" if of_a_case else _engine(record)
+                found.setdefault(f"- {word}: {{}}: {record[kind]}.", []).append(name)
+    lines = [said.format(", ".join(dict.fromkeys(who))) for said, who in found.items()]
+    return ["\n".join(lines)] if lines else []
 
 
 def _named(record: Record) -> tuple[str, str, str]:
@@ -136,8 +137,8 @@ def _named(record: Record) -> tuple[str, str, str]:
 
 
 def _engine(record: Record) -> str:
-    words = [record["engine"], *([record["backend"]] if record["backend"] else [])]
-    return ", ".join([*words, *([record["dtype"]] if record["dtype"] not in ("", "float32") else [])])
+    words = [record["engine"], record["backend"].replace("auto", ""), record["dtype"].replace("float32", "")]
+    return ", ".join(word for word in words if word)
 
 
 def _beside_plain(record: Record) -> tuple[str, str, str]:

@@ -13,10 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.end_to_end.models import NotMeasuredError, Subject, device
 from earlyexit_kernels.task_sources import DATA_VARIABLE
-from earlyexit_kernels.tasks import holdout, load_task
-
-#: Train rows that `earlyexit train` holds out, so that a trained model hasn't seen them.
-HELD_OUT = 1000
+from earlyexit_kernels.tasks import load_task
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Sst2:
-    """Rows with the lengths of SST-2's training rows, phrases and sentences, that training holds out.
+    """Rows with the lengths of SST-2's dev sentences.
 
     Attributes:
         rows: B.
@@ -107,24 +104,28 @@ class Sst2:
         return f"B {self.rows}, SST-2 lengths"
 
     def build(self, subject: Subject) -> Workload:
-        """Padded batches of the rows in drawn order.
+        """Of the batches that the file's order gives, those with the most usual share of tokens, in order.
 
         Raises:
             NotMeasuredError: the data isn't there.
         """
-        queries = sst2_queries(subject, self.rows * self.batches)
-        return Workload(self.name, tuple(padded(queries[i : i + self.rows]) for i in range(0, len(queries), self.rows)))
+        queries = sst2_queries(subject)
+        starts = range(0, len(queries) - self.rows + 1, self.rows)
+        found = [Workload("", (padded(queries[i : i + self.rows]),)) for i in starts]
+        usual = sum(work.tokens for work in found) / len(found)
+        nearest = sorted(range(len(found)), key=lambda i: abs(found[i].tokens - usual))[: self.batches]
+        return Workload(self.name, tuple(found[i].batches[0] for i in sorted(nearest)))
 
 
-def sst2_queries(subject: Subject, count: int) -> list[Tensor]:
-    """Token ids ``[S]`` of SST-2 rows: tokenised for a trained model, else random ids, two more than the row has words.
+def sst2_queries(subject: Subject) -> list[Tensor]:
+    """Token ids ``[S]`` of SST-2's dev rows: tokenised for a trained model, else random ids, two more than words.
 
     Raises:
         NotMeasuredError: the data isn't there.
     """
     if not os.environ.get(DATA_VARIABLE):
-        raise NotMeasuredError(f"{DATA_VARIABLE} isn't set; it names a folder with sst2/train.tsv")
-    sentences: Sequence[Any] = holdout(load_task("sst2").split("train"), HELD_OUT)[1].sentences[:count]
+        raise NotMeasuredError(f"{DATA_VARIABLE} isn't set; it names a folder with sst2/dev.tsv")
+    sentences: Sequence[Any] = load_task("sst2").split("dev").sentences
     if subject.tokenizer is not None:
         return [torch.tensor(ids, device=device()) for ids in subject.tokenizer(list(sentences))["input_ids"]]
     generator = torch.Generator().manual_seed(0)
