@@ -105,7 +105,8 @@ class Contender:
             self.ready()
             answers = [self.answer(batch) for batch in work.batches]
         except Exception as error:
-            return Verdict(f"{type(error).__name__}: {str(error).splitlines()[0]}", 0, 0.0)
+            first_line = str(error).partition("\n")[0]
+            return Verdict(f"{type(error).__name__}: {first_line}", 0, 0.0)
         return verdict(self.truths, answers, self.rule, self.layer)
 
 

@@ -155,9 +155,9 @@ def batch(records: Sequence[Record]) -> Any:
         of_shape = record["subject"] == "MiniLM" and record["shape"].endswith("S 32") and record["dtype"] == "float32"
         if not of_shape or record["baseline"] not in ("", PLAIN):
             continue
-        ours = record["engine"] not in BASELINES
         for mix, names in BATCH_MIXES.items():
-            if record["exits"] in names and ours != (mix == FULL):
+            # full depth of the others, exits of ours
+            if record["exits"] in names and (record["engine"] in BASELINES) == (mix == FULL):
                 points = lines.setdefault((_label(record), mix), {})
                 points[record["rows"]] = record["median_ms"] / record["rows"]
     lines = {key: points for key, points in lines.items() if len(points) > 1}
