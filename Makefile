@@ -15,10 +15,10 @@ PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build clean setup
+.PHONY: help demo test lint bench bench-compare build clean setup
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
 demo: setup ## train a small model on generated text and watch its rows leave early (a few minutes on a CPU)
 	@echo "running the demo"
@@ -36,9 +36,13 @@ lint: $(VENV)/.lint ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy earlyexit_kernels
 
-bench: setup ## run the benchmarks and write their JSON
+bench: setup $(VENV)/.peers ## measure this machine: JSON, plots and the READMEs' tables (about ten minutes)
 	@echo "running the benchmarks"
 	@$(PY) -m benchmarks.run $(ARGS)
+
+bench-compare: setup ## time this version beside another in turns: make bench-compare BASE=<git ref>
+	@echo "comparing with $(BASE)"
+	@$(PY) -m benchmarks.compare $(BASE) $(ARGS)
 
 build: ## build the extension in place for an environment that has torch (PYTHON=...); needs no network
 	@$(PYTHON) setup.py build_ext --inplace
@@ -68,6 +72,12 @@ $(VENV)/.extension: $(VENV)/.package setup.py $(NATIVE_SOURCES)
 	@echo "building the extension (log: $(VENV)/build.log)"
 	@$(PY) setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@grep '^earlyexit_kernels: ' $(VENV)/build.log
+	@touch $@
+
+$(VENV)/.peers: $(VENV)/.package
+	@echo "installing the runtimes to compare with"
+	@EARLYEXIT_BUILD=none $(PIP_INSTALL) --no-build-isolation -e ".[peers]" \
+		|| echo "they couldn't be installed, and will be recorded as not measured"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package

@@ -1,5 +1,5 @@
-"""The README's tables, between ``<!-- table:NAME -->`` and ``<!-- end -->``: from the committed results, and what is
-supported from the package's own tables.
+"""The tables of the READMEs, between ``<!-- table:NAME -->`` and ``<!-- end -->``: from the committed results, and what
+is supported from the package's own tables.
 
 ``python -m benchmarks.readme`` rewrites them; ``python -m benchmarks.readme --check`` fails where they are out of date.
 """
@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import store
 from benchmarks.accuracy import tables as accuracy
 from benchmarks.accuracy.tables import NOT_MEASURED
+from benchmarks.end_to_end import tables as end_to_end
+from benchmarks.end_to_end.tables import machine_line
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.grids import settings, skip_settings
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
@@ -34,40 +37,13 @@ def _load(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
 
 
-def _machine(facts: dict[str, Any]) -> str:
-    packages = facts["packages"]
-    device = ", ".join(facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} threads"
-    return f"{device}; torch {packages['torch']}, transformers {packages['transformers']}, commit {facts['commit']}"
-
-
-def wall_clock() -> str:
-    """Time of each case over the plain model's, for every machine; full depth without decisions only in the JSON."""
-    parts = []
-    for document in _load("wall_clock-*.json"):
-        rows = [
-            (
-                record["case"],
-                f"{record['layer_rows']:.2f}",
-                f"{record['tokens']:.2f}",
-                f"{record['ratio']:.3f} ({record['ratio_low']:.3f} to {record['ratio_high']:.3f})",
-                "" if record["goal"] is None else f"{record['goal']:.2f}",
-                f"{record['median_ms']:.1f}",
-            )
-            for record in document["records"]
-            if not record["case"].startswith("full depth")
-        ]
-        header = ("case", "layer-rows run", "tokens in the padded batch", "time / plain model", "goal", "ms")
-        parts.append(f"{_machine(document['environment'])}:\n\n{markdown_table(header, rows)}")
-    return "\n\n".join(parts)
-
-
 def decision_cost() -> str:
     """Time of each rule's decision over entropy's, for every machine and back-end."""
     parts = []
-    for document in _load("decision_cost-*.json"):
-        parts.append(f"{_machine(document['environment'])}:")
-        for backend in dict.fromkeys(record["backend"] for record in document["records"]):
-            records = [record for record in document["records"] if record["backend"] == backend]
+    for found in store.measured("decision_cost"):
+        parts.append(f"{machine_line(found.facts)}:")
+        for backend in dict.fromkeys(record["backend"] for record in found.records):
+            records = [record for record in found.records if record["backend"] == backend]
             parts.append(_decision_table(backend, records))
     return "\n\n".join(parts) or NOT_MEASURED
 
@@ -236,29 +212,33 @@ TABLES = {
     "methods": methods,
     "method_settings": method_settings,
     "criteria": criteria,
-    "wall_clock": wall_clock,
     "decision_cost": decision_cost,
     "sst2_layers": sst2_layers,
     "sst2_criteria": sst2_criteria,
     **accuracy.TABLES,
+    **end_to_end.TABLES,
 }
+#: The documents with tables.
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def rewrite(*, check: bool = False) -> bool:
-    """Put the tables into the README.
+    """Put the tables into the documents.
 
     Args:
         check: change nothing.
 
     Returns:
-        Whether the README was up to date.
+        Whether they were up to date.
     """
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", text)
-    if not check:
-        readme.write_text(new, encoding="utf-8")
-    return new == text
+    up_to_date = True
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        new = _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", text)
+        up_to_date &= new == text
+        if not check:
+            path.write_text(new, encoding="utf-8")
+    return up_to_date
 
 
 if __name__ == "__main__":
@@ -266,4 +246,4 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true")
     checking = parser.parse_args().check
     if not rewrite(check=checking) and checking:
-        sys.exit("README.md: its tables are out of date; run `python -m benchmarks.readme`")
+        sys.exit("the READMEs' tables are out of date; run `python -m benchmarks.readme`")

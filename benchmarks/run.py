@@ -1,46 +1,48 @@
-"""Run the suites, write results/<machine>.json and rewrite the README's tables: ``make bench``."""
+"""Run the suites, write results/<machine>.json, draw its plots and rewrite the README's tables: ``make bench``."""
 
 from __future__ import annotations
 
 import argparse
-import re
-from pathlib import Path
+import os
+import time
 
 import torch
 
-from benchmarks.end_to_end import compaction_cost, wall_clock
-from benchmarks.micro import decision_cost
+from benchmarks import store
+from benchmarks.end_to_end import compaction_cost, offline, plots, server, single_stream
+from benchmarks.end_to_end.models import MODEL_VARIABLE
+from benchmarks.micro import decision_cost, layer_products
 from benchmarks.readme import rewrite
-from earlyexit_kernels.report import environment, write_json
 
-RESULTS = Path(__file__).parent / "results"
 SUITES = {
-    wall_clock.SUITE: lambda repeats: wall_clock.records(repeats),
+    single_stream.SUITE: lambda repeats: single_stream.records(repeats),
+    offline.SUITE: lambda repeats: offline.records(repeats),
+    server.SUITE: lambda repeats: server.records(repeats),
     compaction_cost.SUITE: lambda repeats: compaction_cost.records(),
     decision_cost.SUITE: lambda repeats: decision_cost.records(repeats),
+    layer_products.SUITE: lambda repeats: layer_products.records(repeats),
 }
 
 
-def machine_name() -> str:
-    """A file name for this machine: its CPU or GPU, and the threads used."""
-    facts = environment()
-    device = facts["gpus"][0] if facts["gpus"] else f"{facts['cpu']} {facts['threads']} threads"
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def main() -> None:
-    """Run what was asked for; each suite has a file of its own, so that one can be run again alone."""
+    """Run what was asked for; the records of other suites stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="default: all")
-    parser.add_argument("--repeats", type=int, default=20, help="timed rounds of a case (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="how much time each case gets (default: %(default)s)")
+    parser.add_argument("--model", help=f"folder of `earlyexit train` in MiniLM's shape (default: ${MODEL_VARIABLE})")
     args = parser.parse_args()
+    if args.model:
+        os.environ[MODEL_VARIABLE] = args.model
     torch.set_flush_denormal(True)
-    for name in args.suite or sorted(SUITES):
-        found = []
+    for name in args.suite or SUITES:
+        found, start = [], time.monotonic()
         for record in SUITES[name](args.repeats):
             found.append(record)
-            print(" ".join(f"{key}={value}" for key, value in record.items() if value is not None), flush=True)
-        print(f"wrote {write_json(RESULTS / f'{name}-{machine_name()}.json', found, repeats=args.repeats)}")
+            print(" ".join(f"{key}={value}" for key, value in record.items() if value not in (None, "")), flush=True)
+        took = round(time.monotonic() - start)
+        print(f"wrote {store.save(name, found, repeats=args.repeats, seconds=took)}")
+    for path in plots.write():
+        print(f"drew {path}")
     rewrite()
 
 

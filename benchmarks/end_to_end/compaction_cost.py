@@ -45,7 +45,7 @@ def measure(width: int, rows: int, length: int, repeats: int = 15) -> dict[str, 
     kept = tokens - batch.lengths[0]
 
     def compaction() -> None:
-        smaller, moved = shrink(left, hidden, rows - 1, kept, "auto")
+        smaller, moved, _ = shrink(left, hidden, rows - 1, kept, "auto")
         plan_attention(smaller, moved.dtype)
 
     times = interleave({"layer": lambda: layer(hidden, None, plan=plan), "compaction": compaction}, repeats=repeats)

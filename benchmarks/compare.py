@@ -1,0 +1,207 @@
+"""Two versions of the package side by side: ``make bench-compare BASE=<git ref>``.
+
+The base is checked out into a temporary worktree and its extension is built there. Each version runs in a process of
+its own under this version's benchmark code. The processes take turns on request, in rounds of drawn order, so that a
+slow spell of the machine hits both alike. Ratios are the version here over the base; a case whose answers differ from
+the base's gets none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from earlyexit_kernels.report import markdown_table
+from earlyexit_kernels.timing import paired_ratio, quantiles
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Largest difference of logits that is rounding.
+ROUNDING = 1e-4
+WARMUP = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base", nargs="?", help="git ref to compare with")
+    parser.add_argument("--repeats", type=int, default=20, help="timed rounds of a case (default: %(default)s)")
+    parser.add_argument("--subject", default="MiniLM", help="a model of end_to_end.models (default: %(default)s)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.worker:
+        work(args.subject)
+    elif not args.base:
+        parser.error("expected a git ref to compare with, e.g. `make bench-compare BASE=main`")
+    else:
+        with tempfile.TemporaryDirectory(prefix="earlyexit-compare-") as folder, checked_out(args.base, folder) as base:
+            print(compare(base, ROOT, Path(folder), subject=args.subject, repeats=args.repeats))
+
+
+@contextlib.contextmanager
+def checked_out(ref: str, folder: str) -> Iterator[Path]:
+    """A worktree of a ref with its extension built, gone afterwards."""
+    tree = Path(folder) / "tree"
+    added = subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), ref])
+    if added.returncode != 0:
+        raise SystemExit(f"bench-compare: expected a git ref of this repository, got {ref!r}")
+    try:
+        if (tree / "setup.py").is_file():
+            print(f"building the extension of {ref}", flush=True)
+            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            built = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+            if built.returncode != 0:
+                raise RuntimeError(f"building the extension of {ref} failed:\n{built.stdout}\n{built.stderr}")
+        yield tree
+    finally:
+        subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True)
+
+
+def compare(base: Path, here: Path, folder: Path, *, subject: str, repeats: int) -> str:
+    """Time both versions on every case, and return the table.
+
+    Args:
+        base, here: folders that hold the package.
+        folder: for what the processes need.
+        subject: a name of `models.SUBJECTS`.
+        repeats: rounds.
+    """
+    workers = {
+        name: Worker(package, folder / f"run-{name}", subject) for name, package in (("base", base), ("here", here))
+    }
+    try:
+        rows = [_row(case, workers, repeats) for case in workers["base"].cases]
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return markdown_table(("case", "base ms", "here ms", "here / base"), rows)
+
+
+def _row(case: str, workers: dict[str, Worker], repeats: int) -> tuple[str, ...]:
+    answers = {name: worker.ask(case) for name, worker in workers.items()}
+    why_not = difference(answers["base"], answers["here"])
+    if why_not:
+        return case, "", "", f"refused: {why_not}"
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    shuffle, order = random.Random(0).shuffle, list(workers)
+    for turn in range(WARMUP + repeats):
+        shuffle(order)
+        for name in order:
+            found = workers[name].ask(case)["milliseconds"]
+            if turn >= WARMUP:
+                times[name].append(found)
+    middle = (f"{quantiles(times[name], (0.5,))[0]:.1f}" for name in ("base", "here"))
+    return case, *middle, str(paired_ratio(times["here"], times["base"]))
+
+
+def difference(base: dict[str, Any], here: dict[str, Any]) -> str:
+    """Why two answers of one case aren't the same, or empty."""
+    if base["exit_layer"] != here["exit_layer"]:
+        return "rows leave at other layers"
+    off = max(abs(a - b) for a, b in zip(base["logits"], here["logits"], strict=True))
+    return "" if off <= ROUNDING else f"logits differ by {off:.2g}"
+
+
+class Worker:
+    """A process that runs one version, and waits between requests.
+
+    Args:
+        package: folder that holds ``earlyexit_kernels``.
+        folder: to run in; made here, with that package beside this version's benchmarks.
+        subject: a name of `models.SUBJECTS`.
+    """
+
+    def __init__(self, package: Path, folder: Path, subject: str) -> None:
+        folder.mkdir(parents=True)
+        (folder / "earlyexit_kernels").symlink_to(package / "earlyexit_kernels")
+        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+        command = [sys.executable, "-m", "benchmarks.compare", "--worker", "--subject", subject]
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        ready = self._read()
+        if Path(ready["package"]) != (package / "earlyexit_kernels").resolve():
+            raise RuntimeError(f"expected the package in {package}, the worker imported {ready['package']}")
+        self.cases: list[str] = ready["cases"]
+
+    def ask(self, case: str) -> dict[str, Any]:
+        """Run a case once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(case + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def stop(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a worker ended early; its message is above")
+        return json.loads(line)
+
+
+def work(subject: str) -> None:
+    """The worker's side: a case by name on each line read, its answers and milliseconds on each line written."""
+    reply = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes elsewhere
+    import torch
+
+    import earlyexit_kernels
+
+    torch.set_flush_denormal(True)
+    with torch.inference_mode():
+        cases = worker_cases(subject)
+        package = str(Path(earlyexit_kernels.__file__).resolve().parent)
+        print(json.dumps({"package": package, "cases": list(cases)}), file=reply, flush=True)
+        for line in sys.stdin:
+            time.sleep(0.02)  # the other process's threads spin on for some milliseconds
+            start = time.perf_counter_ns()
+            out = cases[line.strip()]()
+            milliseconds = (time.perf_counter_ns() - start) / 1e6
+            answers = {"logits": out.logits.flatten().tolist(), "exit_layer": out.exit_layer.tolist()}
+            print(json.dumps({"milliseconds": milliseconds} | answers), file=reply, flush=True)
+
+
+def worker_cases(name: str) -> dict[str, Callable[[], Any]]:
+    """Name -> a call that answers one batch."""
+    from benchmarks.end_to_end.forced import rule_for
+    from benchmarks.end_to_end.models import subject
+    from benchmarks.end_to_end.workloads import Fixed, Ragged
+
+    found: dict[str, Callable[[], Any]] = {}
+    model = subject(name).model
+    for work, mixes in ((Fixed(1, 32), ("never exit",)), (Fixed(32, 32), _MIXES), (Ragged(32), _MIXES)):
+        (batch,) = work.build(subject(name)).batches
+        trace = model.trace(**batch)
+        for exits in mixes:
+            rule = rule_for(exits, trace, trained=False)
+            found[f"{name}, {exits}, {work.name}"] = functools.partial(_run, model, rule, batch)
+    return found
+
+
+_MIXES = ("never exit", "uniform, 50 %", "long tail, 23 %")
+
+
+def _run(model: Any, rule: Any, batch: dict[str, Any]) -> Any:
+    model.set_criterion(rule)
+    return model(**batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What others do with the same weights: the plain model, compiled, other runtimes, and early exit in plain PyTorch.
+
+A builder takes a model, the rule that decides (None: nobody leaves) and a layer to stop after, and gives ``batch ->
+(logits [N, C], exit_layer [N] or None)``. The loops run the family's own padded layers and the same exits as ours, and
+write the entropy rule out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_bidirectional_mask
+
+from benchmarks.end_to_end import peers
+from benchmarks.end_to_end.models import Subject, exit_logits
+from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.tracing import first
+
+Answer: TypeAlias = tuple[Tensor, Tensor | None]
+Answering: TypeAlias = Callable[[dict[str, Tensor]], Answer]
+Builder: TypeAlias = Callable[[Subject, Criterion | None, int], Answering]
+PLAIN, TRUNCATION = "transformers", "truncation"
+#: Baselines that run fewer layers, and other runtimes.
+LEAVE_EARLY = frozenset({"item loop", "mask loop", TRUNCATION})
+PEERS = frozenset({"ONNX Runtime", "OpenVINO"})
+
+
+def plain(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
+    """Plain Hugging Face: sdpa attention, padded rows, full depth."""
+    return lambda batch: (subject.plain(**batch).logits, None)
+
+
+def compiled(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
+    """The plain model with each of its layers under `torch.compile`: one graph serves all layers."""
+    torch.compiler.reset()  # else a second shape of model is compiled for any hidden size
+    memo = {id(x): x for x in [*subject.plain.parameters(), *subject.plain.buffers()]}
+    module = copy.deepcopy(subject.plain, memo)
+    for block in _Padded.of(module).layers:
+        block.compile()
+    return lambda batch: (module(**batch).logits, None)
+
+
+def truncated(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
+    """The first `layer` layers and the exit after them, for every row."""
+
+    def answer(batch: dict[str, Tensor]) -> Answer:
+        stack = _Padded.of(subject.plain)
+        hidden, mask = stack.embed(batch)
+        for block in stack.layers[:layer]:
+            hidden = first(block(hidden, mask))
+        return exit_logits(subject.model.heads, layer, hidden, batch["attention_mask"]), None
+
+    return answer
+
+
+def item_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
+    """One row at a time, as PABEE's public code does: a Python `if` on `.item()` after every layer."""
+    heads = subject.model.heads
+
+    def one_row(row: dict[str, Tensor]) -> tuple[Tensor, int]:
+        stack = _Padded.of(subject.plain)
+        hidden, mask = stack.embed(row)
+        for number, block in enumerate(stack.layers, start=1):
+            hidden = first(block(hidden, mask))
+            logits = exit_logits(heads, number, hidden, row["attention_mask"])
+            if number == len(stack.layers) or _entropy(logits).item() < _threshold(rule, number):
+                break
+        return logits[0], number
+
+    def answer(batch: dict[str, Tensor]) -> Answer:
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        rows = ({name: x[n : n + 1, :length] for name, x in batch.items()} for n, length in enumerate(lengths))
+        logits, exits = zip(*map(one_row, rows), strict=True)
+        return torch.stack(logits), torch.tensor(exits)
+
+    return answer
+
+
+def mask_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
+    """Padded batches, and a boolean mask that picks the rows that go on after every layer."""
+    heads = subject.model.heads
+
+    def answer(batch: dict[str, Tensor]) -> Answer:
+        stack = _Padded.of(subject.plain)
+        hidden, mask = stack.embed(batch)
+        tokens, rows = batch["attention_mask"], torch.arange(hidden.shape[0], device=hidden.device)
+        answers = torch.empty(hidden.shape[0], heads.out[-1].out_features, device=hidden.device)
+        exit_layer = torch.full_like(rows, len(stack.layers))
+        for number, block in enumerate(stack.layers, start=1):
+            hidden = first(block(hidden, mask))
+            logits = exit_logits(heads, number, hidden, tokens)
+            if number == len(stack.layers):
+                answers[rows] = logits
+                break
+            leaves = _entropy(logits) < _threshold(rule, number)
+            answers[rows[leaves]], exit_layer[rows[leaves]] = logits[leaves], number
+            alive = ~leaves
+            hidden, tokens, rows = hidden[alive], tokens[alive], rows[alive]
+            mask = None if mask is None else mask[alive]
+            if not len(rows):
+                break
+        return answers, exit_layer
+
+    return answer
+
+
+#: Name -> builder.
+BASELINES: dict[str, Builder] = {
+    PLAIN: plain,
+    "torch.compile": compiled,
+    "item loop": item_loop,
+    "mask loop": mask_loop,
+    TRUNCATION: truncated,
+    "ONNX Runtime": lambda subject, rule, layer: peers.onnx_runtime(subject),
+    "OpenVINO": lambda subject, rule, layer: peers.openvino(subject),
+}
+
+
+class _Padded:
+    """The parts of a plain classifier's encoder, for a loop of one's own."""
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder, self.layers = encoder, encoder.encoder.layer
+
+    @classmethod
+    def of(cls, classifier: Any) -> _Padded:
+        return cls(getattr(classifier, "bert", None) or classifier.encoder)
+
+    def embed(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states ``[N, S, H]`` and the family's own mask for sdpa."""
+        hidden = self.encoder.embeddings(input_ids=batch["input_ids"])
+        mask = create_bidirectional_mask(
+            config=self.encoder.config, inputs_embeds=hidden, attention_mask=batch["attention_mask"]
+        )
+        return hidden, mask
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+def _threshold(rule: Criterion | None, layer: int) -> float:
+    return 0.0 if rule is None else rule.params(layer)[0]

@@ -1,0 +1,39 @@
+"""Our side: converted models, by the way their layers are run and by the back-end of the ops."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+from benchmarks.end_to_end.models import Model, NotMeasuredError, Subject
+from earlyexit_kernels.errors import BackendUnavailableError
+
+#: Engine -> how a converted model is told to use it.
+ENGINES: dict[str, Callable[[Model], None]] = {
+    "family layers": lambda model: model.set_layers("family"),
+    "fused layers": lambda model: model.set_layers("fused"),
+}
+
+
+@functools.cache
+def engine_model(subject: Subject, engine: str, backend: str = "auto", *, family: bool = False) -> Model:
+    """The early-exit model of a subject under an engine and a back-end, a module of its own on the same parameters.
+
+    Args:
+        subject: whose.
+        engine: a name of `ENGINES`.
+        backend: of the ops.
+        family: with exits whose last one is the plain model's head.
+
+    Raises:
+        NotMeasuredError: the back-end or the layers can't run here.
+    """
+    source = subject.family if family else subject.model
+    model = copy.deepcopy(source, {id(x): x for x in [*source.parameters(), *source.buffers()]})
+    try:
+        ENGINES[engine](model)
+        model.set_backend(backend)
+    except BackendUnavailableError as error:
+        raise NotMeasuredError(str(error)) from error
+    return model

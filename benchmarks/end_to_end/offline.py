@@ -1,0 +1,31 @@
+"""Throughput of batches: against batch size, length and exits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.end_to_end.baselines import BASELINES
+from benchmarks.end_to_end.contenders import Case
+from benchmarks.end_to_end.forced import FULL, NEVER, OWN
+from benchmarks.end_to_end.measure import records as measured
+from benchmarks.end_to_end.single_stream import BOTH, RUNTIMES
+from benchmarks.end_to_end.workloads import Fixed, Sst2
+
+SUITE = "offline"
+HALF = "uniform, 50 %"
+MIXED = tuple(f"{mix}, {share} %" for mix in ("uniform", "long tail") for share in (39, 23, 18))
+LOOPS = ("item loop", "mask loop", "truncation")
+CASES = (
+    Case("BERT-base", Fixed(32, 32), (FULL, NEVER, HALF, *MIXED, "one row stays"), (*LOOPS, *RUNTIMES), HALF, BOTH),
+    Case("BERT-base", Sst2(32, 1), (NEVER, HALF), ("mask loop", *RUNTIMES), HALF, BOTH),
+    *(Case("MiniLM", Fixed(rows, 32), (NEVER, HALF), RUNTIMES) for rows in (4, 64)),
+    Case("MiniLM", Fixed(16, 32), (NEVER, HALF), RUNTIMES, backends=("auto", "torch")),
+    *(Case("MiniLM", Fixed(8, length), (NEVER, HALF)) for length in (128, 384)),
+    Case("MiniLM", Sst2(32, 4), (FULL, NEVER, OWN, HALF), tuple(BASELINES), OWN),
+)
+
+
+def records(repeats: int) -> Iterator[dict[str, Any]]:
+    """All cases."""
+    return measured(SUITE, CASES, repeats)

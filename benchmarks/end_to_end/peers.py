@@ -1,0 +1,121 @@
+"""Other runtimes at full depth, from the same weights: ONNX Runtime and OpenVINO, with torch's number of threads.
+
+They come with the extra ``peers``. One ONNX file for each model is written to a temporary folder, with free batch size
+and length; both read it. OpenVINO would take bfloat16 by itself where the processor has it, so it is told which.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.end_to_end.models import NotMeasuredError, Subject, device
+
+NAMES = ("input_ids", "attention_mask")
+OPENVINO_PRECISION = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
+    """The plain model in ONNX Runtime.
+
+    Raises:
+        NotMeasuredError: it isn't installed, or has no such arithmetic on the CPU.
+    """
+    _check_installed("onnxruntime", "onnx", "onnxscript")
+    if subject.dtype != "float32":
+        raise NotMeasuredError("ONNX Runtime computes in float32 on the CPU")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    # its threads must not spin on while others are timed
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(exported(subject), options, providers=["CPUExecutionProvider"])
+
+    def answer(batch: dict[str, Tensor]) -> tuple[Tensor, None]:
+        return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in NAMES})[0]), None
+
+    return answer
+
+
+def openvino(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
+    """The plain model in OpenVINO.
+
+    Raises:
+        NotMeasuredError: it isn't installed.
+    """
+    _check_installed("openvino", "onnx", "onnxscript")
+    import openvino as ov
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": OPENVINO_PRECISION[subject.dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+    }
+    compiled: Any = ov.Core().compile_model(exported(subject), "CPU", settings)
+
+    def answer(batch: dict[str, Tensor]) -> tuple[Tensor, None]:
+        return torch.from_numpy(compiled({name: batch[name].numpy() for name in NAMES})[0].copy()), None
+
+    return answer
+
+
+def _check_installed(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotMeasuredError(f"{', '.join(missing)} not installed; `pip install -e .[peers]`")
+    if device() != "cpu":
+        raise NotMeasuredError("these runtimes are timed on the CPU only")
+
+
+def exported(subject: Subject) -> str:
+    """Path of an ONNX file with the plain model's float32 weights, written once."""
+    return str(_folder(subject.origin or subject) / "model.onnx")
+
+
+@functools.cache
+def _folder(subject: Subject) -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="earlyexit-peers-")
+    _FOLDERS.append(folder)  # removed when the process ends
+    # two rows, one of them padded: an export from full rows would leave the mask out
+    ids = torch.randint(1, subject.vocabulary, (2, 16))
+    mask = (torch.arange(16) < torch.tensor([[16], [10]])).long()
+    free = {0: torch.export.Dim("rows", min=1, max=4096), 1: torch.export.Dim("length", min=2, max=512)}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            _Logits(subject.plain),
+            (ids, mask),
+            str(Path(folder.name) / "model.onnx"),
+            input_names=NAMES,
+            output_names=("logits",),
+            dynamic_shapes=dict.fromkeys(NAMES, free),
+            dynamo=True,
+            verbose=False,
+        )
+    return Path(folder.name)
+
+
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+
+
+class _Logits(nn.Module):
+    """The plain model with tensors in and out."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.plain(input_ids=input_ids, attention_mask=attention_mask).logits

@@ -1,0 +1,154 @@
+"""The tables of whole models, from the JSON of every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import store
+from benchmarks.end_to_end import offline, server, single_stream
+from benchmarks.end_to_end.baselines import PLAIN
+from benchmarks.end_to_end.plots import PLOTS
+from earlyexit_kernels.report import markdown_table
+
+NOT_MEASURED = "Not measured yet."
+Record = dict[str, Any]
+
+
+def machine_line(facts: Record) -> str:
+    """The machine, and what ran on it."""
+    packages = facts["packages"]
+    device = ", ".join(facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} threads"
+    return f"{device}; torch {packages['torch']}, transformers {packages['transformers']}, commit {facts['commit']}"
+
+
+def goals(results: Path | None = None) -> str:
+    """Every case with a goal, beside the number reached, and the plots."""
+    header = ("case", "dtype", "engine", "over", "time ratio", "efficiency", "goal", "reached")
+    machines: dict[str, tuple[Record, list[Record]]] = {}
+    for suite in (single_stream.SUITE, offline.SUITE):
+        for found in store.measured(suite, results):
+            machines.setdefault(found.machine, (found.facts, []))[1].extend(found.records)
+    parts = []
+    for machine, (facts, records) in machines.items():
+        rows = [_goal_row(record) for record in records if record.get("goal") is not None]
+        parts += [f"{machine_line(facts)}:", markdown_table(header, rows) if rows else NOT_MEASURED]
+        parts += _pictures(machine, results or store.RESULTS)
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _pictures(machine: str, folder: Path) -> list[str]:
+    """The plots that lie beside a machine's JSON."""
+    names = {f"{machine}-{name}.png": title for name, title in PLOTS.items()}
+    return [f"![{t}](benchmarks/results/{name})" for name, t in names.items() if (folder / name).is_file()]
+
+
+def _goal_row(record: Record) -> tuple[str, ...]:
+    bound = "at most" if record["goal_of"] == "ratio" else "efficiency"
+    reached = "yes" if record["goal_met"] else "no"
+    own = (record["case"], record["dtype"], record["engine"], _against(record))
+    return (*own, _ratio(record), f"{record['efficiency']:.2f}", f"{bound} {record['goal']:.2f}", reached)
+
+
+def _against(record: Record) -> str:
+    name, against = record["baseline"], record["against"]
+    return name if name.startswith(against) or against == record["engine"] else f"{name}: {against}"
+
+
+def latency(results: Path | None = None) -> str:
+    """One row at a time."""
+    header = ("case", "engine", "layer-rows", "p50 ms", "p90 ms", "p99 ms", "time / plain", "efficiency", "flips")
+    return _per_machine(
+        single_stream.SUITE,
+        header,
+        lambda r: (
+            *_named(r),
+            *(f"{r[name]:.1f}" for name in ("median_ms", "p90_ms", "p99_ms")),
+            *_beside_plain(r),
+        ),
+        results,
+    )
+
+
+def throughput(results: Path | None = None) -> str:
+    """Batches."""
+    header = ("case", "engine", "layer-rows", "tokens", "rows / s", "p50 ms", "time / plain", "efficiency", "flips")
+    return _per_machine(
+        offline.SUITE,
+        header,
+        lambda r: (
+            *_named(r),
+            f"{r['tokens']:.2f}",
+            f"{r['rows_per_second']:.1f}",
+            f"{r['median_ms']:.1f}",
+            *_beside_plain(r),
+        ),
+        results,
+    )
+
+
+def under_load(results: Path | None = None) -> str:
+    """Rows that arrive by chance."""
+    header = ("case", "engine", "rate", "rows / s", "p50 ms", "p90 ms", "p99 ms", "p50 / plain")
+    return _per_machine(
+        server.SUITE,
+        header,
+        lambda r: (
+            r["case"],
+            _engine(r),
+            f"{r['rate']:.1f}",
+            f"{r['rows_per_second']:.1f}",
+            *(f"{r[name]:.1f}" for name in ("median_ms", "p90_ms", "p99_ms")),
+            _ratio(r),
+        ),
+        results,
+    )
+
+
+def _per_machine(
+    suite: str, header: Sequence[str], row: Callable[[Record], tuple[str, ...]], results: Path | None
+) -> str:
+    parts = []
+    for found in store.measured(suite, results):
+        # a bfloat16 one beside the plain bfloat16 model, our engines beside others: in the JSON
+        shown = [r for r in found.records if "median_ms" in r and r["baseline"] in ("", PLAIN)]
+        table = markdown_table(header, map(row, shown)) if shown else NOT_MEASURED
+        parts += [f"{machine_line(found.facts)}:", table, *_left_out(found.records)]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _left_out(records: Iterable[Record]) -> list[str]:
+    """A line for each reason for which something has no number, and who that is."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        for kind, word in (("not_measured", "Not measured"), ("refused", "Refused")):
+            if kind in record:
+                # a refusal is of one case, and so is a workload that can't be had
+                of_a_case = kind == "refused" or not record["dtype"]
+                name = f"{_engine(record)} ({record['case']})" if of_a_case else _engine(record)
+                found.setdefault(f"- {word}: {{}}: {record[kind]}.", []).append(name)
+    lines = [said.format(", ".join(dict.fromkeys(who))) for said, who in found.items()]
+    return ["\n".join(lines)] if lines else []
+
+
+def _named(record: Record) -> tuple[str, str, str]:
+    return record["case"], _engine(record), f"{record['layer_rows']:.2f}"
+
+
+def _engine(record: Record) -> str:
+    words = [record["engine"], record["backend"].replace("auto", ""), record["dtype"].replace("float32", "")]
+    return ", ".join(word for word in words if word)
+
+
+def _beside_plain(record: Record) -> tuple[str, str, str]:
+    return _ratio(record), f"{record['efficiency']:.2f}" if "efficiency" in record else "", str(record["flips"])
+
+
+def _ratio(record: Record) -> str:
+    if "ratio" not in record:
+        return ""
+    return f"{record['ratio']:.3f} ({record['ratio_low']:.3f} to {record['ratio_high']:.3f})"
+
+
+TABLES = {"end_to_end": goals, "single_stream": latency, "offline": throughput, "server": under_load}
