@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.end_to_end import compaction_cost, wall_clock
-from benchmarks.micro import decision_cost
+from benchmarks.micro import collect, decision_cost
 from benchmarks.readme import rewrite
 from earlyexit_kernels.report import environment, write_json
 
@@ -18,6 +18,7 @@ SUITES = {
     wall_clock.SUITE: lambda repeats: wall_clock.records(repeats),
     compaction_cost.SUITE: lambda repeats: compaction_cost.records(),
     decision_cost.SUITE: lambda repeats: decision_cost.records(repeats),
+    collect.SUITE: lambda repeats: collect.records(repeats),
 }
 
 
