@@ -11,7 +11,7 @@ import torch
 from benchmarks import store
 from benchmarks.end_to_end import compaction_cost, offline, plots, server, single_stream
 from benchmarks.end_to_end.models import MODEL_VARIABLE
-from benchmarks.micro import decision_cost, layer_products
+from benchmarks.micro import collect, decision_cost, layer_products
 from benchmarks.readme import rewrite
 
 SUITES = {
@@ -21,6 +21,7 @@ SUITES = {
     compaction_cost.SUITE: lambda repeats: compaction_cost.records(),
     decision_cost.SUITE: lambda repeats: decision_cost.records(repeats),
     layer_products.SUITE: lambda repeats: layer_products.records(repeats),
+    collect.SUITE: lambda repeats: collect.records(repeats),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.accuracy import lambda_ablation, methods, robustness, runs, smartbert, tables
 from benchmarks.accuracy.runs import Run
-from benchmarks.micro import decision_cost
+from benchmarks.micro import decision_cost, decisions
 from earlyexit_kernels import tasks, toy
 from earlyexit_kernels.cli import build_parser
 from earlyexit_kernels.criteria import RULES
@@ -123,13 +123,13 @@ def test_tables_say_where_nothing_was_measured(tmp_path):
 
 
 def test_every_rule_but_full_depth_is_timed_and_does_its_work():
-    trace = decision_cost.random_trace(64)
+    trace = decisions.random_trace(64)
     found = decision_cost.rules(trace)
     assert set(found) == {*RULES, "dact, tight", decision_cost.AGAIN} - {"full_depth"}
-    decision = decision_cost.Decision(found["entropy"], trace, "torch")
+    decision = decisions.Decision(found["entropy"], trace, "torch")
     decision.restore()
     decision()
     for row_ids, _, _, exit_layer in decision.copies:
-        assert int((row_ids < 0).sum()) == decision.left == int((exit_layer == decision_cost.LAYER).sum()) > 0
+        assert int((row_ids < 0).sum()) == decision.left == int((exit_layer == decisions.LAYER).sum()) > 0
     decision.restore()
     assert all(int((row_ids < 0).sum()) == 0 for row_ids, *_ in decision.copies)
