@@ -131,7 +131,8 @@ def test_every_contender_answers_right_and_is_recorded(work):
     for loop in ("item loop", "mask loop"):
         assert one(records, engine=loop, baseline="transformers")["layer_rows"] == own["layer_rows"]
     assert one(records, engine="truncation", baseline="transformers")["layer_rows"] in (0.5, 1.0)
-    assert one(records, exits="one row stays", baseline="our full depth")["against"] == "family layers"
+    stays = one(records, engine="fused layers", exits="one row stays", baseline="our full depth")
+    assert stays["against"] == "fused layers"
     plain = one(records, engine="transformers")
     assert plain["baseline"] == "" and "ratio" not in plain and plain["rows_per_second"] > 0
     json.dumps(records)
@@ -163,7 +164,8 @@ def test_bfloat16_only_where_the_processor_has_it(monkeypatch):
     monkeypatch.setattr(models, "runs_natively", lambda dtype: dtype == "float32")
     assert "bfloat16" in one(run(case), dtype="bfloat16")["not_measured"]
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
-    ours = [r for r in run(case) if (r["dtype"], r["exits"]) == ("bfloat16", "never exit")]
+    wanted = ("fused layers", "bfloat16", "never exit")
+    ours = [r for r in run(case) if (r["engine"], r["dtype"], r["exits"]) == wanted]
     assert [r["baseline"] for r in ours] == ["transformers", "transformers, bfloat16"]
     narrow = models.subject("MiniLM", "bfloat16")
     assert narrow.model.dtype == torch.bfloat16 and models.subject("MiniLM").model.dtype == torch.float32
@@ -263,7 +265,8 @@ def test_the_faster_runtime_is_the_one_compared_with(monkeypatch):
         monkeypatch.setitem(baselines.BASELINES, name, baselines.plain)
     records = run(Case("MiniLM", Fixed(2, 8), ("uniform, 50 %",), tuple(baselines.PEERS)))
     middle = {name: one(records, engine=name, baseline="transformers")["median_ms"] for name in baselines.PEERS}
-    assert one(records, baseline="faster peer")["against"] == min(middle, key=middle.get)
+    ours = one(records, engine="fused layers", baseline="faster peer")
+    assert ours["against"] == min(middle, key=middle.get)
 
 
 @pytest.mark.slow
@@ -271,7 +274,7 @@ def test_the_other_runtimes_answer_as_the_plain_model():
     for package in ("onnxruntime", "openvino", "onnxscript"):
         pytest.importorskip(package)
     records = run(Case("MiniLM", Ragged(5), ("never exit",), tuple(baselines.PEERS)))
-    assert {r["engine"] for r in records if r["baseline"] == "transformers"} == {"family layers", *baselines.PEERS}
+    assert {r["engine"] for r in records if r["baseline"] == "transformers"} == {*engines.ENGINES, *baselines.PEERS}
 
 
 def test_text_is_asked_for(monkeypatch):
