@@ -31,7 +31,7 @@ ACTIVATIONS = {
     "ReLU": ("relu", ""),
 }
 #: Up to how many tokens oneDNN's packed products are the faster ones, by what the CPU computes with; None: always.
-#: Beyond, torch's own products of the same weights run. Measured by benchmarks/micro/layer_products.py.
+#: Beyond, torch's own products of the same weights run. benchmarks/micro/layer_products.py measures it.
 PACKED_UP_TO: dict[str, int | None] = {"DEFAULT": 128, "AVX2": 128, "AVX512": None}
 #: What each part of a layer has to be; the activation is one of `ACTIVATIONS`.
 PART_TYPES: dict[str, type[nn.Module] | None] = {
@@ -91,12 +91,14 @@ class FusedLayer:
         qkv, out, inner, outer = ([_joined(group, "weight"), _joined(group, "bias")] for group in linears)
         norms = [part["attention_norm"], part["norm"]]
         first, second = ([norm.weight.detach(), norm.bias.detach()] for norm in norms)
+        # where oneDNN's names are missing they mustn't even be looked up
         onednn = not why_not_onednn(qkv[0].dtype)
-        reorder = torch.ops.mkldnn._reorder_linear_weight
         limit = PACKED_UP_TO.get(torch.backends.cpu.get_cpu_capability(), PACKED_UP_TO["DEFAULT"])
         return FusedLayer(
             weights=[*qkv, *out, *first, *inner, *outer, *second],
-            packed=[reorder(weight, None) for weight, _ in (qkv, out, inner, outer)] if onednn else [],
+            packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w, _ in (qkv, out, inner, outer)]
+            if onednn
+            else [],
             eps=[norm.eps for norm in norms],
             heads=heads,
             activation=ACTIVATIONS[type(part["activation"]).__name__],
@@ -219,7 +221,9 @@ class FusedLayers:
         packed = self._packed
         if packed is None or not packed[0].holds():
             with self._lock:
-                packed = self._packed = _pack(adapter, backbone)
+                packed = self._packed
+                if packed is None or not packed[0].holds():
+                    packed = self._packed = _pack(adapter, backbone)
         return packed[1], packed[2]
 
 

@@ -291,9 +291,12 @@ def test_the_probe_of_onednn(monkeypatch):
         def __getattr__(self, name):
             raise AttributeError(f"no {name}")
 
+    own, fused = pair()
+    fused._fused.forget()
     layers.why_not_onednn.cache_clear()
     monkeypatch.setattr(torch.ops, "mkldnn", Gone())
     assert "lacks what this needs" in layers.why_not_onednn(torch.float32)
+    assert_alike(own, fused, batch_for(own))
     monkeypatch.setattr(torch.ops, "mkldnn", ops)
     layers.why_not_onednn.cache_clear()
 
