@@ -8,10 +8,11 @@ The family's own weights stay where they are; the packed ones are a second copy,
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,38 +157,64 @@ def _hooked(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a packing was made from, to tell whether it still holds; asked at every batch, so it takes no detours."""
+    """What a packing was made from, to tell whether it still holds.
 
-    modules: tuple[nn.Module, ...]
-    children: list[nn.Module | None]
-    tensors: list[Tensor | None]
-    written: list[int]
+    Asked at every batch, where a loop in Python over all weights would take as long as several exits: what is looked
+    at is listed once, and compared by what runs in C.
+
+    Attributes:
+        tables, bare: children and parameters of each module, those that hold something and those that hold nothing.
+        hooks, own: hooks of each module, and its own attributes.
+        entries: what the tables hold.
+        tensors, versioned: the parameters, and those of them that count their writes.
+        marks: whether a hook is there or a forward replaced, addresses, and writes counted.
+    """
+
+    tables: tuple[dict[str, Any], ...]
+    bare: tuple[dict[str, Any], ...]
+    hooks: tuple[dict[int, Any], ...]
+    own: tuple[dict[str, Any], ...]
+    entries: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+    versioned: tuple[Tensor, ...]
+    marks: list[int]
 
     @staticmethod
     def of(layers: Sequence[nn.Module]) -> _Seen:
         modules = tuple({id(m): m for layer in layers for m in layer.modules()}.values())
-        return _Seen(modules, *_looks(modules))
+        tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters)]
+        full = tuple(table for table in tables if table)
+        entries = tuple(_values(full))
+        tensors = tuple(entry for entry in entries if isinstance(entry, Tensor))
+        seen = _Seen(
+            full,
+            tuple(table for table in tables if not table),
+            tuple(table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)),
+            tuple(m.__dict__ for m in modules),
+            entries,
+            tensors,
+            # a tensor made in inference mode keeps no version
+            tuple(tensor for tensor in tensors if not tensor.is_inference()),
+            [],
+        )
+        seen.marks.extend(seen._looks())
+        return seen
 
     def holds(self) -> bool:
-        children, tensors, written = _looks(self.modules)
-        return (
-            written == self.written
-            and len(children) == len(self.children)
-            and len(tensors) == len(self.tensors)
-            and all(map(operator.is_, children, self.children))
-            and all(map(operator.is_, tensors, self.tensors))
-            and not any(map(_hooked, self.modules))
-        )
+        now = tuple(_values(self.tables))
+        same = len(now) == len(self.entries) and all(map(operator.is_, now, self.entries))
+        return same and not any(self.bare) and self._looks() == self.marks
+
+    def _looks(self) -> list[int]:
+        replaced = any("forward" in table for table in self.own)
+        return [any(self.hooks), replaced, *map(Tensor.data_ptr, self.tensors), *map(_VERSION, self.versioned)]
 
 
-def _looks(modules: Sequence[nn.Module]) -> tuple[list[nn.Module | None], list[Tensor | None], list[int]]:
-    """The modules' children, their tensors, and address and version of each of these."""
-    children = [child for m in modules for child in m._modules.values()]
-    tensors: list[Tensor | None] = [tensor for m in modules for tensor in m._parameters.values()]
-    there = [tensor for tensor in tensors if tensor is not None]
-    # a tensor made in inference mode keeps no version
-    versions = [tensor._version for tensor in there if not tensor.is_inference()]
-    return children, tensors, [tensor.data_ptr() for tensor in there] + versions
+_VERSION = operator.attrgetter("_version")
+
+
+def _values(tables: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(dict.values, tables))
 
 
 class FusedLayers:

@@ -7,10 +7,10 @@ function registered with transformers under `PACKED_ATTENTION`, which a family's
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -181,33 +181,34 @@ def plan_attention(batch: PackedBatch, dtype: torch.dtype) -> AttentionPlan:
     lengths = batch.lengths
     if min(lengths) == max(lengths):
         return AttentionPlan(buckets=(Bucket(len(lengths), lengths[0]),))
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    buckets = []
+    widths = np.array(lengths, dtype=np.int64)
+    starts = widths.cumsum() - widths
+    buckets, kept = [], []
     while order:
         limit = max(lengths[order[0]] + BUCKET_SLACK_TOKENS, int(lengths[order[0]] * BUCKET_SLACK_FACTOR))
         size = next((k for k, row in enumerate(order) if lengths[row] > limit), len(order))
-        buckets.append(_bucket([starts[r] for r in order[:size]], [lengths[r] for r in order[:size]], device))
+        bucket, tokens = _bucket(starts[order[:size]], widths[order[:size]], device)
+        buckets.append(bucket)
+        kept.append(tokens)
         order = order[size:]
-    kept = [b.slots if b.kept is None else b.slots[b.kept] for b in buckets if b.slots is not None]
-    token_of_place = torch.cat(kept)
-    inverse = torch.empty_like(token_of_place)
-    inverse[token_of_place] = torch.arange(token_of_place.numel(), device=device)
-    return AttentionPlan(buckets=tuple(buckets), inverse=inverse)
+    token_of_place = np.concatenate(kept)
+    inverse = np.empty_like(token_of_place)
+    inverse[token_of_place] = np.arange(token_of_place.size)
+    return AttentionPlan(buckets=tuple(buckets), inverse=torch.from_numpy(inverse).to(device))
 
 
-def _bucket(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Bucket:
-    width = max(lengths)
-    start = torch.tensor(starts, device=device)[:, None]
-    length = torch.tensor(lengths, device=device)[:, None]
-    column = torch.arange(width, device=device)[None]
-    slots = (start + torch.minimum(column, length - 1)).flatten()
-    if min(lengths) == width:
-        return Bucket(len(starts), width, slots)
-    real = column < length
-    return Bucket(len(starts), width, slots, real[:, None, None, :], real.flatten().nonzero()[:, 0])
+def _bucket(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[Bucket, np.ndarray]:
+    """A bucket of rows with these first tokens and lengths, ascending, and its tokens in order."""
+    rows, width = len(lengths), int(lengths[-1])
+    column = np.arange(width)
+    slots = (starts[:, None] + np.minimum(column, lengths[:, None] - 1)).ravel()
+    if lengths[0] == width:
+        return Bucket(rows, width, torch.from_numpy(slots).to(device)), slots
+    real = column < lengths[:, None]
+    kept = real.ravel().nonzero()[0]
+    mask, places = torch.from_numpy(real[:, None, None, :]), torch.from_numpy(kept)
+    return Bucket(rows, width, torch.from_numpy(slots).to(device), mask.to(device), places.to(device)), slots[kept]
 
 
 def packed_attention(

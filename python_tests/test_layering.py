@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "hashing": "torch",
     "heads": "packing torch transformers",
     "inputs": "torch",
-    "packing": "hashing ops torch transformers",
+    "packing": "hashing numpy ops torch transformers",
     "tracing": "heads packing types torch",
     "engine": "criteria errors heads ops packing tracing types torch",
     "backbones": "torch",
