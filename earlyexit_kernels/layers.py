@@ -31,9 +31,27 @@ ACTIVATIONS = {
     "GELUTanh": ("gelu", "tanh"),
     "ReLU": ("relu", ""),
 }
-#: Up to how many tokens oneDNN's packed products are the faster ones, by what the CPU computes with; None: always.
-#: Beyond, torch's own products of the same weights run. benchmarks/micro/layer_products.py measures it.
-PACKED_UP_TO: dict[str, int | None] = {"DEFAULT": 128, "AVX2": 128, "AVX512": None}
+
+
+@dataclass(frozen=True)
+class Products:
+    """How a layer's products are computed.
+
+    Attributes:
+        packed_up_to: tokens up to which oneDNN's products of packed weights are used; beyond, torch's own are faster.
+        with_activation: whether oneDNN computes the activation in the product too.
+    """
+
+    packed_up_to: float
+    with_activation: bool
+
+
+#: By what the CPU computes with, as torch calls it; benchmarks/micro/layer_products.py measures both.
+PRODUCTS = {
+    "DEFAULT": Products(128, with_activation=False),
+    "AVX2": Products(128, with_activation=False),
+    "AVX512": Products(math.inf, with_activation=True),
+}
 #: What each part of a layer has to be; the activation is one of `ACTIVATIONS`.
 PART_TYPES: dict[str, type[nn.Module] | None] = {
     **dict.fromkeys(("query", "key", "value", "attention_out", "inner", "outer"), nn.Linear),
@@ -69,7 +87,7 @@ class FusedLayer:
 
     Attributes:
         weights, packed, eps, heads, activation: as `ops.encoder_layer` wants them.
-        packed_up_to: tokens up to which the packed weights are used.
+        products: how the products are computed.
         run: the op.
     """
 
@@ -78,7 +96,7 @@ class FusedLayer:
     eps: list[float]
     heads: int
     activation: tuple[str, str]
-    packed_up_to: float
+    products: Products
     run: Callable[..., Tensor]
 
     @staticmethod
@@ -94,7 +112,6 @@ class FusedLayer:
         first, second = ([norm.weight.detach(), norm.bias.detach()] for norm in norms)
         # where oneDNN's names are missing they mustn't even be looked up
         onednn = not why_not_onednn(qkv[0].dtype)
-        limit = PACKED_UP_TO.get(torch.backends.cpu.get_cpu_capability(), PACKED_UP_TO["DEFAULT"])
         return FusedLayer(
             weights=[*qkv, *out, *first, *inner, *outer, *second],
             packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w, _ in (qkv, out, inner, outer)]
@@ -103,17 +120,16 @@ class FusedLayer:
             eps=[norm.eps for norm in norms],
             heads=heads,
             activation=ACTIVATIONS[type(part["activation"]).__name__],
-            packed_up_to=math.inf if limit is None else limit,
+            products=PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"]),
             run=ENCODER_LAYERS[backend],
         )
 
     def __call__(self, hidden: Tensor, mask: None, *, plan: AttentionPlan) -> Tensor:
         """``[1, T, H] -> [1, T, H]``."""
         x = hidden[0]
-        packed = self.packed if x.shape[0] <= self.packed_up_to else []
-        return self.run(
-            x, self.weights, packed, self.eps, self.heads, *self.activation, *plan.bucket_lists, plan.inverse
-        )[None]
+        packed = self.packed if x.shape[0] <= self.products.packed_up_to else []
+        how = (*self.activation, self.products.with_activation)
+        return self.run(x, self.weights, packed, self.eps, self.heads, *how, *plan.bucket_lists, plan.inverse)[None]
 
 
 def _joined(linears: Sequence[nn.Linear], name: str) -> Tensor:

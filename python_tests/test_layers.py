@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,8 +21,13 @@ from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.ops import ENCODER_LAYERS
 
-#: Which products a run takes: all packed by oneDNN, all torch's own, and small ones packed.
-PRODUCTS = {"packed": None, "torch": 0, "by size": 20}
+#: Which products a run takes: all packed by oneDNN, the activation in them too, all torch's own, and small ones packed.
+PRODUCTS = {
+    "packed": layers.Products(math.inf, with_activation=False),
+    "with activation": layers.Products(math.inf, with_activation=True),
+    "torch": layers.Products(0, with_activation=True),
+    "by size": layers.Products(20, with_activation=True),
+}
 
 
 def pair(family="bert", **sizes):
@@ -43,7 +49,7 @@ def products(request, monkeypatch):
     reason = layers.why_not_onednn(torch.float32)
     if reason and request.param != "torch":
         pytest.skip(reason)
-    monkeypatch.setattr(layers, "PACKED_UP_TO", dict.fromkeys(layers.PACKED_UP_TO, PRODUCTS[request.param]))
+    monkeypatch.setattr(layers, "PRODUCTS", dict.fromkeys(layers.PRODUCTS, PRODUCTS[request.param]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +92,7 @@ def test_the_op_refuses_lists_that_do_not_fit():
     layer, x = model.inference_layers()[0], torch.randn(6, 64)
     weights, plan = layer.weights, ([1], [6], [None], [None], [None], None)
     run = functools.partial(ENCODER_LAYERS["cpp"], x)
-    rest = (layer.eps, layer.heads, *layer.activation)
+    rest = (layer.eps, layer.heads, *layer.activation, False)
     assert run(weights, [], *rest, *plan).shape == x.shape
     with pytest.raises(ValueError, match="expected 12 weights, got 11"):
         run(weights[:-1], [], *rest, *plan)

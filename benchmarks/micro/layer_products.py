@@ -1,7 +1,8 @@
-"""From how many tokens on torch's own products beat oneDNN's packed ones: the number behind `layers.PACKED_UP_TO`.
+"""Which products a fused layer is best made of, by its tokens: the numbers behind `layers.PRODUCTS`.
 
-One encoder layer of BERT's form on T packed tokens: the family's own, the fused one with oneDNN's products alone, and
-with torch's alone; all of one T take turns. Run with ``python -m benchmarks.run --suite layer_products``.
+One encoder layer of BERT's form on T packed tokens: the family's own, the fused one with oneDNN's products, the
+activation after them or within, and with torch's own; all of one T take turns.
+Run with ``python -m benchmarks.run --suite layer_products``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.layers import PACKED_UP_TO, FusedLayer, why_not_onednn
+from earlyexit_kernels.layers import FusedLayer, Products, why_not_onednn
 from earlyexit_kernels.packing import pack, plan_attention
 from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
 
@@ -27,6 +28,11 @@ WIDTHS = (384, 768)
 #: Rows of 16 tokens, the length of a short sentence.
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH = 16
+WAYS = {
+    "oneDNN": Products(math.inf, with_activation=False),
+    "oneDNN with the activation": Products(math.inf, with_activation=True),
+    "torch": Products(0, with_activation=False),
+}
 
 
 def records(repeats: int) -> Iterator[dict[str, Any]]:
@@ -50,9 +56,11 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
     fused = FusedLayer.of(own, model.adapter.names, config.num_attention_heads, backend)
     layers: dict[str, Any] = {
         BASELINE: own,
-        "fused, oneDNN": dataclasses.replace(fused, packed_up_to=math.inf),
-        "fused, torch": dataclasses.replace(fused, packed_up_to=0),
+        **{f"fused, {name}": dataclasses.replace(fused, products=products) for name, products in WAYS.items()},
     }
+    in_use = (
+        f"up to {fused.products.packed_up_to} tokens oneDNN{' with the activation' * fused.products.with_activation}"
+    )
     for rows in ROWS:
         batch = pack(torch.ones(rows, LENGTH, dtype=torch.long), None)
         plan, hidden = plan_attention(batch, torch.float32), torch.randn(1, rows * LENGTH, width)
@@ -76,5 +84,5 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
                 "ratio_high": round(ratio.high, 4),
                 "goal": None,
                 "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-                "packed_up_to_in_use": PACKED_UP_TO.get(torch.backends.cpu.get_cpu_capability()),
+                "in_use": in_use,
             }

@@ -46,9 +46,10 @@ at::Tensor plain(const at::Tensor& x, const Product& p) {
   return p.packed ? onednn(x, p, "none", "") : at::linear(x, p.weight, p.bias);
 }
 
-at::Tensor activated(const at::Tensor& x, const Product& p, std::string_view name, std::string_view variant) {
-  if (p.packed) return onednn(x, p, name, variant);
-  at::Tensor y = at::linear(x, p.weight, p.bias);
+at::Tensor activated(const at::Tensor& x, const Product& p, std::string_view name, std::string_view variant,
+                     bool in_product) {
+  if (p.packed && in_product) return onednn(x, p, name, variant);
+  at::Tensor y = plain(x, p);
   return name == "gelu" ? at::gelu_(y, variant) : at::relu_(y);
 }
 
@@ -78,8 +79,8 @@ at::Tensor attend(const at::Tensor& qkv, int64_t heads, at::IntArrayRef rows, at
 }
 
 at::Tensor encoder_layer(const at::Tensor& x, at::TensorList weights, at::TensorList packed, at::ArrayRef<double> eps,
-                         int64_t heads, std::string_view activation, std::string_view variant, at::IntArrayRef rows,
-                         at::IntArrayRef widths, const Optionals& slots, const Optionals& masks, const Optionals& kept,
+                         int64_t heads, std::string_view activation, std::string_view variant, bool in_product,
+                         at::IntArrayRef rows, at::IntArrayRef widths, const Optionals& slots, const Optionals& masks, const Optionals& kept,
                          const std::optional<at::Tensor>& inverse) {
   EE_CHECK(weights.size() == 12, kOp, "expected 12 weights, got ", weights.size(), "; pass a weight and a bias each");
   EE_CHECK(packed.empty() || packed.size() == 4, kOp, "expected 4 packed weights or none, got ", packed.size());
@@ -97,7 +98,7 @@ at::Tensor encoder_layer(const at::Tensor& x, at::TensorList weights, at::Tensor
   };
   const at::Tensor context = attend(plain(x, product(0, 0)), heads, rows, widths, slots, masks, kept, inverse);
   const at::Tensor y = norm(added(context, product(2, 1), x), 4, eps[0]);
-  return norm(added(activated(y, product(6, 2), activation, variant), product(8, 3), y), 10, eps[1]);
+  return norm(added(activated(y, product(6, 2), activation, variant, in_product), product(8, 3), y), 10, eps[1]);
 }
 
 }  // namespace

@@ -24,11 +24,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None) -> T
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def activated(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None, name: str, variant: str) -> Tensor:
-    """``f(x W + b)``, f being ``"gelu"``, of variant ``"none"`` or ``"tanh"``, or ``"relu"``."""
-    if packed is not None:
+def activated(
+    x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor | None, name: str, variant: str, in_product: bool
+) -> Tensor:
+    """``f(x W + b)``: f is ``"gelu"``, variant ``"none"`` or ``"tanh"``, or ``"relu"``; by oneDNN if `in_product`."""
+    if packed is not None and in_product:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], variant)
-    y = F.linear(x, weight, bias)
+    y = product(x, weight, bias, packed)
     return torch.ops.aten.gelu_(y, approximate=variant) if name == "gelu" else y.relu_()
 
 
@@ -60,7 +62,7 @@ def attend(
 
 
 def encoder_layer_torch(
-    x, weights, packed, eps, heads, activation, variant, rows, widths, slots, masks, kept, inverse
+    x, weights, packed, eps, heads, activation, variant, in_product, rows, widths, slots, masks, kept, inverse
 ) -> Tensor:
     """`encoder_layer` in torch, the reference of `cpp`."""
     qkv_w, qkv_b, out_w, out_b, norm1_w, norm1_b, inner_w, inner_b, outer_w, outer_b, norm2_w, norm2_b = weights
@@ -68,18 +70,19 @@ def encoder_layer_torch(
     width = x.shape[1:]
     context = attend(product(x, qkv_w, qkv_b, qkv_p), heads, rows, widths, slots, masks, kept, inverse)
     y = F.layer_norm(added(context, out_w, out_b, out_p, x), width, norm1_w, norm1_b, eps[0])
-    inner = activated(y, inner_w, inner_b, inner_p, activation, variant)
+    inner = activated(y, inner_w, inner_b, inner_p, activation, variant, in_product)
     return F.layer_norm(added(inner, outer_w, outer_b, outer_p, y), width, norm2_w, norm2_b, eps[1])
 
 
-def _fake(x, weights, packed, eps, heads, activation, variant, rows, widths, slots, masks, kept, inverse):
+def _fake(x, weights, packed, eps, heads, activation, variant, in_product, rows, widths, slots, masks, kept, inverse):
     return torch.empty_like(x)
 
 
 #: Back-end -> op. Its arguments, in order: x ``[T, H]``; weights: weight ``[out, in]`` and bias of query, key and value
 #: as one, of out, of the first norm, of inner, of outer, of the second norm; packed: the four linears' weights as
-#: oneDNN wants them, or nothing for torch's products; eps of the two norms; heads; activation and variant as in
-#: `activated`; then an attention plan: rows, widths, slots, masks and kept of its buckets, and its inverse (`packing`).
+#: oneDNN wants them, or nothing for torch's products; eps of the two norms; heads; activation, variant and
+#: in_product as in `activated`; then an attention plan: rows, widths, slots, masks and kept of its buckets, and its
+#: inverse (`packing`).
 ENCODER_LAYERS = define(
     "encoder_layer",
     ENCODER_LAYER,

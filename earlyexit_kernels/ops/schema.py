@@ -21,7 +21,8 @@ EXIT_STEP = (
 COMPACT = "(Tensor row_ids, Tensor offsets) -> (Tensor, Tensor, Tensor)"
 ENCODER_LAYER = (
     "(Tensor x, Tensor[] weights, Tensor[] packed, float[] eps, int heads, str activation, str variant, "
-    "int[] rows, int[] widths, Tensor?[] slots, Tensor?[] masks, Tensor?[] kept, Tensor? inverse) -> Tensor"
+    "bool in_product, int[] rows, int[] widths, Tensor?[] slots, Tensor?[] masks, Tensor?[] kept, "
+    "Tensor? inverse) -> Tensor"
 )
 GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
 
