@@ -9,7 +9,7 @@ import time
 import torch
 
 from benchmarks import store
-from benchmarks.end_to_end import compaction_cost, offline, plots, server, single_stream
+from benchmarks.end_to_end import compaction_cost, offline, plots, profiles, server, single_stream
 from benchmarks.end_to_end.models import MODEL_VARIABLE
 from benchmarks.micro import collect, decision_cost, layer_products
 from benchmarks.readme import rewrite
@@ -23,13 +23,16 @@ SUITES = {
     layer_products.SUITE: lambda repeats: layer_products.records(repeats),
     collect.SUITE: lambda repeats: collect.records(repeats),
 }
+#: Suites that only run when asked for.
+ON_REQUEST = {profiles.SUITE: lambda repeats: profiles.records()}
 
 
 def main() -> None:
     """Run what was asked for; the records of other suites stay."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", choices=sorted(SUITES), action="append", help="default: all")
-    parser.add_argument("--repeats", type=int, default=20, help="how much time each case gets (default: %(default)s)")
+    suites, but = SUITES | ON_REQUEST, ", ".join(ON_REQUEST)
+    parser.add_argument("--suite", choices=sorted(suites), action="append", help=f"default: all but {but}")
+    parser.add_argument("--repeats", type=int, default=10, help="how much time each case gets (default: %(default)s)")
     parser.add_argument("--model", help=f"folder of `earlyexit train` in MiniLM's shape (default: ${MODEL_VARIABLE})")
     args = parser.parse_args()
     if args.model:
@@ -37,7 +40,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     for name in args.suite or SUITES:
         found, start = [], time.monotonic()
-        for record in SUITES[name](args.repeats):
+        for record in suites[name](args.repeats):
             found.append(record)
             print(" ".join(f"{key}={value}" for key, value in record.items() if value not in (None, "")), flush=True)
         took = round(time.monotonic() - start)

@@ -23,6 +23,7 @@ from benchmarks.end_to_end import (
     models,
     offline,
     peers,
+    profiles,
     server,
     single_stream,
 )
@@ -332,6 +333,27 @@ def test_rates_are_relative_to_the_plain_model():
 def test_a_compaction_is_timed_beside_a_layer():
     record = compaction_cost.measure(64, rows=2, length=8, repeats=1)
     assert record["moved_values"] == 64 * 6 and record["compaction_macs"] > 0
+
+
+def test_a_profile_accounts_for_the_whole_time(monkeypatch):
+    monkeypatch.setattr(profiles, "CASES", (Case("MiniLM", Fixed(4, 8), ("never exit", "uniform, 50 %")),))
+    monkeypatch.setattr(profiles, "MANY_TOKENS", 16)
+    monkeypatch.setattr(profiles, "RUNS", 2)
+    records = list(profiles.records())
+    never, half = (one(records, exits=exits) for exits in ("never exit", "uniform, 50 %"))
+    assert never["token_layers"] == 4 * 8 * 2 and half["token_layers"] == 4 * 8
+    for record in (never, half):
+        shares = [record[f"{kind}_share"] for kind in (*profiles.KINDS, "rest")]
+        assert all(0 <= share < 1 for share in shares) and sum(shares) == pytest.approx(1, abs=1e-3)
+        assert record["engine"] == "fused layers" and min(record["products_share"], record["exits_share"]) > 0
+        assert record["products_gflops"] > 0 and record["best_gflops"] > 0
+    assert never["moves_share"] == 0
+
+
+def test_the_layers_of_the_family_may_run_fewer_mixes():
+    case = Case("MiniLM", Fixed(4, 8), ("never exit", "uniform, 50 %"), family_exits=("never exit",))
+    ran = {(r["engine"], r["exits"]) for r in run(case) if r["engine"] in engines.ENGINES}
+    assert ran == {("family layers", "never exit"), ("fused layers", "never exit"), ("fused layers", "uniform, 50 %")}
 
 
 def test_versions_run_a_few_cases():

@@ -35,7 +35,7 @@ def measure(width: int, rows: int, length: int, repeats: int = 15) -> dict[str, 
         BertConfig(hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width, num_hidden_layers=1)
     )
     model = ee.to_early_exit(stock.eval(), pooling="first")
-    layer, macs = model.adapter.layers(model.backbone)[0], 12 * width * width
+    layer, macs = model.inference_layers()[0], 12 * width * width
     batch = _ragged(rows, length)
     tokens = int(batch.offsets[-1])
     hidden = torch.randn(1, tokens, width)

@@ -13,7 +13,7 @@ import earlyexit_kernels as ee
 from benchmarks.end_to_end import models
 from benchmarks.end_to_end.baselines import BASELINES, LEAVE_EARLY, PEERS, PLAIN, TRUNCATION, Answer, Answering
 from benchmarks.end_to_end.check import Truth, Verdict, truth_of, verdict
-from benchmarks.end_to_end.engines import ENGINES, engine_model
+from benchmarks.end_to_end.engines import ENGINES, FAMILY_LAYERS, engine_model
 from benchmarks.end_to_end.forced import FAMILY, FULL, rule_for
 from benchmarks.end_to_end.models import Model, NotMeasuredError, Subject
 from benchmarks.end_to_end.workloads import Workload
@@ -45,6 +45,7 @@ class Case:
         backends: of our engines' ops.
         one_by_one: a timed call answers one batch, the next in turn; otherwise all of them.
         weight: how many times a usual case's share of the time it gets.
+        family_exits: what our model runs with its family's layers; default: `exits`.
     """
 
     subject: str
@@ -56,6 +57,7 @@ class Case:
     backends: tuple[str, ...] = ("auto",)
     one_by_one: bool = False
     weight: float = 1.0
+    family_exits: tuple[str, ...] | None = None
 
 
 class Said(NamedTuple):
@@ -129,8 +131,10 @@ def line_up(case: Case, work: Workload) -> tuple[list[Contender], list[LeftOut]]
 
 
 def _wanted(case: Case, dtype: str) -> Iterator[Said]:
+    family = case.exits if case.family_exits is None else case.family_exits
     for exits in case.exits:
-        yield from (Said(engine, backend, dtype, exits) for engine in ENGINES for backend in case.backends)
+        engines = [name for name in ENGINES if name != FAMILY_LAYERS or exits in family]
+        yield from (Said(engine, backend, dtype, exits) for engine in engines for backend in case.backends)
     for name in dict.fromkeys((PLAIN, *case.baselines)):
         if dtype != "float32" and name not in (PLAIN, *PEERS):
             continue

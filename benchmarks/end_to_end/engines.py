@@ -9,10 +9,11 @@ from collections.abc import Callable
 from benchmarks.end_to_end.models import Model, NotMeasuredError, Subject
 from earlyexit_kernels.errors import BackendUnavailableError
 
+FAMILY_LAYERS, FUSED_LAYERS = "family layers", "fused layers"
 #: Engine -> how a converted model is told to use it.
 ENGINES: dict[str, Callable[[Model], None]] = {
-    "family layers": lambda model: model.set_layers("family"),
-    "fused layers": lambda model: model.set_layers("fused"),
+    FAMILY_LAYERS: lambda model: model.set_layers("family"),
+    FUSED_LAYERS: lambda model: model.set_layers("fused"),
 }
 
 

@@ -19,7 +19,8 @@ from benchmarks.end_to_end.models import NotMeasuredError
 from benchmarks.end_to_end.workloads import Workload
 from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
 
-#: Milliseconds that the rounds of a case may take for each repeat asked for: long rounds are repeated less often.
+#: Milliseconds that the rounds of a case may take for each repeat asked for: long rounds are repeated less often, but
+#: these many times at least, or a quarter of the repeats.
 BUDGET_MS = 250.0
 FEWEST_ROUNDS, MOST_ROUNDS_A_REPEAT = 5, 10
 #: Seconds of rest before each timed call: threads of the runtime before it spin on for some milliseconds.
@@ -123,7 +124,7 @@ def _times(case: Case, work: Workload, contenders: Mapping[Said, Contender], rep
 def rounds_of(repeats: float, milliseconds: float) -> int:
     """How often a round is repeated that takes some milliseconds."""
     fit = min(repeats * BUDGET_MS / max(milliseconds, 1e-3), MOST_ROUNDS_A_REPEAT * repeats)
-    return max(int(fit), min(FEWEST_ROUNDS, int(repeats)), 1)
+    return max(int(fit), min(max(FEWEST_ROUNDS, int(repeats / 4)), int(repeats)), 1)
 
 
 def _call(contender: Contender, case: Case, work: Workload) -> Callable[[], None]:

@@ -160,8 +160,10 @@ def batch(records: Sequence[Record]) -> Any:
             if record["exits"] in names and (record["engine"] in BASELINES) == (mix == FULL):
                 points = lines.setdefault((_label(record), mix), {})
                 points[record["rows"]] = record["median_ms"] / record["rows"]
-    lines = {key: points for key, points in lines.items() if len(points) > 1}
-    if not lines:
+    # those that were timed at every size
+    most = max(map(len, lines.values()), default=0)
+    lines = {key: points for key, points in lines.items() if len(points) == most}
+    if most < 2:
         return None
     figure = _figure(8.0, 4.2)
     axes = figure.subplots()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import store
-from benchmarks.end_to_end import offline, server, single_stream
+from benchmarks.end_to_end import offline, profiles, server, single_stream
 from benchmarks.end_to_end.baselines import PLAIN
 from benchmarks.end_to_end.plots import PLOTS
 from earlyexit_kernels.report import markdown_table
@@ -106,6 +106,22 @@ def under_load(results: Path | None = None) -> str:
     )
 
 
+def where_time_goes(results: Path | None = None) -> str:
+    """Shares of our time, for the cases that have a goal."""
+    header = ("case", "ms", *(kind.replace("_", " ") for kind in (*profiles.KINDS, "rest")), "GFLOP/s", "best GFLOP/s")
+    return _per_machine(
+        profiles.SUITE,
+        header,
+        lambda r: (
+            r["case"],
+            f"{r['median_ms']:.1f}",
+            *(f"{100 * r[f'{kind}_share']:.1f} %" for kind in (*profiles.KINDS, "rest")),
+            *(f"{r[name]:.0f}" for name in ("products_gflops", "best_gflops")),
+        ),
+        results,
+    )
+
+
 def _per_machine(
     suite: str, header: Sequence[str], row: Callable[[Record], tuple[str, ...]], results: Path | None
 ) -> str:
@@ -151,4 +167,10 @@ def _ratio(record: Record) -> str:
     return f"{record['ratio']:.3f} ({record['ratio_low']:.3f} to {record['ratio_high']:.3f})"
 
 
-TABLES = {"end_to_end": goals, "single_stream": latency, "offline": throughput, "server": under_load}
+TABLES = {
+    "end_to_end": goals,
+    "single_stream": latency,
+    "offline": throughput,
+    "server": under_load,
+    "profile": where_time_goes,
+}
