@@ -22,6 +22,7 @@ from benchmarks.accuracy import tables as accuracy
 from benchmarks.accuracy.tables import NOT_MEASURED
 from benchmarks.end_to_end import tables as end_to_end
 from benchmarks.end_to_end.tables import machine_line
+from benchmarks.micro import layer_products
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.grids import settings, skip_settings
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
@@ -61,6 +62,20 @@ def _decision_table(backend: str, records: list[dict[str, Any]]) -> str:
     for size in batches:
         header += [f"B {size}: time / entropy", "us"]
     return markdown_table(header, [(name, *cells) for name, cells in rows.items()])
+
+
+def products() -> str:
+    """Time of one encoder layer over the family's own, by its tokens and the products it is made of."""
+    parts = []
+    for found in store.measured(layer_products.SUITE):
+        rows: dict[str, list[str]] = {}
+        for record in found.records:
+            if "ratio" in record and record["case"] != layer_products.BASELINE:
+                cell = f"{record['ratio']:.2f} ({record['ratio_low']:.2f} to {record['ratio_high']:.2f})"
+                rows.setdefault(record["shape"], []).append(cell)
+        header = ("width and tokens", *layer_products.WAYS)
+        parts += [f"{machine_line(found.facts)}:", markdown_table(header, [(n, *cells) for n, cells in rows.items()])]
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def sst2_layers() -> str:
@@ -213,6 +228,7 @@ TABLES = {
     "method_settings": method_settings,
     "criteria": criteria,
     "decision_cost": decision_cost,
+    "layer_products": products,
     "sst2_layers": sst2_layers,
     "sst2_criteria": sst2_criteria,
     **accuracy.TABLES,
