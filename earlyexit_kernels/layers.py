@@ -82,60 +82,81 @@ def why_not_onednn(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
+class LayerWeights:
+    """The weights of one encoder layer, in the order of `ops.encoder_layer`; only query, key and value are copied.
+
+    Attributes:
+        tensors: weight and bias of query, key and value as one, of out, of the first norm, of inner, of outer, of the
+            second norm.
+        eps: of the norms.
+        heads: of the attention.
+        activation: name and variant, a value of `ACTIVATIONS`.
+    """
+
+    tensors: list[Tensor]
+    eps: list[float]
+    heads: int
+    activation: tuple[str, str]
+
+    @staticmethod
+    def of(layer: nn.Module, names: LayerNames, heads: int) -> LayerWeights:
+        """Those of a family's layer, of which `why_not` has nothing to say."""
+        part: dict[str, Any] = {name: layer.get_submodule(getattr(names, name)) for name in PART_TYPES}
+        attention = [part["query"], part["key"], part["value"]]
+        qkv = [_joined(attention, "weight"), _joined(attention, "bias")]
+        out, first, inner, outer, second = (
+            [part[name].weight.detach(), part[name].bias.detach()]
+            for name in ("attention_out", "attention_norm", "inner", "outer", "norm")
+        )
+        eps = [part["attention_norm"].eps, part["norm"].eps]
+        activation = ACTIVATIONS[type(part["activation"]).__name__]
+        return LayerWeights([*qkv, *out, *first, *inner, *outer, *second], eps, heads, activation)
+
+    @property
+    def linears(self) -> list[Tensor]:
+        """The weights of the four products."""
+        return [self.tensors[i] for i in (0, 2, 6, 8)]
+
+
+@dataclass(frozen=True)
 class FusedLayer:
     """One encoder layer over packed tokens, called as the family's own is: ``layer(hidden, None, plan=...)``.
 
     Attributes:
-        weights, packed, eps, heads, activation: as `ops.encoder_layer` wants them.
+        weights: of the layer.
+        packed: those of its products as oneDNN wants them, or nothing.
         products: how the products are computed.
         run: the op.
     """
 
-    weights: list[Tensor]
+    weights: LayerWeights
     packed: list[Tensor]
-    eps: list[float]
-    heads: int
-    activation: tuple[str, str]
     products: Products
     run: Callable[..., Tensor]
 
     @staticmethod
-    def of(layer: nn.Module, names: LayerNames, heads: int, backend: str) -> FusedLayer:
-        """Pack a family's layer, of which `why_not` has nothing to say."""
-        part: dict[str, Any] = {name: layer.get_submodule(getattr(names, name)) for name in PART_TYPES}
-        linears = [
-            [part["query"], part["key"], part["value"]],
-            *([part[n]] for n in ("attention_out", "inner", "outer")),
-        ]
-        qkv, out, inner, outer = ([_joined(group, "weight"), _joined(group, "bias")] for group in linears)
-        norms = [part["attention_norm"], part["norm"]]
-        first, second = ([norm.weight.detach(), norm.bias.detach()] for norm in norms)
+    def of(weights: LayerWeights, backend: str) -> FusedLayer:
+        """Pack a layer's weights."""
         # where oneDNN's names are missing they mustn't even be looked up
-        onednn = not why_not_onednn(qkv[0].dtype)
+        onednn = not why_not_onednn(weights.tensors[0].dtype)
         return FusedLayer(
-            weights=[*qkv, *out, *first, *inner, *outer, *second],
-            packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w, _ in (qkv, out, inner, outer)]
-            if onednn
-            else [],
-            eps=[norm.eps for norm in norms],
-            heads=heads,
-            activation=ACTIVATIONS[type(part["activation"]).__name__],
+            weights=weights,
+            packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w in weights.linears] if onednn else [],
             products=PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"]),
             run=ENCODER_LAYERS[backend],
         )
 
     def __call__(self, hidden: Tensor, mask: None, *, plan: AttentionPlan) -> Tensor:
         """``[1, T, H] -> [1, T, H]``."""
-        x = hidden[0]
+        x, own = hidden[0], self.weights
         packed = self.packed if x.shape[0] <= self.products.packed_up_to else []
-        how = (*self.activation, self.products.with_activation)
-        return self.run(x, self.weights, packed, self.eps, self.heads, *how, *plan.bucket_lists, plan.inverse)[None]
+        how = (own.eps, own.heads, *own.activation, self.products.with_activation)
+        return self.run(x, own.tensors, packed, *how, *plan.bucket_lists, plan.inverse)[None]
 
 
 def _joined(linears: Sequence[nn.Linear], name: str) -> Tensor:
     """Weights or biases of linears that read the same, as those of one."""
-    tensors = [getattr(linear, name).detach() for linear in linears]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return torch.cat([getattr(linear, name).detach() for linear in linears])
 
 
 def why_not(layer: nn.Module, names: LayerNames) -> str:
@@ -166,13 +187,20 @@ def why_not(layer: nn.Module, names: LayerNames) -> str:
     return ""
 
 
+def why_not_all(adapter: BackboneAdapter, layers: Sequence[nn.Module]) -> str:
+    """Empty where every layer of a backbone, as its adapter lists them, can be computed from its weights alone."""
+    reasons = [why_not(part, adapter.names) for layer in dict.fromkeys(layers) for part in adapter.parts(layer)]
+    reasons += [f"a layer ({type(layer).__name__}) has a forward hook" for layer in layers if _hooked(layer)]
+    return next((reason for reason in reasons if reason), "")
+
+
 def _hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says; `accelerate` replaces the forward of an instance."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What a packing was made from, to tell whether it still holds.
 
     Asked at every batch, where a loop in Python over all weights would take as long as several exits: what is looked
@@ -196,13 +224,13 @@ class _Seen:
     marks: list[int]
 
     @staticmethod
-    def of(layers: Sequence[nn.Module]) -> _Seen:
+    def of(layers: Sequence[nn.Module]) -> Seen:
         modules = tuple({id(m): m for layer in layers for m in layer.modules()}.values())
         tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters)]
         full = tuple(table for table in tables if table)
         entries = tuple(_values(full))
         tensors = tuple(entry for entry in entries if isinstance(entry, Tensor))
-        seen = _Seen(
+        seen = Seen(
             full,
             tuple(table for table in tables if not table),
             tuple(table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)),
@@ -242,7 +270,7 @@ class FusedLayers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._packed: tuple[_Seen, tuple[Callable[..., Tensor], ...] | None, str] | None = None
+        self._packed: tuple[Seen, tuple[Callable[..., Tensor], ...] | None, str] | None = None
 
     def __deepcopy__(self, memo: Any) -> FusedLayers:
         return FusedLayers()
@@ -270,19 +298,17 @@ class FusedLayers:
         return packed[1], packed[2]
 
 
-def _pack(adapter: BackboneAdapter, backbone: nn.Module) -> tuple[_Seen, tuple[Callable[..., Tensor], ...] | None, str]:
+def _pack(adapter: BackboneAdapter, backbone: nn.Module) -> tuple[Seen, tuple[Callable[..., Tensor], ...] | None, str]:
     layers: Any = tuple(adapter.layers(backbone))
     config: Any = backbone.config
-    seen = _Seen.of(layers)
+    seen = Seen.of(layers)
     parts = {layer: adapter.parts(layer) for layer in layers}
-    reasons = [why_not(part, adapter.names) for each in parts.values() for part in each]
-    reasons += [f"a layer ({type(layer).__name__}) has a forward hook" for layer in parts if _hooked(layer)]
-    reason = next((reason for reason in reasons if reason), "")
+    reason = why_not_all(adapter, layers)
     if reason:
         return seen, None, reason
     heads, backend = config.num_attention_heads, "torch" if available_backends("cpu")["cpp"] else "cpp"
     fused = {
-        layer: _in_turn([FusedLayer.of(part, adapter.names, heads, backend) for part in each])
+        layer: _in_turn([FusedLayer.of(LayerWeights.of(part, adapter.names, heads), backend) for part in each])
         for layer, each in parts.items()
     }
     return seen, tuple(fused[layer] for layer in layers), ""

@@ -16,7 +16,9 @@ from earlyexit_kernels import engine, tracing
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
+from earlyexit_kernels.engine_choice import Choice
 from earlyexit_kernels.errors import AttentionReplacedError, InvalidLogitsError
+from earlyexit_kernels.graphs import CaptureError
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
 from earlyexit_kernels.inputs import check_inputs
 from earlyexit_kernels.loading import check_loaded, corrupt_files
@@ -25,6 +27,7 @@ from earlyexit_kernels.ops.exit_step import meaningful
 from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, pack, row_keys
 from earlyexit_kernels.phased import PhasedTraining
 from earlyexit_kernels.replay import replay
+from earlyexit_kernels.resident import Parts
 from earlyexit_kernels.runtime import ATTENTION_IS_FIXED, RuntimeChoices
 from earlyexit_kernels.types import ExitOutput, ExitTrace
 
@@ -203,6 +206,15 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     @torch.no_grad()
     def _answers(self, inputs: _Inputs) -> ExitOutput:
         """Rows leave where the criterion says so."""
+        ids = inputs[0]
+        if ids is not None and ids.dim() == 2 and ids.numel() and ids.device.type == "cuda":
+            choice = self.engine_for(*ids.shape)
+            if choice.engine == "graph":
+                try:
+                    return self._graph_answers(inputs)
+                except CaptureError as error:
+                    choice = Choice("eager", str(error))
+            self.fall_back(choice.reason)
         packed = self._packed(inputs, self._criterion.exit_rule.uses_keys)
         if packed is None:
             return self._full_depth(self._no_rows())
@@ -217,6 +229,25 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         result = engine.run(hidden, batch, layers, self.heads, self._criterion, classes, settings, keys)
         self._count_invalid(result.invalid_rows)
         return result
+
+    def _graph_answers(self, inputs: _Inputs) -> ExitOutput:
+        """The same from a CUDA graph.
+
+        Raises:
+            CaptureError: none can be had.
+        """
+        _, *others = inputs
+        result = self._graphs.run(self.parts, self.backend, self._checked(inputs), *others)
+        self._count_invalid(result.invalid_rows)
+        if self.config.strict and any(result.invalid_rows):
+            layer = next(k for k, rows in enumerate(result.invalid_rows, start=1) if rows)
+            raise InvalidLogitsError(engine.invalid_message(result.invalid_rows[layer - 1], layer, self.depth))
+        return result
+
+    @property
+    def parts(self) -> Parts:
+        """What the resident loop of the graph engine runs."""
+        return Parts(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
 
     @torch.no_grad()
     def _traced_answers(self, inputs: _Inputs) -> ExitOutput:
@@ -255,8 +286,8 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         answers = trace.logits[:, -1] if answers is None else answers
         return ExitOutput(answers, depths if exit_layer is None else exit_layer, depths.clone(), (), trace)
 
-    def _packed(self, inputs: _Inputs, with_keys: bool) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
-        """Checked, packed and embedded: hidden ``[1, T, H]``, the rows, their keys; None for an empty batch."""
+    def _checked(self, inputs: _Inputs) -> Tensor:
+        """The input's ids ``[N, S]`` int64, with everything checked."""
         backbone: Any = self.backbone
         if backbone.config._attn_implementation != PACKED_ATTENTION:
             raise AttentionReplacedError(
@@ -264,7 +295,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
                 "under another one the rows of a batch attend to each other. Convert the model again"
             )
         input_ids, attention_mask, token_type_ids, position_ids = inputs
-        ids = check_inputs(
+        return check_inputs(
             input_ids,
             attention_mask,
             token_type_ids,
@@ -278,6 +309,11 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             },
             first_token=self.heads.config.pooling != "mean",
         )
+
+    def _packed(self, inputs: _Inputs, with_keys: bool) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
+        """Checked, packed and embedded: hidden ``[1, T, H]``, the rows, their keys; None for an empty batch."""
+        ids, backbone = self._checked(inputs), self.backbone
+        _, attention_mask, token_type_ids, position_ids = inputs
         if ids.shape[0] == 0:
             return None
         batch = pack(ids, attention_mask)

@@ -10,9 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from earlyexit_kernels import backends
+from earlyexit_kernels.engine_choice import ENGINES, Choice, Explanation, fastest
 from earlyexit_kernels.errors import BackendUnavailableError
+from earlyexit_kernels.graphs import Graphs
 from earlyexit_kernels.layers import FusedLayers, why_not_onednn
 from earlyexit_kernels.packing import PACKED_ATTENTION
+from earlyexit_kernels.resident import Parts, why_not_resident
 
 logger = logging.getLogger("earlyexit_kernels")
 
@@ -31,12 +34,15 @@ class RuntimeChoices(PreTrainedModel):
     compaction = "auto"
     _backend = "auto"
     _layers = "auto"
-    #: What 'auto' has said of its layers, so that it says it once.
+    _engine = "auto"
+    #: What was said of a choice, so that it is said once.
     _said = ""
+    _said_of_engine = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._fused = FusedLayers()
+        self._graphs = Graphs()
 
     @property
     def backend(self) -> str:
@@ -52,6 +58,64 @@ class RuntimeChoices(PreTrainedModel):
         """
         backends.resolve(backend, self.device.type)
         self._backend = backend
+
+    @property
+    def parts(self) -> Parts:
+        """What the resident loop of the graph engine runs."""
+        raise NotImplementedError
+
+    def set_engine(self, engine: str) -> None:
+        """Choose how eval mode runs a batch.
+
+        Args:
+            engine: ``"eager"``: layer by layer, on any device. ``"graph"``: a CUDA graph for each size of batch,
+                captured when first met, that asks the host nothing until the batch is answered; what it can't hold runs
+                eagerly, which is said once. ``"auto"``: the faster one by a measured table, `explain` tells.
+
+        Raises:
+            ValueError: an unknown name.
+            BackendUnavailableError: ``"graph"``, and this model isn't on a CUDA device, or Triton is missing.
+        """
+        if engine not in ENGINES:
+            raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
+        kind = self.device.type
+        if engine == "graph" and kind != "cuda":
+            raise BackendUnavailableError(f"engine 'graph' runs on CUDA, the model is on {kind!r}; move it first")
+        if engine == "graph":
+            backends.resolve("triton", kind)
+        self._engine = engine
+        self._graphs.forget()
+
+    def engine_for(self, rows: int, length: int) -> Choice:
+        """The engine that eval mode takes for ``[N, S]``, and why."""
+        if self._engine == "eager":
+            return Choice("eager", "it was asked for")
+        if self.device.type != "cuda":
+            return Choice("eager", "graphs are for CUDA")
+        if reason := why_not_resident(self.parts, self.dtype):
+            return Choice("eager", f"a graph can't hold this model: {reason}")
+        if torch.is_autocast_enabled("cuda"):
+            return Choice("eager", "a graph's kernels know no autocast")
+        if self._engine == "graph":
+            return Choice("graph", "it was asked for")
+        return fastest(torch.cuda.get_device_name(self.device), rows, length)
+
+    def explain(self, input_ids: torch.Tensor, **batch: Any) -> Explanation:
+        """How eval mode would run a batch, and why.
+
+        Args:
+            input_ids: ``[N, S]``.
+            batch: the other inputs, which don't matter here.
+        """
+        fused, reason = self._fused_layers()
+        layers = Choice("family", reason) if fused is None else Choice("fused", "they can be had and are faster")
+        return Explanation(self.engine_for(*input_ids.shape), layers, self.backend)
+
+    def fall_back(self, reason: str) -> None:
+        """Say once, of each reason, that a batch runs eagerly though a graph was asked for."""
+        if self._engine == "graph" and self._said_of_engine != reason:
+            self._said_of_engine = reason
+            logger.warning("engine 'graph' fell back to 'eager': %s", reason)
 
     @property
     def layer_kind(self) -> str:

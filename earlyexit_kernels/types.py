@@ -84,6 +84,15 @@ class ExitOutput:
     invalid_rows: tuple[int, ...] = ()
     trace: ExitTrace | None = None
 
+    @staticmethod
+    def cat(outputs: Sequence[ExitOutput]) -> ExitOutput:
+        """Join the answers to the parts of a batch, at least one, without their traces."""
+        logits, exit_layer, layers_run = (
+            torch.cat([getattr(output, name) for output in outputs]) for name in ("logits", "exit_layer", "layers_run")
+        )
+        invalid = tuple(map(sum, zip(*(output.invalid_rows for output in outputs), strict=True)))
+        return ExitOutput(logits, exit_layer, layers_run, invalid)
+
 
 class Gating(NamedTuple):
     """How skip gates mix a layer's output with its input in training.

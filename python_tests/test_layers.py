@@ -90,16 +90,16 @@ def test_the_op_refuses_lists_that_do_not_fit():
         pytest.skip(ee.available_backends("cpu")["cpp"])
     model = ee.to_early_exit(stock())
     layer, x = model.inference_layers()[0], torch.randn(6, 64)
-    weights, plan = layer.weights, ([1], [6], [None], [None], [None], None)
+    own, plan = layer.weights, ([1], [6], [None], [None], [None], None)
     run = functools.partial(ENCODER_LAYERS["cpp"], x)
-    rest = (layer.eps, layer.heads, *layer.activation, False)
+    weights, rest = own.tensors, (own.eps, own.heads, *own.activation, False)
     assert run(weights, [], *rest, *plan).shape == x.shape
     with pytest.raises(ValueError, match="expected 12 weights, got 11"):
         run(weights[:-1], [], *rest, *plan)
     with pytest.raises(ValueError, match="expected 4 packed weights or none, got 1"):
         run(weights, weights[:1], *rest, *plan)
     with pytest.raises(ValueError, match="expected eps of 2 norms, got 1"):
-        run(weights, [], layer.eps[:1], *rest[1:], *plan)
+        run(weights, [], own.eps[:1], *rest[1:], *plan)
     with pytest.raises(ValueError, match="of each bucket, and inverse for several, got 1"):
         run(weights, [], *rest, [1], [6], [], [None], [None], None)
 
@@ -121,7 +121,7 @@ def test_other_dtypes(dtype, atol):
     own, fused = pair()
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    assert fused.inference_layers()[0].weights[0].dtype == dtype
+    assert fused.inference_layers()[0].weights.tensors[0].dtype == dtype
     # traces are float32, so double layers agree to float32's last digit
     assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
 

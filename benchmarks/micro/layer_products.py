@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.layers import FusedLayer, Products, why_not_onednn
+from earlyexit_kernels.layers import FusedLayer, LayerWeights, Products, why_not_onednn
 from earlyexit_kernels.packing import pack, plan_attention
 from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
 
@@ -53,7 +53,7 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
     model = ee.to_early_exit(BertForSequenceClassification(config).eval())
     own = model.adapter.layers(model.backbone)[0]
     backend = "torch" if available_backends("cpu")["cpp"] else "cpp"
-    fused = FusedLayer.of(own, model.adapter.names, config.num_attention_heads, backend)
+    fused = FusedLayer.of(LayerWeights.of(own, model.adapter.names, config.num_attention_heads), backend)
     layers: dict[str, Any] = {
         BASELINE: own,
         **{f"fused, {name}": dataclasses.replace(fused, products=products) for name, products in WAYS.items()},

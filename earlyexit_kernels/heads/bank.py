@@ -157,6 +157,10 @@ class ExitHeads(nn.Module):
         weights = [(out.weight.contiguous(), out.bias) for out in (_at(self.out, k + 1) for k in range(self.depth))]
         return LinearExits(self.config.pooling, weights) if weights[0][0].dtype == dtype else None
 
+    def dense_exit(self, layer: int) -> tuple[nn.Linear, nn.Linear]:
+        """The dense module and the last linear of the exit after 1-based `layer`, where it is first token and these."""
+        return _at(self.dense, layer), _at(self.out, layer)
+
     def fused(self, layer: int, states: PackedStates, memory: Mapping[str, Tensor], needs: str | None) -> FusedExit:
         """The exit after 1-based `layer` for inference, its last linear left to the fused op.
 

@@ -1,7 +1,17 @@
 """The fused ops, for people who write their own loop."""
 
-from earlyexit_kernels.ops.compact import compact, gather_rows
+from earlyexit_kernels.ops.compact import GATHER_ROWS_OPS, compact, gather_rows
 from earlyexit_kernels.ops.encoder_layer import ENCODER_LAYERS
 from earlyexit_kernels.ops.exit_step import exit_step, exit_step_op
+from earlyexit_kernels.ops.resident_exit import MOST_ROWS, RESIDENT_EXITS
 
-__all__ = ["ENCODER_LAYERS", "compact", "exit_step", "exit_step_op", "gather_rows"]
+__all__ = [
+    "ENCODER_LAYERS",
+    "GATHER_ROWS_OPS",
+    "MOST_ROWS",
+    "RESIDENT_EXITS",
+    "compact",
+    "exit_step",
+    "exit_step_op",
+    "gather_rows",
+]

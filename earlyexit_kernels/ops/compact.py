@@ -130,7 +130,7 @@ def _fake_gather_rows(hidden, offsets, source, new_offsets, out):
 _COMPACT = define(
     "compact", COMPACT, fake=_fake_compact, implementations={"torch": compact_torch, "triton": compact_triton}
 )
-_GATHER_ROWS = define(
+GATHER_ROWS_OPS = define(
     "gather_rows",
     GATHER_ROWS,
     fake=_fake_gather_rows,
@@ -185,5 +185,5 @@ def gather_rows(
     check_tensor("gather_rows", "new_offsets", new_offsets, (source.shape[0] + 1,), INT32, device=device)
     if out.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr() and out.numel():
         raise ValueError("gather_rows: expected out to share no memory with hidden; pass a second buffer")
-    op = _GATHER_ROWS[resolve(backend, hidden.device.type)]
+    op = GATHER_ROWS_OPS[resolve(backend, hidden.device.type)]
     op(hidden.contiguous(), offsets.contiguous(), source.contiguous(), new_offsets.contiguous(), out)

@@ -1,0 +1,218 @@
+"""The graph engine: the resident loop of a bucket captured once, and replayed with one launch and one synchronisation.
+
+Each group of layers lies behind an IF node on the live count where the compiled extension has them
+(csrc/cuda/graph.cpp); without it the graph is a plain one, whose kernels return at once when nothing is left to do.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.backends import NAMESPACE, available_backends
+from earlyexit_kernels.layers import Seen
+from earlyexit_kernels.ops import MOST_ROWS
+from earlyexit_kernels.resident import Bucket, Parts, ResidentLoop
+from earlyexit_kernels.types import ExitOutput
+
+#: Graphs kept for one model; the one that wasn't used for longest goes.
+MOST_GRAPHS = 16
+#: Tokens that the buffers of a bucket hold at most; a larger batch is split.
+MOST_TOKENS = 65_536
+SHORTEST = 16
+WARM_UPS = 2
+
+
+class CaptureError(RuntimeError):
+    """A graph can't be had for a batch; the message says why."""
+
+
+def bucket_of(rows: int, length: int) -> Bucket:
+    """The smallest bucket that holds a batch: powers of two, so that few graphs serve all batches."""
+    return Bucket(1 << (rows - 1).bit_length(), max(SHORTEST, 1 << (length - 1).bit_length()))
+
+
+def most_rows(length: int) -> int:
+    """How many rows of a length one graph takes."""
+    return min(MOST_ROWS, MOST_TOKENS // bucket_of(1, length).length)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph.
+
+    Attributes:
+        loop: its buffers.
+        replay: launch it.
+        seen: the weights it was captured on, whose addresses it holds.
+        results: pinned copy of the loop's counts ``[L, 4]``.
+    """
+
+    loop: ResidentLoop
+    replay: Callable[[], None]
+    seen: Seen
+    results: Tensor
+
+
+class Graphs:
+    """The graphs of one model, captured when first asked for, and again when its weights are other tensors.
+
+    One batch at a time: threads take turns, on a stream of its own, so that several streams are served too. Copies and
+    pickles of the model start without.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._captured: collections.OrderedDict[tuple[Any, ...], Captured] = collections.OrderedDict()
+        self._refused: dict[tuple[Any, ...], str] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        return Graphs()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, ()
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        with self._lock:
+            self._captured.clear()
+            self._refused.clear()
+
+    def run(
+        self,
+        parts: Parts,
+        backend: str,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        types: Tensor | None,
+    ) -> ExitOutput:
+        """Answer a batch of any size.
+
+        Args:
+            parts: of the model, of which `why_not_resident` has nothing to say.
+            backend: of the exits; the encoder's kernels are Triton's.
+            ids, mask, positions, types: ``[N, S]`` on the model's device, N at least 1.
+
+        Raises:
+            CaptureError: no graph can be had.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise CaptureError("the current stream is capturing; capture model.fixed_depth() instead")
+        size = most_rows(ids.shape[1])
+        parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, positions, types)]
+        with self._lock:
+            outputs = [
+                self._part(
+                    parts,
+                    backend,
+                    chunk,
+                    *(
+                        x if split is None else split[number]
+                        for x, split in zip((mask, positions, types), parted, strict=True)
+                    ),
+                )
+                for number, chunk in enumerate(ids.split(size))
+            ]
+        return outputs[0] if len(outputs) == 1 else ExitOutput.cat(outputs)
+
+    def _part(self, parts: Parts, backend: str, ids: Tensor, *others: Tensor | None) -> ExitOutput:
+        n = ids.shape[0]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(ids.device)
+        stream, current = self._stream, torch.cuda.current_stream(ids.device)
+        key = (bucket_of(*ids.shape), backend, parts.criterion, next(parts.backbone.parameters()).dtype)
+        while True:
+            captured = self._of(key, parts)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                captured.loop.load(ids, *others)
+                captured.replay()
+                answers, exit_layer = captured.loop.answers[:n].clone(), captured.loop.exit_layer[:n].clone()
+                captured.results.copy_(captured.loop.counts, non_blocking=True)
+                done = stream.record_event()
+            # looked at while the device works; where the weights are others by now, the answers go
+            if captured.seen.holds():
+                break
+            del self._captured[key]
+        current.wait_stream(stream)
+        for x in (answers, exit_layer):
+            x.record_stream(current)
+        done.synchronize()
+        return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(captured.results[:, 2].tolist()))
+
+    def _of(self, key: tuple[Any, ...], parts: Parts) -> Captured:
+        if key in self._refused:
+            raise CaptureError(self._refused[key])
+        if key not in self._captured:
+            try:
+                self._captured[key] = capture(parts, key[0], key[1], self._stream)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                self._refused[key] = f"capturing {key[0]} failed: {str(error).partition(chr(10))[0]}"
+                raise CaptureError(self._refused[key]) from error
+            while len(self._captured) > MOST_GRAPHS:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(key)
+        return self._captured[key]
+
+
+def capture(parts: Parts, bucket: Bucket, backend: str, stream: Any) -> Captured:
+    """Build a bucket's loop and capture it.
+
+    Args:
+        parts: of the model.
+        bucket: the largest batch.
+        backend: of the exits.
+        stream: to warm up, capture and replay on; cuBLAS keeps its workspace by stream.
+    """
+    seen = Seen.of([parts.backbone, parts.heads])
+    with torch.cuda.stream(stream):
+        loop = ResidentLoop(parts, bucket, "triton", backend)
+        for _ in range(WARM_UPS):
+            loop.launch()
+        stream.synchronize()
+        replay = _conditional(loop) if backend == "cpp" else _plain(loop, stream)
+    results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype, pin_memory=True)
+    return Captured(loop, replay, seen, results)
+
+
+def _plain(loop: ResidentLoop, stream: Any) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        loop.launch()
+    return graph.replay
+
+
+def _conditional(loop: ResidentLoop) -> Callable[[], None]:
+    """Capture on the current stream, each group of layers but the first behind an IF node."""
+    graph = getattr(torch.classes, NAMESPACE).ConditionalGraph()
+
+    @contextlib.contextmanager
+    def behind(number: int) -> Iterator[None]:
+        graph.begin_if(loop.handles[number])
+        yield
+        graph.end_if()
+
+    graph.begin(loop.hidden.device.index, *torch.cuda.graph_pool_handle())
+    try:
+        loop.handles = [0, *(graph.handle() for _ in loop.groups[1:])]
+        loop.launch(behind)
+        graph.end()
+    except BaseException:
+        # else the stream would go on capturing
+        graph.abandon()
+        raise
+    return graph.replay
+
+
+def has_conditional_nodes() -> bool:
+    """Whether the compiled extension captures graphs with IF nodes."""
+    return not available_backends("cuda")["cpp"]

@@ -1,0 +1,169 @@
+"""The resident loop answers as the eager engine does, whatever its buffers held before and whoever shares the batch."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from conftest import backend_params
+from models import ATTENDED, FAMILIES, batch_for, early_exit
+
+from earlyexit_kernels.criteria import Dact, Entropy, Expectation, FullDepth, HiddenCosine, Patience, QExit, Voting
+from earlyexit_kernels.graphs import bucket_of
+from earlyexit_kernels.resident import Bucket, ResidentLoop, why_not_resident
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+@pytest.fixture(params=backend_params(("torch", "triton")))
+def backend(request) -> str:
+    return request.param
+
+
+def loop_for(model, bucket, backend, *, poison=False) -> ResidentLoop:
+    loop = ResidentLoop(model.parts, bucket, backend, backend)
+    if poison:
+        for buffer in (loop.hidden, loop.qkv, loop.context, loop.middle, loop.inner, loop.features, loop.answers):
+            buffer.fill_(torch.nan)
+    return loop
+
+
+def answers(loop, batch):
+    loop.load(*(batch.get(name) for name in INPUTS))
+    loop.launch()
+    n = batch["input_ids"].shape[0]
+    return loop.answers[:n].clone(), loop.exit_layer[:n].clone()
+
+
+def assert_as_eager(model, loop, batch, atol=2e-5) -> None:
+    logits, exit_layer = answers(loop, batch)
+    out = model(**batch)
+    assert torch.equal(exit_layer, out.exit_layer)
+    torch.testing.assert_close(logits, out.logits, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ATTENDED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, kind, backend):
+    if backend == "triton" and (family, kind) not in (("bert", "holes"), ("roberta", "right"), ("albert", "full")):
+        pytest.skip("the interpreter is slow")
+    model = early_exit(family, pooling="first", criterion=Entropy(threshold=0.95))
+    batch = batch_for(model, kind)
+    loop = loop_for(model, Bucket(8, 32), backend, poison=True)
+    assert_as_eager(model, loop, batch)
+    assert 1 < float(loop.exit_layer[:4].float().mean()) < model.depth, "rows leave at several layers"
+
+
+RULES = {
+    "full depth": (FullDepth(), {}),
+    "patience": (Patience(patience=1), {}),
+    "voting": (Voting(threshold=0.4), {}),
+    "family heads": (Entropy(threshold=0.9), {"pooling": None}),
+    "own dense": (Entropy(threshold=0.9), {"pooling": None, "exit_dense": "own"}),
+    "mean": (Entropy(threshold=0.9), {"pooling": "mean"}),
+    "halting": (QExit(threshold=0.6), {"method": "palbert"}),
+    "expectation": (Expectation(threshold=0.9), {"method": "palbert"}),
+    "dact": (Dact(), {"method": "dact"}),
+    "hidden cosine": (HiddenCosine(threshold=0.5, patience=1), {"pooling": "first"}),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_and_heads(name, backend):
+    if backend == "triton" and name not in ("patience", "family heads", "mean", "halting"):
+        pytest.skip("the interpreter is slow")
+    criterion, built = RULES[name]
+    model = early_exit("bert", criterion=criterion, **{"pooling": "first", **built})
+    assert_as_eager(model, loop_for(model, Bucket(4, 32), backend, poison=True), batch_for(model))
+
+
+def test_a_loop_serves_batch_after_batch(backend):
+    model = early_exit("bert", pooling="first", criterion=Patience(patience=1))
+    loop = loop_for(model, Bucket(4, 32), backend)
+    for lengths in [(17, 3, 9, 12), (1, 2), (6,), (30, 4, 4, 29)]:
+        assert_as_eager(model, loop, batch_for(model, lengths=lengths))
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others(backend):
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.95))
+    batch = batch_for(model)
+    logits, exit_layer = answers(loop_for(model, Bucket(8, 32), backend), batch)
+    if backend == "torch":
+        pytest.skip("the reference multiplies as torch does, which rounds by the number of rows")
+    for row in range(4):
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        own = answers(loop_for(model, Bucket(1, 32), backend), alone)
+        assert torch.equal(own[0][0], logits[row]) and own[1][0] == exit_layer[row]
+
+
+def test_rows_without_tokens_or_meaning(backend):
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.95))
+    batch = batch_for(model)
+    batch["attention_mask"][2] = 0
+    assert_as_eager(model, loop_for(model, Bucket(4, 32), backend), batch)
+    with torch.no_grad():
+        model.heads.out[0].bias[1] = torch.nan
+    loop = loop_for(model, Bucket(4, 32), backend)
+    assert_as_eager(model, loop, batch)
+    assert loop.counts[:, 2].tolist() == [4, 0, 0, 0]
+
+
+def test_types_and_positions(backend):
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.95))
+    batch = batch_for(model)
+    batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
+    loop = loop_for(model, Bucket(4, 32), backend)
+    assert_as_eager(model, loop, batch)
+    del batch["token_type_ids"], batch["position_ids"]
+    assert_as_eager(model, loop, batch)
+
+
+def test_groups_of_layers_lie_behind_nodes():
+    model = early_exit("bert", pooling="first", criterion=FullDepth())
+    assert loop_for(model, Bucket(1, 16), "torch").groups == [range(1, 5)]
+    model.set_criterion(Entropy(threshold=0.95))
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    assert loop.groups == [range(k, k + 1) for k in (1, 2, 3, 4)]
+    ran = []
+
+    @contextlib.contextmanager
+    def behind(number):
+        before = loop.counts[number - 1, 0].item()
+        ran.append((number, before))
+        yield
+
+    loop.load(*(batch_for(model).get(name) for name in INPUTS))
+    loop.launch(behind)
+    assert [number for number, _ in ran] == [1, 2, 3], "the first group always runs"
+    assert ran[0][1] >= ran[1][1] >= ran[2][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"method": "smartbert"}, "skips layers"),
+        ({"method": "fastbert"}, "attend to all tokens"),
+        ({"method": "palbert", "pooling": "mean", "criterion": QExit(threshold=0.5)}, "average the tokens"),
+    ],
+)
+def test_what_it_cannot_hold_is_said(arguments, reason):
+    assert reason in why_not_resident(early_exit("bert", **arguments).parts, torch.float32)
+
+
+def test_more_that_it_cannot_hold():
+    model = early_exit("bert", pooling="first")
+    assert why_not_resident(model.parts, torch.float32) == ""
+    assert "float64" in why_not_resident(model.parts, torch.float64)
+    model.backbone.encoder.layer[1].register_forward_hook(lambda *_: None)
+    assert "forward hook" in why_not_resident(model.parts, torch.float32)
+
+
+def test_buckets():
+    assert [bucket_of(*shape) for shape in [(1, 1), (3, 17), (32, 128), (33, 129)]] == [
+        Bucket(1, 16),
+        Bucket(4, 32),
+        Bucket(32, 128),
+        Bucket(64, 256),
+    ]
