@@ -96,29 +96,31 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     return {name: why(kind) for name, why in _WHY_NOT.items()}
 
 
-_CHOICES: dict[tuple[str, str], str] = {}
+_CHOICES: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
 
 @torch.compiler.assume_constant_result
-def resolve(backend: str, device: str) -> str:
+def resolve(backend: str, device: str, among: tuple[str, ...] = BACKENDS) -> str:
     """Choose the back-end for tensors of one kind of device.
 
     Args:
         backend: ``"auto"`` or the name of a back-end.
         device: kind of device, ``"cpu"`` or ``"cuda"``.
+        among: the back-ends that the op has.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a back-end that the op doesn't have.
         BackendUnavailableError: a back-end asked for by name can't run here.
     """
-    if (backend, device) not in _CHOICES:
-        _CHOICES[backend, device] = _choose(backend, device)
-    return _CHOICES[backend, device]
+    asked = backend, device, among
+    if asked not in _CHOICES:
+        _CHOICES[asked] = _choose(*asked)
+    return _CHOICES[asked]
 
 
-def _choose(backend: str, device: str) -> str:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
+def _choose(backend: str, device: str, among: tuple[str, ...]) -> str:
+    if backend not in ("auto", *among):
+        raise ValueError(f"backend: expected one of {('auto', *among)}, got {backend!r}")
     if backend != "auto":
         reason = _WHY_NOT[backend](device)
         if reason:
@@ -126,6 +128,8 @@ def _choose(backend: str, device: str) -> str:
         return backend
     passed_over: list[str] = []
     for name in _PREFERENCE.get(device, ("torch",)):
+        if name not in among:
+            continue
         reason = _WHY_NOT[name](device)
         if not reason:
             level = logging.WARNING if passed_over else logging.INFO

@@ -31,6 +31,17 @@ RESIDENT_EXIT = (
     "Tensor(g!) answers, Tensor(h!) exit_layer, str criterion, float[] params, str pooling, int layer, int depth, "
     "int capacity, int tile, int handle) -> ()"
 )
+ROWS_LINEAR = (
+    "(Tensor x, Tensor weight, Tensor bias, Tensor offsets, Tensor(a!) out, str activation, bool absolute) -> ()"
+)
+FIRST_TOKENS_LINEAR = (
+    "(Tensor hidden, Tensor weight, Tensor bias, Tensor offsets, Tensor row_ids, Tensor(a!) out, str activation) -> ()"
+)
+ROWS_ATTENTION = "(Tensor qkv, Tensor offsets, Tensor row_ids, int heads, int longest, Tensor(a!) out) -> ()"
+ROWS_ADD_NORM = (
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, Tensor(a!) out, "
+    "bool residual_absolute, bool out_absolute) -> ()"
+)
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _DISPATCH_KEYS = {"torch": ("CompositeExplicitAutograd",), "triton": ("CPU", "CUDA")}

@@ -1,0 +1,142 @@
+"""A linear layer over the first token of each row present: the dense module of a pooler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, resolve, tl
+from earlyexit_kernels.ops.activations import ACTIVATIONS
+from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_no_empty_row, check_present, check_tensor
+from earlyexit_kernels.ops.schema import FIRST_TOKENS_LINEAR, define
+from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, tiles_for
+
+BACK_ENDS = ("torch", "triton")
+
+
+@jit
+def first_tokens_linear_kernel(
+    hidden,  # [2 T, K]
+    weight,  # [N, K]
+    bias,  # [N]
+    offsets,  # [R + 1] int32
+    row_ids,  # [R] int32
+    out,  # [R, N]
+    rows,  # R
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program a tile; where all its rows have left it has nothing to do."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    present = tl.load(row_ids + row, mask=row < rows, other=-1) >= 0
+    if tl.sum(present.to(tl.int32), 0) > 0:
+        token = tl.load(offsets + row, mask=present, other=0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK_N
+        product_tile(
+            hidden,
+            weight,
+            bias,
+            out,
+            token,
+            row.to(tl.int64),
+            present,
+            column,
+            N,
+            K,
+            ACTIVATION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+
+
+def first_tokens_linear_triton(
+    hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, row_ids: Tensor, out: Tensor, activation: str
+) -> None:
+    """Launch `first_tokens_linear_kernel`."""
+    rows, n = out.shape
+    tiles = tiles_for(out.dtype, rows, n)
+    grid = (-(-rows // tiles.rows), -(-n // tiles.columns))
+    if rows and n:
+        first_tokens_linear_kernel[grid](
+            hidden,
+            weight,
+            bias,
+            offsets,
+            row_ids,
+            out,
+            rows,
+            N=n,
+            K=weight.shape[1],
+            ACTIVATION=ACTIVATIONS[activation].device,
+            **tiles.options,
+        )
+
+
+@torch.no_grad()
+def first_tokens_linear_torch(
+    hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, row_ids: Tensor, out: Tensor, activation: str
+) -> None:
+    """`first_tokens_linear` in torch, the reference of the other back-end."""
+    present = row_ids >= 0
+    out[present] = product_torch(hidden[offsets[:-1][present]], weight, bias, activation).to(out.dtype)
+
+
+def _fake(hidden, weight, bias, offsets, row_ids, out, activation):
+    return None
+
+
+_FIRST_TOKENS_LINEAR = define(
+    "first_tokens_linear",
+    FIRST_TOKENS_LINEAR,
+    fake=_fake,
+    implementations={"torch": first_tokens_linear_torch, "triton": first_tokens_linear_triton},
+    back_ends=BACK_ENDS,
+)
+
+
+def first_tokens_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor,
+    out: Tensor,
+    *,
+    activation: str = "none",
+    backend: str = "auto",
+) -> None:
+    """Write ``f(x W^T + b)`` of the first token of each row present.
+
+    Args:
+        hidden: ``[2 T, K]``; float32, float16 or bfloat16.
+        weight, bias: ``[N, K]`` and ``[N]``, dtype of `hidden`.
+        offsets: ``[R + 1]`` int32; row i starts at ``hidden[offsets[i]]``.
+        row_ids: ``[R]`` int32, -1 where a row has left or there is none. On CUDA they and the offsets are trusted,
+            since looking would cost a synchronisation.
+        out: ``[R, N]``, dtype of `hidden`, apart from it in memory. **Changed** for the rows present.
+        activation, backend: as in `rows_linear`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't fit.
+        BackendUnavailableError: `backend` can't run here.
+
+    The arithmetic is that of `rows_linear`, and so are the bits of a row.
+    """
+    op, device = "first_tokens_linear", hidden.device
+    check_tensor(op, "hidden", hidden, (None, None), FLOATS)
+    check_product(op, hidden, weight, bias, activation)
+    check_present(op, offsets, row_ids, capacity=hidden.shape[0] // 2, device=device)
+    wanted = (row_ids.shape[0], weight.shape[0])
+    check_tensor(op, "out", out, wanted, (hidden.dtype,), written=True, device=device)
+    if device.type == "cpu":
+        check_no_empty_row(op, row_ids, offsets)
+    hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
+    check_apart(op, "hidden", hidden, out)
+    _FIRST_TOKENS_LINEAR[resolve(backend, device.type, BACK_ENDS)](
+        hidden, weight, bias, offsets.contiguous(), row_ids.contiguous(), out, activation
+    )

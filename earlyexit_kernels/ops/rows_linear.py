@@ -1,0 +1,157 @@
+"""A linear layer over the tokens present, whose number only the device knows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.backends import jit, resolve, tl
+from earlyexit_kernels.ops.activations import ACTIVATIONS
+from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor
+from earlyexit_kernels.ops.schema import ROWS_LINEAR, define
+from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, resident_programs, tiles_for
+
+BACK_ENDS = ("torch", "triton")
+#: Tiles of rows that take turns at the same columns, so that those of the weight are still in the cache.
+GROUP = 8
+
+
+@jit
+def rows_linear_kernel(
+    x,  # [T, K], or [2 T, K]
+    weight,  # [N, K]
+    bias,  # [N]
+    offsets,  # [R + 1] int32
+    out,  # [T, N]
+    rows,  # R
+    ABSOLUTE: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As many programs as the device holds at a time; they walk the tiles of the tokens present."""
+    first = tl.load(offsets)
+    present = tl.load(offsets + rows) - first
+    high = tl.cdiv(present, BLOCK_M)
+    wide = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    while tile < high * wide:
+        top = tile // (GROUP_M * wide) * GROUP_M
+        within = tile % (GROUP_M * wide)
+        group = tl.minimum(high - top, GROUP_M)
+        token = ((top + within % group) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        source = token
+        if ABSOLUTE:
+            source = token + first
+        product_tile(
+            x,
+            weight,
+            bias,
+            out,
+            source,
+            token,
+            token < present,
+            within // group * BLOCK_N,
+            N,
+            K,
+            ACTIVATION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        tile += tl.num_programs(0)
+
+
+def rows_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, out: Tensor, activation: str, absolute: bool
+) -> None:
+    """Launch `rows_linear_kernel`; tiles and programs follow from the capacity, never from the count."""
+    (capacity, n), rows = out.shape, offsets.numel() - 1
+    tiles = tiles_for(out.dtype, capacity, n)
+    programs = resident_programs(tiles, capacity, n, out.device)
+    if programs:
+        rows_linear_kernel[(programs,)](
+            x,
+            weight,
+            bias,
+            offsets,
+            out,
+            rows,
+            ABSOLUTE=absolute,
+            N=n,
+            K=weight.shape[1],
+            ACTIVATION=ACTIVATIONS[activation].device,
+            GROUP_M=GROUP,
+            **tiles.options,
+        )
+
+
+@torch.no_grad()
+def rows_linear_torch(
+    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, out: Tensor, activation: str, absolute: bool
+) -> None:
+    """`rows_linear` in torch, the reference of the other back-end; it reads the count."""
+    first, end = int(offsets[0]), int(offsets[-1])
+    tokens = x[first:end] if absolute else x[: end - first]
+    out[: end - first] = product_torch(tokens, weight, bias, activation).to(out.dtype)
+
+
+def _fake(x, weight, bias, offsets, out, activation, absolute):
+    return None
+
+
+_ROWS_LINEAR = define(
+    "rows_linear",
+    ROWS_LINEAR,
+    fake=_fake,
+    implementations={"torch": rows_linear_torch, "triton": rows_linear_triton},
+    back_ends=BACK_ENDS,
+)
+
+
+def rows_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    activation: str = "none",
+    absolute: bool = False,
+    backend: str = "auto",
+) -> None:
+    """Write ``f(x W^T + b)`` of the tokens present, ``offsets[-1] - offsets[0]`` of them.
+
+    Args:
+        x: ``[T, K]``, the tokens present first; with `absolute` ``[2 T, K]``, and they start at ``offsets[0]``.
+            float32, float16 or bfloat16.
+        weight, bias: ``[N, K]`` and ``[N]``, dtype of `x`.
+        offsets: ``[R + 1]`` int32. On CUDA they are trusted, since looking would cost a synchronisation.
+        out: ``[T, N]``, dtype of `x`, apart from it in memory. **Changed** for the tokens present, the first ones.
+        activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"tanh"``.
+        absolute: where `x` starts.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices don't fit.
+        BackendUnavailableError: `backend` can't run here.
+
+    Sums, bias and activation are float32, without TF32. In triton each sum runs over K in one order, whatever T, the
+    count and the token's place, so a token's bits depend on nothing but the token; torch's products round with their
+    row count. Nothing of `x` beyond the tokens present is read.
+    """
+    device = x.device
+    check_tensor("rows_linear", "out", out, (None, None), FLOATS, written=True)
+    capacity = out.shape[0]
+    tokens = 2 * capacity if absolute else capacity
+    check_tensor("rows_linear", "x", x, (tokens, None), (out.dtype,), device=out.device)
+    check_product("rows_linear", x, weight, bias, activation)
+    check_tensor("rows_linear", "out", out, (capacity, weight.shape[0]), FLOATS)
+    check_present("rows_linear", offsets, None, capacity=capacity, device=device)
+    x, weight, bias, offsets = x.contiguous(), weight.contiguous(), bias.contiguous(), offsets.contiguous()
+    check_apart("rows_linear", "x", x, out)
+    _ROWS_LINEAR[resolve(backend, device.type, BACK_ENDS)](x, weight, bias, offsets, out, activation, absolute)
