@@ -38,10 +38,13 @@ MAY_IMPORT = {
     "config": "criteria transformers",
     "loading": "errors safetensors",
     "layers": "backbones backends ops packing torch",
-    "runtime": "backends errors layers packing torch transformers",
+    "resident": "backbones criteria heads layers ops packing types torch",
+    "graphs": "backends layers ops resident types torch",
+    "engine_choice": "",
+    "runtime": "backends engine_choice errors graphs layers packing resident torch transformers",
     "phased": "config objectives tracing types torch transformers",
-    "model": "backbones config criteria engine errors heads inputs loading objectives ops packing phased "
-    "replay runtime tracing types safetensors torch transformers",
+    "model": "backbones config criteria engine engine_choice errors graphs heads inputs loading objectives ops packing "
+    "phased replay resident runtime tracing types safetensors torch transformers",
     "convert": "backbones config criteria heads model objectives torch transformers",
     "training": "model objectives torch transformers",
     "predict": "model numpy torch",

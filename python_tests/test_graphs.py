@@ -1,0 +1,151 @@
+"""The bookkeeping of the graph engine, with captures that are plain runs of the loop: no GPU is needed for it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import batch_for, early_exit
+
+from earlyexit_kernels import engine_choice, graphs
+from earlyexit_kernels.criteria import Entropy, Patience
+from earlyexit_kernels.errors import BackendUnavailableError
+from earlyexit_kernels.graphs import Captured, CaptureError, Graphs, most_rows
+from earlyexit_kernels.layers import Seen
+from earlyexit_kernels.resident import Bucket, ResidentLoop
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Streams that do nothing, tensors that belong to any, and captures that are counted."""
+    stream = SimpleNamespace(
+        wait_stream=lambda other: None, record_event=lambda: SimpleNamespace(synchronize=lambda: None)
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    made: list[Bucket] = []
+
+    def plain(parts, bucket, backend, stream):
+        made.append(bucket)
+        loop = ResidentLoop(parts, bucket, "torch", "torch")
+        return Captured(loop, loop.launch, Seen.of([parts.backbone, parts.heads]), torch.zeros_like(loop.counts))
+
+    monkeypatch.setattr(graphs, "capture", plain)
+    return made
+
+
+@pytest.fixture
+def model():
+    return early_exit("bert", pooling="first", criterion=Patience(patience=1))
+
+
+def run(runner: Graphs, model, batch):
+    return runner.run(model.parts, "torch", batch["input_ids"], batch.get("attention_mask"), None, None)
+
+
+def assert_as_eager(out, model, batch) -> None:
+    expected = model(**batch)
+    assert torch.equal(out.exit_layer, expected.exit_layer) and torch.equal(out.layers_run, expected.layers_run)
+    torch.testing.assert_close(out.logits, expected.logits, atol=2e-5, rtol=1e-4)
+
+
+def test_a_graph_is_captured_once_a_bucket(captures, model):
+    runner = Graphs()
+    for lengths in [(17, 3, 9), (20, 4, 4, 4), (17,), (18,), (5, 6, 30)]:
+        batch = batch_for(model, lengths=lengths)
+        assert_as_eager(run(runner, model, batch), model, batch)
+    assert captures == [Bucket(4, 32), Bucket(1, 32)]
+    runner.forget()
+    run(runner, model, batch)
+    assert len(captures) == 3
+
+
+def test_a_large_batch_is_split(captures, model, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 64)
+    assert (most_rows(17), most_rows(16), most_rows(64)) == (2, 4, 1)
+    batch = batch_for(model, lengths=(17, 3, 9, 12, 6))
+    out = run(Graphs(), model, batch)
+    assert_as_eager(out, model, batch)
+    assert captures == [Bucket(2, 32), Bucket(1, 32)] and len(out.invalid_rows) == model.depth
+
+
+def test_the_graph_unused_for_longest_goes(captures, model, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    runner, batches = (
+        Graphs(),
+        [batch_for(model, lengths=lengths) for lengths in [(5,), (5, 5), (5,), (40,), (5,), (5, 5)]],
+    )
+    for batch in batches:
+        run(runner, model, batch)
+    assert captures == [Bucket(1, 16), Bucket(2, 16), Bucket(1, 64), Bucket(2, 16)]
+
+
+def test_other_weights_and_criteria_have_graphs_of_their_own(captures, model):
+    runner, batch = Graphs(), batch_for(model)
+    run(runner, model, batch)
+    with torch.no_grad():
+        model.backbone.encoder.layer[1].attention.self.value.weight.mul_(2.0)
+    assert_as_eager(run(runner, model, batch), model, batch)
+    model.heads.out[0] = torch.nn.Linear(64, 3)
+    assert_as_eager(run(runner, model, batch), model, batch)
+    assert len(captures) == 3
+    model.set_criterion(Entropy(threshold=0.3))
+    assert_as_eager(run(runner, model, batch), model, batch)
+    assert len(captures) == 4
+
+
+def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, monkeypatch):
+    tried = []
+
+    def fails(*args):
+        tried.append(args)
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    runner, batch = Graphs(), batch_for(model)
+    for _ in range(2):
+        with pytest.raises(CaptureError, match=r"capturing Bucket\(rows=4, length=32\) failed: CUDA out of memory$"):
+            run(runner, model, batch)
+    assert len(tried) == 1
+
+
+def test_a_capture_of_the_users_own_is_left_alone(captures, model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(CaptureError, match="fixed_depth"):
+        run(Graphs(), model, batch_for(model))
+
+
+def test_copies_start_without_graphs(model):
+    model._graphs._refused["key"] = "a reason"
+    assert copy.deepcopy(model)._graphs._refused == {} == pickle.loads(pickle.dumps(model._graphs))._refused
+
+
+def test_the_engine_is_chosen_and_explained(model, caplog):
+    text = str(model.explain(**batch_for(model)))
+    assert "engine 'eager': graphs are for CUDA" in text and "layers 'fused'" in text
+    model.set_engine("eager")
+    assert model.explain(**batch_for(model)).engine.reason == "it was asked for"
+    with pytest.raises(ValueError, match="engine: expected one of"):
+        model.set_engine("lazy")
+    with pytest.raises(BackendUnavailableError, match="runs on CUDA, the model is on 'cpu'"):
+        model.set_engine("graph")
+    model._engine = "graph"
+    with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
+        for _ in range(2):
+            model.fall_back("a graph can't hold this model: reason")
+    assert caplog.messages == ["engine 'graph' fell back to 'eager': a graph can't hold this model: reason"]
+
+
+def test_the_table_of_the_fastest(monkeypatch):
+    monkeypatch.setattr(engine_choice, "FASTEST", {"H200": ((4096, "graph"), (8192, "eager"))})
+    fastest = engine_choice.fastest
+    assert [fastest("NVIDIA H200", 32, s).engine for s in (128, 129, 4096)] == ["graph", "eager", "eager"]
+    assert fastest("NVIDIA A10", 1, 1) == ("eager", "no measurement of NVIDIA A10 is in the table")
