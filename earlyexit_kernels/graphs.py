@@ -19,6 +19,7 @@ from torch import Tensor
 from earlyexit_kernels.backends import NAMESPACE, available_backends
 from earlyexit_kernels.layers import Seen
 from earlyexit_kernels.ops import MOST_ROWS
+from earlyexit_kernels.packing import refuse_masked_first
 from earlyexit_kernels.resident import Bucket, Parts, ResidentLoop
 from earlyexit_kernels.types import ExitOutput
 
@@ -52,7 +53,7 @@ class Captured:
         loop: its buffers.
         replay: launch it.
         seen: the weights it was captured on, whose addresses it holds.
-        results: pinned copy of the loop's counts ``[L, 4]``.
+        results: pinned copy of the loop's counts ``[L + 1, 4]``.
     """
 
     loop: ResidentLoop
@@ -147,7 +148,10 @@ class Graphs:
         for x in (answers, exit_layer):
             x.record_stream(current)
         done.synchronize()
-        return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(captured.results[:, 2].tolist()))
+        masked_first, *invalid = captured.results[:, 2].tolist()
+        if captured.loop.pools_first:
+            refuse_masked_first(masked_first > 0)
+        return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(invalid))
 
     def _of(self, key: tuple[Any, ...], parts: Parts) -> Captured:
         if key in self._refused:
