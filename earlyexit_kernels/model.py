@@ -16,13 +16,14 @@ from earlyexit_kernels import engine, tracing
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
-from earlyexit_kernels.errors import AttentionReplacedError, InvalidLogitsError
+from earlyexit_kernels.errors import InvalidLogitsError
+from earlyexit_kernels.fixed_depth import FixedDepth
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
 from earlyexit_kernels.inputs import check_inputs
 from earlyexit_kernels.loading import check_loaded, corrupt_files
 from earlyexit_kernels.objectives import mean_task_loss, objective_of
 from earlyexit_kernels.ops.exit_step import meaningful
-from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, pack, row_keys
+from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, check_attention, pack, row_keys
 from earlyexit_kernels.phased import PhasedTraining
 from earlyexit_kernels.replay import replay
 from earlyexit_kernels.runtime import ATTENTION_IS_FIXED, RuntimeChoices
@@ -200,6 +201,23 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             raise ValueError(f"trace: expected inputs among {names}, got {unknown}")
         return self._trace(tuple(inputs.get(n) for n in names), tracing.Collect())
 
+    def fixed_depth(self) -> FixedDepth:
+        """This model for `torch.compile(fullgraph=True)`, `torch.export` and capture in a CUDA graph.
+
+        It shares the parameters, and answers by the criterion now in force, but every row runs every layer: see
+        `earlyexit_kernels.fixed_depth`.
+
+        Raises:
+            RuntimeError: the model is in train mode.
+            ValueError: the model is strict, which asks for a look at the logits.
+        """
+        if self.config.strict:
+            raise ValueError(
+                "fixed_depth: strict=True looks at the logits of every exit, which ends a graph; set "
+                "model.config.strict = False"
+            )
+        return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
+
     @torch.no_grad()
     def _answers(self, inputs: _Inputs) -> ExitOutput:
         """Rows leave where the criterion says so."""
@@ -258,11 +276,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     def _packed(self, inputs: _Inputs, with_keys: bool) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
         """Checked, packed and embedded: hidden ``[1, T, H]``, the rows, their keys; None for an empty batch."""
         backbone: Any = self.backbone
-        if backbone.config._attn_implementation != PACKED_ATTENTION:
-            raise AttentionReplacedError(
-                f"the backbone's attention is {backbone.config._attn_implementation!r}, expected {PACKED_ATTENTION!r}; "
-                "under another one the rows of a batch attend to each other. Convert the model again"
-            )
+        check_attention(backbone.config._attn_implementation)
         input_ids, attention_mask, token_type_ids, position_ids = inputs
         ids = check_inputs(
             input_ids,
