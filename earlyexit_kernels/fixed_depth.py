@@ -120,15 +120,27 @@ class FixedDepth(nn.Module):
         """
         self._check_mode()
         check_attention(self.backbone.config._attn_implementation)
-        states, keys = self._embedded(input_ids, attention_mask, token_type_ids, position_ids)
-        rule, skips, layers = self.criterion.exit_rule, self.criterion.skip_from, self.adapter.layers(self.backbone)
-        n, device = states.rows, states.hidden.device
-        found = Decisions(
-            rule.new_state(n, device, self.classes, keys),
-            {} if rule.needs is None else self.heads.first_memory(states, rule.needs),
-            torch.zeros(n, self.classes, device=device),
-            torch.zeros(n, dtype=torch.int64, device=device),
+        device = self.backbone.device
+        ids = check_inputs(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            device=device,
+            longest=self.adapter.longest(self.backbone.config),
+            limits={},
+            first_token=False,
         )
+        rows = ids.shape[0]
+        answers = torch.zeros(rows, self.classes, device=device)
+        exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
+        if rows == 0:
+            return answers, exit_layer
+        states, keys = self._embedded(ids, attention_mask, token_type_ids, position_ids)
+        rule, skips, layers = self.criterion.exit_rule, self.criterion.skip_from, self.adapter.layers(self.backbone)
+        state = rule.new_state(rows, device, self.classes, keys)
+        memory = {} if rule.needs is None else self.heads.first_memory(states, rule.needs)
+        found = Decisions(state, memory, answers, exit_layer)
         for layer, run_layer in enumerate(layers, start=1):
             runs = None if skips is None else ~(torch.sigmoid(self.heads.gate(layer, states).float()) >= skips)
             after = first(run_layer(states.hidden, states.mask))
@@ -142,29 +154,17 @@ class FixedDepth(nn.Module):
             raise RuntimeError("fixed_depth: expected the model in eval mode, got train mode; call model.eval() first")
 
     def _embedded(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
+        self, ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
     ) -> tuple[PaddedStates, Tensor | None]:
         """The rows after the embeddings, and their keys where the rule draws."""
-        ids = check_inputs(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            device=self.heads.out[0].weight.device,
-            longest=self.adapter.longest(self.backbone.config),
-            limits={},
-            first_token=False,
-        )
         keep = None if attention_mask is None else with_a_token(attention_mask != 0)
         if position_ids is None:
             position_ids = self.adapter.positions(self.backbone, ids)
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids
-        columns = kept_columns(ids, keep)
-        ids, positions, types = (x.expand(ids.shape).long().gather(1, columns) for x in (ids, position_ids, types))
+        ids, positions, types = (x.expand(ids.shape).long() for x in (ids, position_ids, types))
+        if keep is not None:
+            columns = kept_columns(keep)
+            ids, positions, types = (x.gather(1, columns) for x in (ids, positions, types))
         hidden = self.adapter.embed(self.backbone, ids, positions, types)
         return PaddedStates(hidden, keep), padded_row_keys(ids, keep) if self.criterion.exit_rule.uses_keys else None
 
@@ -197,13 +197,13 @@ def with_a_token(keep: Tensor) -> Tensor:
     return keep | (first_column & ~keep.any(dim=1, keepdim=True))
 
 
-def kept_columns(ids: Tensor, keep: Tensor | None) -> Tensor:
+def kept_columns(keep: Tensor) -> Tensor:
     """For each slot ``[N, S]`` its column, or that of its row's first token where the slot is masked.
 
     A masked slot then holds nothing that the row itself doesn't, and the first slot holds the row's first token.
     """
-    columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    return columns if keep is None else torch.where(keep, columns, keep.int().argmax(dim=1, keepdim=True))
+    columns = torch.arange(keep.shape[1], device=keep.device)
+    return torch.where(keep, columns, keep.int().argmax(dim=1, keepdim=True))
 
 
 def padded_row_keys(ids: Tensor, keep: Tensor | None) -> Tensor:
