@@ -1,92 +1,18 @@
-"""The masked full-depth mode: the model's answers and exit layers, from a graph that nothing in the data can break."""
+"""The masked full-depth mode: the model's answers and exit layers, on padded rows that run every layer."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
-from models import FAMILIES, balance_classes, batch_for, early_exit, parameter_set, run_python, varied_entropy
-from torch.export import Dim
+from models import FAMILIES, batch_for, early_exit, parameter_set, varied_entropy
+from ruled import LENGTHS, NEVER_EARLY, RULES, TOLERANCE, agree, part_of, ruled
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import (
-    CRITERIA,
-    Dact,
-    DivergencePatience,
-    Energy,
-    Entropy,
-    Expectation,
-    FullDepth,
-    HiddenCosine,
-    Learned,
-    Margin,
-    MaxProbability,
-    Patience,
-    PatientConfidence,
-    QExit,
-    SampledExit,
-    SkipGate,
-    Voting,
-)
+from earlyexit_kernels.criteria import CRITERIA
 from earlyexit_kernels.fixed_depth import padded_row_keys, with_a_token
 from earlyexit_kernels.packing import pack, row_keys
-
-LENGTHS = [5, 20, 7, 8, 11, 19, 10, 17, 12, 14, 18, 9, 6, 16, 13, 15]
-TOLERANCE = 1e-5
-METHODS = {"halting": "palbert", "uncertainty": "berxit"}
-RULES = {
-    "full_depth": FullDepth(),
-    "entropy": Entropy(threshold=0.8),
-    "max_probability": MaxProbability(threshold=0.6),
-    "max_probability_by_layer": MaxProbability(threshold=[0.6, 0.7, 0.7]),
-    "margin": Margin(threshold=0.35),
-    "patience": Patience(patience=1),
-    "patience_value": Patience(patience=1, tolerance=0.5),
-    "q_exit": QExit(q=0.7),
-    "sampled_exit": SampledExit(seed=2**63 - 1),
-    "expectation": Expectation(),
-    "voting": Voting(threshold=2),
-    "voting_by_depth": Voting(threshold=1.3, gamma=0.5, final="last"),
-    "dact": Dact(bound="tight"),
-    "dact_epsilon": Dact(epsilon=0.4),
-    "learned": Learned(threshold=0.1),
-    "patient_confidence": PatientConfidence(threshold=0.75, patience=2),
-    "divergence_patience": DivergencePatience(threshold=0.1, patience=1),
-    "hidden_cosine": HiddenCosine(threshold=0.45),
-    "energy": Energy(threshold=0.15),
-    "skip_gate": SkipGate(threshold=0.5, exit=Entropy(threshold=0.8)),
-    "skip_gate_patience": SkipGate(threshold=0.5, exit=Patience(patience=1)),
-    "skip_gate_cosine": SkipGate(threshold=0.5, exit=HiddenCosine(threshold=0.4)),
-}
-NEVER_EARLY = ("full_depth", "expectation")
-
-
-def ruled(name="entropy", family="bert", *, kind="holes", **arguments):
-    """A model whose rows leave at several layers by a rule of the table, and a batch for it."""
-    rule = RULES[name]
-    method = "smartbert" if rule.skip_from is not None else METHODS.get(rule.needs, "joint")
-    outputs = 1 if name == "patience_value" else 3
-    model = early_exit(family, gain=4, method=method, num_labels=outputs, **arguments)
-    batch = batch_for(model, kind, lengths=LENGTHS)
-    if len(model.heads.out) == model.depth:
-        model.set_criterion(None)
-        balance_classes(model, batch)
-    model.set_criterion(rule)
-    return model, batch
-
-
-def agree(got, expected, tolerance=TOLERANCE):
-    logits, exit_layer = got
-    assert logits.shape == expected.logits.shape and exit_layer.dtype == torch.int64
-    assert torch.equal(exit_layer, expected.exit_layer)
-    assert expected.logits.shape[0] == 0 or (logits - expected.logits).abs().max() <= tolerance
-
-
-def part_of(batch, rows, longest=None):
-    return {name: values[rows, :longest].contiguous() for name, values in batch.items()}
-
 
 # answers
 
@@ -214,128 +140,6 @@ def test_autocast():
     assert logits.dtype == torch.float32 and 0 < (logits - model(**batch).logits).abs().max() < 0.5
 
 
-# graphs
-
-
-@pytest.fixture
-def no_old_graphs():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(("name", "family"), list(zip(CRITERIA, itertools.cycle(FAMILIES))))
-def test_compiles_without_graph_breaks(name, family, no_old_graphs):
-    """And without another compilation for every batch size and length."""
-    model, batch = ruled(name, family, num_hidden_layers=2)
-    compiled = torch.compile(model.fixed_depth(), fullgraph=True, dynamic=True, backend="eager")
-    agree(compiled(**batch), model(**batch))
-    part = part_of(batch, slice(4, 10), 11)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        agree(compiled(**part), model(**part))
-
-
-def test_compiles_for_sizes_as_they_come(no_old_graphs):
-    """The first size alone, the second for all others."""
-    model, batch = ruled("sampled_exit", num_hidden_layers=2)
-    compiled = torch.compile(model.fixed_depth(), fullgraph=True, backend="aot_eager")
-    for rows, longest in ((slice(0, 16), 20), (slice(2, 9), 15)):
-        part = part_of(batch, rows, longest)
-        agree(compiled(**part), model(**part))
-    part = part_of(batch, slice(4, 10), 11)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        agree(compiled(**part), model(**part))
-
-
-@pytest.mark.slow
-def test_compiles_with_the_inductor(no_old_graphs):
-    model, batch = ruled("sampled_exit", num_hidden_layers=2, pooling="mean")
-    compiled = torch.compile(model.fixed_depth(), fullgraph=True)
-    agree(compiled(**batch), model(**batch))
-
-
-def exported(model, batch):
-    """The program of a model for any batch size and length."""
-    rows, tokens = Dim("rows"), Dim("tokens", max=model.config.backbone_config.max_position_embeddings - 2)
-    sizes = {name: {0: rows, 1: tokens} for name in batch}
-    return torch.export.export(model.fixed_depth(), (), dict(batch), dynamic_shapes=sizes)
-
-
-def ops_of(program):
-    """Names of the ops of a program, those of its regions included."""
-    graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
-    return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
-
-
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        ("bert", "sampled_exit"),
-        ("roberta", "entropy"),
-        ("albert", "skip_gate"),
-        ("electra", "patience"),
-        ("distilbert", "hidden_cosine"),
-        ("xlm-roberta", "voting"),
-        ("camembert", "dact"),
-    ],
-)
-def test_exports_at_every_size(family, name):
-    """The program is made of torch's own ops, and holds no constant, which a run on a GPU would copy there."""
-    model, batch = ruled(name, family, num_hidden_layers=3)
-    program = exported(model, batch)
-    assert set(program.constants) <= {buffer for buffer, _ in model.named_buffers()}
-    assert not any("earlyexit" in op for op in ops_of(program))
-    run = program.module()
-    for lengths in ([7, 30, 12], [9], [1, 1]):
-        other = batch_for(model, lengths=lengths, seed=2)
-        agree(run(**other), model(**other))
-
-
-#: Runs a saved program where neither this package nor transformers can be imported.
-PROGRAM = """
-import sys
-sys.modules["earlyexit_kernels"] = sys.modules["transformers"] = None
-import torch
-folder = sys.argv[1]
-batch = torch.load(folder + "/batch.pt", weights_only=True)
-torch.save(torch.export.load(folder + "/fixed.pt2").module()(**batch), folder + "/answers.pt")
-"""
-
-
-def test_a_saved_program_needs_nothing_but_torch(tmp_path):
-    model, batch = ruled("sampled_exit", num_hidden_layers=2)
-    torch.export.save(exported(model, batch), tmp_path / "fixed.pt2")
-    other = batch_for(model, lengths=[7, 30, 12])
-    torch.save(other, tmp_path / "batch.pt")
-    run_python(PROGRAM, str(tmp_path))
-    agree(torch.load(tmp_path / "answers.pt", weights_only=True), model(**other))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", RULES)
-def test_is_captured_in_a_cuda_graph(name, dtype):
-    model, batch = ruled(name)
-    model.to("cuda", dtype)
-    fixed = model.fixed_depth()
-    first, second = ({k: v.cuda() for k, v in part_of(batch, rows).items()} for rows in (slice(0, 8), slice(8, 16)))
-    static = {name: values.clone() for name, values in first.items()}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        fixed(**static)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits, exit_layer = fixed(**static)
-    for given in (second, first):
-        for name, values in given.items():
-            static[name].copy_(values)
-        graph.replay()
-        expected_logits, expected_layer = fixed(**given)
-        assert torch.equal(logits, expected_logits) and torch.equal(exit_layer, expected_layer)
-
-
 # around the module
 
 
@@ -371,11 +175,9 @@ def test_deepcopy_is_independent():
 
 
 def test_answers_carry_no_gradient():
-    model, batch = ruled(num_hidden_layers=2)
+    model, batch = ruled()
     with torch.enable_grad():
         assert not model.fixed_depth()(**batch)[0].requires_grad
-    run = exported(model, batch).module()
-    assert not run(**batch)[0].requires_grad
 
 
 def test_train_mode_is_refused():

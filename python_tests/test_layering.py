@@ -30,9 +30,10 @@ MAY_IMPORT = {
     "hashing": "torch",
     "heads": "packing torch transformers",
     "inputs": "torch",
-    "packing": "hashing numpy ops torch transformers",
+    "packing": "errors hashing numpy ops torch transformers",
     "tracing": "heads packing types torch",
     "engine": "criteria errors heads ops packing tracing types torch",
+    "fixed_depth": "backbones criteria hashing heads inputs ops packing tracing types torch",
     "backbones": "torch",
     "objectives": "types torch",
     "config": "criteria transformers",
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "layers": "backbones backends ops packing torch",
     "runtime": "backends errors layers packing torch transformers",
     "phased": "config objectives tracing types torch transformers",
-    "model": "backbones config criteria engine errors heads inputs loading objectives ops packing phased "
+    "model": "backbones config criteria engine errors fixed_depth heads inputs loading objectives ops packing phased "
     "replay runtime tracing types safetensors torch transformers",
     "convert": "backbones config criteria heads model objectives torch transformers",
     "training": "model objectives torch transformers",
