@@ -93,15 +93,15 @@ class Graphs:
         backend: str,
         ids: Tensor,
         mask: Tensor | None,
-        positions: Tensor | None,
         types: Tensor | None,
+        positions: Tensor | None,
     ) -> ExitOutput:
         """Answer a batch of any size.
 
         Args:
             parts: of the model, of which `why_not_resident` has nothing to say.
             backend: of the exits; the encoder's kernels are Triton's.
-            ids, mask, positions, types: ``[N, S]`` on the model's device, N at least 1.
+            ids, mask, types, positions: ``[N, S]`` on the model's device, N at least 1.
 
         Raises:
             CaptureError: no graph can be had.
@@ -109,7 +109,7 @@ class Graphs:
         if torch.cuda.is_current_stream_capturing():
             raise CaptureError("the current stream is capturing; capture model.fixed_depth() instead")
         size = most_rows(ids.shape[1])
-        parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, positions, types)]
+        parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, types, positions)]
         with self._lock:
             outputs = [
                 self._part(
@@ -118,7 +118,7 @@ class Graphs:
                     chunk,
                     *(
                         x if split is None else split[number]
-                        for x, split in zip((mask, positions, types), parted, strict=True)
+                        for x, split in zip((mask, types, positions), parted, strict=True)
                     ),
                 )
                 for number, chunk in enumerate(ids.split(size))

@@ -63,7 +63,7 @@ def check_inputs(
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the model on {device}; move one of them")
         if name != "attention_mask":
-            _check_ids(name, value, shape, limits[name])
+            _check_ids(name, value, shape, limits.get(name))
     if first_token and attention_mask is not None and shape[0]:
         _check_first_column(attention_mask)
     return input_ids.long()

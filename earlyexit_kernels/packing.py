@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from earlyexit_kernels.hashing import scrambled
+from earlyexit_kernels.errors import AttentionReplacedError
+from earlyexit_kernels.hashing import token_keys
 from earlyexit_kernels.ops import compact, gather_rows
 
 PACKED_ATTENTION = "earlyexit_packed"
@@ -89,12 +90,45 @@ class PackedBatch:
         return (flat if self.tokens is None else flat[self.tokens])[None]
 
 
+class RowStates(Protocol):
+    """Hidden states ``[..., H]`` of some rows, in a layout that knows which tokens are whose."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """The states."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+
+    def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
+        """One vector ``[B, F]`` for each row of tokens ``[..., F]``: the first, or the mean (in float32)."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Attention within each row, over and to ``[..., heads, D]``."""
+
+
 class PackedStates(NamedTuple):
     """Hidden states ``[T, H]`` of packed rows, their offsets ``[B + 1]`` and the attention over them."""
 
     hidden: Tensor
     offsets: Tensor
     plan: AttentionPlan
+
+    @property
+    def rows(self) -> int:
+        """As in `RowStates`, like what follows."""
+        return self.offsets.shape[0] - 1
+
+    def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
+        """Of tokens ``[T, F]``."""
+        if pooling == "mean":
+            return torch.segment_reduce(tokens.float(), "mean", offsets=self.offsets.long(), axis=0)
+        return tokens.index_select(0, self.offsets[:-1])
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Of ``[T, heads, D]``."""
+        return attend_by_plan(query, key, value, self.plan, None, dropout)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None) -> PackedBatch:
@@ -131,7 +165,7 @@ def row_keys(ids: Tensor, offsets: Tensor) -> Tensor:
         offsets.diff(), output_size=ids.shape[1]
     )
     sums = torch.zeros(ids.shape[1] + 1, dtype=torch.int64, device=ids.device)
-    sums[1:] = scrambled(ids[0] + scrambled(place)).cumsum(0)
+    sums[1:] = token_keys(ids[0], place).cumsum(0)
     return sums[ends[1:]] - sums[ends[:-1]]
 
 
@@ -236,8 +270,15 @@ def packed_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend_by_plan(q, k, v, plan, scaling, dropout)[None], None
+
+
+def attend_by_plan(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attention within the rows of packed tokens, over and to ``[T, heads, D]``."""
     if plan.offsets is not None:
-        return _varlen(q, k, v, plan, scaling, dropout)[None], None
+        return _varlen(q, k, v, plan, scaling, dropout)
     parts = []
     for bucket in plan.buckets:
         shape = (bucket.rows, bucket.width, *q.shape[1:])
@@ -246,9 +287,7 @@ def packed_attention(
         out = F.scaled_dot_product_attention(bq, bk, bv, attn_mask=bucket.mask, dropout_p=dropout, scale=scaling)
         out = out.transpose(1, 2).reshape(-1, *q.shape[1:])
         parts.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
-    if plan.inverse is None:
-        return parts[0][None], None
-    return torch.cat(parts).index_select(0, plan.inverse)[None], None
+    return parts[0] if plan.inverse is None else torch.cat(parts).index_select(0, plan.inverse)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float | None, dropout: float) -> Tensor:
@@ -258,6 +297,15 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float
         q, k, v, offsets, offsets, longest, longest, dropout, False, False, scale=scaling
     )
     return out[0]
+
+
+def check_attention(attention: str) -> None:
+    """Raise AttentionReplacedError where a backbone's attention isn't ours any more."""
+    if attention != PACKED_ATTENTION:
+        raise AttentionReplacedError(
+            f"the backbone's attention is {attention!r}, expected {PACKED_ATTENTION!r}; under another one the rows of "
+            "a batch attend to each other. Convert the model again"
+        )
 
 
 def register_attention() -> None:

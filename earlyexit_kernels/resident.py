@@ -159,12 +159,18 @@ class ResidentLoop:
         self.groups = [range(after + 1, layer + 1) for after, layer in zip((0, *due), due, strict=False)]
         self.handles = [0] * len(self.groups)
         self.linear = None if self._needs else parts.heads.linear_exits(dtype)
+        self.memory: dict[str, Tensor] = {}
+
+    @property
+    def pools_first(self) -> bool:
+        """Whether the exits read each row's first token."""
+        return self.parts.heads.config.pooling != "mean"
 
     @property
     def _needs(self) -> str | None:
         return self.parts.criterion.exit_rule.needs
 
-    def load(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, types: Tensor | None) -> None:
+    def load(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, positions: Tensor | None) -> None:
         """Copy a batch of at most the bucket's size in, ``[N, S]`` each as in the model's forward."""
         n, s = ids.shape
         self.requests.fill_(n)

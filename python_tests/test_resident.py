@@ -13,7 +13,7 @@ from earlyexit_kernels.criteria import Dact, Entropy, Expectation, FullDepth, Hi
 from earlyexit_kernels.graphs import bucket_of
 from earlyexit_kernels.resident import Bucket, ResidentLoop, why_not_resident
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 @pytest.fixture(params=backend_params(("torch", "triton")))

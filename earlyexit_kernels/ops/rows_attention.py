@@ -13,8 +13,8 @@ from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, che
 from earlyexit_kernels.ops.schema import ROWS_ATTENTION, define
 
 BACK_ENDS = ("torch", "triton")
-#: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop; for
-#: every longest row the same. Unmeasured. More float32 than this doesn't fit into registers.
+#: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop;
+#: for every longest row the same. Unmeasured. More float32 than this doesn't fit into registers.
 BLOCKS = {2: (64, 64, 4, 2), 4: (32, 32, 8, 2)}
 
 
