@@ -79,7 +79,8 @@ class LaggedCounts:
 
     Each number is one word ``epoch << 32 | number``. Eight aligned bytes arrive whole, and each layer has its own, so
     no look finds parts of two layers. The memory serves one batch after the other, and what the last one left there
-    would be too small a bound: its words carry another epoch.
+    would be too small a bound: its words carry another epoch. `torch.compile` is kept out: it takes memory that changes
+    by itself for a constant.
 
     Args:
         depth: L.
@@ -98,6 +99,7 @@ class LaggedCounts:
         self._memory = self._words.numpy()
         self._unknown: deque[int] = deque()
 
+    @torch.compiler.disable
     def after(self, layer: int, counts: Tensor | None, bounds: tuple[int, int]) -> tuple[int, int]:
         """As in `Counts`; waits until the exits up to `lag` layers ago are known."""
         if counts is not None:
@@ -107,6 +109,7 @@ class LaggedCounts:
             bounds = self._take(self._unknown.popleft())
         return bounds
 
+    @torch.compiler.disable
     def finish(self) -> list[int]:
         """As in `Counts`; waits for the last exit. Nothing is on its way to the memory then, so others may have it."""
         while self._unknown:
@@ -143,6 +146,7 @@ def _new_words(depth: int, device: torch.device) -> Tensor:
         return torch.zeros(depth, 3, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
+@torch.compiler.disable
 def counts_for(depth: int, device: torch.device, *, exact: bool) -> Counts:
     """What suits a device.
 
