@@ -129,7 +129,6 @@ class FixedDepth(nn.Module):
             device=device,
             longest=self.adapter.longest(self.backbone.config),
             limits={},
-            first_token=False,
         )
         rows = ids.shape[0]
         answers = torch.zeros(rows, self.classes, device=device)

@@ -290,7 +290,6 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
                 "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
                 "position_ids": backbone.config.max_position_embeddings,
             },
-            first_token=self.heads.config.pooling != "mean",
         )
 
     def _packed(self, inputs: _Inputs, with_keys: bool) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
@@ -299,7 +298,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         _, attention_mask, token_type_ids, position_ids = inputs
         if ids.shape[0] == 0:
             return None
-        batch = pack(ids, attention_mask)
+        batch = pack(ids, attention_mask, first_token=self.heads.config.pooling != "mean")
         if position_ids is None:
             position_ids = self.adapter.positions(backbone, ids)
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids

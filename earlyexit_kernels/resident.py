@@ -221,9 +221,9 @@ class ResidentLoop:
         self.counts[0] = torch.stack((real.sum(), self.offsets[-1], masked_first, self.offsets[-1]))
         self.memory = {}
         if self._needs is not None:
-            first = self.parts.heads.first_memory(self._states(), self._needs)
+            before = self.parts.heads.first_memory(self._states(), self._needs)
             # a last, spare row takes what rows that have left would write
-            self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in first.items()}
+            self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in before.items()}
 
     def _encode(self, own: LayerWeights) -> None:
         """One encoder layer, on the side that is live."""
