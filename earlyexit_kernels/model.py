@@ -229,7 +229,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             return self._full_depth(self._no_rows())
         hidden, batch, keys = packed
         settings = engine.Settings(
-            backend=self._backend,
+            backend=self.backend,
             compaction=self.compaction,
             strict=bool(self.config.strict),
             layer_macs=self._layer_macs,

@@ -49,7 +49,9 @@ class RuntimeChoices(PreTrainedModel):
 
     @property
     def backend(self) -> str:
-        """The back-end that runs the ops on this model's device."""
+        """The back-end of the ops on this model's device; kernels know no float64, ``"auto"`` takes torch there."""
+        if self._backend == "auto" and self.dtype == torch.float64:
+            return "torch"
         return backends.resolve(self._backend, self.device.type)
 
     def set_backend(self, backend: str) -> None:

@@ -117,7 +117,11 @@ def _times(case: Case, work: Workload, contenders: Mapping[Said, Contender], rep
 
     # all have been called once, when their answers were checked
     a_round = sum(found[0] + 1000 * REST for found in timed(1, 0).values())
-    times = timed(rounds_of(case.weight * repeats, a_round), 0)
+    rounds = rounds_of(case.weight * repeats, a_round)
+    if case.one_by_one:
+        # every row as often as the others: shares of layer-rows are of all of them
+        rounds = max(rounds // len(work.batches), 1) * len(work.batches)
+    times = timed(rounds, 0)
     return {said: times[str(i)] for i, said in enumerate(contenders)}
 
 
