@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "call.h"
 #include "checks.h"
@@ -131,6 +132,15 @@ inline Call bind_exit(const char* op, const ExitTensors& t, std::string_view cri
   call.depth = static_cast<int>(depth);
   bind_rows(op, call, criterion, t);
   bind_input(op, call, t);
+  for (const auto& [name, tensor] : {std::pair("hidden", &t.hidden), std::pair("offsets", &t.offsets),
+                                     std::pair("weight", &t.weight), std::pair("bias", &t.bias),
+                                     std::pair("logits", &t.logits), std::pair("aux", &t.aux)}) {
+    if (*tensor) check_device(op, name, **tensor, "row_ids", t.row_ids);
+  }
+  for (const auto& [name, tensor] : {std::pair("state", &t.state), std::pair("answers", &t.answers),
+                                     std::pair("exit_layer", &t.exit_layer)}) {
+    check_device(op, name, *tensor, "row_ids", t.row_ids);
+  }
   return call;
 }
 
