@@ -253,7 +253,7 @@ class ResidentLoop:
         self.exit(
             features, weight, bias, None, aux, self.row_ids, self.offsets, self.old_offsets, self.source,
             self.counts[layer], self.state, self.answers, self.exit_layer, rule.name, rule.params(layer), pooling,
-            layer, self.depth, self.bucket.tokens, TILE, handle,
+            layer, self.depth, TILE, self.bucket.tokens, handle,
         )  # fmt: skip
         if layer < self.depth:
             self.move(self.hidden, self.old_offsets, self.source, self.offsets, self.hidden)

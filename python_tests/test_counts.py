@@ -9,6 +9,7 @@ import math
 from collections import deque
 
 import pytest
+import textbook
 import torch
 import torch.nn.functional as F
 from leaving import LENGTHS, SETTINGS, setting, tuned
@@ -158,18 +159,6 @@ def exact_linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def attended_by_row(q, k, v, plan, scaling, dropout):
-    """Variable-length attention as the kernels do it: tokens of no row are left as they were found."""
-    out = torch.full_like(q, NAN)
-    ends = plan.offsets.tolist()
-    for start, end in itertools.pairwise(ends):
-        assert end - start <= plan.longest
-        if start < end:
-            row = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
-            out[start:end] = F.scaled_dot_product_attention(*row, scale=scaling)[0].transpose(0, 1)
-    return out
-
-
 def as_on_cuda(monkeypatch):
     """The host doesn't know lengths, memory is full of NaN, and a row's bits don't depend on the size of products.
 
@@ -194,7 +183,7 @@ def as_on_cuda(monkeypatch):
         spare.clear()
 
     monkeypatch.setattr(F, "linear", exact_linear)
-    monkeypatch.setattr(packing, "_varlen", attended_by_row)
+    monkeypatch.setattr(packing, "_varlen", textbook.attended_by_row)
     monkeypatch.setattr(models_room, "pack", unknown_lengths)
     monkeypatch.setattr(engine, "shrink", into_full_memory)
     # half of the tokens gone is enough for 'auto' on a model as small as this one

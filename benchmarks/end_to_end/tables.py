@@ -130,14 +130,15 @@ def under_load(results: Path | None = None) -> str:
 
 def where_time_goes(results: Path | None = None) -> str:
     """Shares of our time, for the cases that have a goal."""
-    header = ("case", "ms", *(kind.replace("_", " ") for kind in (*profiles.KINDS, "rest")), "GFLOP/s", "torch, 1024 tokens")
+    kinds = (*profiles.KINDS, "rest")
+    header = ("case", "ms", *(kind.replace("_", " ") for kind in kinds), "GFLOP/s", "torch, 1024 tokens")
     return _per_machine(
         profiles.SUITE,
         header,
         lambda r: (
             r["case"],
             f"{r['median_ms']:.1f}",
-            *(f"{100 * r[f'{kind}_share']:.1f} %" for kind in (*profiles.KINDS, "rest")),
+            *(f"{100 * r[f'{kind}_share']:.1f} %" for kind in kinds),
             *(f"{r[name]:.0f}" for name in ("products_gflops", "best_gflops")),
         ),
         results,
