@@ -11,7 +11,8 @@ from conftest import backend_params
 from encoder_cases import EPS, SUBJECTS, TORCH_ACTIVATIONS, UNTOUCHED, WAYS, H, Layout, N, parameters, values_of
 
 from earlyexit_kernels import ops
-from earlyexit_kernels.ops.tiles import TILES, tiles_for
+from earlyexit_kernels.ops.rows_linear import GROUP
+from earlyexit_kernels.ops.tiles import TILES, resident_programs, tiles_for
 
 BACK_ENDS = ("torch", "triton")
 FLOAT32, HALF, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
@@ -135,6 +136,18 @@ def test_widths_that_no_tile_divides(backend, dtype, k, n):
     torch.testing.assert_close(out.double(), want, **tolerance)
     torch.testing.assert_close(first.double(), want[[0, 3]], **tolerance)
     assert backend == "torch" or torch.equal(first, out[[0, 3]])
+
+
+@on_both
+def test_more_tiles_than_programs_and_than_a_group_of_them(backend):
+    layout = Layout((500, 199), rows=2, capacity=800)
+    x, (weight, bias) = torch.randn(800, 3), parameters(130, 3, dtype=FLOAT32)
+    out = torch.full((800, 130), UNTOUCHED)
+    tiles = tiles_for(FLOAT32, 800, 130)
+    assert tiles.count(699, 130) > 2 * resident_programs(tiles, 800, 130, x.device) and GROUP * tiles.rows < 699
+    ops.rows_linear(x, weight, bias, layout.offsets, out, backend=backend)
+    torch.testing.assert_close(out[:699].double(), x[:699].double() @ weight.double().T + bias.double())
+    assert (out[699:] == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 128])

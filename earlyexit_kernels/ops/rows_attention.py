@@ -13,8 +13,8 @@ from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, che
 from earlyexit_kernels.ops.schema import ROWS_ATTENTION, define
 
 BACK_ENDS = ("torch", "triton")
-#: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop; for
-#: every longest row the same. Unmeasured. More float32 than this doesn't fit into registers.
+#: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop:
+#: the same for every longest row. Unmeasured. More float32 than this doesn't fit into registers.
 BLOCKS = {2: (64, 64, 4, 2), 4: (32, 32, 8, 2)}
 
 
@@ -52,10 +52,7 @@ def rows_attention_kernel(
         largest = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         sums = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        end = length
-        if LIMIT > 0:
-            end = LIMIT
-        for start in range(0, end, BLOCK_N):
+        for start in range(0, LIMIT if LIMIT > 0 else length, BLOCK_N):
             keys = n < length - start
             k = tl.load(from_k + start * stride, mask=keys[None, :] & (d[:, None] < D), other=0.0)
             z = tl.dot(q, k, input_precision="ieee") * SCALE
