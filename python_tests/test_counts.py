@@ -230,6 +230,17 @@ def test_bounds_answer_as_exact_counts_do(criterion, lag, delay, monkeypatch):
     assert any(spare) or lag != 1 or len(expected[1].exit_layer.unique()) < 3, "no bound was one too many"
 
 
+def test_every_back_end_takes_bounds(backend, monkeypatch):
+    """Kernels that meet rows without a token and tokens without a row; all tokens are moved at each exit."""
+    model, batch, _ = setting("bert", backend)
+    monkeypatch.setattr(model, "_layers", "family")
+    choose, spare = as_on_cuda(monkeypatch)
+    expected = answers(model, batch, "never")
+    choose(1, 1)
+    same(answers(model, batch, "always"), expected)
+    assert any(spare)
+
+
 #: Heads of each kind: what pools, attends or remembers reads rows without tokens too.
 HEADS = {
     "dense": {},
