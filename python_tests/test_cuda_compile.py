@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 CARDS = ("sm_80", "sm_90", "sm_100")
 #: Kernels in each file, counted once for every dtype or word they are made for.
-KERNELS = {"compact": 5, "exit_step": 3}
+KERNELS = {"compact": 5, "exit_step": 3, "resident_exit": 3}
 #: The header that only a torch with CUDA has.
 GENERATED = Path("c10/cuda/impl/cuda_cmake_macros.h")
 

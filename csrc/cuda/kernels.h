@@ -48,20 +48,23 @@ inline Frame new_frame(const Call& call, Dtype dtype) {
   return frame;
 }
 
-// What follows once all rows have decided. Arrays as in the schema; B rows present, or R of capacity.
-struct After {
-  int32_t* counts;  // [3]: rows left, their tokens, rows without a meaningful answer; [4] with the tokens present
-  // null from here on where the host goes on from the counts
+// counts [3]: rows left in the batch, their tokens, rows without a meaningful answer.
+void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int ticket, int32_t* counts,
+                      cudaStream_t stream);
+
+// What follows an exit in a loop that the host doesn't watch. R rows of capacity, arrays as in the schema.
+struct Settle {
   int32_t* offsets;           // [R + 1], those of the call
   int32_t* old_offsets;       // [R + 1]
   int32_t* source;            // [R]
-  int32_t tile;               // tokens of a tile: rows move where that spares one
+  int32_t* counts;            // [4]: as above, and the tokens present afterwards
+  int32_t tile;               // rows move where that spares a tile of so many tokens
   int32_t capacity;           // tokens of a side
-  unsigned long long handle;  // of a conditional graph node, or 0
+  unsigned long long handle;  // of a conditional graph node, set to whether a row is left; or 0
 };
 
-void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int ticket, const After& after,
-                      cudaStream_t stream);
+void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Settle& settle,
+                          cudaStream_t stream);
 
 void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
                     int32_t* source, int64_t rows, cudaStream_t stream);

@@ -45,7 +45,9 @@ Dtype dtype_of(const at::Tensor& input) {
   return dtype == at::kFloat ? Dtype::kFloat32 : dtype == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
-void launch(const char* op, const Call& call, const ExitTensors& tensors, const After& after) {
+// Launch an exit kernel: `launcher` with what it takes for the call, then with `last`.
+template <class Launcher, class Last>
+void launch(const char* op, Launcher launcher, const Call& call, const ExitTensors& tensors, const Last& last) {
   const Dtype dtype = dtype_of(tensors.input());
   Frame frame = new_frame(call, dtype);
   at::Tensor scratch;
@@ -54,7 +56,7 @@ void launch(const char* op, const Call& call, const ExitTensors& tensors, const 
     frame.scratch = scratch.mutable_data_ptr<float>();
   }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  launch_exit_step(call, frame, dtype, ticket_of(op, stream, call.row_ids), after, stream);
+  launcher(call, frame, dtype, ticket_of(op, stream, call.row_ids), last, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -70,9 +72,7 @@ at::Tensor exit_step(
   const c10::cuda::CUDAGuard guard(row_ids.device());
   if (call.rows == 0) return at::zeros({3}, row_ids.options());
   at::Tensor counts = at::empty({3}, row_ids.options());
-  After after{};
-  after.counts = counts.mutable_data_ptr<int32_t>();
-  launch(kOp, call, tensors, after);
+  launch(kOp, launch_exit_step, call, tensors, counts.mutable_data_ptr<int32_t>());
   return counts;
 }
 
@@ -101,10 +101,11 @@ void resident_exit(
     check_device(kOp, name, *tensor, "row_ids", row_ids);
   }
   const c10::cuda::CUDAGuard guard(row_ids.device());
-  launch(kOp, call, tensors,
-         {counts.mutable_data_ptr<int32_t>(), offsets.mutable_data_ptr<int32_t>(),
-          old_offsets.mutable_data_ptr<int32_t>(), source.mutable_data_ptr<int32_t>(), static_cast<int32_t>(tile),
-          static_cast<int32_t>(capacity), static_cast<unsigned long long>(handle)});
+  const Settle settle{offsets.mutable_data_ptr<int32_t>(), old_offsets.mutable_data_ptr<int32_t>(),
+                      source.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>(),
+                      static_cast<int32_t>(tile), static_cast<int32_t>(capacity),
+                      static_cast<unsigned long long>(handle)};
+  launch(kOp, launch_resident_exit, call, tensors, settle);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids, const at::Tensor& offsets) {
