@@ -1,4 +1,4 @@
-"""Counts that arrive late: the bounds themselves, the whole loop on them, and that nothing on the way looks at data."""
+"""Counts that arrive late: the bounds themselves, and the whole loop on them against the loop on exact counts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import textbook
 import torch
 import torch.nn.functional as F
-from leaving import LENGTHS, SETTINGS, setting
+from leaving import HEADS, LENGTHS, SETTINGS, setting
 from models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, varied_entropy
 
 import earlyexit_kernels as ee
@@ -20,7 +20,6 @@ from earlyexit_kernels import counts, engine, packing
 from earlyexit_kernels.counts import HostCounts, LaggedCounts, counts_for
 
 models_room = importlib.import_module("earlyexit_kernels.model")
-inputs_room = importlib.import_module("earlyexit_kernels.inputs")
 CPU = torch.device("cpu")
 POISON = VOCABULARY - 1
 NAN = float("nan")
@@ -237,18 +236,6 @@ def test_every_back_end_takes_bounds(backend, monkeypatch):
     choose(1, 1)
     same(answers(model, batch, "always"), expected)
     assert any(spare)
-
-
-#: Heads of each kind: what pools, attends or remembers reads rows without tokens too.
-HEADS = {
-    "dense": {},
-    "first": {"pooling": "first"},
-    "mean": {"pooling": "mean"},
-    "attention": {"method": "fastbert"},
-    "attention, mean": {"method": "fastbert", "pooling": "mean"},
-    "halting": {"method": "palbert"},
-    "dact": {"method": "dact"},
-}
 
 
 def leaving(arguments, family="bert", kind="right"):
