@@ -9,12 +9,28 @@ from collections.abc import Callable
 from benchmarks.end_to_end.models import Model, NotMeasuredError, Subject
 from earlyexit_kernels.errors import BackendUnavailableError
 
-FAMILY_LAYERS, FUSED_LAYERS = "family layers", "fused layers"
+FAMILY_LAYERS, FUSED_LAYERS, GRAPH = "family layers", "fused layers", "graph"
 #: Engine -> how a converted model is told to use it.
 ENGINES: dict[str, Callable[[Model], None]] = {
-    FAMILY_LAYERS: lambda model: model.set_layers("family"),
-    FUSED_LAYERS: lambda model: model.set_layers("fused"),
+    FAMILY_LAYERS: lambda model: _eager(model, "family"),
+    FUSED_LAYERS: lambda model: _eager(model, "fused"),
+    GRAPH: lambda model: _graph(model),
 }
+
+
+def _eager(model: Model, layers: str) -> None:
+    model.set_engine("eager")
+    model.set_layers(layers)
+
+
+def _graph(model: Model) -> None:
+    """Graphs or nothing: what would run eagerly without one isn't timed under its name."""
+    model.set_engine("graph")
+    model.fall_back = _no_fall_back
+
+
+def _no_fall_back(reason: str) -> None:
+    raise NotMeasuredError(f"engine 'graph' fell back to 'eager': {reason}")
 
 
 @functools.cache
