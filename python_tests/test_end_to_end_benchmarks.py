@@ -231,7 +231,7 @@ def test_an_engine_whose_trace_is_wrong_gets_no_numbers(monkeypatch):
 def verdict_of(score_off: float) -> check.Verdict:
     """Three rows at three exits; the first leaves at layer 2, though its entropy at layer 1 is `score_off` below."""
     trace = random_trace(3, 3)
-    truth = check.Truth(trace, trace.logits[:, -1], 1e-5)
+    truth = check.Truth(trace, trace.logits[:, -1], 1e-5, 1e-5)
     entropy = forced.per_exit_entropy(trace.logits)
     threshold = float(entropy[0, 0]) + score_off
     rule = Entropy(threshold=[threshold, 100.0])
@@ -250,7 +250,7 @@ def test_flips_within_rounding_are_counted_and_others_refused():
 @pytest.mark.parametrize("exits", [[1, 2], [0, 1, 2], [1, 4, 2]])
 def test_impossible_exit_layers_are_refused(exits):
     trace = random_trace(3, 3)
-    truth = check.Truth(trace, trace.logits[:, -1], 1e-5)
+    truth = check.Truth(trace, trace.logits[:, -1], 1e-5, 1e-5)
     answer = (trace.logits[: len(exits), 0], torch.tensor(exits))
     assert "exit layers in 1..3" in check.verdict([truth], [answer], None).refused
 

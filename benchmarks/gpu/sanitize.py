@@ -98,15 +98,8 @@ def record_of(name: str, each: Pass, run: _Run = steps.run, tool: str | None = N
     tool = tool or find_tool()
     if tool is None:
         return record | {"not_measured": "compute-sanitizer isn't on PATH, nor in CUDA_HOME/bin"}
-    command = [
-        tool,
-        "--tool",
-        each.tool,
-        "--error-exitcode",
-        str(ERROR_STATUS),
-        "--target-processes",
-        "application-only",
-    ]
+    command = [tool, "--tool", each.tool, "--error-exitcode", str(ERROR_STATUS)]
+    command += ["--target-processes", "application-only"]
     command += [sys.executable, "-m", "benchmarks.gpu.replays", *each.arguments]
     status, output = run(command, each.seconds, each.environment)
     return record | _read(status, output)
@@ -123,7 +116,7 @@ def _read(status: int | None, output: str) -> dict[str, Any]:
     if not summary:
         last = next((text for text in reversed(output.splitlines()) if text.strip()), "")
         return {"not_measured": f"no summary was printed, and the status is {status}: {last}"}
-    errors = {"errors": int(summary[-1])}
+    errors: dict[str, Any] = {"errors": max(map(int, summary))}
     first = re.findall(r"^=+ ((?:Invalid|Error|Uninitialized|Race|Potential|Program hit).*)$", output, re.MULTILINE)
     if first:
         errors["first"] = first[0]
