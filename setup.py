@@ -26,7 +26,8 @@ MODES = ("auto", "cpu", "cuda", "none")
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
 # no -march: the arithmetic is the same on every machine, and so are a row's bits
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
-NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr"]
+# no fused multiply-adds, as above: a decision is the CPU's but for the order of sums and the last bit of exp and log
+NVCC_FLAGS = ["-O3", "-lineinfo", "--fmad=false", "--expt-relaxed-constexpr"]
 
 
 def say(choice: str, reason: str) -> None:

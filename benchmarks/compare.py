@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Largest difference of logits that is rounding.
 ROUNDING = 1e-4
 WARMUP = 2
+FEWEST_ROUNDS = 10
+SUBJECTS = ("BERT-base", "MiniLM")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,9 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", nargs="?", help="git ref to compare with")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds of a case (default: %(default)s)")
-    parser.add_argument("--subject", default="MiniLM", help="a model of end_to_end.models (default: %(default)s)")
+    parser.add_argument("--subject", default="MiniLM", choices=SUBJECTS, help="default: %(default)s")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.repeats < FEWEST_ROUNDS and not args.worker:
+        parser.error(f"--repeats: expected at least {FEWEST_ROUNDS}, of which a range can be told, got {args.repeats}")
     if args.worker:
         work(args.subject)
     elif not args.base:
@@ -84,24 +88,26 @@ def compare(base: Path, here: Path, folder: Path, *, subject: str, repeats: int)
     finally:
         for worker in workers.values():
             worker.stop()
-    return markdown_table(("case", "base ms", "here ms", "here / base"), rows)
+    return markdown_table(("case", "base ms", "here ms", "here / base", "base again / base"), rows)
 
 
 def _row(case: str, workers: dict[str, Worker], repeats: int) -> tuple[str, ...]:
     answers = {name: worker.ask(case) for name, worker in workers.items()}
     why_not = difference(answers["base"], answers["here"])
     if why_not:
-        return case, "", "", f"refused: {why_not}"
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    shuffle, order = random.Random(0).shuffle, list(workers)
+        return case, "", "", f"refused: {why_not}", ""
+    # the base a second time shows the noise
+    turns = {**workers, "again": workers["base"]}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    shuffle, order = random.Random(0).shuffle, list(turns)
     for turn in range(WARMUP + repeats):
         shuffle(order)
         for name in order:
-            found = workers[name].ask(case)["milliseconds"]
+            found = turns[name].ask(case)["milliseconds"]
             if turn >= WARMUP:
                 times[name].append(found)
     middle = (f"{quantiles(times[name], (0.5,))[0]:.1f}" for name in ("base", "here"))
-    return case, *middle, str(paired_ratio(times["here"], times["base"]))
+    return case, *middle, *(str(paired_ratio(times[name], times["base"])) for name in ("here", "again"))
 
 
 def difference(base: dict[str, Any], here: dict[str, Any]) -> str:

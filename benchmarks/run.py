@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from benchmarks.end_to_end import compaction_cost, offline, plots, profiles, ser
 from benchmarks.end_to_end.models import MODEL_VARIABLE
 from benchmarks.micro import collect, decision_cost, layer_products
 from benchmarks.readme import rewrite
+from earlyexit_kernels.report import environment
 
 SUITES = {
     single_stream.SUITE: lambda repeats: single_stream.records(repeats),
@@ -34,7 +36,12 @@ def main() -> None:
     parser.add_argument("--suite", choices=sorted(suites), action="append", help=f"default: all but {but}")
     parser.add_argument("--repeats", type=int, default=10, help="how much time each case gets (default: %(default)s)")
     parser.add_argument("--model", help=f"folder of `earlyexit train` in MiniLM's shape (default: ${MODEL_VARIABLE})")
+    parser.add_argument("--results", type=Path, help="another folder for the JSON; the READMEs and plots stay then")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {args.repeats}")
+    if args.model and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model: expected a folder that `earlyexit train` wrote, got {args.model!r}")
     if args.model:
         os.environ[MODEL_VARIABLE] = args.model
     torch.set_flush_denormal(True)
@@ -43,11 +50,15 @@ def main() -> None:
         for record in suites[name](args.repeats):
             found.append(record)
             print(" ".join(f"{key}={value}" for key, value in record.items() if value not in (None, "")), flush=True)
+        if not environment()["flush_denormal"]:
+            raise RuntimeError(f"suite {name}: something switched the flushing of denormals off while it ran")
         took = round(time.monotonic() - start)
-        print(f"wrote {store.save(name, found, repeats=args.repeats, seconds=took)}")
-    for path in plots.write():
-        print(f"drew {path}")
-    rewrite()
+        print(f"wrote {store.save(name, found, results=args.results, repeats=args.repeats, seconds=took)}")
+    if args.results is None:
+        for path in plots.write():
+            print(f"drew {path}")
+        rewrite()
+        print("rewrote the tables of README.md and benchmarks/README.md")
 
 
 if __name__ == "__main__":

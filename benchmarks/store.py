@@ -6,6 +6,7 @@ Beside the environment of the last run, ``suites`` keeps when each suite ran, at
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ def save(suite: str, records: Sequence[Mapping[str, Any]], *, results: Path | No
     """
     path = (results or RESULTS) / f"{machine_name()}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"records": [], "suites": {}}
+    if before.get("environment", {}).get("platform", platform.platform()) != platform.platform():
+        print(f"note: {path.name} has results of another machine by this name; those of {suite} are replaced")
     mine = {suite, *(record["suite"] for record in records)}
     kept = [record for record in before["records"] if record["suite"] not in mine]
     now = environment()

@@ -57,6 +57,12 @@ inline void check_tensor(
            shape_name(tensor.strides()), " for shape ", shape_name(tensor.sizes()), "; call .contiguous() on it");
 }
 
+inline void check_device(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
+                         const at::Tensor& other) {
+  EE_CHECK(tensor.device() == other.device(), op, "expected ", name, " on ", other.device(), ", where ", other_name,
+           " is, got ", tensor.device(), "; use one device");
+}
+
 // The dtypes of hidden states and logits.
 inline void check_float_dtype(const char* op, const char* name, const at::Tensor& tensor) {
   const at::ScalarType dtype = tensor.scalar_type();
@@ -74,6 +80,22 @@ inline void check_offsets(const char* op, const char* name, const int32_t* offse
   }
   EE_CHECK(tokens == kAnySize || offsets[rows] <= tokens, op, "expected ", name, " to end within the ", tokens,
            " tokens given, got ", offsets[rows], "; pass the buffer these offsets were made for");
+}
+
+// The tensors of gather_rows, one by one; what stands in them is for the CPU to look at.
+inline void check_gather(const char* op, const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& source,
+                         const at::Tensor& new_offsets, const at::Tensor& out) {
+  check_float_dtype(op, "hidden", hidden);
+  check_tensor(op, "hidden", hidden, hidden.scalar_type(), {kAnySize, kAnySize});
+  check_tensor(op, "out", out, hidden.scalar_type(), {kAnySize, hidden.size(1)});
+  check_tensor(op, "source", source, at::kInt, {kAnySize});
+  check_tensor(op, "offsets", offsets, at::kInt, {kAnySize});
+  check_tensor(op, "new_offsets", new_offsets, at::kInt, {source.size(0) + 1});
+  EE_CHECK(offsets.size(0) > 0, op, "expected offsets [B + 1], got an empty tensor; pass cumulative lengths");
+  check_device(op, "out", out, "hidden", hidden);
+  check_device(op, "source", source, "hidden", hidden);
+  check_device(op, "offsets", offsets, "hidden", hidden);
+  check_device(op, "new_offsets", new_offsets, "hidden", hidden);
 }
 
 }  // namespace earlyexit

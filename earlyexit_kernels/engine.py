@@ -2,12 +2,15 @@
 
     hidden -> [ gate? -> layer -> exit head -> exit_step -> compact? ] x L -> answers, in request order
 
-The host reads three numbers a layer (rows live, their tokens, rows without a meaningful answer): free on the CPU, one
-synchronisation a layer on CUDA. With a gate it reads which rows run the layer as well.
+What the host knows of a layer are three numbers: rows live, their tokens, rows without a meaningful answer. On the CPU
+it reads them at once. On CUDA they come a layer late (`counts`), as upper bounds, and the loop asks for nothing: rows
+leave and are moved on the device, into room for as many as the bound says. A gate has the host read which rows run the
+layer, so with one it reads everything at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.counts import Counts, counts_for
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.heads import ExitHeads
@@ -59,7 +63,7 @@ class Present:
 
     Attributes:
         batch, hidden, plan: the rows, their tokens ``[1, T, H]``, the attention over them.
-        live, live_tokens: how many rows haven't left, and their tokens.
+        live, live_tokens: how many rows haven't left, and their tokens; on CUDA, how many at most.
     """
 
     batch: PackedBatch
@@ -96,30 +100,47 @@ class _Exits:
         depth: int,
         settings: Settings,
         keys: Tensor | None,
+        counts: Counts,
     ) -> None:
         rows, device = present.batch.row_ids.shape[0], present.hidden.device
         rule = self.rule = criterion.exit_rule
         self.heads, self.depth, self.strict, self.rows = heads, depth, settings.strict, rows
+        self.counts = counts
         self.state = rule.new_state(rows, device, classes, keys)
         self.decide = exit_step_op(settings.backend, device.type)
         self.linear = None if rule.needs is not None else heads.linear_exits(present.hidden.dtype)
         self.answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
         self.exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.invalid = [0] * depth
         # a last, spare row takes what rows that have left would write
         memory = {} if rule.needs is None else heads.first_memory(present.states, rule.needs)
         self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in memory.items()}
 
     def step(self, layer: int, present: Present) -> None:
         """Compute the exit of 1-based `layer` where it is due, and let rows of `present` leave."""
-        if not self.rule.is_due(layer, self.depth):
-            return
+        counts = self._decide(layer, present) if self.rule.is_due(layer, self.depth) else None
+        present.live, present.live_tokens = self.counts.after(layer, counts, (present.live, present.live_tokens))
+        if self.strict:
+            self._refuse(self.counts.invalid)
+
+    def finish(self) -> tuple[int, ...]:
+        """For each layer, how many rows present there had logits without a meaning."""
+        invalid = tuple(self.counts.finish())
+        if self.strict:
+            self._refuse(invalid)
+        return invalid
+
+    def _refuse(self, invalid: Sequence[int]) -> None:
+        layer = next((k for k, rows in enumerate(invalid, start=1) if rows), None)
+        if layer is not None:
+            raise InvalidLogitsError(invalid_message(invalid[layer - 1], layer, self.depth))
+
+    def _decide(self, layer: int, present: Present) -> Tensor:
         offsets, row_ids = present.batch.offsets, present.batch.row_ids
         aux = None
         if self.linear is not None:
             pooling, source = self.linear.pooling, (present.hidden[0], offsets, *self.linear.weights[layer - 1])
         else:
-            slots = torch.where(row_ids < 0, self.rows, row_ids).long() if self.memory else row_ids
+            slots = row_ids.masked_fill(row_ids < 0, self.rows).long() if self.memory else row_ids
             memory = {name: x.index_select(0, slots) for name, x in self.memory.items()}
             pooling = "none"
             features, weight, bias, aux, memory = self.heads.fused(layer, present.states, memory, self.rule.needs)
@@ -128,12 +149,9 @@ class _Exits:
                 self.memory[name][slots] = x.to(self.memory[name].dtype)
             aux = None if aux is None or self.rule.needs is None else read_aux(aux, self.rule.needs)
         rule, memory_of_rows = self.rule, (row_ids, self.state, self.answers, self.exit_layer)
-        counts = self.decide(
+        return self.decide(
             *source, None, aux, *memory_of_rows, rule.name, rule.params(layer), pooling, layer, self.depth
         )
-        present.live, present.live_tokens, self.invalid[layer - 1] = counts.tolist()
-        if self.invalid[layer - 1] and self.strict:
-            raise InvalidLogitsError(invalid_message(self.invalid[layer - 1], layer, self.depth))
 
 
 @torch.no_grad()
@@ -162,10 +180,10 @@ def run(
     Raises:
         InvalidLogitsError: logits without a meaning, with `settings.strict`.
     """
-    depth = len(layers)
-    present = Present(batch, hidden, plan_attention(batch, hidden.dtype), len(batch.lengths), hidden.shape[1])
-    exits = _Exits(present, heads, criterion, classes, depth, settings, keys)
-    skips = criterion.skip_from
+    depth, skips = len(layers), criterion.skip_from
+    present = Present(batch, hidden, plan_attention(batch), batch.row_ids.shape[0], hidden.shape[1])
+    counts = counts_for(depth, hidden.device, exact=skips is not None)
+    exits = _Exits(present, heads, criterion, classes, depth, settings, keys, counts)
     layers_run = None if skips is None else torch.zeros_like(exits.exit_layer)
     for layer, run_layer in enumerate(layers, start=1):
         runs = None if skips is None else _rows_that_run(heads, layer, present, skips)
@@ -177,15 +195,16 @@ def run(
             exits.step(layer, present)
         else:
             _split_layer(layer, run_layer, present, runs, exits, settings.backend)
-        if present.live == 0:
+        if present.live == 0 or layer == depth:
             break
         if present.live < present.batch.row_ids.shape[0] and _compacts(present, settings):
             present.batch, present.hidden, _ = shrink(
                 present.batch, present.hidden, present.live, present.live_tokens, settings.backend
             )
-            present.plan = plan_attention(present.batch, present.hidden.dtype)
+            present.plan = plan_attention(present.batch)
+    invalid = exits.finish()
     layers_run = exits.exit_layer.clone() if layers_run is None else layers_run
-    return ExitOutput(exits.answers, exits.exit_layer, layers_run, tuple(exits.invalid))
+    return ExitOutput(exits.answers, exits.exit_layer, layers_run, invalid)
 
 
 def _rows_that_run(heads: ExitHeads, layer: int, present: Present, skip_from: float) -> Tensor | None:
@@ -210,9 +229,9 @@ def _split_layer(
     lengths = batch.offsets.diff()
     count, tokens = torch.stack((runs.sum(), lengths[runs].sum())).tolist()
     if count:
-        chosen = PackedBatch(None, batch.offsets, torch.where(runs, batch.row_ids, -1), batch.lengths)
+        chosen = dataclasses.replace(batch, tokens=None, row_ids=torch.where(runs, batch.row_ids, -1))
         part_batch, hidden, source = shrink(chosen, present.hidden, count, tokens, backend)
-        plan = plan_attention(part_batch, hidden.dtype)
+        plan = plan_attention(part_batch)
         part = Present(part_batch, first(run_layer(hidden, None, plan=plan)), plan, count, tokens)
         if not last:
             exits.step(layer, part)

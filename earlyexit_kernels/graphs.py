@@ -19,6 +19,7 @@ from torch import Tensor
 from earlyexit_kernels.backends import NAMESPACE, available_backends
 from earlyexit_kernels.layers import Seen
 from earlyexit_kernels.ops import MOST_ROWS
+from earlyexit_kernels.packing import refuse_masked_first
 from earlyexit_kernels.resident import Bucket, Parts, ResidentLoop
 from earlyexit_kernels.types import ExitOutput
 
@@ -52,7 +53,7 @@ class Captured:
         loop: its buffers.
         replay: launch it.
         seen: the weights it was captured on, whose addresses it holds.
-        results: pinned copy of the loop's counts ``[L, 4]``.
+        results: pinned copy of the loop's counts ``[L + 1, 4]``.
     """
 
     loop: ResidentLoop
@@ -92,15 +93,15 @@ class Graphs:
         backend: str,
         ids: Tensor,
         mask: Tensor | None,
-        positions: Tensor | None,
         types: Tensor | None,
+        positions: Tensor | None,
     ) -> ExitOutput:
         """Answer a batch of any size.
 
         Args:
             parts: of the model, of which `why_not_resident` has nothing to say.
             backend: of the exits; the encoder's kernels are Triton's.
-            ids, mask, positions, types: ``[N, S]`` on the model's device, N at least 1.
+            ids, mask, types, positions: ``[N, S]`` on the model's device, N at least 1.
 
         Raises:
             CaptureError: no graph can be had.
@@ -108,7 +109,7 @@ class Graphs:
         if torch.cuda.is_current_stream_capturing():
             raise CaptureError("the current stream is capturing; capture model.fixed_depth() instead")
         size = most_rows(ids.shape[1])
-        parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, positions, types)]
+        parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, types, positions)]
         with self._lock:
             outputs = [
                 self._part(
@@ -117,7 +118,7 @@ class Graphs:
                     chunk,
                     *(
                         x if split is None else split[number]
-                        for x, split in zip((mask, positions, types), parted, strict=True)
+                        for x, split in zip((mask, types, positions), parted, strict=True)
                     ),
                 )
                 for number, chunk in enumerate(ids.split(size))
@@ -147,7 +148,10 @@ class Graphs:
         for x in (answers, exit_layer):
             x.record_stream(current)
         done.synchronize()
-        return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(captured.results[:, 2].tolist()))
+        masked_first, *invalid = captured.results[:, 2].tolist()
+        if captured.loop.pools_first:
+            refuse_masked_first(masked_first > 0)
+        return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(invalid))
 
     def _of(self, key: tuple[Any, ...], parts: Parts) -> Captured:
         if key in self._refused:

@@ -21,3 +21,8 @@ def scrambled(x: Tensor) -> Tensor:
 def shifted_right(x: Tensor, bits: int) -> Tensor:
     """Shift the 64 bits to the right, zeros coming in."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def token_keys(ids: Tensor, places: Tensor) -> Tensor:
+    """A number for each token, from its id and its place among its row's tokens, both int64; a row's key is the sum."""
+    return scrambled(ids + scrambled(places))

@@ -19,18 +19,16 @@ def check_inputs(
     device: torch.device,
     longest: int,
     limits: Mapping[str, int | None],
-    first_token: bool,
 ) -> Tensor:
     """Validate the input of a forward and return `input_ids` as int64.
 
     Args:
         input_ids: ``[N, S]`` integers.
-        attention_mask: ``[N, S]``.
+        attention_mask: ``[N, S]``; what it says is read by `packing.pack`.
         token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers.
         device: of the model.
         longest: tokens a row may have.
         limits: argument -> how many ids its embedding has; checked on the CPU, where looking costs no synchronisation.
-        first_token: whether the heads read each row's first token.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -63,9 +61,7 @@ def check_inputs(
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the model on {device}; move one of them")
         if name != "attention_mask":
-            _check_ids(name, value, shape, limits[name])
-    if first_token and attention_mask is not None and shape[0]:
-        _check_first_column(attention_mask)
+            _check_ids(name, value, shape, limits.get(name))
     return input_ids.long()
 
 
@@ -80,13 +76,3 @@ def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int | None) -> 
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= limit:
         raise ValueError(f"{name}: expected ids in [0, {limit - 1}], got {low if low < 0 else high}")
-
-
-def _check_first_column(attention_mask: Tensor) -> None:
-    """Refuse left padding where the heads read the first token; an all-padding row is let through."""
-    hidden_first = attention_mask[:, 0] == 0
-    if bool(hidden_first.any()) and bool((attention_mask[hidden_first] != 0).any()):
-        raise ValueError(
-            "attention_mask: the first token of a row is masked, but these exits read it; pad on the right, or convert "
-            "with pooling='mean'"
-        )

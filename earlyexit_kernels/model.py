@@ -16,18 +16,16 @@ from earlyexit_kernels import engine, tracing
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
-from earlyexit_kernels.engine_choice import Choice
-from earlyexit_kernels.errors import AttentionReplacedError, InvalidLogitsError
-from earlyexit_kernels.graphs import CaptureError
+from earlyexit_kernels.errors import InvalidLogitsError
+from earlyexit_kernels.fixed_depth import FixedDepth
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
 from earlyexit_kernels.inputs import check_inputs
 from earlyexit_kernels.loading import check_loaded, corrupt_files
 from earlyexit_kernels.objectives import mean_task_loss, objective_of
 from earlyexit_kernels.ops.exit_step import meaningful
-from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, pack, row_keys
+from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, check_attention, pack, row_keys
 from earlyexit_kernels.phased import PhasedTraining
 from earlyexit_kernels.replay import replay
-from earlyexit_kernels.resident import Parts
 from earlyexit_kernels.runtime import ATTENTION_IS_FIXED, RuntimeChoices
 from earlyexit_kernels.types import ExitOutput, ExitTrace
 
@@ -203,24 +201,35 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             raise ValueError(f"trace: expected inputs among {names}, got {unknown}")
         return self._trace(tuple(inputs.get(n) for n in names), tracing.Collect())
 
+    def fixed_depth(self) -> FixedDepth:
+        """This model for `torch.compile(fullgraph=True)`, `torch.export` and capture in a CUDA graph.
+
+        It shares the parameters, and answers by the criterion now in force, but every row runs every layer: see
+        `earlyexit_kernels.fixed_depth`.
+
+        Raises:
+            RuntimeError: the model is in train mode.
+            ValueError: the model is strict, which asks for a look at the logits.
+        """
+        if self.config.strict:
+            raise ValueError(
+                "fixed_depth: strict=True looks at the logits of every exit, which ends a graph; set "
+                "model.config.strict = False"
+            )
+        return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
+
     @torch.no_grad()
     def _answers(self, inputs: _Inputs) -> ExitOutput:
         """Rows leave where the criterion says so."""
-        ids = inputs[0]
-        if ids is not None and ids.dim() == 2 and ids.numel() and ids.device.type == "cuda":
-            choice = self.engine_for(*ids.shape)
-            if choice.engine == "graph":
-                try:
-                    return self._graph_answers(inputs)
-                except CaptureError as error:
-                    choice = Choice("eager", str(error))
-            self.fall_back(choice.reason)
+        if self.device.type == "cuda" and (result := self.from_graph(self._checked(inputs), *inputs[1:])) is not None:
+            self._count_invalid(result.invalid_rows)
+            return result
         packed = self._packed(inputs, self._criterion.exit_rule.uses_keys)
         if packed is None:
             return self._full_depth(self._no_rows())
         hidden, batch, keys = packed
         settings = engine.Settings(
-            backend=self._backend,
+            backend=self.backend,
             compaction=self.compaction,
             strict=bool(self.config.strict),
             layer_macs=self._layer_macs,
@@ -229,25 +238,6 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         result = engine.run(hidden, batch, layers, self.heads, self._criterion, classes, settings, keys)
         self._count_invalid(result.invalid_rows)
         return result
-
-    def _graph_answers(self, inputs: _Inputs) -> ExitOutput:
-        """The same from a CUDA graph.
-
-        Raises:
-            CaptureError: none can be had.
-        """
-        _, *others = inputs
-        result = self._graphs.run(self.parts, self.backend, self._checked(inputs), *others)
-        self._count_invalid(result.invalid_rows)
-        if self.config.strict and any(result.invalid_rows):
-            layer = next(k for k, rows in enumerate(result.invalid_rows, start=1) if rows)
-            raise InvalidLogitsError(engine.invalid_message(result.invalid_rows[layer - 1], layer, self.depth))
-        return result
-
-    @property
-    def parts(self) -> Parts:
-        """What the resident loop of the graph engine runs."""
-        return Parts(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
 
     @torch.no_grad()
     def _traced_answers(self, inputs: _Inputs) -> ExitOutput:
@@ -271,9 +261,6 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         trace = tracing.trace_exits(hidden, batch, layers, self.heads, collect, keys)
         with torch.no_grad():
             invalid = (~meaningful(trace.logits.flatten(0, 1), None)).view(trace.logits.shape[:2]).sum(0).tolist()
-        if any(invalid) and self.config.strict:
-            layer = next(k for k, rows in enumerate(invalid, start=1) if rows)
-            raise InvalidLogitsError(engine.invalid_message(invalid[layer - 1], layer, self.depth))
         self._count_invalid(tuple(invalid))
         return trace
 
@@ -289,11 +276,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     def _checked(self, inputs: _Inputs) -> Tensor:
         """The input's ids ``[N, S]`` int64, with everything checked."""
         backbone: Any = self.backbone
-        if backbone.config._attn_implementation != PACKED_ATTENTION:
-            raise AttentionReplacedError(
-                f"the backbone's attention is {backbone.config._attn_implementation!r}, expected {PACKED_ATTENTION!r}; "
-                "under another one the rows of a batch attend to each other. Convert the model again"
-            )
+        check_attention(backbone.config._attn_implementation)
         input_ids, attention_mask, token_type_ids, position_ids = inputs
         return check_inputs(
             input_ids,
@@ -307,7 +290,6 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
                 "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
                 "position_ids": backbone.config.max_position_embeddings,
             },
-            first_token=self.heads.config.pooling != "mean",
         )
 
     def _packed(self, inputs: _Inputs, with_keys: bool) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
@@ -316,7 +298,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         _, attention_mask, token_type_ids, position_ids = inputs
         if ids.shape[0] == 0:
             return None
-        batch = pack(ids, attention_mask)
+        batch = pack(ids, attention_mask, first_token=self.heads.config.pooling != "mean")
         if position_ids is None:
             position_ids = self.adapter.positions(backbone, ids)
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids
@@ -339,8 +321,12 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         return ExitTrace(torch.zeros(0, self.depth, classes, device=device, dtype=dtype), aux, keys)
 
     def _count_invalid(self, invalid_rows: tuple[int, ...]) -> None:
+        """Count the rows of each layer that had logits without a meaning, or refuse them in a strict model."""
         if not any(invalid_rows):
             return
+        if self.config.strict:
+            layer = next(k for k, rows in enumerate(invalid_rows, start=1) if rows)
+            raise InvalidLogitsError(engine.invalid_message(invalid_rows[layer - 1], layer, self.depth))
         if self.invalid_rows == 0:
             where = {layer: rows for layer, rows in enumerate(invalid_rows, start=1) if rows}
             logger.warning(

@@ -111,7 +111,8 @@ class ResidentLoop:
     Attributes:
         answers: ``[R, C]`` float32.
         exit_layer: ``[R]`` int64.
-        counts: ``[L, 4]`` int32, of each exit, as `ops.resident_exit` leaves them.
+        counts: ``[L + 1, 4]`` int32: of the input the rows, their tokens, the rows whose first token is masked though
+            they have others, and the tokens again; then of each exit what `ops.resident_exit` leaves.
         groups: the layers from one exit to the next; each group but the first may be put behind a node.
         handles: for each group, what the exit before it sets to whether rows are left; 0 for nothing to set.
     """
@@ -152,18 +153,24 @@ class ResidentLoop:
         self.state = self.first_state.clone()
         self.answers = torch.zeros(rows, parts.classes, device=device)
         self.exit_layer = ints(rows, dtype=torch.int64)
-        self.counts = ints(self.depth, 4)
+        self.counts = ints(self.depth + 1, 4)
         rule = parts.criterion.exit_rule
         due = [layer for layer in range(1, self.depth + 1) if rule.is_due(layer, self.depth)]
         self.groups = [range(after + 1, layer + 1) for after, layer in zip((0, *due), due, strict=False)]
         self.handles = [0] * len(self.groups)
         self.linear = None if self._needs else parts.heads.linear_exits(dtype)
+        self.memory: dict[str, Tensor] = {}
+
+    @property
+    def pools_first(self) -> bool:
+        """Whether the exits read each row's first token."""
+        return self.parts.heads.config.pooling != "mean"
 
     @property
     def _needs(self) -> str | None:
         return self.parts.criterion.exit_rule.needs
 
-    def load(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, types: Tensor | None) -> None:
+    def load(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, positions: Tensor | None) -> None:
         """Copy a batch of at most the bucket's size in, ``[N, S]`` each as in the model's forward."""
         n, s = ids.shape
         self.requests.fill_(n)
@@ -195,8 +202,10 @@ class ResidentLoop:
         number = torch.arange(rows, device=self.ids.device)
         real = number < self.requests
         keep = self.mask != 0
+        first, empty = keep[:, 0], ~keep.any(dim=1)
+        masked_first = (real & ~first & ~empty).sum()
         # a row without any token keeps its first
-        keep[:, 0] |= real & ~keep.any(dim=1)
+        first |= real & empty
         self.row_ids.copy_(torch.where(real, number, -1))
         self.offsets[1:] = keep.sum(dim=1).cumsum(0)
         self.offsets[0].zero_()
@@ -209,11 +218,12 @@ class ResidentLoop:
         self.hidden[:tokens] = self.parts.adapter.embed(self.parts.backbone, ids, positions, types)[0]
         self.state.copy_(self.first_state)
         self.counts.zero_()
+        self.counts[0] = torch.stack((real.sum(), self.offsets[-1], masked_first, self.offsets[-1]))
         self.memory = {}
         if self._needs is not None:
-            first = self.parts.heads.first_memory(self._states(), self._needs)
+            before = self.parts.heads.first_memory(self._states(), self._needs)
             # a last, spare row takes what rows that have left would write
-            self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in first.items()}
+            self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in before.items()}
 
     def _encode(self, own: LayerWeights) -> None:
         """One encoder layer, on the side that is live."""
@@ -242,8 +252,8 @@ class ResidentLoop:
         features, weight, bias, aux, pooling = self._head(layer)
         self.exit(
             features, weight, bias, None, aux, self.row_ids, self.offsets, self.old_offsets, self.source,
-            self.counts[layer - 1], self.state, self.answers, self.exit_layer, rule.name, rule.params(layer), pooling,
-            layer, self.depth, self.bucket.tokens, TILE, handle,
+            self.counts[layer], self.state, self.answers, self.exit_layer, rule.name, rule.params(layer), pooling,
+            layer, self.depth, TILE, self.bucket.tokens, handle,
         )  # fmt: skip
         if layer < self.depth:
             self.move(self.hidden, self.old_offsets, self.source, self.offsets, self.hidden)

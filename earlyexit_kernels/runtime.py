@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from earlyexit_kernels import backends
 from earlyexit_kernels.engine_choice import ENGINES, Choice, Explanation, fastest
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.graphs import Graphs
+from earlyexit_kernels.graphs import CaptureError, Graphs
 from earlyexit_kernels.layers import FusedLayers, why_not_onednn
 from earlyexit_kernels.packing import PACKED_ATTENTION
 from earlyexit_kernels.resident import Parts, why_not_resident
+from earlyexit_kernels.types import ExitOutput
 
 logger = logging.getLogger("earlyexit_kernels")
 
@@ -27,10 +28,12 @@ ATTENTION_IS_FIXED = (
 
 
 class RuntimeChoices(PreTrainedModel):
-    """Base of the model, which brings `backbone` and its `adapter`."""
+    """Base of the model, which brings `backbone`, its `adapter`, `heads` and the criterion."""
 
     backbone: Any
     adapter: Any
+    heads: Any
+    _criterion: Any
     compaction = "auto"
     _backend = "auto"
     _layers = "auto"
@@ -46,7 +49,9 @@ class RuntimeChoices(PreTrainedModel):
 
     @property
     def backend(self) -> str:
-        """The back-end that runs the ops on this model's device."""
+        """The back-end of the ops on this model's device; kernels know no float64, ``"auto"`` takes torch there."""
+        if self._backend == "auto" and self.dtype == torch.float64:
+            return "torch"
         return backends.resolve(self._backend, self.device.type)
 
     def set_backend(self, backend: str) -> None:
@@ -62,7 +67,7 @@ class RuntimeChoices(PreTrainedModel):
     @property
     def parts(self) -> Parts:
         """What the resident loop of the graph engine runs."""
-        raise NotImplementedError
+        return Parts(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
 
     def set_engine(self, engine: str) -> None:
         """Choose how eval mode runs a batch.
@@ -111,11 +116,27 @@ class RuntimeChoices(PreTrainedModel):
         layers = Choice("family", reason) if fused is None else Choice("fused", "they can be had and are faster")
         return Explanation(self.engine_for(*input_ids.shape), layers, self.backend)
 
-    def fall_back(self, reason: str) -> None:
-        """Say once, of each reason, that a batch runs eagerly though a graph was asked for."""
-        if self._engine == "graph" and self._said_of_engine != reason:
-            self._said_of_engine = reason
-            logger.warning("engine 'graph' fell back to 'eager': %s", reason)
+    def from_graph(self, ids: torch.Tensor, *others: torch.Tensor | None) -> ExitOutput | None:
+        """The answers to a batch from a CUDA graph, or None where it has to run eagerly.
+
+        That is said once, of each reason, where a graph was asked for.
+
+        Args:
+            ids: ``[N, S]`` int64.
+            others: attention_mask, token_type_ids and position_ids, as for the model.
+        """
+        if not ids.numel():
+            return None
+        choice = self.engine_for(*ids.shape)
+        if choice.engine == "graph":
+            try:
+                return self._graphs.run(self.parts, self.backend, ids, *others)
+            except CaptureError as error:
+                choice = Choice("eager", str(error))
+        if self._engine == "graph" and self._said_of_engine != choice.reason:
+            self._said_of_engine = choice.reason
+            logger.warning("engine 'graph' fell back to 'eager': %s", choice.reason)
+        return None
 
     @property
     def layer_kind(self) -> str:

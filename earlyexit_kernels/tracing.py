@@ -54,7 +54,7 @@ def trace_exits(
         collect: what to keep.
         keys: ``[N]`` int64 for the trace.
     """
-    plan = plan_attention(batch, hidden.dtype)
+    plan = plan_attention(batch)
     states = PackedStates(hidden[0], batch.offsets, plan)
     memory = heads.first_memory(states, collect.needs)
     outputs: list[HeadOutput] = []

@@ -72,6 +72,16 @@ def test_auto_on_cuda_takes_triton_next(compiled_triton, without_extension):
     assert backends.resolve("auto", "xpu") == "torch"
 
 
+def test_an_op_takes_one_of_its_own(compiled_triton, monkeypatch):
+    monkeypatch.setitem(backends._WHY_NOT, "cpp", lambda device: "")
+    own = ("torch", "triton")
+    assert backends.resolve("auto", "cuda", own) == "triton"
+    assert backends.resolve("auto", "cpu", own) == "torch"
+    assert backends.resolve("auto", "cuda") == "cpp"
+    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch', 'triton'\), got 'cpp'"):
+        backends.resolve("cpp", "cuda", own)
+
+
 def test_auto_says_its_choice_once(caplog, monkeypatch):
     monkeypatch.setitem(backends._WHY_NOT, "cpp", lambda device: "")
     caplog.set_level(logging.INFO, logger="earlyexit_kernels")

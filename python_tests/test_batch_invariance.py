@@ -6,44 +6,19 @@ decision turns; the tests ask a full-depth trace with noise of that size, count 
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from conftest import backend_params
-from models import DEPTH, VOCABULARY, balance_classes, batch_for, early_exit, entropies, parameter_set, varied_entropy
+from leaving import LENGTHS, OF_EACH_KIND, SETTINGS, setting
+from models import DEPTH, VOCABULARY, entropies, parameter_set
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import criteria, engine
 
 FAMILIES = ("bert", "roberta", "albert")
-LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
 TOLERANCE = 1e-5
 POISON = VOCABULARY - 1
 COMPACTIONS = ("always", "never", "auto")
-GRID = [k / 20 for k in range(1, 20)]
-#: Settings of each rule to choose from: the one that spreads the rows over most exits is taken.
-SETTINGS = {
-    "full_depth": [criteria.FullDepth()],
-    "entropy": [],
-    "max_probability": [criteria.MaxProbability(threshold=t) for t in GRID],
-    "margin": [criteria.Margin(threshold=t) for t in GRID],
-    "patience": [criteria.Patience(patience=1)],
-    "q_exit": [criteria.QExit(q=t) for t in GRID],
-    "sampled_exit": [criteria.SampledExit(seed=k) for k in range(9)],
-    "expectation": [criteria.Expectation()],
-    "voting": [criteria.Voting(threshold=2)],
-    "dact": [criteria.Dact(bound="tight", epsilon=t) for t in GRID],
-    "learned": [criteria.Learned(threshold=t) for t in GRID],
-    "patient_confidence": [criteria.PatientConfidence(threshold=t, patience=2) for t in GRID],
-    "divergence_patience": [criteria.DivergencePatience(threshold=t / 9, patience=1) for t in GRID],
-    "hidden_cosine": [criteria.HiddenCosine(threshold=t) for t in GRID],
-    "energy": [criteria.Energy(threshold=t) for t in GRID],
-}
-#: Exits that the rows leave at, at least.
-SPREAD = {"full_depth": 1, "expectation": 1, "entropy": 3}
-#: One rule of each kind: no state, a state, a scalar of the heads.
-OF_EACH_KIND = ("entropy", "patience", "q_exit")
 #: Every rule on one family, and one of each kind on all; Triton's interpreter, which is slow, has these on one.
 CASES = [
     pytest.param(family, name, backend.values[0], marks=backend.marks)
@@ -57,39 +32,6 @@ every_case = pytest.mark.parametrize(("family", "criterion", "backend"), CASES, 
 
 def test_every_rule_is_among_them():
     assert set(SETTINGS) == set(criteria.RULES)
-
-
-def spread(trace, rule):
-    return len(ee.replay(trace, rule)[1].unique())
-
-
-@functools.cache
-def prepared(family, pooling, rows):
-    """A model whose exits have all scalars there are, a batch, and its trace; once for all tests."""
-    model = early_exit(family, method="berxit", halting=True, pooling=pooling)
-    batch = batch_for(model, lengths=LENGTHS[:rows])
-    balance_classes(model, batch)
-    return model, batch, model.trace(**batch)
-
-
-@functools.cache
-def tuned(family, pooling, rows, name):
-    """The setting of a rule by which the rows of the batch leave at most exits."""
-    trace = prepared(family, pooling, rows)[2]
-    settings = SETTINGS[name] or [varied_entropy(trace)]
-    return max(settings, key=lambda rule: spread(trace, rule))
-
-
-def setting(family, backend, criterion="entropy", pooling=None):
-    """A model, a batch whose rows leave at several exits, and the trace that decides it."""
-    rows = 6 if backend == "triton" else len(LENGTHS)
-    model, batch, trace = prepared(family, pooling, rows)
-    model.set_backend(backend)
-    model.compaction = "always"
-    model.set_criterion(tuned(family, pooling, rows, criterion))
-    exits = model(**batch).exit_layer
-    assert len(exits.unique()) >= min(SPREAD.get(criterion, 2), 2 if backend == "triton" else DEPTH)
-    return model, batch, trace
 
 
 def rows(batch, index):

@@ -5,18 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
-import torch
 from fake_gpu import captures, gpu  # noqa: F401  fixtures
-from torch.autograd import DeviceType
 
-from benchmarks.gpu import bench, calls, exits, goals, nodes, promises, sections, whole
+from benchmarks.gpu import exits, goals, promises
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections import SECTIONS
-from earlyexit_kernels import engine_choice
-from earlyexit_kernels.errors import BackendUnavailableError
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
 NUMBERS = {"median_ms", "syncs", "different", "launches", "works", "entry"}

@@ -14,6 +14,7 @@ from models import batch_for, early_exit
 
 from earlyexit_kernels import engine_choice, graphs
 from earlyexit_kernels.criteria import Entropy, Patience
+from earlyexit_kernels.engine_choice import Choice
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.graphs import Captured, CaptureError, Graphs, most_rows
 from earlyexit_kernels.layers import Seen
@@ -138,10 +139,22 @@ def test_the_engine_is_chosen_and_explained(model, caplog):
     with pytest.raises(BackendUnavailableError, match="runs on CUDA, the model is on 'cpu'"):
         model.set_engine("graph")
     model._engine = "graph"
+    ids = batch_for(model)["input_ids"]
     with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
-        for _ in range(2):
-            model.fall_back("a graph can't hold this model: reason")
-    assert caplog.messages == ["engine 'graph' fell back to 'eager': a graph can't hold this model: reason"]
+        assert [model.from_graph(ids) for _ in range(2)] == [None, None] and model.from_graph(ids[:0]) is None
+    assert caplog.messages == ["engine 'graph' fell back to 'eager': graphs are for CUDA"]
+
+
+def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
+    batch = batch_for(model)
+    batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
+    expected = model(**batch)
+    monkeypatch.setattr(type(model), "engine_for", lambda self, rows, length: Choice("graph", "a test"))
+    monkeypatch.setattr(type(model), "backend", "torch")
+    got = model.from_graph(*(batch[name] for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")))
+    assert torch.equal(got.exit_layer, expected.exit_layer) and captures == [Bucket(4, 32)]
+    torch.testing.assert_close(got.logits, expected.logits, atol=2e-5, rtol=1e-4)
 
 
 def test_the_table_of_the_fastest(monkeypatch):

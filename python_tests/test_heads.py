@@ -30,7 +30,7 @@ def states(kind, count=LAYERS + 1):
     mask = batch["attention_mask"]
     padded = torch.randn(count, *mask.shape, SIZE, generator=torch.Generator().manual_seed(1))
     rows = pack(batch["input_ids"], mask)
-    plan = plan_attention(rows, torch.float32)
+    plan = plan_attention(rows)
     packed = [PackedStates(x[mask.bool()], rows.offsets, plan) for x in padded]
     return padded, mask, packed
 

@@ -124,6 +124,7 @@ def test_other_dtypes(dtype, atol):
     assert fused.inference_layers()[0].weights.tensors[0].dtype == dtype
     # traces are float32, so double layers agree to float32's last digit
     assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
+    assert torch.isfinite(fused(**batch).logits).all()
 
 
 def an_in_place_write(layer) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from conftest import backend_params
 
+from earlyexit_kernels.backends import BACKENDS
 from earlyexit_kernels.criteria import RULES
 
 OPS = torch.ops.earlyexit_kernels
@@ -47,6 +51,21 @@ def gather_arguments(rows=3, grad=False) -> tuple:
     return torch.randn(2 * rows, H, requires_grad=grad), offsets, source, offsets.clone(), torch.zeros(2 * rows + 1, H)
 
 
+def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
+    """Positional arguments of an op of an encoder layer: rows of 2, 0 and 1 tokens, the last one left; or none."""
+    offsets = torch.tensor([4, 6, 6, 7] if tokens else [0] * 4, dtype=torch.int32)
+    row_ids = torch.tensor([2, -1, -1] if tokens else [-1] * 3, dtype=torch.int32)
+    x, hidden, qkv, out = (torch.randn(*shape, requires_grad=grad) for shape in ((4, H), (8, H), (4, 3 * H), (4, H)))
+    weight, bias = torch.randn(H, H, requires_grad=grad), torch.randn(H, requires_grad=grad)
+    return {
+        "rows_linear": (hidden, weight, bias, offsets, out.detach(), "gelu", True),
+        "first_tokens_linear": (hidden, weight, bias, offsets, row_ids, torch.zeros(3, H), "tanh"),
+        "rows_attention": (qkv, offsets, row_ids, 2, 2, out.detach()),
+        "rows_add_norm": (x, hidden, bias, bias.detach().clone(), 1e-5, offsets, out.detach(), True, False),
+    }[op]
+
+
+ENCODER_OPS = ("rows_linear", "first_tokens_linear", "rows_attention", "rows_add_norm")
 CASES = {
     "logits": ("exit_step", lambda: exit_step_arguments()),
     "logits_grad": ("exit_step", lambda: exit_step_arguments(grad=True)),
@@ -63,6 +82,9 @@ CASES = {
     "gather": ("gather_rows", gather_arguments),
     "gather_grad": ("gather_rows", lambda: gather_arguments(grad=True)),
     "gather_empty": ("gather_rows", lambda: gather_arguments(0)),
+    **{op: (op, functools.partial(encoder_arguments, op)) for op in ENCODER_OPS},
+    **{f"{op}_grad": (op, functools.partial(encoder_arguments, op, grad=True)) for op in ENCODER_OPS},
+    **{f"{op}_empty": (op, functools.partial(encoder_arguments, op, tokens=False)) for op in ENCODER_OPS},
 }
 
 
@@ -70,13 +92,28 @@ def op_of(name, backend):
     return getattr(OPS, f"{name}_{backend}").default
 
 
-@pytest.mark.parametrize("case", CASES)
+def has(name, backend):
+    return backend != "cpp" or name not in ENCODER_OPS
+
+
+every_case = pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        pytest.param(p.values[0], case, marks=p.marks)
+        for case, (name, _) in CASES.items()
+        for p in backend_params()
+        if has(name, p.values[0])
+    ],
+)
+
+
+@every_case
 def test_opcheck(backend, case):
     name, arguments = CASES[case]
     torch.library.opcheck(op_of(name, backend), arguments())
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_changes_what_it_declares_and_nothing_else(backend, case):
     name, arguments = CASES[case]
     op, given = op_of(name, backend), arguments()
@@ -90,15 +127,16 @@ def test_changes_what_it_declares_and_nothing_else(backend, case):
     }
     declared = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert changed <= declared
-    if case in ("logits", "first", "mean_grad", "gather"):
+    if case in ("logits", "first", "mean_grad", "gather", *ENCODER_OPS):
         assert changed == declared
     memory = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor) and x.numel()}
     assert all(x.untyped_storage().data_ptr() not in memory for x in returned if x is not None and x.numel())
 
 
 def test_all_back_ends_share_one_schema():
-    for name in ("exit_step", "compact", "gather_rows"):
-        schemas = {str(op_of(name, backend)._schema).split("(", 1)[1] for backend in ("torch", "triton", "cpp")}
+    for name in {name for name, _ in CASES.values()}:
+        back_ends = [backend for backend in BACKENDS if has(name, backend)]
+        schemas = {str(op_of(name, backend)._schema).split("(", 1)[1] for backend in back_ends}
         assert len(schemas) == 1
 
 
@@ -106,6 +144,8 @@ def test_fake_tensors_give_the_real_shapes_and_dtypes(backend):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for name, arguments in CASES.values():
+        if not has(name, backend):
+            continue
         real = op_of(name, backend)(*arguments())
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             given = [mode.from_tensor(x.detach()) if isinstance(x, torch.Tensor) else x for x in arguments()]

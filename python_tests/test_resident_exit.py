@@ -54,7 +54,7 @@ def leave(x, backend, rule, *, tile=1, layer=1, depth=3, pooling="first", handle
     RESIDENT_EXITS[backend](
         x["hidden"], x["weight"], x["bias"], None, None, x["row_ids"], x["offsets"], x["old_offsets"], x["source"],
         x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(layer), pooling, layer, depth,
-        x["hidden"].shape[0] // 2, tile, handle,
+        tile, x["hidden"].shape[0] // 2, handle,
     )  # fmt: skip
     return x
 

@@ -1,8 +1,13 @@
-"""Every Triton kernel compiles for a GPU that isn't here, with every criterion plugged in."""
+"""Every Triton kernel compiles for GPUs that aren't here: with every criterion plugged in, and in the sizes shipped."""
+
+from __future__ import annotations
 
 import importlib
+import re
+import subprocess
 
 import pytest
+import torch
 
 from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.criteria import RULES
@@ -11,6 +16,7 @@ triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -30,14 +36,27 @@ POINTERS = {
 }
 SCALARS = dict.fromkeys(("p0", "p1", "p2"), "fp32")
 SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present"), "i32")
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+#: Compute capability -> what its PTX is for, and the instruction of its matrix units.
+TARGETS = {80: ("sm_80", "mma.sync"), 90: ("sm_90a", "wgmma.mma_async"), 100: ("sm_100a", "tcgen05.mma")}
+FLOAT32, HALF, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def compile_for_sm90(kernel, constants):
-    """Compile `kernel` with its pointers typed by name; int32 unless listed."""
-    types = {name: POINTERS.get(name, SCALARS.get(name, "*i32")) for name in kernel.arg_names}
-    types |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, types, constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+def compile_for(capability, kernel, types, constants, **options):
+    """Compile `kernel`; its pointers are aligned as memory of torch is."""
+    names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    source = ASTSource(kernel, {name: types[name] for name in names}, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False, **options})
+    assert f".target {TARGETS[capability][0]}" in compiled.asm["ptx"]
+    assert len(compiled.asm["cubin"]) > 0
+    return compiled
+
+
+def by_name(kernel):
+    """Types of the arguments of a kernel; int32 pointers unless listed."""
+    return {name: POINTERS.get(name, SCALARS.get(name, "*i32")) for name in kernel.arg_names}
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
@@ -54,12 +73,117 @@ def test_exit_step_compiles(name, pooling):
         "BLOCK_C": 4,
         "BLOCK_H": 128,
     }
-    compiled = compile_for_sm90(exit_step.exit_step_kernel, constants)
-    assert ".target sm_90a" in compiled.asm["ptx"]
-    assert len(compiled.asm["cubin"]) > 0
+    kernel = exit_step.exit_step_kernel
+    compile_for(90, kernel, by_name(kernel), constants)
 
 
 @pytest.mark.parametrize("kernel, block", [("compact_kernel", 1024), ("gather_rows_kernel", 256)])
 def test_compaction_compiles(kernel, block):
-    compiled = compile_for_sm90(getattr(compact, kernel), {"BLOCK": block})
-    assert len(compiled.asm["cubin"]) > 0
+    kernel = getattr(compact, kernel)
+    compile_for(90, kernel, by_name(kernel), {"BLOCK": block})
+
+
+class Recorder:
+    """Stands in for a kernel, and keeps what it is launched with."""
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *given, **keywords):
+        self.given, self.keywords = given, keywords
+
+
+def compile_launch(capability, monkeypatch, op, *arguments):
+    """Compile what the launcher of `op` launches for these arguments."""
+    module, recorder = importlib.import_module(f"earlyexit_kernels.ops.{op}"), Recorder()
+    kernel = getattr(module, f"{op}_kernel")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, f"{op}_kernel", recorder)
+        getattr(module, f"{op}_triton")(*arguments)
+    given = zip(kernel.arg_names, recorder.given, strict=False)
+    types = {name: TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32" for name, value in given}
+    constants = {name: value for name, value in recorder.keywords.items() if name in kernel.arg_names}
+    options = {name: value for name, value in recorder.keywords.items() if name not in constants}
+    return compile_for(capability, kernel, types, constants, **options)
+
+
+def assert_in_registers(compiled, folder) -> None:
+    """No register is spilled, and nothing else is on the stack."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"STACK:(\d+) \S+ LOCAL:(\d+)", report) == [("0", "0")], report
+
+
+def empty(*shape, dtype):
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def rows_linear(tokens, dtype, n=768, k=768, activation="gelu"):
+    x, weight, bias, out = (empty(*s, dtype=dtype) for s in ((2 * tokens, k), (n, k), (n,), (tokens, n)))
+    return "rows_linear", x, weight, bias, empty(9, dtype=torch.int32), out, activation, True
+
+
+def first_tokens_linear(dtype):
+    hidden, weight, bias, out = (empty(*s, dtype=dtype) for s in ((999, 768), (768, 768), (768,), (8, 768)))
+    ids = (empty(n, dtype=torch.int32) for n in (9, 8))
+    return "first_tokens_linear", hidden, weight, bias, *ids, out, "tanh"
+
+
+def rows_attention(dtype, heads=12):
+    ids = (empty(n, dtype=torch.int32) for n in (9, 8))
+    return "rows_attention", empty(999, 3 * 768, dtype=dtype), *ids, heads, 128, empty(999, 768, dtype=dtype)
+
+
+def rows_add_norm(dtype, width=768):
+    x, hidden, weight = (empty(*s, dtype=dtype) for s in ((999, width), (2 * 999, width), (width,)))
+    return "rows_add_norm", x, hidden, weight, weight, 1e-12, empty(9, dtype=torch.int32), hidden, True, True
+
+
+#: Tokens that take small and large tiles.
+FEW, MANY = 128, 32768
+#: The loops over matrix products, in each size that is shipped.
+PRODUCTS = {
+    "few": lambda dtype: rows_linear(FEW, dtype),
+    "many": lambda dtype: rows_linear(MANY, dtype, n=3072),
+    "attention": rows_attention,
+}
+#: Hopper with both dtypes, the architectures beside it with one.
+MACHINES = [(80, HALF), (90, HALF), (90, BFLOAT16), (100, HALF)]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype"), [(name, *machine) for name in PRODUCTS for machine in MACHINES], ids=str
+)
+def test_products_use_the_matrix_units_and_stay_in_registers(name, capability, dtype, monkeypatch, tmp_path):
+    compiled = compile_launch(capability, monkeypatch, *PRODUCTS[name](dtype))
+    assert TARGETS[capability][1] in compiled.asm["ptx"]
+    assert_in_registers(compiled, tmp_path)
+
+
+#: The rest: wide heads, first tokens, float32, whose products no matrix unit rounds, odd widths, and norms.
+OTHERS = {
+    "wide_heads": lambda: rows_attention(HALF, heads=6),
+    "first_tokens": lambda: first_tokens_linear(BFLOAT16),
+    "few_float32": lambda: rows_linear(FEW, FLOAT32),
+    "many_float32": lambda: rows_linear(MANY, FLOAT32, n=3072),
+    "attention_float32": lambda: rows_attention(FLOAT32),
+    **{f"odd_{name}": lambda name=name: rows_linear(FEW, HALF, 5, 7, name) for name in ("gelu_tanh", "relu")},
+    "norm": lambda: rows_add_norm(HALF),
+    "wide_norm": lambda: rows_add_norm(FLOAT32, 4096),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_launches_stay_in_registers(name, monkeypatch, tmp_path):
+    compiled = compile_launch(90, monkeypatch, *OTHERS[name]())
+    assert "tf32" not in compiled.asm["ptx"]
+    assert_in_registers(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear])
+@pytest.mark.parametrize("capability", [80, 100])
+def test_the_others_compile_beside_hopper(capability, launch, monkeypatch):
+    compile_launch(capability, monkeypatch, *launch(HALF))

@@ -3,10 +3,12 @@ encoder taken apart, one row at a time. Shares nothing with the package but para
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from models import encoder_of
 from torch import Tensor
 
@@ -84,3 +86,15 @@ def layers_of(base: Any) -> list[Any]:
         return run
 
     return [call(module) for module in modules]
+
+
+def attended_by_row(q: Tensor, k: Tensor, v: Tensor, plan: Any, scaling: float | None, dropout: float) -> Tensor:
+    """Attention within rows of packed tokens ``[T, heads, D]``; the tokens of no row are NaN, as a kernel may leave
+    them."""
+    out = torch.full_like(q, math.nan)
+    for start, end in itertools.pairwise(plan.offsets.tolist()):
+        assert end - start <= plan.longest
+        if start < end:
+            row = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
+            out[start:end] = F.scaled_dot_product_attention(*row, scale=scaling)[0].transpose(0, 1)
+    return out

@@ -7,6 +7,7 @@ Run with ``python -m benchmarks.end_to_end.compaction_cost``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
@@ -39,14 +40,14 @@ def measure(width: int, rows: int, length: int, repeats: int = 15) -> dict[str, 
     batch = _ragged(rows, length)
     tokens = int(batch.offsets[-1])
     hidden = torch.randn(1, tokens, width)
-    plan = plan_attention(batch, hidden.dtype)
-    left = PackedBatch(None, batch.offsets, batch.row_ids.clone(), batch.lengths)
+    plan = plan_attention(batch)
+    left = dataclasses.replace(batch, tokens=None, row_ids=batch.row_ids.clone())
     left.row_ids[0] = -1
     kept = tokens - batch.lengths[0]
 
     def compaction() -> None:
-        smaller, moved, _ = shrink(left, hidden, rows - 1, kept, "auto")
-        plan_attention(smaller, moved.dtype)
+        smaller, _, _ = shrink(left, hidden, rows - 1, kept, "auto")
+        plan_attention(smaller)
 
     times = interleave({"layer": lambda: layer(hidden, None, plan=plan), "compaction": compaction}, repeats=repeats)
     layer_ms, compaction_ms = median(times["layer"]), median(times["compaction"])

@@ -131,6 +131,9 @@ def _times(
     if rounds is None:
         a_round = sum(found[0] + 1000 * REST for found in timed(1, 0).values())
         rounds = rounds_of(case.weight * repeats, a_round)
+    if case.one_by_one:
+        # every row as often as the others: shares of layer-rows are of all of them
+        rounds = max(rounds // len(work.batches), 1) * len(work.batches)
     times = timed(rounds, warmup)
     return {said: times[str(i)] for i, said in enumerate(contenders)}
 

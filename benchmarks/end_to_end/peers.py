@@ -39,7 +39,10 @@ def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     # its threads must not spin on while others are timed
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = onnxruntime.InferenceSession(exported(subject), options, providers=["CPUExecutionProvider"])
+    # the first session of a process clears the flag of the thread that makes it
+    torch.set_flush_denormal(True)
 
     def answer(batch: dict[str, Tensor]) -> tuple[Tensor, None]:
         return torch.from_numpy(session.run(None, {name: batch[name].numpy() for name in NAMES})[0]), None

@@ -10,6 +10,8 @@ from benchmarks import store
 from benchmarks.end_to_end import offline, profiles, server, single_stream
 from benchmarks.end_to_end.baselines import PLAIN
 from benchmarks.end_to_end.engines import FAMILY_LAYERS
+from benchmarks.end_to_end.forced import NEVER
+from benchmarks.end_to_end.goals import GOALS, PEER
 from benchmarks.end_to_end.plots import PLOTS
 from earlyexit_kernels.report import markdown_table
 
@@ -34,9 +36,12 @@ def goals(results: Path | None = None) -> str:
     parts = []
     for machine, (facts, records) in machines.items():
         # with the layers that `auto` takes; the others are in the JSON
-        reached = [r for r in records if r.get("goal") is not None and r["engine"] != FAMILY_LAYERS]
-        rows = [_goal_row(record) for record in reached]
+        mine = [r for r in records if "ratio" in r and r["engine"] != FAMILY_LAYERS]
+        with_goal = [r for r in mine if r.get("goal") is not None]
+        rows = [_goal_row(r) for r in mine if r in with_goal or (r["baseline"], r["exits"]) == (PEER, NEVER)]
+        reached = sum(r["goal_met"] for r in with_goal)
         parts += [f"{machine_line(facts)}:", markdown_table(header, rows) if rows else NOT_MEASURED]
+        parts += [f"Reached: {reached} of {len(with_goal)} goals; not measured: {len(GOALS) - len(with_goal)}."]
         parts += _pictures(machine, results or store.RESULTS)
     return "\n\n".join(parts) or NOT_MEASURED
 
@@ -48,10 +53,12 @@ def _pictures(machine: str, folder: Path) -> list[str]:
 
 
 def _goal_row(record: Record) -> tuple[str, ...]:
-    bound = "at most" if record["goal_of"] == "ratio" else "efficiency"
-    reached = "yes" if record["goal_met"] else "no"
     own = (record["case"], record["dtype"], record["engine"], _against(record))
-    return (*own, _ratio(record), f"{record['efficiency']:.2f}", f"{bound} {record['goal']:.2f}", reached)
+    numbers = (*own, _ratio(record), f"{record['efficiency']:.2f}")
+    if record["goal"] is None:
+        return (*numbers, "none", "")
+    bound = "at most" if record["goal_of"] == "ratio" else "efficiency"
+    return (*numbers, f"{bound} {record['goal']:.2f}", "yes" if record["goal_met"] else "no")
 
 
 def _against(record: Record) -> str:
@@ -76,13 +83,25 @@ def latency(results: Path | None = None) -> str:
 
 def throughput(results: Path | None = None) -> str:
     """Batches."""
-    header = ("case", "engine", "layer-rows", "tokens", "rows / s", "p50 ms", "time / plain", "efficiency", "flips")
+    header = (
+        "case",
+        "engine",
+        "layer-rows",
+        "tokens",
+        "rows",
+        "rows / s",
+        "p50 ms",
+        "time / plain",
+        "efficiency",
+        "flips",
+    )
     return _per_machine(
         offline.SUITE,
         header,
         lambda r: (
             *_named(r),
             f"{r['tokens']:.2f}",
+            str(r["rows"]),
             f"{r['rows_per_second']:.1f}",
             f"{r['median_ms']:.1f}",
             *_beside_plain(r),
@@ -111,14 +130,15 @@ def under_load(results: Path | None = None) -> str:
 
 def where_time_goes(results: Path | None = None) -> str:
     """Shares of our time, for the cases that have a goal."""
-    header = ("case", "ms", *(kind.replace("_", " ") for kind in (*profiles.KINDS, "rest")), "GFLOP/s", "best GFLOP/s")
+    kinds = (*profiles.KINDS, "rest")
+    header = ("case", "ms", *(kind.replace("_", " ") for kind in kinds), "GFLOP/s", "torch, 1024 tokens")
     return _per_machine(
         profiles.SUITE,
         header,
         lambda r: (
             r["case"],
             f"{r['median_ms']:.1f}",
-            *(f"{100 * r[f'{kind}_share']:.1f} %" for kind in (*profiles.KINDS, "rest")),
+            *(f"{100 * r[f'{kind}_share']:.1f} %" for kind in kinds),
             *(f"{r[name]:.0f}" for name in ("products_gflops", "best_gflops")),
         ),
         results,

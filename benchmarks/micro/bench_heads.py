@@ -100,7 +100,7 @@ def states_of(shape: Shape) -> PackedStates:
     """Random tokens of rows of one length, and the attention over them."""
     hidden = torch.randn(shape.rows * shape.length, shape.width, generator=torch.Generator().manual_seed(0))
     batch = pack(torch.ones(shape.rows, shape.length, dtype=torch.long, device=measure.DEVICE), None)
-    return PackedStates(hidden.to(measure.DEVICE), batch.offsets, plan_attention(batch, hidden.dtype))
+    return PackedStates(hidden.to(measure.DEVICE), batch.offsets, plan_attention(batch))
 
 
 class ThroughHeads(Decision):

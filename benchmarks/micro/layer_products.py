@@ -63,7 +63,7 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
     )
     for rows in ROWS:
         batch = pack(torch.ones(rows, LENGTH, dtype=torch.long), None)
-        plan, hidden = plan_attention(batch, torch.float32), torch.randn(1, rows * LENGTH, width)
+        plan, hidden = plan_attention(batch), torch.randn(1, rows * LENGTH, width)
         calls = {name: partial(layer, hidden, None, plan=plan) for name, layer in layers.items()}
         times = interleave(calls, repeats=repeats, progress=f"H {width}, T {rows * LENGTH}")
         for name in layers:

@@ -51,15 +51,9 @@ constexpr int64_t kBytesPerThread = int64_t{1} << 19;
 void gather_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& source,
                  const at::Tensor& new_offsets, const at::Tensor& out) {
   constexpr const char* kOp = "gather_rows_cpp";
-  check_float_dtype(kOp, "hidden", hidden);
-  check_tensor(kOp, "hidden", hidden, hidden.scalar_type(), {kAnySize, kAnySize});
-  check_tensor(kOp, "out", out, hidden.scalar_type(), {kAnySize, hidden.size(1)});
-  check_tensor(kOp, "source", source, at::kInt, {kAnySize});
-  check_tensor(kOp, "offsets", offsets, at::kInt, {kAnySize});
+  check_gather(kOp, hidden, offsets, source, new_offsets, out);
   const int64_t rows = source.size(0);
-  check_tensor(kOp, "new_offsets", new_offsets, at::kInt, {rows + 1});
   const int64_t old_rows = offsets.size(0) - 1;
-  EE_CHECK(old_rows >= 0, kOp, "expected offsets [B + 1], got an empty tensor; pass cumulative lengths");
   EE_CHECK(at::get_overlap_status(hidden, out) == at::MemOverlapStatus::No, kOp,
            "expected out to share no memory with hidden, got overlapping buffers; pass a second buffer");
 

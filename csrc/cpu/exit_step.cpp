@@ -10,61 +10,16 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 #include <optional>
-#include <string>
 #include <string_view>
 #include <vector>
 
-#include "../checks.h"
-#include "../criteria/all.h"
+#include "../bind.h"
 
 namespace earlyexit {
 namespace {
 
 constexpr const char* kOp = "exit_step_cpp";
-
-struct Criterion {
-  std::string_view name;
-  bool needs_aux;
-  int param_count;
-  int state_width;
-  int state_per_class;
-  bool (*step)(const Row&);
-};
-
-#define EE_ENTRY(name, Functor) \
-  Criterion{#name, Functor::needs_aux, Functor::param_count, Functor::state_width, Functor::state_per_class, \
-            &Functor::step},
-constexpr Criterion kCriteria[] = {EE_CRITERIA(EE_ENTRY)};
-#undef EE_ENTRY
-
-enum class Pooling { kFirst, kMean, kNone };
-
-// One call, checked: raw pointers, sizes as in the schema (B rows present of N, C classes, H width).
-struct Call {
-  const Criterion* criterion;
-  std::vector<float> params;
-  Pooling pooling;
-  int layer;
-  int depth;
-  int64_t rows;      // B
-  int64_t requests;  // N
-  int64_t classes;   // C
-  int64_t width;     // H, 0 where logits are given
-  const void* input;  // hidden [T, H], or logits [B, C] where weight is null
-  const float* weight;
-  const float* bias;
-  const int32_t* offsets;  // null: one token a row
-  const float* aux;
-  int32_t* row_ids;
-  float* state;
-  float* answers;
-  int64_t* exit_layer;
-
-  // Whether the rows of `input` are tokens to find through `offsets`, rather than one vector a row.
-  bool pools_tokens() const { return offsets != nullptr && pooling != Pooling::kNone; }
-};
 
 // Sixteen running sums, folded in a fixed order: vectorised as written, without permission to reorder.
 float dot(const float* a, const float* b, int64_t size) {
@@ -85,7 +40,7 @@ float dot(const float* a, const float* b, int64_t size) {
 template <class scalar_t>
 void pool(const Call& call, int64_t i, float* pooled) {
   const int64_t first = call.pools_tokens() ? call.offsets[i] : i;
-  const bool mean = call.pools_tokens() && call.pooling == Pooling::kMean;
+  const bool mean = call.pools_mean();
   const int64_t end = mean ? call.offsets[i + 1] : first + 1;
   const scalar_t* token = static_cast<const scalar_t*>(call.input) + first * call.width;
   for (int64_t h = 0; h < call.width; ++h) pooled[h] = static_cast<float>(token[h]);
@@ -107,9 +62,9 @@ void row_logits(const Call& call, int64_t i, float* pooled, float* z) {
     return;
   }
   pool<scalar_t>(call, i, pooled);
-  for (int64_t c = 0; c < call.classes; ++c) {
-    z[c] = dot(pooled, call.weight + c * call.width, call.width) + call.bias[c];
-  }
+  const float* weight = static_cast<const float*>(call.weight);
+  const float* bias = static_cast<const float*>(call.bias);
+  for (int64_t c = 0; c < call.classes; ++c) z[c] = dot(pooled, weight + c * call.width, call.width) + bias[c];
 }
 
 // Rows begin .. end; returns how many of them were invalid.
@@ -119,23 +74,16 @@ int32_t step_rows(const Call& call, int64_t begin, int64_t end) {
   float* pooled = scratch.data();
   float* z = pooled + call.width;
   float* answer = z + call.classes;
-  const int classes = static_cast<int>(call.classes);
   int32_t invalid = 0;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = call.row_ids[i];
     if (n < 0) continue;
     row_logits<scalar_t>(call, i, pooled, z);
-    std::copy_n(z, classes, answer);
-    const float aux = call.criterion->needs_aux ? call.aux[i] : 0.0f;
-    bool leave = call.layer == call.depth;
-    if (is_invalid(z, classes) || aux != aux) {
-      ++invalid;
-    } else {
-      leave |= call.criterion->step(Row{z, classes, aux, call.state + n, call.requests, call.layer, call.depth,
-                                        call.params.data(), answer});
-    }
-    if (leave) {
-      std::copy_n(answer, classes, call.answers + n * call.classes);
+    std::copy_n(z, call.classes, answer);
+    const Decision decision = decide(call, i, n, z, answer);
+    invalid += decision.invalid;
+    if (decision.leaves) {
+      std::copy_n(answer, call.classes, call.answers + n * call.classes);
       call.exit_layer[n] = call.layer;
       call.row_ids[i] = -1;
     }
@@ -148,8 +96,7 @@ constexpr int64_t kWorkPerThread = int64_t{1} << 18;
 
 template <class scalar_t>
 int32_t step_all(const Call& call) {
-  const bool by_token = call.offsets != nullptr && call.pooling == Pooling::kMean;
-  const int64_t tokens = by_token ? call.offsets[call.rows] : call.rows;
+  const int64_t tokens = call.pools_mean() ? call.offsets[call.rows] : call.rows;
   const int64_t work = tokens * call.width + call.rows * call.classes * (call.width + 16);
   const int64_t grain = call.rows * kWorkPerThread / std::max<int64_t>(work, 1);
   std::atomic<int32_t> invalid{0};
@@ -157,84 +104,6 @@ int32_t step_all(const Call& call) {
     invalid += step_rows<scalar_t>(call, begin, end);
   });
   return invalid;
-}
-
-const Criterion& find_criterion(std::string_view name, size_t params) {
-  for (const Criterion& criterion : kCriteria) {
-    if (criterion.name != name) continue;
-    EE_CHECK(params == static_cast<size_t>(criterion.param_count), kOp, "expected ", criterion.param_count,
-             " params for criterion '", name, "', got ", params, "; pass those of Criterion.params(layer)");
-    return criterion;
-  }
-  std::string known;
-  for (const Criterion& criterion : kCriteria) known += (known.empty() ? "" : ", ") + std::string(criterion.name);
-  EE_CHECK(false, kOp, "expected criterion to be one of ", known, ", got '", name,
-           "'; use backend='torch', or add it to csrc/criteria/all.h");
-}
-
-Pooling find_pooling(std::string_view name) {
-  if (name == "first") return Pooling::kFirst;
-  if (name == "mean") return Pooling::kMean;
-  EE_CHECK(name == "none", kOp, "expected pooling to be 'first', 'mean' or 'none', got '", name, "'");
-  return Pooling::kNone;
-}
-
-Call new_call(
-    std::string_view criterion, at::ArrayRef<double> params, std::string_view pooling, int64_t layer, int64_t depth) {
-  EE_CHECK(1 <= layer && layer <= depth && depth <= std::numeric_limits<int>::max(), kOp,
-           "expected 1 <= layer <= depth, got layer ", layer, " of ", depth, "; layers count from 1");
-  Call call{};
-  call.criterion = &find_criterion(criterion, params.size());
-  call.params.assign(params.begin(), params.end());
-  call.pooling = find_pooling(pooling);
-  call.layer = static_cast<int>(layer);
-  call.depth = static_cast<int>(depth);
-  return call;
-}
-
-// What is indexed by rows, present or of the request.
-void bind_rows(Call& call, const at::Tensor& row_ids, const at::Tensor& state, const at::Tensor& answers,
-               const at::Tensor& exit_layer, const std::optional<at::Tensor>& offsets,
-               const std::optional<at::Tensor>& aux) {
-  check_tensor(kOp, "row_ids", row_ids, at::kInt, {kAnySize});
-  check_tensor(kOp, "answers", answers, at::kFloat, {kAnySize, kAnySize});
-  call.rows = row_ids.size(0);
-  call.requests = answers.size(0);
-  call.classes = answers.size(1);
-  EE_CHECK(call.classes >= 1 && call.classes <= std::numeric_limits<int>::max(), kOp,
-           "expected answers [N, C] with at least one class, got ", shape_name(answers.sizes()));
-  check_tensor(kOp, "exit_layer", exit_layer, at::kLong, {call.requests});
-  const int64_t per_row = call.criterion->state_width + call.criterion->state_per_class * call.classes;
-  check_tensor(kOp, "state", state, at::kFloat, {per_row, call.requests});
-  if (offsets) {
-    check_tensor(kOp, "offsets", *offsets, at::kInt, {call.rows + 1});
-    call.offsets = offsets->const_data_ptr<int32_t>();
-  }
-  EE_CHECK(aux || !call.criterion->needs_aux, kOp, "expected aux [", call.rows, "] float32 for criterion '",
-           call.criterion->name, "', got None; pass the scalar its head produces");
-  if (aux) {
-    check_tensor(kOp, "aux", *aux, at::kFloat, {call.rows});
-    call.aux = aux->const_data_ptr<float>();
-  }
-  call.row_ids = row_ids.mutable_data_ptr<int32_t>();
-  call.state = state.mutable_data_ptr<float>();
-  call.answers = answers.mutable_data_ptr<float>();
-  call.exit_layer = exit_layer.mutable_data_ptr<int64_t>();
-}
-
-// The linear head over hidden states; `weight` and `bias` come back in float32, to outlive the call.
-void bind_head(Call& call, const at::Tensor& hidden, at::Tensor& weight, at::Tensor& bias) {
-  const at::ScalarType dtype = hidden.scalar_type();
-  const int64_t tokens = call.pools_tokens() ? kAnySize : call.rows;
-  check_tensor(kOp, "hidden", hidden, dtype, {tokens, kAnySize});
-  check_tensor(kOp, "weight", weight, dtype, {call.classes, hidden.size(1)});
-  check_tensor(kOp, "bias", bias, dtype, {call.classes});
-  at::AutoDispatchBelowAutograd no_gradients;
-  weight = weight.to(at::kFloat);
-  bias = bias.to(at::kFloat);
-  call.width = hidden.size(1);
-  call.weight = weight.const_data_ptr<float>();
-  call.bias = bias.const_data_ptr<float>();
 }
 
 // Row ids within the request, and a token to read for every row that will be pooled. Before anything is written.
@@ -273,28 +142,22 @@ at::Tensor exit_step(
     const std::optional<at::Tensor>& logits, const std::optional<at::Tensor>& aux, const at::Tensor& row_ids,
     const at::Tensor& state, const at::Tensor& answers, const at::Tensor& exit_layer, std::string_view criterion,
     at::ArrayRef<double> params, std::string_view pooling, int64_t layer, int64_t depth) {
-  const bool fused = hidden && weight && bias && !logits;
-  const bool ready = logits && !hidden && !weight && !bias;
-  EE_CHECK(fused || ready, kOp, "expected hidden, weight and bias, or logits alone, got hidden ", given(hidden),
-           ", weight ", given(weight), ", bias ", given(bias), ", logits ", given(logits));
-  const at::Tensor& input = fused ? *hidden : *logits;
-  check_float_dtype(kOp, fused ? "hidden" : "logits", input);
-
-  Call call = new_call(criterion, params, pooling, layer, depth);
-  bind_rows(call, row_ids, state, answers, exit_layer, offsets, aux);
-  at::Tensor weight32 = fused ? *weight : at::Tensor();
-  at::Tensor bias32 = fused ? *bias : at::Tensor();
-  if (fused) {
-    bind_head(call, input, weight32, bias32);
-  } else {
-    check_tensor(kOp, "logits", input, input.scalar_type(), {call.rows, call.classes});
+  const ExitTensors tensors{hidden, offsets, weight, bias, logits, aux, row_ids, state, answers, exit_layer};
+  Call call = bind_exit(kOp, tensors, criterion, params, pooling, layer, depth);
+  check_rows(call, hidden && call.pools_tokens() ? hidden->size(0) : kAnySize);
+  at::Tensor weight32;
+  at::Tensor bias32;
+  if (hidden) {
+    at::AutoDispatchBelowAutograd no_gradients;
+    weight32 = weight->to(at::kFloat);
+    bias32 = bias->to(at::kFloat);
+    call.weight = weight32.const_data_ptr();
+    call.bias = bias32.const_data_ptr();
   }
-  check_rows(call, fused && call.pools_tokens() ? input.size(0) : kAnySize);
-  call.input = input.const_data_ptr();
 
   int32_t invalid = 0;
   AT_DISPATCH_SWITCH(
-      input.scalar_type(), kOp,
+      tensors.input().scalar_type(), kOp,
       AT_DISPATCH_CASE(at::kFloat, [&] { invalid = step_all<scalar_t>(call); })
       AT_DISPATCH_CASE(at::kHalf, [&] { invalid = step_all<scalar_t>(call); })
       AT_DISPATCH_CASE(at::kBFloat16, [&] { invalid = step_all<scalar_t>(call); }));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import numbers
 import sys
@@ -97,8 +98,10 @@ class Criterion:
             device: of the state.
             keys: ``[N]`` int64, a hash of each row's tokens, for rules with `uses_keys`.
         """
-        init = torch.tensor(self.initial_state(classes), dtype=torch.float32, device=device)
-        return init[:, None].expand(-1, rows).contiguous()
+        runs = [(value, len(list(run))) for value, run in itertools.groupby(self.initial_state(classes))]
+        # filled on the device: a copy from the host would synchronise, and can't be captured
+        parts = [torch.full((size, rows), value, dtype=torch.float32, device=device) for value, size in runs]
+        return torch.cat(parts) if parts else torch.empty(0, rows, device=device)
 
     def check(self, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
         """Raise ValueError where the rule can't run on exits of this shape; `check_fits` looks at the task first.

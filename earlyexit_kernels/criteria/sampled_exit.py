@@ -72,7 +72,8 @@ class SampledExit(Criterion):
                 f"criterion 'sampled_exit': expected keys [{rows}] int64, got {list(keys.shape)} {keys.dtype}"
             )
         state = super().new_state(rows, device, classes)
-        drawn = scrambled(keys.to(device) ^ scrambled(torch.tensor(self.seed, device=device)))
+        seed = torch.full((), self.seed, dtype=torch.int64, device=device)
+        drawn = scrambled(keys.to(device) ^ scrambled(seed))
         state[1] = shifted_right(drawn, 64 - BITS).float() / 2**BITS
         return state
 

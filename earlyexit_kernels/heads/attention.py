@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.heads.config import GATE_HEADS
-from earlyexit_kernels.packing import PackedStates, packed_attention
-
-
-def pool_rows(tokens: Tensor, offsets: Tensor, pooling: str | None) -> Tensor:
-    """One vector ``[B, F]`` for each row of packed tokens ``[T, F]``: the first, or the mean (in float32)."""
-    if pooling == "mean":
-        return torch.segment_reduce(tokens.float(), "mean", offsets=offsets.long(), axis=0)
-    return tokens.index_select(0, offsets[:-1])
+from earlyexit_kernels.packing import RowStates
 
 
 class TokenAttention(nn.Module):
@@ -36,13 +29,11 @@ class TokenAttention(nn.Module):
         self.narrow = nn.Linear(size, width)
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, states: PackedStates) -> tuple[Tensor, Tensor]:
-        """Narrowed tokens and what each attended to, both ``[T, W]``."""
+    def forward(self, states: RowStates) -> tuple[Tensor, Tensor]:
+        """Narrowed tokens and what each attended to, both ``[..., W]``."""
         narrow = torch.tanh(self.narrow(states.hidden))
-        shape = (1, narrow.shape[0], self.heads, -1)
-        q, k, v = (part(narrow).view(shape).transpose(1, 2) for part in (self.query, self.key, self.value))
-        dropout = self.dropout if self.training else 0.0
-        attended, _ = packed_attention(self, q, k, v, None, dropout=dropout, plan=states.plan)
+        q, k, v = (part(narrow).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
+        attended = states.attend(q, k, v, self.dropout if self.training else 0.0)
         return narrow, attended.reshape(narrow.shape)
 
 
@@ -60,10 +51,10 @@ class AttentionFeatures(nn.Module):
         self.attention = TokenAttention(size, width, heads, dropout)
         self.dense = nn.Linear(width, width)
 
-    def forward(self, states: PackedStates) -> tuple[Tensor, Tensor]:
-        """Features ``[B, W]``, and the narrowed tokens ``[T, W]``."""
+    def forward(self, states: RowStates) -> tuple[Tensor, Tensor]:
+        """Features ``[B, W]``, and the narrowed tokens ``[..., W]``."""
         narrow, attended = self.attention(states)
-        pooled = pool_rows(attended, states.offsets, self.pooling).to(attended.dtype)
+        pooled = states.pool(attended, self.pooling).to(attended.dtype)
         return torch.tanh(self.dense(pooled)), narrow
 
 
@@ -80,10 +71,10 @@ class SkipGate(nn.Module):
         self.attention = TokenAttention(size, width, GATE_HEADS, dropout)
         self.out = nn.Linear(width, 1)
 
-    def forward(self, states: PackedStates) -> Tensor:
+    def forward(self, states: RowStates) -> Tensor:
         """Logits ``[B]`` of g."""
         _, attended = self.attention(states)
-        pooled = pool_rows(attended, states.offsets, self.pooling).to(attended.dtype)
+        pooled = states.pool(attended, self.pooling).to(attended.dtype)
         return self.out(pooled)[:, 0]
 
 

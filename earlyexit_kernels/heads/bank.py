@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from earlyexit_kernels.heads.attention import AttentionFeatures, Projection, SkipGate, pool_rows
+from earlyexit_kernels.heads.attention import AttentionFeatures, Projection, SkipGate
 from earlyexit_kernels.heads.config import HeadConfig
 from earlyexit_kernels.heads.halting import HaltingHead
-from earlyexit_kernels.packing import PackedStates
+from earlyexit_kernels.packing import RowStates
 
 #: Module of the bank -> the part that a training phase names; a module missing here belongs to the exit of its layer.
 PARTS_OF_BANK = {
@@ -108,7 +108,7 @@ class ExitHeads(nn.Module):
         modules: Any = getattr(self, bank)
         return "last_exit" if int(index) == len(modules) - 1 else "early_exits"
 
-    def first_memory(self, states: PackedStates, needs: str | None) -> dict[str, Tensor]:
+    def first_memory(self, states: RowStates, needs: str | None) -> dict[str, Tensor]:
         """The memory before layer 1.
 
         Args:
@@ -117,17 +117,15 @@ class ExitHeads(nn.Module):
         """
         memory = {}
         if self.config.remembers and needs in ("halting", "all"):
-            memory["features"] = states.hidden.new_zeros(states.offsets.shape[0] - 1, self.features_size)
+            memory["features"] = states.hidden.new_zeros(states.rows, self.features_size)
         if needs in ("hidden_cosine", "all"):
-            memory["pooled"] = pool_rows(states.hidden, states.offsets, self.config.pooling).float()
+            memory["pooled"] = states.pool(states.hidden, self.config.pooling).float()
         return memory
 
     def forward(
-        self, layer: int, states: PackedStates, memory: Mapping[str, Tensor], *, projects: bool = False
+        self, layer: int, states: RowStates, memory: Mapping[str, Tensor], *, projects: bool = False
     ) -> HeadOutput:
         """The exit after 1-based `layer`, differentiable, with dropout in training.
-
-        In eval mode the last linear is float32, as in the fused op: a half-precision one can overflow.
 
         Args:
             layer: 1-based.
@@ -143,9 +141,7 @@ class ExitHeads(nn.Module):
         if self.training:
             logits = out(self._drop(features.to(out.weight.dtype), out))
             return HeadOutput(logits, aux, new_memory, projection)
-        with torch.autocast(states.hidden.device.type, enabled=False):
-            logits = F.linear(features.float(), out.weight.float(), out.bias.float())
-        return HeadOutput(logits, aux, new_memory, projection)
+        return HeadOutput(exit_logits(features, out.weight, out.bias), aux, new_memory, projection)
 
     def linear_exits(self, dtype: torch.dtype) -> LinearExits | None:
         """The exits as plain linears on hidden states of this dtype, or None where they are more than that.
@@ -161,7 +157,7 @@ class ExitHeads(nn.Module):
         """The dense module and the last linear of the exit after 1-based `layer`, where it is first token and these."""
         return _at(self.dense, layer), _at(self.out, layer)
 
-    def fused(self, layer: int, states: PackedStates, memory: Mapping[str, Tensor], needs: str | None) -> FusedExit:
+    def fused(self, layer: int, states: RowStates, memory: Mapping[str, Tensor], needs: str | None) -> FusedExit:
         """The exit after 1-based `layer` for inference, its last linear left to the fused op.
 
         Args:
@@ -178,29 +174,29 @@ class ExitHeads(nn.Module):
         weight, bias = out.weight.to(dtype).contiguous(), out.bias.to(dtype)
         return FusedExit(features.to(dtype), weight, bias, aux, new_memory)
 
-    def gate(self, layer: int, states: PackedStates) -> Tensor:
+    def gate(self, layer: int, states: RowStates) -> Tensor:
         """Logits ``[B]`` of the probability to skip 1-based `layer`, from its input."""
         return self.gates[layer - 1](states)
 
-    def project(self, layer: int, states: PackedStates) -> Tensor:
+    def project(self, layer: int, states: RowStates) -> Tensor:
         """Projections ``[T, P]`` of the input of 1-based `layer`."""
         return self.projectors[layer - 1](states.hidden)
 
-    def _features(self, layer: int, states: PackedStates) -> tuple[Tensor, Tensor | None]:
+    def _features(self, layer: int, states: RowStates) -> tuple[Tensor, Tensor | None]:
         """What the last linear reads ``[B, F]``, and the narrowed tokens of an attention exit."""
         if len(self.attention):
             return _at(self.attention, layer)(states)
-        pooled = pool_rows(states.hidden, states.offsets, self.config.pooling)
+        pooled = states.pool(states.hidden, self.config.pooling)
         if not len(self.dense):
             return pooled.to(states.hidden.dtype) if self.training else pooled, None
         dense = _at(self.dense, layer)
         x = self._drop(pooled, dense) if self.config.dropout_before_dense else pooled
         return self.activation(dense(x)), None
 
-    def _new_memory(self, memory: Mapping[str, Tensor], features: Tensor, states: PackedStates) -> dict[str, Tensor]:
+    def _new_memory(self, memory: Mapping[str, Tensor], features: Tensor, states: RowStates) -> dict[str, Tensor]:
         new = {"features": features} if "features" in memory else {}
         if "pooled" in memory:
-            new["pooled"] = pool_rows(states.hidden, states.offsets, self.config.pooling).float()
+            new["pooled"] = states.pool(states.hidden, self.config.pooling).float()
         return new
 
     def _drop(self, x: Tensor, reader: nn.Module) -> Tensor:
@@ -224,6 +220,12 @@ class ExitHeads(nn.Module):
         previous = memory.get("features")
         x = self._drop(features.to(head.out.weight.dtype), head)
         return head(x, None if previous is None else self._drop(previous.to(x.dtype), head))
+
+
+def exit_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The last linear in float32, as in the fused op: a half-precision one can overflow."""
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(features.float(), weight.float(), bias.float())
 
 
 def _at(bank: nn.ModuleList, layer: int) -> Any:

@@ -144,8 +144,8 @@ def _two_steps(step: _Step, settle: Callable[..., None], whole: bool) -> Callabl
         pooling: str,
         layer: int,
         depth: int,
-        capacity: int,
         tile: int,
+        capacity: int,
         handle: int,
     ) -> None:
         if handle:
@@ -168,7 +168,7 @@ def _fake(*args: Any) -> None:
 #: ``[R, F]`` of the exit with pooling "none", and its weight and bias; or None for these and logits ``[R, C]``; aux;
 #: row_ids ``[R]``, offsets ``[R + 1]``; old_offsets ``[R + 1]`` and source ``[R]``, which tell gather_rows what moves
 #: from where; counts ``[4]``: rows live, their tokens, rows without a meaningful answer, tokens present from now on;
-#: state, answers, exit_layer, criterion, params, pooling, layer and depth as in exit_step; T; tokens of a tile; and the
+#: state, answers, exit_layer, criterion, params, pooling, layer and depth as in exit_step; tokens of a tile; T; and the
 #: conditional handle of a CUDA graph that gets whether rows are live, 0 for none.
 RESIDENT_EXITS = define(
     "resident_exit",

@@ -13,10 +13,9 @@ from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, che
 from earlyexit_kernels.ops.schema import ROWS_ATTENTION, define
 
 BACK_ENDS = ("torch", "triton")
-#: Bytes of an element -> queries of a program and keys that it looks at together, the same for every longest row, and
-#: the stages of its loop. Unmeasured. More float32 than this doesn't fit into registers.
-BLOCKS = {2: (64, 64, 3), 4: (32, 32, 2)}
-WARPS = 4
+#: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop:
+#: the same for every longest row. Unmeasured. More float32 than this doesn't fit into registers.
+BLOCKS = {2: (64, 64, 4, 2), 4: (32, 32, 8, 2)}
 
 
 @jit
@@ -37,9 +36,7 @@ def rows_attention_kernel(
     row = tl.program_id(0)
     top = tl.program_id(2) * BLOCK_M
     first = tl.load(offsets + row)
-    length = tl.load(offsets + row + 1) - first
-    if tl.load(row_ids + row) < 0:
-        length = 0
+    length = tl.where(tl.load(row_ids + row) < 0, 0, tl.load(offsets + row + 1) - first)
     if top < length:
         token = (first - tl.load(offsets)).to(tl.int64)
         m = top + tl.arange(0, BLOCK_M)
@@ -55,10 +52,7 @@ def rows_attention_kernel(
         largest = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         sums = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        end = length
-        if LIMIT > 0:
-            end = LIMIT
-        for start in range(0, end, BLOCK_N):
+        for start in range(0, LIMIT if LIMIT > 0 else length, BLOCK_N):
             keys = n < length - start
             k = tl.load(from_k + start * stride, mask=keys[None, :] & (d[:, None] < D), other=0.0)
             z = tl.dot(q, k, input_precision="ieee") * SCALE
@@ -78,7 +72,7 @@ def rows_attention_triton(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: 
     """Launch `rows_attention_kernel`."""
     rows, width = row_ids.numel(), out.shape[1]
     size = width // heads
-    block_m, block_n, stages = BLOCKS[out.dtype.itemsize]
+    block_m, block_n, warps, stages = BLOCKS[out.dtype.itemsize]
     grid = (rows, heads, -(-longest // block_m))
     if rows and longest and out.numel():
         rows_attention_kernel[grid](
@@ -93,7 +87,7 @@ def rows_attention_triton(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: 
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=max(16, 1 << (size - 1).bit_length()),
-            num_warps=WARPS,
+            num_warps=warps,
             num_stages=stages,
             enable_fp_fusion=False,
         )

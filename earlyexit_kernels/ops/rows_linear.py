@@ -42,7 +42,7 @@ def rows_linear_kernel(
     while tile < high * wide:
         top = tile // (GROUP_M * wide) * GROUP_M
         within = tile % (GROUP_M * wide)
-        group = tl.minimum(high - top, GROUP_M)
+        group = GROUP_M
         token = ((top + within % group) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         source = token
         if ABSOLUTE:

@@ -18,6 +18,13 @@ EXIT_STEP = (
     "Tensor(a!) row_ids, Tensor(b!) state, Tensor(c!) answers, Tensor(d!) exit_layer, "
     "str criterion, float[] params, str pooling, int layer, int depth) -> Tensor"
 )
+#: exit_step and what follows it in a loop that the host doesn't watch.
+RESIDENT_EXIT = (
+    "(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, Tensor(a!) row_ids, "
+    "Tensor(b!) offsets, Tensor(c!) old_offsets, Tensor(d!) source, Tensor(e!) counts, Tensor(f!) state, "
+    "Tensor(g!) answers, Tensor(h!) exit_layer, str criterion, float[] params, str pooling, int layer, int depth, "
+    "int tile, int capacity, int handle) -> ()"
+)
 COMPACT = "(Tensor row_ids, Tensor offsets) -> (Tensor, Tensor, Tensor)"
 ENCODER_LAYER = (
     "(Tensor x, Tensor[] weights, Tensor[] packed, float[] eps, int heads, str activation, str variant, "
@@ -25,12 +32,6 @@ ENCODER_LAYER = (
     "Tensor? inverse) -> Tensor"
 )
 GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
-RESIDENT_EXIT = (
-    "(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, Tensor(a!) row_ids, "
-    "Tensor(b!) offsets, Tensor(c!) old_offsets, Tensor(d!) source, Tensor(e!) counts, Tensor(f!) state, "
-    "Tensor(g!) answers, Tensor(h!) exit_layer, str criterion, float[] params, str pooling, int layer, int depth, "
-    "int capacity, int tile, int handle) -> ()"
-)
 ROWS_LINEAR = (
     "(Tensor x, Tensor weight, Tensor bias, Tensor offsets, Tensor(a!) out, str activation, bool absolute) -> ()"
 )

@@ -49,7 +49,7 @@ TILES = {
     (2, False): Tiles(64, 64, 64, warps=4, stages=4, resident=3),
     (2, True): Tiles(128, 128, 64, warps=8, stages=3, resident=1),
     (4, False): Tiles(64, 64, 16, warps=4, stages=3, resident=4),
-    (4, True): Tiles(128, 64, 16, warps=8, stages=3, resident=2),
+    (4, True): Tiles(128, 128, 16, warps=8, stages=3, resident=1),
 }
 #: Large tiles from this many on: two for each multiprocessor of an H100.
 MANY = 264

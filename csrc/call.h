@@ -1,0 +1,68 @@
+// One call of an exit, checked: raw pointers and sizes, nothing of torch, so that a kernel takes it as it is. And the
+// decision on one row, which every skeleton asks for.
+#pragma once
+
+#include "criteria/all.h"
+
+namespace earlyexit {
+
+#define EE_RULE(name, Functor) k##Functor,
+enum class Rule { EE_CRITERIA(EE_RULE) };
+#undef EE_RULE
+
+enum class Pooling { kFirst, kMean, kNone };
+
+constexpr int kMaxParams = 4;
+
+// Sizes as in the schema: B rows present of N, C classes, H width.
+struct Call {
+  Rule rule;
+  bool needs_aux;
+  float params[kMaxParams];
+  Pooling pooling;
+  int layer;
+  int depth;
+  int64_t rows;      // B
+  int64_t requests;  // N
+  int64_t classes;   // C
+  int64_t width;     // H, 0 where logits are given
+  const void* input;   // hidden [T, H], or logits [B, C] where weight is null
+  const void* weight;  // [C, H]
+  const void* bias;    // [C]
+  const int32_t* offsets;  // null: one token a row
+  const float* aux;
+  int32_t* row_ids;
+  float* state;
+  float* answers;
+  int64_t* exit_layer;
+
+  // Whether the rows of `input` are tokens to find through `offsets`, rather than one vector a row.
+  EE_HD bool pools_tokens() const { return offsets != nullptr && pooling != Pooling::kNone; }
+  EE_HD bool pools_mean() const { return offsets != nullptr && pooling == Pooling::kMean; }
+};
+
+EE_HD inline bool step(Rule rule, const Row& row) {
+#define EE_CASE(name, Functor) \
+  case Rule::k##Functor: return Functor::step(row);
+  switch (rule) { EE_CRITERIA(EE_CASE) }
+#undef EE_CASE
+  return false;
+}
+
+struct Decision {
+  bool leaves;
+  bool invalid;  // without a meaningful answer: it leaves at the last layer only, and keeps its state
+};
+
+// Decide on row i present, row n of the request. `answer` holds z on entry, the row's answer afterwards.
+EE_HD inline Decision decide(const Call& call, int64_t i, int64_t n, const float* z, float* answer) {
+  const int classes = static_cast<int>(call.classes);
+  const float aux = call.needs_aux ? call.aux[i] : 0.0f;
+  const bool last = call.layer == call.depth;
+  if (is_invalid(z, classes) || aux != aux) return {last, true};
+  const bool leaves = step(call.rule, Row{z, classes, aux, call.state + n, call.requests, call.layer, call.depth,
+                                          call.params, answer});
+  return {leaves || last, false};
+}
+
+}  // namespace earlyexit

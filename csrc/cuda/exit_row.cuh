@@ -1,0 +1,138 @@
+// One row at one exit, by one block: pool, linear head, decision, and the answer where the row leaves. The order of every
+// sum follows from the dtype, the width and the row's own length.
+#pragma once
+
+#include "block.cuh"
+#include "pack.cuh"
+
+namespace earlyexit {
+
+// The sums over tokens first .. end, each group of threads taking every groups-th: sums [groups, padded].
+template <class T, bool kAligned>
+__device__ void sum_tokens(const Call& call, const Frame& frame, int64_t first, int64_t end, float* sums) {
+  using Bits = typename T::Bits;
+  constexpr int kSize = Pack<T>::kSize;
+  constexpr int kInFlight = kAligned ? 8 : 1;
+  const int group = threadIdx.x / frame.columns;
+  if (group >= frame.groups) return;
+  const int64_t step = frame.groups * call.width;
+  for (int64_t k = threadIdx.x % frame.columns * kSize; k < frame.padded; k += frame.columns * kSize) {
+    const Bits* p = static_cast<const Bits*>(call.input) + (first + group) * call.width + k;
+    float sum[kSize] = {};
+    for (int64_t t = first + group; t < end; t += kInFlight * frame.groups) {
+      Pack<T> packs[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        packs[u] = load_pack<T, kAligned>(p, t + u * frame.groups < end ? call.width - k : 0);
+        p += step;
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sum[e] += packs[u].value(e);
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) sums[group * frame.padded + k + e] = sum[e];
+  }
+}
+
+// The tokens first .. end in one vector of float32, zeros up to `padded`.
+template <class T>
+__device__ void pool(const Call& call, const Frame& frame, int64_t first, int64_t end, float* pooled) {
+  if (frame.input_aligned) {
+    sum_tokens<T, true>(call, frame, first, end, pooled);
+  } else {
+    sum_tokens<T, false>(call, frame, first, end, pooled);
+  }
+  __syncthreads();
+  if (!call.pools_mean()) return;
+  const float tokens = static_cast<float>(end - first);
+  for (int64_t h = threadIdx.x; h < frame.padded; h += blockDim.x) {
+    float sum = pooled[h];
+    for (int group = 1; group < frame.groups; ++group) sum += pooled[group * frame.padded + h];
+    pooled[h] = sum / tokens;
+  }
+  __syncthreads();
+}
+
+// A warp a class, lanes side by side along the width.
+template <class T, bool kAligned>
+__device__ void linear(const Call& call, const float* pooled, float* z, float* answer) {
+  using Bits = typename T::Bits;
+  constexpr int kSize = Pack<T>::kSize;
+  constexpr int kInFlight = kAligned ? 4 : 1;
+  constexpr int kStep = kWarp * kSize;
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t c = threadIdx.x / kWarp; c < call.classes; c += blockDim.x / kWarp) {
+    const Bits* weight = static_cast<const Bits*>(call.weight) + c * call.width;
+    float sum = 0.0f;
+    for (int64_t start = lane * kSize; start < call.width; start += kInFlight * kStep) {
+      Pack<T> packs[kInFlight];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        packs[u] = load_pack<T, kAligned>(weight + start + u * kStep, call.width - start - u * kStep);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int64_t k = start + u * kStep;
+        if (k >= call.width) break;
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) sum += packs[u].value(e) * pooled[k + e];
+      }
+    }
+    for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
+    if (lane == 0) z[c] = answer[c] = sum + T::value(static_cast<const Bits*>(call.bias)[c]);
+  }
+}
+
+template <class T>
+__device__ void copy_logits(const Call& call, int64_t i, float* z, float* answer) {
+  const auto* logits = static_cast<const typename T::Bits*>(call.input) + i * call.classes;
+  for (int64_t c = threadIdx.x; c < call.classes; c += blockDim.x) z[c] = answer[c] = T::value(logits[c]);
+}
+
+// The exit of row i in `memory` [frame.floats]; whether it is a live row without a meaningful answer. One thread decides:
+// the criteria are written for one, and a batch has rows enough.
+template <class T>
+__device__ bool step_row(const Call& call, const Frame& frame, int64_t i, float* memory) {
+  __shared__ Decision decision;
+  const int64_t first = call.pools_tokens() ? call.offsets[i] : i;
+  const int64_t end = call.pools_mean() ? call.offsets[i + 1] : first + 1;
+  const int64_t n = call.row_ids[i];
+  if (n < 0) return false;
+  float* z = memory + frame.groups * frame.padded;
+  float* answer = z + call.classes;
+  if (call.weight == nullptr) {
+    copy_logits<T>(call, i, z, answer);
+  } else {
+    pool<T>(call, frame, first, end, memory);
+    if (frame.weight_aligned) {
+      linear<T, true>(call, memory, z, answer);
+    } else {
+      linear<T, false>(call, memory, z, answer);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) decision = decide(call, i, n, z, answer);
+  __syncthreads();
+  if (decision.leaves) {
+    for (int64_t c = threadIdx.x; c < call.classes; c += blockDim.x) call.answers[n * call.classes + c] = answer[c];
+    if (threadIdx.x == 0) {
+      call.exit_layer[n] = call.layer;
+      call.row_ids[i] = -1;
+    }
+  }
+  return decision.invalid;
+}
+
+// A block's memory: its own part of the scratch tensor, or what the launch gave it of shared memory.
+__device__ inline float* memory_of_block(const Frame& frame, float* shared) {
+  return frame.scratch == nullptr ? shared : frame.scratch + blockIdx.x * frame.floats;
+}
+
+inline size_t shared_bytes(const Frame& frame) {
+  return frame.scratch == nullptr ? frame.floats * sizeof(float) : 0;
+}
+
+}  // namespace earlyexit

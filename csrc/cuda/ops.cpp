@@ -1,0 +1,159 @@
+// The ops on CUDA: checks, memory and the current stream around the kernels. Nothing reads the device's memory, so row
+// ids and offsets are trusted.
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include "../bind.h"
+#include "kernels.h"
+
+namespace earlyexit {
+namespace {
+
+// Two launches that may run at the same time have two tickets. Those of one stream run one after the other. A captured
+// one may be replayed on any stream: it goes by the row ids it writes, which two launches can't share at a time anyway.
+int ticket_of(const char* op, cudaStream_t stream, const void* row_ids) {
+  static std::mutex mutex;
+  static std::map<std::pair<bool, const void*>, int> given;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  const bool captured = status != cudaStreamCaptureStatusNone;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = given.emplace(std::pair(captured, captured ? row_ids : stream), given.size()).first;
+  EE_CHECK(found->second < kTickets, op, "expected at most ", kTickets, " streams and captured row_ids in a process; ",
+           "keep the buffers of captured graphs instead of making new ones");
+  return found->second;
+}
+
+Dtype dtype_of(const at::Tensor& input) {
+  const at::ScalarType dtype = input.scalar_type();
+  return dtype == at::kFloat ? Dtype::kFloat32 : dtype == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
+}
+
+// The frame of a call; where it doesn't fit in shared memory, some thousands of classes, `scratch` holds it.
+Frame frame_of(const Call& call, const ExitTensors& tensors, at::Tensor& scratch) {
+  Frame frame = new_frame(call, dtype_of(tensors.input()));
+  if (frame.floats > kSharedFloats) {
+    scratch = at::empty({call.rows, frame.floats}, tensors.answers.options());
+    frame.scratch = scratch.mutable_data_ptr<float>();
+  }
+  return frame;
+}
+
+at::Tensor exit_step(
+    const std::optional<at::Tensor>& hidden, const std::optional<at::Tensor>& offsets,
+    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+    const std::optional<at::Tensor>& logits, const std::optional<at::Tensor>& aux, const at::Tensor& row_ids,
+    const at::Tensor& state, const at::Tensor& answers, const at::Tensor& exit_layer, std::string_view criterion,
+    at::ArrayRef<double> params, std::string_view pooling, int64_t layer, int64_t depth) {
+  constexpr const char* kOp = "exit_step_cpp";
+  const ExitTensors tensors{hidden, offsets, weight, bias, logits, aux, row_ids, state, answers, exit_layer};
+  const Call call = bind_exit(kOp, tensors, criterion, params, pooling, layer, depth);
+  const c10::cuda::CUDAGuard guard(row_ids.device());
+  if (call.rows == 0) return at::zeros({3}, row_ids.options());
+  at::Tensor counts = at::empty({3}, row_ids.options());
+  at::Tensor scratch;
+  const Frame frame = frame_of(call, tensors, scratch);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const int ticket = ticket_of(kOp, stream, call.row_ids);
+  launch_exit_step(call, frame, dtype_of(tensors.input()), ticket, counts.mutable_data_ptr<int32_t>(), stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return counts;
+}
+
+void resident_exit(
+    const std::optional<at::Tensor>& hidden, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& logits,
+    const std::optional<at::Tensor>& aux, const at::Tensor& row_ids, const at::Tensor& offsets,
+    const at::Tensor& old_offsets, const at::Tensor& source, const at::Tensor& counts, const at::Tensor& state,
+    const at::Tensor& answers, const at::Tensor& exit_layer, std::string_view criterion, at::ArrayRef<double> params,
+    std::string_view pooling, int64_t layer, int64_t depth, int64_t tile, int64_t capacity, int64_t handle) {
+  constexpr const char* kOp = "resident_exit_cpp";
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+  const std::optional<at::Tensor> segments = offsets;
+  const ExitTensors tensors{hidden, segments, weight, bias, logits, aux, row_ids, state, answers, exit_layer};
+  const Call call = bind_exit(kOp, tensors, criterion, params, pooling, layer, depth);
+  EE_CHECK(call.rows >= 1, kOp, "expected room for a row, got row_ids ", shape_name(row_ids.sizes()));
+  EE_CHECK(1 <= capacity && capacity <= kMost, kOp, "expected a capacity of 1 to ", kMost, " tokens a side, got ",
+           capacity);
+  EE_CHECK(1 <= tile && tile <= kMost, kOp, "expected a tile of 1 to ", kMost, " tokens, got ", tile);
+  EE_CHECK(!hidden || !call.pools_tokens() || hidden->size(0) == 2 * capacity, kOp, "expected hidden [", 2 * capacity,
+           ", H], two sides of ", capacity, " tokens, got ", shape_name(hidden->sizes()));
+  for (const auto& [name, tensor, size] : {std::tuple("old_offsets", &old_offsets, call.rows + 1),
+                                           std::tuple("source", &source, call.rows),
+                                           std::tuple("counts", &counts, int64_t{4})}) {
+    check_tensor(kOp, name, *tensor, at::kInt, {size});
+    check_device(kOp, name, *tensor, "row_ids", row_ids);
+  }
+  const Settle settle{offsets.mutable_data_ptr<int32_t>(), old_offsets.mutable_data_ptr<int32_t>(),
+                      source.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>(),
+                      static_cast<int32_t>(tile), static_cast<int32_t>(capacity),
+                      static_cast<unsigned long long>(handle)};
+  const c10::cuda::CUDAGuard guard(row_ids.device());
+  at::Tensor scratch;
+  const Frame frame = frame_of(call, tensors, scratch);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const int ticket = ticket_of(kOp, stream, call.row_ids);
+  launch_resident_exit(call, frame, dtype_of(tensors.input()), ticket, settle, stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids, const at::Tensor& offsets) {
+  constexpr const char* kOp = "compact_cpp";
+  check_tensor(kOp, "row_ids", row_ids, at::kInt, {kAnySize});
+  check_tensor(kOp, "offsets", offsets, at::kInt, {row_ids.size(0) + 1});
+  check_device(kOp, "offsets", offsets, "row_ids", row_ids);
+  const c10::cuda::CUDAGuard guard(row_ids.device());
+  at::Tensor new_row_ids = at::empty_like(row_ids);
+  at::Tensor new_offsets = at::empty_like(offsets);
+  at::Tensor source = at::empty_like(row_ids);
+  launch_compact(row_ids.const_data_ptr<int32_t>(), offsets.const_data_ptr<int32_t>(),
+                 new_row_ids.mutable_data_ptr<int32_t>(), new_offsets.mutable_data_ptr<int32_t>(),
+                 source.mutable_data_ptr<int32_t>(), row_ids.size(0), c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {new_row_ids, new_offsets, source};
+}
+
+void gather_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& source,
+                 const at::Tensor& new_offsets, const at::Tensor& out) {
+  constexpr const char* kOp = "gather_rows_cpp";
+  check_gather(kOp, hidden, offsets, source, new_offsets, out);
+  // the two sides of a resident batch are one buffer, of which the offsets name different parts
+  const at::MemOverlapStatus overlap = at::get_overlap_status(hidden, out);
+  EE_CHECK(overlap == at::MemOverlapStatus::No || overlap == at::MemOverlapStatus::Full, kOp,
+           "expected out to be hidden itself, or to share no memory with it; pass a second buffer");
+  const int64_t token_bytes = hidden.size(1) * hidden.element_size();
+  if (source.size(0) == 0 || token_bytes == 0) return;
+  const c10::cuda::CUDAGuard guard(hidden.device());
+  launch_gather_rows({hidden.const_data_ptr(), offsets.const_data_ptr<int32_t>(), source.const_data_ptr<int32_t>(),
+                      new_offsets.const_data_ptr<int32_t>(), out.mutable_data_ptr(), source.size(0), out.size(0),
+                      token_bytes},
+                     c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(earlyexit_kernels, CUDA, library) {
+  library.impl("exit_step_cpp", &exit_step);
+  library.impl("resident_exit_cpp", &resident_exit);
+  library.impl("compact_cpp", &compact);
+  library.impl("gather_rows_cpp", &gather_rows);
+}
+
+}  // namespace earlyexit

@@ -1,0 +1,68 @@
+// Values of the three dtypes, sixteen bytes at a time.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "kernels.h"
+
+namespace earlyexit {
+
+struct Float32 {
+  using Bits = uint32_t;
+  static __device__ float value(Bits bits) { return __uint_as_float(bits); }
+};
+
+struct Float16 {
+  using Bits = uint16_t;
+  static __device__ float value(Bits bits) { return __half2float(__ushort_as_half(bits)); }
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  static __device__ float value(Bits bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+};
+
+// Call f with the type that a dtype stands for.
+template <class F>
+void with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(Float32{});
+    case Dtype::kFloat16: return f(Float16{});
+    case Dtype::kBFloat16: return f(BFloat16{});
+  }
+}
+
+// Kept as words: a half of a word takes a register as a whole one does.
+template <class T>
+struct Pack {
+  using Bits = typename T::Bits;
+  static constexpr int kSize = kPackBytes / sizeof(Bits);
+  static constexpr int kPerWord = sizeof(uint32_t) / sizeof(Bits);
+  uint32_t words[kPackBytes / sizeof(uint32_t)] = {};
+
+  __device__ float value(int e) const {
+    return T::value(static_cast<Bits>(words[e / kPerWord] >> (e % kPerWord * 16)));
+  }
+};
+
+// Up to `left` values from p, zeros behind them; where p is aligned to packs, and `left` no part of one, in one access.
+template <class T, bool kAligned>
+__device__ Pack<T> load_pack(const typename T::Bits* p, int64_t left) {
+  Pack<T> pack;
+  if constexpr (kAligned) {
+    if (left <= 0) return pack;
+    const uint4 words = *reinterpret_cast<const uint4*>(p);
+    pack.words[0] = words.x;
+    pack.words[1] = words.y;
+    pack.words[2] = words.z;
+    pack.words[3] = words.w;
+  } else {
+#pragma unroll
+    for (int e = 0; e < Pack<T>::kSize; ++e) {
+      if (e < left) pack.words[e / Pack<T>::kPerWord] |= static_cast<uint32_t>(p[e]) << (e % Pack<T>::kPerWord * 16);
+    }
+  }
+  return pack;
+}
+
+}  // namespace earlyexit

@@ -1,0 +1,15 @@
+// When a loop that the host doesn't watch moves its rows together.
+#pragma once
+
+#include "row.h"
+
+namespace earlyexit {
+
+EE_HD inline int64_t tiles_of(int64_t tokens, int64_t tile) { return (tokens + tile - 1) / tile; }
+
+// Whether moving the live tokens spares a tile of the layers to come.
+EE_HD inline bool moving_pays(int64_t live, int64_t present, int64_t tile) {
+  return tiles_of(live, tile) < tiles_of(present, tile);
+}
+
+}  // namespace earlyexit

@@ -1,0 +1,200 @@
+// Runs CUDA kernels on the CPU: block after block, each thread a fiber, blocks and threads in shuffled order. It finds
+// wrong indices, barriers that a thread misses and most missing ones; what it can't find is what a card's caches and
+// warps running side by side do. Stands in for the CUDA headers that csrc/cuda includes.
+#pragma once
+
+#include <c10/core/Device.h>
+#include <c10/util/Half.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(int64_t x = 0, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+using cudaStream_t = void*;
+
+namespace emulator {
+
+enum class Wait { kNothing, kWarp, kBlock, kDone };
+
+// A context starts it; from then on jumps go to it and back, which cost no call of the system.
+struct Fiber {
+  static constexpr size_t kStack = 1 << 16;
+  Wait wait = Wait::kNothing;
+  bool started = false;
+  jmp_buf place;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
+};
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline jmp_buf scheduler;
+inline int running;
+inline std::function<void()> kernel;
+inline dim3 thread_index, block_index, block_size, grid_size;
+inline unsigned long long shown[1024];  // by each thread to its warp
+inline std::minstd_rand shuffler;
+constexpr size_t kSharedBytes = 48 << 10;
+alignas(16) inline char shared_memory[kSharedBytes];
+
+inline void wait_for(Wait wait) {
+  Fiber& fiber = *fibers[running];
+  fiber.wait = wait;
+  if (_setjmp(fiber.place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void run_fiber() {
+  for (;;) {
+    kernel();
+    wait_for(Wait::kDone);
+  }
+}
+
+__attribute__((noinline)) inline void resume(int k) {
+  running = k;
+  thread_index.x = k;
+  Fiber& fiber = *fibers[k];
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = Fiber::kStack;
+  makecontext(&fiber.context, run_fiber, 0);
+  setcontext(&fiber.context);
+}
+
+inline bool all_wait(int begin, int end, Wait wait) {
+  return std::all_of(fibers.begin() + begin, fibers.begin() + end, [&](const auto& f) { return f->wait == wait; });
+}
+
+inline void release(int begin, int end, Wait wait) {
+  if (!all_wait(begin, end, wait)) return;
+  for (int k = begin; k < end; ++k) fibers[k]->wait = Wait::kNothing;
+}
+
+inline void run_block(int threads) {
+  while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
+  for (int k = 0; k < threads; ++k) fibers[k]->wait = Wait::kNothing;
+  std::vector<int> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), shuffler);
+  while (!all_wait(0, threads, Wait::kDone)) {
+    bool ran = false;
+    for (int k : order) {
+      if (fibers[k]->wait != Wait::kNothing) continue;
+      resume(k);
+      ran = true;
+    }
+    if (!ran) {
+      fibers.clear();
+      throw std::runtime_error("emulator: some threads wait at a barrier that others don't reach");
+    }
+    for (int warp = 0; warp < threads; warp += 32) release(warp, warp + 32, Wait::kWarp);
+    release(0, threads, Wait::kBlock);
+  }
+}
+
+inline void run(std::function<void()> body, dim3 grid, int threads, size_t shared_bytes, cudaStream_t) {
+  if (grid.x == 0 || grid.y == 0 || threads % 32 || threads > 1024 || shared_bytes > kSharedBytes) {
+    throw std::runtime_error("emulator: this launch would fail");
+  }
+  kernel = std::move(body);
+  grid_size = grid;
+  block_size = dim3(threads);
+  std::vector<unsigned> blocks(grid.x * grid.y);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  std::shuffle(blocks.begin(), blocks.end(), shuffler);
+  for (unsigned block : blocks) {
+    block_index = dim3(block % grid.x, block / grid.x);
+    std::memset(shared_memory, 0xff, sizeof(shared_memory));
+    run_block(threads);
+  }
+}
+
+// What thread `from` of this block shows, taken once the whole warp has shown its own.
+template <class T>
+T exchange(T mine, int from) {
+  std::memcpy(&shown[running], &mine, sizeof(T));
+  wait_for(Wait::kWarp);
+  std::memcpy(&mine, &shown[from], sizeof(T));
+  wait_for(Wait::kWarp);
+  return mine;
+}
+
+}  // namespace emulator
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define threadIdx emulator::thread_index
+#define blockIdx emulator::block_index
+#define blockDim emulator::block_size
+#define gridDim emulator::grid_size
+
+inline void __syncthreads() { emulator::wait_for(emulator::Wait::kBlock); }
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, int delta) {
+  const int from = emulator::running - delta;
+  return emulator::exchange(value, emulator::running % 32 < delta ? emulator::running : from);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::exchange(value, emulator::running ^ mask);
+}
+
+template <class T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p += value;
+  return before;
+}
+
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline c10::Half __ushort_as_half(unsigned short bits) { return c10::Half(bits, c10::Half::from_bits()); }
+inline float __half2float(c10::Half x) { return x; }
+
+// A handle is the address of the condition.
+#define CUDART_VERSION 13000
+inline void cudaGraphSetConditional(unsigned long long handle, unsigned value) {
+  *reinterpret_cast<int32_t*>(handle) = static_cast<int32_t>(value);
+}
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline int cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) { return 0; }
+
+#define C10_CUDA_CHECK(call) (call)
+#define C10_CUDA_KERNEL_LAUNCH_CHECK()
+namespace c10::cuda {
+inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+struct CUDAGuard {
+  explicit CUDAGuard(Device) {}
+};
+}  // namespace c10::cuda

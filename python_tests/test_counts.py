@@ -1,0 +1,491 @@
+"""Counts that arrive late: the bounds themselves, the whole loop on them, and that nothing on the way looks at data."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import math
+from collections import deque
+
+import pytest
+import textbook
+import torch
+import torch.nn.functional as F
+from leaving import LENGTHS, SETTINGS, setting, tuned
+from models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, ragged, varied_entropy
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+import earlyexit_kernels as ee
+from earlyexit_kernels import counts, engine, packing
+from earlyexit_kernels.counts import HostCounts, LaggedCounts, counts_for
+
+models_room = importlib.import_module("earlyexit_kernels.model")
+inputs_room = importlib.import_module("earlyexit_kernels.inputs")
+CPU = torch.device("cpu")
+POISON = VOCABULARY - 1
+NAN = float("nan")
+COMPACTIONS = ("always", "never", "auto")
+#: How far the loop may run ahead, and after how many layers counts arrive; the last: not before the end of the batch.
+ARRIVALS = [(1, 1), (2, 2), (2, 1), (math.inf, math.inf)]
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+class Late(LaggedCounts):
+    """Counts that arrive some layers after they were sent."""
+
+    def __init__(self, depth, device, lag=1, delay=1):
+        super().__init__(depth, device)
+        self.lag, self.delay = lag, delay
+        self.sent = deque()
+
+    def after(self, layer, counts, bounds):
+        self.arrive(layer - self.delay)
+        return super().after(layer, counts, bounds)
+
+    def finish(self):
+        self.arrive(math.inf)
+        return super().finish()
+
+    def _send(self, layer, words):
+        self.sent.append((layer, words))
+
+    def arrive(self, layer):
+        while self.sent and self.sent[0][0] <= layer:
+            super()._send(*self.sent.popleft())
+
+
+# the bounds
+
+
+def test_a_bound_is_the_newest_that_has_arrived():
+    late = Late(4, CPU)
+    assert late.after(1, numbers(7, 50, 0), (9, 60)) == (9, 60)
+    assert late.after(2, numbers(5, 30, 2), (9, 60)) == (7, 50)
+    assert late.after(3, None, (7, 50)) == (5, 30), "a layer without an exit"
+    assert late.after(4, numbers(0, 0, 1), (5, 30)) == (5, 30)
+    assert late.finish() == [0, 2, 0, 1]
+
+
+def test_a_bound_is_taken_as_soon_as_it_is_there():
+    """What arrives without delay, as on CPU tensors, is exact whatever the lag; only waiting depends on that."""
+    prompt = LaggedCounts(3, CPU)
+    prompt.lag = 9
+    exact = HostCounts(3)
+    for layer, sent in enumerate((numbers(6, 40, 1), numbers(6, 40, 0), numbers(0, 0, 0)), start=1):
+        assert prompt.after(layer, sent, (8, 64)) == exact.after(layer, sent, (8, 64)) == tuple(sent[:2].tolist())
+    assert prompt.finish() == exact.finish() == [1, 0, 0]
+
+
+def test_what_the_batch_before_left_is_no_bound():
+    first = LaggedCounts(3, CPU)
+    for layer in (1, 2, 3):
+        first.after(layer, numbers(1, 2, 3), (9, 60))
+    first.finish()
+    second = Late(3, CPU, lag=math.inf, delay=math.inf)
+    assert second._words is first._words, "the memory goes from batch to batch"
+    for layer in (1, 2, 3):
+        assert second.after(layer, numbers(8, 55, 0), (9, 60)) == (9, 60)
+    second.arrive(1)
+    assert second.after(3, None, (9, 60)) == (8, 55)
+    assert second.finish() == [0, 0, 0]
+
+
+def test_a_part_of_the_numbers_is_no_bound():
+    late = Late(2, CPU, lag=math.inf, delay=math.inf)
+    late.after(1, numbers(4, 20, 0), (9, 60))
+    _, words = late.sent[0]
+    late._words[0, :2] = words[:2]
+    assert late.after(2, None, (9, 60)) == (9, 60)
+    late._words[0] = words
+    assert late.after(2, None, (9, 60)) == (4, 20)
+
+
+def test_memory_in_use_or_left_behind_by_a_batch_that_failed_is_nobody_elses():
+    depth = 77
+    broken, other = LaggedCounts(depth, CPU), LaggedCounts(depth, CPU)
+    assert broken._words is not other._words
+    broken.after(1, numbers(1, 1, 0), (2, 2))
+    other.finish()
+    later = [LaggedCounts(depth, CPU) for _ in range(2)]
+    assert later[0]._words is other._words and later[1]._words is not broken._words
+
+
+def test_epochs_start_again_before_they_leave_the_word(monkeypatch):
+    monkeypatch.setattr(counts, "_EPOCHS", itertools.count(counts.LAST_EPOCH - 1))
+    largest = 2**31 - 1
+    for epoch in (counts.LAST_EPOCH, 1):
+        batch = LaggedCounts(2, CPU)
+        assert batch._epoch == epoch
+        assert batch.after(1, numbers(largest, largest, 5), (0, 0)) == (largest, largest)
+        assert batch.finish() == [5, 0]
+
+
+def test_memory_made_in_inference_mode_serves_outside_of_it():
+    depth = 78
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            batch = LaggedCounts(depth, CPU)
+            assert batch.after(1, numbers(3, 9, 0), (4, 12)) == (3, 9)
+            batch.finish()
+
+
+def test_a_fault_of_the_device_ends_the_wait():
+    class Broken:
+        def query(self):
+            raise RuntimeError("an illegal memory access")
+
+    late = Late(2, CPU, lag=0, delay=math.inf)
+    late._stream = Broken()
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        late.after(1, numbers(1, 1, 0), (2, 2))
+
+
+def test_who_gets_which():
+    assert isinstance(counts_for(4, CPU, exact=False), HostCounts)
+    assert isinstance(counts_for(4, torch.device("cuda"), exact=True), HostCounts)
+
+
+# the whole loop
+
+
+def exact_linear(x, weight, bias=None):
+    """A linear whose rows don't round with their number."""
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return y if bias is None else y + bias
+
+
+def as_on_cuda(monkeypatch):
+    """The host doesn't know lengths, memory is full of NaN, and a row's bits don't depend on the size of products.
+
+    Returns a function that chooses the counts, and a list of how many tokens without a row each compaction left.
+    """
+    spare = []
+    shrink, pack = engine.shrink, models_room.pack
+
+    def unknown_lengths(*arguments, **options):
+        batch = pack(*arguments, **options)
+        return dataclasses.replace(batch, lengths=None, longest=max(batch.lengths))
+
+    def into_full_memory(*arguments):
+        batch, hidden, source = shrink(*arguments)
+        end = int(batch.offsets[-1])
+        hidden[0, end:] = NAN
+        spare.append(hidden.shape[1] - end)
+        return batch, hidden, source
+
+    def choose(lag, delay):
+        monkeypatch.setattr(engine, "counts_for", lambda depth, device, exact: Late(depth, device, lag, delay))
+        spare.clear()
+
+    monkeypatch.setattr(F, "linear", exact_linear)
+    monkeypatch.setattr(packing, "_varlen", textbook.attended_by_row)
+    monkeypatch.setattr(models_room, "pack", unknown_lengths)
+    monkeypatch.setattr(engine, "shrink", into_full_memory)
+    # half of the tokens gone is enough for 'auto' on a model as small as this one
+    monkeypatch.setattr(engine, "MACS_PER_COMPACTION", 0)
+    monkeypatch.setattr(engine, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
+    return choose, spare
+
+
+def answers(model, batch, compaction):
+    model.compaction = compaction
+    return model._answers((batch["input_ids"], batch["attention_mask"], None, None))
+
+
+def same(got, expected):
+    assert got.logits.equal(expected.logits) or torch.equal(got.logits.isnan(), expected.logits.isnan())
+    finite = ~expected.logits.isnan()
+    assert torch.equal(got.logits[finite], expected.logits[finite])
+    assert torch.equal(got.exit_layer, expected.exit_layer) and torch.equal(got.layers_run, expected.layers_run)
+    assert got.invalid_rows == expected.invalid_rows
+
+
+def with_poison(batch):
+    """The batch with a row of NaN before and behind the others."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    row = torch.full_like(ids[:1], POISON)
+    return {"input_ids": torch.cat([row, ids, row]), "attention_mask": torch.cat([mask[1:2], mask, mask[:1]])}
+
+
+@pytest.mark.parametrize(("lag", "delay"), ARRIVALS)
+@pytest.mark.parametrize("criterion", SETTINGS)
+def test_bounds_answer_as_exact_counts_do(criterion, lag, delay, monkeypatch):
+    """Bit by bit: logits, exits, layers run and invalid counts, with rows of NaN at both ends, and of a row alone."""
+    model, batch, _ = setting("bert", "auto", criterion)
+    monkeypatch.setattr(model, "_layers", "family")
+    choose, spare = as_on_cuda(monkeypatch)
+    parts = with_poison(batch), batch, {name: values[1:2] for name, values in batch.items()}
+    with parameter_set(model.get_input_embeddings().weight, POISON, NAN):
+        expected = [answers(model, part, "never") for part in parts]
+        assert sum(expected[0].invalid_rows) >= 2 and not any(expected[1].invalid_rows)
+        choose(lag, delay)
+        for compaction in COMPACTIONS:
+            for part, wanted in zip(parts, expected, strict=True):
+                same(answers(model, part, compaction), wanted)
+    assert any(spare) or lag != 1 or len(expected[1].exit_layer.unique()) < 3, "no bound was one too many"
+
+
+#: Heads of each kind: what pools, attends or remembers reads rows without tokens too.
+HEADS = {
+    "dense": {},
+    "first": {"pooling": "first"},
+    "mean": {"pooling": "mean"},
+    "attention": {"method": "fastbert"},
+    "attention, mean": {"method": "fastbert", "pooling": "mean"},
+    "halting": {"method": "palbert"},
+    "dact": {"method": "dact"},
+}
+
+
+def leaving(arguments, family="bert", kind="right"):
+    """A model with these heads and a batch whose rows leave by turns."""
+    model = early_exit(family, **arguments)
+    model.set_criterion(None)
+    batch = batch_for(model, kind, lengths=LENGTHS)
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    model.set_layers("family")
+    return model, batch
+
+
+@pytest.mark.parametrize("kind", ["full", "right", "holes"])
+@pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
+def test_all_heads_take_bounds(arguments, kind, monkeypatch):
+    model, batch = leaving(arguments, kind=kind)
+    rules = [model.criterion, ee.criteria.HiddenCosine(threshold=0.9)]
+    rules += [ee.criteria.QExit(q=0.5)] * ("halting" in model.heads.aux_names)
+    choose, _ = as_on_cuda(monkeypatch)
+    for rule in rules:
+        model.set_criterion(rule)
+        expected = answers(model, batch, "never")
+        choose(1, 1)
+        same(answers(model, batch, "always"), expected)
+
+
+@pytest.mark.parametrize("layer", [1, 3, DEPTH])
+def test_a_strict_model_names_the_layer(layer, monkeypatch):
+    """It says so when it knows, which is never later than at the end."""
+    model, batch = leaving({"strict": True})
+    model.set_criterion(None if layer == DEPTH else ee.criteria.Entropy(threshold=0.0))
+    choose, _ = as_on_cuda(monkeypatch)
+    for arrival in ARRIVALS:
+        choose(*arrival)
+        refusal = pytest.raises(ee.InvalidLogitsError, match=rf"16 row\(s\).*at layer {layer} of {DEPTH}")
+        with parameter_set(model.heads.out[layer - 1].bias, 0, NAN), refusal:
+            model(**batch)
+    assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_the_loop_ends_a_layer_late_at_most(monkeypatch):
+    model, batch = leaving({})
+    model.set_criterion(ee.criteria.Entropy(threshold=100.0))
+    choose, _ = as_on_cuda(monkeypatch)
+    run = []
+    for module in model.backbone.encoder.layer:
+        module.register_forward_hook(lambda *_: run.append(1))
+    for lag, delay, layers in ((1, 1, 2), (2, 1, 2), (2, 2, 3), (math.inf, math.inf, DEPTH)):
+        choose(lag, delay)
+        run.clear()
+        assert model(**batch).exit_layer.tolist() == [1] * len(LENGTHS) and len(run) == layers
+
+
+def test_gates_have_exact_counts(monkeypatch):
+    """Rows that skip are found by the host: such a loop can't do with bounds, wherever it runs."""
+    asked = []
+
+    def watched(depth, device, exact):
+        asked.append(exact)
+        return HostCounts(depth)
+
+    monkeypatch.setattr(engine, "counts_for", watched)
+    model, batch = leaving({"method": "smartbert"})
+    model(**batch)
+    model.set_criterion(ee.criteria.SkipGate(threshold=0.5, exit=model.criterion))
+    model(**batch)
+    assert asked == [False, True]
+
+
+# nothing looks
+
+
+class FromHost(TorchFunctionMode):
+    """Refuses what copies numbers from the host to the device and waits for it, which fake tensors don't mind."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.cpu), function
+        return function(*args, **(kwargs or {}))
+
+
+class Told:
+    """Counts for tensors that hold no numbers: what a batch might have said."""
+
+    def __init__(self, depth, bounds):
+        self.invalid, self.bounds = [0] * depth, bounds
+
+    def after(self, layer, counts, bounds):
+        assert counts is None or (counts.shape, counts.dtype) == ((3,), torch.int32)
+        return self.bounds[layer - 1]
+
+    def finish(self):
+        return self.invalid
+
+
+#: Rows and tokens that a batch of three rows of five tokens might have left after each layer.
+BOUNDS = [(3, 15), (2, 10), (2, 10), (1, 5)]
+
+
+def run_without_numbers(model, monkeypatch, tell=lambda depth: Told(depth, BOUNDS), mask=None):
+    """Run a model on tensors without numbers: a look at them raises. Returns rows and tokens after each compaction."""
+    met = []
+    pack, shrink = models_room.pack, engine.shrink
+
+    def unknown_lengths(*arguments, **options):
+        return dataclasses.replace(pack(*arguments, **options), lengths=None)
+
+    def watched(*arguments):
+        met.append(tuple(arguments[2:4]))
+        return shrink(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models_room, "pack", unknown_lengths)
+        patch.setattr(engine, "shrink", watched)
+        patch.setattr(engine, "counts_for", lambda depth, device, exact: tell(depth))
+        patch.setattr(model, "_layers", "family")
+        patch.setattr(model, "compaction", "always")
+        # ids are trusted on CUDA, and tensors without numbers have no address to tell them apart by
+        patch.setattr(inputs_room, "_check_ids", lambda *_: None)
+        patch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, FromHost():
+            ids = mode.from_tensor(torch.zeros(3, 5, dtype=torch.int64))
+            out = model(input_ids=ids, attention_mask=None if mask is None else mode.from_tensor(mask))
+    assert out.logits.shape == (3, 3) and out.exit_layer.shape == (3,)
+    return met
+
+
+@pytest.mark.parametrize("criterion", SETTINGS)
+def test_no_rule_looks_at_data(criterion, monkeypatch):
+    model, _, _ = setting("bert", "auto", criterion)
+    assert run_without_numbers(model, monkeypatch) == [(2, 10)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
+def test_no_head_looks_at_data(arguments, dtype, monkeypatch):
+    """In half precision too, where attention is another kernel."""
+    model = early_exit("bert", **arguments).to(dtype)
+    for rule in (ee.criteria.Entropy(threshold=0.5), ee.criteria.HiddenCosine(threshold=0.5)):
+        model.set_criterion(rule)
+        run_without_numbers(model, monkeypatch)
+    if "halting" in model.heads.aux_names:
+        model.set_criterion(ee.criteria.QExit(q=0.5))
+        run_without_numbers(model, monkeypatch)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "electra", "distilbert"])
+def test_no_family_looks_at_data(family, monkeypatch):
+    model = early_exit(family, criterion=ee.criteria.Patience(patience=1))
+    assert run_without_numbers(model, monkeypatch) == [(2, 10)]
+
+
+@pytest.mark.parametrize(
+    ("tell", "mask"),
+    [(HostCounts, None), (lambda depth: Told(depth, BOUNDS), torch.ones(3, 5, dtype=torch.int64))],
+    ids=["exact counts", "a mask"],
+)
+def test_a_look_is_seen(tell, mask, monkeypatch):
+    """What does look raises: so the tests above would."""
+    model = early_exit(criterion=ee.criteria.Patience(patience=1))
+    with pytest.raises(DataDependentOutputException):
+        run_without_numbers(model, monkeypatch, tell, mask)
+
+
+# packing
+
+
+class Looks(TorchFunctionMode):
+    """Counts what would make the host wait for the device."""
+
+    WAIT = (
+        *(torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__),
+        *(torch.Tensor.nonzero, torch.nonzero, torch.equal, torch.tensor, torch.as_tensor, torch.Tensor.cpu),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.WAIT:
+            self.seen.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "kind", ["full", "right", "left", "holes", "real_ids_masked", "nothing", "one row", "one token"]
+)
+def test_packing_on_the_device_is_packing_on_the_host_in_one_look(kind):
+    shapes = {"one row": (6,), "one token": (1, 1)}
+    usual = kind in ("nothing", *shapes)
+    mask = ragged("right" if usual else kind, lengths=shapes.get(kind, LENGTHS))["attention_mask"]
+    if kind == "nothing":
+        mask[1:3] = 0
+    if kind == "one row":
+        mask[:, 4:] = 0
+    expected = packing._pack_on_host(mask != 0, False)
+    with Looks() as looks:
+        got = packing._pack_on_device(mask != 0, False)
+    assert looks.seen == ["tolist"]
+    if expected is None:
+        assert got is None and mask.all()
+        return
+    for name in ("tokens", "offsets", "row_ids"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert torch.equal(a, b) and a.dtype == b.dtype, name
+    assert got.lengths is None and got.longest == max(expected.lengths) <= expected.longest == mask.shape[1]
+
+
+@pytest.mark.parametrize("pack", [packing._pack_on_host, packing._pack_on_device])
+def test_packing_refuses_a_masked_first_token_where_it_is_read(pack):
+    left = ragged("left")["attention_mask"] != 0
+    with pytest.raises(ValueError, match="the first token of a row is masked"):
+        pack(left.clone(), True)
+    assert pack(left.clone(), False).offsets[-1] == left.sum()
+    empty = ragged("right")["attention_mask"] != 0
+    empty[2] = False
+    assert pack(empty.clone(), True).offsets.diff()[2] == 1, "a row without tokens is let through"
+
+
+def test_other_widths_than_the_kernels_take_are_padded(monkeypatch):
+    """Heads of 20 are attended as heads of 24 at the scale of 20, and wide ones go to the kernel that takes them."""
+    met = []
+
+    def kernel(name):
+        def attend(q, k, v, *arguments, scale, **options):
+            met.append((name, q.shape[-1], scale, arguments[-4:]))
+            return (q,)
+
+        return attend
+
+    for name in ("_flash_attention_forward", "_efficient_attention_forward"):
+        monkeypatch.setattr(torch.ops.aten, name, kernel(name.split("_")[1]))
+    plan = packing.AttentionPlan(offsets=torch.tensor([0, 3, 4], dtype=torch.int32), longest=3)
+    for dtype, width, wanted in (
+        (torch.float16, 20, ("flash", 24)),
+        (torch.float16, 256, ("flash", 256)),
+        (torch.bfloat16, 260, ("efficient", 264)),
+        (torch.float32, 20, ("efficient", 24)),
+    ):
+        q = torch.randn(4, 2, width, dtype=dtype)
+        assert torch.equal(packing._varlen(q, q, q, plan, None, 0.0), q)
+        assert met[-1][:2] == wanted and met[-1][2] == width**-0.5
+    packing._varlen(q, q, q.requires_grad_(), plan, 0.3, 0.1)
+    assert met[-1][2:] == (0.3, (3, 0.1, 0, True)), "the last: what the gradient needs is kept"
+
+
+def test_settings_are_those_of_all_rules():
+    assert tuned("bert", None, len(LENGTHS), "entropy").name == "entropy"
+    assert set(SETTINGS) == set(ee.criteria.RULES)

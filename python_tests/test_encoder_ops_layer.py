@@ -1,0 +1,66 @@
+"""A whole encoder layer made of the ops that take their token count from the device, against the family's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import backend_params
+from encoder_cases import Layout
+from models import encoder_of, stock
+
+from earlyexit_kernels import layers, ops
+from earlyexit_kernels.backbones import adapter_of
+
+#: Activation of a fused layer -> of the ops.
+NAMES = {("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh", ("relu", ""): "relu"}
+LAYOUT = Layout((5, 2, 9, 1), left=(1,), rows=6, capacity=20, side=1)
+CASES = [
+    pytest.param(p.values[0], dtype, marks=p.marks, id=f"{p.values[0]}-{dtype}".replace("torch.", ""))
+    for p in backend_params(("torch", "triton"))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if (p.values[0], dtype) != ("triton", torch.bfloat16)
+]
+
+
+def run(layer: layers.FusedLayer, hidden: torch.Tensor, layout: Layout, backend: str) -> None:
+    """One layer, in place, in seven launches; what is between starts as NaN."""
+    qkv_w, qkv_b, out_w, out_b, norm1_w, norm1_b, inner_w, inner_b, outer_w, outer_b, norm2_w, norm2_b = layer.weights
+    offsets, width = layout.offsets, hidden.shape[1]
+    qkv, context, mid, inner = (
+        hidden.new_full((layout.capacity, n), torch.nan) for n in (3 * width, width, width, len(inner_b))
+    )
+    how = {"backend": backend}
+    both = {"residual_absolute": True, "out_absolute": True, **how}
+    first, second = layer.eps
+    ops.rows_linear(hidden, qkv_w, qkv_b, offsets, qkv, absolute=True, **how)
+    ops.rows_attention(qkv, offsets, layout.row_ids, layer.heads, max(layout.lengths), context, **how)
+    # a row that has left still owns its tokens, and may hold anything
+    ops.rows_linear(context, out_w, out_b, offsets, mid, **how)
+    ops.rows_add_norm(mid, hidden, norm1_w, norm1_b, first, offsets, hidden, **both)
+    activation = NAMES[layer.activation]
+    ops.rows_linear(hidden, inner_w, inner_b, offsets, inner, activation=activation, absolute=True, **how)
+    ops.rows_linear(inner, outer_w, outer_b, offsets, mid, **how)
+    ops.rows_add_norm(mid, hidden, norm2_w, norm2_b, second, offsets, hidden, **both)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert"])
+def test_as_close_to_float64_as_the_own_layer_of_that_dtype(family, backend, dtype):
+    model = stock(family, dropout=0.0).to(dtype)
+    adapter = adapter_of(family)
+    (own,) = adapter.parts(adapter.layers(encoder_of(model))[0])
+    exact = copy.deepcopy(own).double()
+    fused = layers.FusedLayer.of(own, adapter.names, model.config.num_attention_heads, "torch")
+    values = [torch.randn(n, model.config.hidden_size).to(dtype) for n in LAYOUT.lengths]
+    hidden = LAYOUT.buffer(values, model.config.hidden_size, dtype, absolute=True)
+    with torch.no_grad():
+        run(fused, hidden, LAYOUT, backend)
+        want, theirs = (
+            torch.cat([layer(values[i].to(kind)[None], None)[0].double() for i in LAYOUT.live])
+            for layer, kind in ((exact, torch.float64), (own, dtype))
+        )
+    ours = torch.cat([hidden[LAYOUT.tokens(i, absolute=True)] for i in LAYOUT.live]).double()
+    error, allowed = ((each - want).square().mean().sqrt() for each in (ours, theirs))
+    assert 0 < error <= 1.25 * allowed
