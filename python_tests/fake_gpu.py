@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.end_to_end import check, engines, measure, models
 from benchmarks.end_to_end.workloads import Fixed
-from benchmarks.gpu import bench, nodes, whole
+from benchmarks.gpu import bench, nodes
 from benchmarks.gpu.bench import Bench
 from earlyexit_kernels import graphs
 from earlyexit_kernels.ops import RESIDENT_EXITS
@@ -105,7 +105,6 @@ def gpu(monkeypatch, captures) -> Bench:  # noqa: F811
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
     monkeypatch.setattr(measure, "REST", 0)
     monkeypatch.setattr(check, "PROBE", Fixed(4, 8))
-    monkeypatch.setattr(whole, "ROUNDS", 2, raising=False)
     _forget()
     yield small_bench()
     _forget()
@@ -117,7 +116,7 @@ def _forget() -> None:
 
 
 def _graph_on_cpu(model: Any) -> None:
-    model._answers = lambda inputs: model._graph_answers(inputs)
+    model.from_graph = lambda ids, *others: model._graphs.run(model.parts, model.backend, ids, *others)
 
 
 _OPEN: list[Nodes] = []
