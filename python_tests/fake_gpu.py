@@ -116,7 +116,10 @@ def _forget() -> None:
 
 
 def _graph_on_cpu(model: Any) -> None:
-    model.from_graph = lambda ids, *others: model._graphs.run(model.parts, model.backend, ids, *others)
+    def answers(inputs: Any) -> Any:
+        return model._graphs.run(model.parts, model.backend, model._checked(inputs), *inputs[1:])
+
+    model._answers = answers
 
 
 _OPEN: list[Nodes] = []
