@@ -32,6 +32,10 @@ HEADERS = (
 )
 
 
+#: What has no meaning without a device.
+NOT_EMULATED = ("graph.cpp",)
+
+
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++").split()[0])
 
@@ -51,7 +55,7 @@ def translated(folder: Path) -> list[Path]:
         path.write_text(text)
         if path.suffix == ".cu":
             path = path.rename(path.with_suffix(".cu.cpp"))
-        files += [path] if path.suffix == ".cpp" else []
+        files += [path] if path.suffix == ".cpp" and path.name not in NOT_EMULATED else []
     return files
 
 
