@@ -39,6 +39,7 @@ def counted(monkeypatch):
     monkeypatch.setattr(promises, "calls_of", as_a_gpu_would)
     monkeypatch.setattr(exits, "calls_of", as_a_gpu_would)
     monkeypatch.setattr(exits, "LARGE_COPY", 2**12)
+    monkeypatch.setattr(promises, "ROWS", 12)
     monkeypatch.delenv("EARLYEXIT_DATA", raising=False)
 
 

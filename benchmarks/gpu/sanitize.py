@@ -115,7 +115,7 @@ def _read(status: int | None, output: str) -> dict[str, Any]:
     summary = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) ", output)
     if not summary:
         last = next((text for text in reversed(output.splitlines()) if text.strip()), "")
-        return {"not_measured": f"no summary was printed, and the status is {status}: {last}"}
+        return {"not_measured": f"no summary was printed; the status is {status}: {last}"}
     errors: dict[str, Any] = {"errors": max(map(int, summary))}
     first = re.findall(r"^=+ ((?:Invalid|Error|Uninitialized|Race|Potential|Program hit).*)$", output, re.MULTILINE)
     if first:
