@@ -19,6 +19,7 @@ from benchmarks.end_to_end.workloads import Fixed
 from benchmarks.gpu import bench, nodes
 from benchmarks.gpu.bench import Bench
 from earlyexit_kernels import graphs
+from earlyexit_kernels.engine_choice import Choice
 from earlyexit_kernels.ops import RESIDENT_EXITS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -118,6 +119,18 @@ def _forget() -> None:
 def _graph_on_cpu(model: Any) -> None:
     def answers(inputs: Any) -> Any:
         return model._graphs.run(model.parts, model.backend, model._checked(inputs), *inputs[1:])
+
+    model._answers = answers
+
+
+def falls_back_on_cpu(model: Any) -> None:
+    """As `set_engine("graph")`: what can't be captured runs eagerly."""
+    eager, model._engine = model._answers, "graph"
+    model.engine_for = lambda rows, length: Choice("graph", "it was asked for")
+
+    def answers(inputs: Any) -> Any:
+        out = model.from_graph(model._checked(inputs), *inputs[1:])
+        return eager(inputs) if out is None else out
 
     model._answers = answers
 
