@@ -54,13 +54,18 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this file lies in, with ``+`` where it has uncommitted changes; None outside of one."""
+    """Commit of the checkout this file lies in, with ``+`` where it has uncommitted changes, but for results and texts.
+
+    Outside of one what EARLYEXIT_COMMIT says, or None.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("EARLYEXIT_COMMIT")
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        return f"{commit}+" if _git(root, "status", "--porcelain", "--untracked-files=no") else commit
+        written = [f":(exclude){pattern}" for pattern in ("benchmarks/results", "*.md")]
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+        return f"{commit}+" if changed else commit
     except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None
 

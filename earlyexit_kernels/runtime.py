@@ -124,7 +124,15 @@ class RuntimeChoices(PreTrainedModel):
         Args:
             ids: ``[N, S]`` int64.
             others: attention_mask, token_type_ids and position_ids, as for the model.
+
+        Raises:
+            RuntimeError: within somebody's capture, which could hold neither.
         """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the current stream is capturing a CUDA graph, and what a batch runs hangs on its data; capture "
+                "model.fixed_depth() instead"
+            )
         if not ids.numel():
             return None
         choice = self.engine_for(*ids.shape)

@@ -41,6 +41,7 @@ def interleave(
     warmup: int = 3,
     sync: Callable[[], None] | None = None,
     prepare: Callable[[str], None] | None = None,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
     seed: int = 0,
     progress: str | None = None,
 ) -> dict[str, list[float]]:
@@ -54,6 +55,7 @@ def interleave(
         warmup: untimed rounds before them.
         sync: waits for work queued on a device, e.g. `torch.cuda.synchronize`; called before each clock reading.
         prepare: called with an alternative's name before each of its calls, untimed: restores what the call changes.
+        clock: makes a call and gives its milliseconds, e.g. by a device's events; default: the wall clock, with `sync`.
         seed: of the orders.
         progress: title of a progress bar; None shows none.
 
@@ -76,7 +78,7 @@ def interleave(
         for name in order:
             if prepare is not None:
                 prepare(name)
-            elapsed = _milliseconds(alternatives[name], sync)
+            elapsed = _milliseconds(alternatives[name], sync) if clock is None else clock(alternatives[name])
             if turn >= warmup:
                 times[name].append(elapsed)
     return times

@@ -221,7 +221,8 @@ def test_an_engine_whose_trace_is_wrong_gets_no_numbers(monkeypatch):
         model.backbone.encoder.layer[1].forward = lambda hidden, *args, **kwargs: hidden
 
     monkeypatch.setitem(engines.ENGINES, "broken", spoil)
-    records = run(Case("MiniLM", Fixed(4, 8), ("full depth", "uniform, 50 %")))
+    case = Case("MiniLM", Fixed(4, 8), ("full depth", "uniform, 50 %"), engines=("family layers", "broken"))
+    records = run(case)
     broken = [r for r in records if r["engine"] == "broken"]
     assert len(broken) == 2 and all("plain model's logits" in r["refused"] for r in broken)
     assert one(records, engine="family layers", exits="uniform, 50 %", baseline="transformers")["ratio"] > 0
@@ -230,7 +231,7 @@ def test_an_engine_whose_trace_is_wrong_gets_no_numbers(monkeypatch):
 def verdict_of(score_off: float) -> check.Verdict:
     """Three rows at three exits; the first leaves at layer 2, though its entropy at layer 1 is `score_off` below."""
     trace = random_trace(3, 3)
-    truth = check.Truth(trace, trace.logits[:, -1], 1e-5)
+    truth = check.Truth(trace, trace.logits[:, -1], 1e-5, 1e-5)
     entropy = forced.per_exit_entropy(trace.logits)
     threshold = float(entropy[0, 0]) + score_off
     rule = Entropy(threshold=[threshold, 100.0])
@@ -249,7 +250,7 @@ def test_flips_within_rounding_are_counted_and_others_refused():
 @pytest.mark.parametrize("exits", [[1, 2], [0, 1, 2], [1, 4, 2]])
 def test_impossible_exit_layers_are_refused(exits):
     trace = random_trace(3, 3)
-    truth = check.Truth(trace, trace.logits[:, -1], 1e-5)
+    truth = check.Truth(trace, trace.logits[:, -1], 1e-5, 1e-5)
     answer = (trace.logits[: len(exits), 0], torch.tensor(exits))
     assert "exit layers in 1..3" in check.verdict([truth], [answer], None).refused
 
@@ -270,12 +271,38 @@ def test_the_faster_runtime_is_the_one_compared_with(monkeypatch):
     assert ours["against"] == min(middle, key=middle.get)
 
 
+def test_more_baselines_in_any_dtype_and_so_many_rounds(monkeypatch):
+    monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    loops = (baselines.COMPILED_WHOLE, "item loop")
+    half = "all at 50 %"
+    case = Case(
+        "MiniLM", Fixed(1, 8), ("never exit", half), loops, half, ("float16",), engines=("family layers",),
+        narrow_baselines=("transformers", *loops), compared=loops,
+    )  # fmt: skip
+    with torch.inference_mode():
+        records = list(measure.case_records("offline", case, 1, rounds=3, warmup=1))
+    assert all(r["rounds"] == 3 and r["dtype"] == "float16" for r in records)
+    ours = [r for r in records if r["engine"] == "family layers"]
+    assert {(r["exits"], r["baseline"]) for r in ours if r["baseline"] in loops} == {
+        ("never exit", baselines.COMPILED_WHOLE),
+        (half, baselines.COMPILED_WHOLE),
+        (half, "item loop"),
+    }
+    loop = one(records, engine="family layers", baseline="item loop")
+    assert loop["ratio"] > 0 and "efficiency" not in loop
+
+
 @pytest.mark.slow
 def test_the_other_runtimes_answer_as_the_plain_model():
     for package in ("onnxruntime", "openvino", "onnxscript"):
         pytest.importorskip(package)
     records = run(Case("MiniLM", Ragged(5), ("never exit",), tuple(baselines.PEERS)))
-    assert {r["engine"] for r in records if r["baseline"] == "transformers"} == {*engines.ENGINES, *baselines.PEERS}
+    assert {r["engine"] for r in records if r["baseline"] == "transformers"} == {
+        "family layers",
+        "fused layers",
+        *baselines.PEERS,
+    }
 
 
 def test_text_is_asked_for(monkeypatch):

@@ -81,21 +81,22 @@ def test_oracle_on_a_large_batch(backend, case, count_flips):
     follow(backend, case, count_flips)
 
 
-def follow(backend, case, count_flips) -> None:
+def follow(backend, case, count_flips, device="cpu") -> None:
     """Run all layers beside the oracle; rows once within tolerance of their threshold may go their own way."""
     criterion, batch = case.criterion, build(case)
-    row_ids, held = batch.row_ids.clone(), memory(criterion, batch.requests, case.classes)
+    changed = {"row_ids": batch.row_ids.clone(), **memory(criterion, batch.requests, case.classes)}
+    changed = {name: tensor.to(device) for name, tensor in changed.items()}
     near = np.zeros(batch.requests, dtype=bool)
     for layer, (given, want) in enumerate(zip(batch.layers, truth(case), strict=True), start=1):
-        counts = exit_step(
-            criterion=criterion, layer=layer, depth=DEPTH, row_ids=row_ids, backend=backend, **given, **held
-        )
+        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        counts = exit_step(criterion=criterion, layer=layer, depth=DEPTH, backend=backend, **there, **changed)
+        got = {name: tensor.cpu().numpy() for name, tensor in changed.items()}
+        row_ids = torch.from_numpy(got["row_ids"])
         near |= want.step.distance < (0.0 if case.exact else TOLERANCE)
-        got = {name: tensor.numpy() for name, tensor in held.items()}
         np.testing.assert_array_equal(got["exit_layer"][~near], want.exit_layer[~near])
         named = batch.row_ids.numpy()
         sure = ~near[named] | (named < 0)
-        np.testing.assert_array_equal(row_ids.numpy()[sure], want.row_ids[sure])
+        np.testing.assert_array_equal(got["row_ids"][sure], want.row_ids[sure])
         tolerance = 0.0 if case.source == "logits" and not RULES[case.rule].own_answer else TOLERANCE
         np.testing.assert_allclose(got["answers"][~near], want.answers[~near], rtol=tolerance, atol=tolerance)
         np.testing.assert_allclose(got["state"][:, ~near], want.state[:, ~near], rtol=TOLERANCE, atol=TOLERANCE)

@@ -50,7 +50,7 @@ def resident(rows: int, present: int, side: int, seed: int = 0) -> dict[str, tor
 def leave(x, backend, rule, *, tile=1, layer=1, depth=3, pooling="first", handle=0):
     """Run the op on a clone of `x`, and give that back with the state."""
     x = {name: tensor.clone() for name, tensor in x.items()}
-    x["state"] = rule.new_state(x["answers"].shape[0], torch.device("cpu"), CLASSES)
+    x["state"] = rule.new_state(x["answers"].shape[0], x["answers"].device, CLASSES)
     RESIDENT_EXITS[backend](
         x["hidden"], x["weight"], x["bias"], None, None, x["row_ids"], x["offsets"], x["old_offsets"], x["source"],
         x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(layer), pooling, layer, depth,

@@ -24,6 +24,15 @@ def test_times_are_those_of_the_calls(clock):
     assert times == {"a": [2.0] * 4, "b": [5.0] * 4}
 
 
+def test_another_clock_may_be_used(clock):
+    def device(call):
+        call()
+        return 7.5
+
+    times = timing.interleave({"a": lambda: clock(2)}, repeats=3, warmup=0, clock=device)
+    assert times == {"a": [7.5] * 3}
+
+
 def test_every_round_calls_each_once_in_a_drawn_order(clock):
     calls = []
     timing.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, repeats=20, warmup=2)

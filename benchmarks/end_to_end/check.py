@@ -4,8 +4,9 @@ The truth is the replay of the early-exit model's own trace. That trace is trust
 ends in the plain model's logits. Baselines at full depth are held to the plain model's logits, the others to the trace.
 
 A row may leave elsewhere than in the replay only where its score lies within rounding of the threshold: where the
-trace, with noise of that size, replays to the exit it took. Such flips are counted. For bfloat16 the rounding is what
-the plain model shows: twice the largest distance of its bfloat16 logits from its float32 ones, on a batch of its own.
+trace, with noise of that size, replays to the exit it took. Such flips are counted. For other dtypes than float32 the
+rounding is what the plain model shows, and for the exits what these show: twice the largest distance of their logits
+from those in float32, on a batch of its own.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class Truth:
     Attributes:
         trace: every exit of every row.
         plain: the plain model's logits ``[N, C]``.
-        rounding: distance allowed from either.
+        rounding: distance allowed from the plain model's logits.
+        exit_rounding: from the trace.
         wrong: why the trace isn't to be trusted, or empty.
     """
 
     trace: ee.ExitTrace
     plain: Tensor
     rounding: float
+    exit_rounding: float
     wrong: str = ""
 
 
@@ -64,21 +67,24 @@ class Verdict:
 
 def truth_of(subject: Subject, engine: str, batch: dict[str, Tensor], *, family: bool = False) -> Truth:
     """The trace of a batch under an engine, with linear exits or the family's, held against the plain model."""
-    plain, rounding = subject.logits(batch), rounding_of(subject)
+    plain, (rounding, exit_rounding) = subject.logits(batch), rounding_of(subject)
     ends = engine_model(subject, engine, family=True).trace(**batch)
     off = _distance(ends.logits[:, -1], plain)
     wrong = "" if off <= rounding else f"its trace ends {off:.2g} off the plain model's logits ({rounding:.2g} allowed)"
     trace = ends if family else engine_model(subject, engine).trace(**batch)
-    return Truth(trace, plain, rounding, wrong)
+    return Truth(trace, plain, rounding, exit_rounding, wrong)
 
 
 @functools.cache
-def rounding_of(subject: Subject) -> float:
-    """Distance allowed between two ways to compute a model's logits."""
+def rounding_of(subject: Subject) -> tuple[float, float]:
+    """Distance allowed between two ways to compute a model's logits, and between two ways to compute its exits'."""
     if subject.origin is None:
-        return ROUNDING
+        return ROUNDING, ROUNDING
     (batch,) = PROBE.build(subject).batches
-    return 2 * float((subject.logits(batch) - subject.origin.logits(batch)).abs().max())
+    both = (subject, subject.origin)
+    plain = _distance(*(each.logits(batch) for each in both))
+    exits = _distance(*(each.model.trace(**batch).logits for each in both))
+    return 2 * plain, 2 * max(plain, exits)
 
 
 def verdict(
@@ -98,18 +104,20 @@ def verdict(
         if truth.wrong and not (exit_layer is None and layer is None):
             return Verdict(truth.wrong, 0, 0.0)
         if exit_layer is None:
-            expected = truth.plain if layer is None else truth.trace.logits[:, layer - 1]
+            expected, allowed = truth.plain, truth.rounding
+            if layer is not None:
+                expected, allowed = truth.trace.logits[:, layer - 1], truth.exit_rounding
             ran += len(rows) * (layer or depth)
         else:
             exits = exit_layer.to(rows.device)
             moved, unexplained = _flips(truth, rule, exits)
             if unexplained:
                 return Verdict(unexplained, 0, 0.0)
-            expected = truth.trace.logits[rows, exits - 1]
+            expected, allowed = truth.trace.logits[rows, exits - 1], truth.exit_rounding
             flips, ran = flips + moved, ran + int(exits.sum())
         off = _distance(logits, expected)
-        if not off <= truth.rounding:
-            return Verdict(f"its logits are {off:.2g} off the expected ones ({truth.rounding:.2g} allowed)", 0, 0.0)
+        if not off <= allowed:
+            return Verdict(f"its logits are {off:.2g} off the expected ones ({allowed:.2g} allowed)", 0, 0.0)
     return Verdict("", flips, ran / depth / sum(len(truth.plain) for truth in truths))
 
 
@@ -122,7 +130,7 @@ def _flips(truth: Truth, rule: Criterion | None, exits: Tensor) -> tuple[int, st
     generator = torch.Generator().manual_seed(0)
     for row in moved:
         shape = (NOISY_COPIES, *truth.trace.logits.shape[1:])
-        noise = truth.rounding * (2 * torch.rand(shape, generator=generator) - 1)
+        noise = truth.exit_rounding * (2 * torch.rand(shape, generator=generator) - 1)
         copies = ee.ExitTrace(truth.trace.logits[row] + noise.to(exits.device))
         if int(exits[row]) not in ee.replay(copies, rule)[1].tolist():
             left = f"row {row} left at layer {int(exits[row])}, in the replay at {int(expected[row])}"

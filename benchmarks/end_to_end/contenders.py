@@ -13,7 +13,7 @@ import earlyexit_kernels as ee
 from benchmarks.end_to_end import models
 from benchmarks.end_to_end.baselines import BASELINES, LEAVE_EARLY, PEERS, PLAIN, TRUNCATION, Answer, Answering
 from benchmarks.end_to_end.check import Truth, Verdict, truth_of, verdict
-from benchmarks.end_to_end.engines import ENGINES, FAMILY_LAYERS, engine_model
+from benchmarks.end_to_end.engines import ENGINES, FAMILY_LAYERS, FUSED_LAYERS, engine_model
 from benchmarks.end_to_end.forced import FAMILY, FULL, rule_for
 from benchmarks.end_to_end.models import Model, NotMeasuredError, Subject
 from benchmarks.end_to_end.workloads import Workload
@@ -46,6 +46,10 @@ class Case:
         one_by_one: a timed call answers one batch, the next in turn; otherwise all of them.
         weight: how many times a usual case's share of the time it gets.
         family_exits: what our model runs with its family's layers; default: `exits`.
+        engines: names of `ENGINES`.
+        narrow_baselines: those timed in other dtypes than float32 too.
+        compared: baselines that ours are compared with beside the plain model, where both run the same exits or the
+            baseline runs all layers.
     """
 
     subject: str
@@ -58,6 +62,9 @@ class Case:
     one_by_one: bool = False
     weight: float = 1.0
     family_exits: tuple[str, ...] | None = None
+    engines: tuple[str, ...] = (FAMILY_LAYERS, FUSED_LAYERS)
+    narrow_baselines: tuple[str, ...] = (PLAIN, *sorted(PEERS))
+    compared: tuple[str, ...] = ()
 
 
 class Said(NamedTuple):
@@ -133,10 +140,10 @@ def line_up(case: Case, work: Workload) -> tuple[list[Contender], list[LeftOut]]
 def _wanted(case: Case, dtype: str) -> Iterator[Said]:
     family = case.exits if case.family_exits is None else case.family_exits
     for exits in case.exits:
-        engines = [name for name in ENGINES if name != FAMILY_LAYERS or exits in family]
+        engines = [name for name in case.engines if name != FAMILY_LAYERS or exits in family]
         yield from (Said(engine, backend, dtype, exits) for engine in engines for backend in case.backends)
     for name in dict.fromkeys((PLAIN, *case.baselines)):
-        if dtype != "float32" and name not in (PLAIN, *PEERS):
+        if dtype != "float32" and name not in case.narrow_baselines:
             continue
         yield Said(name, "", dtype, case.baseline_exits if name in LEAVE_EARLY else FULL)
 

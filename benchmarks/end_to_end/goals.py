@@ -18,7 +18,7 @@ class Goal:
 
     Attributes:
         value: the number.
-        of: ``"ratio"``, to stay at or below it; ``"efficiency"``, to reach it.
+        of: ``"efficiency"``, to reach it; or another number of a record, such as ``"ratio"``, to stay at or below it.
     """
 
     value: float
@@ -26,7 +26,8 @@ class Goal:
 
     def met(self, record: Mapping[str, Any]) -> bool:
         """Whether a record with numbers reaches it."""
-        return record["ratio"] <= self.value if self.of == "ratio" else record["efficiency"] >= self.value
+        number = record[self.of]
+        return number >= self.value if self.of == "efficiency" else number <= self.value
 
 
 def efficiency(layer_rows: float, ratio: float) -> float:

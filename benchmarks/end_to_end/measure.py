@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.end_to_end import models
-from benchmarks.end_to_end.baselines import PEERS, PLAIN
+from benchmarks.end_to_end.baselines import LEAVE_EARLY, PEERS, PLAIN
 from benchmarks.end_to_end.check import Verdict
 from benchmarks.end_to_end.contenders import Case, Contender, Said, line_up
 from benchmarks.end_to_end.forced import FULL
@@ -35,20 +35,29 @@ def records(suite: str, cases: Sequence[Case], repeats: int) -> Iterator[dict[st
             yield from case_records(suite, case, repeats)
 
 
-def case_records(suite: str, case: Case, repeats: int) -> Iterator[dict[str, Any]]:
-    """Time one case."""
+def case_records(
+    suite: str, case: Case, repeats: int, *, rounds: int | None = None, warmup: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Time one case.
+
+    Args:
+        suite: for the records.
+        case: what is timed together.
+        repeats: how much time the rounds may take.
+        rounds, warmup: just so many rounds, in place of the time, after so many untimed ones.
+    """
     entry = entered(suite, case)
     yield from entry.left_out
     if entry.work is None:
         return
-    times = _times(case, entry.work, entry.contenders, repeats)
+    times = _times(case, entry.work, entry.contenders, repeats, rounds, warmup)
     for said, contender in entry.contenders.items():
         own = standing(case, entry, said) | _numbers(case, entry.work, times[said])
-        compared_with = _baselines(contender, times)
+        compared_with = _baselines(case, contender, times)
         if not compared_with:
             yield head(suite, case, said) | own
         for baseline, against in compared_with.items():
-            compared = _compared(entry.verdicts[said].layer_rows, times[said], times[against])
+            compared = _compared(entry.verdicts[said].layer_rows, times[said], times[against], against)
             record = head(suite, case, said, baseline) | own | compared | {"against": against.engine}
             yield record | _goal(record, contender.ours)
 
@@ -101,27 +110,31 @@ def standing(case: Case, entry: Entry, said: Said) -> dict[str, Any]:
     }
 
 
-def _times(case: Case, work: Workload, contenders: Mapping[Said, Contender], repeats: int) -> dict[Said, list[float]]:
+def _times(
+    case: Case, work: Workload, contenders: Mapping[Said, Contender], repeats: int, rounds: int | None, warmup: int
+) -> dict[Said, list[float]]:
     """Milliseconds of each call, by contender."""
     calls = {str(i): _call(contender, case, work) for i, contender in enumerate(contenders.values())}
     ready = {str(i): contender.ready for i, contender in enumerate(contenders.values())}
+    on_gpu = models.device() == "cuda"
 
     def prepare(name: str) -> None:
         ready[name]()
-        time.sleep(REST)
+        time.sleep(0 if on_gpu else REST)
 
     def timed(rounds: int, warmup: int) -> dict[str, list[float]]:
         title = f"{case.subject}, {case.work.name}"
-        sync = torch.cuda.synchronize if models.device() == "cuda" else None
+        sync = torch.cuda.synchronize if on_gpu else None
         return interleave(calls, repeats=rounds, warmup=warmup, sync=sync, prepare=prepare, progress=title)
 
     # all have been called once, when their answers were checked
-    a_round = sum(found[0] + 1000 * REST for found in timed(1, 0).values())
-    rounds = rounds_of(case.weight * repeats, a_round)
+    if rounds is None:
+        a_round = sum(found[0] + 1000 * REST for found in timed(1, 0).values())
+        rounds = rounds_of(case.weight * repeats, a_round)
     if case.one_by_one:
         # every row as often as the others: shares of layer-rows are of all of them
         rounds = max(rounds // len(work.batches), 1) * len(work.batches)
-    times = timed(rounds, 0)
+    times = timed(rounds, warmup)
     return {said: times[str(i)] for i, said in enumerate(contenders)}
 
 
@@ -145,9 +158,9 @@ def _call(contender: Contender, case: Case, work: Workload) -> Callable[[], None
     return one if case.one_by_one else all_of_them
 
 
-def _baselines(contender: Contender, times: Mapping[Said, Sequence[float]]) -> dict[str, Said]:
+def _baselines(case: Case, contender: Contender, times: Mapping[Said, Sequence[float]]) -> dict[str, Said]:
     """What a contender is compared with: name of the baseline -> who that is in this case."""
-    engine, backend, dtype, _ = contender.said
+    engine, backend, dtype, exits = contender.said
     plain = Said(PLAIN, "", "float32", FULL)
     found = {PLAIN: plain, f"{PLAIN}, {dtype}": plain._replace(dtype=dtype)}
     if dtype == "float32":
@@ -157,6 +170,8 @@ def _baselines(contender: Contender, times: Mapping[Said, Sequence[float]]) -> d
         if peers:
             found[PEER] = min(peers, key=lambda said: quantiles(times[said], (0.5,)))
         found[OWN_FULL] = Said(engine, backend, dtype, FULL)
+        found |= {name: Said(name, "", dtype, FULL) for name in case.compared if name not in LEAVE_EARLY}
+        found |= {name: Said(name, "", dtype, exits) for name in case.compared if name in LEAVE_EARLY}
     return {name: said for name, said in found.items() if said in times and said != contender.said}
 
 
@@ -175,15 +190,13 @@ def _numbers(case: Case, work: Workload, times: Sequence[float]) -> dict[str, An
     }
 
 
-def _compared(layer_rows: float, times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """A contender's times beside those of a baseline that runs all layers."""
+def _compared(layer_rows: float, times: Sequence[float], baseline: Sequence[float], against: Said) -> dict[str, float]:
+    """A contender's times beside those of a baseline, and efficiency where that one runs all layers."""
     ratio = paired_ratio(times, baseline)
-    return {
-        "ratio": round(ratio.median, 4),
-        "ratio_low": round(ratio.low, 4),
-        "ratio_high": round(ratio.high, 4),
-        "efficiency": round(efficiency(layer_rows, ratio.median), 4),
-    }
+    numbers = {"ratio": round(ratio.median, 4), "ratio_low": round(ratio.low, 4), "ratio_high": round(ratio.high, 4)}
+    if against.engine in LEAVE_EARLY:
+        return numbers
+    return {**numbers, "efficiency": round(efficiency(layer_rows, ratio.median), 4)}
 
 
 def _goal(record: Mapping[str, Any], ours: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import earlyexit_kernels as ee
 
 MODEL_VARIABLE = "EARLYEXIT_MODEL"
 CLASSES = 3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Model: TypeAlias = ee.EarlyExitForSequenceClassification
 
 
@@ -139,7 +139,10 @@ def subject(name: str, dtype: str = "float32") -> Subject:
 
 def runs_natively(dtype: str) -> bool:
     """Whether a dtype is computed in and not emulated here."""
-    return dtype == "float32" or device() == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == "float32" or device() == "cuda":
+        return True
+    ops = torch.ops.mkldnn
+    return bool(ops._is_mkldnn_bf16_supported() if dtype == "bfloat16" else ops._is_mkldnn_fp16_supported())
 
 
 def narrowed(origin: Subject, dtype: str) -> Subject:

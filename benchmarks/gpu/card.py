@@ -1,0 +1,54 @@
+"""The card that is measured, and which sources it is measured with."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+#: What nvidia-smi is asked.
+ASKED = (
+    "driver_version pstate clocks.sm clocks.mem clocks.max.sm clocks.max.mem power.draw power.limit temperature.gpu"
+).split()
+#: What the numbers depend on.
+SOURCES = ("earlyexit_kernels/**/*.py", "csrc/**/*", "benchmarks/**/*.py", "setup.py")
+
+
+def facts() -> dict[str, Any]:
+    """The card, its driver, and its clocks as they are now."""
+    properties = torch.cuda.get_device_properties(0)
+    major, minor = torch.cuda.get_device_capability(0)
+    return {
+        "gpu": properties.name,
+        "capability": f"{major}.{minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "nvidia_smi": smi(),
+    }
+
+
+def smi() -> dict[str, str]:
+    """What nvidia-smi says of the first card; empty where it isn't there or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip(ASKED, values, strict=True)) if done.returncode == 0 and len(values) == len(ASKED) else {}
+
+
+def fingerprint(root: Path = ROOT) -> str:
+    """Of the sources: a section measured with the same ones isn't run again, committed or not."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,168 @@
+"""What a CUDA graph charges: an IF node, a launch that finds nothing to do, and what may stand in a node's body."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.end_to_end.models import NotMeasuredError
+from benchmarks.gpu.bench import Bench, Call, Record, beside, head, middle
+from earlyexit_kernels.criteria import Entropy
+from earlyexit_kernels.ops import RESIDENT_EXITS, rows_add_norm, rows_attention, rows_linear
+
+NODES, EMPTY, BODIES = "gpu_nodes", "gpu_empty_launches", "gpu_bodies"
+TOKENS, HEADS = 256, 12
+TOLERANCE = 2e-2
+
+
+class Setter:
+    """An exit of one row that never leaves: what opens a node.
+
+    Args:
+        bench: where.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.backend, self.rule = bench.exits, Entropy(threshold=0.0)
+        self.logits = bench.random(1, 3)
+        self.row_ids, self.offsets = bench.ints([0]), bench.ints([0, 1])
+        self.old_offsets, self.source, self.counts = bench.ints([0, 0]), bench.ints([0]), bench.ints([0] * 4)
+        self.state = self.rule.new_state(1, self.logits.device, 3)
+        self.answers = torch.zeros_like(self.logits)
+        self.exit_layer = torch.zeros(1, dtype=torch.int64, device=self.logits.device)
+
+    def __call__(self, handle: int = 0) -> None:
+        RESIDENT_EXITS[self.backend](
+            None, None, None, self.logits, None, self.row_ids, self.offsets, self.old_offsets, self.source,
+            self.counts, self.state, self.answers, self.exit_layer, self.rule.name, self.rule.params(1), "none", 1, 2,
+            1, 1, handle,
+        )  # fmt: skip
+
+
+def node_records(bench: Bench) -> Iterator[Record]:
+    """Microseconds of an IF node that is skipped, and of one that is taken, over the same launches without nodes.
+
+    Raises:
+        NotMeasuredError: no graph with IF nodes can be had.
+    """
+    setter, ran = Setter(bench), torch.zeros(1, dtype=torch.int64, device=bench.device)
+
+    def step() -> None:
+        ran.add_(1)
+
+    def skipped(graph: Any) -> None:
+        for handle in [graph.handle() for _ in range(bench.nodes)]:
+            graph.begin_if(handle)
+            step()
+            graph.end_if()
+
+    def taken(graph: Any) -> None:
+        for handle in [graph.handle() for _ in range(bench.nodes)]:
+            setter(handle)
+            graph.begin_if(handle)
+            step()
+            graph.end_if()
+
+    plain = bench.graph_of([setter, step] * bench.nodes)
+    ways = {"no nodes": plain, "taken": bench.conditional_graph(taken), "skipped": bench.conditional_graph(skipped)}
+    for name, runs in (("taken", bench.nodes), ("skipped", 0)):
+        ran.zero_()
+        ways[name]()
+        if int(ran) != runs:
+            yield head(NODES, name, "IF node") | {"refused": f"{int(ran)} bodies of {bench.nodes} ran, expected {runs}"}
+            return
+    times = bench.times(ways)
+    extra = [a - b for a, b in zip(times["taken"], times["no nodes"], strict=True)]
+    yield head(NODES, "taken, over the same launches", "IF node") | middle(extra, bench.nodes)
+    yield head(NODES, "skipped", "IF node") | middle(times["skipped"], bench.nodes)
+    yield head(NODES, "exit and a small kernel", "no nodes") | middle(times["no nodes"], bench.nodes)
+
+
+def empty_records(bench: Bench) -> Iterator[Record]:
+    """Microseconds of an encoder kernel in a graph that finds no token present."""
+    rows, width, dtype = max(bench.batches), bench.width, bench.dtypes[0]
+    tokens = rows * bench.length
+    nobody, none = bench.ints([-1] * rows), bench.ints([0] * (rows + 1))
+    weight, norm = bench.random(width, width, dtype=dtype), bench.random(width, dtype=dtype)
+    x, out, qkv = (weight.new_zeros(tokens, size) for size in (width, width, 3 * width))
+    run = {"backend": bench.encoder}
+    launches: dict[str, Call] = {
+        "rows_linear": lambda: rows_linear(x, weight, norm, none, out, **run),
+        "rows_attention": lambda: rows_attention(qkv, none, nobody, HEADS, bench.length, out, **run),
+        "rows_add_norm": lambda: rows_add_norm(x, out, norm, norm, 1e-5, none, out, **run),
+    }
+    times = bench.times({name: bench.graph_of([call] * bench.nodes) for name, call in launches.items()})
+    for name, found in times.items():
+        fields = {"shape": f"T {tokens}, H {width}", "dtype": dtype, "backend": bench.encoder}
+        yield head(EMPTY, "no token present", name, **fields) | middle(found, bench.nodes)
+
+
+def body_records(bench: Bench) -> Iterator[Record]:
+    """Which of the libraries' kernels may stand in the body of an IF node, with their right answers."""
+    for dtype in bench.dtypes:
+        for name, build in BODIES_TRIED.items():
+            record = head(BODIES, "in the body of an IF node", name, dtype=dtype)
+            try:
+                yield record | {"works": True} | _in_body(bench, build(bench, dtype))
+            except NotMeasuredError:
+                raise
+            except (RuntimeError, NotImplementedError, AttributeError) as error:
+                yield record | {"works": False, "why": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+
+
+def _in_body(bench: Bench, call: Callable[[], Tensor]) -> Record:
+    setter, want = Setter(bench), call().float()
+    out = torch.zeros_like(want)
+
+    def record(graph: Any) -> None:
+        handle = graph.handle()
+        setter(handle)
+        graph.begin_if(handle)
+        out.copy_(call())
+        graph.end_if()
+
+    def warm_up() -> None:
+        setter()
+        out.copy_(call())
+
+    replay = bench.conditional_graph(record, warm_up)
+    out.zero_()
+    replay()
+    off = float((out - want).abs().max())
+    if not off <= TOLERANCE * float(want.abs().max()):
+        raise RuntimeError(f"its answer is {off:.2g} off")
+    times = bench.times({"in a body": replay, "alone": bench.graph_of([call])})
+    return middle(times["in a body"]) | beside(times["in a body"], times["alone"], "in a plain graph")
+
+
+def _linear(bench: Bench, dtype: str) -> Callable[[], Tensor]:
+    x, weight = bench.random(TOKENS, bench.width, dtype=dtype), bench.random(bench.width, bench.width, dtype=dtype)
+    return functools.partial(F.linear, x, weight, weight[0])
+
+
+def _attention(bench: Bench, dtype: str) -> Callable[[], Tensor]:
+    q = bench.random(1, HEADS, TOKENS, bench.width // HEADS, dtype=dtype)
+    backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+
+    def run() -> Tensor:
+        with torch.nn.attention.sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    return run
+
+
+def _grouped(bench: Bench, dtype: str) -> Callable[[], Tensor]:
+    x, weight = bench.random(TOKENS, bench.width, dtype=dtype), bench.random(1, bench.width, bench.width, dtype=dtype)
+    return functools.partial(torch._grouped_mm, x, weight.transpose(1, 2), offs=bench.ints([TOKENS]))
+
+
+BODIES_TRIED: dict[str, Callable[[Bench, str], Callable[[], Tensor]]] = {
+    "cuBLAS": _linear,
+    "flash attention": _attention,
+    "grouped_mm": _grouped,
+}

@@ -1,0 +1,126 @@
+"""What the engines promise, held to: no synchronisation but one, and a row's bits whoever shares its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.end_to_end import models
+from benchmarks.end_to_end.engines import FAMILY_LAYERS, GRAPH, engine_model
+from benchmarks.end_to_end.forced import rule_for
+from benchmarks.end_to_end.models import Model
+from benchmarks.end_to_end.workloads import Fixed, padded
+from benchmarks.gpu.bench import Bench, Record, head
+from benchmarks.gpu.calls import calls_of, launches, synchronisations
+from benchmarks.gpu.goals import line
+from benchmarks.gpu.whole import HALF, SUBJECT
+
+SYNCS, BITS = "gpu_synchronisations", "gpu_bits"
+ENGINES = (GRAPH, FAMILY_LAYERS)
+WARM_UPS = 3
+#: Rows of a batch, and how many share one when they run again.
+ROWS, TOGETHER = 128, (1, 8, 32)
+
+
+def sync_records(bench: Bench) -> Iterator[Record]:
+    """How often the host waits for the device in a batch, with a mask and without, and what debug mode says of it."""
+    if wrong := _miscounted(bench):
+        yield head(SYNCS, "host synchronisations", "profiler") | {"not_measured": wrong}
+        return
+    dtype, rows = bench.dtypes[0], bench.batches[len(bench.batches) // 2]
+    for engine in ENGINES:
+        model, batch = _ready(bench, engine, dtype, rows)
+        for given, inputs in (("with a mask", batch), ("without a mask", {"input_ids": batch["input_ids"]})):
+            fields = {"shape": Fixed(rows, bench.length).name, "dtype": dtype, "backend": model.backend}
+            record = head(SYNCS, f"host synchronisations, {given}", engine, **fields)
+            run = _run(model, inputs)
+            for _ in range(WARM_UPS):
+                run()
+            counted = calls_of(run)
+            record |= {"syncs": synchronisations(counted), "launches": launches(counted)}
+            record |= {"silent_in_debug_mode": not (said := _in_debug_mode(run)), "debug_mode": said}
+            yield record | (line("host synchronisations a batch", record) if engine == GRAPH else {})
+
+
+def _miscounted(bench: Bench) -> str:
+    """Why the profiler's counts aren't to be trusted, or empty."""
+    one = torch.ones(1, device=bench.device)
+    one.add_(1)
+    counted = calls_of(lambda: one.add_(1).item())
+    if launches(counted) and synchronisations(counted):
+        return ""
+    return f"the profiler doesn't show the launch and the synchronisation of a small program, but {dict(counted)}"
+
+
+def _in_debug_mode(run: Callable[[], Any]) -> str:
+    """What torch says where a call synchronises; empty where none does."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def _ready(bench: Bench, engine: str, dtype: str, rows: int) -> tuple[Model, dict[str, Tensor]]:
+    """A model in which rows leave everywhere, and a batch."""
+    subject = models.subject(SUBJECT, dtype)
+    (batch,) = Fixed(rows, bench.length).build(subject).batches
+    model = engine_model(subject, engine)
+    with torch.inference_mode():
+        model.set_criterion(rule_for(HALF, subject.model.trace(**batch), trained=False))
+    return model, batch
+
+
+def _run(model: Model, batch: dict[str, Tensor]) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(**batch)
+
+    return run
+
+
+def bit_records(bench: Bench) -> Iterator[Record]:
+    """Rows of many lengths in one batch of the graph engine, and again in smaller ones, alone also without padding."""
+    for dtype in ("float32", *bench.dtypes):
+        subject = models.subject(SUBJECT, dtype)
+        rows = min(ROWS, 2 * max(bench.batches))
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(2, bench.length + 1, (rows,), generator=generator).tolist()
+        lengths[0] = bench.length
+        ids = [torch.randint(1, subject.vocabulary, (n,), generator=generator).to(models.device()) for n in lengths]
+        model, batch = engine_model(subject, GRAPH), padded(ids)
+        with torch.inference_mode():
+            model.set_criterion(rule_for(HALF, subject.model.trace(**batch), trained=False))
+            whole = model(**batch)
+            record = head(BITS, f"in {', '.join(map(str, TOGETHER))} and {rows}", GRAPH, dtype=dtype)
+            record |= {"backend": model.backend, "shape": Fixed(rows, bench.length).name}
+            different = set[int]().union(*(_differing(model, whole, *part) for part in _parts(batch, ids)))
+        record |= {"rows": rows, "different": len(different)}
+        record |= {"mean_exit_layer": round(float(whole.exit_layer.double().mean()), 3)}
+        yield record | line("rows whose bits differ alone and in 8, 32 and 128", record)
+
+
+def _parts(batch: dict[str, Tensor], ids: Sequence[Tensor]) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    """The rows of a batch in smaller ones: its parts as they are, and each row alone without padding."""
+    rows = len(ids)
+    for size in TOGETHER:
+        for start in range(0, rows, size):
+            part = range(start, min(start + size, rows))
+            yield part, {name: x[part.start : part.stop] for name, x in batch.items()}
+    for row, own in enumerate(ids):
+        yield range(row, row + 1), {"input_ids": own[None], "attention_mask": torch.ones_like(own)[None]}
+
+
+def _differing(model: Model, whole: Any, rows: range, batch: dict[str, Tensor]) -> set[int]:
+    """The rows of a part that are answered otherwise than in the whole batch."""
+    out = model(**batch)
+    logits, exits = whole.logits[rows.start : rows.stop], whole.exit_layer[rows.start : rows.stop]
+    same = (out.logits.view(torch.int32) == logits.view(torch.int32)).all(dim=1) & (out.exit_layer == exits)
+    return {rows.start + i for i in (~same).nonzero()[:, 0].tolist()}

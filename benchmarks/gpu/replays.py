@@ -1,0 +1,110 @@
+"""Random batches through the graph engine of a small model: what compute-sanitizer watches.
+
+    python -m benchmarks.gpu.replays --replays 1000
+    python -m benchmarks.gpu.replays --replays 20 --launched    # the same loop launched by the host, without a graph
+
+Every so often an answer is held to the eager engine's on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.end_to_end import models
+from benchmarks.end_to_end.engines import GRAPH, engine_model
+from benchmarks.end_to_end.forced import per_exit_entropy
+from benchmarks.end_to_end.models import Model, Subject, random_subject
+from benchmarks.end_to_end.workloads import padded
+from earlyexit_kernels.backends import resolve
+from earlyexit_kernels.criteria import Entropy
+from earlyexit_kernels.graphs import bucket_of
+from earlyexit_kernels.resident import ResidentLoop
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+SMALL = {"vocab_size": 200, "max_position_embeddings": 64, "initializer_range": 0.15}
+MOST_ROWS, LONGEST = 16, 48
+#: An answer is checked this often, and may be this far off float32 on the CPU.
+EVERY, TOLERANCE = 25, 1e-3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replay, and say how many answers were checked; 1 where one is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--replays", type=int, default=1000)
+    parser.add_argument("--launched", action="store_true", help="no graph: each kernel is launched by the host")
+    args = parser.parse_args(arguments)
+    with torch.inference_mode():
+        checked, wrong = replay(args.replays, launched=args.launched)
+    print(f"{args.replays} replays, {checked} batches checked, {len(wrong)} wrong {' '.join(wrong[:5])}")
+    return 1 if wrong else 0
+
+
+def replay(replays: int, *, launched: bool = False) -> tuple[int, list[str]]:
+    """Run batches; how many answers were checked, and what is wrong with them."""
+    subject = random_subject("small", **SIZES, **SMALL)
+    rule = _rule(subject)
+    model = engine_model(subject, GRAPH)
+    model.set_criterion(rule)
+    on_cpu = copy.deepcopy(subject.model).cpu()
+    on_cpu.set_engine("eager")
+    on_cpu.set_criterion(rule)
+    loop = _loop(model) if launched else None
+    checked, wrong, layers = 0, [], set[int]()
+    for number, batch in enumerate(_batches(replays)):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if loop is None:
+            out = model(**batch)
+            logits, exits = out.logits, out.exit_layer
+        else:
+            loop.load(ids, mask, None, None)
+            loop.launch()
+            logits, exits = loop.answers[: len(ids)], loop.exit_layer[: len(ids)]
+        if number % EVERY and number != replays - 1:
+            continue
+        checked += 1
+        want = on_cpu(**{name: x.cpu() for name, x in batch.items()})
+        layers |= set(exits.tolist())
+        off = float((logits.cpu() - want.logits).abs().max())
+        if not (off <= TOLERANCE and torch.equal(exits.cpu(), want.exit_layer)):
+            wrong.append(f"batch {number}: {exits.tolist()} for {want.exit_layer.tolist()}, {off:.2g} off;")
+    if len(layers) < 2:
+        wrong.append(f"all rows left at {layers}, expected several layers")
+    return checked, wrong
+
+
+def _loop(model: Model) -> ResidentLoop:
+    kind = models.device()
+    return ResidentLoop(
+        model.parts, bucket_of(MOST_ROWS, LONGEST), resolve("auto", kind, ("triton", "torch")), model.backend
+    )
+
+
+def _rule(subject: Subject) -> Entropy:
+    """Thresholds that a third of some rows are below at every exit, between two of their entropies."""
+    (batch,) = _batches(1, rows=MOST_ROWS)
+    entropy = per_exit_entropy(subject.model.trace(**batch).logits).sort(dim=0).values
+    third = len(entropy) // 3
+    return Entropy(threshold=entropy[third - 1 : third + 1, :-1].mean(dim=0).tolist())
+
+
+def _batches(number: int, rows: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Seeded batches of random sizes and lengths, or of just so many rows."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for _ in range(number):
+        lengths = [draw(1, LONGEST) for _ in range(rows or draw(1, MOST_ROWS))]
+        ids = [torch.randint(1, SMALL["vocab_size"], (n,), generator=generator) for n in lengths]
+        yield padded([row.to(models.device()) for row in ids])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The sections of ``make gpu-check``, in the order they run: what the others build on, and what fails alone, first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from benchmarks.gpu import exits, nodes, products, promises, whole
+from benchmarks.gpu.bench import Bench, Record
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the measurements, resumed as a whole.
+
+    Attributes:
+        records: yields them.
+        seconds: it may take at most; what it has by then is kept, and it is tried again in another run.
+    """
+
+    records: Callable[[Bench], Iterator[Record]]
+    seconds: int
+
+
+SECTIONS: dict[str, Section] = {
+    "empty_launches": Section(nodes.empty_records, 60),
+    "nodes": Section(nodes.node_records, 60),
+    "exit_step": Section(exits.step_records, 120),
+    "mean_pooling": Section(exits.mean_records, 60),
+    "bits": Section(promises.bit_records, 120),
+    "synchronisations": Section(promises.sync_records, 60),
+    **{name: Section(whole.section(name), 150) for name in whole.CASES},
+    "conditional": Section(whole.conditional_records, 90),
+    "fastest": Section(whole.fastest_records, 120),
+    "products": Section(products.records, 120),
+    "bodies": Section(nodes.body_records, 60),
+}

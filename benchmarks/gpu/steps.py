@@ -1,0 +1,178 @@
+"""What ``make gpu-check`` starts: the build, the tests, and the process that measures."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.gpu.bench import Record, head
+from benchmarks.gpu.card import ROOT
+
+MARK = "mark.gpu"
+TEST_PROCESSES = 4
+TAIL = 12
+
+
+class Outcome(NamedTuple):
+    """What a step gave.
+
+    Attributes:
+        records: all that it got to.
+        failed: why it didn't come to its end, or empty.
+    """
+
+    records: Sequence[Record]
+    failed: str = ""
+
+
+def build(seconds: float) -> Outcome:
+    """Compile the extension in place for the card that is here."""
+    major, minor = torch.cuda.get_device_capability(0)
+    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "MAX_JOBS": str(os.cpu_count() or 1)}
+    code, output = run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, environment)
+    said = " ".join(line for line in output.splitlines() if line.startswith("earlyexit_kernels: "))
+    record = head("gpu_build", "extension", "build") | {"said": said, "capability": f"{major}.{minor}"}
+    if code == 0:
+        return Outcome([record])
+    print(output, file=sys.stderr)
+    return Outcome([record], f"the build {_ending(code)}: {_tail(output, 1)}")
+
+
+def tests(seconds: float) -> Outcome:
+    """Run the tests that want a GPU."""
+    record = head("gpu_tests", "tests on the GPU", "pytest")
+    if importlib.util.find_spec("pytest") is None:
+        return Outcome([record | {"not_measured": "pytest isn't installed"}])
+    files = [str(path) for path in sorted((ROOT / "python_tests").glob("test_*.py")) if MARK in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-ra", *files]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+    code, output = run(command, seconds, {})
+    counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", _tail(output, 1))}
+    record |= counted
+    if code == 0:
+        return Outcome([record])
+    print(output, file=sys.stderr)
+    if code == 1:
+        broken = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+        return Outcome([record | {"refused": f"{len(broken)} tests fail: {', '.join(broken)}"}])
+    return Outcome([record], f"pytest {_ending(code)}: {_tail(output, 1)}")
+
+
+def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
+    """Exit status, None where the time was up, and what was printed."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        _kill(process)
+        return None, process.communicate()[0]
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """A process that was started as the first of a session, and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _ending(code: int | None) -> str:
+    return "took too long" if code is None else f"ended with status {code}"
+
+
+def _tail(output: str, lines: int = TAIL) -> str:
+    return "\n".join([line for line in output.splitlines() if line.strip()][-lines:])
+
+
+class Worker:
+    """The process that measures, started when first asked, and again after one that ended.
+
+    Args:
+        command: that serves as `benchmarks.gpu.worker` does.
+    """
+
+    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu.worker")) -> None:
+        self.command = command
+        self.process: subprocess.Popen[str] | None = None
+        self.lines: queue.Queue[str] = queue.Queue()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def ask(self, name: str, seconds: float) -> Outcome:
+        """Run a section.
+
+        Args:
+            name: of `SECTIONS`.
+            seconds: after which it is stopped.
+        """
+        if self.process is None:
+            self._start()
+        process, end = self.process, time.monotonic() + seconds
+        assert process is not None and process.stdin is not None
+        records: list[Record] = []
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                self.stop()
+                return Outcome(records, f"stopped after {seconds:.0f} s")
+            if not line:
+                self.process = None
+                return Outcome(records, f"the process ended with status {process.wait()}; its message is above")
+            message = json.loads(line)
+            if "record" in message:
+                records.append(message["record"])
+                continue
+            if message["end"]:
+                self.stop()
+            return Outcome(records, message["end"])
+
+    def stop(self) -> None:
+        """End the process, whatever it is at."""
+        if self.process is not None:
+            _kill(self.process)
+            self.process.wait()
+            self.process = None
+
+    def _start(self) -> None:
+        self.lines = queue.Queue()
+        self.process = subprocess.Popen(
+            self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        threading.Thread(target=_forward, args=(self.process.stdout, self.lines), daemon=True).start()
+
+
+def _forward(stdout: Any, lines: queue.Queue[str]) -> None:
+    """Lines as they come, and an empty one where they end."""
+    for line in stdout:
+        lines.put(line)
+    lines.put("")

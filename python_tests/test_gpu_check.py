@@ -1,0 +1,366 @@
+"""``make gpu-check`` and ``make gpu-sanitize``: what they keep, what they do again, and what they make of failures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_gpu import captures, gpu  # noqa: F401  fixtures
+
+from benchmarks import store
+from benchmarks.end_to_end.models import NotMeasuredError
+from benchmarks.gpu import card, check, goals, replays, sanitize, steps, tables, worker
+from benchmarks.gpu.bench import Bench, head
+from benchmarks.gpu.check import Step
+from benchmarks.gpu.sections import SECTIONS, Section
+from benchmarks.gpu.steps import Outcome, Worker
+
+
+class Clock:
+    """Moves when it is told to, in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """``driver(steps, ...)``: a run that writes to a folder of its own, and how long each step was given."""
+    monkeypatch.setattr(card, "facts", lambda: {"gpu": "Fake", "nvidia_smi": {"driver_version": "580.1"}})
+    monkeypatch.setattr(card, "fingerprint", lambda: driver.sources)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake")
+    clock, driver_ran = Clock(), []
+
+    def driver(outcomes, *, takes=10.0, minutes=9.0, redo=False, always=()):
+        def step(name, outcome):
+            def run(seconds):
+                driver_ran.append((name, seconds))
+                clock.now += takes
+                return outcome
+
+            return Step(run, 100, name in always)
+
+        driver_ran.clear()
+        wanted = {name: step(name, outcome) for name, outcome in outcomes.items()}
+        return check.check(wanted, minutes=minutes, redo=redo, results=tmp_path, now=clock)
+
+    driver.sources, driver.ran, driver.results = "aaaa", driver_ran, tmp_path
+    return driver
+
+
+def good(name, **fields) -> Outcome:
+    return Outcome([head(f"gpu_{name}", name, "ours") | {"median_ms": 1.0} | fields])
+
+
+def document(driver) -> dict:
+    (found,) = store.documents(driver.results).values()
+    return found
+
+
+def test_what_is_measured_is_kept_and_not_measured_again(driver):
+    summary = driver({"a": good("a"), "b": good("b")})
+    assert summary.done == ["a", "b"] and not summary.failed
+    assert {record["suite"] for record in document(driver)["records"]} == {"gpu_a", "gpu_b"}
+    facts = document(driver)["suites"]["gpu_a"]
+    assert facts["finished"] and facts["sources"] == "aaaa" and facts["gpu"] == "Fake" and "commit" in facts
+    summary = driver({"a": good("a"), "b": good("b"), "c": good("c")})
+    assert summary.there == ["a", "b"] and summary.done == ["c"] and [name for name, _ in driver.ran] == ["c"]
+    assert driver({"a": good("a")}, redo=True).done == ["a"]
+    assert driver({"a": good("a")}, always=("a",)).done == ["a"]
+    driver.sources = "bbbb"
+    assert driver({"a": good("a"), "c": good("c")}).done == ["a", "c"], "other sources are measured anew"
+
+
+def test_failures_are_kept_and_tried_again(driver):
+    partly = Outcome(good("a").records, "the process ended with status -6; its message is above")
+    summary = driver({"a": partly, "b": good("b")})
+    assert summary.failed == ["a"] and summary.done == ["b"]
+    first, rest = document(driver)["records"][:2]
+    assert first["median_ms"] == 1.0 and "status -6" in rest["not_measured"]
+    assert "failed, to be tried again: a" in str(summary)
+    assert driver({"a": good("a"), "b": good("b")}).done == ["a"]
+    assert len(document(driver)["records"]) == 2
+
+
+def test_what_there_is_no_time_for_is_left(driver):
+    summary = driver({name: good(name) for name in "abcd"}, takes=50, minutes=2)
+    assert summary.done == ["a", "b"] and summary.late == ["c", "d"]
+    assert driver.ran == [("a", 100), ("b", 70)], "no step is given more than is left"
+    assert "left for the next run: c, d" in str(summary)
+
+
+def test_refusals_are_named_at_the_end(driver, capsys):
+    wrong = Outcome([head("gpu_a", "a", "ours") | {"refused": "answers are 3 off"}])
+    summary = driver({"a": wrong, "b": good("b", entry=[(128, "graph")])})
+    assert "refused: suite=gpu_a case=a engine=ours refused=answers are 3 off" in str(summary)
+    assert "'Fake': ((128, 'graph'),)," in capsys.readouterr().out
+
+
+def test_the_plan_builds_tests_and_measures():
+    plan = check.plan(SimpleNamespace(ask=lambda name, seconds: (name, seconds)))
+    assert list(plan) == ["build", "tests", *SECTIONS] and plan["build"].always
+    assert plan["bits"].run(3.0) == ("bits", 3.0)
+
+
+def test_without_a_gpu_nothing_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check.main([]) == 2 and sanitize.main([]) == 2
+    assert "torch sees none" in capsys.readouterr().err
+
+
+def test_all_of_it_with_stand_ins(monkeypatch, driver, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(store, "RESULTS", driver.results)
+    monkeypatch.setattr(store, "machine_name", lambda: "fake-gpu")
+    monkeypatch.setattr(check, "rewrite_readme", lambda: None)
+    monkeypatch.setattr(check, "plan", lambda worker: {"bits": Step(lambda seconds: good("bits"), 9)})
+    assert check.main(["--section", "bits"]) == 0
+    assert "measured: bits" in capsys.readouterr().out
+    monkeypatch.setattr(check, "plan", lambda worker: {"bits": Step(lambda seconds: Outcome([], "broke"), 9)})
+    assert check.main(["--redo"]) == 1
+
+
+SERVES = """
+import json, os, sys, time
+for line in sys.stdin:
+    name = line.strip()
+    print(json.dumps({"record": {"case": name}}), flush=True)
+    if name == "dies":
+        os._exit(7)
+    if name == "hangs":
+        time.sleep(600)
+    print(json.dumps({"end": "RuntimeError: no" if name == "fails" else ""}), flush=True)
+"""
+
+
+def test_a_process_that_dies_or_hangs_is_started_again():
+    with Worker([sys.executable, "-c", SERVES]) as served:
+        assert served.ask("one", 60) == Outcome([{"case": "one"}])
+        first = served.process
+        assert served.ask("two", 60).failed == "" and served.process is first
+        assert served.ask("dies", 60) == Outcome(
+            [{"case": "dies"}], "the process ended with status 7; its message is above"
+        )
+        assert served.ask("three", 60).failed == ""
+        assert served.ask("fails", 60) == Outcome([{"case": "fails"}], "RuntimeError: no")
+        assert served.process is None
+        found = served.ask("hangs", 3)
+        assert found.failed == "stopped after 3 s" and served.process is None
+        assert served.ask("four", 60) == Outcome([{"case": "four"}])
+        last = served.process
+    assert last.poll() is not None
+
+
+def said_by(monkeypatch, tmp_path, name, records) -> tuple[bool, list[dict]]:
+    """What the process writes for a section."""
+    monkeypatch.setattr(Bench, "here", classmethod(lambda cls: None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setitem(SECTIONS, name, Section(records, 9))
+    with open(tmp_path / "reply", "w") as reply:
+        fit = worker.run(name, reply)
+    return fit, [json.loads(line) for line in (tmp_path / "reply").read_text().splitlines()]
+
+
+def test_a_section_ends_well_or_says_why(monkeypatch, tmp_path):
+    def works(bench):
+        yield {"case": "a"}
+
+    def cannot(bench):
+        yield {"case": "a"}
+        raise NotMeasuredError("no text")
+
+    def breaks(bench):
+        yield {"case": "a"}
+        raise RuntimeError("illegal memory access\nmore")
+
+    fit, lines = said_by(monkeypatch, tmp_path, "good", works)
+    assert fit and lines == [{"record": {"case": "a"}}, {"end": ""}]
+    fit, lines = said_by(monkeypatch, tmp_path, "some", cannot)
+    assert fit and lines[1]["record"]["not_measured"] == "no text" and lines[1]["record"]["suite"] == "gpu_some"
+    fit, lines = said_by(monkeypatch, tmp_path, "bad", breaks)
+    assert not fit and lines[-1] == {"end": "RuntimeError: illegal memory access"}
+
+
+def test_the_process_measures_nothing_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with Worker() as served:
+        found = served.ask("nodes", 300)
+    assert found.failed == "" and found.records[0]["not_measured"] == "torch sees no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "expected"),
+    [
+        (0, "building\nearlyexit_kernels: EARLYEXIT_BUILD=auto: CPU and CUDA kernels\ndone", ""),
+        (1, "nvcc fatal: unsupported", "the build ended with status 1: nvcc fatal: unsupported"),
+        (None, "still at it", "the build took too long: still at it"),
+    ],
+)
+def test_the_build_is_for_the_card_that_is_here(monkeypatch, code, output, expected):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments) or (code, output))
+    found = steps.build(60)
+    assert found.failed == expected and found.records[0]["capability"] == "9.0"
+    assert asked[0][2]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert ("CUDA kernels" in found.records[0]["said"]) == (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "fields", "failed"),
+    [
+        (0, "....\n40 passed, 2 skipped in 3.1s", {"passed": 40, "skipped": 2}, ""),
+        (
+            1,
+            "FAILED python_tests/test_gpu.py::test_a - x\n1 failed, 3 passed in 2s",
+            {"failed": 1, "passed": 3, "refused": "1 tests fail: python_tests/test_gpu.py::test_a"},
+            "",
+        ),
+        (2, "INTERNALERROR", {}, "pytest ended with status 2: INTERNALERROR"),
+        (None, "....", {}, "pytest took too long: ...."),
+    ],
+)
+def test_the_tests_are_counted(monkeypatch, code, output, fields, failed):
+    asked = []
+    monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments[0]) or (code, output))
+    found = steps.tests(60)
+    assert found.failed == failed and found.records[0].items() >= fields.items()
+    assert any(path.endswith("test_gpu.py") for path in asked[0]) and "gpu" in asked[0]
+
+
+def test_missing_pytest_is_said(monkeypatch):
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
+    assert steps.tests(60).records[0]["not_measured"] == "pytest isn't installed"
+
+
+def test_a_command_is_stopped_in_time():
+    code, output = steps.run([sys.executable, "-c", "print('x', flush=True); import time; time.sleep(600)"], 3, {})
+    assert code is None and output == "x\n"
+    assert steps.run([sys.executable, "-c", "import os; print(os.environ['A'])"], 60, {"A": "b"}) == (0, "b\n")
+
+
+def test_sources_have_a_fingerprint(tmp_path):
+    (tmp_path / "earlyexit_kernels").mkdir()
+    source = tmp_path / "earlyexit_kernels" / "a.py"
+    source.write_text("x = 1\n")
+    first = card.fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("text\n")
+    assert card.fingerprint(tmp_path) == first and len(first) == 12
+    source.write_text("x = 2\n")
+    assert card.fingerprint(tmp_path) != first
+
+
+def test_nvidia_smi_is_asked_where_it_is(monkeypatch):
+    answer = ", ".join(str(number) for number in range(len(card.ASKED)))
+    monkeypatch.setattr(card.shutil, "which", lambda name: "there")
+    run = {"returncode": 0, "stdout": f"{answer}\n"}
+    monkeypatch.setattr(card.subprocess, "run", lambda *_, **__: SimpleNamespace(**run))
+    assert card.smi()["driver_version"] == "0" and len(card.smi()) == len(card.ASKED)
+    run["returncode"] = 9
+    assert card.smi() == {}
+    monkeypatch.setattr(card.shutil, "which", lambda name: None)
+    assert card.smi() == {}
+
+
+def test_the_cards_facts(gpu):  # noqa: F811
+    assert card.facts()["capability"] == "9.0" and card.facts()["memory_gib"] == 1.0
+
+
+RIGHT = "1000 replays, 40 batches checked, 0 wrong "
+WRONG = RIGHT.replace("0 wrong", "2 wrong")
+MEMCHECK = "========= COMPUTE-SANITIZER\n{}\n========= ERROR SUMMARY: {} errors\n"
+REFUSED = "========= Error: Device not supported. Please refer to the list"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "expected"),
+    [
+        (0, MEMCHECK.format(RIGHT, 0), {"errors": 0, "goal_met": True, "said": RIGHT}),
+        (
+            sanitize.ERROR_STATUS,
+            "========= Invalid __global__ write of size 4 bytes\n" + MEMCHECK.format(RIGHT, 3),
+            {"errors": 3, "goal_met": False, "first": "Invalid __global__ write of size 4 bytes"},
+        ),
+        (
+            0,
+            f"{RIGHT}\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n",
+            {"errors": 0, "goal_met": True},
+        ),
+        (1, MEMCHECK.format(WRONG, 0), {"refused": WRONG}),
+        (1, REFUSED, {"not_measured": f"compute-sanitizer refuses the device: {REFUSED}"}),
+        (None, "", {"not_measured": "it took too long"}),
+        (139, "Segmentation fault", {"not_measured": "no summary was printed; the status is 139: Segmentation fault"}),
+    ],
+)
+def test_what_compute_sanitizer_says(status, output, expected):
+    found = sanitize.record_of(
+        "1000 replays", sanitize.PASSES["1000 replays"], lambda *_: (status, output), "compute-sanitizer"
+    )
+    assert found.items() >= expected.items() and found["suite"] == sanitize.SUITE
+
+
+def test_compute_sanitizer_may_be_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert sanitize.find_tool() is None
+    found = sanitize.record_of("50 replays", next(iter(sanitize.PASSES.values())))
+    assert "isn't on PATH" in found["not_measured"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "compute-sanitizer").touch()
+    assert sanitize.find_tool() == str(tmp_path / "bin" / "compute-sanitizer")
+
+
+def test_all_passes_are_recorded(monkeypatch, driver, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(store, "RESULTS", driver.results)
+    monkeypatch.setattr(store, "machine_name", lambda: "fake-gpu")
+    monkeypatch.setattr(sanitize, "record_of", lambda name, each: head(sanitize.SUITE, name, each.tool) | {"errors": 0})
+    assert sanitize.main([]) == 0
+    assert [record["case"] for record in document(driver)["records"]] == list(sanitize.PASSES)
+    monkeypatch.setattr(sanitize, "record_of", lambda name, each: head(sanitize.SUITE, name, each.tool) | {"errors": 2})
+    assert sanitize.main(["--only", "racecheck"]) == 1
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_replays_are_checked(gpu, launched, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(replays, "EVERY", 2)
+    monkeypatch.setattr(replays, "resolve", lambda *_: "torch")
+    monkeypatch.setattr(replays, "ResidentLoop", lambda parts, bucket, *_: loop_on_cpu(parts, bucket))
+    assert replays.main(["--replays", "4", *["--launched"] * launched]) == 0
+    assert capsys.readouterr().out == "4 replays, 3 batches checked, 0 wrong \n"
+
+
+def loop_on_cpu(parts, bucket):
+    from earlyexit_kernels.resident import ResidentLoop
+
+    return ResidentLoop(parts, bucket, "torch", "torch")
+
+
+def test_wrong_replays_are_found(gpu, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(replays, "TOLERANCE", -1.0)
+    checked, wrong = replays.replay(2)
+    assert checked == 2 and len(wrong) == 2
+
+
+def test_tables_say_what_was_reached_and_what_is_missing(driver):
+    assert tables.bar_table(driver.results) == tables.TO_BE_MEASURED == tables.details_table(driver.results)
+    ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "baseline": "torch.compile", "dtype": "float16"}
+    bar = "mean depth 6 over torch.compile, B 32"
+    reached = good("a", **ratio, exits="uniform, 50 %", **goals.line(bar, ratio))
+    missing = Outcome([head("gpu_b", "b", "grouped_mm") | {"not_measured": "no such thing"}])
+    driver({"a": reached, "b": missing, "c": good("c", dtype="float16")})
+    text = tables.bar_table(driver.results)
+    (line,) = [line for line in text.splitlines() if bar in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [bar, "float16", "uniform, 50 %", "0.5 (0.4 to 0.6)", "0.56", "yes"]
+    assert all(bar in text for bar in goals.GOALS) and "| not measured |" in text and "driver 580.1:" in text
+    assert "- Not measured: b, grouped_mm: no such thing." in text
+    details = tables.details_table(driver.results)
+    assert "| c " in details and bar not in details
