@@ -15,7 +15,7 @@ PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-compare build clean setup
+.PHONY: help demo test lint bench bench-compare gpu-check gpu-sanitize build clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -43,6 +43,12 @@ bench: setup $(VENV)/.peers ## measure this machine: JSON, plots and the READMEs
 bench-compare: setup ## time this version beside another in turns: make bench-compare BASE=<git ref>
 	@echo "comparing with $(BASE)"
 	@$(PY) -m benchmarks.compare $(BASE) $(ARGS)
+
+gpu-check: ## build, test and measure for the GPU that is here within nine minutes; run again, it goes on (PYTHON=...)
+	@$(PYTHON) -m benchmarks.gpu.check $(ARGS)
+
+gpu-sanitize: ## replay the graph engine under compute-sanitizer, after gpu-check or build (PYTHON=...)
+	@$(PYTHON) -m benchmarks.gpu.sanitize $(ARGS)
 
 build: ## build the extension in place for an environment that has torch (PYTHON=...); needs no network
 	@$(PYTHON) setup.py build_ext --inplace

@@ -22,6 +22,7 @@ from benchmarks.accuracy import tables as accuracy
 from benchmarks.accuracy.tables import NOT_MEASURED
 from benchmarks.end_to_end import tables as end_to_end
 from benchmarks.end_to_end.tables import machine_line
+from benchmarks.gpu import tables as gpu
 from benchmarks.micro import layer_products
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.grids import settings, skip_settings
@@ -233,6 +234,7 @@ TABLES = {
     "sst2_criteria": sst2_criteria,
     **accuracy.TABLES,
     **end_to_end.TABLES,
+    **gpu.TABLES,
 }
 #: The documents with tables.
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")

@@ -282,3 +282,29 @@ def test_weights_that_change_are_seen(place):
         each.set_criterion(Entropy(threshold=5.0))
     assert_agree(graph(**batch), eager(**batch))
     assert graph(**batch).exit_layer.tolist() == [1] * len(LENGTHS)
+
+
+def test_fixed_depth_is_captured_by_whoever_wants(place):
+    """In a graph of one's own, whose input is copied in; without a GPU the call stands for the replay."""
+    model, batch = ready()
+    eager, _, batch = place.moved(model, batch)
+    fixed, inputs = eager.fixed_depth(), {name: x.flip(0).contiguous() for name, x in batch.items()}
+    expected = eager(**batch)
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            out = fixed(**inputs)
+        side.synchronize()
+        if place.is_gpu:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = fixed(**inputs)
+        for name, x in inputs.items():
+            x.copy_(batch[name])
+        if place.is_gpu:
+            graph.replay()
+        else:
+            out = fixed(**inputs)
+    logits, exit_layer = out
+    assert torch.equal(exit_layer, expected.exit_layer)
+    assert (logits - expected.logits).abs().max() <= 1e-4

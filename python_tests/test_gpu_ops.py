@@ -20,19 +20,21 @@ from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.ops import compact, gather_rows
 
 
-def everywhere(names, cases, backends=("triton", "cpp")):
+def everywhere(names, cases, backends=("triton", "cpp"), compiled=None):
     """All cases on a GPU by each back-end, and some of them on the CPU, which shows that a test runs.
 
     Args:
         names: of the arguments that a case gives.
         cases: tuples of values.
         backends: of the op.
+        compiled: the cases for Triton, where each wants seconds to compile; default: all.
     """
     reasons, params = available_backends("cuda"), []
     for backend in backends:
         reason = reasons[backend] if torch.cuda.is_available() else "needs a CUDA device"
         marks = [pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason)]
-        params += [pytest.param("cuda", backend, *case, marks=marks, id=_id("cuda", backend, *case)) for case in cases]
+        mine = compiled if compiled is not None and backend == "triton" else cases
+        params += [pytest.param("cuda", backend, *case, marks=marks, id=_id("cuda", backend, *case)) for case in mine]
     few = cases[:: max(1, len(cases) // 6)]
     params += [pytest.param("cpu", "torch", *case, id=_id("cpu", *case)) for case in few]
     return pytest.mark.parametrize(("device", "backend", *names), params)
@@ -43,14 +45,18 @@ def _id(*values) -> str:
 
 
 #: Every rule on every kind of input, and one rule in every dtype with one class, many, one row and none.
-CASES = [Case(name, source, torch.float32, 33, max(c for c in RULES[name].classes if c < 100)) for name in RULES
-         for source in SOURCES]  # fmt: skip
+CASES = [
+    Case(name, source, torch.float32, 33, max(c for c in RULES[name].classes if c < 100))
+    for name in RULES
+    for source in SOURCES
+]
 CASES += [Case("entropy", source, dtype, b, c) for source in SOURCES for dtype in DTYPES for b, c in ((1, 2), (7, 17))]
 CASES += [Case("dact", "mean", dtype, 33, 3) for dtype in DTYPES] + [Case("q_exit", "first", DTYPES[0], 0, 3)]
 CASES += [Case("entropy", "mean", torch.float32, 1024, 3), Case("entropy", "mean", torch.float16, 7, 150)]
+FEWER = [case for case in CASES if case.rule == "entropy" or case.source == "mean"]
 
 
-@everywhere(["case"], [(case,) for case in CASES], ("torch", "triton", "cpp"))
+@everywhere(["case"], [(case,) for case in CASES], ("torch", "triton", "cpp"), compiled=[(case,) for case in FEWER])
 def test_exit_step_beside_the_oracle(case, device, backend, count_flips):
     steps.follow(backend, case, count_flips, device)
 

@@ -22,7 +22,7 @@ from benchmarks.gpu.bench import Record, head
 from benchmarks.gpu.card import ROOT
 
 MARK = "mark.gpu"
-TEST_PROCESSES = 4
+TEST_PROCESSES = 8
 TAIL = 12
 
 
@@ -59,7 +59,7 @@ def tests(seconds: float) -> Outcome:
     files = [str(path) for path in sorted((ROOT / "python_tests").glob("test_*.py")) if MARK in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-ra", *files]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(TEST_PROCESSES), "--dist", "loadfile"]
+        command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     code, output = run(command, seconds, {})
     counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", _tail(output, 1))}
     record |= counted
