@@ -151,7 +151,7 @@ def test_a_large_batch_is_one_launch():
 
 
 @pytest.mark.parametrize("pattern", compaction.PATTERNS)
-@pytest.mark.parametrize("b", [0, 1, 33, 1025, 2500])
+@pytest.mark.parametrize("b", [0, 1, 33, 1025, 8192, 8195])
 def test_compact(b, pattern):
     compaction.test_compact(BACKEND, b, pattern)
 

@@ -14,7 +14,7 @@ struct SettleRows {
     const int32_t first = to.offsets[0];
     int32_t present = to.offsets[call.rows] - first;
     if (moving_pays(tokens_of(live), present, to.tile)) {
-      for (int64_t j = threadIdx.x; j <= call.rows; j += blockDim.x) to.old_offsets[j] = to.offsets[j];
+      copy_block(to.offsets, to.old_offsets, call.rows + 1);
       __syncthreads();
       plan_rows(call.row_ids, to.old_offsets, call.row_ids, to.offsets, to.source, call.rows,
                 first == 0 ? to.capacity : 0);
