@@ -1,7 +1,7 @@
 """What the host asks the device on the way from ids to answers: nothing, but for one look at a mask.
 
-The tensors of most of these tests hold no numbers, so that a look at one raises, as on a GPU a synchronisation does where
-they are forbidden. Counts and lengths are as on CUDA.
+The tensors of most of these tests hold no numbers, so that a look at one raises, as on a GPU a synchronisation does
+where they are forbidden. Counts and lengths are as on CUDA.
 """
 
 from __future__ import annotations
