@@ -96,7 +96,7 @@ class LaggedCounts:
         self._tag = torch.full((1,), self._epoch << NUMBER_BITS, dtype=torch.int64, device=device)
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._idle = _IDLE.setdefault((device.type, depth), [])
-        self._words = self._idle.pop() if self._idle else _new_words(depth, device)
+        self._words = _words(self._idle, depth, device)
         self._memory = self._words.numpy()
         self._unknown: deque[int] = deque()
 
@@ -141,10 +141,14 @@ class LaggedCounts:
         return live, tokens
 
 
-def _new_words(depth: int, device: torch.device) -> Tensor:
-    # a tensor of inference mode couldn't be written to by a batch outside of it
-    with torch.inference_mode(False):
-        return torch.zeros(depth, 3, dtype=torch.int64, pin_memory=device.type == "cuda")
+def _words(idle: list[Tensor], depth: int, device: torch.device) -> Tensor:
+    """Memory for a batch's words ``[L, 3]`` int64: one that lies idle, or a new one."""
+    try:
+        return idle.pop()
+    except IndexError:
+        # a tensor of inference mode couldn't be written to by a batch outside of it
+        with torch.inference_mode(False):
+            return torch.zeros(depth, 3, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
 @torch.compiler.disable
