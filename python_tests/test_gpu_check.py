@@ -344,7 +344,7 @@ def loop_on_cpu(parts, bucket):
 
 
 def test_wrong_replays_are_found(gpu, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(replays, "TOLERANCE", -1.0)
+    monkeypatch.setattr(replays, "ROUNDING", -1.0)
     checked, wrong = replays.replay(2)
     assert checked == 2 and len(wrong) == 2
 
