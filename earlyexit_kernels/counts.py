@@ -19,8 +19,9 @@ from torch import Tensor
 #: How many layers the host runs ahead of the counts it knows: with one, the GPU has a layer to run while the host
 #: launches the next, and a large batch carries the rows that have left for no more than a layer.
 LAG = 1
-#: Looks in vain after which other threads get the interpreter, and the GPU is asked whether it still works.
-LOOKS = 256
+#: Looks in vain after which other threads get the interpreter, and after which the GPU is asked whether it still works:
+#: seldom, since that would break the capture of a graph in another thread.
+LOOKS, LOOKS_AT_DEVICE = 2**8, 2**16
 NUMBER_BITS = 32
 LAST_EPOCH = 2**31 - 1
 
@@ -134,8 +135,8 @@ class LaggedCounts:
             looks += 1
             if looks % LOOKS == 0:
                 time.sleep(0)
-                if self._stream is not None:
-                    self._stream.query()  # doesn't wait, and raises what has gone wrong
+            if looks % LOOKS_AT_DEVICE == 0 and self._stream is not None:
+                self._stream.query()  # doesn't wait, and raises what has gone wrong
         live, tokens, self.invalid[layer - 1] = numbers
         return live, tokens
 

@@ -152,7 +152,6 @@ T exchange(T mine, int from) {
 #define gridDim emulator::grid_size
 
 inline void __syncthreads() { emulator::wait_for(emulator::Wait::kBlock); }
-inline void __threadfence() {}
 
 template <class T>
 T __shfl_up_sync(unsigned, T value, int delta) {
@@ -163,13 +162,6 @@ T __shfl_up_sync(unsigned, T value, int delta) {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::exchange(value, emulator::running ^ mask);
-}
-
-template <class T>
-T atomicAdd(T* p, T value) {
-  const T before = *p;
-  *p += value;
-  return before;
 }
 
 template <class T>

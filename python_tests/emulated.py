@@ -21,6 +21,7 @@ CUDA_SYNTAX = (
         r"auto* \1 = reinterpret_cast<float*>(emulator::shared_memory);",
     ),
     (r"__shared__ ", "static "),
+    (r"asm volatile\(\"atom.*?\"memory\"\);", "before = *count, *count += value;"),
     (r"TORCH_LIBRARY_IMPL\(earlyexit_kernels, CUDA,", f"TORCH_LIBRARY_IMPL({NAMESPACE}, CPU,"),
 )
 HEADERS = (
@@ -51,7 +52,7 @@ def translated(folder: Path) -> list[Path]:
     for path in sorted((folder / "csrc" / "cuda").iterdir()):
         text = path.read_text()
         for pattern, replacement in CUDA_SYNTAX:
-            text = re.sub(pattern, replacement, text)
+            text = re.sub(pattern, replacement, text, flags=re.DOTALL)
         path.write_text(text)
         if path.suffix == ".cu":
             path = path.rename(path.with_suffix(".cu.cpp"))

@@ -33,6 +33,16 @@ SETTINGS = {
 SPREAD = {"full_depth": 1, "expectation": 1, "entropy": 3}
 #: One rule of each kind: no state, a state, a scalar of the heads.
 OF_EACH_KIND = ("entropy", "patience", "q_exit")
+#: Heads of each kind: what pools, attends or remembers reads rows without tokens too.
+HEADS = {
+    "dense": {},
+    "first": {"pooling": "first"},
+    "mean": {"pooling": "mean"},
+    "attention": {"method": "fastbert"},
+    "attention, mean": {"method": "fastbert", "pooling": "mean"},
+    "halting": {"method": "palbert"},
+    "dact": {"method": "dact"},
+}
 
 
 def spread(trace, rule):

@@ -59,6 +59,8 @@ def test_a_suite_replaces_its_own_records_only(results):
 
 def test_plots_are_drawn_from_the_records(results):
     pytest.importorskip("matplotlib")
+    profile = {"case": "a", "exits": "never exit", "median_ms": 1.0, "shape": "B 32, S 32", "subject": "BERT-base"}
+    store.save("profile", [{"suite": "profile", **profile}], results=results)
     drawn = plots.write(results)
     assert [path.name.removeprefix(store.machine_name()) for path in drawn] == ["-exits.png", "-never_exit.png"]
     assert tables.goals(results).count("![") == 2

@@ -40,7 +40,7 @@ def in_place_of_torch(ops, monkeypatch):
     for module, table, name in (
         ("exit_step", "_EXIT_STEP", "exit_step"),
         ("compact", "_COMPACT", "compact"),
-        ("compact", "_GATHER_ROWS", "gather_rows"),
+        ("compact", "GATHER_ROWS_OPS", "gather_rows"),
     ):
         module = importlib.import_module(f"earlyexit_kernels.ops.{module}")
         monkeypatch.setitem(getattr(module, table), BACKEND, ops[name])

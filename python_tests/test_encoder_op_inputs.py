@@ -142,7 +142,7 @@ def test_refuses_to_write_over_what_it_reads(op, name, backend):
 @pytest.mark.parametrize("shift", [0, H])
 @on_both
 def test_the_norm_writes_over_a_token_only_where_it_has_its_place(backend, shift):
-    """The one side's place for a token is the other's for the next but three, so another program reads it later."""
+    """Else another program reads later what one has written: by the side that is live, or by a part of a buffer."""
     hidden, arguments = torch.zeros(2 * T + 1, H).view(-1), given("rows_add_norm")
     arguments["residual"] = hidden[shift : shift + T * H].view(T, H)
     arguments["out"] = hidden[: 2 * T * H].view(2 * T, H)

@@ -13,7 +13,7 @@ from models import encoder_of, stock
 from earlyexit_kernels import layers, ops
 from earlyexit_kernels.backbones import adapter_of
 
-#: Activation of a fused layer -> of the ops.
+#: Activation of a weights layer -> of the ops.
 NAMES = {("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh", ("relu", ""): "relu"}
 LAYOUT = Layout((5, 2, 9, 1), left=(1,), rows=6, capacity=20, side=1)
 CASES = [
@@ -24,9 +24,9 @@ CASES = [
 ]
 
 
-def run(layer: layers.FusedLayer, hidden: torch.Tensor, layout: Layout, backend: str) -> None:
+def run(layer: layers.LayerWeights, hidden: torch.Tensor, layout: Layout, backend: str) -> None:
     """One layer, in place, in seven launches; what is between starts as NaN."""
-    qkv_w, qkv_b, out_w, out_b, norm1_w, norm1_b, inner_w, inner_b, outer_w, outer_b, norm2_w, norm2_b = layer.weights
+    qkv_w, qkv_b, out_w, out_b, norm1_w, norm1_b, inner_w, inner_b, outer_w, outer_b, norm2_w, norm2_b = layer.tensors
     offsets, width = layout.offsets, hidden.shape[1]
     qkv, context, mid, inner = (
         hidden.new_full((layout.capacity, n), torch.nan) for n in (3 * width, width, width, len(inner_b))
@@ -52,11 +52,11 @@ def test_as_close_to_float64_as_the_own_layer_of_that_dtype(family, backend, dty
     adapter = adapter_of(family)
     (own,) = adapter.parts(adapter.layers(encoder_of(model))[0])
     exact = copy.deepcopy(own).double()
-    fused = layers.FusedLayer.of(own, adapter.names, model.config.num_attention_heads, "torch")
+    weights = layers.LayerWeights.of(own, adapter.names, model.config.num_attention_heads)
     values = [torch.randn(n, model.config.hidden_size).to(dtype) for n in LAYOUT.lengths]
     hidden = LAYOUT.buffer(values, model.config.hidden_size, dtype, absolute=True)
     with torch.no_grad():
-        run(fused, hidden, LAYOUT, backend)
+        run(weights, hidden, LAYOUT, backend)
         want, theirs = (
             torch.cat([layer(values[i].to(kind)[None], None)[0].double() for i in LAYOUT.live])
             for layer, kind in ((exact, torch.float64), (own, dtype))

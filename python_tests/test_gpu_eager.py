@@ -8,7 +8,7 @@ import warnings
 import pytest
 import textbook
 import torch
-from leaving import LENGTHS, SETTINGS, prepared, tuned
+from leaving import HEADS, LENGTHS, SETTINGS, prepared, tuned
 from models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, varied_entropy
 
 import earlyexit_kernels as ee
@@ -17,7 +17,6 @@ from earlyexit_kernels import packing
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-HEADS = [{}, {"pooling": "first"}, {"pooling": "mean"}, {"method": "fastbert"}, {"method": "palbert"}]
 #: Of attention and logits, in each dtype: what rounding allows.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
@@ -53,7 +52,7 @@ def synchronisations(call):
 
 @pytest.mark.parametrize("compaction", ["always", "never", "auto"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arguments", HEADS)
+@pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
 def test_an_unpadded_batch_asks_nothing_and_a_mask_once(arguments, dtype, compaction):
     model, batch = leaving(arguments, dtype, "full")
     model.compaction = compaction

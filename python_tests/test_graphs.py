@@ -129,7 +129,8 @@ def test_copies_start_without_graphs(model):
     assert copy.deepcopy(model)._graphs._refused == {} == pickle.loads(pickle.dumps(model._graphs))._refused
 
 
-def test_the_engine_is_chosen_and_explained(model, caplog):
+def test_the_engine_is_chosen_and_explained(model, caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     text = str(model.explain(**batch_for(model)))
     assert "engine 'eager': graphs are for CUDA" in text and "layers 'fused'" in text
     model.set_engine("eager")

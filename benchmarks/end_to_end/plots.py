@@ -11,6 +11,8 @@ from benchmarks.end_to_end.baselines import BASELINES, PLAIN
 from benchmarks.end_to_end.forced import FAMILY, FULL, NEVER
 
 Record = dict[str, Any]
+#: What is drawn.
+SUITES = ("single_stream", "offline")
 #: Name -> title.
 PLOTS = {
     "exits": "time against mean exit layer",
@@ -44,7 +46,7 @@ def write(results: Path | None = None) -> list[Path]:
     folder = results or store.RESULTS
     drawn = []
     for machine, document in store.documents(folder).items():
-        records = [r for r in document["records"] if "median_ms" in r and "exits" in r]
+        records = [r for r in document["records"] if r["suite"] in SUITES and "median_ms" in r]
         for name, draw in _DRAW.items():
             figure = draw(records)
             if figure is not None:
@@ -121,8 +123,7 @@ def _draw_mixes(axes: Any, records: Sequence[Record], label: str, color: str) ->
 
 def never_exit(records: Sequence[Record]) -> Any:
     """Time over the plain model's where every exit and decision is computed and nobody leaves, for every shape."""
-    suites = ("single_stream", "offline")
-    mine = _ours(r for r in records if r["exits"] == NEVER and r["suite"] in suites)
+    mine = _ours(r for r in records if r["exits"] == NEVER)
     shapes = sorted({(r["subject"], r["shape"]): None for found in mine.values() for r in found}, key=lambda s: s[0])
     if not shapes:
         return None

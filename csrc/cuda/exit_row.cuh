@@ -1,9 +1,10 @@
-// One row at one exit, by one block: pool, linear head, decision, and the answer where the row leaves. The order of every
-// sum follows from the dtype, the width and the row's own length.
+// The CUDA skeleton of an exit. One block takes one row: pool, linear head, decision, and the answer where the row
+// leaves. The order of every sum follows from the dtype, the width and the row's own length.
 #pragma once
 
 #include "block.cuh"
 #include "pack.cuh"
+#include "ticket.cuh"
 
 namespace earlyexit {
 
@@ -126,13 +127,27 @@ __device__ bool step_row(const Call& call, const Frame& frame, int64_t i, float*
   return decision.invalid;
 }
 
-// A block's memory: its own part of the scratch tensor, or what the launch gave it of shared memory.
-__device__ inline float* memory_of_block(const Frame& frame, float* shared) {
-  return frame.scratch == nullptr ? shared : frame.scratch + blockIdx.x * frame.floats;
+// One block a row, whatever their number. The last one to finish calls `finish` with what is live and what was invalid:
+// all its threads, since it may take a block to do.
+template <class T, class Finish>
+__global__ void __launch_bounds__(kMeanThreads, kMeanBlocks)
+    exit_kernel(const __grid_constant__ Call call, const __grid_constant__ Frame frame, int ticket,
+                const __grid_constant__ Finish finish) {
+  extern __shared__ __align__(16) float shared[];
+  float* memory = frame.scratch == nullptr ? shared : frame.scratch + blockIdx.x * frame.floats;
+  const bool invalid = step_row<T>(call, frame, blockIdx.x, memory);
+  int32_t invalid_rows;
+  if (!arrive(ticket, invalid, invalid_rows)) return;
+  finish(call, count_live(call.row_ids, call.offsets, call.rows), invalid_rows);
 }
 
-inline size_t shared_bytes(const Frame& frame) {
-  return frame.scratch == nullptr ? frame.floats * sizeof(float) : 0;
+template <class Finish>
+void launch_rows(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Finish& finish,
+                 cudaStream_t stream) {
+  const size_t shared_bytes = frame.scratch == nullptr ? frame.floats * sizeof(float) : 0;
+  with_type(dtype, [&](auto type) {
+    exit_kernel<decltype(type)><<<call.rows, frame.threads, shared_bytes, stream>>>(call, frame, ticket, finish);
+  });
 }
 
 }  // namespace earlyexit

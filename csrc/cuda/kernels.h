@@ -52,15 +52,15 @@ inline Frame new_frame(const Call& call, Dtype dtype) {
 void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int ticket, int32_t* counts,
                       cudaStream_t stream);
 
-// What follows an exit in a loop that the host doesn't watch. Arrays as in the schema; R rows of capacity.
+// What follows an exit in a loop that the host doesn't watch. R rows of capacity, arrays as in the schema.
 struct Settle {
-  int32_t* offsets;      // [R + 1], those of the call
-  int32_t* old_offsets;  // [R + 1]
-  int32_t* source;       // [R]
-  int32_t* counts;       // [4]
-  int tile;
+  int32_t* offsets;           // [R + 1], those of the call
+  int32_t* old_offsets;       // [R + 1]
+  int32_t* source;            // [R]
+  int32_t* counts;            // [4]: as above, and the tokens present afterwards
+  int32_t tile;               // rows move where that spares a tile of so many tokens
   int32_t capacity;           // tokens of a side
-  unsigned long long handle;  // of a conditional graph node, or 0
+  unsigned long long handle;  // of a conditional graph node, set to whether a row is left; or 0
 };
 
 void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Settle& settle,

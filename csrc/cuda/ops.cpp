@@ -45,14 +45,19 @@ Dtype dtype_of(const at::Tensor& input) {
   return dtype == at::kFloat ? Dtype::kFloat32 : dtype == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
-// The frame of a call; where it doesn't fit in shared memory, some thousands of classes, `scratch` holds it.
-Frame frame_of(const Call& call, const ExitTensors& tensors, at::Tensor& scratch) {
-  Frame frame = new_frame(call, dtype_of(tensors.input()));
-  if (frame.floats > kSharedFloats) {
+// Launch an exit kernel: `launcher` with what it takes for the call, then with `last`.
+template <class Launcher, class Last>
+void launch(const char* op, Launcher launcher, const Call& call, const ExitTensors& tensors, const Last& last) {
+  const Dtype dtype = dtype_of(tensors.input());
+  Frame frame = new_frame(call, dtype);
+  at::Tensor scratch;
+  if (frame.floats > kSharedFloats) {  // some thousands of classes
     scratch = at::empty({call.rows, frame.floats}, tensors.answers.options());
     frame.scratch = scratch.mutable_data_ptr<float>();
   }
-  return frame;
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  launcher(call, frame, dtype, ticket_of(op, stream, call.row_ids), last, stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 at::Tensor exit_step(
@@ -67,12 +72,7 @@ at::Tensor exit_step(
   const c10::cuda::CUDAGuard guard(row_ids.device());
   if (call.rows == 0) return at::zeros({3}, row_ids.options());
   at::Tensor counts = at::empty({3}, row_ids.options());
-  at::Tensor scratch;
-  const Frame frame = frame_of(call, tensors, scratch);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const int ticket = ticket_of(kOp, stream, call.row_ids);
-  launch_exit_step(call, frame, dtype_of(tensors.input()), ticket, counts.mutable_data_ptr<int32_t>(), stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(kOp, launch_exit_step, call, tensors, counts.mutable_data_ptr<int32_t>());
   return counts;
 }
 
@@ -100,17 +100,12 @@ void resident_exit(
     check_tensor(kOp, name, *tensor, at::kInt, {size});
     check_device(kOp, name, *tensor, "row_ids", row_ids);
   }
+  const c10::cuda::CUDAGuard guard(row_ids.device());
   const Settle settle{offsets.mutable_data_ptr<int32_t>(), old_offsets.mutable_data_ptr<int32_t>(),
                       source.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>(),
                       static_cast<int32_t>(tile), static_cast<int32_t>(capacity),
                       static_cast<unsigned long long>(handle)};
-  const c10::cuda::CUDAGuard guard(row_ids.device());
-  at::Tensor scratch;
-  const Frame frame = frame_of(call, tensors, scratch);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const int ticket = ticket_of(kOp, stream, call.row_ids);
-  launch_resident_exit(call, frame, dtype_of(tensors.input()), ticket, settle, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(kOp, launch_resident_exit, call, tensors, settle);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids, const at::Tensor& offsets) {

@@ -8,10 +8,8 @@ from torch import Tensor
 from earlyexit_kernels.backends import jit, resolve, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_no_empty_row, check_present, check_tensor
-from earlyexit_kernels.ops.schema import FIRST_TOKENS_LINEAR, define
+from earlyexit_kernels.ops.schema import FIRST_TOKENS_LINEAR, PYTHON_BACK_ENDS, define
 from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, tiles_for
-
-BACK_ENDS = ("torch", "triton")
 
 
 @jit
@@ -95,7 +93,7 @@ _FIRST_TOKENS_LINEAR = define(
     FIRST_TOKENS_LINEAR,
     fake=_fake,
     implementations={"torch": first_tokens_linear_torch, "triton": first_tokens_linear_triton},
-    back_ends=BACK_ENDS,
+    back_ends=PYTHON_BACK_ENDS,
 )
 
 
@@ -137,6 +135,6 @@ def first_tokens_linear(
         check_no_empty_row(op, row_ids, offsets)
     hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
     check_apart(op, "hidden", hidden, out)
-    _FIRST_TOKENS_LINEAR[resolve(backend, device.type, BACK_ENDS)](
+    _FIRST_TOKENS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
         hidden, weight, bias, offsets.contiguous(), row_ids.contiguous(), out, activation
     )

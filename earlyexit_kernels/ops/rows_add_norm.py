@@ -8,9 +8,8 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import jit, resolve, tl
 from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor
-from earlyexit_kernels.ops.schema import ROWS_ADD_NORM, define
+from earlyexit_kernels.ops.schema import PYTHON_BACK_ENDS, ROWS_ADD_NORM, define
 
-BACK_ENDS = ("torch", "triton")
 #: Values of a token for each warp that shares it, and warps at most.
 WARP_WIDTH, MOST_WARPS = 256, 8
 
@@ -113,7 +112,7 @@ _ROWS_ADD_NORM = define(
     ROWS_ADD_NORM,
     fake=_fake,
     implementations={"torch": rows_add_norm_torch, "triton": rows_add_norm_triton},
-    back_ends=BACK_ENDS,
+    back_ends=PYTHON_BACK_ENDS,
 )
 
 
@@ -164,6 +163,6 @@ def rows_add_norm(
     for name, tensor, absolute in (("x", x, False), ("residual", residual, residual_absolute)):
         if tensor.data_ptr() != out.data_ptr() or absolute != out_absolute:
             check_apart(op, name, tensor, out)
-    _ROWS_ADD_NORM[resolve(backend, device.type, BACK_ENDS)](
+    _ROWS_ADD_NORM[resolve(backend, device.type, PYTHON_BACK_ENDS)](
         x, residual, weight.contiguous(), bias.contiguous(), eps, offsets, out, residual_absolute, out_absolute
     )

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import TRITON_INTERPRETED, jit, resolve, tl
 from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor
-from earlyexit_kernels.ops.schema import ROWS_ATTENTION, define
+from earlyexit_kernels.ops.schema import PYTHON_BACK_ENDS, ROWS_ATTENTION, define
 
-BACK_ENDS = ("torch", "triton")
 #: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop:
 #: the same for every longest row. Unmeasured. More float32 than this doesn't fit into registers.
 BLOCKS = {2: (64, 64, 4, 2), 4: (32, 32, 8, 2)}
@@ -115,7 +114,7 @@ _ROWS_ATTENTION = define(
     ROWS_ATTENTION,
     fake=_fake,
     implementations={"torch": rows_attention_torch, "triton": rows_attention_triton},
-    back_ends=BACK_ENDS,
+    back_ends=PYTHON_BACK_ENDS,
 )
 
 
@@ -154,7 +153,7 @@ def rows_attention(
         _check_longest(offsets.diff()[row_ids >= 0], longest)
     qkv = qkv.contiguous()
     check_apart(op, "qkv", qkv, out)
-    _ROWS_ATTENTION[resolve(backend, device.type, BACK_ENDS)](
+    _ROWS_ATTENTION[resolve(backend, device.type, PYTHON_BACK_ENDS)](
         qkv, offsets.contiguous(), row_ids.contiguous(), heads, longest, out
     )
 

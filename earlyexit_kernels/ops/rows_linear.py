@@ -8,10 +8,9 @@ from torch import Tensor
 from earlyexit_kernels.backends import jit, resolve, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor
-from earlyexit_kernels.ops.schema import ROWS_LINEAR, define
+from earlyexit_kernels.ops.schema import PYTHON_BACK_ENDS, ROWS_LINEAR, define
 from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, resident_programs, tiles_for
 
-BACK_ENDS = ("torch", "triton")
 #: Tiles of rows that take turns at the same columns, so that those of the weight are still in the cache.
 GROUP = 8
 
@@ -42,7 +41,7 @@ def rows_linear_kernel(
     while tile < high * wide:
         top = tile // (GROUP_M * wide) * GROUP_M
         within = tile % (GROUP_M * wide)
-        group = GROUP_M
+        group = tl.minimum(high - top, GROUP_M)
         token = ((top + within % group) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         source = token
         if ABSOLUTE:
@@ -109,7 +108,7 @@ _ROWS_LINEAR = define(
     ROWS_LINEAR,
     fake=_fake,
     implementations={"torch": rows_linear_torch, "triton": rows_linear_triton},
-    back_ends=BACK_ENDS,
+    back_ends=PYTHON_BACK_ENDS,
 )
 
 
@@ -154,4 +153,4 @@ def rows_linear(
     check_present("rows_linear", offsets, None, capacity=capacity, device=device)
     x, weight, bias, offsets = x.contiguous(), weight.contiguous(), bias.contiguous(), offsets.contiguous()
     check_apart("rows_linear", "x", x, out)
-    _ROWS_LINEAR[resolve(backend, device.type, BACK_ENDS)](x, weight, bias, offsets, out, activation, absolute)
+    _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](x, weight, bias, offsets, out, activation, absolute)

@@ -44,6 +44,9 @@ ROWS_ADD_NORM = (
     "bool residual_absolute, bool out_absolute) -> ()"
 )
 
+#: Back-ends of an op that has no compiled kernel.
+PYTHON_BACK_ENDS = ("torch", "triton")
+
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _DISPATCH_KEYS = {"torch": ("CompositeExplicitAutograd",), "triton": ("CPU", "CUDA")}
 
