@@ -226,7 +226,7 @@ def cuda(monkeypatch):
     captured = []
 
     @contextlib.contextmanager
-    def graph(into, stream):
+    def graph(into, stream, capture_error_mode):
         captured.append("begin")
         yield
         captured.append("end")
