@@ -56,7 +56,7 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     """Commit of the checkout this file lies in, with ``+`` where it has uncommitted changes, but for results and texts.
 
-    Outside of one what EARLYEXIT_COMMIT says, or None.
+    Outside of one, or without git, what EARLYEXIT_COMMIT says, or None.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
@@ -67,7 +67,7 @@ def _commit() -> str | None:
         changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return f"{commit}+" if changed else commit
     except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return None
+        return os.environ.get("EARLYEXIT_COMMIT")
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -128,7 +128,7 @@ class RuntimeChoices(PreTrainedModel):
         Raises:
             RuntimeError: within somebody's capture, which could hold neither.
         """
-        if torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the current stream is capturing a CUDA graph, and what a batch runs hangs on its data; capture "
                 "model.fixed_depth() instead"

@@ -294,24 +294,36 @@ REFUSED = "========= Error: Device not supported. Please refer to the list"
             {"errors": 0, "goal_met": True},
         ),
         (1, MEMCHECK.format(WRONG, 0), {"refused": WRONG}),
+        (139, MEMCHECK.format("", 0), {"refused": "the replays ended with status 139"}),
         (1, REFUSED, {"not_measured": f"compute-sanitizer refuses the device: {REFUSED}"}),
-        (None, "", {"not_measured": "it took too long"}),
-        (139, "Segmentation fault", {"not_measured": "no summary was printed; the status is 139: Segmentation fault"}),
     ],
 )
 def test_what_compute_sanitizer_says(status, output, expected):
-    found = sanitize.record_of(
-        "1000 replays", sanitize.PASSES["1000 replays"], lambda *_: (status, output), "compute-sanitizer"
-    )
-    assert found.items() >= expected.items() and found["suite"] == sanitize.SUITE
+    memcheck = sanitize.PASSES["memcheck"]
+    found = sanitize.outcome_of("memcheck", memcheck, 9.0, lambda *_: (status, output), "compute-sanitizer")
+    (record,) = found.records
+    assert not found.failed and record.items() >= expected.items() and record["suite"] == "gpu_sanitize_memcheck"
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "expected"),
+    [
+        (None, "", "stopped after 9 s"),
+        (139, "Segmentation fault", "no summary was printed; the status is 139: Segmentation fault"),
+    ],
+)
+def test_a_pass_that_fails_is_tried_again(status, output, expected):
+    racecheck = sanitize.PASSES["racecheck"]
+    found = sanitize.outcome_of("racecheck", racecheck, 9.0, lambda *_: (status, output), "compute-sanitizer")
+    assert found == Outcome([], expected)
 
 
 def test_compute_sanitizer_may_be_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert sanitize.find_tool() is None
-    found = sanitize.record_of("50 replays", next(iter(sanitize.PASSES.values())))
-    assert "isn't on PATH" in found["not_measured"]
+    found = sanitize.outcome_of("memcheck", sanitize.PASSES["memcheck"], 9.0)
+    assert "isn't on PATH" in found.records[0]["not_measured"]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "compute-sanitizer").touch()
     assert sanitize.find_tool() == str(tmp_path / "bin" / "compute-sanitizer")
@@ -321,11 +333,13 @@ def test_all_passes_are_recorded(monkeypatch, driver, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(store, "RESULTS", driver.results)
     monkeypatch.setattr(store, "machine_name", lambda: "fake-gpu")
-    monkeypatch.setattr(sanitize, "record_of", lambda name, each: head(sanitize.SUITE, name, each.tool) | {"errors": 0})
+    monkeypatch.setattr(sanitize, "rewrite_readme", lambda: None)
+    monkeypatch.setattr(sanitize, "outcome_of", lambda name, each, seconds: good(f"sanitize_{name}", errors=0))
     assert sanitize.main([]) == 0
-    assert [record["case"] for record in document(driver)["records"]] == list(sanitize.PASSES)
-    monkeypatch.setattr(sanitize, "record_of", lambda name, each: head(sanitize.SUITE, name, each.tool) | {"errors": 2})
-    assert sanitize.main(["--only", "racecheck"]) == 1
+    assert set(document(driver)["suites"]) == {f"gpu_sanitize_{name}" for name in sanitize.PASSES}
+    monkeypatch.setattr(sanitize, "outcome_of", lambda name, each, seconds: Outcome([], "stopped after 9 s"))
+    assert sanitize.main([]) == 0, "all of them are there"
+    assert sanitize.main(["--only", "racecheck", "--redo"]) == 1
 
 
 @pytest.mark.parametrize("launched", [False, True])
@@ -344,7 +358,7 @@ def loop_on_cpu(parts, bucket):
 
 
 def test_wrong_replays_are_found(gpu, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(replays, "TOLERANCE", -1.0)
+    monkeypatch.setattr(replays, "ROUNDING", -1.0)
     checked, wrong = replays.replay(2)
     assert checked == 2 and len(wrong) == 2
 

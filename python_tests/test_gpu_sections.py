@@ -24,6 +24,7 @@ from earlyexit_kernels.backends import available_backends
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
 NUMBERS = {"median_ms", "syncs", "different", "launches", "works", "entry"}
+PROFILED = calls.calls_of
 #: Lines of the bar that the sections have had records for in this process, by section.
 BARS: dict[str, set[str]] = {}
 
@@ -36,8 +37,8 @@ def counted(monkeypatch):
         run()
         return Counter({"cudaGraphLaunch": 1, "cudaEventSynchronize": 1, "cudaGetDevice": 7})
 
-    monkeypatch.setattr(promises, "calls_of", as_a_gpu_would)
-    monkeypatch.setattr(exits, "calls_of", as_a_gpu_would)
+    for module in (calls, promises, exits):
+        monkeypatch.setattr(module, "calls_of", as_a_gpu_would)
     monkeypatch.setattr(exits, "LARGE_COPY", 2**12)
     monkeypatch.setattr(promises, "ROWS", 12)
     monkeypatch.delenv("EARLYEXIT_DATA", raising=False)
@@ -157,9 +158,11 @@ def test_a_graph_or_nothing():
 
 
 def test_a_profiler_that_sees_nothing_is_not_believed(gpu, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(promises, "calls_of", lambda run: Counter(run() and ()))
+    monkeypatch.setattr(calls, "calls_of", lambda run: Counter())
     (record,) = promises.sync_records(gpu)
     assert "doesn't show the launch" in record["not_measured"]
+    records = [record for record in exits.step_records(gpu) if record["case"] == "launches"]
+    assert records and all("not_measured" in record and "bar" not in record for record in records)
 
 
 def test_what_debug_mode_says_is_recorded(gpu):  # noqa: F811
@@ -192,7 +195,7 @@ def test_only_calls_in_the_range_are_counted():
 
 def test_a_profile_of_the_cpu_has_no_such_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert calls.calls_of(lambda: torch.ones(3).sum().item()) == Counter()
+    assert PROFILED(lambda: torch.ones(3).sum().item()) == Counter()
 
 
 def test_the_table_of_the_fastest_is_that_of_engine_choice(monkeypatch):
@@ -223,7 +226,7 @@ def cuda(monkeypatch):
     captured = []
 
     @contextlib.contextmanager
-    def graph(into, stream):
+    def graph(into, stream, capture_error_mode):
         captured.append("begin")
         yield
         captured.append("end")

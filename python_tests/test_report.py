@@ -73,3 +73,14 @@ def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install earlyexit_kernels\[plot\]"):
         report.plot_tradeoff(tmp_path / "x.png", {}, baselines={}, chosen={}, depth=2, metric="m", title="t")
+
+
+def test_without_git_the_commit_is_what_the_environment_says(monkeypatch):
+    def no_git(*_):
+        raise OSError("git isn't there")
+
+    monkeypatch.setattr(report, "_git", no_git)
+    monkeypatch.delenv("EARLYEXIT_COMMIT", raising=False)
+    assert report.environment()["commit"] is None
+    monkeypatch.setenv("EARLYEXIT_COMMIT", "0123456789ab")
+    assert report.environment()["commit"] == "0123456789ab"

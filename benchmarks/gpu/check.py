@@ -150,7 +150,10 @@ def _say(records: Iterable[Record]) -> None:
         print(words_of(record), flush=True)
         if "entry" in record:
             gpu = torch.cuda.get_device_name(0)
-            print(f"to paste into engine_choice.FASTEST:\n    {gpu!r}: {tuple(record['entry'])!r},", flush=True)
+            print(
+                f"to paste into engine_choice.FASTEST:\n    {gpu!r}: {tuple(map(tuple, record['entry']))!r},",
+                flush=True,
+            )
 
 
 def words_of(record: Record) -> str:

@@ -14,7 +14,7 @@ from benchmarks.end_to_end.forced import rule_for
 from benchmarks.end_to_end.models import Model
 from benchmarks.end_to_end.workloads import Fixed, padded
 from benchmarks.gpu.bench import Bench, Record, head
-from benchmarks.gpu.calls import calls_of, launches, synchronisations
+from benchmarks.gpu.calls import calls_of, launches, miscounted, synchronisations
 from benchmarks.gpu.goals import line
 from benchmarks.gpu.whole import HALF, SUBJECT
 
@@ -27,7 +27,7 @@ ROWS, TOGETHER = 128, (1, 8, 32)
 
 def sync_records(bench: Bench) -> Iterator[Record]:
     """How often the host waits for the device in a batch, with a mask and without, and what debug mode says of it."""
-    if wrong := _miscounted(bench):
+    if wrong := miscounted(bench.device):
         yield head(SYNCS, "host synchronisations", "profiler") | {"not_measured": wrong}
         return
     dtype, rows = bench.dtypes[0], bench.batches[len(bench.batches) // 2]
@@ -43,16 +43,6 @@ def sync_records(bench: Bench) -> Iterator[Record]:
             record |= {"syncs": synchronisations(counted), "launches": launches(counted)}
             record |= {"silent_in_debug_mode": not (said := _in_debug_mode(run)), "debug_mode": said}
             yield record | (line("host synchronisations a batch", record) if engine == GRAPH else {})
-
-
-def _miscounted(bench: Bench) -> str:
-    """Why the profiler's counts aren't to be trusted, or empty."""
-    one = torch.ones(1, device=bench.device)
-    one.add_(1)
-    counted = calls_of(lambda: one.add_(1).item())
-    if launches(counted) and synchronisations(counted):
-        return ""
-    return f"the profiler doesn't show the launch and the synchronisation of a small program, but {dict(counted)}"
 
 
 def _in_debug_mode(run: Callable[[], Any]) -> str:

@@ -7,6 +7,7 @@ graph, and with memory of its own for each tensor.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -18,16 +19,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import store
-from benchmarks.gpu import card, steps
-from benchmarks.gpu.bench import Record, head
-from benchmarks.gpu.check import words_of
+from benchmarks.gpu import steps
+from benchmarks.gpu.bench import head
+from benchmarks.gpu.check import Step, check, rewrite_readme
 from benchmarks.gpu.goals import line
+from benchmarks.gpu.steps import Outcome
 
-SUITE = "gpu_sanitize"
 #: What the tool says where it can't work here.
 REFUSALS = ("Device not supported", "not supported on", "Unable to initialize", "Internal Sanitizer Error", "error 999")
 ERROR_STATUS = 86
+MINUTES = 60.0
+#: Characters of the tool's output that are shown.
+TAIL = 4000
 _Run = Callable[[Sequence[str], float, dict[str, str]], tuple[int | None, str]]
 
 
@@ -38,42 +41,41 @@ class Pass:
     Attributes:
         tool: of compute-sanitizer.
         arguments: of `benchmarks.gpu.replays`.
-        seconds: at most.
         environment: more variables.
     """
 
     tool: str
     arguments: tuple[str, ...]
-    seconds: float
     environment: dict[str, str] = field(default_factory=dict)
 
 
 PASSES = {
-    "1000 replays": Pass("memcheck", ("--replays", "1000"), 1200),
-    "20 batches launched by the host, each tensor apart": Pass(
-        "memcheck", ("--replays", "20", "--launched"), 600, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    ),
-    "50 replays, races": Pass("racecheck", ("--replays", "50"), 900),
-    "50 replays, uninitialised memory": Pass("initcheck", ("--replays", "50"), 900),
+    "memcheck": Pass("memcheck", ("--replays", "1000")),
+    "memcheck_apart": Pass("memcheck", ("--replays", "20", "--launched"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+    "racecheck": Pass("racecheck", ("--replays", "50")),
+    "initcheck": Pass("initcheck", ("--replays", "50")),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all passes and write their records; 1 where one found an error."""
+    """Run the passes that aren't there yet, and write each one's record; 1 where one found an error or failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=sorted({each.tool for each in PASSES.values()}), help="one of the tools")
+    parser.add_argument("--only", choices=sorted(PASSES), action="append", help="these passes; default: all")
+    parser.add_argument("--redo", action="store_true", help="also those that are there already for these sources")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu-sanitize: expected an NVIDIA GPU, torch sees none; nothing was checked", file=sys.stderr)
         return 2
-    found = []
-    for name, each in PASSES.items():
-        if args.only in (None, each.tool):
-            found.append(record_of(name, each))
-            print(words_of(found[-1]), flush=True)
-    if args.only is None:
-        print(f"wrote {store.save(SUITE, found, sources=card.fingerprint(), finished=True, **card.facts())}")
-    return 1 if any(record.get("errors") or "refused" in record for record in found) else 0
+    wanted = {
+        f"sanitize_{name}": Step(functools.partial(outcome_of, name, each), 60 * args.minutes)
+        for name, each in PASSES.items()
+        if name in (args.only or PASSES)
+    }
+    summary = check(wanted, minutes=args.minutes, redo=args.redo)
+    rewrite_readme()
+    print(summary)
+    return 1 if summary.failed or summary.wrong else 0
 
 
 def find_tool() -> str | None:
@@ -85,45 +87,48 @@ def find_tool() -> str | None:
     return None
 
 
-def record_of(name: str, each: Pass, run: _Run = steps.run, tool: str | None = None) -> Record:
+def outcome_of(name: str, each: Pass, seconds: float, run: _Run = steps.run, tool: str | None = None) -> Outcome:
     """Do one pass.
 
     Args:
         name: of the pass.
         each: what to do.
+        seconds: at most.
         run: runs a command, within seconds, with more variables: its status and what it printed.
         tool: path of compute-sanitizer; default: looked for.
     """
-    record = head(SUITE, name, each.tool, shape="H 64, 4 layers", dtype="float32")
+    case = " ".join(word.removeprefix("--") for word in each.arguments)
+    record = head(f"gpu_sanitize_{name}", case, each.tool, shape="H 64, 4 layers", dtype="float32")
     tool = tool or find_tool()
     if tool is None:
-        return record | {"not_measured": "compute-sanitizer isn't on PATH, nor in CUDA_HOME/bin"}
+        return Outcome([record | {"not_measured": "compute-sanitizer isn't on PATH, nor in CUDA_HOME/bin"}])
     command = [tool, "--tool", each.tool, "--error-exitcode", str(ERROR_STATUS)]
     command += ["--target-processes", "application-only"]
     command += [sys.executable, "-m", "benchmarks.gpu.replays", *each.arguments]
-    status, output = run(command, each.seconds, each.environment)
-    return record | _read(status, output)
-
-
-def _read(status: int | None, output: str) -> dict[str, Any]:
-    """What the tool's output says."""
+    status, output = run(command, seconds, each.environment)
     refusal = next((text.strip() for text in output.splitlines() if any(word in text for word in REFUSALS)), "")
     if refusal:
-        return {"not_measured": f"compute-sanitizer refuses the device: {refusal}"}
+        return Outcome([record | {"not_measured": f"compute-sanitizer refuses the device: {refusal}"}])
     if status is None:
-        return {"not_measured": "it took too long"}
+        return Outcome([], f"stopped after {seconds:.0f} s")
     summary = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) ", output)
     if not summary:
         last = next((text for text in reversed(output.splitlines()) if text.strip()), "")
-        return {"not_measured": f"no summary was printed; the status is {status}: {last}"}
-    errors: dict[str, Any] = {"errors": max(map(int, summary))}
+        return Outcome([], f"no summary was printed; the status is {status}: {last}")
+    print(output[-TAIL:], file=sys.stderr)
+    return Outcome([record | _read(status, output, max(map(int, summary)))])
+
+
+def _read(status: int, output: str, count: int) -> dict[str, Any]:
+    """What a pass that came to its end found."""
+    found: dict[str, Any] = {"errors": count}
     first = re.findall(r"^=+ ((?:Invalid|Error|Uninitialized|Race|Potential|Program hit).*)$", output, re.MULTILINE)
     if first:
-        errors["first"] = first[0]
+        found["first"] = first[0]
     answers = re.findall(r"^\d+ replays, .*$", output, re.MULTILINE)
     if status not in (0, ERROR_STATUS) or not answers:
-        return errors | {"refused": answers[-1] if answers else f"the replays ended with status {status}"}
-    return errors | {"said": answers[-1]} | line("errors that compute-sanitizer finds", errors)
+        return found | {"refused": answers[-1] if answers else f"the replays ended with status {status}"}
+    return found | {"said": answers[-1]} | line("errors that compute-sanitizer finds", found)
 
 
 if __name__ == "__main__":
