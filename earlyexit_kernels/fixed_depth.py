@@ -164,7 +164,7 @@ class FixedDepth(nn.Module):
         if keep is not None:
             columns = kept_columns(keep)
             ids, positions, types = (x.gather(1, columns) for x in (ids, positions, types))
-        hidden = self.adapter.embed(self.backbone, ids, positions, types)
+        hidden = self.adapter.first_states(self.backbone, ids, positions, types)
         return PaddedStates(hidden, keep), padded_row_keys(ids, keep) if self.criterion.exit_rule.uses_keys else None
 
     def _decided(

@@ -1,15 +1,15 @@
 """The graph engine: the resident loop of a bucket captured once, and replayed with one launch and one synchronisation.
 
 Each group of layers lies behind an IF node on the live count where the compiled extension has them
-(csrc/cuda/graph.cpp); without it the graph is a plain one, whose kernels return at once when nothing is left to do.
+(csrc/cuda/graph.cpp), and the groups of an ALBERT, which are one, in a single WHILE node; without it the graph is a
+plain one, whose kernels return at once when nothing is left to do.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,20 +195,47 @@ def _plain(loop: ResidentLoop, stream: Any) -> Callable[[], None]:
     return graph.replay
 
 
+class ConditionalNodes:
+    """The nodes of a graph that the compiled extension captures; see `resident.Nodes`.
+
+    Args:
+        graph: between begin and end.
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self.handle, self.repeats = graph.handle, graph.has_switch()
+
+    def when(self, handle: int, body: Callable[[], None]) -> None:
+        """An IF node."""
+        self.graph.begin_if(handle)
+        body()
+        self.graph.end_if()
+
+    def repeat(self, handle: int, body: Callable[[], None]) -> None:
+        """A WHILE node."""
+        self.graph.begin_while(handle)
+        body()
+        self.graph.end_while()
+
+    def take_turns(self, turn: Tensor, again: int, bodies: Sequence[Callable[[], None]]) -> None:
+        """A SWITCH node."""
+        chosen = self.graph.handle()
+        self.graph.take_turn(turn, chosen, again, len(bodies))
+        self.graph.begin_switch(chosen, len(bodies))
+        for number, body in enumerate(bodies):
+            if number:
+                self.graph.next_case()
+            body()
+        self.graph.end_switch()
+
+
 def _conditional(loop: ResidentLoop) -> Callable[[], None]:
-    """Capture on the current stream, each group of layers but the first behind an IF node."""
+    """Capture on the current stream, with nodes for what may not have to run."""
     graph = getattr(torch.classes, NAMESPACE).ConditionalGraph()
-
-    @contextlib.contextmanager
-    def behind(number: int) -> Iterator[None]:
-        graph.begin_if(loop.handles[number])
-        yield
-        graph.end_if()
-
     graph.begin(loop.hidden.device.index, *torch.cuda.graph_pool_handle())
     try:
-        loop.handles = [0, *(graph.handle() for _ in loop.groups[1:])]
-        loop.launch(behind)
+        loop.launch(ConditionalNodes(graph))
         graph.end()
     except BaseException:
         # else the stream would go on capturing
@@ -218,5 +245,5 @@ def _conditional(loop: ResidentLoop) -> Callable[[], None]:
 
 
 def has_conditional_nodes() -> bool:
-    """Whether the compiled extension captures graphs with IF nodes."""
+    """Whether the compiled extension captures graphs with nodes."""
     return not available_backends("cuda")["cpp"]

@@ -303,7 +303,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             position_ids = self.adapter.positions(backbone, ids)
         types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids
         tokens = batch.take(ids)
-        hidden = self.adapter.embed(
+        hidden = self.adapter.first_states(
             backbone, tokens, batch.take(position_ids.expand(ids.shape)), batch.take(types.expand(ids.shape))
         )
         return hidden, batch, row_keys(tokens, batch.offsets) if with_keys else None

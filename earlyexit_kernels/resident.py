@@ -9,19 +9,21 @@ all. Hidden states have two sides (see `ops.resident_exit`); scratch starts at t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earlyexit_kernels.backbones import BackboneAdapter
+from earlyexit_kernels.backbones import BackboneAdapter, column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.layers import LayerWeights, why_not_all
 from earlyexit_kernels.ops import (
     GATHER_ROWS_OPS,
+    PACK_TOKENS_OPS,
     RESIDENT_EXITS,
     first_tokens_linear,
     rows_add_norm,
@@ -33,6 +35,8 @@ from earlyexit_kernels.types import read_aux
 
 #: Tokens of a tile: rows move together where fewer tiles would be left.
 TILE = 128
+#: Rows that exits of more than a linear are given at a time, in every bucket: a library's products round by their size.
+EXIT_ROWS = 128
 #: Activation of a dense module in an exit -> its name in `ops.rows_linear`.
 DENSE_ACTIVATIONS = {"tanh": "tanh", "gelu": "gelu", "relu": "relu"}
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -96,6 +100,26 @@ def why_not_resident(parts: Parts, dtype: torch.dtype) -> str:
     return why_not_all(parts.adapter, parts.layers)
 
 
+class Nodes(Protocol):
+    """What a CUDA graph runs or not by itself. A handle is a number that kernels set and nodes go by."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `repeat` and `take_turns` can be had."""
+
+    def handle(self, first: int = 0) -> int:
+        """A new one, which starts with `first` at each replay."""
+
+    def when(self, handle: int, body: Callable[[], None]) -> None:
+        """Run `body` where the handle isn't 0."""
+
+    def repeat(self, handle: int, body: Callable[[], None]) -> None:
+        """Run `body` as long as the handle isn't 0."""
+
+    def take_turns(self, turn: Tensor, again: int, bodies: Sequence[Callable[[], None]]) -> None:
+        """Run the body of this `turn`, count that ``[1]`` int32 up, and set `again` to whether there are more."""
+
+
 class ResidentLoop:
     """The buffers of one bucket, and the launches that fill them.
 
@@ -114,11 +138,11 @@ class ResidentLoop:
         counts: ``[L + 1, 4]`` int32: of the input the rows, their tokens, the rows whose first token is masked though
             they have others, and the tokens again; then of each exit what `ops.resident_exit` leaves.
         groups: the layers from one exit to the next; each group but the first may be put behind a node.
-        handles: for each group, what the exit before it sets to whether rows are left; 0 for nothing to set.
     """
 
     def __init__(self, parts: Parts, bucket: Bucket, backend: str, exit_backend: str) -> None:
         self.parts, self.bucket, self.backend = parts, bucket, backend
+        self.pack = PACK_TOKENS_OPS[backend]
         self.exit, self.move = RESIDENT_EXITS[exit_backend], GATHER_ROWS_OPS[exit_backend]
         config = parts.backbone.config
         weight = next(parts.backbone.parameters())
@@ -138,10 +162,10 @@ class ResidentLoop:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         rows, tokens = bucket.rows, bucket.tokens
-        self.requests = ints(1)
+        self.batch = ints(5)
         shape = (rows, bucket.length)
         self.ids, self.mask, self.positions, self.types = (ints(*shape, dtype=torch.int64) for _ in range(4))
-        self.token_index = ints(tokens + 1, dtype=torch.int64)
+        self.found, self.tokens = ints(2, rows), ints(3, tokens, dtype=torch.int64)
         self.offsets, self.old_offsets = ints(rows + 1), ints(rows + 1)
         self.row_ids, self.source = ints(rows), ints(rows)
         self.hidden = floats(2 * tokens, width)
@@ -149,6 +173,7 @@ class ResidentLoop:
             floats(tokens, size) for size in (3 * width, width, width, inner)
         )
         self.features = floats(rows, parts.heads.features_size)
+        self.widen = parts.adapter.widen(parts.backbone)
         self.first_state = parts.criterion.exit_rule.new_state(rows, device, parts.classes)
         self.state = self.first_state.clone()
         self.answers = torch.zeros(rows, parts.classes, device=device)
@@ -157,7 +182,7 @@ class ResidentLoop:
         rule = parts.criterion.exit_rule
         due = [layer for layer in range(1, self.depth + 1) if rule.is_due(layer, self.depth)]
         self.groups = [range(after + 1, layer + 1) for after, layer in zip((0, *due), due, strict=False)]
-        self.handles = [0] * len(self.groups)
+        self.turn = ints(1)
         self.linear = None if self._needs else parts.heads.linear_exits(dtype)
         self.memory: dict[str, Tensor] = {}
 
@@ -173,57 +198,91 @@ class ResidentLoop:
     def load(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, positions: Tensor | None) -> None:
         """Copy a batch of at most the bucket's size in, ``[N, S]`` each as in the model's forward."""
         n, s = ids.shape
-        self.requests.fill_(n)
-        self.mask.zero_()
-        self.mask[:n, :s] = 1 if mask is None else mask != 0
+        adapter = self.parts.adapter
+        if positions is None and adapter.positions is not column_positions:
+            positions = adapter.positions(self.parts.backbone, ids)
+        given = [x is not None for x in (mask, positions, types)]
+        sizes = torch.tensor([n, s, *given], dtype=torch.int32, pin_memory=ids.is_cuda)
+        self.batch.copy_(sizes, non_blocking=True)
         self.ids[:n, :s] = ids
-        if positions is None:
-            positions = self.parts.adapter.positions(self.parts.backbone, ids)
-        self.positions[:n, :s] = positions.expand(ids.shape)
-        self.types[:n, :s] = 0 if types is None else types.expand(ids.shape)
+        if mask is not None:
+            torch.ne(mask.expand(ids.shape), 0, out=self.mask[:n, :s])
+        for own, x in ((self.positions, positions), (self.types, types)):
+            if x is not None:
+                own[:n, :s] = x.expand(ids.shape)
 
-    def launch(self, around: Callable[[int], AbstractContextManager[Any]] = lambda number: nullcontext()) -> None:
+    @property
+    def is_one_group(self) -> bool:
+        """Whether all groups run the same weights equally often, as in an ALBERT whose layers are one."""
+        same = all(each is self.weights[0] for each in self.weights)
+        return same and len({len(group) for group in self.groups}) == 1 < len(self.groups)
+
+    def launch(self, nodes: Nodes | None = None) -> None:
         """Run all layers on what is loaded.
 
         Args:
-            around: what group k, from the second on, is run in: a graph's conditional node on ``handles[k]``.
+            nodes: of the graph that captures this. Groups of layers run only where rows are left: each but the first
+                in a node of its own, or all in one that repeats, where they are the same.
         """
         with torch.no_grad():
             self._begin()
-            for number, group in enumerate(self.groups):
-                with around(number) if number else nullcontext():
-                    for own in (own for layer in group for own in self.weights[layer - 1]):
-                        self._encode(own)
-                    self._leave(group[-1], (*self.handles, 0)[number + 1])
+            if nodes is not None and nodes.repeats and self.is_one_group:
+                self._repeat(nodes)
+                return
+            handle = 0
+            for group in self.groups:
+                after = nodes.handle() if nodes is not None and group is not self.groups[-1] else 0
+                body = partial(self._run, group, after)
+                if nodes is not None and handle:
+                    nodes.when(handle, body)
+                else:
+                    body()
+                handle = after
+
+    def _run(self, group: range, handle: int) -> None:
+        """Layers and the exit behind them, which sets a handle to whether rows are left."""
+        self._encode_all(group)
+        self._leave(group[-1], handle)
+
+    def _repeat(self, nodes: Nodes) -> None:
+        """All groups as the turns of one loop; only the exits differ."""
+        again = nodes.handle(1)
+        *early, last = self.groups
+        # after the last turn there is none whatever its exit finds
+        exits = [*(partial(self._leave, group[-1], again) for group in early), partial(self._leave, last[-1], 0)]
+
+        def body() -> None:
+            self._encode_all(last)
+            nodes.take_turns(self.turn, again, exits)
+
+        self.turn.zero_()
+        nodes.repeat(again, body)
 
     def _begin(self) -> None:
         """Pack, embed, and put the state of the rows back to what it is before layer 1."""
-        rows, tokens = self.bucket.rows, self.bucket.tokens
-        number = torch.arange(rows, device=self.ids.device)
-        real = number < self.requests
-        keep = self.mask != 0
-        first, empty = keep[:, 0], ~keep.any(dim=1)
-        masked_first = (real & ~first & ~empty).sum()
-        # a row without any token keeps its first
-        first |= real & empty
-        self.row_ids.copy_(torch.where(real, number, -1))
-        self.offsets[1:] = keep.sum(dim=1).cumsum(0)
-        self.offsets[0].zero_()
-        flat = keep.flatten()
-        place = torch.where(flat, flat.cumsum(0) - 1, tokens)
-        self.token_index.zero_().scatter_(0, place, torch.arange(tokens, device=flat.device))
-        ids, positions, types = (
-            x.flatten().index_select(0, self.token_index[:tokens])[None] for x in (self.ids, self.positions, self.types)
-        )
-        self.hidden[:tokens] = self.parts.adapter.embed(self.parts.backbone, ids, positions, types)[0]
-        self.state.copy_(self.first_state)
         self.counts.zero_()
-        self.counts[0] = torch.stack((real.sum(), self.offsets[-1], masked_first, self.offsets[-1]))
+        self.pack(
+            self.batch, self.ids, self.mask, self.positions, self.types,
+            self.found, self.row_ids, self.offsets, self.tokens, self.counts[0],
+        )  # fmt: skip
+        ids, positions, types = self.tokens[:, None]
+        embedded = self.parts.adapter.embed(self.parts.backbone, ids, positions, types)[0]
+        first_side = self.hidden[: self.bucket.tokens]
+        if self.widen is None:
+            first_side.copy_(embedded)
+        else:
+            weight, bias = self.widen.weight, self.widen.bias
+            rows_linear(embedded, weight, bias, self.offsets, first_side, backend=self.backend)
+        self.state.copy_(self.first_state)
         self.memory = {}
         if self._needs is not None:
             before = self.parts.heads.first_memory(self._states(), self._needs)
             # a last, spare row takes what rows that have left would write
             self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in before.items()}
+
+    def _encode_all(self, group: range) -> None:
+        for own in (own for layer in group for own in self.weights[layer - 1]):
+            self._encode(own)
 
     def _encode(self, own: LayerWeights) -> None:
         """One encoder layer, on the side that is live."""
@@ -271,13 +330,27 @@ class ResidentLoop:
                 activation=activation, backend=self.backend,
             )  # fmt: skip
             return self.features, out.weight, out.bias, None, "none"
-        slots = torch.where(self.row_ids < 0, self.bucket.rows, self.row_ids).long()
-        memory = {name: x.index_select(0, slots) for name, x in self.memory.items()}
-        features, weight, bias, aux, memory = heads.fused(layer, self._states(), memory, needs)
-        for name, x in memory.items():
-            self.memory[name].index_copy_(0, slots, x.to(self.memory[name].dtype))
-        assert aux is not None
-        return features.contiguous(), weight, bias, read_aux(aux, needs), "none"
+        return *self._exit_of_modules(layer, needs), "none"
+
+    def _exit_of_modules(self, layer: int, needs: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The features, linear and scalar of an exit that torch's own modules compute."""
+        rows = self.bucket.rows
+        extra = -rows % EXIT_ROWS
+        slots = F.pad(torch.where(self.row_ids < 0, rows, self.row_ids).long(), (0, extra), value=rows)
+        hidden, offsets, plan = self._states()
+        offsets = F.pad(offsets, (0, extra))
+        exits = []
+        for start in range(0, rows, EXIT_ROWS):
+            own = slots[start : start + EXIT_ROWS]
+            states = PackedStates(hidden, offsets[start : start + EXIT_ROWS + 1], plan)
+            memory = {name: x.index_select(0, own) for name, x in self.memory.items()}
+            features, weight, bias, aux, memory = self.parts.heads.fused(layer, states, memory, needs)
+            for name, x in memory.items():
+                self.memory[name].index_copy_(0, own, x.to(self.memory[name].dtype))
+            assert aux is not None
+            exits.append((features, read_aux(aux, needs)))
+        features, scalars = (torch.cat(x)[:rows] for x in zip(*exits, strict=True))
+        return features, weight, bias, scalars
 
     def _states(self) -> PackedStates:
         """The live side for exits that pool the first token; an absent row, which owns none, reads any."""

@@ -35,6 +35,14 @@ HEADERS = (
 
 #: What has no meaning without a device.
 NOT_EMULATED = ("graph.cpp",)
+#: How a kernel that only the graph launches is called from here.
+TAKE_TURN = """
+#include "kernels.h"
+extern "C" void take_turn(int32_t* turn, int32_t* chosen, int32_t* again, int32_t turns) {
+  const auto handle = [](int32_t* at) { return reinterpret_cast<unsigned long long>(at); };
+  earlyexit::launch_take_turn(turn, handle(chosen), handle(again), turns, nullptr);
+}
+"""
 
 
 def compiler() -> str | None:
@@ -48,6 +56,7 @@ def translated(folder: Path) -> list[Path]:
         header = folder / "headers" / name
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text("")
+    (folder / "csrc" / "cuda" / "graph_calls.cpp").write_text(TAKE_TURN)
     files = []
     for path in sorted((folder / "csrc" / "cuda").iterdir()):
         text = path.read_text()
@@ -60,8 +69,8 @@ def translated(folder: Path) -> list[Path]:
     return files
 
 
-def load(folder: Path) -> None:
-    """Build the ops in `folder` and load them; their schemas are still to be defined."""
+def load(folder: Path) -> Path:
+    """Build the ops in `folder` and load them; their schemas are still to be defined. Returns the library."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     library = folder / "emulated.so"
@@ -78,3 +87,4 @@ def load(folder: Path) -> None:
     ]
     subprocess.run(command, check=True)
     torch.ops.load_library(library)
+    return library

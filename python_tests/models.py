@@ -128,7 +128,7 @@ def rows_of(batch: dict[str, Tensor], labels: Tensor | None = None) -> list[dict
 
 def early_exit(family: str = "bert", *, seed: int = 0, gain: float = 1.5, **arguments: Any) -> Any:
     """An early-exit model whose exits differ from each other and from row to row, in eval mode."""
-    of_stock = ("dropout", "problem_type", "num_labels", "num_hidden_layers")
+    of_stock = ("dropout", "problem_type", "num_labels", "num_hidden_layers", "num_hidden_groups")
     sizes = {name: arguments.pop(name) for name in of_stock if name in arguments}
     model = ee.to_early_exit(stock(family, seed=seed, **sizes), **arguments)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 
 import emulated
@@ -28,9 +29,9 @@ def ops(tmp_path_factory):
     library = torch.library.Library(emulated.NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(f"{name}_cpp{schema}")
-    emulated.load(tmp_path_factory.mktemp("emulated"))
+    take_turn = ctypes.CDLL(str(emulated.load(tmp_path_factory.mktemp("emulated")))).take_turn
     namespace = getattr(torch.ops, emulated.NAMESPACE)
-    yield {name: getattr(namespace, f"{name}_cpp").default for name in SCHEMAS}
+    yield {"take_turn": take_turn} | {name: getattr(namespace, f"{name}_cpp").default for name in SCHEMAS}
     library._destroy()
 
 
@@ -329,3 +330,12 @@ def test_a_buffer_that_overlaps_itself_in_part_is_refused(ops):
     hidden, offsets, source = torch.zeros(4, 2), torch.tensor([0, 1]).int(), torch.zeros(1).int()
     with pytest.raises(ValueError, match="share no memory"):
         ops["gather_rows"](hidden[:3], offsets, source, offsets, hidden[1:])
+
+
+def test_turns_are_taken_one_by_one(ops):
+    turn, chosen, again = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
+    seen = []
+    for _ in range(3):
+        ops["take_turn"](*(ctypes.c_void_p(x.data_ptr()) for x in (turn, chosen, again)), 3)
+        seen.append((chosen.item(), again.item()))
+    assert seen == [(0, 1), (1, 1), (2, 0)]

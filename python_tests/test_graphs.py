@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from earlyexit_kernels import engine_choice, graphs
 from earlyexit_kernels.criteria import Entropy, Patience
 from earlyexit_kernels.engine_choice import Choice
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.graphs import Captured, CaptureError, Graphs, most_rows
+from earlyexit_kernels.graphs import Captured, CaptureError, ConditionalNodes, Graphs, most_rows
 from earlyexit_kernels.layers import Seen
 from earlyexit_kernels.resident import Bucket, ResidentLoop
 
@@ -122,6 +123,35 @@ def test_a_capture_of_the_users_own_is_left_alone(captures, model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(CaptureError, match="fixed_depth"):
         run(Graphs(), model, batch_for(model))
+
+
+def test_nodes_are_opened_and_closed_around_their_bodies():
+    said = []
+
+    class Graph:
+        def __getattr__(self, name):
+            return lambda *given: said.append((name, *given)) or len(said)
+
+    nodes = ConditionalNodes(Graph())
+    said.clear()
+    assert nodes.repeats
+    nodes.when(7, lambda: said.append("body"))
+    assert said == [("begin_if", 7), "body", ("end_if",)]
+    said.clear()
+    turn = torch.zeros(1, dtype=torch.int32)
+    nodes.repeat(nodes.handle(1), lambda: nodes.take_turns(turn, 1, [partial(said.append, name) for name in "ab"]))
+    assert said == [
+        ("handle", 1),
+        ("begin_while", 1),
+        ("handle",),
+        ("take_turn", turn, 3, 1, 2),
+        ("begin_switch", 3, 2),
+        "a",
+        ("next_case",),
+        "b",
+        ("end_switch",),
+        ("end_while",),
+    ]
 
 
 def test_copies_start_without_graphs(model):

@@ -65,6 +65,13 @@ def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
     }[op]
 
 
+def pack_arguments() -> tuple:
+    batch = torch.tensor([2, 3, 1, 1, 1], dtype=torch.int32)
+    ids, mask, positions, types = torch.randint(1, 9, (4, 3, 4))
+    found, row_ids, offsets, counts = (torch.full(s, 9, dtype=torch.int32) for s in ((2, 3), (3,), (4,), (4,)))
+    return batch, ids, mask, positions, types, found, row_ids, offsets, torch.full((3, 12), 9), counts
+
+
 ENCODER_OPS = ("rows_linear", "first_tokens_linear", "rows_attention", "rows_add_norm")
 CASES = {
     "logits": ("exit_step", lambda: exit_step_arguments()),
@@ -82,6 +89,7 @@ CASES = {
     "gather": ("gather_rows", gather_arguments),
     "gather_grad": ("gather_rows", lambda: gather_arguments(grad=True)),
     "gather_empty": ("gather_rows", lambda: gather_arguments(0)),
+    "pack": ("pack_tokens", pack_arguments),
     **{op: (op, functools.partial(encoder_arguments, op)) for op in ENCODER_OPS},
     **{f"{op}_grad": (op, functools.partial(encoder_arguments, op, grad=True)) for op in ENCODER_OPS},
     **{f"{op}_empty": (op, functools.partial(encoder_arguments, op, tokens=False)) for op in ENCODER_OPS},
@@ -93,7 +101,7 @@ def op_of(name, backend):
 
 
 def has(name, backend):
-    return backend != "cpp" or name not in ENCODER_OPS
+    return backend != "cpp" or name not in (*ENCODER_OPS, "pack_tokens")
 
 
 every_case = pytest.mark.parametrize(
@@ -127,7 +135,7 @@ def test_changes_what_it_declares_and_nothing_else(backend, case):
     }
     declared = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert changed <= declared
-    if case in ("logits", "first", "mean_grad", "gather", *ENCODER_OPS):
+    if case in ("logits", "first", "mean_grad", "gather", "pack", *ENCODER_OPS):
         assert changed == declared
     memory = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor) and x.numel()}
     assert all(x.untyped_storage().data_ptr() not in memory for x in returned if x is not None and x.numel())

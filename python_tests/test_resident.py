@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from conftest import backend_params
@@ -44,6 +42,53 @@ def splitting(model, batch) -> Entropy:
     middle = first[len(first) // 2 - 1]
     above = scores[scores > middle][0]
     return Entropy(threshold=float((middle + above) / 2))
+
+
+class Played:
+    """The nodes of a graph, obeyed by the host. Only the CUDA op sets handles, so the loop's exit is wrapped.
+
+    Attributes:
+        said: the nodes met.
+        ran: bodies of nodes that ran.
+    """
+
+    repeats = True
+
+    def __init__(self, loop) -> None:
+        self.values: list[int] = [0]
+        self.said: list[str] = []
+        self.ran = 0
+        leave = loop.exit
+
+        def exit_and_set(*arguments):
+            *others, handle = arguments
+            leave(*others, 0)
+            if handle:
+                self.values[handle] = int(arguments[9][0] > 0)
+
+        loop.exit = exit_and_set
+
+    def handle(self, first=0) -> int:
+        self.values.append(first)
+        return len(self.values) - 1
+
+    def when(self, handle, body) -> None:
+        self.said.append("when")
+        if self.values[handle]:
+            self.ran += 1
+            body()
+
+    def repeat(self, handle, body) -> None:
+        self.said.append("repeat")
+        while self.values[handle]:
+            self.ran += 1
+            body()
+
+    def take_turns(self, turn, again, bodies) -> None:
+        now = int(turn)
+        turn += 1
+        self.values[again] = int(now + 1 < len(bodies))
+        bodies[now]()
 
 
 def assert_as_eager(model, loop, batch, atol=2e-5) -> None:
@@ -98,6 +143,24 @@ def test_a_loop_serves_batch_after_batch(backend):
         assert_as_eager(model, loop, batch_for(model, lengths=lengths))
 
 
+@pytest.mark.parametrize("built", [{"method": "palbert"}, {"pooling": "first"}], ids=["halting", "hidden cosine"])
+def test_exits_of_modules_take_as_many_rows_in_every_bucket(built, monkeypatch):
+    monkeypatch.setattr("earlyexit_kernels.resident.EXIT_ROWS", 3)
+    rule = QExit(q=0.6) if "method" in built else HiddenCosine(threshold=0.97)
+    model = early_exit("bert", criterion=rule, **built)
+    seen, fused = [], model.heads.fused
+    monkeypatch.setattr(model.heads, "fused", lambda *given: seen.append(given[1].rows) or fused(*given))
+    for lengths, rows in [((17, 3, 9, 12), 4), ((5,), 1), ((4, 9, 2, 6, 6, 3, 8), 8)]:
+        loop = loop_for(model, Bucket(rows, 32), "torch", poison=True)
+        batch = batch_for(model, lengths=lengths)
+        loop.load(*(batch.get(name) for name in INPUTS))
+        loop.launch()
+        assert set(seen) == {3}
+        seen.clear()
+        assert_as_eager(model, loop, batch)
+        seen.clear()
+
+
 def test_a_row_answers_alike_alone_and_among_others(backend):
     # identical bits are a GPU's promise: here both back-ends multiply by a library, which rounds by the number of rows
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
@@ -139,18 +202,46 @@ def test_groups_of_layers_lie_behind_nodes():
     model.set_criterion(Entropy(threshold=0.7))
     loop = loop_for(model, Bucket(4, 32), "torch")
     assert loop.groups == [range(k, k + 1) for k in (1, 2, 3, 4)]
-    ran = []
-
-    @contextlib.contextmanager
-    def behind(number):
-        before = loop.counts[number, 0].item()
-        ran.append((number, before))
-        yield
-
+    nodes = Played(loop)
     loop.load(*(batch_for(model).get(name) for name in INPUTS))
-    loop.launch(behind)
-    assert [number for number, _ in ran] == [1, 2, 3], "the first group always runs"
-    assert ran[0][1] >= ran[1][1] >= ran[2][1]
+    loop.launch(nodes)
+    deepest = int(loop.exit_layer.max())
+    assert nodes.said == ["when"] * 3 and nodes.ran == deepest - 1, "the first group always runs"
+
+
+@pytest.mark.parametrize("threshold", [0.0, None, 2.0])
+def test_layers_that_are_one_are_turns_of_a_loop(threshold):
+    model = early_exit("albert", pooling="first", num_hidden_groups=1)
+    batch = batch_for(model)
+    model.set_criterion(splitting(model, batch) if threshold is None else Entropy(threshold=threshold))
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    assert loop.is_one_group
+    nodes = Played(loop)
+    for _ in range(2):
+        loop.load(*(batch.get(name) for name in INPUTS))
+        loop.launch(nodes)
+        out = model(**batch)
+        assert torch.equal(loop.exit_layer, out.exit_layer)
+        torch.testing.assert_close(loop.answers, out.logits, atol=2e-5, rtol=1e-4)
+    assert nodes.said == ["repeat"] * 2 and nodes.ran == 2 * int(out.exit_layer.max())
+    nodes.repeats = False
+    loop.launch(nodes)
+    assert nodes.said[2:] == ["when"] * 3
+
+
+def test_layers_that_differ_are_no_turns():
+    assert not loop_for(early_exit("albert", pooling="first"), Bucket(4, 32), "torch").is_one_group
+    model = early_exit("albert", pooling="first", num_hidden_groups=1)
+    model.set_criterion(Entropy(threshold=0.7))
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    loop.weights[2] = list(loop.weights[2])
+    assert not loop.is_one_group
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    assert loop.is_one_group
+    loop.groups = [range(1, 3), range(3, 4), range(4, 5)]
+    assert not loop.is_one_group
+    loop.groups = [range(1, 5)]
+    assert not loop.is_one_group
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,18 @@ def test_exit_step_compiles(name, pooling):
     compile_for(90, kernel, by_name(kernel), constants)
 
 
+@pytest.mark.parametrize("name", ["count_tokens_kernel", "pack_tokens_kernel"])
+def test_packing_compiles(name, tmp_path):
+    kernel = getattr(importlib.import_module("earlyexit_kernels.ops.pack_tokens"), name)
+    longs = dict.fromkeys(("ids", "mask", "positions", "types", "tokens"), "*i64")
+    types = by_name(kernel) | {n: t for n, t in longs.items() if n in kernel.arg_names}
+    types |= dict.fromkeys({"rows", "width", "capacity"} & set(kernel.arg_names), "i32")
+    blocks = {"BLOCK": 512, "BLOCK_ROWS": 1024}
+    assert_in_registers(
+        compile_for(90, kernel, types, {n: v for n, v in blocks.items() if n in kernel.arg_names}), tmp_path
+    )
+
+
 @pytest.mark.parametrize("kernel, block", [("compact_kernel", 1024), ("gather_rows_kernel", 256)])
 def test_compaction_compiles(kernel, block):
     kernel = getattr(compact, kernel)

@@ -1,4 +1,5 @@
-// A CUDA graph whose parts run only where a kernel before them said so: IF nodes, captured in segments on one stream.
+// A CUDA graph whose parts run where and as often as a kernel before them said: IF, WHILE and SWITCH nodes, captured in
+// segments on one stream.
 //
 // A node's body can't be captured while its parent is: the parent's capture ends, the body is captured on the same
 // stream, and the parent's goes on behind the node. With one stream the libraries' workspaces, which are kept by stream,
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "kernels.h"
 
 #if CUDART_VERSION < 12040
 #error "IF nodes want CUDA 12.4; build with EARLYEXIT_BUILD=cpu"
@@ -44,53 +46,60 @@ class ConditionalGraph : public torch::CustomClassHolder {
     capture(root_, nullptr);
   }
 
-  // A number for a kernel to set, 0 where none does: whether the body behind it runs.
-  int64_t handle() {
+  // A number for a kernel to set, `first` where none has: what a node goes by.
+  int64_t handle(int64_t first) {
     EE_CHECK(allocates_, kOp, "expected handle between begin and end");
     cudaGraphConditionalHandle made;
-    C10_CUDA_CHECK(cudaGraphConditionalHandleCreate(&made, root_, 0, cudaGraphCondAssignDefault));
+    C10_CUDA_CHECK(
+        cudaGraphConditionalHandleCreate(&made, root_, static_cast<unsigned>(first), cudaGraphCondAssignDefault));
     return static_cast<int64_t>(made);
   }
 
   // What follows, up to end_if, runs where the handle isn't 0.
-  void begin_if(int64_t handle) {
-    cudaStreamCaptureStatus status;
-    cudaGraph_t graph;
-    const cudaGraphNode_t* before;
-    const cudaGraphEdgeData* edges;
-    size_t count;
-    cudaGraphNodeParams params{};
-    params.type = cudaGraphNodeTypeConditional;
-    params.conditional.handle = static_cast<cudaGraphConditionalHandle>(handle);
-    params.conditional.type = cudaGraphCondTypeIf;
-    params.conditional.size = 1;
-    cudaGraphNode_t node;
-#if CUDART_VERSION >= 13000
-    C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream_, &status, nullptr, &graph, &before, &edges, &count));
+  void begin_if(int64_t handle) { open(handle, cudaGraphCondTypeIf, 1); }
+
+  // What follows, up to end_while, runs as long as the handle isn't 0.
+  void begin_while(int64_t handle) { open(handle, cudaGraphCondTypeWhile, 1); }
+
+  // Of what follows, up to end_switch, in so many cases with next_case between them, the one runs whose number, from 0,
+  // is the handle.
+  void begin_switch(int64_t handle, int64_t cases) {
+#if CUDART_VERSION >= 12080
+    open(handle, cudaGraphCondTypeSwitch, cases);
 #else
-    C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v3(stream_, &status, nullptr, &graph, &before, &edges, &count));
+    EE_CHECK(false, kOp, "expected CUDA 12.8 for begin_switch, got a build against ", CUDART_VERSION);
 #endif
-    EE_CHECK(status == cudaStreamCaptureStatusActive, kOp, "expected begin_if between begin and end");
-#if CUDART_VERSION >= 13000
-    C10_CUDA_CHECK(cudaGraphAddNode(&node, graph, before, edges, count, &params));
-#else
-    C10_CUDA_CHECK(cudaGraphAddNode_v2(&node, graph, before, edges, count, &params));
-#endif
-    pause();
-    open_.push_back({graph, node});
-    capture(params.conditional.phGraph_out[0], nullptr);
   }
 
-  void end_if() {
-    EE_CHECK(!open_.empty(), kOp, "expected end_if after begin_if");
+  bool has_switch() const { return CUDART_VERSION >= 12080; }
+
+  void next_case() {
+    EE_CHECK(!open_.empty() && open_.back().entered < open_.back().bodies.size(), kOp,
+             "expected next_case between the cases of begin_switch, got more of them");
+    pause();
+    enter_body();
+  }
+
+  void close() {
+    EE_CHECK(!open_.empty() && open_.back().entered == open_.back().bodies.size(), kOp,
+             "expected the end of a node after its beginning and all of its cases");
     pause();
     const Node node = open_.back();
     open_.pop_back();
     capture(node.parent, &node.node);
   }
 
+  // Set `chosen` to the turn [1] int32 that it is, count that up, and `again` to whether it was less than the last.
+  void take_turn(const at::Tensor& turn, int64_t chosen, int64_t again, int64_t turns) {
+    EE_CHECK(allocates_, kOp, "expected take_turn between begin and end");
+    check_tensor(kOp, "turn", turn, at::kInt, {1});
+    launch_take_turn(turn.mutable_data_ptr<int32_t>(), static_cast<unsigned long long>(chosen),
+                     static_cast<unsigned long long>(again), static_cast<int32_t>(turns), stream_);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
   void end() {
-    EE_CHECK(allocates_ && open_.empty(), kOp, "expected end after begin and the last end_if");
+    EE_CHECK(allocates_ && open_.empty(), kOp, "expected end after begin and the end of all nodes");
     pause();
     stop_allocating();
     C10_CUDA_CHECK(cudaGraphInstantiate(&runnable_, root_, 0));
@@ -127,7 +136,40 @@ class ConditionalGraph : public torch::CustomClassHolder {
   struct Node {
     cudaGraph_t parent;
     cudaGraphNode_t node;
+    std::vector<cudaGraph_t> bodies;
+    size_t entered;
   };
+
+  void open(int64_t handle, cudaGraphConditionalNodeType type, int64_t bodies) {
+    cudaStreamCaptureStatus status;
+    cudaGraph_t graph;
+    const cudaGraphNode_t* before;
+    const cudaGraphEdgeData* edges;
+    size_t count;
+    cudaGraphNodeParams params{};
+    params.type = cudaGraphNodeTypeConditional;
+    params.conditional.handle = static_cast<cudaGraphConditionalHandle>(handle);
+    params.conditional.type = type;
+    params.conditional.size = static_cast<unsigned>(bodies);
+    cudaGraphNode_t node;
+#if CUDART_VERSION >= 13000
+    C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream_, &status, nullptr, &graph, &before, &edges, &count));
+#else
+    C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v3(stream_, &status, nullptr, &graph, &before, &edges, &count));
+#endif
+    EE_CHECK(status == cudaStreamCaptureStatusActive, kOp, "expected a node between begin and end");
+#if CUDART_VERSION >= 13000
+    C10_CUDA_CHECK(cudaGraphAddNode(&node, graph, before, edges, count, &params));
+#else
+    C10_CUDA_CHECK(cudaGraphAddNode_v2(&node, graph, before, edges, count, &params));
+#endif
+    pause();
+    const cudaGraph_t* made = params.conditional.phGraph_out;
+    open_.push_back({graph, node, {made, made + bodies}, 0});
+    enter_body();
+  }
+
+  void enter_body() { capture(open_.back().bodies[open_.back().entered++], nullptr); }
 
   void capture(cudaGraph_t into, const cudaGraphNode_t* behind) {
     C10_CUDA_CHECK(cudaStreamBeginCaptureToGraph(
@@ -160,9 +202,16 @@ TORCH_LIBRARY_FRAGMENT(earlyexit_kernels, library) {
   library.class_<ConditionalGraph>("ConditionalGraph")
       .def(torch::init<>())
       .def("begin", &ConditionalGraph::begin)
-      .def("handle", &ConditionalGraph::handle)
+      .def("handle", &ConditionalGraph::handle, "", {torch::arg("first") = 0})
       .def("begin_if", &ConditionalGraph::begin_if)
-      .def("end_if", &ConditionalGraph::end_if)
+      .def("end_if", &ConditionalGraph::close)
+      .def("begin_while", &ConditionalGraph::begin_while)
+      .def("end_while", &ConditionalGraph::close)
+      .def("has_switch", &ConditionalGraph::has_switch)
+      .def("begin_switch", &ConditionalGraph::begin_switch)
+      .def("next_case", &ConditionalGraph::next_case)
+      .def("end_switch", &ConditionalGraph::close)
+      .def("take_turn", &ConditionalGraph::take_turn)
       .def("end", &ConditionalGraph::end)
       .def("replay", &ConditionalGraph::replay)
       .def("abandon", &ConditionalGraph::abandon);

@@ -66,6 +66,10 @@ struct Settle {
 void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Settle& settle,
                           cudaStream_t stream);
 
+// For the nodes of a conditional graph: `chosen` gets *turn, which is counted up, and `again` whether turns are left.
+void launch_take_turn(int32_t* turn, unsigned long long chosen, unsigned long long again, int32_t turns,
+                      cudaStream_t stream);
+
 void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
                     int32_t* source, int64_t rows, cudaStream_t stream);
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
@@ -17,9 +17,9 @@ from earlyexit_kernels.backbones.base import (
 )
 
 
-def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+def _widen(backbone: nn.Module) -> nn.Linear:
     encoder: Any = backbone.encoder
-    return encoder.embedding_hidden_mapping_in(embed_with_types(backbone, ids, positions, types))
+    return encoder.embedding_hidden_mapping_in
 
 
 def _layers(backbone: nn.Module) -> Sequence[nn.Module]:
@@ -37,7 +37,7 @@ ALBERT = BackboneAdapter(
     model_type="albert",
     base="albert",
     head=StockHead(dense="albert.pooler"),
-    embed=_embed,
+    embed=embed_with_types,
     layers=_layers,
     positions=column_positions,
     longest=position_limit,
@@ -54,4 +54,5 @@ ALBERT = BackboneAdapter(
     ),
     parts=_parts,
     shares_layers=True,
+    widen=_widen,
 )

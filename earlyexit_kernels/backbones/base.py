@@ -50,6 +50,10 @@ def single(layer: nn.Module) -> Sequence[nn.Module]:
     return (layer,)
 
 
+def as_wide(backbone: nn.Module) -> None:
+    """The linear of embeddings as wide as the layers: none."""
+
+
 @dataclass(frozen=True)
 class BackboneAdapter:
     """One family of encoders.
@@ -58,13 +62,14 @@ class BackboneAdapter:
         model_type: of the family's config.
         base: name of the encoder in the stock classifier.
         head: the stock classification head.
-        embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> hidden [1, T, H]``.
+        embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> [1, T, E]``.
         layers: ``backbone -> L`` callables ``layer(hidden, None, plan=...)``, in order of use.
         positions: ``(backbone, input_ids [N, S]) -> [N, S]`` as the stock model computes them, on the padded ids.
         longest: ``config ->`` longest row in tokens.
         names: of the parts of an encoder layer.
         parts: ``layer ->`` the encoder layers it runs one after the other; mostly itself alone.
         shares_layers: one layer is used many times.
+        widen: ``backbone ->`` the linear from the embeddings' E to the layers' H, or None where they are the same.
     """
 
     model_type: str
@@ -77,6 +82,12 @@ class BackboneAdapter:
     names: LayerNames = LayerNames()
     parts: Callable[[nn.Module], Sequence[nn.Module]] = single
     shares_layers: bool = False
+    widen: Callable[[nn.Module], nn.Linear | None] = as_wide
+
+    def first_states(self, backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+        """What layer 1 reads, ``[1, T, H]`` for ``[1, T]`` each."""
+        embedded, widen = self.embed(backbone, ids, positions, types), self.widen(backbone)
+        return embedded if widen is None else widen(embedded)
 
 
 def column_positions(backbone: nn.Module, input_ids: Tensor) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
@@ -16,10 +14,8 @@ from earlyexit_kernels.backbones.base import (
 )
 
 
-def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-    embedded = embed_with_types(backbone, ids, positions, types)
-    project: Any = getattr(backbone, "embeddings_project", None)
-    return embedded if project is None else project(embedded)
+def _widen(backbone: nn.Module) -> nn.Linear | None:
+    return getattr(backbone, "embeddings_project", None)
 
 
 ELECTRA = BackboneAdapter(
@@ -32,8 +28,9 @@ ELECTRA = BackboneAdapter(
         activation="gelu",
         dropout_before_dense=True,
     ),
-    embed=_embed,
+    embed=embed_with_types,
     layers=encoder_layers,
     positions=column_positions,
     longest=position_limit,
+    widen=_widen,
 )

@@ -32,6 +32,10 @@ ENCODER_LAYER = (
     "Tensor? inverse) -> Tensor"
 )
 GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
+PACK_TOKENS = (
+    "(Tensor batch, Tensor ids, Tensor mask, Tensor positions, Tensor types, Tensor(a!) found, Tensor(b!) row_ids, "
+    "Tensor(c!) offsets, Tensor(d!) tokens, Tensor(e!) counts) -> ()"
+)
 ROWS_LINEAR = (
     "(Tensor x, Tensor weight, Tensor bias, Tensor offsets, Tensor(a!) out, str activation, bool absolute) -> ()"
 )
