@@ -39,12 +39,18 @@ def test_tables_show_what_was_measured_and_what_was_not(results):
     *_, line, _, reached = tables.goals(results).splitlines()
     assert reached == f"Reached: 0 of 1 goals; not measured: {len(GOALS) - 1}."
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[3:] == ["transformers", "0.400 (0.390 to 0.420)", "0.97", "efficiency 1.05", "no"]
+    assert cells[2:] == ["fused layers, cpp", "transformers", "0.400 (0.390 to 0.420)", "0.97", "efficiency 1.05", "no"]
     text = tables.throughput(results)
     assert "| 0.39 |" in text.replace("       ", " ") and "400.0" in text
     assert "- Not measured: OpenVINO: not installed." in text
     assert f"- Refused: mask loop, cpp ({OURS['case']}): its logits are off." in text
     assert tables.latency(results) == tables.under_load(results) == "Not measured yet."
+
+
+def test_the_table_of_goals_names_the_commits_of_all_that_it_shows(tmp_path):
+    for suite, commit in (("single_stream", "aaaa"), ("offline", "bbbb")):
+        store.save(suite, [record | {"suite": suite} for record in fake_records()], results=tmp_path, commit=commit)
+    assert tables.goals(tmp_path).partition("\n")[0].endswith("commit aaaa, bbbb:")
 
 
 def test_a_suite_replaces_its_own_records_only(results):

@@ -125,9 +125,10 @@ def test_every_rule_it_holds(place, rule, pooling):
     assert_agree(graph(**batch), expected)
 
 
-def test_mean_pooling(place):
-    model = early_exit("bert", pooling="mean")
-    batch = batch_for(model, "left", lengths=LENGTHS)
+@pytest.mark.parametrize("family, built", [("bert", {"pooling": "mean"}), ("albert", {"num_hidden_groups": 1})])
+def test_mean_pooling_and_layers_that_are_one(place, family, built):
+    model = early_exit(family, **{"pooling": "first", **built})
+    batch = batch_for(model, "left" if "pooling" in built else "right", lengths=LENGTHS)
     model.set_criterion(varied_entropy(model.trace(**batch)))
     expected = model(**batch)
     eager, graph, batch = place.moved(model, batch)

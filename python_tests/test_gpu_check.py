@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -106,6 +107,13 @@ def test_the_plan_builds_tests_and_measures():
     plan = check.plan(SimpleNamespace(ask=lambda name, seconds: (name, seconds)))
     assert list(plan) == ["build", "tests", *SECTIONS] and plan["build"].always
     assert plan["bits"].run(3.0) == ("bits", 3.0)
+
+
+def test_every_test_that_waits_for_a_gpu_is_among_those_run():
+    for path in (card.ROOT / "python_tests").glob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        waits = re.findall(r"skipif\(not torch\.cuda\.is_available\(\)", text)
+        assert text.count(f"pytest.{steps.MARK}") >= len(waits), path.name
 
 
 def test_without_a_gpu_nothing_is_done(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from transformers import Trainer
 
 import earlyexit_kernels as ee
@@ -77,6 +78,31 @@ def test_linked_files_exist():
     for path in DOCUMENTS:
         links = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8"))
         assert links and all((path.parent / link).exists() for link in links), links
+
+
+def test_the_ten_lines_run_and_what_they_saved_loads(tmp_path, monkeypatch):
+    """The first blocks as they stand, with a tiny model in the place of the hub's."""
+    ten_lines, on_random_weights, elsewhere = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:3]
+    monkeypatch.chdir(tmp_path)
+    tokenizer = toy.toy_tokenizer()
+    toy.toy_model(0, layers=3, hidden=16).save_pretrained("bert-base-uncased")
+    tokenizer.save_pretrained("bert-base-uncased")
+    rows = toy.write_splits(train_rows=8, dev_rows=0, test_rows=0)["train"]
+    sentences = [row.text for row in rows]
+    names = {
+        "sentences": sentences,
+        "training_args": training_arguments(tmp_path, seed=0, epochs=1, lr=1e-3, batch_size=8),
+        "train_set": [{**tokenizer(row.text), "labels": row.label} for row in rows],
+    }
+    exec(ten_lines, names)
+    assert names["out"].logits.shape == (8, 2) and names["out"].exit_layer.shape == (8,)
+    assert str(names["model"].explain(**names["batch"])).startswith("engine 'eager': ")
+    later = {"sentences": sentences}
+    exec(elsewhere, later)
+    assert later["model"].criterion == names["model"].criterion == ee.criteria.Entropy(threshold=0.3)
+    torch.manual_seed(0)
+    exec(on_random_weights, seeded := {})
+    assert len(seeded["model"](input_ids=torch.randint(0, 30000, (32, 16))).exit_layer.unique()) > 1
 
 
 def test_the_training_loop_runs(tmp_path):

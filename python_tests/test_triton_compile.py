@@ -22,6 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 exit_step = importlib.import_module("earlyexit_kernels.ops.exit_step")
 compact = importlib.import_module("earlyexit_kernels.ops.compact")
+resident_exit = importlib.import_module("earlyexit_kernels.ops.resident_exit")
 
 POINTERS = {
     "x": "*fp16",
@@ -35,7 +36,7 @@ POINTERS = {
     "exit_layer": "*i64",
 }
 SCALARS = dict.fromkeys(("p0", "p1", "p2"), "fp32")
-SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present"), "i32")
+SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present", "capacity", "tile"), "i32")
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 #: Compute capability -> what its PTX is for, and the instruction of its matrix units.
 TARGETS = {80: ("sm_80", "mma.sync"), 90: ("sm_90a", "wgmma.mma_async"), 100: ("sm_100a", "tcgen05.mma")}
@@ -59,9 +60,13 @@ def by_name(kernel):
     return {name: POINTERS.get(name, SCALARS.get(name, "*i32")) for name in kernel.arg_names}
 
 
+#: Every rule for Hopper, one for the architectures beside it.
+EXITS = [(90, name) for name in sorted(RULES)] + [(80, "entropy"), (100, "entropy")]
+
+
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize("name", sorted(RULES))
-def test_exit_step_compiles(name, pooling):
+@pytest.mark.parametrize(("capability", "name"), EXITS)
+def test_exit_step_compiles(capability, name, pooling):
     rule = RULES[name]
     constants = {
         "STEP": rule.triton_step,
@@ -74,25 +79,35 @@ def test_exit_step_compiles(name, pooling):
         "BLOCK_H": 128,
     }
     kernel = exit_step.exit_step_kernel
-    compile_for(90, kernel, by_name(kernel), constants)
+    compile_for(capability, kernel, by_name(kernel), constants)
 
 
+@pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", ["count_tokens_kernel", "pack_tokens_kernel"])
-def test_packing_compiles(name, tmp_path):
+def test_packing_compiles(name, capability, tmp_path):
     kernel = getattr(importlib.import_module("earlyexit_kernels.ops.pack_tokens"), name)
     longs = dict.fromkeys(("ids", "mask", "positions", "types", "tokens"), "*i64")
     types = by_name(kernel) | {n: t for n, t in longs.items() if n in kernel.arg_names}
     types |= dict.fromkeys({"rows", "width", "capacity"} & set(kernel.arg_names), "i32")
     blocks = {"BLOCK": 512, "BLOCK_ROWS": 1024}
     assert_in_registers(
-        compile_for(90, kernel, types, {n: v for n, v in blocks.items() if n in kernel.arg_names}), tmp_path
+        compile_for(capability, kernel, types, {n: v for n, v in blocks.items() if n in kernel.arg_names}), tmp_path
     )
 
 
-@pytest.mark.parametrize("kernel, block", [("compact_kernel", 1024), ("gather_rows_kernel", 256)])
-def test_compaction_compiles(kernel, block):
-    kernel = getattr(compact, kernel)
-    compile_for(90, kernel, by_name(kernel), {"BLOCK": block})
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize(
+    ("room", "kernel", "block"),
+    [
+        (compact, "compact_kernel", 1024),
+        (compact, "gather_rows_kernel", 256),
+        (resident_exit, "settle_rows_kernel", 1024),
+    ],
+    ids=["compact", "gather_rows", "settle_rows"],
+)
+def test_moves_compile(room, kernel, block, capability):
+    kernel = getattr(room, kernel)
+    compile_for(capability, kernel, by_name(kernel), {"BLOCK": block})
 
 
 class Recorder:

@@ -76,7 +76,7 @@ def openvino(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, No
 def _check_installed(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise NotMeasuredError(f"{', '.join(missing)} not installed; `pip install -e .[peers]`")
+        raise NotMeasuredError(f"{', '.join(missing)} not installed; `pip install --no-build-isolation -e .[peers]`")
     if device() != "cpu":
         raise NotMeasuredError("these runtimes are timed on the CPU only")
 

@@ -22,21 +22,24 @@ Record = dict[str, Any]
 def machine_line(facts: Record) -> str:
     """The machine, and what ran on it."""
     packages = facts["packages"]
-    device = ", ".join(facts["gpus"]) or f"{facts['cpu']}, {facts['threads']} threads"
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    device = ", ".join(facts["gpus"]) or f"{facts['cpu']}, {threads}"
     return f"{device}; torch {packages['torch']}, transformers {packages['transformers']}, commit {facts['commit']}"
 
 
 def goals(results: Path | None = None) -> str:
     """Every case with a goal, beside the number reached, and the plots."""
     header = ("case", "dtype", "engine", "over", "time ratio", "efficiency", "goal", "reached")
-    machines: dict[str, tuple[Record, list[Record]]] = {}
+    machines: dict[str, list[store.Measured]] = {}
     for suite in (single_stream.SUITE, offline.SUITE):
         for found in store.measured(suite, results):
-            machines.setdefault(found.machine, (found.facts, []))[1].extend(found.records)
+            machines.setdefault(found.machine, []).append(found)
     parts = []
-    for machine, (facts, records) in machines.items():
+    for machine, suites in machines.items():
+        commits = ", ".join(dict.fromkeys(str(found.facts["commit"]) for found in suites))
+        facts = suites[0].facts | {"commit": commits}
         # with the layers that `auto` takes; the others are in the JSON
-        mine = [r for r in records if "ratio" in r and r["engine"] != FAMILY_LAYERS]
+        mine = [r for found in suites for r in found.records if "ratio" in r and r["engine"] != FAMILY_LAYERS]
         with_goal = [r for r in mine if r.get("goal") is not None]
         rows = [_goal_row(r) for r in mine if r in with_goal or (r["baseline"], r["exits"]) == (PEER, NEVER)]
         reached = sum(r["goal_met"] for r in with_goal)
@@ -53,7 +56,8 @@ def _pictures(machine: str, folder: Path) -> list[str]:
 
 
 def _goal_row(record: Record) -> tuple[str, ...]:
-    own = (record["case"], record["dtype"], record["engine"], _against(record))
+    engine = ", ".join(word for word in (record["engine"], record["backend"]) if word)
+    own = (record["case"], record["dtype"], engine, _against(record))
     numbers = (*own, _ratio(record), f"{record['efficiency']:.2f}")
     if record["goal"] is None:
         return (*numbers, "none", "")
