@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.ops.checks import FLOATS, check_tensor
 from earlyexit_kernels.ops.exit_step import exit_step_torch, exit_step_triton
 from earlyexit_kernels.ops.schema import RESIDENT_EXIT, define
 
@@ -150,9 +151,13 @@ def _two_steps(step: _Step, settle: Callable[..., None], whole: bool) -> Callabl
     ) -> None:
         if handle:
             raise ValueError(f"resident_exit: only back-end 'cpp' sets a graph's handle, got {handle}; pass 0")
+        if tile < 1:
+            raise ValueError(f"resident_exit: expected a tile of 1 token or more, got {tile}")
         read = offsets
-        if whole and hidden is not None and pooling != "none":
-            hidden, read = hidden[offsets[0] : offsets[-1]], offsets - offsets[0]
+        if hidden is not None and pooling != "none":
+            check_tensor("resident_exit", "hidden", hidden, (2 * capacity, None), FLOATS)
+            if whole:
+                hidden, read = hidden[offsets[0] : offsets[-1]], offsets - offsets[0]
         rows = (row_ids, state, answers, exit_layer)
         found = step(hidden, read, weight, bias, logits, aux, *rows, criterion, params, pooling, layer, depth)
         settle(row_ids, offsets, old_offsets, source, found, counts, capacity, tile)
