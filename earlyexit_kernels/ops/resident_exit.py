@@ -9,7 +9,6 @@ device, ``offsets[-1] - offsets[0]``, and every kernel of the next layer reads i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,10 +119,7 @@ def settle_rows_torch(
     counts.copy_(torch.stack((live.sum(), live_tokens, found[2], torch.where(moves, live_tokens, present))))
 
 
-_Step = Callable[..., Tensor]
-
-
-def _two_steps(step: _Step, settle: Callable[..., None], whole: bool) -> Callable[..., None]:
+def _two_steps(step: Callable[..., Tensor], settle: Callable[..., None], whole: bool) -> Callable[..., None]:
     """The op as a decision and a settling, two launches; `whole`: the decision wants offsets that start at 0."""
 
     def run(
@@ -165,10 +161,6 @@ def _two_steps(step: _Step, settle: Callable[..., None], whole: bool) -> Callabl
     return run
 
 
-def _fake(*args: Any) -> None:
-    return None
-
-
 #: Back-end -> op; ``cpp`` is one launch, on CUDA alone. Its arguments, in order: hidden ``[2 T, H]``, or the features
 #: ``[R, F]`` of the exit with pooling "none", and its weight and bias; or None for these and logits ``[R, C]``; aux;
 #: row_ids ``[R]``, offsets ``[R + 1]``; old_offsets ``[R + 1]`` and source ``[R]``, which tell gather_rows what moves
@@ -178,7 +170,6 @@ def _fake(*args: Any) -> None:
 RESIDENT_EXITS = define(
     "resident_exit",
     RESIDENT_EXIT,
-    fake=_fake,
     implementations={
         "torch": _two_steps(exit_step_torch, settle_rows_torch, True),
         "triton": _two_steps(exit_step_triton, settle_rows_triton, False),
