@@ -109,6 +109,7 @@ def test_a_saved_program_needs_nothing_but_torch(tmp_path):
     agree(torch.load(tmp_path / "answers.pt", weights_only=True), model(**other))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", RULES)
