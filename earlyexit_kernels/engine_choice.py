@@ -11,9 +11,9 @@ FASTEST: dict[str, tuple[tuple[int, str], ...]] = {}
 
 
 class Choice(NamedTuple):
-    """An engine, and why it."""
+    """What was chosen, an engine or a kind of layers, and why."""
 
-    engine: str
+    name: str
     reason: str
 
 
@@ -28,7 +28,10 @@ def fastest(gpu: str, rows: int, length: int) -> Choice:
     if found is None:
         return Choice("eager", f"no measurement of {gpu} is in the table")
     most, engine = next((entry for entry in found if rows * length <= entry[0]), found[-1])
-    return Choice(engine, f"it was the fastest on {gpu} up to {most} padded tokens a batch")
+    size = f"up to {most} padded tokens a batch"
+    if rows * length > most:
+        size = f"at {most} padded tokens a batch, the most that was measured"
+    return Choice(engine, f"it was the fastest on {gpu} {size}")
 
 
 class Explanation(NamedTuple):
@@ -46,7 +49,7 @@ class Explanation(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"engine {self.engine.engine!r}: {self.engine.reason}\n"
-            f"layers {self.layers.engine!r}: {self.layers.reason}\n"
+            f"engine {self.engine.name!r}: {self.engine.reason}\n"
+            f"layers {self.layers.name!r}: {self.layers.reason}\n"
             f"back-end of the ops: {self.backend!r}"
         )

@@ -225,6 +225,7 @@ class Seen:
 
     @staticmethod
     def of(layers: Sequence[nn.Module]) -> Seen:
+        """What these modules and those in them are made of now."""
         modules = tuple({id(m): m for layer in layers for m in layer.modules()}.values())
         tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters)]
         full = tuple(table for table in tables if table)
@@ -245,6 +246,7 @@ class Seen:
         return seen
 
     def holds(self) -> bool:
+        """Whether all of it is as it was."""
         now = tuple(_values(self.tables))
         same = len(now) == len(self.entries) and all(map(operator.is_, now, self.entries))
         return same and not any(self.bare) and self._looks() == self.marks

@@ -136,7 +136,7 @@ class RuntimeChoices(PreTrainedModel):
         if not ids.numel():
             return None
         choice = self.engine_for(*ids.shape)
-        if choice.engine == "graph":
+        if choice.name == "graph":
             try:
                 return self._graphs.run(self.parts, self.backend, ids, *others)
             except CaptureError as error:

@@ -30,6 +30,11 @@ class Ratio:
         """Share of the time saved, 1 - median; negative where it got slower."""
         return 1.0 - self.median
 
+    def fields(self) -> dict[str, float]:
+        """As a record of a measurement holds it: ratio, ratio_low and ratio_high, to four places."""
+        values = {"ratio": self.median, "ratio_low": self.low, "ratio_high": self.high}
+        return {name: round(value, 4) for name, value in values.items()}
+
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 

@@ -5,51 +5,34 @@ from __future__ import annotations
 import torch
 from models import balance_classes, batch_for, early_exit
 
-from earlyexit_kernels.criteria import (
-    Dact,
-    DivergencePatience,
-    Energy,
-    Entropy,
-    Expectation,
-    FullDepth,
-    HiddenCosine,
-    Learned,
-    Margin,
-    MaxProbability,
-    Patience,
-    PatientConfidence,
-    QExit,
-    SampledExit,
-    SkipGate,
-    Voting,
-)
+from earlyexit_kernels import criteria
 
 LENGTHS = [5, 20, 7, 8, 11, 19, 10, 17, 12, 14, 18, 9, 6, 16, 13, 15]
 TOLERANCE = 1e-5
 METHODS = {"halting": "palbert", "uncertainty": "berxit"}
 RULES = {
-    "full_depth": FullDepth(),
-    "entropy": Entropy(threshold=0.8),
-    "max_probability": MaxProbability(threshold=0.6),
-    "max_probability_by_layer": MaxProbability(threshold=[0.6, 0.7, 0.7]),
-    "margin": Margin(threshold=0.35),
-    "patience": Patience(patience=1),
-    "patience_value": Patience(patience=1, tolerance=0.5),
-    "q_exit": QExit(q=0.7),
-    "sampled_exit": SampledExit(seed=2**63 - 1),
-    "expectation": Expectation(),
-    "voting": Voting(threshold=2),
-    "voting_by_depth": Voting(threshold=1.3, gamma=0.5, final="last"),
-    "dact": Dact(bound="tight"),
-    "dact_epsilon": Dact(epsilon=0.4),
-    "learned": Learned(threshold=0.1),
-    "patient_confidence": PatientConfidence(threshold=0.75, patience=2),
-    "divergence_patience": DivergencePatience(threshold=0.1, patience=1),
-    "hidden_cosine": HiddenCosine(threshold=0.45),
-    "energy": Energy(threshold=0.15),
-    "skip_gate": SkipGate(threshold=0.5, exit=Entropy(threshold=0.8)),
-    "skip_gate_patience": SkipGate(threshold=0.5, exit=Patience(patience=1)),
-    "skip_gate_cosine": SkipGate(threshold=0.5, exit=HiddenCosine(threshold=0.4)),
+    "full_depth": criteria.FullDepth(),
+    "entropy": criteria.Entropy(threshold=0.8),
+    "max_probability": criteria.MaxProbability(threshold=0.6),
+    "max_probability_by_layer": criteria.MaxProbability(threshold=[0.6, 0.7, 0.7]),
+    "margin": criteria.Margin(threshold=0.35),
+    "patience": criteria.Patience(patience=1),
+    "patience_value": criteria.Patience(patience=1, tolerance=0.5),
+    "q_exit": criteria.QExit(q=0.7),
+    "sampled_exit": criteria.SampledExit(seed=2**63 - 1),
+    "expectation": criteria.Expectation(),
+    "voting": criteria.Voting(threshold=2),
+    "voting_by_depth": criteria.Voting(threshold=1.3, gamma=0.5, final="last"),
+    "dact": criteria.Dact(bound="tight"),
+    "dact_epsilon": criteria.Dact(epsilon=0.4),
+    "learned": criteria.Learned(threshold=0.1),
+    "patient_confidence": criteria.PatientConfidence(threshold=0.75, patience=2),
+    "divergence_patience": criteria.DivergencePatience(threshold=0.1, patience=1),
+    "hidden_cosine": criteria.HiddenCosine(threshold=0.45),
+    "energy": criteria.Energy(threshold=0.15),
+    "skip_gate": criteria.SkipGate(threshold=0.5, exit=criteria.Entropy(threshold=0.8)),
+    "skip_gate_patience": criteria.SkipGate(threshold=0.5, exit=criteria.Patience(patience=1)),
+    "skip_gate_cosine": criteria.SkipGate(threshold=0.5, exit=criteria.HiddenCosine(threshold=0.4)),
 }
 NEVER_EARLY = ("full_depth", "expectation")
 

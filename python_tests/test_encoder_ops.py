@@ -177,8 +177,7 @@ def test_widths_of_the_norm(backend, width):
     x, residual, out = torch.randn(3, width), 3 + torch.randn(3, width), torch.empty(3, width)
     weight, bias = torch.randn(width), torch.randn(width)
     ops.rows_add_norm(x, residual, weight, bias, EPS, layout.offsets, out, backend=backend)
-    given = (t.double() for t in (x + residual, weight, bias))
-    y, weight, bias = given
+    y, weight, bias = (t.double() for t in (x + residual, weight, bias))
     want = torch.nn.functional.layer_norm(y, (width,), weight, bias, EPS)
     torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
 

@@ -384,6 +384,7 @@ def test_the_layers_of_the_family_may_run_fewer_mixes():
 
 
 def test_versions_run_a_few_cases():
+    assert set(compare.SUBJECTS) <= set(models.SUBJECTS)
     with torch.inference_mode():
         cases = compare.worker_cases("MiniLM")
         outputs = {name: call() for name, call in cases.items()}

@@ -81,6 +81,13 @@ def test_refused(backend, name):
     assert all(torch.equal(arguments[k], v) for k, v in before.items()), "a refused call must change nothing"
 
 
+@pytest.mark.parametrize("offsets", [[0, 2, 1, 3, 4], [-1, 1, 2, 3, 4]], ids=["decrease", "below_0"])
+def test_offsets_beside_ready_logits_are_refused_without_a_buffers_size(backend, offsets):
+    with pytest.raises(ValueError, match=r"exit_step.*: expected offsets .*; pass cumulative lengths") as caught:
+        exit_step(**call(offsets=torch.tensor(offsets, dtype=torch.int32)), backend=backend)
+    assert "None" not in str(caught.value)
+
+
 def test_without_offsets_every_row_is_one_token(backend):
     arguments = [
         call(FullDepth(), **head(), depth=depth, pooling=p) for p in ("first", "mean", "none") for depth in (1, 2)

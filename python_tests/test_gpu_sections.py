@@ -202,7 +202,7 @@ def test_the_table_of_the_fastest_is_that_of_engine_choice(monkeypatch):
     entry = whole.fastest_entry({32: 0.7, 128: 0.8, 512: 1.2, 4096: 1.1, 65536: 0.9})
     assert entry == [(128, "graph"), (4096, "eager"), (65536, "graph")]
     monkeypatch.setattr(engine_choice, "FASTEST", {"H200": tuple(entry)})
-    engines = [engine_choice.fastest("NVIDIA H200", 1, tokens).engine for tokens in (128, 129, 4096, 4097, 10**6)]
+    engines = [engine_choice.fastest("NVIDIA H200", 1, tokens).name for tokens in (128, 129, 4096, 4097, 10**6)]
     assert engines == ["graph", "eager", "eager", "graph", "graph"]
 
 

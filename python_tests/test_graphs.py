@@ -191,5 +191,7 @@ def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
 def test_the_table_of_the_fastest(monkeypatch):
     monkeypatch.setattr(engine_choice, "FASTEST", {"H200": ((4096, "graph"), (8192, "eager"))})
     fastest = engine_choice.fastest
-    assert [fastest("NVIDIA H200", 32, s).engine for s in (128, 129, 4096)] == ["graph", "eager", "eager"]
+    assert [fastest("NVIDIA H200", 32, s).name for s in (128, 129, 4096)] == ["graph", "eager", "eager"]
+    assert fastest("NVIDIA H200", 32, 129).reason.endswith("fastest on NVIDIA H200 up to 8192 padded tokens a batch")
+    assert fastest("NVIDIA H200", 32, 4096).reason.endswith("at 8192 padded tokens a batch, the most that was measured")
     assert fastest("NVIDIA A10", 1, 1) == ("eager", "no measurement of NVIDIA A10 is in the table")

@@ -12,7 +12,9 @@ from benchmarks.micro import (
     bench_exit_step,
     bench_heads,
     collect,
+    decision_cost,
     decisions,
+    layer_products,
     measure,
     plain_exits,
     plain_rules,
@@ -224,3 +226,20 @@ def test_the_chain_runs_once_in_every_round_on_either_side():
     assert len(rounds.chain_seconds) == 16 and ran[::2] == ["restored"] * 32
     turns = {tuple(ran[i : i + 4 : 2]) for i in range(1, 64, 4)}
     assert turns == {("op", EAGER), (EAGER, "op")}
+
+
+@pytest.mark.parametrize(
+    ("suite", "sizes"),
+    [
+        (decision_cost, {"BATCHES": (6,), "ROUNDS_A_REPEAT": 1, "CALLS": dict.fromkeys(measure.TIMED, 1)}),
+        (layer_products, {"WIDTHS": (64,), "ROWS": (1,)}),
+    ],
+    ids=lambda value: getattr(value, "SUITE", ""),
+)
+def test_what_takes_turns_is_recorded_beside_its_baseline(suite, sizes, monkeypatch):
+    for name, size in sizes.items():
+        monkeypatch.setattr(suite, name, size)
+    records = [record for record in suite.records(2) if "not_measured" not in record]
+    assert records and all(record["ratio_low"] <= record["ratio"] <= record["ratio_high"] for record in records)
+    itself = [record for record in records if suite.BASELINE in (record.get("rule"), record.get("case"))]
+    assert itself and all(record["ratio"] == 1 for record in itself)

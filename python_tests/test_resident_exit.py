@@ -47,14 +47,15 @@ def resident(rows: int, present: int, side: int, seed: int = 0) -> dict[str, tor
     }
 
 
-def leave(x, backend, rule, *, tile=1, layer=1, depth=3, pooling="first", handle=0):
+def leave(x, backend, rule, *, tile=1, capacity=None, layer=1, depth=3, pooling="first", handle=0):
     """Run the op on a clone of `x`, and give that back with the state."""
     x = {name: tensor.clone() for name, tensor in x.items()}
+    capacity = x["hidden"].shape[0] // 2 if capacity is None else capacity
     x["state"] = rule.new_state(x["answers"].shape[0], x["answers"].device, CLASSES)
     RESIDENT_EXITS[backend](
         x["hidden"], x["weight"], x["bias"], None, None, x["row_ids"], x["offsets"], x["old_offsets"], x["source"],
         x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(layer), pooling, layer, depth,
-        tile, x["hidden"].shape[0] // 2, handle,
+        tile, capacity, handle,
     )  # fmt: skip
     return x
 
@@ -138,3 +139,16 @@ def test_nothing_left_settles_to_nothing(backend):
 def test_only_the_compiled_op_sets_a_handle(backend):
     with pytest.raises(ValueError, match="only back-end 'cpp' sets a graph's handle, got 7"):
         leave(resident(2, 2, 0), backend, Entropy(threshold=0.5), handle=7)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"tile": 24, "capacity": 1}, r"expected hidden of shape \[2, '\*'\], got \[24, 8\]"),
+        ({"tile": 0}, "expected a tile of 1 token or more, got 0"),
+    ],
+    ids=["capacity", "tile"],
+)
+def test_refuses_numbers_that_do_not_fit(backend, numbers, message):
+    with pytest.raises(ValueError, match=f"resident_exit: {message}"):
+        leave(resident(2, 2, 0), backend, Entropy(threshold=0.5), **numbers)

@@ -72,6 +72,7 @@ def test_ratio_spread_by_hand():
     ratio = timing.paired_ratio([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1])
     assert (ratio.low, ratio.median, ratio.high) == (2.0, 3.5, 5.0)
     assert str(ratio) == "3.50 (2.00 to 5.00)"
+    assert timing.Ratio(1 / 3, 0.25, 0.5).fields() == {"ratio": 0.3333, "ratio_low": 0.25, "ratio_high": 0.5}
 
 
 @pytest.mark.parametrize(

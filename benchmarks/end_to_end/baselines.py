@@ -53,13 +53,15 @@ def compiled_whole(subject: Subject, rule: Criterion | None, layer: int) -> Answ
     torch.compiler.reset()
     memo = {id(x): x for x in [*subject.plain.parameters(), *subject.plain.buffers()]}
     module = torch.compile(copy.deepcopy(subject.plain, memo), mode="reduce-overhead", dynamic=False)
-    given: dict[int, dict[str, Tensor]] = {}
+    # each batch is kept beside its input, so that no other one gets its id
+    given: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def answer(batch: dict[str, Tensor]) -> Answer:
         if id(batch) not in given:
             padded = not bool(batch["attention_mask"].all())
-            given[id(batch)] = batch if padded else {"input_ids": batch["input_ids"]}
-        return module(**given[id(batch)]).logits, None
+            given[id(batch)] = batch, batch if padded else {"input_ids": batch["input_ids"]}
+        _, inputs = given[id(batch)]
+        return module(**inputs).logits, None
 
     return answer
 

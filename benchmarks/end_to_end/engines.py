@@ -13,12 +13,6 @@ from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.types import ExitOutput
 
 FAMILY_LAYERS, FUSED_LAYERS, GRAPH = "family layers", "fused layers", "graph"
-#: Engine -> how a converted model is told to use it.
-ENGINES: dict[str, Callable[[Model], None]] = {
-    FAMILY_LAYERS: lambda model: _eager(model, "family"),
-    FUSED_LAYERS: lambda model: _eager(model, "fused"),
-    GRAPH: lambda model: _graph(model),
-}
 
 
 def _eager(model: Model, layers: str) -> None:
@@ -38,6 +32,14 @@ def _graph(model: Model) -> None:
         return out
 
     model.from_graph = or_nothing
+
+
+#: Engine -> how a converted model is told to use it.
+ENGINES: dict[str, Callable[[Model], None]] = {
+    FAMILY_LAYERS: functools.partial(_eager, layers="family"),
+    FUSED_LAYERS: functools.partial(_eager, layers="fused"),
+    GRAPH: _graph,
+}
 
 
 @functools.cache

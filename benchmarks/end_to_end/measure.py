@@ -193,10 +193,9 @@ def _numbers(case: Case, work: Workload, times: Sequence[float]) -> dict[str, An
 def _compared(layer_rows: float, times: Sequence[float], baseline: Sequence[float], against: Said) -> dict[str, float]:
     """A contender's times beside those of a baseline, and efficiency where that one runs all layers."""
     ratio = paired_ratio(times, baseline)
-    numbers = {"ratio": round(ratio.median, 4), "ratio_low": round(ratio.low, 4), "ratio_high": round(ratio.high, 4)}
     if against.engine in LEAVE_EARLY:
-        return numbers
-    return {**numbers, "efficiency": round(efficiency(layer_rows, ratio.median), 4)}
+        return ratio.fields()
+    return {**ratio.fields(), "efficiency": round(efficiency(layer_rows, ratio.median), 4)}
 
 
 def _goal(record: Mapping[str, Any], ours: bool) -> dict[str, Any]:

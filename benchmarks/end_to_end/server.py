@@ -137,5 +137,4 @@ def _numbers(sessions: Sequence[Sequence[float]]) -> dict[str, float]:
 def _compared(sessions: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> dict[str, float]:
     """Median latencies of the sessions over the plain model's."""
     middle, baseline = ([quantiles(session, (0.5,))[0] for session in x] for x in (sessions, plain))
-    ratio = paired_ratio(middle, baseline)
-    return {"ratio": round(ratio.median, 4), "ratio_low": round(ratio.low, 4), "ratio_high": round(ratio.high, 4)}
+    return paired_ratio(middle, baseline).fields()

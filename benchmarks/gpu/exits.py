@@ -87,7 +87,7 @@ class Exit:
         RESIDENT_EXITS[backend](
             self.hidden[number], self.weight, self.bias, None, None, x["row_ids"], x["offsets"], x["old_offsets"],
             x["source"], x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(LAYER),
-            self.pooling, LAYER, DEPTH, self.capacity, TILE, 0,
+            self.pooling, LAYER, DEPTH, TILE, self.capacity, 0,
         )  # fmt: skip
 
     def calls(self, backend: str) -> list[Call]:

@@ -10,12 +10,11 @@ and .8 quantiles. ``entropy, again`` is the same rule timed twice: what its rati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from benchmarks.micro.decisions import Decision, middle_settings, on_device, random_trace, untimeable
+from benchmarks.micro.measure import DEVICE, synchronize
 from earlyexit_kernels.criteria import Criterion, Dact
 from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
 from earlyexit_kernels.types import ExitTrace
@@ -38,36 +37,31 @@ def rules(trace: ExitTrace) -> dict[str, Criterion]:
 
 def records(repeats: int) -> Iterator[dict[str, Any]]:
     """One record for each back-end, batch size and rule; back-ends that can't be timed here say why."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sync: Callable[[], None] | None = torch.cuda.synchronize if device == "cuda" else None
-    for backend, why_not in untimeable(device).items():
+    for backend, why_not in untimeable(DEVICE).items():
         if why_not:
-            yield {"suite": SUITE, "backend": backend, "device": device, "not_measured": why_not}
+            yield {"suite": SUITE, "backend": backend, "device": DEVICE, "not_measured": why_not}
             continue
         for rows in BATCHES:
-            trace = on_device(random_trace(rows), device)
-            found = rules(random_trace(rows))
-            decisions = {name: Decision(rule, trace, backend, CALLS[backend]) for name, rule in found.items()}
+            on_cpu = random_trace(rows)
+            trace = on_device(on_cpu, DEVICE)
+            decisions = {name: Decision(rule, trace, backend, CALLS[backend]) for name, rule in rules(on_cpu).items()}
             times = interleave(
                 decisions,
                 repeats=ROUNDS_A_REPEAT * repeats,
-                sync=sync,
+                sync=synchronize,
                 prepare=lambda name: decisions[name].restore(),  # noqa: B023  called within this turn of the loop
                 progress=f"{backend}, B {rows}",
             )
             for name, decision in decisions.items():
-                ratio = paired_ratio(times[name], times[BASELINE])
                 yield {
                     "suite": SUITE,
                     "backend": backend,
-                    "device": device,
+                    "device": DEVICE,
                     "rule": name,
                     "criterion": decision.rule.to_dict(),
                     "rows": rows,
                     "left": decision.left,
                     "microseconds": round(quantiles(times[name], (0.5,))[0] * 1000 / len(decision.copies), 3),
-                    "ratio": round(ratio.median, 4),
-                    "ratio_low": round(ratio.low, 4),
-                    "ratio_high": round(ratio.high, 4),
+                    **paired_ratio(times[name], times[BASELINE]).fields(),
                     "goal": GOALS.get(name),
                 }

@@ -67,7 +67,6 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
         calls = {name: partial(layer, hidden, None, plan=plan) for name, layer in layers.items()}
         times = interleave(calls, repeats=repeats, progress=f"H {width}, T {rows * LENGTH}")
         for name in layers:
-            ratio = paired_ratio(times[name], times[BASELINE])
             median, p90 = quantiles(times[name], (0.5, 0.9))
             yield {
                 "suite": SUITE,
@@ -79,9 +78,7 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
                 "baseline": BASELINE,
                 "median_ms": round(median, 4),
                 "p90_ms": round(p90, 4),
-                "ratio": round(ratio.median, 4),
-                "ratio_low": round(ratio.low, 4),
-                "ratio_high": round(ratio.high, 4),
+                **paired_ratio(times[name], times[BASELINE]).fields(),
                 "goal": None,
                 "cpu_capability": torch.backends.cpu.get_cpu_capability(),
                 "in_use": in_use,

@@ -129,7 +129,7 @@ class ExitHeads(nn.Module):
 
         Args:
             layer: 1-based.
-            states: packed tokens after it.
+            states: the tokens after it.
             memory: of the layer before, `first_memory` at the first.
             projects: compute the exit's token projections too.
         """
@@ -161,7 +161,7 @@ class ExitHeads(nn.Module):
         """The exit after 1-based `layer` for inference, its last linear left to the fused op.
 
         Args:
-            states: packed tokens after it.
+            states: the tokens after it.
             memory: of the layer before.
             needs: the scalar the criterion reads; nothing else is computed.
         """

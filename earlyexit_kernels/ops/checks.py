@@ -49,9 +49,10 @@ def check_offsets(op: str, offsets: Tensor, *, tokens: int | None) -> None:
     """
     start, end, step = int(offsets[0]), int(offsets[-1]), int(offsets.diff().min())
     if start < 0 or step < 0 or (tokens is not None and end > tokens):
+        most = "" if tokens is None else f" to at most {tokens} tokens"
         raise ValueError(
-            f"{op}: expected offsets that never decrease, from 0 or above to at most {tokens} tokens, got "
-            f"{start} to {end} with steps down to {step}; pass cumulative lengths"
+            f"{op}: expected offsets that never decrease, from 0 or above{most}, got {start} to {end} with steps down "
+            f"to {step}; pass cumulative lengths"
         )
 
 

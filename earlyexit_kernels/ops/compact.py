@@ -123,17 +123,12 @@ def _fake_compact(row_ids, offsets):
     return torch.empty_like(row_ids), torch.empty_like(offsets), torch.empty_like(row_ids)
 
 
-def _fake_gather_rows(hidden, offsets, source, new_offsets, out):
-    return None
-
-
 _COMPACT = define(
     "compact", COMPACT, fake=_fake_compact, implementations={"torch": compact_torch, "triton": compact_triton}
 )
 GATHER_ROWS_OPS = define(
     "gather_rows",
     GATHER_ROWS,
-    fake=_fake_gather_rows,
     implementations={"torch": gather_rows_torch, "triton": gather_rows_triton},
 )
 

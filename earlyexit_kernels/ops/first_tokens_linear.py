@@ -84,14 +84,9 @@ def first_tokens_linear_torch(
     out[present] = product_torch(hidden[offsets[:-1][present]], weight, bias, activation).to(out.dtype)
 
 
-def _fake(hidden, weight, bias, offsets, row_ids, out, activation):
-    return None
-
-
 _FIRST_TOKENS_LINEAR = define(
     "first_tokens_linear",
     FIRST_TOKENS_LINEAR,
-    fake=_fake,
     implementations={"torch": first_tokens_linear_torch, "triton": first_tokens_linear_triton},
     back_ends=PYTHON_BACK_ENDS,
 )

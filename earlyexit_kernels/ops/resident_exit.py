@@ -9,12 +9,12 @@ device, ``offsets[-1] - offsets[0]``, and every kernel of the next layer reads i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.ops.checks import FLOATS, check_tensor
 from earlyexit_kernels.ops.exit_step import exit_step_torch, exit_step_triton
 from earlyexit_kernels.ops.schema import RESIDENT_EXIT, define
 
@@ -119,10 +119,7 @@ def settle_rows_torch(
     counts.copy_(torch.stack((live.sum(), live_tokens, found[2], torch.where(moves, live_tokens, present))))
 
 
-_Step = Callable[..., Tensor]
-
-
-def _two_steps(step: _Step, settle: Callable[..., None], whole: bool) -> Callable[..., None]:
+def _two_steps(step: Callable[..., Tensor], settle: Callable[..., None], whole: bool) -> Callable[..., None]:
     """The op as a decision and a settling, two launches; `whole`: the decision wants offsets that start at 0."""
 
     def run(
@@ -150,18 +147,18 @@ def _two_steps(step: _Step, settle: Callable[..., None], whole: bool) -> Callabl
     ) -> None:
         if handle:
             raise ValueError(f"resident_exit: only back-end 'cpp' sets a graph's handle, got {handle}; pass 0")
+        if tile < 1:
+            raise ValueError(f"resident_exit: expected a tile of 1 token or more, got {tile}")
         read = offsets
-        if whole and hidden is not None and pooling != "none":
-            hidden, read = hidden[offsets[0] : offsets[-1]], offsets - offsets[0]
+        if hidden is not None and pooling != "none":
+            check_tensor("resident_exit", "hidden", hidden, (2 * capacity, None), FLOATS)
+            if whole:
+                hidden, read = hidden[offsets[0] : offsets[-1]], offsets - offsets[0]
         rows = (row_ids, state, answers, exit_layer)
         found = step(hidden, read, weight, bias, logits, aux, *rows, criterion, params, pooling, layer, depth)
         settle(row_ids, offsets, old_offsets, source, found, counts, capacity, tile)
 
     return run
-
-
-def _fake(*args: Any) -> None:
-    return None
 
 
 #: Back-end -> op; ``cpp`` is one launch, on CUDA alone. Its arguments, in order: hidden ``[2 T, H]``, or the features
@@ -173,7 +170,6 @@ def _fake(*args: Any) -> None:
 RESIDENT_EXITS = define(
     "resident_exit",
     RESIDENT_EXIT,
-    fake=_fake,
     implementations={
         "torch": _two_steps(exit_step_torch, settle_rows_torch, True),
         "triton": _two_steps(exit_step_triton, settle_rows_triton, False),

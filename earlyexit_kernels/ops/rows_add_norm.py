@@ -103,14 +103,9 @@ def rows_add_norm_torch(
     out[target] = F.layer_norm(y, x.shape[1:], weight.float(), bias.float(), eps).to(out.dtype)
 
 
-def _fake(x, residual, weight, bias, eps, offsets, out, residual_absolute, out_absolute):
-    return None
-
-
 _ROWS_ADD_NORM = define(
     "rows_add_norm",
     ROWS_ADD_NORM,
-    fake=_fake,
     implementations={"torch": rows_add_norm_torch, "triton": rows_add_norm_triton},
     back_ends=PYTHON_BACK_ENDS,
 )

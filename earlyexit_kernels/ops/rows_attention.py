@@ -105,14 +105,9 @@ def rows_attention_torch(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: i
             out[part] = y.transpose(0, 1).flatten(1).to(out.dtype)
 
 
-def _fake(qkv, offsets, row_ids, heads, longest, out):
-    return None
-
-
 _ROWS_ATTENTION = define(
     "rows_attention",
     ROWS_ATTENTION,
-    fake=_fake,
     implementations={"torch": rows_attention_torch, "triton": rows_attention_triton},
     back_ends=PYTHON_BACK_ENDS,
 )

@@ -99,14 +99,9 @@ def rows_linear_torch(
     out[: end - first] = product_torch(tokens, weight, bias, activation).to(out.dtype)
 
 
-def _fake(x, weight, bias, offsets, out, activation, absolute):
-    return None
-
-
 _ROWS_LINEAR = define(
     "rows_linear",
     ROWS_LINEAR,
-    fake=_fake,
     implementations={"torch": rows_linear_torch, "triton": rows_linear_triton},
     back_ends=PYTHON_BACK_ENDS,
 )
@@ -143,14 +138,15 @@ def rows_linear(
     count and the token's place, so a token's bits depend on nothing but the token; torch's products round with their
     row count. Nothing of `x` beyond the tokens present is read.
     """
-    device = x.device
-    check_tensor("rows_linear", "out", out, (None, None), FLOATS, written=True)
+    op, device = "rows_linear", x.device
+    check_tensor(op, "out", out, (None, None), FLOATS, written=True)
     capacity = out.shape[0]
-    tokens = 2 * capacity if absolute else capacity
-    check_tensor("rows_linear", "x", x, (tokens, None), (out.dtype,), device=out.device)
-    check_product("rows_linear", x, weight, bias, activation)
-    check_tensor("rows_linear", "out", out, (capacity, weight.shape[0]), FLOATS)
-    check_present("rows_linear", offsets, None, capacity=capacity, device=device)
-    x, weight, bias, offsets = x.contiguous(), weight.contiguous(), bias.contiguous(), offsets.contiguous()
-    check_apart("rows_linear", "x", x, out)
-    _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](x, weight, bias, offsets, out, activation, absolute)
+    check_tensor(op, "x", x, (2 * capacity if absolute else capacity, None), (out.dtype,), device=out.device)
+    check_product(op, x, weight, bias, activation)
+    check_tensor(op, "out", out, (capacity, weight.shape[0]), FLOATS)
+    check_present(op, offsets, None, capacity=capacity, device=device)
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    check_apart(op, "x", x, out)
+    _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
+        x, weight, bias, offsets.contiguous(), out, activation, absolute
+    )

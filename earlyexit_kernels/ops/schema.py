@@ -55,11 +55,15 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _DISPATCH_KEYS = {"torch": ("CompositeExplicitAutograd",), "triton": ("CPU", "CUDA")}
 
 
+def _returns_nothing(*arguments: Any) -> None:
+    return None
+
+
 def define(
     op: str,
     schema: str,
     *,
-    fake: Callable,
+    fake: Callable = _returns_nothing,
     implementations: Mapping[str, Callable],
     back_ends: Sequence[str] = BACKENDS,
 ) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def define(
     Args:
         op: name without the back-end's suffix.
         schema: arguments and returns, mutation declared.
-        fake: shapes and dtypes of the returns, on fake tensors.
+        fake: shapes and dtypes of the returns, on fake tensors; default: of an op that returns nothing.
         implementations: Python function by back-end; ``cpp`` registers its own.
         back_ends: that have the op.
 
