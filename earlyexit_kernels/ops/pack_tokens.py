@@ -157,10 +157,6 @@ def pack_tokens_torch(
     counts.copy_(torch.stack((batch[0], kept, ((found[0, :n] > 0) & (found[1, :n] == 0)).sum(), kept)))
 
 
-def _fake(*args: Tensor) -> None:
-    return None
-
-
 #: Back-end -> op. Its arguments, in order: batch ``[5]`` int32, which holds the rows and the longest of them, and
 #: whether there is a mask, positions and types; ids, mask, positions and types ``[R, S]`` int64, of which only what the
 #: batch has is read (positions by column and type 0 where there are none); then what is written: found ``[2, R]``,
@@ -169,7 +165,6 @@ def _fake(*args: Tensor) -> None:
 PACK_TOKENS_OPS = define(
     "pack_tokens",
     PACK_TOKENS,
-    fake=_fake,
     implementations={"torch": pack_tokens_torch, "triton": pack_tokens_triton},
     back_ends=PYTHON_BACK_ENDS,
 )
