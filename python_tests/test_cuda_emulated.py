@@ -329,3 +329,11 @@ def test_a_buffer_that_overlaps_itself_in_part_is_refused(ops):
     hidden, offsets, source = torch.zeros(4, 2), torch.tensor([0, 1]).int(), torch.zeros(1).int()
     with pytest.raises(ValueError, match="share no memory"):
         ops["gather_rows"](hidden[:3], offsets, source, offsets, hidden[1:])
+
+
+def test_hidden_states_without_a_number_are_refused(ops):
+    """Their weight has no memory, which the kernel takes for ready logits."""
+    held, criterion = memory(FullDepth(), 2, 3), FullDepth()
+    row_ids, empty = torch.arange(2).int(), (torch.zeros(2, 0), None, torch.zeros(3, 0), torch.zeros(3), None, None)
+    with pytest.raises(ValueError, match=r"exit_step_cpp: expected hidden .* got \[2, 0\]"):
+        ops["exit_step"](*empty, row_ids, *held.values(), criterion.exit_rule.name, [], "none", 1, 2)

@@ -49,6 +49,7 @@ class ConditionalGraph : public torch::CustomClassHolder {
     EE_CHECK(allocates_, kOp, "expected handle between begin and end");
     cudaGraphConditionalHandle made;
     C10_CUDA_CHECK(cudaGraphConditionalHandleCreate(&made, root_, 0, cudaGraphCondAssignDefault));
+    EE_CHECK(made != 0, kOp, "expected a handle other than 0, which means none to the ops");
     return static_cast<int64_t>(made);
   }
 
