@@ -29,6 +29,9 @@ CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden
 # no fused multiply-adds, as above: a decision is the CPU's but for the order of sums and the last bit of exp and log
 NVCC_FLAGS = ["-O3", "-lineinfo", "--fmad=false", "--expt-relaxed-constexpr"]
 
+# sm_90 is the card the kernels are made for; they run on those of 8.x too, and later ones translate the PTX
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+
 
 def say(choice: str, reason: str) -> None:
     print(f"earlyexit_kernels: EARLYEXIT_BUILD={build_mode()}: {choice}, because {reason}", file=sys.stderr)
@@ -102,9 +105,9 @@ def why_no_cuda(torch) -> str:
 def extension(torch, with_cuda: bool) -> dict:
     """The keyword arguments of setup() that build `_C`."""
     if with_cuda:
-        # torch reads these when cpp_extension is imported; sm_90 is the card the kernels are made for
+        # torch reads these when cpp_extension is imported
         os.environ["CUDA_HOME"] = str(find_toolkit())
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     from torch.utils import cpp_extension
 
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension

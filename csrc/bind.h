@@ -106,6 +106,7 @@ inline void bind_input(const char* op, Call& call, const ExitTensors& t) {
   const int64_t tokens = call.pools_tokens() ? kAnySize : call.rows;
   check_tensor(op, "hidden", input, dtype, {tokens, kAnySize});
   call.width = input.size(1);
+  EE_CHECK(call.width >= 1, op, "expected hidden with a number a token at least, got ", shape_name(input.sizes()));
   check_tensor(op, "weight", *t.weight, dtype, {call.classes, call.width});
   check_tensor(op, "bias", *t.bias, dtype, {call.classes});
   call.weight = t.weight->const_data_ptr();

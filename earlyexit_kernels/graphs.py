@@ -74,6 +74,7 @@ class Graphs:
         self._captured: collections.OrderedDict[tuple[Any, ...], Captured] = collections.OrderedDict()
         self._refused: dict[tuple[Any, ...], str] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._device: torch.device | None = None
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs()
@@ -110,7 +111,8 @@ class Graphs:
             raise CaptureError("the current stream is capturing; capture model.fixed_depth() instead")
         size = most_rows(ids.shape[1])
         parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, types, positions)]
-        with self._lock:
+        # buffers that are made in inference mode couldn't be written to outside of it
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             outputs = [
                 self._part(
                     parts,
@@ -127,13 +129,16 @@ class Graphs:
 
     def _part(self, parts: Parts, backend: str, ids: Tensor, *others: Tensor | None) -> ExitOutput:
         n = ids.shape[0]
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(ids.device)
+        if self._stream is None or self._device != ids.device:
+            self._captured.clear()
+            self._refused.clear()
+            self._stream, self._device = torch.cuda.Stream(ids.device), ids.device
         stream, current = self._stream, torch.cuda.current_stream(ids.device)
+        # before a capture too: it copies weights, which may still be on their way
+        stream.wait_stream(current)
         key = (bucket_of(*ids.shape), backend, parts.criterion, next(parts.backbone.parameters()).dtype)
         while True:
             captured = self._of(key, parts)
-            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 captured.loop.load(ids, *others)
                 captured.replay()
@@ -159,7 +164,8 @@ class Graphs:
         if key not in self._captured:
             try:
                 self._captured[key] = capture(parts, key[0], key[1], self._stream)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
+            # Triton's errors, of tiles that a card has no room for among them, have no base but this
+            except Exception as error:
                 self._refused[key] = f"capturing {key[0]} failed: {str(error).partition(chr(10))[0]}"
                 raise CaptureError(self._refused[key]) from error
             while len(self._captured) > MOST_GRAPHS:
@@ -233,8 +239,8 @@ class ConditionalNodes:
 def _conditional(loop: ResidentLoop) -> Callable[[], None]:
     """Capture on the current stream, with nodes for what may not have to run."""
     graph = getattr(torch.classes, NAMESPACE).ConditionalGraph()
-    graph.begin(loop.hidden.device.index, *torch.cuda.graph_pool_handle())
     try:
+        graph.begin(loop.hidden.device.index, *torch.cuda.graph_pool_handle())
         loop.launch(ConditionalNodes(graph))
         graph.end()
     except BaseException:

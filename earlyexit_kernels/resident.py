@@ -153,6 +153,8 @@ class ResidentLoop:
             for layer, each in ((layer, parts.adapter.parts(layer)) for layer in parts.layers)
         }
         self.weights = [made[layer] for layer in parts.layers]
+        # a graph reads the memory that these had, in the replay that finds them moved too
+        self.held = [own.detach() for module in (parts.backbone, parts.heads) for own in module.parameters()]
         inner = max(own.tensors[6].shape[0] for each in self.weights for own in each)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -48,6 +48,16 @@ def test_every_kernel_file_is_compiled_here():
     assert {path.stem for path in CUDA.glob("*.cu")} == set(KERNELS)
 
 
+def test_every_card_finds_code_in_what_is_built(setup):
+    """That of its own major version and of no later minor one, or PTX of an earlier version."""
+    built = [re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", entry).groups() for entry in setup["CUDA_ARCHITECTURES"].split(";")]
+    built = [((int(major), int(minor)), ptx) for major, minor, ptx in built]
+    for card in CARDS:
+        mine = int(card[3:-1]), int(card[-1])
+        earlier = [(made, ptx) for made, ptx in built if made <= mine]
+        assert any(ptx or made[0] == mine[0] for made, ptx in earlier), card
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_without_spills(setup, toolkit, tmp_path, name):
     """One call for all cards; a stack would mean that something of a thread lives in slow memory."""

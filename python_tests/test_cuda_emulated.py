@@ -339,3 +339,11 @@ def test_turns_are_taken_one_by_one(ops):
         ops["take_turn"](*(ctypes.c_void_p(x.data_ptr()) for x in (turn, chosen, again)), 3)
         seen.append((chosen.item(), again.item()))
     assert seen == [(0, 1), (1, 1), (2, 0)]
+
+
+def test_hidden_states_without_a_number_are_refused(ops):
+    """Their weight has no memory, which the kernel takes for ready logits."""
+    held, criterion = memory(FullDepth(), 2, 3), FullDepth()
+    row_ids, empty = torch.arange(2).int(), (torch.zeros(2, 0), None, torch.zeros(3, 0), torch.zeros(3), None, None)
+    with pytest.raises(ValueError, match=r"exit_step_cpp: expected hidden .* got \[2, 0\]"):
+        ops["exit_step"](*empty, row_ids, *held.values(), criterion.exit_rule.name, [], "none", 1, 2)

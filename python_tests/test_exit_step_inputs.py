@@ -43,6 +43,10 @@ REFUSED = {
     "aux_dtype": (lambda: call(QExit(q=0.5), aux=torch.rand(B).half()), ("aux", "float32", "got torch.float16")),
     "logits": (lambda: call(logits=torch.randn(B, C + 1)), ("logits", "[4, 3]", "got [4, 4]")),
     "hidden": (lambda: call(**{**head(), "hidden": torch.randn(B + 1, H)}), ("hidden", "[4, 8]", "got [5, 8]")),
+    "no_width": (
+        lambda: call(**{**head(), "hidden": torch.randn(B, 0), "weight": torch.randn(C, 0)}),
+        ("hidden", "a number a token", "got [4, 0]"),
+    ),
     "weight": (lambda: call(**{**head(), "weight": torch.randn(C, H + 1)}), ("weight", "[3, 8]", "got [3, 9]")),
     "bias": (lambda: call(**{**head(), "bias": torch.randn(C + 1)}), ("bias", "[3]", "got [4]")),
     "offsets": (lambda: call(offsets=torch.zeros(B, dtype=torch.int32)), ("offsets", "[5]", "got [4]")),

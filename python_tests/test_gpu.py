@@ -276,7 +276,10 @@ def test_weights_that_change_are_seen(place):
     before = graph(**batch).logits
     for each in (eager, graph):
         with torch.no_grad():
+            if place.is_gpu:  # a capture that doesn't wait for what is queued copies the weights of before
+                torch.cuda._sleep(10**8)
             each.backbone.encoder.layer[1].output.dense.weight.mul_(2.0)
+            each.backbone.encoder.layer[1].attention.self.value.weight.mul_(2.0)
     after = graph(**batch)
     assert_agree(after, eager(**batch))
     assert (after.logits - before).abs().max() > 1e-3
@@ -284,6 +287,20 @@ def test_weights_that_change_are_seen(place):
         each.set_criterion(Entropy(threshold=5.0))
     assert_agree(graph(**batch), eager(**batch))
     assert graph(**batch).exit_layer.tolist() == [1] * len(LENGTHS)
+
+
+def test_a_model_that_was_on_the_host_in_between(place):
+    model, batch = ready()
+    _, graph, batch = place.moved(model, batch)
+    before = graph(**batch)
+    graph.cpu()
+    if place.is_gpu:
+        torch.cuda.empty_cache()
+    graph.to(place.device)
+    with torch.inference_mode():
+        after = graph(**batch)
+    for out in (after, graph(**batch)):
+        assert torch.equal(out.logits, before.logits) and torch.equal(out.exit_layer, before.exit_layer)
 
 
 def test_fixed_depth_is_captured_by_whoever_wants(place):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import batch_for, early_exit
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from earlyexit_kernels import engine_choice, graphs
 from earlyexit_kernels.criteria import Entropy, Patience
@@ -104,12 +105,56 @@ def test_other_weights_and_criteria_have_graphs_of_their_own(captures, model):
     assert len(captures) == 4
 
 
-def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, monkeypatch):
+def test_a_graph_made_in_one_mode_of_autograd_serves_in_every_other(captures, model):
+    runner, batch = Graphs(), batch_for(model)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            out = run(runner, model, {name: x.clone() for name, x in batch.items()})
+        assert not out.logits.requires_grad
+        assert_as_eager(out, model, batch)
+    assert len(captures) == 1
+
+
+def test_a_capture_waits_for_the_weights(captures, model, monkeypatch):
+    """They may have been written on the current stream just now, and a capture copies some."""
+    order, capture = [], graphs.capture
+    monkeypatch.setattr(torch.cuda.current_stream(None), "wait_stream", lambda other: order.append("wait"))
+    monkeypatch.setattr(graphs, "capture", lambda *args: order.append("capture") or capture(*args))
+    run(Graphs(), model, batch_for(model))
+    assert order[:2] == ["wait", "capture"]
+
+
+def test_the_memory_a_graph_reads_is_there_while_it_can_be_replayed(captures, model):
+    runner, batch = Graphs(), batch_for(model)
+    run(runner, model, batch)
+    for module in (model.backbone.embeddings.word_embeddings, model.heads.out[0]):
+        before = StorageWeakRef(module.weight.untyped_storage())
+        module.weight.data = module.weight.data.clone()
+        assert not before.expired()
+        run(runner, model, batch)
+        assert before.expired(), "another graph has been captured, and nothing reads this any more"
+    assert len(captures) == 3
+
+
+def test_a_model_on_another_device_starts_again(captures, model):
+    runner, batch = Graphs(), batch_for(model)
+    run(runner, model, batch)
+    runner._device, runner._refused["key"] = torch.device("cuda:1"), "a reason"
+    run(runner, model, batch)
+    assert len(captures) == 2 and runner._refused == {} and runner._device == batch["input_ids"].device
+
+
+class TritonError(Exception):
+    """As Triton's own, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, TritonError])
+def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, monkeypatch, kind):
     tried = []
 
     def fails(*args):
         tried.append(args)
-        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+        raise kind("CUDA out of memory\nmore")
 
     monkeypatch.setattr(graphs, "capture", fails)
     runner, batch = Graphs(), batch_for(model)

@@ -105,8 +105,8 @@ class Bench:
         with torch.cuda.stream(stream):
             warm_up()
             stream.synchronize()
-            graph.begin(torch.cuda.current_device(), *torch.cuda.graph_pool_handle())
             try:
+                graph.begin(torch.cuda.current_device(), *torch.cuda.graph_pool_handle())
                 record(graph)
                 graph.end()
             except BaseException:

@@ -52,6 +52,7 @@ class ConditionalGraph : public torch::CustomClassHolder {
     cudaGraphConditionalHandle made;
     C10_CUDA_CHECK(
         cudaGraphConditionalHandleCreate(&made, root_, static_cast<unsigned>(first), cudaGraphCondAssignDefault));
+    EE_CHECK(made != 0, kOp, "expected a handle other than 0, which means none to the ops");
     return static_cast<int64_t>(made);
   }
 

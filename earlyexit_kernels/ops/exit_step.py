@@ -369,6 +369,8 @@ def _check(
     tokens = b if offsets is None or pooling == "none" else None
     width = None if hidden is None else hidden.shape[-1]
     dtype = FLOATS if hidden is None else (hidden.dtype,)
+    if width == 0:
+        raise ValueError(f"exit_step: expected hidden with a number a token at least, got {list(hidden.shape)}")
     for name, tensor, shape, dtypes, written in (
         ("state", state, (len(criterion.initial_state(c)), n), FLOAT32, True),
         ("exit_layer", exit_layer, (n,), INT64, True),
