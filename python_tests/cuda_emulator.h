@@ -179,6 +179,7 @@ inline void cudaGraphSetConditional(unsigned long long handle, unsigned value) {
   *reinterpret_cast<int32_t*>(handle) = static_cast<int32_t>(value);
 }
 
+inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
 inline int cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) { return 0; }
 

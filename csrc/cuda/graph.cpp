@@ -104,7 +104,7 @@ class ConditionalGraph : public torch::CustomClassHolder {
     pause();
     stop_allocating();
     C10_CUDA_CHECK(cudaGraphInstantiate(&runnable_, root_, 0));
-    C10_CUDA_CHECK(cudaGraphUpload(runnable_, stream_));
+    C10_CUDA_CHECK_WARN(cudaGraphUpload(runnable_, stream_));  // else the first replay uploads it
   }
 
   void replay() {

@@ -81,7 +81,7 @@ struct Gather {
   const int32_t* new_offsets;
   void* out;
   int64_t rows;
-  int64_t tokens;  // that `out` has room for
+  int64_t tokens;  // that move at most
   int64_t token_bytes;
 };
 

@@ -33,6 +33,8 @@ int ticket_of(const char* op, cudaStream_t stream, const void* row_ids) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
   const bool captured = status != cudaStreamCaptureStatusNone;
+  EE_CHECK(captured || stream != cudaStreamPerThread, op, "expected a stream with a handle of its own, got the default ",
+           "one of a thread, whose handle all threads share; use torch.cuda.Stream()");
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = given.emplace(std::pair(captured, captured ? row_ids : stream), given.size()).first;
   EE_CHECK(found->second < kTickets, op, "expected at most ", kTickets, " streams and captured row_ids in a process; ",
@@ -134,9 +136,11 @@ void gather_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::
            "expected out to be hidden itself, or to share no memory with it; pass a second buffer");
   const int64_t token_bytes = hidden.size(1) * hidden.element_size();
   if (source.size(0) == 0 || token_bytes == 0) return;
+  // within one buffer no token is both read and written, so that half of them move at most
+  const int64_t room = overlap == at::MemOverlapStatus::Full ? out.size(0) / 2 : out.size(0);
   const c10::cuda::CUDAGuard guard(hidden.device());
   launch_gather_rows({hidden.const_data_ptr(), offsets.const_data_ptr<int32_t>(), source.const_data_ptr<int32_t>(),
-                      new_offsets.const_data_ptr<int32_t>(), out.mutable_data_ptr(), source.size(0), out.size(0),
+                      new_offsets.const_data_ptr<int32_t>(), out.mutable_data_ptr(), source.size(0), room,
                       token_bytes},
                      c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
