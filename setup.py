@@ -29,6 +29,8 @@ CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden
 # no fused multiply-adds, as above: a decision is the CPU's but for the order of sums and the last bit of exp and log
 NVCC_FLAGS = ["-O3", "-lineinfo", "--fmad=false", "--expt-relaxed-constexpr"]
 
+# the first with IF nodes
+OLDEST_TOOLKIT = [12, 4]
 # sm_90 is the card the kernels are made for; they run on those of 8.x too, and later ones translate the PTX
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
@@ -99,6 +101,8 @@ def why_no_cuda(torch) -> str:
     version = toolkit_version(home)
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc in {home} is of CUDA {version}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to a match"
+    if [int(part) for part in version.split(".")] < OLDEST_TOOLKIT:
+        return f"nvcc in {home} is of CUDA {version}, and IF nodes begin with 12.4; set CUDA_HOME to a later one"
     return ""
 
 

@@ -37,7 +37,7 @@ BUCKET_SLACK_FACTOR = 1.25
 
 
 @dataclass(frozen=True)
-class Bucket:
+class LengthBucket:
     """Rows of similar length, attended together as ``[rows, width]``.
 
     Attributes:
@@ -65,7 +65,7 @@ class AttentionPlan:
         offsets, longest: for the variable-length kernel; no row is longer than `longest`.
     """
 
-    buckets: tuple[Bucket, ...] = ()
+    buckets: tuple[LengthBucket, ...] = ()
     inverse: Tensor | None = None
     offsets: Tensor | None = None
     longest: int = 0
@@ -278,7 +278,7 @@ def plan_attention(batch: PackedBatch) -> AttentionPlan:
     if lengths is None:
         return AttentionPlan(offsets=batch.offsets, longest=batch.longest)
     if min(lengths) == max(lengths):
-        return AttentionPlan(buckets=(Bucket(len(lengths), lengths[0]),))
+        return AttentionPlan(buckets=(LengthBucket(len(lengths), lengths[0]),))
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     widths = np.array(lengths, dtype=np.int64)
     starts = widths.cumsum() - widths
@@ -296,17 +296,19 @@ def plan_attention(batch: PackedBatch) -> AttentionPlan:
     return AttentionPlan(buckets=tuple(buckets), inverse=torch.from_numpy(inverse).to(device))
 
 
-def _bucket(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[Bucket, np.ndarray]:
+def _bucket(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[LengthBucket, np.ndarray]:
     """A bucket of rows with these first tokens and lengths, ascending, and its tokens in order."""
     rows, width = len(lengths), int(lengths[-1])
     column = np.arange(width)
     slots = (starts[:, None] + np.minimum(column, lengths[:, None] - 1)).ravel()
     if lengths[0] == width:
-        return Bucket(rows, width, torch.from_numpy(slots).to(device)), slots
+        return LengthBucket(rows, width, torch.from_numpy(slots).to(device)), slots
     real = column < lengths[:, None]
     kept = real.ravel().nonzero()[0]
     mask, places = torch.from_numpy(real[:, None, None, :]), torch.from_numpy(kept)
-    return Bucket(rows, width, torch.from_numpy(slots).to(device), mask.to(device), places.to(device)), slots[kept]
+    return LengthBucket(rows, width, torch.from_numpy(slots).to(device), mask.to(device), places.to(device)), slots[
+        kept
+    ]
 
 
 def packed_attention(

@@ -37,8 +37,8 @@ from earlyexit_kernels.types import read_aux
 TILE = 128
 #: Rows that exits of more than a linear are given at a time, in every bucket: a library's products round by their size.
 EXIT_ROWS = 128
-#: Activation of a dense module in an exit -> its name in `ops.rows_linear`.
-DENSE_ACTIVATIONS = {"tanh": "tanh", "gelu": "gelu", "relu": "relu"}
+#: Activations of a dense module in an exit that the kernels have.
+DENSE_ACTIVATIONS = ("gelu", "relu", "tanh")
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -96,7 +96,7 @@ def why_not_resident(parts: Parts, dtype: torch.dtype) -> str:
     if shape.pooling == "mean" and (rule.needs is not None or shape.has_dense):
         return "the exits average the tokens for more than a linear"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
-        return f"the activation of the exits is {shape.activation!r}, known are {sorted(DENSE_ACTIVATIONS)}"
+        return f"the activation of the exits is {shape.activation!r}, known are {DENSE_ACTIVATIONS}"
     return why_not_all(parts.adapter, parts.layers)
 
 
@@ -326,10 +326,9 @@ class ResidentLoop:
         heads, needs = self.parts.heads, self._needs
         if needs is None:
             dense, out = heads.dense_exit(layer)
-            activation = DENSE_ACTIVATIONS[heads.config.activation]
             first_tokens_linear(
                 self.hidden, dense.weight, dense.bias, self.offsets, self.row_ids, self.features,
-                activation=activation, backend=self.backend,
+                activation=heads.config.activation, backend=self.backend,
             )  # fmt: skip
             return self.features, out.weight, out.bias, None, "none"
         return *self._exit_of_modules(layer, needs), "none"

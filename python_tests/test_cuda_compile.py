@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated
 import pytest
@@ -42,6 +43,14 @@ def run(*command) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout + done.stderr
+
+
+def test_a_toolkit_without_if_nodes_is_refused(setup, monkeypatch):
+    room, torch_12 = setup["why_no_cuda"].__globals__, SimpleNamespace(version=SimpleNamespace(cuda="12.8"))
+    monkeypatch.setitem(room, "find_toolkit", lambda: Path("cuda"))
+    for version, said in (("12.3", "IF nodes begin with 12.4"), ("12.10", ""), ("13.0", "torch of CUDA 12.8")):
+        monkeypatch.setitem(room, "toolkit_version", lambda home, version=version: version)
+        assert said in (reason := setup["why_no_cuda"](torch_12)) and bool(reason) == bool(said)
 
 
 def test_every_kernel_file_is_compiled_here():
