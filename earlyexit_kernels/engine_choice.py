@@ -27,8 +27,10 @@ def fastest(gpu: str, rows: int, length: int) -> Choice:
     found = next((table for name, table in FASTEST.items() if name in gpu), None)
     if found is None:
         return Choice("eager", f"no measurement of {gpu} is in the table")
-    most, engine = next((entry for entry in found if rows * length <= entry[0]), found[-1])
-    return Choice(engine, f"it was the fastest on {gpu} up to {most} padded tokens a batch")
+    tokens = rows * length
+    most, engine = next((entry for entry in found if tokens <= entry[0]), found[-1])
+    beyond = "" if tokens <= most else ", the most that were measured"
+    return Choice(engine, f"it was the fastest on {gpu} up to {most} padded tokens a batch{beyond}")
 
 
 class Explanation(NamedTuple):

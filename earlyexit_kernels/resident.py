@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from earlyexit_kernels.backbones import BackboneAdapter
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads
-from earlyexit_kernels.layers import LayerWeights, why_not_all
+from earlyexit_kernels.layers import LayerWeights, hooked, why_not_all
 from earlyexit_kernels.ops import (
     GATHER_ROWS_OPS,
     RESIDENT_EXITS,
@@ -93,7 +93,17 @@ def why_not_resident(parts: Parts, dtype: torch.dtype) -> str:
         return "the exits average the tokens for more than a linear"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
         return f"the activation of the exits is {shape.activation!r}, known are {sorted(DENSE_ACTIVATIONS)}"
-    return why_not_all(parts.adapter, parts.layers)
+    return why_not_all(parts.adapter, parts.layers) or _why_not_modules((parts.backbone, parts.heads), dtype)
+
+
+def _why_not_modules(tops: Sequence[nn.Module], dtype: torch.dtype) -> str:
+    """Empty where nothing about modules is lost in launches that know their weights alone."""
+    modules = [module for top in tops for module in top.modules()]
+    for module in modules:
+        if hooked(module):
+            return f"a module ({type(module).__name__}) has a forward hook, which would run once a graph"
+    others = {x.dtype for module in modules for x in module.parameters(recurse=False)} - {dtype}
+    return f"its kernels want weights of one dtype, {dtype}, some are {sorted(map(str, others))}" if others else ""
 
 
 class ResidentLoop:
@@ -117,6 +127,8 @@ class ResidentLoop:
         handles: for each group, what the exit before it sets to whether rows are left; 0 for nothing to set.
     """
 
+    # outside of inference mode a tensor made in it can't be written to
+    @torch.inference_mode(False)
     def __init__(self, parts: Parts, bucket: Bucket, backend: str, exit_backend: str) -> None:
         self.parts, self.bucket, self.backend = parts, bucket, backend
         self.exit, self.move = RESIDENT_EXITS[exit_backend], GATHER_ROWS_OPS[exit_backend]
@@ -129,6 +141,8 @@ class ResidentLoop:
             for layer, each in ((layer, parts.adapter.parts(layer)) for layer in parts.layers)
         }
         self.weights = [made[layer] for layer in parts.layers]
+        # launches know addresses: a graph reads them even where a parameter has been given other memory since
+        self.held = [x.detach() for module in (parts.backbone, parts.heads) for x in module.parameters()]
         inner = max(own.tensors[6].shape[0] for each in self.weights for own in each)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -151,7 +165,7 @@ class ResidentLoop:
         self.features = floats(rows, parts.heads.features_size)
         self.first_state = parts.criterion.exit_rule.new_state(rows, device, parts.classes)
         self.state = self.first_state.clone()
-        self.answers = torch.zeros(rows, parts.classes, device=device)
+        self.answers = torch.zeros(rows, parts.classes, dtype=torch.float32, device=device)
         self.exit_layer = ints(rows, dtype=torch.int64)
         self.counts = ints(self.depth + 1, 4)
         rule = parts.criterion.exit_rule

@@ -15,7 +15,7 @@ from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.graphs import CaptureError, Graphs
 from earlyexit_kernels.layers import FusedLayers, why_not_onednn
 from earlyexit_kernels.packing import PACKED_ATTENTION
-from earlyexit_kernels.resident import Parts, why_not_resident
+from earlyexit_kernels.resident import Parts
 from earlyexit_kernels.types import ExitOutput
 
 logger = logging.getLogger("earlyexit_kernels")
@@ -97,13 +97,21 @@ class RuntimeChoices(PreTrainedModel):
             return Choice("eager", "it was asked for")
         if self.device.type != "cuda":
             return Choice("eager", "graphs are for CUDA")
-        if reason := why_not_resident(self.parts, self.dtype):
-            return Choice("eager", f"a graph can't hold this model: {reason}")
         if torch.is_autocast_enabled("cuda"):
             return Choice("eager", "a graph's kernels know no autocast")
-        if self._engine == "graph":
-            return Choice("graph", "it was asked for")
-        return fastest(torch.cuda.get_device_name(self.device), rows, length)
+        choice = Choice("graph", "it was asked for")
+        if self._engine == "auto":
+            choice = fastest(torch.cuda.get_device_name(self.device), rows, length)
+        if choice.engine == "graph" and (reason := self._why_no_graph(rows, length)):
+            return Choice("eager", reason)
+        return choice
+
+    def _why_no_graph(self, rows: int, length: int) -> str:
+        if missing := backends.available_backends("cuda")["triton"]:
+            return f"a graph's kernels are Triton's: {missing}"
+        if self.backend == "torch":
+            return "back-end 'torch' reads counts from the device, which a graph can't"
+        return self._graphs.why_not(self.parts, self.backend, rows, length)
 
     def explain(self, input_ids: torch.Tensor, **batch: Any) -> Explanation:
         """How eval mode would run a batch, and why.
@@ -112,10 +120,12 @@ class RuntimeChoices(PreTrainedModel):
             input_ids: ``[N, S]``.
             batch: the other inputs, which don't matter here.
         """
+        self._graphs.look()
         fused, reason = self._fused_layers()
         layers = Choice("family", reason) if fused is None else Choice("fused", "they can be had and are faster")
         return Explanation(self.engine_for(*input_ids.shape), layers, self.backend)
 
+    @torch.compiler.disable
     def from_graph(self, ids: torch.Tensor, *others: torch.Tensor | None) -> ExitOutput | None:
         """The answers to a batch from a CUDA graph, or None where it has to run eagerly.
 
@@ -176,9 +186,10 @@ class RuntimeChoices(PreTrainedModel):
             raise
 
     def train(self, mode: bool = True) -> Any:
-        """As in torch; the copies that fused layers have of the weights are dropped, since these will change."""
+        """As in torch; the copies that fused layers and graphs have of weights are dropped, since these will change."""
         if mode:
             self._fused.forget()
+            self._graphs.forget()
         return super().train(mode)
 
     def inference_layers(self) -> Sequence[Callable[..., Any]]:

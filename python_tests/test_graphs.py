@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import batch_for, early_exit
 
-from earlyexit_kernels import engine_choice, graphs
+from earlyexit_kernels import backends, engine_choice, graphs
 from earlyexit_kernels.criteria import Entropy, Patience
 from earlyexit_kernels.engine_choice import Choice
 from earlyexit_kernels.errors import BackendUnavailableError
@@ -37,7 +37,9 @@ def captures(monkeypatch):
     def plain(parts, bucket, backend, stream):
         made.append(bucket)
         loop = ResidentLoop(parts, bucket, "torch", "torch")
-        return Captured(loop, loop.launch, Seen.of([parts.backbone, parts.heads]), torch.zeros_like(loop.counts))
+        with torch.inference_mode(False):
+            results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype)
+        return Captured(loop, loop.launch, Seen.of([parts.backbone, parts.heads]), results)
 
     monkeypatch.setattr(graphs, "capture", plain)
     return made
@@ -76,6 +78,7 @@ def test_a_large_batch_is_split(captures, model, monkeypatch):
     out = run(Graphs(), model, batch)
     assert_as_eager(out, model, batch)
     assert captures == [Bucket(2, 32), Bucket(1, 32)] and len(out.invalid_rows) == model.depth
+    assert most_rows(100) == 1
 
 
 def test_the_graph_unused_for_longest_goes(captures, model, monkeypatch):
@@ -103,19 +106,53 @@ def test_other_weights_and_criteria_have_graphs_of_their_own(captures, model):
     assert len(captures) == 4
 
 
-def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, monkeypatch):
+class ForeignError(Exception):
+    """As those of Triton, which are no RuntimeErrors."""
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, ForeignError])
+def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, monkeypatch, error):
     tried = []
 
     def fails(*args):
         tried.append(args)
-        raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+        raise error("out of memory\nmore")
 
     monkeypatch.setattr(graphs, "capture", fails)
     runner, batch = Graphs(), batch_for(model)
     for _ in range(2):
-        with pytest.raises(CaptureError, match=r"capturing Bucket\(rows=4, length=32\) failed: CUDA out of memory$"):
+        with pytest.raises(CaptureError, match=r"capturing Bucket\(rows=4, length=32\) failed: out of memory$"):
             run(runner, model, batch)
     assert len(tried) == 1
+
+
+def test_a_capture_waits_for_what_the_caller_did_to_the_weights(captures, model):
+    torch.cuda.current_stream(None).wait_stream = lambda other: captures.append("wait")
+    run(Graphs(), model, batch_for(model))
+    assert captures[:2] == ["wait", Bucket(4, 32)]
+
+
+def test_another_device_has_graphs_of_its_own(model):
+    here, there = (graphs.key_of(each.parts, "triton", 3, 17) for each in (model, copy.deepcopy(model).to("meta")))
+    assert here.device.type == "cpu" and there == here._replace(device=torch.device("meta"))
+
+
+def test_graphs_of_weights_that_are_others_go_before_a_capture(captures, model):
+    runner = Graphs()
+    for lengths in [(17, 3, 9), (17,), (17, 3)]:
+        run(runner, model, batch_for(model, lengths=lengths))
+        with torch.no_grad():
+            model.heads.out[0].weight.mul_(2.0)
+    assert [key.bucket for key in runner._captured] == [Bucket(2, 32)]
+    runner.look()
+    assert not runner._captured
+
+
+def test_training_drops_the_graphs(captures, model):
+    """Optimizers may write through `weight.data`, which leaves no trace."""
+    run(model._graphs, model, batch_for(model))
+    model.train().eval()
+    assert not model._graphs._captured
 
 
 def test_a_capture_of_the_users_own_is_left_alone(captures, model, monkeypatch):
@@ -146,6 +183,47 @@ def test_the_engine_is_chosen_and_explained(model, caplog, monkeypatch):
     assert caplog.messages == ["engine 'graph' fell back to 'eager': graphs are for CUDA"]
 
 
+@pytest.fixture
+def on_cuda(model, monkeypatch):
+    """The model says that it is on a GPU, and its graph engine was asked for."""
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(type(model), "backend", "triton")
+    monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": ""})
+    model._engine = "graph"
+    return model, batch_for(model)
+
+
+def test_what_stands_against_a_graph_is_explained(on_cuda, monkeypatch):
+    model, batch = on_cuda
+    assert model.explain(**batch).engine == ("graph", "it was asked for")
+    model._graphs._refused[graphs.key_of(model.parts, "triton", *batch["input_ids"].shape)] = "capturing failed"
+    assert model.explain(**batch).engine == ("eager", "capturing failed")
+    assert model.explain(batch["input_ids"][:1]).engine.engine == "graph", "another bucket"
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 128)
+    assert model.explain(batch["input_ids"].repeat(3, 1)).engine.reason == "capturing failed", "a part of the batch"
+    monkeypatch.setattr(type(model), "backend", "torch")
+    assert "back-end 'torch' reads counts" in model.explain(batch["input_ids"][:1]).engine.reason
+    monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": "it is missing"})
+    assert "it is missing" in model.explain(batch["input_ids"][:1]).engine.reason
+
+
+def test_what_has_a_graph_is_not_looked_at_again(captures, on_cuda, monkeypatch):
+    """At one row a batch that look takes as long as the batch; `explain` takes it, and `run` sees what has changed."""
+    model, batch = on_cuda
+    key = graphs.key_of(model.parts, "triton", *batch["input_ids"].shape)
+    run(model._graphs, model, batch)
+    ((other, captured),) = model._graphs._captured.items()
+    model._graphs._captured[key] = captured
+    looks = []
+    monkeypatch.setattr(graphs, "why_not_resident", lambda *_: looks.append(1) or "no more")
+    assert model.engine_for(*batch["input_ids"].shape).engine == "graph" and not looks
+    model.backbone.encoder.layer[0].register_forward_hook(lambda *_: None)
+    assert "no more" in model.explain(**batch).engine.reason and looks
+    model._graphs._captured[other] = captured
+    with pytest.raises(CaptureError, match="no more"):
+        run(model._graphs, model, batch)
+
+
 def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
     batch = batch_for(model)
     batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
@@ -158,8 +236,23 @@ def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
     torch.testing.assert_close(got.logits, expected.logits, atol=2e-5, rtol=1e-4)
 
 
+def test_a_compiled_caller_runs_it_as_it_is(captures, on_cuda, monkeypatch):
+    model, batch = on_cuda
+    key = graphs.key_of(model.parts, "torch", *batch["input_ids"].shape)
+    monkeypatch.setattr(graphs, "key_of", lambda *_: key)
+    traced = []
+    compiled = torch.compile(
+        lambda ids: model.from_graph(ids, None, None, None).exit_layer + 0,
+        backend=lambda graph, _: (traced.append(graph), graph.forward)[1],
+    )
+    for ids in (batch["input_ids"], batch["input_ids"].flip(0)):
+        assert torch.equal(compiled(ids), model.from_graph(ids, None, None, None).exit_layer)
+    assert captures == [Bucket(4, 32)] and len(traced) == 1, "what is behind the addition alone"
+
+
 def test_the_table_of_the_fastest(monkeypatch):
     monkeypatch.setattr(engine_choice, "FASTEST", {"H200": ((4096, "graph"), (8192, "eager"))})
     fastest = engine_choice.fastest
     assert [fastest("NVIDIA H200", 32, s).engine for s in (128, 129, 4096)] == ["graph", "eager", "eager"]
+    assert [fastest("NVIDIA H200", 1, s).reason.endswith("the most that were measured") for s in (8192, 8193)] == [0, 1]
     assert fastest("NVIDIA A10", 1, 1) == ("eager", "no measurement of NVIDIA A10 is in the table")

@@ -101,7 +101,7 @@ class Criterion:
         runs = [(value, len(list(run))) for value, run in itertools.groupby(self.initial_state(classes))]
         # filled on the device: a copy from the host would synchronise, and can't be captured
         parts = [torch.full((size, rows), value, dtype=torch.float32, device=device) for value, size in runs]
-        return torch.cat(parts) if parts else torch.empty(0, rows, device=device)
+        return torch.cat(parts) if parts else torch.empty(0, rows, dtype=torch.float32, device=device)
 
     def check(self, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
         """Raise ValueError where the rule can't run on exits of this shape; `check_fits` looks at the task first.
