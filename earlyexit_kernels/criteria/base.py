@@ -41,7 +41,8 @@ class Criterion:
         uses_keys: `new_state` wants a key for each row.
         triton_step: device function ``(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2)`` ->
             ``(answer, leave)`` on one row's ``[BLOCK_C]`` logits; `state` points at the row's first value, its next
-            one is `rows` further. A state with numbers for each class has them last, behind the others.
+            one is `rows` further. A state with numbers for each class has them last, behind the others. Every warp
+            reads the state for itself: all of it is read before ``tl.debug_barrier()``, and written behind.
     """
 
     name: ClassVar[str]
