@@ -148,7 +148,7 @@ def _words(idle: list[Tensor], depth: int, device: torch.device) -> Tensor:
     except IndexError:
         # a tensor of inference mode couldn't be written to by a batch outside of it
         with torch.inference_mode(False):
-            return torch.zeros(depth, 3, dtype=torch.int64, pin_memory=device.type == "cuda")
+            return torch.zeros(depth, 3, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
 
 @torch.compiler.disable

@@ -131,7 +131,7 @@ class FixedDepth(nn.Module):
             limits={},
         )
         rows = ids.shape[0]
-        answers = torch.zeros(rows, self.classes, device=device)
+        answers = torch.zeros(rows, self.classes, dtype=torch.float32, device=device)
         exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
         if rows == 0:
             return answers, exit_layer

@@ -11,7 +11,7 @@ import collections
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from earlyexit_kernels.backends import NAMESPACE, available_backends
 from earlyexit_kernels.layers import Seen
 from earlyexit_kernels.ops import MOST_ROWS
 from earlyexit_kernels.packing import refuse_masked_first
-from earlyexit_kernels.resident import Bucket, Parts, ResidentLoop
+from earlyexit_kernels.resident import Bucket, Parts, ResidentLoop, why_not_resident
 from earlyexit_kernels.types import ExitOutput
 
 #: Graphs kept for one model; the one that wasn't used for longest goes.
@@ -42,7 +42,23 @@ def bucket_of(rows: int, length: int) -> Bucket:
 
 def most_rows(length: int) -> int:
     """How many rows of a length one graph takes."""
-    return min(MOST_ROWS, MOST_TOKENS // bucket_of(1, length).length)
+    return max(1, min(MOST_ROWS, MOST_TOKENS // bucket_of(1, length).length))
+
+
+class Key(NamedTuple):
+    """What a graph is captured for; a model may move to another device, and come back."""
+
+    bucket: Bucket
+    backend: str
+    criterion: Any
+    dtype: torch.dtype
+    device: torch.device
+
+
+def key_of(parts: Parts, backend: str, rows: int, length: int) -> Key:
+    """That of a batch ``[N, S]`` of one graph at most."""
+    weight = next(parts.backbone.parameters())
+    return Key(bucket_of(rows, length), backend, parts.criterion, weight.dtype, weight.device)
 
 
 @dataclass(frozen=True)
@@ -71,10 +87,9 @@ class Graphs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._captured: collections.OrderedDict[tuple[Any, ...], Captured] = collections.OrderedDict()
-        self._refused: dict[tuple[Any, ...], str] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._device: torch.device | None = None
+        self._captured: collections.OrderedDict[Key, Captured] = collections.OrderedDict()
+        self._refused: dict[Key, str] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs()
@@ -87,6 +102,24 @@ class Graphs:
         with self._lock:
             self._captured.clear()
             self._refused.clear()
+
+    def why_not(self, parts: Parts, backend: str, rows: int, length: int) -> str:
+        """Empty where `run` can answer a batch, as far as is known, else what stands against it.
+
+        What has a graph isn't looked at again, which would take as long as a layer: `run` sees what has changed.
+
+        Args:
+            parts, backend: as for `run`.
+            rows, length: N and S.
+        """
+        most = most_rows(length)
+        keys = (key_of(parts, backend, part, length) for part in {min(rows, most), rows % most or most})
+        return next((reason for key in keys if key not in self._captured and (reason := self._why_not(key, parts))), "")
+
+    def look(self) -> None:
+        """Drop the graphs of weights that are others by now."""
+        with self._lock:
+            self._drop_stale()
 
     def run(
         self,
@@ -111,8 +144,7 @@ class Graphs:
             raise CaptureError("the current stream is capturing; capture model.fixed_depth() instead")
         size = most_rows(ids.shape[1])
         parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, types, positions)]
-        # buffers that are made in inference mode couldn't be written to outside of it
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock:
             outputs = [
                 self._part(
                     parts,
@@ -128,17 +160,14 @@ class Graphs:
         return outputs[0] if len(outputs) == 1 else ExitOutput.cat(outputs)
 
     def _part(self, parts: Parts, backend: str, ids: Tensor, *others: Tensor | None) -> ExitOutput:
-        n = ids.shape[0]
-        if self._stream is None or self._device != ids.device:
-            self._captured.clear()
-            self._refused.clear()
-            self._stream, self._device = torch.cuda.Stream(ids.device), ids.device
-        stream, current = self._stream, torch.cuda.current_stream(ids.device)
-        # before a capture too: it copies weights, which may still be on their way
-        stream.wait_stream(current)
-        key = (bucket_of(*ids.shape), backend, parts.criterion, next(parts.backbone.parameters()).dtype)
+        n, key = ids.shape[0], key_of(parts, backend, *ids.shape)
+        if key.device not in self._streams:
+            self._streams[key.device] = torch.cuda.Stream(key.device)
+        stream, current = self._streams[key.device], torch.cuda.current_stream(key.device)
         while True:
-            captured = self._of(key, parts)
+            # before a capture too, which copies weights
+            stream.wait_stream(current)
+            captured = self._of(key, parts, stream)
             with torch.cuda.stream(stream):
                 captured.loop.load(ids, *others)
                 captured.replay()
@@ -148,7 +177,8 @@ class Graphs:
             # looked at while the device works; where the weights are others by now, the answers go
             if captured.seen.holds():
                 break
-            del self._captured[key]
+            del captured
+            self._drop_stale()
         current.wait_stream(stream)
         for x in (answers, exit_layer):
             x.record_stream(current)
@@ -158,22 +188,44 @@ class Graphs:
             refuse_masked_first(masked_first > 0)
         return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(invalid))
 
-    def _of(self, key: tuple[Any, ...], parts: Parts) -> Captured:
+    def _why_not(self, key: Key, parts: Parts) -> str:
         if key in self._refused:
-            raise CaptureError(self._refused[key])
+            return self._refused[key]
+        reason = why_not_resident(parts, key.dtype)
+        return f"a graph can't hold this model: {reason}" if reason else ""
+
+    def _drop_stale(self) -> None:
+        for key in [key for key, captured in self._captured.items() if not captured.seen.holds()]:
+            del self._captured[key]
+
+    def _of(self, key: Key, parts: Parts, stream: Any) -> Captured:
         if key not in self._captured:
+            if reason := self._why_not(key, parts):
+                raise CaptureError(reason)
+            self._drop_stale()
             try:
-                self._captured[key] = capture(parts, key[0], key[1], self._stream)
-            # Triton's errors, of tiles that a card has no room for among them, have no base but this
-            except Exception as error:
-                self._refused[key] = f"capturing {key[0]} failed: {str(error).partition(chr(10))[0]}"
+                self._captured[key] = self._capture(key, parts, stream)
+            except Exception as error:  # Triton's own are no RuntimeErrors
+                said = str(error).partition("\n")[0] or type(error).__name__
+                self._refused[key] = f"capturing {key.bucket} failed: {said}"
                 raise CaptureError(self._refused[key]) from error
             while len(self._captured) > MOST_GRAPHS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
         return self._captured[key]
 
+    def _capture(self, key: Key, parts: Parts, stream: Any) -> Captured:
+        try:
+            return capture(parts, key.bucket, key.backend, stream)
+        except torch.OutOfMemoryError:
+            if not self._captured:
+                raise
+            # the others have the memory, and can be captured again
+            self._captured.clear()
+            return capture(parts, key.bucket, key.backend, stream)
 
+
+@torch.inference_mode(False)
 def capture(parts: Parts, bucket: Bucket, backend: str, stream: Any) -> Captured:
     """Build a bucket's loop and capture it.
 
@@ -190,7 +242,7 @@ def capture(parts: Parts, bucket: Bucket, backend: str, stream: Any) -> Captured
             loop.launch()
         stream.synchronize()
         replay = _conditional(loop) if backend == "cpp" else _plain(loop, stream)
-    results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype, pin_memory=True)
+    results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype, device="cpu", pin_memory=True)
     return Captured(loop, replay, seen, results)
 
 
@@ -239,6 +291,8 @@ class ConditionalNodes:
 def _conditional(loop: ResidentLoop) -> Callable[[], None]:
     """Capture on the current stream, with nodes for what may not have to run."""
     graph = getattr(torch.classes, NAMESPACE).ConditionalGraph()
+    # as torch.cuda.graph does: what the allocator keeps for others it can't give up while it captures
+    torch.cuda.empty_cache()
     try:
         graph.begin(loop.hidden.device.index, *torch.cuda.graph_pool_handle())
         loop.launch(ConditionalNodes(graph))

@@ -172,7 +172,7 @@ def why_not(layer: nn.Module, names: LayerNames) -> str:
     for path, module in found.items():
         title = f"{path or 'the layer'} ({type(module).__name__})"
         kind = wanted.get(path)
-        if _hooked(module):
+        if hooked(module):
             return f"{title} has a forward hook"
         if kind is not None:
             if type(module) is not kind or any(module._parameters.get(name) is None for name in ("weight", "bias")):
@@ -190,11 +190,11 @@ def why_not(layer: nn.Module, names: LayerNames) -> str:
 def why_not_all(adapter: BackboneAdapter, layers: Sequence[nn.Module]) -> str:
     """Empty where every layer of a backbone, as its adapter lists them, can be computed from its weights alone."""
     reasons = [why_not(part, adapter.names) for layer in dict.fromkeys(layers) for part in adapter.parts(layer)]
-    reasons += [f"a layer ({type(layer).__name__}) has a forward hook" for layer in layers if _hooked(layer)]
+    reasons += [f"a layer ({type(layer).__name__}) has a forward hook" for layer in layers if hooked(layer)]
     return next((reason for reason in reasons if reason), "")
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says; `accelerate` replaces the forward of an instance."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 

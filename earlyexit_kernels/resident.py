@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from earlyexit_kernels.backbones import BackboneAdapter, column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads
-from earlyexit_kernels.layers import LayerWeights, why_not_all
+from earlyexit_kernels.layers import LayerWeights, hooked, why_not_all
 from earlyexit_kernels.ops import (
     GATHER_ROWS_OPS,
     PACK_TOKENS_OPS,
@@ -97,7 +97,17 @@ def why_not_resident(parts: Parts, dtype: torch.dtype) -> str:
         return "the exits average the tokens for more than a linear"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
         return f"the activation of the exits is {shape.activation!r}, known are {DENSE_ACTIVATIONS}"
-    return why_not_all(parts.adapter, parts.layers)
+    return why_not_all(parts.adapter, parts.layers) or _why_not_modules((parts.backbone, parts.heads), dtype)
+
+
+def _why_not_modules(tops: Sequence[nn.Module], dtype: torch.dtype) -> str:
+    """Empty where nothing about modules is lost in launches that know their weights alone."""
+    modules = [module for top in tops for module in top.modules()]
+    for module in modules:
+        if hooked(module):
+            return f"a module ({type(module).__name__}) has a forward hook, which would run once a graph"
+    others = {x.dtype for module in modules for x in module.parameters(recurse=False)} - {dtype}
+    return f"its kernels want weights of one dtype, {dtype}, some are {sorted(map(str, others))}" if others else ""
 
 
 class Nodes(Protocol):
@@ -140,6 +150,8 @@ class ResidentLoop:
         groups: the layers from one exit to the next; each group but the first may be put behind a node.
     """
 
+    # outside of inference mode a tensor made in it can't be written to
+    @torch.inference_mode(False)
     def __init__(self, parts: Parts, bucket: Bucket, backend: str, exit_backend: str) -> None:
         self.parts, self.bucket, self.backend = parts, bucket, backend
         self.pack = PACK_TOKENS_OPS[backend]
@@ -153,8 +165,8 @@ class ResidentLoop:
             for layer, each in ((layer, parts.adapter.parts(layer)) for layer in parts.layers)
         }
         self.weights = [made[layer] for layer in parts.layers]
-        # a graph reads the memory that these had, in the replay that finds them moved too
-        self.held = [own.detach() for module in (parts.backbone, parts.heads) for own in module.parameters()]
+        # launches know addresses: a graph reads them even where a parameter has been given other memory since
+        self.held = [x.detach() for module in (parts.backbone, parts.heads) for x in module.parameters()]
         inner = max(own.tensors[6].shape[0] for each in self.weights for own in each)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -178,7 +190,7 @@ class ResidentLoop:
         self.widen = parts.adapter.widen(parts.backbone)
         self.first_state = parts.criterion.exit_rule.new_state(rows, device, parts.classes)
         self.state = self.first_state.clone()
-        self.answers = torch.zeros(rows, parts.classes, device=device)
+        self.answers = torch.zeros(rows, parts.classes, dtype=torch.float32, device=device)
         self.exit_layer = ints(rows, dtype=torch.int64)
         self.counts = ints(self.depth + 1, 4)
         rule = parts.criterion.exit_rule

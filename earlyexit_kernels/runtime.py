@@ -15,7 +15,7 @@ from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.graphs import CaptureError, Graphs
 from earlyexit_kernels.layers import FusedLayers, why_not_onednn
 from earlyexit_kernels.packing import PACKED_ATTENTION
-from earlyexit_kernels.resident import Parts, why_not_resident
+from earlyexit_kernels.resident import Parts
 from earlyexit_kernels.types import ExitOutput
 
 logger = logging.getLogger("earlyexit_kernels")
@@ -40,12 +40,12 @@ class RuntimeChoices(PreTrainedModel):
     _engine = "auto"
     #: What was said of a choice, so that it is said once.
     _said = ""
-    _said_of_engine = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._fused = FusedLayers()
         self._graphs = Graphs()
+        self._said_of_engine: set[str] = set()
 
     @property
     def backend(self) -> str:
@@ -97,13 +97,21 @@ class RuntimeChoices(PreTrainedModel):
             return Choice("eager", "it was asked for")
         if self.device.type != "cuda":
             return Choice("eager", "graphs are for CUDA")
-        if reason := why_not_resident(self.parts, self.dtype):
-            return Choice("eager", f"a graph can't hold this model: {reason}")
         if torch.is_autocast_enabled("cuda"):
             return Choice("eager", "a graph's kernels know no autocast")
-        if self._engine == "graph":
-            return Choice("graph", "it was asked for")
-        return fastest(torch.cuda.get_device_name(self.device), rows, length)
+        choice = Choice("graph", "it was asked for")
+        if self._engine == "auto":
+            choice = fastest(torch.cuda.get_device_name(self.device), rows, length)
+        if choice.name == "graph" and (reason := self._why_no_graph(rows, length)):
+            return Choice("eager", reason)
+        return choice
+
+    def _why_no_graph(self, rows: int, length: int) -> str:
+        if missing := backends.available_backends("cuda")["triton"]:
+            return f"a graph's kernels are Triton's: {missing}"
+        if self.backend == "torch":
+            return "back-end 'torch' reads counts from the device, which a graph can't"
+        return self._graphs.why_not(self.parts, self.backend, rows, length)
 
     def explain(self, input_ids: torch.Tensor, **batch: Any) -> Explanation:
         """How eval mode would run a batch, and why.
@@ -111,15 +119,23 @@ class RuntimeChoices(PreTrainedModel):
         Args:
             input_ids: ``[N, S]``.
             batch: the other inputs, which don't matter here.
+
+        Raises:
+            ValueError: ids of another shape.
         """
+        self._graphs.look()
+        if input_ids.dim() != 2:
+            raise ValueError(f"explain: expected input_ids of shape [N, S], got {list(input_ids.shape)}")
         fused, reason = self._fused_layers()
-        layers = Choice("family", reason) if fused is None else Choice("fused", "they can be had and are faster")
+        asked = "they were asked for" if self._layers == "fused" else "they can be had and are faster"
+        layers = Choice("family", reason) if fused is None else Choice("fused", asked)
         return Explanation(self.engine_for(*input_ids.shape), layers, self.backend)
 
+    @torch.compiler.disable
     def from_graph(self, ids: torch.Tensor, *others: torch.Tensor | None) -> ExitOutput | None:
         """The answers to a batch from a CUDA graph, or None where it has to run eagerly.
 
-        That is said once, of each reason, where a graph was asked for.
+        Each reason for that is said once, and so is what ``"auto"`` chose.
 
         Args:
             ids: ``[N, S]`` int64.
@@ -136,15 +152,22 @@ class RuntimeChoices(PreTrainedModel):
         if not ids.numel():
             return None
         choice = self.engine_for(*ids.shape)
+        if self._engine == "auto" and self.device.type == "cuda":
+            self._say_of_engine(logging.INFO, f"engine 'auto' chose {choice.name!r}: {choice.reason}")
         if choice.name == "graph":
             try:
                 return self._graphs.run(self.parts, self.backend, ids, *others)
             except CaptureError as error:
-                choice = Choice("eager", str(error))
-        if self._engine == "graph" and self._said_of_engine != choice.reason:
-            self._said_of_engine = choice.reason
-            logger.warning("engine 'graph' fell back to 'eager': %s", choice.reason)
+                self._say_of_engine(logging.WARNING, f"engine {self._engine!r} fell back to 'eager': {error}")
+        elif self._engine == "graph":
+            self._say_of_engine(logging.WARNING, f"engine 'graph' fell back to 'eager': {choice.reason}")
         return None
+
+    def _say_of_engine(self, level: int, message: str) -> None:
+        """Once each."""
+        if message not in self._said_of_engine:
+            self._said_of_engine.add(message)
+            logger.log(level, "%s", message)
 
     @property
     def layer_kind(self) -> str:
@@ -176,9 +199,10 @@ class RuntimeChoices(PreTrainedModel):
             raise
 
     def train(self, mode: bool = True) -> Any:
-        """As in torch; the copies that fused layers have of the weights are dropped, since these will change."""
+        """As in torch; the copies that fused layers and graphs have of weights are dropped, since these will change."""
         if mode:
             self._fused.forget()
+            self._graphs.forget()
         return super().train(mode)
 
     def inference_layers(self) -> Sequence[Callable[..., Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import earlyexit_kernels as ee
 from earlyexit_kernels import backends
 from earlyexit_kernels.ops import compact
+from earlyexit_kernels.ops.schema import on_its_device
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,21 @@ def test_an_explicit_request_that_cannot_be_met_raises(compiled_triton, without_
     with pytest.raises(ee.BackendUnavailableError, match=r"'cpp' can't run on cpu tensors: .*make build"):
         compact(row_ids, offsets, backend="cpp")
     assert issubclass(ee.BackendUnavailableError, RuntimeError)
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        seen.append(tensor)
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.zeros(1)
+    assert on_its_device(lambda *arguments: (seen.append("launched"), arguments)[1])(None, x, 3) == (None, x, 3)
+    assert seen == [x, "launched", "left"]
 
 
 def test_the_extension_without_kernels_for_a_device_says_so():

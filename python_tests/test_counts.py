@@ -131,6 +131,12 @@ def test_memory_made_in_inference_mode_serves_outside_of_it():
             batch.finish()
 
 
+def test_memory_is_the_hosts_whatever_the_default_device():
+    with torch.device("meta"):
+        batch = LaggedCounts(79, CPU)
+    assert batch.after(1, numbers(3, 9, 0), (4, 12)) == (3, 9)
+
+
 def test_a_fault_of_the_device_ends_the_wait():
     class Broken:
         def query(self):

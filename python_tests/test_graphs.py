@@ -14,7 +14,7 @@ import torch
 from models import batch_for, early_exit
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from earlyexit_kernels import engine_choice, graphs
+from earlyexit_kernels import backends, engine_choice, graphs
 from earlyexit_kernels.criteria import Entropy, Patience
 from earlyexit_kernels.engine_choice import Choice
 from earlyexit_kernels.errors import BackendUnavailableError
@@ -39,7 +39,9 @@ def captures(monkeypatch):
     def plain(parts, bucket, backend, stream):
         made.append(bucket)
         loop = ResidentLoop(parts, bucket, "torch", "torch")
-        return Captured(loop, loop.launch, Seen.of([parts.backbone, parts.heads]), torch.zeros_like(loop.counts))
+        with torch.inference_mode(False):
+            results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype)
+        return Captured(loop, loop.launch, Seen.of([parts.backbone, parts.heads]), results)
 
     monkeypatch.setattr(graphs, "capture", plain)
     return made
@@ -78,6 +80,7 @@ def test_a_large_batch_is_split(captures, model, monkeypatch):
     out = run(Graphs(), model, batch)
     assert_as_eager(out, model, batch)
     assert captures == [Bucket(2, 32), Bucket(1, 32)] and len(out.invalid_rows) == model.depth
+    assert most_rows(100) == 1
 
 
 def test_the_graph_unused_for_longest_goes(captures, model, monkeypatch):
@@ -115,15 +118,6 @@ def test_a_graph_made_in_one_mode_of_autograd_serves_in_every_other(captures, mo
     assert len(captures) == 1
 
 
-def test_a_capture_waits_for_the_weights(captures, model, monkeypatch):
-    """They may have been written on the current stream just now, and a capture copies some."""
-    order, capture = [], graphs.capture
-    monkeypatch.setattr(torch.cuda.current_stream(None), "wait_stream", lambda other: order.append("wait"))
-    monkeypatch.setattr(graphs, "capture", lambda *args: order.append("capture") or capture(*args))
-    run(Graphs(), model, batch_for(model))
-    assert order[:2] == ["wait", "capture"]
-
-
 def test_the_memory_a_graph_reads_is_there_while_it_can_be_replayed(captures, model):
     runner, batch = Graphs(), batch_for(model)
     run(runner, model, batch)
@@ -134,14 +128,6 @@ def test_the_memory_a_graph_reads_is_there_while_it_can_be_replayed(captures, mo
         run(runner, model, batch)
         assert before.expired(), "another graph has been captured, and nothing reads this any more"
     assert len(captures) == 3
-
-
-def test_a_model_on_another_device_starts_again(captures, model):
-    runner, batch = Graphs(), batch_for(model)
-    run(runner, model, batch)
-    runner._device, runner._refused["key"] = torch.device("cuda:1"), "a reason"
-    run(runner, model, batch)
-    assert len(captures) == 2 and runner._refused == {} and runner._device == batch["input_ids"].device
 
 
 class TritonError(Exception):
@@ -162,6 +148,49 @@ def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, mo
         with pytest.raises(CaptureError, match=r"capturing Bucket\(rows=4, length=32\) failed: CUDA out of memory$"):
             run(runner, model, batch)
     assert len(tried) == 1
+
+
+def test_other_graphs_make_room_for_one_that_lacks_memory(captures, model, monkeypatch):
+    runner, makes = Graphs(), graphs.capture
+    run(runner, model, batch_for(model, lengths=(5,)))
+
+    def fails(*args):
+        if runner._captured:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return makes(*args)
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    run(runner, model, batch_for(model))
+    assert captures == [Bucket(1, 16), Bucket(4, 32)] and len(runner._captured) == 1
+
+
+def test_a_capture_waits_for_what_the_caller_did_to_the_weights(captures, model):
+    torch.cuda.current_stream(None).wait_stream = lambda other: captures.append("wait")
+    run(Graphs(), model, batch_for(model))
+    assert captures[:2] == ["wait", Bucket(4, 32)]
+
+
+def test_another_device_has_graphs_of_its_own(model):
+    here, there = (graphs.key_of(each.parts, "triton", 3, 17) for each in (model, copy.deepcopy(model).to("meta")))
+    assert here.device.type == "cpu" and there == here._replace(device=torch.device("meta"))
+
+
+def test_graphs_of_weights_that_are_others_go_before_a_capture(captures, model):
+    runner = Graphs()
+    for lengths in [(17, 3, 9), (17,), (17, 3)]:
+        run(runner, model, batch_for(model, lengths=lengths))
+        with torch.no_grad():
+            model.heads.out[0].weight.mul_(2.0)
+    assert [key.bucket for key in runner._captured] == [Bucket(2, 32)]
+    runner.look()
+    assert not runner._captured
+
+
+def test_training_drops_the_graphs(captures, model):
+    """Optimizers may write through `weight.data`, which leaves no trace."""
+    run(model._graphs, model, batch_for(model))
+    model.train().eval()
+    assert not model._graphs._captured
 
 
 def test_a_capture_of_the_users_own_is_left_alone(captures, model, monkeypatch):
@@ -219,6 +248,72 @@ def test_the_engine_is_chosen_and_explained(model, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
         assert [model.from_graph(ids) for _ in range(2)] == [None, None] and model.from_graph(ids[:0]) is None
     assert caplog.messages == ["engine 'graph' fell back to 'eager': graphs are for CUDA"]
+    with pytest.raises(ValueError, match=r"expected input_ids of shape \[N, S\], got \[17\]"):
+        model.explain(ids[0])
+    model.set_layers("fused")
+    assert model.explain(ids).layers == ("fused", "they were asked for")
+
+
+def test_what_auto_does_is_said_once(on_cuda, caplog, monkeypatch):
+    model, batch = on_cuda
+    model._engine = "auto"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    with caplog.at_level(logging.INFO, "earlyexit_kernels"):
+        assert [model.from_graph(batch["input_ids"], None, None, None) for _ in range(2)] == [None] * 2
+        monkeypatch.setitem(engine_choice.FASTEST, "A GPU", ((10**6, "graph"),))
+        monkeypatch.setattr(Graphs, "run", _no_memory)
+        assert [model.from_graph(batch["input_ids"], None, None, None) for _ in range(2)] == [None] * 2
+    assert caplog.messages == [
+        "engine 'auto' chose 'eager': no measurement of A GPU is in the table",
+        "engine 'auto' chose 'graph': it was the fastest on A GPU up to 1000000 padded tokens a batch",
+        "engine 'auto' fell back to 'eager': no memory",
+    ]
+
+
+def _no_memory(*_):
+    raise CaptureError("no memory")
+
+
+@pytest.fixture
+def on_cuda(model, monkeypatch):
+    """The model says that it is on a GPU, and its graph engine was asked for."""
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(type(model), "backend", "triton")
+    monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": ""})
+    model._engine = "graph"
+    return model, batch_for(model)
+
+
+def test_what_stands_against_a_graph_is_explained(on_cuda, monkeypatch):
+    model, batch = on_cuda
+    assert model.explain(**batch).engine == ("graph", "it was asked for")
+    model._graphs._refused[graphs.key_of(model.parts, "triton", *batch["input_ids"].shape)] = "capturing failed"
+    assert model.explain(**batch).engine == ("eager", "capturing failed")
+    assert model.explain(batch["input_ids"][:1]).engine.name == "graph", "another bucket"
+    monkeypatch.setattr(graphs, "MOST_TOKENS", 128)
+    assert model.explain(batch["input_ids"].repeat(3, 1)).engine.reason == "capturing failed", "a part of the batch"
+    monkeypatch.setattr(type(model), "backend", "torch")
+    assert "back-end 'torch' reads counts" in model.explain(batch["input_ids"][:1]).engine.reason
+    monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": "it is missing"})
+    assert "it is missing" in model.explain(batch["input_ids"][:1]).engine.reason
+
+
+def test_what_has_a_graph_is_not_looked_at_again(captures, on_cuda, monkeypatch):
+    """At one row a batch that look takes as long as the batch; `explain` takes it, and `run` sees what has changed."""
+    model, batch = on_cuda
+    key = graphs.key_of(model.parts, "triton", *batch["input_ids"].shape)
+    run(model._graphs, model, batch)
+    ((other, captured),) = model._graphs._captured.items()
+    model._graphs._captured[key] = captured
+    looks = []
+    monkeypatch.setattr(graphs, "why_not_resident", lambda *_: looks.append(1) or "no more")
+    assert model.engine_for(*batch["input_ids"].shape).name == "graph" and not looks
+    model.backbone.encoder.layer[0].register_forward_hook(lambda *_: None)
+    assert "no more" in model.explain(**batch).engine.reason and looks
+    model._graphs._captured[other] = captured
+    with pytest.raises(CaptureError, match="no more"):
+        run(model._graphs, model, batch)
 
 
 def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
@@ -231,6 +326,20 @@ def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
     got = model.from_graph(*(batch[name] for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")))
     assert torch.equal(got.exit_layer, expected.exit_layer) and captures == [Bucket(4, 32)]
     torch.testing.assert_close(got.logits, expected.logits, atol=2e-5, rtol=1e-4)
+
+
+def test_a_compiled_caller_runs_it_as_it_is(captures, on_cuda, monkeypatch):
+    model, batch = on_cuda
+    key = graphs.key_of(model.parts, "torch", *batch["input_ids"].shape)
+    monkeypatch.setattr(graphs, "key_of", lambda *_: key)
+    traced = []
+    compiled = torch.compile(
+        lambda ids: model.from_graph(ids, None, None, None).exit_layer + 0,
+        backend=lambda graph, _: (traced.append(graph), graph.forward)[1],
+    )
+    for ids in (batch["input_ids"], batch["input_ids"].flip(0)):
+        assert torch.equal(compiled(ids), model.from_graph(ids, None, None, None).exit_layer)
+    assert captures == [Bucket(4, 32)] and len(traced) == 1, "what is behind the addition alone"
 
 
 def test_the_table_of_the_fastest(monkeypatch):

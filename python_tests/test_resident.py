@@ -260,8 +260,35 @@ def test_more_that_it_cannot_hold():
     model = early_exit("bert", pooling="first")
     assert why_not_resident(model.parts, torch.float32) == ""
     assert "float64" in why_not_resident(model.parts, torch.float64)
-    model.backbone.encoder.layer[1].register_forward_hook(lambda *_: None)
-    assert "forward hook" in why_not_resident(model.parts, torch.float32)
+    for module in (model.backbone.encoder.layer[1], model.backbone.embeddings.LayerNorm, model.heads.out[0]):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert "forward hook" in why_not_resident(model.parts, torch.float32)
+        hook.remove()
+    model.heads.half()
+    assert "torch.float32, some are ['torch.float16']" in why_not_resident(model.parts, torch.float32)
+
+
+def test_memory_that_launches_know_stays_theirs():
+    """A graph of weights that have gone elsewhere is replayed before that is seen."""
+    model = early_exit("bert", pooling="first")
+    loop = loop_for(model, Bucket(1, 16), "torch")
+    before = [x.data_ptr() for part in (model.backbone, model.heads) for x in part.parameters()]
+    model.double()
+    assert [x.data_ptr() for x in loop.held] == before
+
+
+def test_the_default_dtype_is_not_the_answers(backend):
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
+    batch = batch_for(model)
+    expected = model(**batch)
+    try:
+        torch.set_default_dtype(torch.float64)
+        logits, exit_layer = answers(loop_for(model, Bucket(4, 32), backend), batch)
+        fixed, _ = model.fixed_depth()(**batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert logits.dtype == fixed.dtype == torch.float32 and torch.equal(exit_layer, expected.exit_layer)
+    torch.testing.assert_close(logits, expected.logits, atol=2e-5, rtol=1e-4)
 
 
 def test_buckets():

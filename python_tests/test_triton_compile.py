@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import subprocess
 
@@ -40,6 +41,8 @@ SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 #: Compute capability -> what its PTX is for, and the instruction of its matrix units.
 TARGETS = {80: ("sm_80", "mma.sync"), 90: ("sm_90a", "wgmma.mma_async"), 100: ("sm_100a", "tcgen05.mma")}
+#: Rules that keep a state.
+STATEFUL = [name for name, rule in RULES.items() if "tl.store" in inspect.getsource(rule.triton_step.fn)]
 FLOAT32, HALF, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -64,9 +67,7 @@ def by_name(kernel):
 EXITS = [(90, name) for name in sorted(RULES)] + [(80, "entropy"), (100, "entropy")]
 
 
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize(("capability", "name"), EXITS)
-def test_exit_step_compiles(capability, name, pooling):
+def compile_exit(capability, name, pooling, block):
     rule = RULES[name]
     constants = {
         "STEP": rule.triton_step,
@@ -75,11 +76,26 @@ def test_exit_step_compiles(capability, name, pooling):
         "HAS_AUX": rule.needs is not None,
         "FROM_LOGITS": False,
         "IS_LAST": False,
-        "BLOCK_C": 4,
+        "BLOCK_C": block,
         "BLOCK_H": 128,
     }
     kernel = exit_step.exit_step_kernel
-    compile_for(capability, kernel, by_name(kernel), constants)
+    return compile_for(capability, kernel, by_name(kernel), constants)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize(("capability", "name"), EXITS)
+def test_exit_step_compiles(capability, name, pooling):
+    compile_exit(capability, name, pooling, 4)
+
+
+@pytest.mark.parametrize("block", [4, 64])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_all_warps_read_a_rows_state_before_it_is_written(name, block):
+    """Each reads it for itself; without a barrier a late one reads what is written already, and answers otherwise."""
+    ptx = compile_exit(90, name, "first", block).asm["ptx"]
+    writes = ptx.index("st.global")
+    assert "bar.sync" in ptx[ptx.rindex("ld.global", 0, writes) : writes]
 
 
 @pytest.mark.parametrize("capability", TARGETS)

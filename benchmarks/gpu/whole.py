@@ -104,6 +104,7 @@ def _conditional(bench: Bench, subject: models.Subject, batch: dict[str, torch.T
     bucket, stream = bucket_of(rows, length), torch.cuda.Stream()
     captured = graphs.capture(parts, bucket, "cpp", stream)
     loop = ResidentLoop(parts, bucket, bench.encoder, bench.exits)
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         loop.launch()
         stream.synchronize()

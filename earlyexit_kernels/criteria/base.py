@@ -41,7 +41,8 @@ class Criterion:
         uses_keys: `new_state` wants a key for each row.
         triton_step: device function ``(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2)`` ->
             ``(answer, leave)`` on one row's ``[BLOCK_C]`` logits; `state` points at the row's first value, its next
-            one is `rows` further. A state with numbers for each class has them last, behind the others.
+            one is `rows` further. A state with numbers for each class has them last, behind the others. Every warp
+            reads the state for itself: all of it is read before ``tl.debug_barrier()``, and written behind.
     """
 
     name: ClassVar[str]
@@ -101,7 +102,7 @@ class Criterion:
         runs = [(value, len(list(run))) for value, run in itertools.groupby(self.initial_state(classes))]
         # filled on the device: a copy from the host would synchronise, and can't be captured
         parts = [torch.full((size, rows), value, dtype=torch.float32, device=device) for value, size in runs]
-        return torch.cat(parts) if parts else torch.empty(0, rows, device=device)
+        return torch.cat(parts) if parts else torch.empty(0, rows, dtype=torch.float32, device=device)
 
     def check(self, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
         """Raise ValueError where the rule can't run on exits of this shape; `check_fits` looks at the task first.

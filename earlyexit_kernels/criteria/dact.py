@@ -33,6 +33,7 @@ def dact_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2
     a = tl.load(at, mask=mine, other=0.0)
     a += (e / tl.sum(e, 0) - a) * before
     p = (1.0 - aux) * before
+    tl.debug_barrier()
     tl.store(state, p, mask=live)
     tl.store(at, a, mask=mine)
     best = argmax_lowest(a, cols, classes)

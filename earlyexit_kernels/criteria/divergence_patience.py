@@ -32,6 +32,7 @@ def divergence_patience_step(z, aux, cols, classes, state, rows, live, layer, de
     apart = tl.where(p > 0, p * tl.log(2.0 * p / both), 0.0) + tl.where(q > 0, q * tl.log(2.0 * q / both), 0.0)
     close = (0.5 * tl.sum(apart, 0) < p0) & (p0 > 0)
     count = tl.where(close, tl.load(state, mask=live, other=0.0) + 1.0, 0.0)
+    tl.debug_barrier()
     tl.store(state, count, mask=live)
     tl.store(at, p, mask=mine)
     return z, count >= p1

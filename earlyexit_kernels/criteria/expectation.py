@@ -28,6 +28,7 @@ def expectation_step(z, aux, cols, classes, state, rows, live, layer, depth, p0,
     weight = survival * tl.where(tl.cast(depth - layer, tl.int32) == 0, 1.0, aux)
     value = tl.where(tl.cast(classes, tl.int32) > 1, e / tl.sum(e, 0), z)
     mean = tl.load(at, mask=mine, other=0.0) + tl.where(weight > 0, weight * value, 0.0)
+    tl.debug_barrier()
     tl.store(state, survival * (1.0 - aux), mask=live)
     tl.store(at, mean, mask=mine)
     # 1.17...e-38 is the smallest normal number

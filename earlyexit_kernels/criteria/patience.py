@@ -27,6 +27,7 @@ def patience_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1
     value = tl.sum(tl.where(cols == 0, z, 0.0), 0)
     agrees = tl.where(p1 < 0, label == last, tl.abs(value - last) < p1)
     count = tl.where(agrees, count + 1.0, 0.0)
+    tl.debug_barrier()
     tl.store(state, tl.where(p1 < 0, label, value), mask=live)
     tl.store(state + rows, count, mask=live)
     return z, count >= p0

@@ -24,6 +24,7 @@ from earlyexit_kernels.criteria.softmax_step import entropy_nats_of
 def patient_confidence_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     sure = entropy_nats_of(z, cols, classes) < p0 * tl.log(tl.cast(classes, tl.float32))
     count = tl.where(sure, tl.load(state, mask=live, other=0.0) + 1.0, 0.0)
+    tl.debug_barrier()
     tl.store(state, count, mask=live)
     return z, count >= p1
 

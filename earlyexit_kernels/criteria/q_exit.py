@@ -19,6 +19,7 @@ from earlyexit_kernels.criteria.base import ANY_TASK, Criterion, checked_number
 @jit
 def q_exit_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     survival = tl.load(state, mask=live, other=1.0) * (1.0 - aux)
+    tl.debug_barrier()
     tl.store(state, survival, mask=live)
     return z, (1.0 - survival > p0) | (p0 <= 0.0)
 

@@ -24,8 +24,10 @@ BITS = 24
 @jit
 def sampled_exit_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     survival = tl.load(state, mask=live, other=1.0) * (1.0 - aux)
+    drawn = tl.load(state + rows, mask=live, other=1.0)
+    tl.debug_barrier()
     tl.store(state, survival, mask=live)
-    return z, 1.0 - survival > tl.load(state + rows, mask=live, other=1.0)
+    return z, 1.0 - survival > drawn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ def voting_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, 
     # 4096 is BALLOT
     votes = tl.floor(ballots / 4096.0) + tl.where(voted, 1.0, 0.0)
     ballots = tl.where(voted, votes * 4096.0 + tl.cast(layer, tl.float32), ballots)
+    tl.debug_barrier()
     tl.store(at, ballots, mask=mine)
     top = tl.max(ballots, 0)
     smoothed = tl.where(cols < classes, votes + tl.where(ballots == top, 1.5, 1.0), 0.0)

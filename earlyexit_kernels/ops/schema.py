@@ -6,6 +6,7 @@ One dispatch key holds one implementation, so each back-end has its own op name:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,17 @@ def _returns_nothing(*arguments: Any) -> None:
     return None
 
 
+def on_its_device(launch: Callable) -> Callable:
+    """A launcher that runs where its first tensor is: Triton takes the current device, wherever the tensors are."""
+
+    @functools.wraps(launch)
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device_of(next(x for x in arguments if isinstance(x, torch.Tensor))):
+            return launch(*arguments)
+
+    return run
+
+
 def define(
     op: str,
     schema: str,
@@ -85,6 +97,7 @@ def define(
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         for key in _DISPATCH_KEYS.get(backend, ()):
-            _LIBRARY.impl(name, implementations[backend], key)
+            launch = implementations[backend]
+            _LIBRARY.impl(name, on_its_device(launch) if key == "CUDA" else launch, key)
         ops[backend] = getattr(getattr(torch.ops, NAMESPACE), name).default
     return ops
