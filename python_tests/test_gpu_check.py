@@ -316,13 +316,13 @@ def test_tables_say_what_was_reached_and_what_is_missing(driver):
     assert tables.bar_table(driver.results) == tables.TO_BE_MEASURED == tables.details_table(driver.results)
     ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "baseline": "torch.compile", "dtype": "float16"}
     bar = "mean depth 6 over torch.compile, B 32"
-    reached = good("a", **ratio, exits="uniform, 50 %", **goals.line(bar, ratio))
+    reached = good("a", **ratio, exits="uniform, 50 %", backend="triton", **goals.line(bar, ratio))
     missing = Outcome([head("gpu_b", "b", "grouped_mm") | {"not_measured": "no such thing"}])
     driver({"a": reached, "b": missing, "c": good("c", dtype="float16")})
     text = tables.bar_table(driver.results)
     (line,) = [line for line in text.splitlines() if bar in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == [bar, "float16", "uniform, 50 %", "0.5 (0.4 to 0.6)", "0.56", "yes"]
+    assert cells == [bar, "float16", "uniform, 50 %, by triton", "0.5 (0.4 to 0.6)", "0.56", "yes"]
     assert all(bar in text for bar in goals.GOALS) and "| not measured |" in text and "driver 580.1:" in text
     assert "- Not measured: b, grouped_mm: no such thing." in text
     details = tables.details_table(driver.results)

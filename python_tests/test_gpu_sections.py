@@ -194,6 +194,11 @@ def test_a_profiler_that_sees_nothing_is_not_believed(gpu, monkeypatch):  # noqa
     assert records and all("not_measured" in record and "bar" not in record for record in records)
 
 
+def test_lines_of_the_bar_are_told_apart(gpu):  # noqa: F811
+    records = [record for record in promises.sync_records(gpu) if "bar" in record]
+    assert [record["shape"] for record in records] == ["B 32, S 8, with a mask", "B 32, S 8, without a mask"]
+
+
 def test_what_debug_mode_says_is_recorded(gpu):  # noqa: F811
     def synchronises():
         raise RuntimeError("called a synchronizing CUDA operation\nat")

@@ -101,7 +101,9 @@ def outcome_of(name: str, each: Pass, seconds: float, run: _Run = steps.run, too
         tool: path of compute-sanitizer; default: looked for.
     """
     case = " ".join(word.removeprefix("--") for word in each.arguments)
-    record = head(f"gpu_sanitize_{name}", case, each.tool, shape="H 64, 4 layers", dtype="float32")
+    record = head(
+        f"gpu_sanitize_{name}", case, each.tool, shape=f"{each.tool}, {case}, H 64, 4 layers", dtype="float32"
+    )
     tool = tool or find_tool()
     if tool is None:
         return Outcome([record | {"not_measured": "compute-sanitizer isn't on PATH, nor in CUDA_HOME/bin"}])
