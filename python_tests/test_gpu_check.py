@@ -155,7 +155,8 @@ for line in sys.stdin:
         os._exit(7)
     if name == "hangs":
         time.sleep(600)
-    print(json.dumps({"end": "RuntimeError: no" if name == "fails" else ""}), flush=True)
+    failed = "RuntimeError: no" if name == "fails" else ""
+    print(json.dumps({"end": failed, "fit": name not in ("fails", "spoils")}), flush=True)
 """
 
 
@@ -170,6 +171,7 @@ def test_a_process_that_dies_or_hangs_is_started_again():
         assert served.ask("three", 60).failed == ""
         assert served.ask("fails", 60) == Outcome([{"case": "fails"}], "RuntimeError: no")
         assert served.process is None
+        assert served.ask("spoils", 60).failed == "" and served.process is None
         found = served.ask("hangs", 3)
         assert found.failed == "stopped after 3 s" and served.process is None
         assert served.ask("four", 60) == Outcome([{"case": "four"}])
@@ -199,12 +201,18 @@ def test_a_section_ends_well_or_says_why(monkeypatch, tmp_path):
         yield {"case": "a"}
         raise RuntimeError("illegal memory access\nmore")
 
+    def spoiled():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
     fit, lines = said_by(monkeypatch, tmp_path, "good", works)
-    assert fit and lines == [{"record": {"case": "a"}}, {"end": ""}]
+    assert fit and lines == [{"record": {"case": "a"}}, {"end": "", "fit": True}]
     fit, lines = said_by(monkeypatch, tmp_path, "some", cannot)
     assert fit and lines[1]["record"]["not_measured"] == "no text" and lines[1]["record"]["suite"] == "gpu_some"
     fit, lines = said_by(monkeypatch, tmp_path, "bad", breaks)
-    assert not fit and lines[-1] == {"end": "RuntimeError: illegal memory access"}
+    assert not fit and lines[-1] == {"end": "RuntimeError: illegal memory access", "fit": False}
+    monkeypatch.setattr(worker.gc, "collect", spoiled)
+    fit, lines = said_by(monkeypatch, tmp_path, "good", works)
+    assert not fit and lines[-1] == {"end": "", "fit": False}, "what was measured counts, and the process is replaced"
 
 
 def test_the_process_measures_nothing_without_a_gpu():

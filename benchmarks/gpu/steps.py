@@ -166,7 +166,7 @@ class Worker:
             if "record" in message:
                 records.append(message["record"])
                 continue
-            if message["end"]:
+            if not message["fit"]:
                 self.stop()
             return Outcome(records, message["end"])
 
