@@ -91,8 +91,10 @@ def write_json(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     document = _finite({"environment": environment(), **fields, "records": list(records)})
-    target.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return target
+    # whole or not at all: a file cut off would take what was measured before along
+    beside = target.with_name(f"{target.name}.part")
+    beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return beside.replace(target)
 
 
 def _finite(value: Any) -> Any:

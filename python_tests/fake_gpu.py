@@ -105,7 +105,7 @@ def gpu(monkeypatch, captures) -> Bench:  # noqa: F811
     monkeypatch.setattr(models, "SUBJECTS", subjects)
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
     monkeypatch.setattr(measure, "REST", 0)
-    monkeypatch.setattr(check, "PROBE", Fixed(4, 8))
+    monkeypatch.setitem(check.PROBES, "cpu", Fixed(4, 8))
     _forget()
     yield small_bench()
     _forget()

@@ -44,7 +44,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(models, "SUBJECTS", subjects)
     monkeypatch.setattr(measure, "REST", 0)
     monkeypatch.setattr(server, "REST", 0)
-    monkeypatch.setattr(check, "PROBE", Fixed(4, 8))
+    monkeypatch.setitem(check.PROBES, "cpu", Fixed(4, 8))
     for cache in (models.subject, engines.engine_model, check.rounding_of):
         cache.cache_clear()
     yield

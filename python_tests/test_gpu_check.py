@@ -1,10 +1,12 @@
-"""``make gpu-check`` and ``make gpu-sanitize``: what they keep, what they do again, and what they make of failures."""
+"""``make gpu-check``: what it keeps, what it does again, and what it makes of failures."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +15,9 @@ from fake_gpu import captures, gpu  # noqa: F401  fixtures
 
 from benchmarks import store
 from benchmarks.end_to_end.models import NotMeasuredError
-from benchmarks.gpu import card, check, goals, replays, sanitize, steps, tables, worker
+from benchmarks.gpu import card, check, goals, sanitize, steps, tables, worker
 from benchmarks.gpu.bench import Bench, head
-from benchmarks.gpu.check import Step
+from benchmarks.gpu.check import TOO_LATE, Step
 from benchmarks.gpu.sections import SECTIONS, Section
 from benchmarks.gpu.steps import Outcome, Worker
 
@@ -38,14 +40,14 @@ def driver(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake")
     clock, driver_ran = Clock(), []
 
-    def driver(outcomes, *, takes=10.0, minutes=9.0, redo=False, always=()):
+    def driver(outcomes, *, takes=10.0, minutes=9.0, redo=False, always=(), least=30):
         def step(name, outcome):
             def run(seconds):
                 driver_ran.append((name, seconds))
                 clock.now += takes
                 return outcome
 
-            return Step(run, 100, name in always)
+            return Step(run, 100, name in always, least)
 
         driver_ran.clear()
         wanted = {name: step(name, outcome) for name, outcome in outcomes.items()}
@@ -94,6 +96,17 @@ def test_what_there_is_no_time_for_is_left(driver):
     assert summary.done == ["a", "b"] and summary.late == ["c", "d"]
     assert driver.ran == [("a", 100), ("b", 70)], "no step is given more than is left"
     assert "left for the next run: c, d" in str(summary)
+    assert driver({name: good(name) for name in "efg"}, takes=50, minutes=2, least=71).done == ["e"]
+
+
+def test_what_was_measured_without_the_kernels_is_measured_with_them(driver):
+    lacking, built = Outcome(good("build").records, without="CUDA kernels"), good("build")
+    for expected in ("done", "there"):
+        summary = driver({"build": lacking, "a": good("a")}, always=("build",))
+        assert "a" in getattr(summary, expected)
+    assert document(driver)["suites"]["gpu_a"]["sources"] == "aaaa without CUDA kernels"
+    for expected in ("done", "there"):
+        assert "a" in getattr(driver({"build": built, "a": good("a")}, always=("build",)), expected)
 
 
 def test_refusals_are_named_at_the_end(driver, capsys):
@@ -107,6 +120,7 @@ def test_the_plan_builds_tests_and_measures():
     plan = check.plan(SimpleNamespace(ask=lambda name, seconds: (name, seconds)))
     assert list(plan) == ["build", "tests", *SECTIONS] and plan["build"].always
     assert plan["bits"].run(3.0) == ("bits", 3.0)
+    assert all(TOO_LATE <= step.least <= step.seconds / 2 for step in plan.values())
 
 
 def test_every_test_that_waits_for_a_gpu_is_among_those_run():
@@ -127,9 +141,15 @@ def test_all_of_it_with_stand_ins(monkeypatch, driver, capsys):
     monkeypatch.setattr(store, "RESULTS", driver.results)
     monkeypatch.setattr(store, "machine_name", lambda: "fake-gpu")
     monkeypatch.setattr(check, "rewrite_readme", lambda: None)
-    monkeypatch.setattr(check, "plan", lambda worker: {"bits": Step(lambda seconds: good("bits"), 9)})
+    three = {
+        name: Step(lambda seconds, name=name: good(name), 9, name == "build") for name in ("build", "bits", "nodes")
+    }
+    monkeypatch.setattr(check, "plan", lambda worker: three)
+    monkeypatch.setattr(check, "environment", lambda: {"commit": None})
     assert check.main(["--section", "bits"]) == 0
-    assert "measured: bits" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "measured: build, bits\n" in said.out, "a fresh machine has no extension"
+    assert "set EARLYEXIT_COMMIT" in said.err
     monkeypatch.setattr(check, "plan", lambda worker: {"bits": Step(lambda seconds: Outcome([], "broke"), 9)})
     assert check.main(["--redo"]) == 1
 
@@ -143,7 +163,8 @@ for line in sys.stdin:
         os._exit(7)
     if name == "hangs":
         time.sleep(600)
-    print(json.dumps({"end": "RuntimeError: no" if name == "fails" else ""}), flush=True)
+    failed = "RuntimeError: no" if name == "fails" else ""
+    print(json.dumps({"end": failed, "fit": name not in ("fails", "spoils")}), flush=True)
 """
 
 
@@ -158,6 +179,7 @@ def test_a_process_that_dies_or_hangs_is_started_again():
         assert served.ask("three", 60).failed == ""
         assert served.ask("fails", 60) == Outcome([{"case": "fails"}], "RuntimeError: no")
         assert served.process is None
+        assert served.ask("spoils", 60).failed == "" and served.process is None
         found = served.ask("hangs", 3)
         assert found.failed == "stopped after 3 s" and served.process is None
         assert served.ask("four", 60) == Outcome([{"case": "four"}])
@@ -187,12 +209,18 @@ def test_a_section_ends_well_or_says_why(monkeypatch, tmp_path):
         yield {"case": "a"}
         raise RuntimeError("illegal memory access\nmore")
 
+    def spoiled():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
     fit, lines = said_by(monkeypatch, tmp_path, "good", works)
-    assert fit and lines == [{"record": {"case": "a"}}, {"end": ""}]
+    assert fit and lines == [{"record": {"case": "a"}}, {"end": "", "fit": True}]
     fit, lines = said_by(monkeypatch, tmp_path, "some", cannot)
     assert fit and lines[1]["record"]["not_measured"] == "no text" and lines[1]["record"]["suite"] == "gpu_some"
     fit, lines = said_by(monkeypatch, tmp_path, "bad", breaks)
-    assert not fit and lines[-1] == {"end": "RuntimeError: illegal memory access"}
+    assert not fit and lines[-1] == {"end": "RuntimeError: illegal memory access", "fit": False}
+    monkeypatch.setattr(worker.gc, "collect", spoiled)
+    fit, lines = said_by(monkeypatch, tmp_path, "good", works)
+    assert not fit and lines[-1] == {"end": "", "fit": False}, "what was measured counts, and the process is replaced"
 
 
 def test_the_process_measures_nothing_without_a_gpu():
@@ -218,7 +246,15 @@ def test_the_build_is_for_the_card_that_is_here(monkeypatch, code, output, expec
     found = steps.build(60)
     assert found.failed == expected and found.records[0]["capability"] == "9.0"
     assert asked[0][2]["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert ("CUDA kernels" in found.records[0]["said"]) == (code == 0)
+    assert asked[0][2]["PATH"].startswith(f"{Path(sys.executable).parent}{os.pathsep}"), "where its ninja lies"
+    assert ("CUDA kernels" in found.records[0]["said"]) == (code == 0) == (found.without == "")
+
+
+def test_a_build_of_the_cpu_kernels_alone_is_no_failure(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    said = "earlyexit_kernels: EARLYEXIT_BUILD=auto: CPU kernels only, because no CUDA toolkit with nvcc was found"
+    monkeypatch.setattr(steps, "run", lambda *_: (0, said))
+    assert (steps.build(60).failed, steps.build(60).without) == ("", "CUDA kernels")
 
 
 @pytest.mark.parametrize(
@@ -241,6 +277,17 @@ def test_the_tests_are_counted(monkeypatch, code, output, fields, failed):
     found = steps.tests(60)
     assert found.failed == failed and found.records[0].items() >= fields.items()
     assert any(path.endswith("test_gpu.py") for path in asked[0]) and "gpu" in asked[0]
+
+
+def test_a_test_that_hangs_is_given_up(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments[0]) or (0, "1 passed in 1s"))
+    for there in (True, False):
+        monkeypatch.setattr(
+            steps.importlib.util, "find_spec", lambda name, there=there: there or name == "pytest" or None
+        )
+        steps.tests(60)
+    assert [("--timeout" in command, "-n" in command) for command in asked] == [(True, True), (False, False)]
 
 
 def test_missing_pytest_is_said(monkeypatch):
@@ -281,107 +328,17 @@ def test_the_cards_facts(gpu):  # noqa: F811
     assert card.facts()["capability"] == "9.0" and card.facts()["memory_gib"] == 1.0
 
 
-RIGHT = "1000 replays, 40 batches checked, 0 wrong "
-WRONG = RIGHT.replace("0 wrong", "2 wrong")
-MEMCHECK = "========= COMPUTE-SANITIZER\n{}\n========= ERROR SUMMARY: {} errors\n"
-REFUSED = "========= Error: Device not supported. Please refer to the list"
-
-
-@pytest.mark.parametrize(
-    ("status", "output", "expected"),
-    [
-        (0, MEMCHECK.format(RIGHT, 0), {"errors": 0, "goal_met": True, "said": RIGHT}),
-        (
-            sanitize.ERROR_STATUS,
-            "========= Invalid __global__ write of size 4 bytes\n" + MEMCHECK.format(RIGHT, 3),
-            {"errors": 3, "goal_met": False, "first": "Invalid __global__ write of size 4 bytes"},
-        ),
-        (
-            0,
-            f"{RIGHT}\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n",
-            {"errors": 0, "goal_met": True},
-        ),
-        (1, MEMCHECK.format(WRONG, 0), {"refused": WRONG}),
-        (139, MEMCHECK.format("", 0), {"refused": "the replays ended with status 139"}),
-        (1, REFUSED, {"not_measured": f"compute-sanitizer refuses the device: {REFUSED}"}),
-    ],
-)
-def test_what_compute_sanitizer_says(status, output, expected):
-    memcheck = sanitize.PASSES["memcheck"]
-    found = sanitize.outcome_of("memcheck", memcheck, 9.0, lambda *_: (status, output), "compute-sanitizer")
-    (record,) = found.records
-    assert not found.failed and record.items() >= expected.items() and record["suite"] == "gpu_sanitize_memcheck"
-
-
-@pytest.mark.parametrize(
-    ("status", "output", "expected"),
-    [
-        (None, "", "stopped after 9 s"),
-        (139, "Segmentation fault", "no summary was printed; the status is 139: Segmentation fault"),
-    ],
-)
-def test_a_pass_that_fails_is_tried_again(status, output, expected):
-    racecheck = sanitize.PASSES["racecheck"]
-    found = sanitize.outcome_of("racecheck", racecheck, 9.0, lambda *_: (status, output), "compute-sanitizer")
-    assert found == Outcome([], expected)
-
-
-def test_compute_sanitizer_may_be_missing(monkeypatch, tmp_path):
-    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert sanitize.find_tool() is None
-    found = sanitize.outcome_of("memcheck", sanitize.PASSES["memcheck"], 9.0)
-    assert "isn't on PATH" in found.records[0]["not_measured"]
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "compute-sanitizer").touch()
-    assert sanitize.find_tool() == str(tmp_path / "bin" / "compute-sanitizer")
-
-
-def test_all_passes_are_recorded(monkeypatch, driver, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(store, "RESULTS", driver.results)
-    monkeypatch.setattr(store, "machine_name", lambda: "fake-gpu")
-    monkeypatch.setattr(sanitize, "rewrite_readme", lambda: None)
-    monkeypatch.setattr(sanitize, "outcome_of", lambda name, each, seconds: good(f"sanitize_{name}", errors=0))
-    assert sanitize.main([]) == 0
-    assert set(document(driver)["suites"]) == {f"gpu_sanitize_{name}" for name in sanitize.PASSES}
-    monkeypatch.setattr(sanitize, "outcome_of", lambda name, each, seconds: Outcome([], "stopped after 9 s"))
-    assert sanitize.main([]) == 0, "all of them are there"
-    assert sanitize.main(["--only", "racecheck", "--redo"]) == 1
-
-
-@pytest.mark.parametrize("launched", [False, True])
-def test_replays_are_checked(gpu, launched, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(replays, "EVERY", 2)
-    monkeypatch.setattr(replays, "resolve", lambda *_: "torch")
-    monkeypatch.setattr(replays, "ResidentLoop", lambda parts, bucket, *_: loop_on_cpu(parts, bucket))
-    assert replays.main(["--replays", "4", *["--launched"] * launched]) == 0
-    assert capsys.readouterr().out == "4 replays, 3 batches checked, 0 wrong \n"
-
-
-def loop_on_cpu(parts, bucket):
-    from earlyexit_kernels.resident import ResidentLoop
-
-    return ResidentLoop(parts, bucket, "torch", "torch")
-
-
-def test_wrong_replays_are_found(gpu, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(replays, "ROUNDING", -1.0)
-    checked, wrong = replays.replay(2)
-    assert checked == 2 and len(wrong) == 2
-
-
 def test_tables_say_what_was_reached_and_what_is_missing(driver):
     assert tables.bar_table(driver.results) == tables.TO_BE_MEASURED == tables.details_table(driver.results)
     ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "baseline": "torch.compile", "dtype": "float16"}
     bar = "mean depth 6 over torch.compile, B 32"
-    reached = good("a", **ratio, exits="uniform, 50 %", **goals.line(bar, ratio))
+    reached = good("a", **ratio, exits="uniform, 50 %", backend="triton", **goals.line(bar, ratio))
     missing = Outcome([head("gpu_b", "b", "grouped_mm") | {"not_measured": "no such thing"}])
     driver({"a": reached, "b": missing, "c": good("c", dtype="float16")})
     text = tables.bar_table(driver.results)
     (line,) = [line for line in text.splitlines() if bar in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == [bar, "float16", "uniform, 50 %", "0.5 (0.4 to 0.6)", "0.56", "yes"]
+    assert cells == [bar, "float16", "uniform, 50 %, by triton", "0.5 (0.4 to 0.6)", "0.56", "yes"]
     assert all(bar in text for bar in goals.GOALS) and "| not measured |" in text and "driver 580.1:" in text
     assert "- Not measured: b, grouped_mm: no such thing." in text
     details = tables.details_table(driver.results)

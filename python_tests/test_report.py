@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,15 @@ def test_json_holds_the_environment_and_no_infinity(tmp_path):
     document = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert document["records"] == [{"x": None, "y": [1, None]}] and document["seed"] == 3
     assert document["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = report.write_json(tmp_path / "r.json", [{"x": 1}])
+    before = path.read_text(encoding="utf-8")
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        report.write_json(path, [{"x": 2}])
+    assert path.read_text(encoding="utf-8") == before
 
 
 def test_environment_tells_whether_denormals_are_flushed():

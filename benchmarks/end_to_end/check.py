@@ -21,14 +21,15 @@ from torch import Tensor
 import earlyexit_kernels as ee
 from benchmarks.end_to_end.baselines import Answer
 from benchmarks.end_to_end.engines import engine_model
-from benchmarks.end_to_end.models import Subject
+from benchmarks.end_to_end.models import Subject, device
 from benchmarks.end_to_end.workloads import Fixed
 from earlyexit_kernels.criteria import Criterion
 
 #: Distance allowed between float32 logits of two ways to compute them, and the noise that explains a flip.
 ROUNDING = 5e-5
 NOISY_COPIES = 256
-PROBE = Fixed(32, 32)
+#: As large as the largest batches that are timed there: of more rows the largest distance is larger.
+PROBES = {"cpu": Fixed(32, 32), "cuda": Fixed(128, 128)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def rounding_of(subject: Subject) -> tuple[float, float]:
     """Distance allowed between two ways to compute a model's logits, and between two ways to compute its exits'."""
     if subject.origin is None:
         return ROUNDING, ROUNDING
-    (batch,) = PROBE.build(subject).batches
+    (batch,) = PROBES[device()].build(subject).batches
     both = (subject, subject.origin)
     plain = _distance(*(each.logits(batch) for each in both))
     exits = _distance(*(each.model.trace(**batch).logits for each in both))

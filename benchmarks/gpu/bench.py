@@ -16,8 +16,8 @@ from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
 
 Record: TypeAlias = dict[str, Any]
 Call: TypeAlias = Callable[[], Any]
-#: Bytes written before a timing, over those of the L2 cache.
-FLUSHES = 4
+#: Bytes written before a timing, over those of the L2 cache: the host has to launch the call before they are.
+FLUSHES = 16
 
 
 @dataclass(frozen=True)

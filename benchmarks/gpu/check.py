@@ -23,10 +23,11 @@ from benchmarks.gpu.bench import Record, head
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.steps import Outcome, Worker
 from benchmarks.gpu.tables import bar_table
+from earlyexit_kernels.report import environment
 
 MINUTES = 9.0
-#: Seconds of the rest that a section isn't started within.
-TOO_LATE = 30
+#: Seconds of the rest that a step isn't begun within; and the share of its own time that a section isn't.
+TOO_LATE, SHARE = 30, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Step:
     Attributes:
         run: given the seconds it has.
         seconds: at most.
-        always: even where its records are there already.
+        always: even where its records are there already, or others were asked for.
+        least: seconds, of all that are left, that it isn't begun within.
     """
 
     run: Callable[[float], Outcome]
     seconds: float
     always: bool = False
+    least: float = TOO_LATE
 
 
 @dataclass
@@ -81,18 +84,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu-check: expected an NVIDIA GPU, torch sees none; nothing was measured", file=sys.stderr)
         return 2
+    if environment()["commit"] is None:
+        print(
+            "note: there is no git checkout here; set EARLYEXIT_COMMIT, or the results say no commit", file=sys.stderr
+        )
     with Worker() as worker:
-        wanted = {name: step for name, step in plan(worker).items() if name in (args.section or names)}
+        chosen = args.section or names
+        wanted = {name: step for name, step in plan(worker).items() if step.always or name in chosen}
         summary = check(wanted, minutes=args.minutes, redo=args.redo)
-    rewrite_readme()
     print(f"\n{bar_table()}\n\n{summary}")
+    rewrite_readme()
     return 1 if summary.failed or summary.wrong else 0
 
 
 def plan(worker: Worker) -> dict[str, Step]:
     """All steps, in order."""
-    sections = {name: Step(functools.partial(worker.ask, name), section.seconds) for name, section in SECTIONS.items()}
-    return {"build": Step(steps.build, 300, always=True), "tests": Step(steps.tests, 150), **sections}
+    sections = {
+        name: Step(functools.partial(worker.ask, name), section.seconds, least=max(TOO_LATE, section.seconds * SHARE))
+        for name, section in SECTIONS.items()
+    }
+    return {"build": Step(steps.build, 300, always=True), "tests": Step(steps.tests, 240, least=80), **sections}
 
 
 def check(
@@ -113,13 +124,12 @@ def check(
         now: a clock in seconds.
     """
     summary, end, sources = Summary(), now() + 60 * minutes, card.fingerprint()
-    there = finished(sources, results)
     for name, step in wanted.items():
-        if name in there and not redo and not step.always:
+        if not redo and not step.always and name in finished(sources, results):
             summary.there.append(name)
             continue
         start = now()
-        if end - start < TOO_LATE:
+        if end - start < step.least:
             summary.late.append(name)
             continue
         print(f"-- {name}", flush=True)
@@ -132,6 +142,8 @@ def check(
         _say(records)
         (summary.failed if outcome.failed else summary.done).append(name)
         summary.wrong += [record for record in records if "refused" in record]
+        if outcome.without:
+            sources += f" without {outcome.without}"
     return summary
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.end_to_end.models import NotMeasuredError
 from benchmarks.gpu.bench import Bench, Call, Record, beside, head, middle
+from benchmarks.gpu.products import refuse_sizes_on_the_host
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.ops import RESIDENT_EXITS, rows_add_norm, rows_attention, rows_linear
 
@@ -158,6 +159,7 @@ def _attention(bench: Bench, dtype: str) -> Callable[[], Tensor]:
 
 def _grouped(bench: Bench, dtype: str) -> Callable[[], Tensor]:
     x, weight = bench.random(TOKENS, bench.width, dtype=dtype), bench.random(1, bench.width, bench.width, dtype=dtype)
+    refuse_sizes_on_the_host(x)
     return functools.partial(torch._grouped_mm, x, weight.transpose(1, 2), offs=bench.ints([TOKENS]))
 
 

@@ -34,8 +34,8 @@ def sync_records(bench: Bench) -> Iterator[Record]:
     for engine in ENGINES:
         model, batch = _ready(bench, engine, dtype, rows)
         for given, inputs in (("with a mask", batch), ("without a mask", {"input_ids": batch["input_ids"]})):
-            fields = {"shape": Fixed(rows, bench.length).name, "dtype": dtype, "backend": model.backend}
-            record = head(SYNCS, f"host synchronisations, {given}", engine, **fields)
+            shape = f"{Fixed(rows, bench.length).name}, {given}"
+            record = head(SYNCS, "host synchronisations", engine, shape=shape, dtype=dtype, backend=model.backend)
             run = _run(model, inputs)
             for _ in range(WARM_UPS):
                 run()

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     with torch.inference_mode():
         checked, wrong = replay(args.replays, launched=args.launched)
-    print(f"{args.replays} replays, {checked} batches checked, {len(wrong)} wrong {' '.join(wrong[:5])}")
+    by = resolve("auto", models.device())
+    print(f"{args.replays} replays by {by}, {checked} batches checked, {len(wrong)} wrong {' '.join(wrong[:5])}")
     return 1 if wrong else 0
 
 

@@ -27,6 +27,8 @@ from benchmarks.gpu.steps import Outcome
 
 #: What the tool says where it can't work here.
 REFUSALS = ("Device not supported", "not supported on", "Unable to initialize", "Internal Sanitizer Error", "error 999")
+#: How the tool's lines begin.
+MARK = "====="
 ERROR_STATUS = 86
 MINUTES = 60.0
 #: Characters of the tool's output that are shown.
@@ -67,14 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu-sanitize: expected an NVIDIA GPU, torch sees none; nothing was checked", file=sys.stderr)
         return 2
-    wanted = {
+    passes = {
         f"sanitize_{name}": Step(functools.partial(outcome_of, name, each), 60 * args.minutes)
         for name, each in PASSES.items()
         if name in (args.only or PASSES)
     }
+    wanted = {"build": Step(steps.build, 300, always=True), **passes}
     summary = check(wanted, minutes=args.minutes, redo=args.redo)
-    rewrite_readme()
     print(summary)
+    rewrite_readme()
     return 1 if summary.failed or summary.wrong else 0
 
 
@@ -98,7 +101,9 @@ def outcome_of(name: str, each: Pass, seconds: float, run: _Run = steps.run, too
         tool: path of compute-sanitizer; default: looked for.
     """
     case = " ".join(word.removeprefix("--") for word in each.arguments)
-    record = head(f"gpu_sanitize_{name}", case, each.tool, shape="H 64, 4 layers", dtype="float32")
+    record = head(
+        f"gpu_sanitize_{name}", case, each.tool, shape=f"{each.tool}, {case}, H 64, 4 layers", dtype="float32"
+    )
     tool = tool or find_tool()
     if tool is None:
         return Outcome([record | {"not_measured": "compute-sanitizer isn't on PATH, nor in CUDA_HOME/bin"}])
@@ -106,7 +111,8 @@ def outcome_of(name: str, each: Pass, seconds: float, run: _Run = steps.run, too
     command += ["--target-processes", "application-only"]
     command += [sys.executable, "-m", "benchmarks.gpu.replays", *each.arguments]
     status, output = run(command, seconds, each.environment)
-    refusal = next((text.strip() for text in output.splitlines() if any(word in text for word in REFUSALS)), "")
+    own = [text.strip() for text in output.splitlines() if text.startswith(MARK)]
+    refusal = next((text for text in own if any(word in text for word in REFUSALS)), "")
     if refusal:
         return Outcome([record | {"not_measured": f"compute-sanitizer refuses the device: {refusal}"}])
     if status is None:
@@ -125,7 +131,7 @@ def _read(status: int, output: str, count: int) -> dict[str, Any]:
     first = re.findall(r"^=+ ((?:Invalid|Error|Uninitialized|Race|Potential|Program hit).*)$", output, re.MULTILINE)
     if first:
         found["first"] = first[0]
-    answers = re.findall(r"^\d+ replays, .*$", output, re.MULTILINE)
+    answers = re.findall(r"^\d+ replays by .*$", output, re.MULTILINE)
     if status not in (0, ERROR_STATUS) or not answers:
         return found | {"refused": answers[-1] if answers else f"the replays ended with status {status}"}
     return found | {"said": answers[-1]} | line("errors that compute-sanitizer finds", found)

@@ -27,7 +27,7 @@ SECTIONS: dict[str, Section] = {
     "nodes": Section(nodes.node_records, 60),
     "exit_step": Section(exits.step_records, 120),
     "mean_pooling": Section(exits.mean_records, 60),
-    "bits": Section(promises.bit_records, 120),
+    "bits": Section(promises.bit_records, 180),
     "synchronisations": Section(promises.sync_records, 60),
     **{name: Section(whole.section(name), 150) for name in whole.CASES},
     "conditional": Section(whole.conditional_records, 90),

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,11 @@ from benchmarks.gpu.bench import Record, head
 from benchmarks.gpu.card import ROOT
 
 MARK = "mark.gpu"
+#: What setup.py says where it builds all.
+CUDA_BUILT = "CPU and CUDA kernels"
 TEST_PROCESSES = 8
+#: Seconds after which a test that hangs is given up, where pytest-timeout is there.
+A_TEST = 90
 TAIL = 12
 
 
@@ -32,23 +37,29 @@ class Outcome(NamedTuple):
     Attributes:
         records: all that it got to.
         failed: why it didn't come to its end, or empty.
+        without: what later steps have to do without, or empty; they are done again once it is there.
     """
 
     records: Sequence[Record]
     failed: str = ""
+    without: str = ""
 
 
 def build(seconds: float) -> Outcome:
     """Compile the extension in place for the card that is here."""
     major, minor = torch.cuda.get_device_capability(0)
-    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "MAX_JOBS": str(os.cpu_count() or 1)}
+    # ninja lies beside an interpreter that is called by its path
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    jobs = str(os.cpu_count() or 1)
+    environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "MAX_JOBS": jobs, "PATH": path}
     code, output = run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, environment)
     said = " ".join(line for line in output.splitlines() if line.startswith("earlyexit_kernels: "))
     record = head("gpu_build", "extension", "build") | {"said": said, "capability": f"{major}.{minor}"}
+    without = "" if code == 0 and CUDA_BUILT in said else "CUDA kernels"
     if code == 0:
-        return Outcome([record])
+        return Outcome([record], without=without)
     print(output, file=sys.stderr)
-    return Outcome([record], f"the build {_ending(code)}: {_tail(output, 1)}")
+    return Outcome([record], f"the build {_ending(code)}: {_tail(output, 1)}", without)
 
 
 def tests(seconds: float) -> Outcome:
@@ -60,6 +71,9 @@ def tests(seconds: float) -> Outcome:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-ra", *files]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        # a thread ends the process; a signal isn't seen by one that waits for the device
+        command += ["--timeout", str(A_TEST), "--timeout-method", "thread"]
     code, output = run(command, seconds, {})
     counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", _tail(output, 1))}
     record |= counted
@@ -152,7 +166,7 @@ class Worker:
             if "record" in message:
                 records.append(message["record"])
                 continue
-            if message["end"]:
+            if not message["fit"]:
                 self.stop()
             return Outcome(records, message["end"])
 
@@ -166,7 +180,13 @@ class Worker:
     def _start(self) -> None:
         self.lines = queue.Queue()
         self.process = subprocess.Popen(
-            self.command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            self.command,
+            cwd=ROOT,
+            env={**os.environ, "TQDM_DISABLE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         threading.Thread(target=_forward, args=(self.process.stdout, self.lines), daemon=True).start()
 

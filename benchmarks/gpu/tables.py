@@ -56,7 +56,9 @@ def _bar(records: list[Record]) -> str:
 
 
 def _where(record: Record) -> tuple[str]:
-    return (", ".join(word for word in (record.get("exits", ""), record["shape"]) if word),)
+    # the exits are compiled ones, unless these couldn't be built
+    by = f"by {record['backend']}" if record["backend"] not in ("", "cpp") else ""
+    return (", ".join(word for word in (record.get("exits", ""), record["shape"], by) if word),)
 
 
 def _reached(record: Record) -> tuple[str, str, str]:

@@ -36,22 +36,34 @@ def run(name: str, reply: TextIO) -> bool:
     def say(**message: Any) -> None:
         print(json.dumps(message), file=reply, flush=True)
 
-    failed = ""
+    failed, fit = "", False
     try:
-        for record in SECTIONS[name].records(Bench.here()):
-            say(record=record)
-        torch.cuda.synchronize()
-    except NotMeasuredError as error:
-        say(record=head(f"gpu_{name}", name, "everything") | {"not_measured": str(error)})
+        try:
+            for record in SECTIONS[name].records(Bench.here()):
+                say(record=record)
+        except NotMeasuredError as error:
+            say(record=head(f"gpu_{name}", name, "everything") | {"not_measured": str(error)})
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        fit = _cleaned()
     except Exception as error:
         traceback.print_exc()
         failed = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    say(end=failed)
-    engine_model.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available() and not failed:
-        torch.cuda.empty_cache()
-    return not failed
+    say(end=failed, fit=fit)
+    return fit
+
+
+def _cleaned() -> bool:
+    """Drop what the section leaves; False where the allocator is in no state for another."""
+    try:
+        engine_model.cache_clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        traceback.print_exc()
+        return False
+    return True
 
 
 if __name__ == "__main__":
