@@ -66,6 +66,27 @@ class Nodes:
         self.body.close()
 
 
+class Turns:
+    """Stands for `graphs.ConditionalNodes`: loops are the host's."""
+
+    def __init__(self, graph: Nodes) -> None:
+        self.graph = graph
+        self.left = 0
+
+    def handle(self, first: int = 0) -> int:
+        self.left = first
+        return self.graph.handle()
+
+    def repeat(self, handle: int, body: Any) -> None:
+        while self.left:
+            body()
+
+    def take_turns(self, turn: torch.Tensor, again: int, bodies: Any) -> None:
+        bodies[int(turn)]()
+        turn += 1
+        self.left = int(turn) < len(bodies)
+
+
 def small_bench() -> Bench:
     """Real numbers of rows, and everything else as small as it goes."""
     return Bench(
@@ -98,6 +119,7 @@ def gpu(monkeypatch, captures) -> Bench:  # noqa: F811
     monkeypatch.setattr(Bench, "graph_of", lambda self, calls: lambda: [call() for call in calls])
     monkeypatch.setattr(Bench, "conditional_graph", _conditional_graph)
     monkeypatch.setattr(nodes, "RESIDENT_EXITS", {"torch": _opening})
+    monkeypatch.setattr(nodes, "ConditionalNodes", Turns)
     monkeypatch.setattr(graphs, "has_conditional_nodes", lambda: True)
     monkeypatch.setattr(graphs, "_plain", lambda loop, stream: loop.launch)
     monkeypatch.setitem(engines.ENGINES, engines.GRAPH, _graph_on_cpu)

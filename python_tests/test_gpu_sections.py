@@ -105,6 +105,14 @@ def test_nodes_that_dont_skip_are_refused(gpu, monkeypatch):  # noqa: F811
     assert record["refused"] == "3 bodies of 3 ran, expected 0"
 
 
+def test_turns_that_are_left_out_are_refused(gpu, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(
+        nodes.ConditionalNodes, "take_turns", lambda self, turn, again, bodies: setattr(self, "left", 0)
+    )
+    (record,) = nodes.turn_records(gpu)
+    assert record["refused"] == "0 turns of 3 ran"
+
+
 def test_what_a_body_cant_hold_is_recorded(gpu, monkeypatch):  # noqa: F811
     def fails(bench, dtype):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

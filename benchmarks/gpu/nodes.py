@@ -1,4 +1,4 @@
-"""What a CUDA graph charges: an IF node, a launch that finds nothing to do, and what may stand in a node's body."""
+"""What a CUDA graph charges for nodes and for launches that find nothing to do, and what a node's body may hold."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from benchmarks.end_to_end.models import NotMeasuredError
 from benchmarks.gpu.bench import Bench, Call, Record, beside, head, middle
 from benchmarks.gpu.products import refuse_sizes_on_the_host
 from earlyexit_kernels.criteria import Entropy
+from earlyexit_kernels.graphs import ConditionalNodes
 from earlyexit_kernels.ops import RESIDENT_EXITS, rows_add_norm, rows_attention, rows_linear
 
-NODES, EMPTY, BODIES = "gpu_nodes", "gpu_empty_launches", "gpu_bodies"
+NODES, TURNS, EMPTY, BODIES = "gpu_nodes", "gpu_turns", "gpu_empty_launches", "gpu_bodies"
 TOKENS, HEADS = 256, 12
 TOLERANCE = 2e-2
 
@@ -82,6 +83,29 @@ def node_records(bench: Bench) -> Iterator[Record]:
     yield head(NODES, "taken, over the same launches", "IF node") | middle(extra, bench.nodes)
     yield head(NODES, "skipped", "IF node") | middle(times["skipped"], bench.nodes)
     yield head(NODES, "exit and a small kernel", "no nodes") | middle(times["no nodes"], bench.nodes)
+
+
+def turn_records(bench: Bench) -> Iterator[Record]:
+    """Microseconds of a turn of a loop in a graph, with a kernel of its own in each.
+
+    Raises:
+        NotMeasuredError: no graph with nodes can be had.
+    """
+    turn, ran = bench.ints([0]), torch.zeros(1, dtype=torch.int64, device=bench.device)
+
+    def turns(graph: Any) -> None:
+        loop = ConditionalNodes(graph)
+        again = loop.handle(1)
+        turn.zero_()
+        loop.repeat(again, lambda: loop.take_turns(turn, again, [lambda: ran.add_(1)] * bench.nodes))
+
+    replay = bench.conditional_graph(turns)
+    replay()
+    record = head(TURNS, "turn, with a small kernel", "WHILE and SWITCH node")
+    if int(ran) != bench.nodes:
+        yield record | {"refused": f"{int(ran)} turns of {bench.nodes} ran"}
+        return
+    yield record | middle(bench.times({"turns": replay})["turns"], bench.nodes)
 
 
 def empty_records(bench: Bench) -> Iterator[Record]:
