@@ -83,20 +83,21 @@ def _without_graphs() -> int:
 
 def truncated(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """The first `layer` layers and the exit after them, for every row."""
+    heads = _in_float32(subject)
 
     def answer(batch: dict[str, Tensor]) -> Answer:
         stack = _Padded.of(subject.plain)
         hidden, mask = stack.embed(batch)
         for block in stack.layers[:layer]:
             hidden = first(block(hidden, mask))
-        return exit_logits(subject.model.heads, layer, hidden, batch["attention_mask"]), None
+        return exit_logits(heads, layer, hidden, batch["attention_mask"]), None
 
     return answer
 
 
 def item_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """One row at a time, as PABEE's public code does: a Python `if` on `.item()` after every layer."""
-    heads = subject.model.heads
+    heads = _in_float32(subject)
 
     def one_row(row: dict[str, Tensor]) -> tuple[Tensor, int]:
         stack = _Padded.of(subject.plain)
@@ -119,7 +120,7 @@ def item_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering
 
 def mask_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
     """Padded batches, and a boolean mask that picks the rows that go on after every layer."""
-    heads = subject.model.heads
+    heads = _in_float32(subject)
 
     def answer(batch: dict[str, Tensor]) -> Answer:
         stack = _Padded.of(subject.plain)
@@ -177,6 +178,11 @@ class _Padded:
             config=self.encoder.config, inputs_embeds=hidden, attention_mask=batch["attention_mask"]
         )
         return hidden, mask
+
+
+def _in_float32(subject: Subject) -> Any:
+    """The exits, cast once and not at every layer."""
+    return copy.deepcopy(subject.model.heads).float()
 
 
 def _entropy(logits: Tensor) -> Tensor:
