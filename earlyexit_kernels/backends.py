@@ -6,6 +6,7 @@ interpreter (``TRITON_INTERPRET=1`` set before the first import). `cpp` is the c
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -23,6 +24,11 @@ BACKENDS = ("torch", "triton", "cpp")
 NAMESPACE = "earlyexit_kernels"
 
 
+#: Integers that a kernel is compiled without: sizes of a batch and places in a loop, or a batch of 1 row and one of 16
+#: would each have kernels of their own, and a row not surely the same bits in all of them.
+_TAKEN_AS_THEY_COME = ("rows", "present", "capacity", "layer", "depth")
+
+
 def _undecorated(fn: Any) -> Any:
     return fn
 
@@ -31,7 +37,7 @@ try:
     import triton
 
     tl: Any = importlib.import_module("triton.language")
-    jit: Callable[[Any], Any] = triton.jit
+    jit: Callable[[Any], Any] = functools.partial(triton.jit, do_not_specialize=_TAKEN_AS_THEY_COME)
     _TRITON_MISSING = ""
 except ImportError as error:
     tl, jit = None, _undecorated

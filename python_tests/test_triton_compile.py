@@ -230,3 +230,14 @@ def test_other_launches_stay_in_registers(name, monkeypatch, tmp_path):
 @pytest.mark.parametrize("capability", [80, 100])
 def test_the_others_compile_beside_hopper(capability, launch, monkeypatch):
     compile_launch(capability, monkeypatch, *launch(HALF))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["exit_step", "compact", "resident_exit", "pack_tokens", "rows_linear", "rows_add_norm", "first_tokens_linear"],
+)
+def test_one_kernel_serves_batches_of_all_sizes(name):
+    module = importlib.import_module(f"earlyexit_kernels.ops.{name}")
+    kernels = [kernel for own, kernel in vars(module).items() if own.endswith("_kernel")]
+    sizes = [p for kernel in kernels for p in kernel.params if p.name in ("rows", "present", "capacity", "layer")]
+    assert sizes and all(p.do_not_specialize for p in sizes)
