@@ -144,14 +144,21 @@ def test_half_precision(place, dtype, rule):
     assert_agree(graph(**batch), eager(**batch), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF, BFLOAT16])
-def test_a_row_has_the_same_bits_alone_and_among_others(place, dtype):
-    model, _ = ready()
+#: Beside the plain case: embeddings narrower than the layers, and exits that the library's products serve.
+BITS = [("bert", "entropy", dtype) for dtype in TOLERANCES] + [
+    ("albert", "entropy", HALF),
+    ("bert", "q_exit", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("family", "rule", "dtype"), BITS)
+def test_a_row_has_the_same_bits_alone_and_among_others(place, family, rule, dtype):
+    model, _ = ready(family, rule)
     lengths = [1 + 7 * row % 40 for row in range(128)]
     batch = batch_for(model, lengths=lengths)
     _, graph, batch = place.moved(model, batch, dtype)
     together = graph(**batch)
-    assert len(together.exit_layer.unique()) > 2
+    assert len(together.exit_layer.unique()) > 1
     for size in (1, 8, 32):
         for start in range(0, 128, size)[:: 8 if size == 1 else 1]:
             rows = slice(start, start + size)
