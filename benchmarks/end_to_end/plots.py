@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _draw_mixes(axes: Any, records: Sequence[Record], label: str, color: str) ->
 def never_exit(records: Sequence[Record]) -> Any:
     """Time over the plain model's where every exit and decision is computed and nobody leaves, for every shape."""
     mine = _ours(r for r in records if r["exits"] == NEVER)
-    shapes = sorted({(r["subject"], r["shape"]): None for found in mine.values() for r in found}, key=lambda s: s[0])
+    shapes = sorted({(r["subject"], r["shape"]) for found in mine.values() for r in found}, key=_by_size)
     if not shapes:
         return None
     figure = _figure(8.0, 1.0 + 0.2 * (len(shapes) + sum(map(len, mine.values()))))
@@ -147,6 +148,11 @@ def never_exit(records: Sequence[Record]) -> Any:
     axes.grid(alpha=0.3, axis="x")
     figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     return figure
+
+
+def _by_size(shape: tuple[str, str]) -> tuple[str, list[int]]:
+    """Models by name, their shapes by the numbers in them."""
+    return shape[0], [int(number) for number in re.findall(r"\d+", shape[1])]
 
 
 def batch(records: Sequence[Record]) -> Any:
