@@ -146,7 +146,8 @@ class FixedDepth(nn.Module):
             states = states._replace(hidden=after if runs is None else _chosen(runs, after, states.hidden))
             if rule.is_due(layer, len(layers)):
                 found = self._decided(layer, len(layers), states, runs, found)
-        return found.answers, found.exit_layer
+        # no_grad isn't part of what is exported where somebody has turned gradients off before
+        return found.answers.detach(), found.exit_layer
 
     def _check_mode(self) -> None:
         if self.training or self.backbone.training or self.heads.training:

@@ -24,7 +24,8 @@ def check_inputs(
 
     Args:
         input_ids: ``[N, S]`` integers.
-        attention_mask: ``[N, S]``; what it says is read by `packing.pack`.
+        attention_mask: ``[N, S]``; what it says is read by `packing.pack`. One of floats may not be negative, which is
+            how masks to add to scores look; checked on the CPU.
         token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers.
         device: of the model.
         longest: tokens a row may have.
@@ -51,10 +52,8 @@ def check_inputs(
         raise ValueError(f"input_ids: expected at least one token a row, got shape {list(shape)}")
     if shape[1] > longest:
         raise ValueError(f"input_ids: a row may have {longest} tokens in this model, got {shape[1]}; truncate the text")
-    if attention_mask is not None and attention_mask.shape != shape:
-        raise ValueError(
-            f"attention_mask: expected the shape of input_ids {list(shape)}, got {list(attention_mask.shape)}"
-        )
+    if attention_mask is not None:
+        _check_mask(attention_mask, shape)
     for name, value in given.items():
         if value is None:
             continue
@@ -63,6 +62,15 @@ def check_inputs(
         if name != "attention_mask":
             _check_ids(name, value, shape, limits.get(name))
     return input_ids.long()
+
+
+def _check_mask(mask: Tensor, shape: torch.Size) -> None:
+    """Of the batch's shape, and none of those that are added to scores."""
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask: expected the shape of input_ids {list(shape)}, got {list(mask.shape)}")
+    seen = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and mask.is_floating_point() and bool((mask < 0).any()):
+        raise ValueError("attention_mask: expected 1 for a token and 0 for none, got negative numbers; pass mask >= 0")
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int | None) -> None:

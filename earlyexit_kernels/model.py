@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -262,7 +262,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         with torch.no_grad():
             invalid = (~meaningful(trace.logits.flatten(0, 1), None)).view(trace.logits.shape[:2]).sum(0).tolist()
         self._count_invalid(tuple(invalid))
-        return trace
+        return replace(trace, problem_type=self.problem_type)
 
     def _full_depth(
         self, trace: ExitTrace, answers: Tensor | None = None, exit_layer: Tensor | None = None
@@ -318,7 +318,8 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         aux = {n: torch.zeros(0, self.depth, device=device) for n in names}
         dtype = self.dtype if self.training else torch.float32
         keys = torch.zeros(0, dtype=torch.int64, device=device) if self._wants_keys() else None
-        return ExitTrace(torch.zeros(0, self.depth, classes, device=device, dtype=dtype), aux, keys)
+        logits = torch.zeros(0, self.depth, classes, device=device, dtype=dtype)
+        return ExitTrace(logits, aux, keys, problem_type=self.problem_type)
 
     def _count_invalid(self, invalid_rows: tuple[int, ...]) -> None:
         """Count the rows of each layer that had logits without a meaning, or refuse them in a strict model."""
@@ -331,7 +332,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             where = {layer: rows for layer, rows in enumerate(invalid_rows, start=1) if rows}
             logger.warning(
                 "logits without a meaning (NaN, several +inf, or all -inf), rows by layer: %s. Such a row never exits "
-                "there; model.invalid_rows goes on counting. Use strict=True to raise instead",
+                "there; model.invalid_rows goes on counting. Set model.config.strict to raise instead",
                 where,
             )
         self.invalid_rows += sum(invalid_rows)

@@ -108,6 +108,13 @@ class _PadRight:
         self.fill = {"input_ids": pad_token_id}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        for row in rows:
+            if not isinstance(row, Mapping) or "input_ids" not in row:
+                got = f"keys {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
+                raise ValueError(
+                    f"predict_with_exits: expected items that are mappings with 'input_ids', got {got}; tokenize the "
+                    "text, or pass collate_fn"
+                )
         batch = {}
         for name in [n for n in _INPUTS if n in rows[0]]:
             values = [torch.as_tensor(row[name]) for row in rows]

@@ -18,7 +18,8 @@ def replay(
     Args:
         trace: from `model.trace`, or built from stored logits ``[N, L, C]``.
         criterion: the rule, or None for full depth.
-        problem_type: as in transformers; default: regression with one output, else one label of several.
+        problem_type: as in transformers; default: the trace's, and where a trace has none regression with one output,
+            else one label of several.
         backend: of the op.
 
     Returns:
@@ -45,7 +46,7 @@ def replay(
         )
     rule = (FullDepth() if criterion is None else criterion).exit_rule
     rows, depth, classes = trace.logits.shape
-    task = problem_type or ("regression" if classes == 1 else "single_label_classification")
+    task = problem_type or trace.problem_type or ("regression" if classes == 1 else "single_label_classification")
     check_fits(rule, depth=depth, classes=classes, problem_type=task, aux=tuple(trace.aux))
     device = trace.logits.device
     row_ids = torch.arange(rows, dtype=torch.int32, device=device)

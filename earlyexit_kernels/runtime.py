@@ -21,6 +21,7 @@ from earlyexit_kernels.types import ExitOutput
 logger = logging.getLogger("earlyexit_kernels")
 
 LAYERS = ("auto", "family", "fused")
+IN_TRAINING = "the model is in train mode, where every row runs all layers; call model.eval()"
 ATTENTION_IS_FIXED = (
     "attn_implementation can't be chosen: an early-exit model packs the rows of a batch, and only its own attention "
     f"({PACKED_ATTENTION!r}) keeps them apart"
@@ -114,7 +115,7 @@ class RuntimeChoices(PreTrainedModel):
         return self._graphs.why_not(self.parts, self.backend, rows, length)
 
     def explain(self, input_ids: torch.Tensor, **batch: Any) -> Explanation:
-        """How eval mode would run a batch, and why.
+        """How the model would run a batch as it is now, and why.
 
         Args:
             input_ids: ``[N, S]``.
@@ -124,8 +125,11 @@ class RuntimeChoices(PreTrainedModel):
             ValueError: ids of another shape.
         """
         self._graphs.look()
-        if input_ids.dim() != 2:
-            raise ValueError(f"explain: expected input_ids of shape [N, S], got {list(input_ids.shape)}")
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            got = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"explain: expected input_ids of shape [N, S], got {got}")
+        if self.training:
+            return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend)
         fused, reason = self._fused_layers()
         asked = "they were asked for" if self._layers == "fused" else "they can be had and are faster"
         layers = Choice("family", reason) if fused is None else Choice("fused", asked)

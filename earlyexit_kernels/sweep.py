@@ -140,7 +140,8 @@ def collect_trace(
             labels.append(batch.pop("labels"))
             trace = model.trace(**{name: values.to(model.device) for name, values in batch.items()})
             aux = {name: values.float().cpu() for name, values in trace.aux.items()}
-            traces.append(ExitTrace(trace.logits.float().cpu(), aux, None if trace.keys is None else trace.keys.cpu()))
+            keys = None if trace.keys is None else trace.keys.cpu()
+            traces.append(replace(trace, logits=trace.logits.float().cpu(), aux=aux, keys=keys))
     return ExitTrace.cat(traces), torch.cat(labels).numpy()
 
 

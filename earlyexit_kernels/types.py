@@ -32,6 +32,7 @@ class ExitTrace:
         keys: ``[N]`` int64, a hash of each row's tokens; None where the trace wasn't made by a model.
         projections: ``[M, T, P]``, projections of the packed tokens, where an objective asks for them in train mode.
         offsets: ``[N + 1]`` int32, the rows of these tokens.
+        problem_type: of the model, as in transformers; None where the trace wasn't made by one.
     """
 
     logits: Tensor
@@ -39,6 +40,7 @@ class ExitTrace:
     keys: Tensor | None = None
     projections: Tensor | None = None
     offsets: Tensor | None = None
+    problem_type: str | None = None
 
     @property
     def depth(self) -> int:
@@ -50,7 +52,7 @@ class ExitTrace:
         """Join traces of several batches along the rows; projections of tokens stay behind.
 
         Raises:
-            ValueError: no trace was given, the traces hold different aux names, or only some hold keys.
+            ValueError: no trace was given, the traces hold different aux names or tasks, or only some hold keys.
         """
         if not traces:
             raise ValueError("ExitTrace.cat: expected at least one trace, got an empty list")
@@ -63,7 +65,11 @@ class ExitTrace:
             raise ValueError(
                 f"ExitTrace.cat: expected keys in every trace or in none, got {len(keys)} of {len(traces)}"
             )
-        return ExitTrace(torch.cat([t.logits for t in traces]), aux, torch.cat(keys) if keys else None)
+        tasks = {t.problem_type for t in traces}
+        if len(tasks) > 1:
+            raise ValueError(f"ExitTrace.cat: expected one problem_type in all traces, got {sorted(map(str, tasks))}")
+        logits = torch.cat([t.logits for t in traces])
+        return ExitTrace(logits, aux, torch.cat(keys) if keys else None, problem_type=tasks.pop())
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,13 @@ def test_exports_at_every_size(family, name):
         assert not answers[0].requires_grad
 
 
+def test_what_is_exported_without_gradients_answers_without():
+    model, batch = ruled("entropy", "bert", num_hidden_layers=2)
+    with torch.no_grad():
+        program = exported(model, batch).module()
+    assert not program(**batch)[0].requires_grad
+
+
 #: Runs a saved program where neither this package nor transformers can be imported.
 PROGRAM = """
 import sys

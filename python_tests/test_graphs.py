@@ -250,8 +250,11 @@ def test_the_engine_is_chosen_and_explained(model, caplog, monkeypatch):
     assert caplog.messages == ["engine 'graph' fell back to 'eager': graphs are for CUDA"]
     with pytest.raises(ValueError, match=r"expected input_ids of shape \[N, S\], got \[17\]"):
         model.explain(ids[0])
+    with pytest.raises(ValueError, match=r"expected input_ids of shape \[N, S\], got list"):
+        model.explain([[1]])
     model.set_layers("fused")
     assert model.explain(ids).layers == ("fused", "they were asked for")
+    assert "train mode" in model.train().explain(ids).layers.reason
 
 
 def test_what_auto_does_is_said_once(on_cuda, caplog, monkeypatch):

@@ -166,3 +166,9 @@ def test_mask_of_another_dtype(dtype):
     expected = model(**batch)
     out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"].to(dtype))
     assert torch.equal(out.logits, expected.logits) and torch.equal(out.exit_layer, expected.exit_layer)
+
+
+def test_masks_to_add_to_scores_are_refused():
+    model, batch = early_exit(pooling="mean"), ragged()
+    with pytest.raises(ValueError, match="attention_mask: expected 1 for a token and 0 for none, got negative numbers"):
+        model(input_ids=batch["input_ids"], attention_mask=(batch["attention_mask"] - 1.0) * 1e4)

@@ -180,3 +180,6 @@ def test_predict_with_exits_on_a_model():
     assert none.logits.shape == (0, CLASSES) and none.exit_layer.shape == (0,)
     with pytest.raises(TypeError, match="expected an early-exit model or a Trainer"):
         ee.predict_with_exits("model", data)
+    for item, said in (("a text", "got str"), ({"text": "a"}, r"got keys \['text'\]")):
+        with pytest.raises(ValueError, match=f"items that are mappings with 'input_ids', {said}; tokenize"):
+            ee.predict_with_exits(model, [item])

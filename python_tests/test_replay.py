@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
 import torch
+from models import batch_for, early_exit
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit, SkipGate
@@ -163,6 +166,19 @@ def test_what_the_trace_lacks_is_named():
         ee.replay(ee.ExitTrace(logits[..., :1]), Entropy(threshold=0.1))
     with pytest.raises(ValueError, match="backend: expected one of"):
         ee.replay(ee.ExitTrace(logits), None, backend="fast")
+
+
+def test_a_trace_knows_the_task_of_its_model():
+    model = early_exit("bert", pooling="first", problem_type="multi_label_classification")
+    batch = batch_for(model)
+    for trace in (model.trace(**batch), ee.ExitTrace.cat([model.trace(**batch)] * 2)):
+        with pytest.raises(ValueError, match=r"'entropy'.*'multi_label_classification'"):
+            ee.replay(trace, Entropy(threshold=0.1))
+    model.set_criterion(None)
+    assert ee.replay(model.trace(**{name: x[:0] for name, x in batch.items()}), None)[0].shape == (0, 3)
+    other = replace(model.trace(**batch), problem_type=None)
+    with pytest.raises(ValueError, match="one problem_type in all traces"):
+        ee.ExitTrace.cat([model.trace(**batch), other])
 
 
 def test_traces_join_along_the_rows():

@@ -72,7 +72,9 @@ class Patience(Criterion):
         super().check(depth=depth, classes=classes, problem_type=problem_type, aux=aux)
         regression = problem_type == "regression"
         if regression == (self.tolerance is None) or regression != (classes == 1):
-            cure = "give tolerance=..., for one output" if regression else "leave tolerance out, for several classes"
+            cure = "leave tolerance out, for several classes"
+            if regression:
+                cure = "give tolerance=..." if classes == 1 else "it compares one output, and knows no several"
             raise ValueError(f"Patience(tolerance={self.tolerance}) on {problem_type} with {classes} output(s): {cure}")
 
     @staticmethod
