@@ -332,7 +332,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             where = {layer: rows for layer, rows in enumerate(invalid_rows, start=1) if rows}
             logger.warning(
                 "logits without a meaning (NaN, several +inf, or all -inf), rows by layer: %s. Such a row never exits "
-                "there; model.invalid_rows goes on counting. Set model.config.strict to raise instead",
+                "there; model.invalid_rows goes on counting. Use strict=True (model.config.strict) to raise instead",
                 where,
             )
         self.invalid_rows += sum(invalid_rows)
