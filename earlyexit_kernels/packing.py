@@ -306,9 +306,8 @@ def _bucket(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tu
     real = column < lengths[:, None]
     kept = real.ravel().nonzero()[0]
     mask, places = torch.from_numpy(real[:, None, None, :]), torch.from_numpy(kept)
-    return LengthBucket(rows, width, torch.from_numpy(slots).to(device), mask.to(device), places.to(device)), slots[
-        kept
-    ]
+    bucket = LengthBucket(rows, width, torch.from_numpy(slots).to(device), mask.to(device), places.to(device))
+    return bucket, slots[kept]
 
 
 def packed_attention(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_gpu import Event, captures, gpu, small_bench  # noqa: F401  fixtures among them
+from models import batch_for, early_exit
 from torch.autograd import DeviceType
 
 from benchmarks.end_to_end import baselines, engines, models
@@ -188,10 +189,11 @@ def test_differing_bits_are_counted(gpu, monkeypatch):  # noqa: F811
 
 
 def test_a_graph_or_nothing():
-    model = SimpleNamespace(set_engine=lambda name: None, from_graph=lambda *_: None, _said_of_engine="no room")
+    model = early_exit(pooling="first")
+    model.set_engine = lambda name: setattr(model, "_engine", name)
     engines.ENGINES[GRAPH](model)
-    with pytest.raises(NotMeasuredError, match="fell back to 'eager': no room"):
-        model.from_graph(torch.zeros(1, 1))
+    with pytest.raises(NotMeasuredError, match=r"^engine 'graph' fell back to 'eager': graphs are for CUDA$"):
+        model.from_graph(batch_for(model)["input_ids"])
 
 
 def test_a_profiler_that_sees_nothing_is_not_believed(gpu, monkeypatch):  # noqa: F811

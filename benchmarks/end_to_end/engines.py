@@ -28,7 +28,7 @@ def _graph(model: Model) -> None:
     def or_nothing(ids: Tensor, *others: Tensor | None) -> ExitOutput:
         out = answered(ids, *others)
         if out is None:
-            raise NotMeasuredError(f"engine 'graph' fell back to 'eager': {model._said_of_engine}")
+            raise NotMeasuredError("; ".join(sorted(model._said_of_engine)))
         return out
 
     model.from_graph = or_nothing
