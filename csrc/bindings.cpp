@@ -2,8 +2,10 @@
 // earlyexit_kernels/ops/schema.py; loading the module loads them.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "criteria/all.h"
+#include "fingerprint.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of earlyexit_kernels; `criteria` names the rules they know.";
@@ -13,4 +15,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   pybind11::list names;
   for (const char* name : kNames) names.append(name);
   module.attr("criteria") = pybind11::tuple(names);
+  earlyexit::bind_fingerprint(module);
 }

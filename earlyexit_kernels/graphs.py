@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import NAMESPACE, available_backends
-from earlyexit_kernels.layers import Seen
+from earlyexit_kernels.fingerprint import ModuleFingerprint
 from earlyexit_kernels.ops import MOST_ROWS
 from earlyexit_kernels.packing import refuse_masked_first
 from earlyexit_kernels.resident import Bucket, Parts, ResidentLoop, why_not_resident
@@ -68,18 +68,21 @@ class Captured:
     Attributes:
         loop: its buffers.
         replay: launch it.
-        seen: the weights it was captured on, whose addresses it holds.
+        made_from: the modules it was captured on, whose addresses it holds. It copies no weight, so that a weight
+            changed in place needs no new capture.
         results: pinned copy of the loop's counts ``[L + 1, 4]``.
     """
 
     loop: ResidentLoop
     replay: Callable[[], None]
-    seen: Seen
+    made_from: ModuleFingerprint
     results: Tensor
 
 
 class Graphs:
-    """The graphs of one model, captured when first asked for, and again when its weights are other tensors.
+    """The graphs of one model, captured when first asked for, and again when its modules or weights are replaced.
+
+    A graph holds no copy of a weight: weights that change in place are read as they are at each replay.
 
     One batch at a time: threads take turns, on a stream of its own, so that several streams are served too. Copies and
     pickles of the model start without.
@@ -103,23 +106,22 @@ class Graphs:
             self._captured.clear()
             self._refused.clear()
 
-    def why_not(self, parts: Parts, backend: str, rows: int, length: int) -> str:
-        """Empty where `run` can answer a batch, as far as is known, else what stands against it.
-
-        What has a graph isn't looked at again, which would take as long as a layer: `run` sees what has changed.
+    def why_not(self, parts: Parts, backend: str, rows: int, length: int, *, checked: bool = True) -> str:
+        """Empty where `run` can answer a batch, as far as is known, else what stands against it. Changes nothing.
 
         Args:
             parts, backend: as for `run`.
             rows, length: N and S.
+            checked: look at the model even where it has a graph, which may be stale. A loop over batches leaves it to
+                `run`, which looks while the device works.
         """
         most = most_rows(length)
-        keys = (key_of(parts, backend, part, length) for part in {min(rows, most), rows % most or most})
-        return next((reason for key in keys if key not in self._captured and (reason := self._why_not(key, parts))), "")
-
-    def look(self) -> None:
-        """Drop the graphs of weights that are others by now."""
-        with self._lock:
-            self._drop_stale()
+        for key in {key_of(parts, backend, part, length) for part in (min(rows, most), rows % most or most)}:
+            captured = self._captured.get(key)
+            current = captured is not None and (not checked or captured.made_from.is_current(parts.roots))
+            if not current and (reason := self._why_not(key, parts)):
+                return reason
+        return ""
 
     def run(
         self,
@@ -174,11 +176,11 @@ class Graphs:
                 answers, exit_layer = captured.loop.answers[:n].clone(), captured.loop.exit_layer[:n].clone()
                 captured.results.copy_(captured.loop.counts, non_blocking=True)
                 done = stream.record_event()
-            # looked at while the device works; where the weights are others by now, the answers go
-            if captured.seen.holds():
+            # checked while the device works; the answers of a stale graph are dropped
+            if captured.made_from.is_current(parts.roots):
                 break
             del captured
-            self._drop_stale()
+            self._drop_stale(parts)
         current.wait_stream(stream)
         for x in (answers, exit_layer):
             x.record_stream(current)
@@ -194,15 +196,16 @@ class Graphs:
         reason = why_not_resident(parts, key.dtype)
         return f"a graph can't hold this model: {reason}" if reason else ""
 
-    def _drop_stale(self) -> None:
-        for key in [key for key, captured in self._captured.items() if not captured.seen.holds()]:
+    def _drop_stale(self, parts: Parts) -> None:
+        stale = [key for key, captured in self._captured.items() if not captured.made_from.is_current(parts.roots)]
+        for key in stale:
             del self._captured[key]
 
     def _of(self, key: Key, parts: Parts, stream: Any) -> Captured:
         if key not in self._captured:
             if reason := self._why_not(key, parts):
                 raise CaptureError(reason)
-            self._drop_stale()
+            self._drop_stale(parts)
             try:
                 self._captured[key] = self._capture(key, parts, stream)
             except Exception as error:  # Triton's own are no RuntimeErrors
@@ -235,7 +238,7 @@ def capture(parts: Parts, bucket: Bucket, backend: str, stream: Any) -> Captured
         backend: of the exits.
         stream: to warm up, capture and replay on; cuBLAS keeps its workspace by stream.
     """
-    seen = Seen.of([parts.backbone, parts.heads])
+    made_from = ModuleFingerprint(parts.roots)
     with torch.cuda.stream(stream):
         loop = ResidentLoop(parts, bucket, "triton", backend)
         for _ in range(WARM_UPS):
@@ -243,7 +246,7 @@ def capture(parts: Parts, bucket: Bucket, backend: str, stream: Any) -> Captured
         stream.synchronize()
         replay = _conditional(loop) if backend == "cpp" else _plain(loop, stream)
     results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype, device="cpu", pin_memory=True)
-    return Captured(loop, replay, seen, results)
+    return Captured(loop, replay, made_from, results)
 
 
 def _plain(loop: ResidentLoop, stream: Any) -> Callable[[], None]:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, LayerNames
 from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.fingerprint import ModuleFingerprint
 from earlyexit_kernels.ops import ENCODER_LAYERS
 from earlyexit_kernels.packing import AttentionPlan
 
@@ -81,41 +83,52 @@ def why_not_onednn(dtype: torch.dtype) -> str:
     return "" if right else f"torch {torch.__version__} means something else by these names of oneDNN"
 
 
+class Pair(NamedTuple):
+    """Weight and bias of a module, detached: they share its memory."""
+
+    weight: Tensor
+    bias: Tensor
+
+
 @dataclass(frozen=True)
 class LayerWeights:
-    """The weights of one encoder layer, in the order of `ops.encoder_layer`; only query, key and value are copied.
+    """The weights of one encoder layer, without copies.
 
     Attributes:
-        tensors: weight and bias of query, key and value as one, of out, of the first norm, of inner, of outer, of the
-            second norm.
-        eps: of the norms.
-        heads: of the attention.
+        query, key, value, attention_out, attention_norm, inner, outer, norm: as in `backbones.LayerNames`.
+        eps: of the two norms.
+        heads: number of attention heads.
         activation: name and variant, a value of `ACTIVATIONS`.
     """
 
-    tensors: list[Tensor]
+    query: Pair
+    key: Pair
+    value: Pair
+    attention_out: Pair
+    attention_norm: Pair
+    inner: Pair
+    outer: Pair
+    norm: Pair
     eps: list[float]
     heads: int
     activation: tuple[str, str]
 
     @staticmethod
     def of(layer: nn.Module, names: LayerNames, heads: int) -> LayerWeights:
-        """Those of a family's layer, of which `why_not` has nothing to say."""
+        """The weights of a layer for which `why_not` returns no reason."""
         part: dict[str, Any] = {name: layer.get_submodule(getattr(names, name)) for name in PART_TYPES}
-        attention = [part["query"], part["key"], part["value"]]
-        qkv = [_joined(attention, "weight"), _joined(attention, "bias")]
-        out, first, inner, outer, second = (
-            [part[name].weight.detach(), part[name].bias.detach()]
-            for name in ("attention_out", "attention_norm", "inner", "outer", "norm")
-        )
+        pairs = {
+            name: Pair(part[name].weight.detach(), part[name].bias.detach())
+            for name, kind in PART_TYPES.items()
+            if kind
+        }
         eps = [part["attention_norm"].eps, part["norm"].eps]
-        activation = ACTIVATIONS[type(part["activation"]).__name__]
-        return LayerWeights([*qkv, *out, *first, *inner, *outer, *second], eps, heads, activation)
+        return LayerWeights(**pairs, eps=eps, heads=heads, activation=ACTIVATIONS[type(part["activation"]).__name__])
 
     @property
-    def linears(self) -> list[Tensor]:
-        """The weights of the four products."""
-        return [self.tensors[i] for i in (0, 2, 6, 8)]
+    def projections(self) -> tuple[Pair, Pair, Pair]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
 
 
 @dataclass(frozen=True)
@@ -124,24 +137,31 @@ class FusedLayer:
 
     Attributes:
         weights: of the layer.
-        packed: those of its products as oneDNN wants them, or nothing.
+        tensors: what the op reads: weight and bias of query, key and value concatenated (copies), of the attention's
+            output, of the first norm, of inner, of outer, of the second norm.
+        packed: weights of the four products in oneDNN's layout (copies), or nothing.
         products: how the products are computed.
         run: the op.
     """
 
     weights: LayerWeights
+    tensors: list[Tensor]
     packed: list[Tensor]
     products: Products
     run: Callable[..., Tensor]
 
     @staticmethod
     def of(weights: LayerWeights, backend: str) -> FusedLayer:
-        """Pack a layer's weights."""
+        """Pack the weights of a layer."""
+        joined = Pair(*(torch.cat(each) for each in zip(*weights.projections, strict=True)))
+        after = (weights.attention_out, weights.attention_norm, weights.inner, weights.outer, weights.norm)
+        products = [joined.weight, weights.attention_out.weight, weights.inner.weight, weights.outer.weight]
         # where oneDNN's names are missing they mustn't even be looked up
-        onednn = not why_not_onednn(weights.tensors[0].dtype)
+        onednn = not why_not_onednn(joined.weight.dtype)
         return FusedLayer(
             weights=weights,
-            packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w in weights.linears] if onednn else [],
+            tensors=[*joined, *itertools.chain.from_iterable(after)],
+            packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w in products] if onednn else [],
             products=PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"]),
             run=ENCODER_LAYERS[backend],
         )
@@ -151,12 +171,7 @@ class FusedLayer:
         x, own = hidden[0], self.weights
         packed = self.packed if x.shape[0] <= self.products.packed_up_to else []
         how = (own.eps, own.heads, *own.activation, self.products.with_activation)
-        return self.run(x, own.tensors, packed, *how, *plan.bucket_lists, plan.inverse)[None]
-
-
-def _joined(linears: Sequence[nn.Linear], name: str) -> Tensor:
-    """Weights or biases of linears that read the same, as those of one."""
-    return torch.cat([getattr(linear, name).detach() for linear in linears])
+        return self.run(x, self.tensors, packed, *how, *plan.bucket_lists, plan.inverse)[None]
 
 
 def why_not(layer: nn.Module, names: LayerNames) -> str:
@@ -165,7 +180,7 @@ def why_not(layer: nn.Module, names: LayerNames) -> str:
     Whatever isn't known is refused: an adapter put into the layer, a hook, a quantised linear.
     """
     wanted = {getattr(names, name): kind for name, kind in PART_TYPES.items()}
-    found = dict(layer.named_modules())
+    found, attention = dict(layer.named_modules()), names.query.rpartition(".")[0]
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         return f"the layer has no module {missing[0]}"
@@ -175,15 +190,28 @@ def why_not(layer: nn.Module, names: LayerNames) -> str:
         if hooked(module):
             return f"{title} has a forward hook"
         if kind is not None:
-            if type(module) is not kind or any(module._parameters.get(name) is None for name in ("weight", "bias")):
+            held = [type(module._parameters.get(name)) for name in Pair._fields]
+            if type(module) is not kind or held != [nn.Parameter] * 2:
                 return f"{title} isn't a plain {kind.__name__} with weight and bias"
         elif path in wanted:
             if type(module).__name__ not in ACTIVATIONS:
                 return f"{title} is none of the activations {sorted(ACTIVATIONS)}"
         elif isinstance(module, nn.Dropout):
             continue
+        elif path == attention and (reason := _why_not_attention(module)):
+            return f"{title} {reason}"
         elif module._parameters or not len(module._modules) or not type(module).__module__.startswith("transformers."):
             return f"{title} isn't known"
+    return ""
+
+
+def _why_not_attention(module: Any) -> str:
+    """Empty where a family's attention module computes softmax(q k / sqrt(D)) v over all tokens of a row."""
+    if getattr(module, "is_causal", False):
+        return "is causal"
+    scaling, size = getattr(module, "scaling", None), getattr(module, "attention_head_size", None)
+    if scaling is not None and size and not math.isclose(scaling, size**-0.5):
+        return f"scales by {scaling:g}, expected 1 / sqrt({size})"
     return ""
 
 
@@ -199,80 +227,16 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a packing was made from, to tell whether it still holds.
-
-    Asked at every batch, where a loop in Python over all weights would take as long as several exits: what is looked
-    at is listed once, and compared by what runs in C.
-
-    Attributes:
-        tables, bare: children and parameters of each module, those that hold something and those that hold nothing.
-        hooks, own: hooks of each module, and its own attributes.
-        entries: what the tables hold.
-        tensors, versioned: the parameters, and those of them that count their writes.
-        marks: whether a hook is there or a forward replaced, addresses, and writes counted.
-    """
-
-    tables: tuple[dict[str, Any], ...]
-    bare: tuple[dict[str, Any], ...]
-    hooks: tuple[dict[int, Any], ...]
-    own: tuple[dict[str, Any], ...]
-    entries: tuple[Any, ...]
-    tensors: tuple[Tensor, ...]
-    versioned: tuple[Tensor, ...]
-    marks: list[int]
-
-    @staticmethod
-    def of(layers: Sequence[nn.Module]) -> Seen:
-        """What these modules and those in them are made of now."""
-        modules = tuple({id(m): m for layer in layers for m in layer.modules()}.values())
-        tables: list[dict[str, Any]] = [table for m in modules for table in (m._modules, m._parameters)]
-        full = tuple(table for table in tables if table)
-        entries = tuple(_values(full))
-        tensors = tuple(entry for entry in entries if isinstance(entry, Tensor))
-        seen = Seen(
-            full,
-            tuple(table for table in tables if not table),
-            tuple(table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks)),
-            tuple(m.__dict__ for m in modules),
-            entries,
-            tensors,
-            # a tensor made in inference mode keeps no version
-            tuple(tensor for tensor in tensors if not tensor.is_inference()),
-            [],
-        )
-        seen.marks.extend(seen._looks())
-        return seen
-
-    def holds(self) -> bool:
-        """Whether all of it is as it was."""
-        now = tuple(_values(self.tables))
-        same = len(now) == len(self.entries) and all(map(operator.is_, now, self.entries))
-        return same and not any(self.bare) and self._looks() == self.marks
-
-    def _looks(self) -> list[int]:
-        replaced = any("forward" in table for table in self.own)
-        return [any(self.hooks), replaced, *map(Tensor.data_ptr, self.tensors), *map(_VERSION, self.versioned)]
-
-
-_VERSION = operator.attrgetter("_version")
-
-
-def _values(tables: Sequence[dict[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(dict.values, tables))
-
-
 class FusedLayers:
-    """The fused layers of one model, packed when first asked for, and again when something about them has changed.
+    """The fused layers of one model: packed at first use, and again when anything they were made from has changed.
 
-    Seen are another module, hook or weight, and a weight written to; one written to through ``weight.data``, behind
-    autograd's back, isn't: `forget` it. Copies and pickles of the model start without.
+    Copies and pickles of the model start without.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._packed: tuple[Seen, tuple[Callable[..., Tensor], ...] | None, str] | None = None
+        self._packed: _Packed | None = None
+        _ALL.add(self)
 
     def __deepcopy__(self, memo: Any) -> FusedLayers:
         return FusedLayers()
@@ -292,28 +256,65 @@ class FusedLayers:
             backbone: on the CPU.
         """
         packed = self._packed
-        if packed is None or not packed[0].holds():
+        if packed is None or not packed.made_from.is_current([backbone]):
             with self._lock:
                 packed = self._packed
-                if packed is None or not packed[0].holds():
+                if packed is None or not packed.made_from.is_current([backbone]):
                     packed = self._packed = _pack(adapter, backbone)
-        return packed[1], packed[2]
+        return packed.layers, packed.reason
+
+    def why_not(self, adapter: BackboneAdapter, backbone: nn.Module) -> str:
+        """The reason that `of` would give; packs nothing."""
+        packed = self._packed
+        if packed is not None and packed.made_from.is_current([backbone]):
+            return packed.reason
+        return why_not_all(adapter, adapter.layers(backbone))  # type: ignore[arg-type]
 
 
-def _pack(adapter: BackboneAdapter, backbone: nn.Module) -> tuple[Seen, tuple[Callable[..., Tensor], ...] | None, str]:
+class _Packed(NamedTuple):
+    made_from: ModuleFingerprint
+    layers: tuple[Callable[..., Tensor], ...] | None
+    reason: str
+
+
+#: All instances, for `_reset_locks`.
+_ALL: weakref.WeakSet[FusedLayers] = weakref.WeakSet()
+
+
+def _reset_locks() -> None:
+    """Give a forked child new locks: a thread that held one in the parent doesn't exist in the child."""
+    for each in _ALL:
+        each._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_reset_locks)
+
+
+def _pack(adapter: BackboneAdapter, backbone: nn.Module) -> _Packed:
     layers: Any = tuple(adapter.layers(backbone))
-    config: Any = backbone.config
-    seen = Seen.of(layers)
-    parts = {layer: adapter.parts(layer) for layer in layers}
     reason = why_not_all(adapter, layers)
     if reason:
-        return seen, None, reason
+        return _Packed(ModuleFingerprint([backbone]), None, reason)
+    config: Any = backbone.config
     heads, backend = config.num_attention_heads, "torch" if available_backends("cpu")["cpp"] else "cpp"
+    parts = {layer: adapter.parts(layer) for layer in layers}
+    # taken before the weights are copied, so that a change during the copy is detected at the next batch
+    made_from = ModuleFingerprint([backbone], [x for each in parts.values() for x in _copied(each, adapter.names)])
     fused = {
         layer: _in_turn([FusedLayer.of(LayerWeights.of(part, adapter.names, heads), backend) for part in each])
         for layer, each in parts.items()
     }
-    return seen, tuple(fused[layer] for layer in layers), ""
+    return _Packed(made_from, tuple(fused[layer] for layer in layers), "")
+
+
+def _copied(parts: Sequence[nn.Module], names: LayerNames) -> Iterator[Tensor]:
+    """The parameters that `FusedLayer.of` copies."""
+    for part in parts:
+        for name in ("query", "key", "value", "attention_out", "inner", "outer"):
+            linear: Any = part.get_submodule(getattr(names, name))
+            yield linear.weight
+            if name in ("query", "key", "value"):
+                yield linear.bias
 
 
 def _in_turn(parts: Sequence[FusedLayer]) -> Callable[..., Tensor]:

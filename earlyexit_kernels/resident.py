@@ -77,6 +77,11 @@ class Parts:
     classes: int
 
     @property
+    def roots(self) -> tuple[nn.Module, nn.Module]:
+        """The modules whose weights the loop reads."""
+        return self.backbone, self.heads
+
+    @property
     def layers(self) -> Sequence[nn.Module]:
         """The L layers."""
         return self.adapter.layers(self.backbone)  # type: ignore[return-value]
@@ -106,7 +111,10 @@ def _why_not_modules(tops: Sequence[nn.Module], dtype: torch.dtype) -> str:
     for module in modules:
         if hooked(module):
             return f"a module ({type(module).__name__}) has a forward hook, which would run once a graph"
-    others = {x.dtype for module in modules for x in module.parameters(recurse=False)} - {dtype}
+    weights = [x for module in modules for x in module.parameters(recurse=False)]
+    if not all(x.is_contiguous() for x in weights):
+        return "some weights aren't contiguous; a graph reads weights in place"
+    others = {x.dtype for x in weights} - {dtype}
     return f"its kernels want weights of one dtype, {dtype}, some are {sorted(map(str, others))}" if others else ""
 
 
@@ -167,7 +175,7 @@ class ResidentLoop:
         self.weights = [made[layer] for layer in parts.layers]
         # launches know addresses: a graph reads them even where a parameter has been given other memory since
         self.held = [x.detach() for module in (parts.backbone, parts.heads) for x in module.parameters()]
-        inner = max(own.tensors[6].shape[0] for each in self.weights for own in each)
+        inner = max(own.inner.weight.shape[0] for each in self.weights for own in each)
 
         def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -300,22 +308,22 @@ class ResidentLoop:
 
     def _encode(self, own: LayerWeights) -> None:
         """One encoder layer, on the side that is live."""
-        qkv_w, qkv_b, out_w, out_b, norm1_w, norm1_b, inner_w, inner_b, outer_w, outer_b, norm2_w, norm2_b = own.tensors
         kind, variant = own.activation
         activation = _GELU[variant] if kind == "gelu" else kind
-        offsets, backend, size = self.offsets, self.backend, inner_w.shape[0]
+        offsets, backend, size = self.offsets, self.backend, own.inner.weight.shape[0]
         inner = self.inner.view(-1)[: self.bucket.tokens * size].view(-1, size)
-        rows_linear(self.hidden, qkv_w, qkv_b, offsets, self.qkv, absolute=True, backend=backend)
+        weights, biases = zip(*own.projections, strict=True)
+        rows_linear(self.hidden, weights, biases, offsets, self.qkv, absolute=True, backend=backend)
         rows_attention(self.qkv, offsets, self.row_ids, own.heads, self.bucket.length, self.context, backend=backend)
-        rows_linear(self.context, out_w, out_b, offsets, self.middle, backend=backend)
+        rows_linear(self.context, *own.attention_out, offsets, self.middle, backend=backend)
         rows_add_norm(
-            self.middle, self.hidden, norm1_w, norm1_b, own.eps[0], offsets, self.context,
+            self.middle, self.hidden, *own.attention_norm, own.eps[0], offsets, self.context,
             residual_absolute=True, backend=backend,
         )  # fmt: skip
-        rows_linear(self.context, inner_w, inner_b, offsets, inner, activation=activation, backend=backend)
-        rows_linear(inner, outer_w, outer_b, offsets, self.middle, backend=backend)
+        rows_linear(self.context, *own.inner, offsets, inner, activation=activation, backend=backend)
+        rows_linear(inner, *own.outer, offsets, self.middle, backend=backend)
         rows_add_norm(
-            self.middle, self.context, norm2_w, norm2_b, own.eps[1], offsets, self.hidden,
+            self.middle, self.context, *own.norm, own.eps[1], offsets, self.hidden,
             out_absolute=True, backend=backend,
         )  # fmt: skip
 

@@ -92,8 +92,8 @@ class RuntimeChoices(PreTrainedModel):
         self._engine = engine
         self._graphs.forget()
 
-    def engine_for(self, rows: int, length: int) -> Choice:
-        """The engine that eval mode takes for ``[N, S]``, and why."""
+    def engine_for(self, rows: int, length: int, *, checked: bool = False) -> Choice:
+        """The engine that eval mode takes for ``[N, S]``, and why; `checked` as for `Graphs.why_not`."""
         if self._engine == "eager":
             return Choice("eager", "it was asked for")
         if self.device.type != "cuda":
@@ -103,19 +103,19 @@ class RuntimeChoices(PreTrainedModel):
         choice = Choice("graph", "it was asked for")
         if self._engine == "auto":
             choice = fastest(torch.cuda.get_device_name(self.device), rows, length)
-        if choice.name == "graph" and (reason := self._why_no_graph(rows, length)):
+        if choice.name == "graph" and (reason := self._why_no_graph(rows, length, checked)):
             return Choice("eager", reason)
         return choice
 
-    def _why_no_graph(self, rows: int, length: int) -> str:
+    def _why_no_graph(self, rows: int, length: int, checked: bool) -> str:
         if missing := backends.available_backends("cuda")["triton"]:
             return f"a graph's kernels are Triton's: {missing}"
         if self.backend == "torch":
             return "back-end 'torch' reads counts from the device, which a graph can't"
-        return self._graphs.why_not(self.parts, self.backend, rows, length)
+        return self._graphs.why_not(self.parts, self.backend, rows, length, checked=checked)
 
     def explain(self, input_ids: torch.Tensor, **batch: Any) -> Explanation:
-        """How the model would run a batch as it is now, and why.
+        """Tell how the model would run a batch as it is now, and why. Changes nothing.
 
         Args:
             input_ids: ``[N, S]``.
@@ -124,16 +124,15 @@ class RuntimeChoices(PreTrainedModel):
         Raises:
             ValueError: ids of another shape.
         """
-        self._graphs.look()
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
             got = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
             raise ValueError(f"explain: expected input_ids of shape [N, S], got {got}")
         if self.training:
             return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend)
-        fused, reason = self._fused_layers()
+        reason = self._why_not_fused()
         asked = "they were asked for" if self._layers == "fused" else "they can be had and are faster"
-        layers = Choice("family", reason) if fused is None else Choice("fused", asked)
-        return Explanation(self.engine_for(*input_ids.shape), layers, self.backend)
+        layers = Choice("family", reason) if reason else Choice("fused", asked)
+        return Explanation(self.engine_for(*input_ids.shape, checked=True), layers, self.backend)
 
     @torch.compiler.disable
     def from_graph(self, ids: torch.Tensor, *others: torch.Tensor | None) -> ExitOutput | None:
@@ -176,7 +175,7 @@ class RuntimeChoices(PreTrainedModel):
     @property
     def layer_kind(self) -> str:
         """Which encoder layers a batch in eval mode runs now: ``"fused"``, or the family's own, ``"family"``."""
-        return "family" if self._fused_layers()[0] is None else "fused"
+        return "family" if self._why_not_fused() else "fused"
 
     def set_layers(self, layers: str) -> None:
         """Choose the encoder layers of eval mode; training always runs the family's own.
@@ -184,9 +183,9 @@ class RuntimeChoices(PreTrainedModel):
         Args:
             layers: ``"family"``: its own. ``"fused"``: the same numbers, up to rounding, in fewer steps, on the CPU,
                 from packed copies of the weights, which take about as much memory again. The copies are made at the
-                first batch and anew when a weight has changed; one written to through ``weight.data`` in eval mode
-                calls for another `set_layers`. ``"auto"``: fused where they can be had. Under autocast and
-                `torch.compile` the family's own run whatever was chosen.
+                first batch and again when a weight has changed; `refresh` tells which changes are detected.
+                ``"auto"``: fused where they can be had. Under autocast and `torch.compile` the family's own run
+                whatever was chosen.
 
         Raises:
             ValueError: an unknown name.
@@ -197,16 +196,27 @@ class RuntimeChoices(PreTrainedModel):
         before, self._layers = self._layers, layers
         self._fused.forget()
         try:
-            self._fused_layers()
+            self._why_not_fused()
         except BackendUnavailableError:
             self._layers = before
             raise
 
+    def refresh(self) -> None:
+        """Drop what was made from the weights (packed copies, CUDA graphs); the next batch makes it again.
+
+        Needed only after a change that no check detects. Before each batch the model compares its modules, their
+        attributes, the address of each weight, and of each copied weight the version counter and a few elements: that
+        detects optimizer steps, loaded states, and replaced modules and tensors. It misses a write to other elements
+        than those, through something that leaves the version counter alone: ``weight.data``, a NumPy or DLPack view,
+        or inference mode.
+        """
+        self._fused.forget()
+        self._graphs.forget()
+
     def train(self, mode: bool = True) -> Any:
         """As in torch; the copies that fused layers and graphs have of weights are dropped, since these will change."""
         if mode:
-            self._fused.forget()
-            self._graphs.forget()
+            self.refresh()
         return super().train(mode)
 
     def inference_layers(self) -> Sequence[Callable[..., Any]]:
@@ -232,18 +242,34 @@ class RuntimeChoices(PreTrainedModel):
 
     def _fused_layers(self) -> tuple[Sequence[Callable[..., Any]] | None, str]:
         """The fused layers, or None and why not."""
+        if reason := self._why_not_asked():
+            return None, reason
+        fused, reason = self._fused.of(self.adapter, self.backbone)
+        self._refuse_fused(reason)
+        return fused, reason
+
+    def _why_not_fused(self) -> str:
+        """Empty where the next batch runs fused layers, else why not; packs nothing."""
+        if reason := self._why_not_asked():
+            return reason
+        reason = self._fused.why_not(self.adapter, self.backbone)
+        self._refuse_fused(reason)
+        return reason
+
+    def _why_not_asked(self) -> str:
+        """What stands against fused layers whatever the layers are."""
         if self._layers == "family":
-            return None, "they were asked for"
+            return "they were asked for"
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return None, "autocast or torch.compile is at work"
+            return "autocast or torch.compile is at work"
         kind = self.device.type
-        if kind == "cpu":
-            fused, reason = self._fused.of(self.adapter, self.backbone)
-        else:
-            fused, reason = None, f"fused layers run on the CPU, the model is on {kind!r}"
+        reason = "" if kind == "cpu" else f"fused layers run on the CPU, the model is on {kind!r}"
+        self._refuse_fused(reason)
+        return reason
+
+    def _refuse_fused(self, reason: str) -> None:
         if reason and self._layers == "fused":
             raise BackendUnavailableError(f"layers 'fused' can't run here: {reason}; use 'auto' or 'family'")
-        return fused, reason
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Refused: packed rows need the packed attention."""

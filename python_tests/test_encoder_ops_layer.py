@@ -26,23 +26,22 @@ CASES = [
 
 def run(layer: layers.LayerWeights, hidden: torch.Tensor, layout: Layout, backend: str) -> None:
     """One layer, in place, in seven launches; what is between starts as NaN."""
-    qkv_w, qkv_b, out_w, out_b, norm1_w, norm1_b, inner_w, inner_b, outer_w, outer_b, norm2_w, norm2_b = layer.tensors
     offsets, width = layout.offsets, hidden.shape[1]
     qkv, context, mid, inner = (
-        hidden.new_full((layout.capacity, n), torch.nan) for n in (3 * width, width, width, len(inner_b))
+        hidden.new_full((layout.capacity, n), torch.nan) for n in (3 * width, width, width, len(layer.inner.bias))
     )
     how = {"backend": backend}
     both = {"residual_absolute": True, "out_absolute": True, **how}
     first, second = layer.eps
-    ops.rows_linear(hidden, qkv_w, qkv_b, offsets, qkv, absolute=True, **how)
+    ops.rows_linear(hidden, *zip(*layer.projections, strict=True), offsets, qkv, absolute=True, **how)
     ops.rows_attention(qkv, offsets, layout.row_ids, layer.heads, max(layout.lengths), context, **how)
     # a row that has left still owns its tokens, and may hold anything
-    ops.rows_linear(context, out_w, out_b, offsets, mid, **how)
-    ops.rows_add_norm(mid, hidden, norm1_w, norm1_b, first, offsets, hidden, **both)
+    ops.rows_linear(context, *layer.attention_out, offsets, mid, **how)
+    ops.rows_add_norm(mid, hidden, *layer.attention_norm, first, offsets, hidden, **both)
     activation = NAMES[layer.activation]
-    ops.rows_linear(hidden, inner_w, inner_b, offsets, inner, activation=activation, absolute=True, **how)
-    ops.rows_linear(inner, outer_w, outer_b, offsets, mid, **how)
-    ops.rows_add_norm(mid, hidden, norm2_w, norm2_b, second, offsets, hidden, **both)
+    ops.rows_linear(hidden, *layer.inner, offsets, inner, activation=activation, absolute=True, **how)
+    ops.rows_linear(inner, *layer.outer, offsets, mid, **how)
+    ops.rows_add_norm(mid, hidden, *layer.norm, second, offsets, hidden, **both)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)

@@ -92,7 +92,7 @@ def test_the_op_refuses_lists_that_do_not_fit():
     layer, x = model.inference_layers()[0], torch.randn(6, 64)
     own, plan = layer.weights, ([1], [6], [None], [None], [None], None)
     run = functools.partial(ENCODER_LAYERS["cpp"], x)
-    weights, rest = own.tensors, (own.eps, own.heads, *own.activation, False)
+    weights, rest = layer.tensors, (own.eps, own.heads, *own.activation, False)
     assert run(weights, [], *rest, *plan).shape == x.shape
     with pytest.raises(ValueError, match="expected 12 weights, got 11"):
         run(weights[:-1], [], *rest, *plan)
@@ -121,7 +121,7 @@ def test_other_dtypes(dtype, atol):
     own, fused = pair()
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    assert fused.inference_layers()[0].weights.tensors[0].dtype == dtype
+    assert fused.inference_layers()[0].tensors[0].dtype == dtype
     # traces are float32, so double layers agree to float32's last digit
     assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
     assert torch.isfinite(fused(**batch).logits).all()

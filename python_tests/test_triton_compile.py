@@ -164,9 +164,10 @@ def empty(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def rows_linear(tokens, dtype, n=768, k=768, activation="gelu"):
-    x, weight, bias, out = (empty(*s, dtype=dtype) for s in ((2 * tokens, k), (n, k), (n,), (tokens, n)))
-    return "rows_linear", x, weight, bias, empty(9, dtype=torch.int32), out, activation, True
+def rows_linear(tokens, dtype, n=768, k=768, activation="gelu", weights=1):
+    x, weight, bias, out = (empty(*s, dtype=dtype) for s in ((2 * tokens, k), (n, k), (n,), (tokens, weights * n)))
+    offsets = empty(9, dtype=torch.int32)
+    return "rows_linear", x, [weight] * weights, [bias] * weights, offsets, out, activation, True
 
 
 def first_tokens_linear(dtype):
@@ -191,6 +192,8 @@ FEW, MANY = 128, 32768
 PRODUCTS = {
     "few": lambda dtype: rows_linear(FEW, dtype),
     "many": lambda dtype: rows_linear(MANY, dtype, n=3072),
+    "few_of_three": lambda dtype: rows_linear(FEW, dtype, activation="none", weights=3),
+    "many_of_three": lambda dtype: rows_linear(MANY, dtype, activation="none", weights=3),
     "attention": rows_attention,
 }
 #: Hopper with both dtypes, the architectures beside it with one.

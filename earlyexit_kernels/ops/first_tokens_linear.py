@@ -45,6 +45,7 @@ def first_tokens_linear_kernel(
             column,
             N,
             K,
+            N,
             ACTIVATION,
             BLOCK_M,
             BLOCK_N,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from earlyexit_kernels.ops.tiles import check_product, product_tile, product_tor
 
 #: Tiles of rows that take turns at the same columns, so that those of the weight are still in the cache.
 GROUP = 8
+#: Weights that one call takes: query, key and value.
+MAX_WEIGHTS = 3
 
 
 @jit
@@ -20,9 +25,14 @@ def rows_linear_kernel(
     x,  # [T, K], or [2 T, K]
     weight,  # [N, K]
     bias,  # [N]
+    second_weight,
+    second_bias,
+    third_weight,
+    third_bias,
     offsets,  # [R + 1] int32
-    out,  # [T, N]
+    out,  # [T, WEIGHTS * N]
     rows,  # R
+    WEIGHTS: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -36,7 +46,7 @@ def rows_linear_kernel(
     first = tl.load(offsets)
     present = tl.load(offsets + rows) - first
     high = tl.cdiv(present, BLOCK_M)
-    wide = tl.cdiv(N, BLOCK_N)
+    wide = WEIGHTS * tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     while tile < high * wide:
         top = tile // (GROUP_M * wide) * GROUP_M
@@ -46,17 +56,28 @@ def rows_linear_kernel(
         source = token
         if ABSOLUTE:
             source = token + first
+        column = within // group
+        number = column // tl.cdiv(N, BLOCK_N)
+        chosen = weight
+        chosen_bias = bias
+        if WEIGHTS > 1:
+            chosen = tl.where(number == 1, second_weight, chosen)
+            chosen_bias = tl.where(number == 1, second_bias, chosen_bias)
+        if WEIGHTS > 2:
+            chosen = tl.where(number == 2, third_weight, chosen)
+            chosen_bias = tl.where(number == 2, third_bias, chosen_bias)
         product_tile(
             x,
-            weight,
-            bias,
-            out,
+            chosen,
+            chosen_bias,
+            out + number * N,
             source,
             token,
             token < present,
-            within // group * BLOCK_N,
+            column % tl.cdiv(N, BLOCK_N) * BLOCK_N,
             N,
             K,
+            WEIGHTS * N,
             ACTIVATION,
             BLOCK_M,
             BLOCK_N,
@@ -66,23 +87,32 @@ def rows_linear_kernel(
 
 
 def rows_linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, out: Tensor, activation: str, absolute: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Tensor,
+    out: Tensor,
+    activation: str,
+    absolute: bool,
 ) -> None:
     """Launch `rows_linear_kernel`; tiles and programs follow from the capacity, never from the count."""
-    (capacity, n), rows = out.shape, offsets.numel() - 1
-    tiles = tiles_for(out.dtype, capacity, n)
-    programs = resident_programs(tiles, capacity, n, out.device)
+    (capacity, columns), rows = out.shape, offsets.numel() - 1
+    n, k = weights[0].shape
+    tiles = tiles_for(out.dtype, capacity, columns)
+    programs = resident_programs(tiles, capacity, columns, out.device)
+    # the kernel names each weight; those it has no use for are the first one again
+    pairs = [*zip(weights, biases, strict=True)] + [(weights[0], biases[0])] * (MAX_WEIGHTS - len(weights))
     if programs:
         rows_linear_kernel[(programs,)](
             x,
-            weight,
-            bias,
+            *itertools.chain.from_iterable(pairs),
             offsets,
             out,
             rows,
+            WEIGHTS=len(weights),
             ABSOLUTE=absolute,
             N=n,
-            K=weight.shape[1],
+            K=k,
             ACTIVATION=ACTIVATIONS[activation].device,
             GROUP_M=GROUP,
             **tiles.options,
@@ -91,12 +121,19 @@ def rows_linear_triton(
 
 @torch.no_grad()
 def rows_linear_torch(
-    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, out: Tensor, activation: str, absolute: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Tensor,
+    out: Tensor,
+    activation: str,
+    absolute: bool,
 ) -> None:
     """`rows_linear` in torch, the reference of the other back-end; it reads the count."""
     first, end = int(offsets[0]), int(offsets[-1])
     tokens = x[first:end] if absolute else x[: end - first]
-    out[: end - first] = product_torch(tokens, weight, bias, activation).to(out.dtype)
+    products = [product_torch(tokens, *each, activation) for each in zip(weights, biases, strict=True)]
+    out[: end - first] = torch.cat(products, dim=1).to(out.dtype)
 
 
 _ROWS_LINEAR = define(
@@ -109,8 +146,8 @@ _ROWS_LINEAR = define(
 
 def rows_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor],
     offsets: Tensor,
     out: Tensor,
     *,
@@ -123,9 +160,11 @@ def rows_linear(
     Args:
         x: ``[T, K]``, the tokens present first; with `absolute` ``[2 T, K]``, and they start at ``offsets[0]``.
             float32, float16 or bfloat16.
-        weight, bias: ``[N, K]`` and ``[N]``, dtype of `x`.
+        weight, bias: ``[N, K]`` and ``[N]``, dtype of `x`; or as many of each, at most `MAX_WEIGHTS` and of one shape,
+            whose products are written side by side. The weights are read where they are, never copied together.
         offsets: ``[R + 1]`` int32. On CUDA they are trusted, since looking would cost a synchronisation.
-        out: ``[T, N]``, dtype of `x`, apart from it in memory. **Changed** for the tokens present, the first ones.
+        out: ``[T, N]`` (``[T, 3 N]`` for three weights), dtype of `x`, apart from it in memory. **Changed** for the
+            tokens present, the first ones.
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"tanh"``.
         absolute: where `x` starts.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -139,14 +178,28 @@ def rows_linear(
     row count. Nothing of `x` beyond the tokens present is read.
     """
     op, device = "rows_linear", x.device
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    biases = [bias] if isinstance(bias, Tensor) else list(bias)
+    if not 1 <= len(weights) <= MAX_WEIGHTS or len(weights) != len(biases):
+        raise ValueError(
+            f"{op}: expected 1 to {MAX_WEIGHTS} weights and as many biases, got {len(weights)} and {len(biases)}"
+        )
     check_tensor(op, "out", out, (None, None), FLOATS, written=True)
     capacity = out.shape[0]
     check_tensor(op, "x", x, (2 * capacity if absolute else capacity, None), (out.dtype,), device=out.device)
-    check_product(op, x, weight, bias, activation)
-    check_tensor(op, "out", out, (capacity, weight.shape[0]), FLOATS)
+    for each in zip(weights, biases, strict=True):
+        check_product(op, x, *each, activation)
+        check_tensor(op, "weight", each[0], tuple(weights[0].shape), FLOATS)
+    check_tensor(op, "out", out, (capacity, len(weights) * weights[0].shape[0]), FLOATS)
     check_present(op, offsets, None, capacity=capacity, device=device)
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    x = x.contiguous()
     check_apart(op, "x", x, out)
     _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        x, weight, bias, offsets.contiguous(), out, activation, absolute
+        x,
+        [each.contiguous() for each in weights],
+        [each.contiguous() for each in biases],
+        offsets.contiguous(),
+        out,
+        activation,
+        absolute,
     )

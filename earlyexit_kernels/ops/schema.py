@@ -38,7 +38,7 @@ PACK_TOKENS = (
     "Tensor(c!) offsets, Tensor(d!) tokens, Tensor(e!) counts) -> ()"
 )
 ROWS_LINEAR = (
-    "(Tensor x, Tensor weight, Tensor bias, Tensor offsets, Tensor(a!) out, str activation, bool absolute) -> ()"
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor offsets, Tensor(a!) out, str activation, bool absolute) -> ()"
 )
 FIRST_TOKENS_LINEAR = (
     "(Tensor hidden, Tensor weight, Tensor bias, Tensor offsets, Tensor row_ids, Tensor(a!) out, str activation) -> ()"

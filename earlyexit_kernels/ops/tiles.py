@@ -62,13 +62,14 @@ def product_tile(
     x,  # [*, K]
     weight,  # [N, K]
     bias,  # [N]
-    out,  # [*, N]
+    out,  # [*, STRIDE], at its first column of this weight
     source,  # [BLOCK_M] int64, row of x
     target,  # [BLOCK_M] int64, row of out
     present,  # [BLOCK_M], whether there is such a row
-    column,  # of out, the first
+    column,  # of this weight, the first
     N: tl.constexpr,
     K: tl.constexpr,
+    STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -93,7 +94,7 @@ def product_tile(
         sums = tl.dot(a, b, sums, input_precision="ieee")
     sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     y = ACTIVATION(sums).to(out.dtype.element_ty)
-    tl.store(out + target[:, None] * N + n[None, :], y, mask=in_rows & in_columns)
+    tl.store(out + target[:, None] * STRIDE + n[None, :], y, mask=in_rows & in_columns)
 
 
 def tiles_for(dtype: torch.dtype, capacity: int, columns: int) -> Tiles:

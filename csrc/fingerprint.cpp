@@ -1,0 +1,164 @@
+#include "fingerprint.h"
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstring>
+
+namespace earlyexit {
+namespace {
+
+namespace py = pybind11;
+
+const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object); }
+
+// Tensors created in inference mode have no version counter.
+int64_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? -1 : tensor._version(); }
+
+uint64_t bytes_at(const void* address, int64_t offset, int64_t item) {
+  uint64_t value = 0;
+  std::memcpy(&value, static_cast<const char*>(address) + offset, item);
+  return value;
+}
+
+// Bytes from the first element to the one at a flat position.
+int64_t offset_of(const at::Tensor& tensor, int64_t position) {
+  int64_t offset = 0;
+  for (int64_t dim = tensor.dim() - 1; dim >= 0; --dim) {
+    offset += position % tensor.size(dim) * tensor.stride(dim);
+    position /= tensor.size(dim);
+  }
+  return offset * static_cast<int64_t>(tensor.element_size());
+}
+
+}  // namespace
+
+Fingerprint::Fingerprint(const py::list& modules, const py::list& tables, const py::list& tensors,
+                         const py::list& copied, const std::vector<std::vector<int64_t>>& elements) {
+  for (const py::handle& module : modules) {
+    modules_.push_back(own(module));
+    types_.push_back(Py_TYPE(module.ptr()));
+    own(py::type::handle_of(module));
+  }
+  std::unordered_set<PyObject*> compared;
+  for (const py::handle& dict : tables) {
+    if (!PyDict_Check(dict.ptr())) throw py::type_error("Fingerprint: expected tables to be dicts");
+    compared.insert(dict.ptr());
+  }
+  for (const py::handle& dict : tables) add_table(own(dict), compared);
+  for (const py::handle& object : tensors) add_layout(object);
+  if (copied.size() != elements.size()) throw py::value_error("Fingerprint: expected elements for each copied tensor");
+  for (size_t number = 0; number < elements.size(); ++number) add_content(copied[number], elements[number]);
+}
+
+PyObject* Fingerprint::own(const py::handle& object) {
+  owned_.push_back(py::reinterpret_borrow<py::object>(object));
+  return object.ptr();
+}
+
+void Fingerprint::add_table(PyObject* dict, const std::unordered_set<PyObject*>& tables) {
+  PyObject *key, *value;
+  Py_ssize_t next = 0;
+  while (PyDict_Next(dict, &next, &key, &value)) {
+    // the hooks of gradients, state dicts and the like
+    if (PyDict_Check(value) && tables.count(value) == 0) continue;
+    values_.push_back({own(value), next - 1});
+  }
+  tables_.push_back({dict, PyDict_GET_SIZE(dict), values_.size()});
+}
+
+void Fingerprint::add_layout(const py::handle& object) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("Fingerprint: expected tensors");
+  const at::Tensor& tensor = tensor_of(object.ptr());
+  Layout layout{own(object), tensor.const_data_ptr(), static_cast<int8_t>(tensor.scalar_type()), tensor.sizes().vec()};
+  layout.sizes_and_strides.insert(layout.sizes_and_strides.end(), tensor.strides().begin(), tensor.strides().end());
+  layouts_.push_back(std::move(layout));
+}
+
+void Fingerprint::add_content(const py::handle& object, const std::vector<int64_t>& positions) {
+  if (!THPVariable_Check(object.ptr())) throw py::type_error("Fingerprint: expected tensors");
+  const at::Tensor& tensor = tensor_of(object.ptr());
+  const int64_t item = tensor.element_size();
+  if (!tensor.is_cpu() || tensor.is_sparse() || item > 8) {
+    throw py::value_error("Fingerprint: expected dense tensors on the CPU of at most 8 bytes an element");
+  }
+  Content content{own(object), tensor.const_data_ptr(), version_of(tensor), item, {}, {}};
+  for (const int64_t position : positions) {
+    if (position < 0 || position >= tensor.numel()) throw py::value_error("Fingerprint: element out of range");
+    content.offsets.push_back(offset_of(tensor, position));
+    content.values.push_back(bytes_at(tensor.const_data_ptr(), content.offsets.back(), item));
+  }
+  contents_.push_back(std::move(content));
+}
+
+// Contents come last: they are read at addresses that the layouts have confirmed.
+bool Fingerprint::is_current() const {
+  prefetch();
+  return tables_are_current() && layouts_are_current() && contents_are_current();
+}
+
+// A batch evicts all of this from the caches; fetched side by side it costs a fraction of one after the other.
+void Fingerprint::prefetch() const {
+  for (const Layout& layout : layouts_) __builtin_prefetch(layout.tensor);
+  for (const Table& table : tables_) __builtin_prefetch(table.dict);
+  for (const Content& content : contents_) {
+    for (const int64_t offset : content.offsets) {
+      __builtin_prefetch(static_cast<const char*>(content.address) + offset);
+    }
+  }
+}
+
+bool Fingerprint::tables_are_current() const {
+  for (size_t i = 0; i < modules_.size(); ++i) {
+    if (Py_TYPE(modules_[i]) != types_[i]) return false;
+  }
+  size_t i = 0;
+  for (const Table& table : tables_) {
+    if (PyDict_GET_SIZE(table.dict) != table.size) return false;
+    for (; i < table.end; ++i) {
+      PyObject *key, *value;
+      Py_ssize_t position = values_[i].position;
+      if (!PyDict_Next(table.dict, &position, &key, &value) || value != values_[i].object) return false;
+    }
+  }
+  return true;
+}
+
+bool Fingerprint::layouts_are_current() const {
+  for (const Layout& layout : layouts_) {
+    const at::Tensor& tensor = tensor_of(layout.tensor);
+    const size_t dims = tensor.dim();
+    if (tensor.const_data_ptr() != layout.address || static_cast<int8_t>(tensor.scalar_type()) != layout.dtype ||
+        layout.sizes_and_strides.size() != 2 * dims) {
+      return false;
+    }
+    for (size_t dim = 0; dim < dims; ++dim) {
+      if (tensor.sizes()[dim] != layout.sizes_and_strides[dim] ||
+          tensor.strides()[dim] != layout.sizes_and_strides[dims + dim]) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+bool Fingerprint::contents_are_current() const {
+  for (const Content& content : contents_) {
+    const at::Tensor& tensor = tensor_of(content.tensor);
+    if (version_of(tensor) != content.version) return false;
+    uint64_t different = 0;
+    for (size_t k = 0; k < content.offsets.size(); ++k) {
+      different |= bytes_at(content.address, content.offsets[k], content.item) ^ content.values[k];
+    }
+    if (different != 0) return false;
+  }
+  return true;
+}
+
+void bind_fingerprint(py::module_& module) {
+  py::class_<Fingerprint>(module, "Fingerprint")
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const std::vector<std::vector<int64_t>>&>())
+      .def("is_current", &Fingerprint::is_current);
+}
+
+}  // namespace earlyexit

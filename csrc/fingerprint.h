@@ -1,0 +1,69 @@
+// Snapshot of the modules that packed weights were built from, compared at every batch.
+// The Python twin and the reason for each part: earlyexit_kernels/fingerprint.py.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <unordered_set>
+#include <vector>
+
+namespace earlyexit {
+
+class Fingerprint {
+ public:
+  // modules: compared by type. tables: dicts, compared by the identity of their values, other dicts than these tables
+  // left out. tensors: compared by address, dtype, shape and strides. copied: some of tensors, on the CPU, compared by
+  // version counter and by the bytes of a few elements too; elements holds the flat positions of each.
+  Fingerprint(const pybind11::list& modules, const pybind11::list& tables, const pybind11::list& tensors,
+              const pybind11::list& copied, const std::vector<std::vector<int64_t>>& elements);
+
+  bool is_current() const;
+
+ private:
+  struct Value {
+    PyObject* object;
+    Py_ssize_t position;  // within its dict, as PyDict_Next counts
+  };
+  struct Table {
+    PyObject* dict;
+    Py_ssize_t size;
+    size_t end;  // of its values in values_
+  };
+  struct Layout {
+    PyObject* tensor;
+    const void* address;
+    int8_t dtype;
+    std::vector<int64_t> sizes_and_strides;
+  };
+  struct Content {
+    PyObject* tensor;
+    const void* address;
+    int64_t version;
+    int64_t item;  // bytes of an element
+    std::vector<int64_t> offsets;  // bytes from the tensor's address
+    std::vector<uint64_t> values;
+  };
+
+  PyObject* own(const pybind11::handle& object);
+  void add_table(PyObject* dict, const std::unordered_set<PyObject*>& tables);
+  void add_layout(const pybind11::handle& object);
+  void add_content(const pybind11::handle& object, const std::vector<int64_t>& positions);
+  void prefetch() const;
+  bool tables_are_current() const;
+  bool layouts_are_current() const;
+  bool contents_are_current() const;
+
+  // Keeps alive what the raw pointers below refer to: the address of a freed object may be reused.
+  std::vector<pybind11::object> owned_;
+  std::vector<PyObject*> modules_;
+  std::vector<PyTypeObject*> types_;
+  std::vector<Table> tables_;
+  std::vector<Value> values_;
+  std::vector<Layout> layouts_;
+  std::vector<Content> contents_;
+};
+
+void bind_fingerprint(pybind11::module_& module);
+
+}  // namespace earlyexit

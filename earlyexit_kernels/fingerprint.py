@@ -1,0 +1,133 @@
+"""Detects changes of the modules that packed weights were built from.
+
+Version counters alone cannot do this: fused optimizers, writes through ``weight.data``, NumPy or DLPack views and
+writes in inference mode leave them as they were. So a fingerprint also holds the identity of every module and
+attribute from the backbone down, the address and layout of every parameter, and a few elements of each copied weight.
+
+A change of elements that are not sampled, by a write that no version counter records, is not detected.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from earlyexit_kernels.backends import available_backends
+
+#: Elements of each copied weight that are compared. An optimizer step changes all of them.
+SAMPLES = 8
+#: The fractional part of the golden ratio: its multiples modulo 1 are spread evenly over rows and columns.
+_STEP = 0.6180339887498949
+#: Attributes of a module that are dicts whose values are compared.
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+class PythonFingerprint:
+    """The reference of the compiled ``_C.Fingerprint``, used without the extension.
+
+    Args:
+        modules: compared by type.
+        tables: dicts, compared by the identity of their values, other dicts than these left out.
+        tensors: compared by address, dtype, shape and strides.
+        copied: some of `tensors`, on the CPU, compared by version counter and by the bytes of a few elements too.
+        elements: flat positions of these elements, for each of `copied`.
+    """
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        tables: list[dict[Any, Any]],
+        tensors: list[Tensor],
+        copied: list[Tensor],
+        elements: list[list[int]],
+    ) -> None:
+        self._modules, self._tables, self._tensors, self._copied = modules, tables, tensors, copied
+        self._compared = set(map(id, tables))
+        self._elements = [
+            (tensor, torch.unravel_index(torch.tensor(positions), tensor.shape))
+            for tensor, positions in zip(copied, elements, strict=True)
+            if positions
+        ]
+        self._types = [type(module) for module in modules]
+        self._sizes = [len(table) for table in tables]
+        self._values = self._values_of_tables()
+        self._layouts = [_layout(tensor) for tensor in tensors]
+        self._versions = [_version(tensor) for tensor in copied]
+        self._samples = self._read()
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            [type(module) for module in self._modules] == self._types
+            and [len(table) for table in self._tables] == self._sizes
+            and len(now := self._values_of_tables()) == len(self._values)
+            and all(map(operator.is_, now, self._values))
+            and [_layout(tensor) for tensor in self._tensors] == self._layouts
+            and [_version(tensor) for tensor in self._copied] == self._versions
+            and self._read() == self._samples
+        )
+
+    def _values_of_tables(self) -> list[Any]:
+        values = (value for table in self._tables for value in table.values())
+        return [value for value in values if not isinstance(value, dict) or id(value) in self._compared]
+
+    @torch.no_grad()
+    def _read(self) -> list[bytes]:
+        picked = (tensor.detach()[index] for tensor, index in self._elements)
+        # as bytes: a NaN is equal to itself
+        return [each.reshape(-1).view(torch.uint8).numpy().tobytes() for each in picked]
+
+
+class ModuleFingerprint:
+    """Snapshot of modules, to tell later whether anything that packed weights depend on has changed.
+
+    Args:
+        roots: modules to compare, with everything inside them.
+        copied: parameters inside them, on the CPU, that were copied: their contents are compared too, by version
+            counter and a few elements. The others may change in place.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module], copied: Sequence[Tensor] = ()) -> None:
+        self._roots = tuple(roots)
+        modules = list({id(m): m for root in roots for m in root.modules()}.values())
+        tables = [
+            table for m in modules for table in (m.__dict__, *map(m.__dict__.get, _TABLES)) if isinstance(table, dict)
+        ]
+        named = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
+        tensors = list({id(x): x for x in named}.values())
+        contents = list({id(x): x for x in copied}.values())
+        elements = [sampled_elements(x.numel()) for x in contents]
+        self._snapshot = _snapshot_class()(modules, tables, tensors, contents, elements)
+
+    def is_current(self, roots: Sequence[nn.Module]) -> bool:
+        """Whether `roots` are the same modules as before and nothing inside them has changed."""
+        return (
+            len(roots) == len(self._roots)
+            and all(map(operator.is_, roots, self._roots))
+            and bool(self._snapshot.is_current())
+        )
+
+
+def _snapshot_class() -> Any:
+    if available_backends("cpu")["cpp"]:
+        return PythonFingerprint
+    return importlib.import_module("earlyexit_kernels._C").Fingerprint
+
+
+def sampled_elements(size: int) -> list[int]:
+    """Up to `SAMPLES` flat positions in a tensor of `size` elements, spread over it."""
+    return sorted({int((k + 0.5) * _STEP % 1.0 * size) for k in range(SAMPLES)}) if size else []
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _version(tensor: Tensor) -> int:
+    # tensors created in inference mode have no version counter
+    return -1 if tensor.is_inference() else tensor._version
