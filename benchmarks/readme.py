@@ -23,7 +23,7 @@ from benchmarks.accuracy.tables import NOT_MEASURED
 from benchmarks.end_to_end import tables as end_to_end
 from benchmarks.end_to_end.tables import machine_line
 from benchmarks.gpu import tables as gpu
-from benchmarks.micro import layer_products
+from benchmarks.micro import layer_products, weight_checks
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.grids import settings, skip_settings
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
@@ -76,6 +76,24 @@ def products() -> str:
                 rows.setdefault(record["shape"], []).append(cell)
         header = ("width and tokens", *layer_products.WAYS)
         parts += [f"{machine_line(found.facts)}:", markdown_table(header, [(n, *cells) for n, cells in rows.items()])]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def checks() -> str:
+    """Time to check the packed weights before a batch, and the goal."""
+    parts = []
+    for found in store.measured(weight_checks.SUITE):
+        rows = [
+            (
+                record["case"],
+                record["caches"],
+                f"{record['microseconds']:.1f} ({record['low']:.1f} to {record['high']:.1f})",
+                "" if record["goal"] is None else f"{record['goal']:.0f}",
+            )
+            for record in found.records
+            if "microseconds" in record
+        ]
+        parts += [f"{machine_line(found.facts)}:", markdown_table(("model", "caches", "us a batch", "goal"), rows)]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -230,6 +248,7 @@ TABLES = {
     "criteria": criteria,
     "decision_cost": decision_cost,
     "layer_products": products,
+    "weight_checks": checks,
     "sst2_layers": sst2_layers,
     "sst2_criteria": sst2_criteria,
     **accuracy.TABLES,

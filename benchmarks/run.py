@@ -12,7 +12,7 @@ import torch
 from benchmarks import store
 from benchmarks.end_to_end import compaction_cost, offline, plots, profiles, server, single_stream
 from benchmarks.end_to_end.models import MODEL_VARIABLE
-from benchmarks.micro import collect, decision_cost, layer_products
+from benchmarks.micro import collect, decision_cost, layer_products, weight_checks
 from benchmarks.readme import rewrite
 from earlyexit_kernels.report import environment
 
@@ -23,6 +23,7 @@ SUITES = {
     compaction_cost.SUITE: lambda repeats: compaction_cost.records(),
     decision_cost.SUITE: lambda repeats: decision_cost.records(repeats),
     layer_products.SUITE: lambda repeats: layer_products.records(repeats),
+    weight_checks.SUITE: lambda repeats: weight_checks.records(repeats),
     collect.SUITE: lambda repeats: collect.records(repeats),
 }
 #: Suites that only run when asked for.

@@ -18,6 +18,7 @@ from benchmarks.micro import (
     measure,
     plain_exits,
     plain_rules,
+    weight_checks,
 )
 from benchmarks.micro.decisions import LAYER, Decision, head_giving, random_trace
 from benchmarks.micro.measure import COPY, EAGER, Rounds, Shape, Way
@@ -243,3 +244,12 @@ def test_what_takes_turns_is_recorded_beside_its_baseline(suite, sizes, monkeypa
     assert records and all(record["ratio_low"] <= record["ratio"] <= record["ratio_high"] for record in records)
     itself = [record for record in records if suite.BASELINE in (record.get("rule"), record.get("case"))]
     assert itself and all(record["ratio"] == 1 for record in itself)
+
+
+def test_checks_of_weights_are_timed_and_a_false_alarm_is_refused(monkeypatch):
+    monkeypatch.setattr(weight_checks, "MODELS", {"small": (1, 16, 2)})
+    found = list(weight_checks.records(1))
+    assert [record["caches"] for record in found] == ["in a row", "between batches"]
+    assert all(0 < record["low"] <= record["microseconds"] <= record["high"] for record in found)
+    with pytest.raises(AssertionError, match="taken for changed"):
+        weight_checks.timed(lambda: False, lambda: None, 1)
