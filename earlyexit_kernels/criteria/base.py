@@ -16,6 +16,8 @@ from torch import Tensor
 Threshold: TypeAlias = float | Sequence[float]
 #: Float32 holds whole numbers up to here, so a count goes no further.
 MOST_COUNTED = 2**24
+#: Numbers that a rule gets at a layer; `kMaxParams` in csrc/call.h.
+MAX_PARAMS = 3
 #: The smallest normal number of float32: what a probability of 0 becomes before its logarithm is taken.
 TINY = torch.finfo(torch.float32).tiny
 CLASSIFICATION = frozenset({"single_label_classification"})

@@ -138,15 +138,14 @@ def rows_linear(
     count and the token's place, so a token's bits depend on nothing but the token; torch's products round with their
     row count. Nothing of `x` beyond the tokens present is read.
     """
-    op, device = "rows_linear", x.device
+    op = "rows_linear"
     check_tensor(op, "out", out, (None, None), FLOATS, written=True)
+    device = out.device
     capacity = out.shape[0]
-    check_tensor(op, "x", x, (2 * capacity if absolute else capacity, None), (out.dtype,), device=out.device)
+    check_tensor(op, "x", x, (2 * capacity if absolute else capacity, None), (out.dtype,), device=device)
     check_product(op, x, weight, bias, activation)
     check_tensor(op, "out", out, (capacity, weight.shape[0]), FLOATS)
     check_present(op, offsets, None, capacity=capacity, device=device)
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    check_apart(op, "x", x, out)
-    _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        x, weight, bias, offsets.contiguous(), out, activation, absolute
-    )
+    x, weight, bias, offsets = (tensor.contiguous() for tensor in (x, weight, bias, offsets))
+    check_apart(op, {"out": out}, {"x": x, "weight": weight, "bias": bias, "offsets": offsets})
+    _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](x, weight, bias, offsets, out, activation, absolute)
