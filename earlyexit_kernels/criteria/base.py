@@ -22,8 +22,6 @@ MAX_PARAMS = 3
 TINY = torch.finfo(torch.float32).tiny
 CLASSIFICATION = frozenset({"single_label_classification"})
 FINITE = sys.float_info.max
-#: Stands in for +inf, whose softmax would be NaN.
-LARGEST = torch.finfo(torch.float32).max
 ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
 #: Scalar of the heads -> the argument of `to_early_exit` that adds it.
 BUILT_WITH = {"halting": "method='palbert' or 'dact'", "uncertainty": "method='berxit'", "gate": "method='smartbert'"}
@@ -205,7 +203,7 @@ def shifted(z: Tensor) -> Tensor:
 
 def softmax(z: Tensor) -> Tensor:
     """Class probabilities ``[B, C]`` of meaningful logits, one +inf allowed."""
-    return z.clamp(max=LARGEST).softmax(dim=-1)
+    return shifted(z).softmax(dim=-1)
 
 
 def entropy_nats(z: Tensor) -> Tensor:
