@@ -74,6 +74,7 @@ inline void bind_rows(const char* op, Call& call, const Criterion& criterion, co
   check_tensor(op, "row_ids", t.row_ids, at::kInt, {kAnySize});
   check_tensor(op, "answers", t.answers, at::kFloat, {kAnySize, kAnySize});
   call.rows = t.row_ids.size(0);
+  check_row_count(op, call.rows);
   call.requests = t.answers.size(0);
   call.classes = t.answers.size(1);
   EE_CHECK(call.classes >= 1 && call.classes <= std::numeric_limits<int>::max(), op,

@@ -12,7 +12,7 @@ enum class Rule { EE_CRITERIA(EE_RULE) };
 
 enum class Pooling { kFirst, kMean, kNone };
 
-constexpr int kMaxParams = 4;
+constexpr int kMaxParams = 3;  // MAX_PARAMS of earlyexit_kernels/criteria/base.py
 
 // Sizes as in the schema: B rows present of N, C classes, H width.
 struct Call {

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -63,6 +64,12 @@ inline void check_device(const char* op, const char* name, const at::Tensor& ten
            " is, got ", tensor.device(), "; use one device");
 }
 
+// Rows, and with them tokens, are counted in int32.
+inline void check_row_count(const char* op, int64_t rows) {
+  EE_CHECK(rows <= std::numeric_limits<int32_t>::max(), op, "expected at most ", std::numeric_limits<int32_t>::max(),
+           " rows, got ", rows, "; split the batch");
+}
+
 // The dtypes of hidden states and logits.
 inline void check_float_dtype(const char* op, const char* name, const at::Tensor& tensor) {
   const at::ScalarType dtype = tensor.scalar_type();
@@ -85,7 +92,8 @@ inline void check_offsets(const char* op, const char* name, const int32_t* offse
 // The tensors of gather_rows, one by one; what stands in them is for the CPU to look at.
 inline void check_gather(const char* op, const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& source,
                          const at::Tensor& new_offsets, const at::Tensor& out) {
-  check_float_dtype(op, "hidden", hidden);
+  // a copy computes nothing, so float64 is as good
+  if (hidden.scalar_type() != at::kDouble) check_float_dtype(op, "hidden", hidden);
   check_tensor(op, "hidden", hidden, hidden.scalar_type(), {kAnySize, kAnySize});
   check_tensor(op, "out", out, hidden.scalar_type(), {kAnySize, hidden.size(1)});
   check_tensor(op, "source", source, at::kInt, {kAnySize});

@@ -1,8 +1,8 @@
 """The settings of each criterion that a sweep tries, laid out over the scores of a tuning trace; one line a rule.
 
-Thresholds stand at quantiles of what the rule compares with them, over the exits that may leave early: equal shares of
-the scores lie between two of them, so that the curve is evenly covered whatever the model. Rules without a threshold
-have the few settings there are.
+Thresholds are laid near quantiles of what the rule compares with them, over the exits that may leave early: about equal
+shares of the scores lie between two of them, so that the curve is evenly covered whatever the model. None equals a
+score. Rules without a threshold have the few settings there are.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ PATIENCES = (1, 2, 3)
 GAMMAS = (0.0, 0.25, 0.5, 0.75)
 #: Fewest settings that make a curve.
 FEWEST_POINTS = 8
+#: By how much scores differ at least that a threshold is laid between: several times what float32 tells apart at 1, or
+#: at a score above 1.
+RESOLUTION = 1e-6
 #: Fewest thresholds at each value of a rule's second number.
 FEWEST = 4
 
@@ -73,8 +76,8 @@ def skip_settings(
         skip_from: gate values from which a layer is skipped; 1 is never, unless a gate rounds to 1.
         points: entropy thresholds at each of them, the first one 0, where no row leaves early.
     """
-    entropies = _quantiles(_entropy(_log_probabilities(trace)), points - 1)
-    thresholds = [0.0, *(max(t, 0.0) for t in entropies)]
+    entropies = _thresholds(_entropy(_log_probabilities(trace)), points - 1, low=0.0)
+    thresholds = [0.0, *entropies]
     return tuple(
         criteria.SkipGate(threshold=skip, exit=criteria.Entropy(threshold=t))
         for skip in skip_from
@@ -119,13 +122,27 @@ def _divergence(log_p: Tensor) -> Tensor:
     return middle - (_entropy(log_p[:, :-1]) + _entropy(log_p[:, 1:])) / 2
 
 
-def _quantiles(scores: Tensor, points: int, *, low: float = -math.inf, high: float = math.inf) -> list[float]:
-    """Distinct numbers, ascending and held in ``[low, high]``, between which equal shares of the scores lie."""
-    known = scores[scores.isfinite()].numpy()
+def _thresholds(scores: Tensor, points: int, *, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """Distinct numbers in ``[low, high]``, ascending, between which about equal shares of the scores lie.
+
+    Each is halfway between two scores that differ by more than `RESOLUTION`, or beyond all scores: a score that equals
+    a threshold would leave the decision to rounding.
+    """
+    known = np.sort(scores[scores.isfinite()].numpy(), axis=None)
     if not known.size:
         return []
-    found = np.quantile(known, np.linspace(0, 1, points))
-    return sorted({min(max(float(q), low), high) for q in found})
+    step = RESOLUTION * max(abs(known[0]), abs(known[-1]), 1.0) * 4 + (known[-1] - known[0]) / 50
+    ends = [x if math.isfinite(x) else y for x, y in ((low, known[0] - step), (high, known[-1] + step))]
+    below, above = np.concatenate(([ends[0]], known)), np.concatenate((known, [ends[1]]))
+    # a cut is the number of scores below the threshold
+    cuts = np.flatnonzero(above - below > RESOLUTION * np.maximum(np.abs(above), 1.0))
+    if not cuts.size:
+        return []
+    wanted = np.linspace(0, known.size, points)
+    right = np.searchsorted(cuts, wanted).clip(max=cuts.size - 1)
+    left = (right - 1).clip(min=0)
+    nearest = np.where(wanted - cuts[left] < cuts[right] - wanted, cuts[left], cuts[right])
+    return [float(below[k] + above[k]) / 2 for k in sorted(set(nearest.tolist()))]
 
 
 def _shares(points: int, parts: int) -> int:
@@ -135,18 +152,18 @@ def _shares(points: int, parts: int) -> int:
 
 def _entropies(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     scores = _entropy(_log_probabilities(trace))
-    return [criteria.Entropy(threshold=t) for t in _quantiles(scores, points, low=0.0)]
+    return [criteria.Entropy(threshold=t) for t in _thresholds(scores, points, low=0.0)]
 
 
 def _max_probabilities(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     scores = _log_probabilities(trace).exp().amax(dim=-1)
-    return [criteria.MaxProbability(threshold=t) for t in _quantiles(scores, points, high=1.0)]
+    return [criteria.MaxProbability(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
 
 
 def _margins(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     first, *others = _log_probabilities(trace).exp().topk(min(2, trace.logits.shape[2]), dim=-1).values.unbind(-1)
     scores = first - sum(others)
-    return [criteria.Margin(threshold=t) for t in _quantiles(scores, points, low=0.0, high=1.0)]
+    return [criteria.Margin(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
 
 
 def _patiences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
@@ -154,13 +171,13 @@ def _patiences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     if trace.logits.shape[2] > 1:
         return [criteria.Patience(patience=p) for p in patiences]
     steps = trace.logits[:, :, 0].double().diff(dim=1).abs()
-    tolerances = [t for t in _quantiles(steps, _shares(points, len(patiences))) if t > 0]
+    tolerances = _thresholds(steps, _shares(points, len(patiences)), low=0.0)
     return [criteria.Patience(patience=p, tolerance=t) for p in patiences for t in tolerances]
 
 
 def _q_exits(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     left = 1 - (1 - _aux(trace, "halting")).cumprod(dim=1)
-    return [criteria.QExit(q=q) for q in sorted({PAPER_Q, *_quantiles(left, points - 1, low=0.0, high=1.0)})]
+    return [criteria.QExit(q=q) for q in sorted({PAPER_Q, *_thresholds(left, points - 1, low=0.0, high=1.0)})]
 
 
 def _sampled_exits(trace: ExitTrace, points: int) -> Iterable[Criterion]:
@@ -178,43 +195,43 @@ def _votings(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     for gamma in GAMMAS:
         scores = (most / layers**gamma).flatten()
         # up to 1, the score of every first vote, all rows leave at layer 1; gamma 0 says that once
-        some = _quantiles(scores[scores > 1], _shares(points, len(GAMMAS)))
+        some = _thresholds(scores[scores > 1], _shares(points, len(GAMMAS)), low=1.0)
+        # numbers of votes are whole, so that a threshold that equals one is exact
         values = scores.unique().tolist() if gamma == 0 else some
-        # scores come in clumps: rounded down, a threshold lets its clump in whatever the rounding of the rule
-        yield from (criteria.Voting(threshold=math.floor(t * 1e4) / 1e4, gamma=gamma) for t in values)
+        yield from (criteria.Voting(threshold=t, gamma=gamma) for t in values)
 
 
 def _dacts(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     may_change = (1 - _aux(trace, "halting")).cumprod(dim=1)
-    epsilons = dict.fromkeys((0.0, *_quantiles(may_change, _shares(points, 2) - 1, low=0.0, high=1.0)))
+    epsilons = dict.fromkeys((0.0, *_thresholds(may_change, _shares(points, 2) - 1, low=0.0, high=1.0)))
     return [criteria.Dact(bound=bound, epsilon=e) for bound in ("paper", "tight") for e in epsilons]
 
 
 def _learned(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     scores = _aux(trace, "uncertainty")
-    return [criteria.Learned(threshold=t) for t in _quantiles(scores, points)]
+    return [criteria.Learned(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
 
 
 def _patient_confidences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     scores = _entropy(_log_probabilities(trace)) / math.log(max(trace.logits.shape[2], 2))
-    thresholds = _quantiles(scores, _shares(points, len(PATIENCES)), low=0.0, high=1.0)
+    thresholds = _thresholds(scores, _shares(points, len(PATIENCES)), low=0.0, high=1.0)
     return [criteria.PatientConfidence(threshold=t, patience=p) for p in PATIENCES for t in thresholds]
 
 
 def _divergence_patiences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     scores = _divergence(_log_probabilities(trace))
-    thresholds = [t for t in _quantiles(scores, _shares(points, len(PATIENCES))) if t > 0]
+    thresholds = _thresholds(scores, _shares(points, len(PATIENCES)), low=0.0, high=1.0)
     return [criteria.DivergencePatience(threshold=t, patience=p) for p in PATIENCES for t in thresholds]
 
 
 def _hidden_cosines(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     scores = _aux(trace, "hidden_cosine")
-    return [criteria.HiddenCosine(threshold=t) for t in _quantiles(scores, points, low=-1.0, high=1.0)]
+    return [criteria.HiddenCosine(threshold=t) for t in _thresholds(scores, points, low=-1.0, high=1.0)]
 
 
 def _energies(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     scores = torch.sigmoid(-trace.logits[:, :-1].double().logsumexp(dim=-1))
-    return [criteria.Energy(threshold=t) for t in _quantiles(scores, points)]
+    return [criteria.Energy(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
 
 
 #: Every rule of `RULES` that has something to set; full depth has not.

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from earlyexit_kernels.errors import AttentionReplacedError
 from earlyexit_kernels.hashing import token_keys
-from earlyexit_kernels.ops import compact, gather_rows
+from earlyexit_kernels.ops import compaction_ops
 
 PACKED_ATTENTION = "earlyexit_packed"
 #: The widest heads that flash attention takes, and the number of which widths must be a multiple.
@@ -247,10 +247,11 @@ def shrink(
     Returns:
         The smaller batch, its tokens ``[1, tokens, H]``, and the place ``[live]`` int32 each row had, -1 for none.
     """
-    row_ids, offsets, source = compact(batch.row_ids, batch.offsets, backend=backend)
+    compact, gather_rows = compaction_ops(backend, hidden.device.type)
+    row_ids, offsets, source = compact(batch.row_ids, batch.offsets)
     row_ids, offsets, source = row_ids[:live], offsets[: live + 1], source[:live]
     out = hidden.new_empty(1, tokens, hidden.shape[2])
-    gather_rows(hidden[0], batch.offsets, source, offsets, out[0], backend=backend)
+    gather_rows(hidden[0].contiguous(), batch.offsets, source, offsets, out[0])
     lengths = None if batch.lengths is None else tuple(batch.lengths[i] for i in source.tolist())
     return PackedBatch(None, offsets, row_ids, lengths, batch.longest), out, source
 
@@ -268,7 +269,8 @@ def put_back(
     place = torch.full_like(batch.row_ids, -1)
     index = source.long()
     place[index] = torch.arange(source.shape[0], dtype=torch.int32, device=source.device)
-    gather_rows(part_hidden[0], part.offsets, place, batch.offsets, hidden[0], backend=backend)
+    gather_rows = compaction_ops(backend, hidden.device.type)[1]
+    gather_rows(part_hidden[0].contiguous(), part.offsets, place, batch.offsets, hidden[0])
     batch.row_ids[index] = part.row_ids
 
 

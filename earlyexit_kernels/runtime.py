@@ -50,19 +50,25 @@ class RuntimeChoices(PreTrainedModel):
 
     @property
     def backend(self) -> str:
-        """The back-end of the ops on this model's device; kernels know no float64, ``"auto"`` takes torch there."""
-        if self._backend == "auto" and self.dtype == torch.float64:
-            return "torch"
-        return backends.resolve(self._backend, self.device.type)
+        """The back-end of the ops on this model's device; a float64 model runs on torch alone."""
+        return self._resolved(self._backend)
+
+    def _resolved(self, backend: str) -> str:
+        name = backends.resolve(backend, self.device.type)
+        if self.dtype == torch.float64 and backend not in ("auto", "torch"):
+            raise BackendUnavailableError(
+                f"backend {backend!r} can't run a float64 model; use 'auto' or 'torch', or call model.float()"
+            )
+        return "torch" if self.dtype == torch.float64 else name
 
     def set_backend(self, backend: str) -> None:
         """Choose the back-end of the ops: ``"auto"``, ``"torch"``, ``"triton"`` or ``"cpp"``.
 
         Raises:
             ValueError: an unknown name.
-            BackendUnavailableError: it can't run on this model's device.
+            BackendUnavailableError: it can't run on this model's device, or in float64.
         """
-        backends.resolve(backend, self.device.type)
+        self._resolved(backend)
         self._backend = backend
 
     @property

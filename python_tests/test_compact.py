@@ -8,7 +8,7 @@ import torch
 
 from earlyexit_kernels.ops import compact, gather_rows
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEAD, SLACK = 777.0, 5
 
 #: Which of B rows are live.
@@ -105,7 +105,7 @@ COMPACT_REFUSED = {
 }
 GATHER_REFUSED = {
     "hidden_shape": ({"hidden": torch.zeros(3)}, ("hidden", "got [3]")),
-    "hidden_dtype": ({"hidden": torch.zeros(3, 2).double()}, ("hidden", "torch.float32", "got torch.float64")),
+    "hidden_dtype": ({"hidden": torch.zeros(3, 2).long()}, ("hidden", "torch.float32", "got torch.int64")),
     "out_dtype": ({"out": torch.zeros(3, 2).half()}, ("out", "torch.float32", "got torch.float16")),
     "out_width": ({"out": torch.zeros(3, 4)}, ("out", "2]", "got [3, 4]")),
     "out_strided": ({"out": torch.zeros(2, 3).T}, ("out", "contiguous", "strides (1, 3)")),

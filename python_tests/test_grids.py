@@ -79,11 +79,89 @@ def test_votes_are_counted_and_shared_out():
     assert all(means == sorted(means) and means[-1] > 4 for means in by_gamma)
 
 
-def test_a_threshold_of_a_vote_lets_its_own_score_in():
-    """Five exits of one mind: 4 votes of 4 layers score 4 / 4^0.5 = 2 exactly, and that row leaves at layer 4."""
+def test_thresholds_of_votes_lie_between_the_scores():
+    """Five exits of one mind: 4 votes of 4 layers score 4 / 4^0.5 = 2 exactly; below it the row leaves at layer 4."""
     trace = ExitTrace(torch.tensor([[[2.0, 0.0]] * 5]))
     rules = [rule for rule in grids.settings(trace)["voting"] if rule.gamma == 0.5]
-    assert rules[-1].threshold == 2.0 and mean_layer(trace, rules[-1]) == 4.0
+    assert 3**0.5 < rules[-2].threshold < 2.0 < rules[-1].threshold
+    assert [mean_layer(trace, rule) for rule in rules[-2:]] == [4.0, 5.0]
+
+
+def clumped() -> ExitTrace:
+    """Rows that stand twice, rows whose exits are sure up to rounding or all of it, and rows all alike."""
+    trace = drawn()
+    logits = torch.cat(
+        (trace.logits, trace.logits[:50], trace.logits[:20] * 9, trace.logits[:20] * 90, 0 * trace.logits[:9])
+    )
+    rows = torch.arange(len(logits)) % ROWS
+    return ExitTrace(logits, {name: values[rows] for name, values in trace.aux.items()}, rows)
+
+
+def one_less_cumulated(halting):
+    return (1 - halting.double().sigmoid()).cumprod(dim=1)
+
+
+def entropy(z):
+    p = z.double().softmax(dim=-1)
+    return -torch.special.xlogy(p, p).sum(dim=-1)
+
+
+def divergence(z):
+    p, q = z[:, 1:].double().softmax(dim=-1), z[:, :-1].double().softmax(dim=-1)
+    return (torch.special.xlogy(p, 2 * p / (p + q)) + torch.special.xlogy(q, 2 * q / (p + q))).nansum(dim=-1) / 2
+
+
+def votes(z, gamma):
+    counts = [torch.nn.functional.one_hot(z[:, :k].argmax(dim=-1), z.shape[-1]).sum(dim=1) for k in range(1, DEPTH)]
+    return torch.stack([c.amax(dim=-1) / k**gamma for k, c in enumerate(counts, start=1)], dim=1)
+
+
+#: Rule -> the number that it compares with a threshold, at the exits before the last, and that threshold of a setting.
+SCORES = {
+    "entropy": (lambda z, aux, rule: entropy(z), "threshold"),
+    "max_probability": (lambda z, aux, rule: z.double().softmax(dim=-1).amax(dim=-1), "threshold"),
+    "margin": (lambda z, aux, rule: -z.double().softmax(dim=-1).topk(2).values.diff(dim=-1)[..., 0], "threshold"),
+    "q_exit": (lambda z, aux, rule: 1 - one_less_cumulated(aux["halting"]), "q"),
+    "voting": (lambda z, aux, rule: votes(z, rule.gamma), "threshold"),
+    "dact": (lambda z, aux, rule: one_less_cumulated(aux["halting"]), "epsilon"),
+    "learned": (lambda z, aux, rule: aux["uncertainty"].double().sigmoid(), "threshold"),
+    "patient_confidence": (lambda z, aux, rule: entropy(z) / np.log(z.shape[-1]), "threshold"),
+    "divergence_patience": (lambda z, aux, rule: divergence(z), "threshold"),
+    "hidden_cosine": (lambda z, aux, rule: aux["hidden_cosine"].double(), "threshold"),
+    "energy": (lambda z, aux, rule: 1 / (1 + z.double().exp().sum(dim=-1)), "threshold"),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_no_threshold_equals_a_score(name):
+    """Nor is one within rounding of a score, but votes without an exponent, which are whole, and settings of papers."""
+    trace, (scores_of, threshold) = clumped(), SCORES[name]
+    z, aux = trace.logits[:, :-1], {key: values[:, :-1] for key, values in trace.aux.items()}
+    rules = grids.settings(trace, points=24)[name]
+    tried = 0
+    for rule in rules:
+        value, scores = getattr(rule, threshold), scores_of(z, aux, rule).flatten()
+        if (name, value) in (("q_exit", 0.5), ("dact", 0.0)) or (name == "voting" and rule.gamma == 0):
+            continue
+        assert (scores - value).abs().min() > 4e-7
+        tried += 1
+    assert tried >= 8
+
+
+def test_thresholds_of_a_regression_equal_no_step():
+    trace = ExitTrace(torch.randn(50, DEPTH, 1, generator=torch.Generator().manual_seed(0)))
+    steps = trace.logits[:, :, 0].double().diff(dim=1).abs()
+    rules = grids.settings(trace)["patience"]
+    assert len(rules) >= 8 and all((steps - rule.tolerance).abs().min() > 4e-7 for rule in rules)
+
+
+def test_every_setting_decides_alike_on_every_back_end(backend):
+    """Rounding, which differs between them, decides no row of the trace that a setting was laid out over."""
+    trace = clumped() if backend != "triton" else drawn()
+    for name, rules in grids.settings(trace, points=8 if backend == "triton" else 24).items():
+        for rule in rules[:: 4 if backend == "triton" else 1]:
+            wanted = replay(trace, rule, backend="torch")[1]
+            assert torch.equal(replay(trace, rule, backend=backend)[1], wanted), (name, rule)
 
 
 def test_settings_follow_the_trace():

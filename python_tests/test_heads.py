@@ -146,6 +146,33 @@ def test_hidden_cosine_is_that_of_the_stock_states(family, pooling, kind):
     assert close(got, expected) and expected.std() > 1e-3
 
 
+@pytest.mark.parametrize("pooling", [None, "first", "mean"])
+def test_hidden_cosine_decides_on_the_states_as_the_exits_pool_them(pooling, backend):
+    """Against the stock model's hidden states; by those of the other pooling some rows would leave elsewhere."""
+    model, batch = early_exit("bert", pooling=pooling), batch_for(early_exit("bert"), lengths=LENGTHS[:8])
+    with torch.no_grad():
+        hidden = encoder_of(stock("bert"))(**batch, output_hidden_states=True).hidden_states
+    model.set_backend(backend)
+    decided = {}
+    for by in ("first", "mean"):
+        vectors = [textbook.pooled(x, batch["attention_mask"], by) for x in hidden[:-1]]
+        cosines = torch.stack([F.cosine_similarity(a, b) for a, b in zip(vectors[1:], vectors, strict=False)], dim=1)
+        if by == (pooling or "first"):
+            ordered = cosines.flatten().sort().values
+            gaps = ordered.diff()[len(ordered) // 4 : -len(ordered) // 4]
+            at = len(ordered) // 4 + int(gaps.argmax())
+            threshold = float(ordered[at : at + 2].mean())
+            assert gaps.max() > 1e-4
+        decided[by] = cosines
+    model.set_criterion(ee.criteria.HiddenCosine(threshold=threshold))
+    exits = {
+        by: torch.where((c >= threshold).any(1), (c >= threshold).int().argmax(1) + 1, DEPTH)
+        for by, c in decided.items()
+    }
+    assert len(exits[pooling or "first"].unique()) > 1 and not torch.equal(exits["first"], exits["mean"])
+    assert torch.equal(model(**batch).exit_layer, exits[pooling or "first"])
+
+
 LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import backends, ops
+from earlyexit_kernels import backends, criteria, ops
 from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead, adapter_of
 from earlyexit_kernels.criteria import (
     CRITERIA,
@@ -128,6 +128,11 @@ def test_the_lists_of_python_and_cpp_are_the_same():
         from earlyexit_kernels import _C
 
         assert set(_C.criteria) == set(RULES)
+
+
+def test_a_rule_has_as_many_numbers_at_most_in_python_as_in_cpp():
+    (most,) = re.findall(r"constexpr int kMaxParams = (\d+);", (CSRC.parent / "call.h").read_text())
+    assert int(most) == criteria.base.MAX_PARAMS
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name != "full_depth"])

@@ -19,6 +19,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids
   constexpr const char* kOp = "compact_cpp";
   check_tensor(kOp, "row_ids", row_ids, at::kInt, {kAnySize});
   const int64_t rows = row_ids.size(0);
+  check_row_count(kOp, rows);
   check_tensor(kOp, "offsets", offsets, at::kInt, {rows + 1});
   const int32_t* old_ids = row_ids.const_data_ptr<int32_t>();
   const int32_t* old_offsets = offsets.const_data_ptr<int32_t>();

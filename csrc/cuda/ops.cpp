@@ -113,6 +113,7 @@ void resident_exit(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids, const at::Tensor& offsets) {
   constexpr const char* kOp = "compact_cpp";
   check_tensor(kOp, "row_ids", row_ids, at::kInt, {kAnySize});
+  check_row_count(kOp, row_ids.size(0));
   check_tensor(kOp, "offsets", offsets, at::kInt, {row_ids.size(0) + 1});
   check_device(kOp, "offsets", offsets, "row_ids", row_ids);
   const c10::cuda::CUDAGuard guard(row_ids.device());

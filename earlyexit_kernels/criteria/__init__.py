@@ -44,6 +44,7 @@ __all__ = [
     "SkipGate",
     "Voting",
     "check_fits",
+    "check_known",
     "from_dict",
 ]
 
@@ -87,15 +88,35 @@ def from_dict(data: Mapping[str, Any] | None) -> Criterion:
         raise ValueError(f"criterion {name!r}: {error}") from None
 
 
-def check_fits(criterion: Criterion, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
-    """Raise ValueError where a criterion can't run on exits of this shape, or has no meaning for the task.
+def check_known(criterion: Criterion) -> None:
+    """Raise ValueError where the back-ends have no implementation of a criterion, or one of another class of its name.
 
     Args:
-        criterion: any of `CRITERIA`.
+        criterion: of any class. A subclass of one of `CRITERIA` is known as long as it keeps the decision.
+    """
+    known = CRITERIA.get(getattr(criterion, "name", ""))
+    decision = ("rule", "triton_step", "needs")
+    if known is None or any(
+        getattr(type(criterion), part, None) is not getattr(known, part, None) for part in decision
+    ):
+        raise ValueError(
+            f"criterion {type(criterion).__name__}: expected one of earlyexit_kernels.criteria "
+            f"({', '.join(sorted(cls.__name__ for cls in CRITERIA.values()))}), whose decision the back-ends have, got "
+            "a class with a decision of its own; use one of these, or add it to the package as CONTRIBUTING.md says"
+        )
+
+
+def check_fits(criterion: Criterion, *, depth: int, classes: int, problem_type: str, aux: Sequence[str]) -> None:
+    """Raise ValueError where a criterion isn't known, can't run on exits of this shape, or has no meaning for the task.
+
+    Args:
+        criterion: as in `check_known`.
         depth, classes: L and C of the exits.
         problem_type: the model's, as in transformers.
         aux: names of the scalars the heads produce.
     """
+    check_known(criterion)
+    check_known(criterion.exit_rule)
     if problem_type not in criterion.exit_rule.tasks:
         skips = {SkipGate.name} if "gate" in aux else set()
         fed = {name for name, cls in RULES.items() if cls.needs is None or cls.needs in aux} | skips

@@ -16,12 +16,12 @@ from torch import Tensor
 Threshold: TypeAlias = float | Sequence[float]
 #: Float32 holds whole numbers up to here, so a count goes no further.
 MOST_COUNTED = 2**24
+#: Numbers that a rule gets at a layer; `kMaxParams` in csrc/call.h.
+MAX_PARAMS = 3
 #: The smallest normal number of float32: what a probability of 0 becomes before its logarithm is taken.
 TINY = torch.finfo(torch.float32).tiny
 CLASSIFICATION = frozenset({"single_label_classification"})
 FINITE = sys.float_info.max
-#: Stands in for +inf, whose softmax would be NaN.
-LARGEST = torch.finfo(torch.float32).max
 ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
 #: Scalar of the heads -> the argument of `to_early_exit` that adds it.
 BUILT_WITH = {"halting": "method='palbert' or 'dact'", "uncertainty": "method='berxit'", "gate": "method='smartbert'"}
@@ -203,7 +203,7 @@ def shifted(z: Tensor) -> Tensor:
 
 def softmax(z: Tensor) -> Tensor:
     """Class probabilities ``[B, C]`` of meaningful logits, one +inf allowed."""
-    return z.clamp(max=LARGEST).softmax(dim=-1)
+    return shifted(z).softmax(dim=-1)
 
 
 def entropy_nats(z: Tensor) -> Tensor:

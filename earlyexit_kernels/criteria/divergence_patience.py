@@ -17,8 +17,19 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import MOST_COUNTED, ProbabilityThreshold, checked_whole, softmax
+from earlyexit_kernels.criteria.base import MOST_COUNTED, TINY, ProbabilityThreshold, checked_whole, softmax
 from earlyexit_kernels.criteria.softmax_step import shifted_exp
+
+
+@jit
+def apart_by(d):
+    """`divergence_of` in Triton."""
+    d2 = d * d
+    series = d2 * (1.0 + d2 * (1.0 / 6 + d2 * (1.0 / 15 + d2 * (1.0 / 28 + d2 * (1.0 / 45)))))
+    # 1.17...e-38 is the smallest normal number
+    more = (1.0 + d) * tl.log(tl.maximum(1.0 + d, 1.1754943508222875e-38))
+    less = (1.0 - d) * tl.log(tl.maximum(1.0 - d, 1.1754943508222875e-38))
+    return tl.where(d2 < 0.0625, series, more + less)
 
 
 @jit
@@ -29,13 +40,28 @@ def divergence_patience_step(z, aux, cols, classes, state, rows, live, layer, de
     mine = cols < tl.where(live, classes, 0)
     q = tl.load(at, mask=mine, other=0.0)
     both = p + q
-    apart = tl.where(p > 0, p * tl.log(2.0 * p / both), 0.0) + tl.where(q > 0, q * tl.log(2.0 * q / both), 0.0)
-    close = (0.5 * tl.sum(apart, 0) < p0) & (p0 > 0)
+    d = tl.where(both > 0, (p - q) / tl.where(both > 0, both, 1.0), 0.0)
+    close = (0.25 * tl.sum(both * apart_by(d), 0) < p0) & (p0 > 0)
     count = tl.where(close, tl.load(state, mask=live, other=0.0) + 1.0, 0.0)
     tl.debug_barrier()
     tl.store(state, count, mask=live)
     tl.store(at, p, mask=mine)
     return z, count >= p1
+
+
+def divergence_of(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence ``[B]`` in nats of probabilities ``[B, C]``, accurate however close they are.
+
+    With s = p + q and d = (p - q) / s it is the sum over the classes of s f(d) / 4, where
+    f(d) = (1 + d) log(1 + d) + (1 - d) log(1 - d). Near d = 0 the two logarithms cancel each other, so f is summed as
+    a series there, of d^2k / (k (2k - 1)).
+    """
+    both = p + q
+    d = torch.where(both > 0, (p - q) / both, 0.0)
+    d2 = d * d
+    series = d2 * (1 + d2 * (1 / 6 + d2 * (1 / 15 + d2 * (1 / 28 + d2 * (1 / 45)))))
+    logs = (1 + d) * (1 + d).clamp(min=TINY).log() + (1 - d) * (1 - d).clamp(min=TINY).log()
+    return (both * torch.where(d2 < 0.0625, series, logs)).sum(dim=-1) / 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +101,6 @@ class DivergencePatience(ProbabilityThreshold):
     ) -> tuple[Tensor, Tensor, Tensor]:
         threshold, patience = params
         p, q = softmax(z), state[1:].T.contiguous()
-        both = p + q
-        apart = torch.where(p > 0, p * (2 * p / both).log(), 0.0) + torch.where(q > 0, q * (2 * q / both).log(), 0.0)
-        close = (0.5 * apart.sum(dim=-1) < threshold) & (threshold > 0)
+        close = (divergence_of(p, q) < threshold) & (threshold > 0)
         count = torch.where(close, state[0] + 1.0, 0.0)
         return z, count >= patience, torch.cat((count[None], p.T))

@@ -23,7 +23,7 @@ def hidden_cosine_step(z, aux, cols, classes, state, rows, live, layer, depth, p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenCosine(Criterion):
-    """Leave where a layer hardly turns the hidden state any more; needs no training, and any task will do.
+    """Leave where a layer hardly turns the pooled hidden state; needs no training, and any task will do.
 
     Args:
         threshold: in [-1, 1], or a list with one for each exit before the last.
@@ -31,8 +31,10 @@ class HiddenCosine(Criterion):
     Raises:
         ValueError: a threshold is NaN or out of range.
 
-    Differences from the paper: it compares the states of a decoder's token; here those of the row's first token, at
-    layer 1 with the embedding.
+    The states compared are pooled as the exits pool theirs: the mean over the row's tokens with ``pooling="mean"``,
+    else the first token. Layer 1 is compared with the embeddings, pooled alike.
+
+    Differences from the paper: it compares the states of a decoder's token.
     """
 
     threshold: Threshold

@@ -1,6 +1,6 @@
 """The fused ops, for people who write their own loop."""
 
-from earlyexit_kernels.ops.compact import GATHER_ROWS_OPS, compact, gather_rows
+from earlyexit_kernels.ops.compact import GATHER_ROWS_OPS, compact, compaction_ops, gather_rows
 from earlyexit_kernels.ops.encoder_layer import ENCODER_LAYERS
 from earlyexit_kernels.ops.exit_step import exit_step, exit_step_op
 from earlyexit_kernels.ops.first_tokens_linear import first_tokens_linear
@@ -17,6 +17,7 @@ __all__ = [
     "PACK_TOKENS_OPS",
     "RESIDENT_EXITS",
     "compact",
+    "compaction_ops",
     "exit_step",
     "exit_step_op",
     "first_tokens_linear",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,55 +13,83 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 INT32 = (torch.int32,)
 INT64 = (torch.int64,)
+#: What a copy takes, which computes nothing.
+COPIED = (*FLOATS, torch.float64)
+MAX_INT32 = torch.iinfo(torch.int32).max
 
 
-def check_rows(
-    op: str, row_ids: Tensor, offsets: Tensor | None, *, requests: int, tokens: int | None, pools: bool
-) -> None:
-    """Raise ValueError where a row present lies outside of the request, or has no token to pool.
+def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None) -> None:
+    """Raise ValueError where a row of the request is present twice, or a row present lies outside of the request.
 
-    For CPU tensors: looking costs a synchronisation elsewhere. The compiled op looks itself.
+    For CPU tensors, like the other checks of values: on CUDA they would cost a synchronisation.
 
     Args:
         op: for the message.
-        row_ids: ``[B]``.
-        offsets: ``[B + 1]`` or None.
-        requests: N.
-        tokens: T, or None where the offsets belong to no buffer.
-        pools: the op reads tokens through the offsets.
+        row_ids: ``[B]``; negative ids are rows that have left.
+        requests: N, or None for any number.
     """
-    if not row_ids.numel():
+    present = row_ids[row_ids >= 0].sort().values
+    if not present.numel():
         return
-    if int(row_ids.max()) >= requests:
-        raise ValueError(f"{op}: expected row_ids below the {requests} rows of answers, got {int(row_ids.max())}")
-    if offsets is None:
-        return
-    check_offsets(op, offsets, tokens=tokens)
-    if pools:
-        check_no_empty_row(op, row_ids, offsets)
+    if requests is not None and int(present[-1]) >= requests:
+        raise ValueError(f"{op}: expected row_ids below the {requests} rows of answers, got {int(present[-1])}")
+    twice = present[1:][present[1:] == present[:-1]]
+    if twice.numel():
+        raise ValueError(
+            f"{op}: expected row_ids that differ from each other, got {int(twice[0])} more than once; set the ids of "
+            "rows that have left to -1"
+        )
 
 
-def check_offsets(op: str, offsets: Tensor, *, tokens: int | None) -> None:
-    """Raise ValueError where offsets ``[B + 1]`` on the CPU, of one row or more, decrease or pass the last token.
+def check_offsets(op: str, offsets: Tensor, *, tokens: int | None, name: str = "offsets") -> None:
+    """Raise ValueError where offsets ``[B + 1]`` on the CPU are empty, decrease or pass the last token.
 
     Args:
-        op: for the message.
+        op, name: for the message.
         offsets: int32.
         tokens: of the buffer, or None for any number.
     """
-    start, end, step = int(offsets[0]), int(offsets[-1]), int(offsets.diff().min())
-    if start < 0 or step < 0 or (tokens is not None and end > tokens):
+    if not offsets.numel():
+        raise ValueError(f"{op}: expected {name} of shape [R + 1], got [0]; for no rows pass one offset")
+    start, end = int(offsets[0]), int(offsets[-1])
+    # compared and not subtracted: a difference of int32 can wrap
+    if start < 0 or (tokens is not None and end > tokens) or bool((offsets[1:] < offsets[:-1]).any()):
         most = "" if tokens is None else f" to at most {tokens} tokens"
+        step = min([0, *offsets.long().diff().tolist()])
         raise ValueError(
-            f"{op}: expected offsets that never decrease, from 0 or above{most}, got {start} to {end} with steps down "
+            f"{op}: expected {name} that never decrease, from 0 or above{most}, got {start} to {end} with steps down "
             f"to {step}; pass cumulative lengths"
         )
 
 
 def check_no_empty_row(op: str, row_ids: Tensor, offsets: Tensor) -> None:
     """Raise ValueError where a row present, on the CPU, has no token."""
-    if bool(((row_ids >= 0) & (offsets.diff() == 0)).any()):
+    if bool(((row_ids >= 0) & (offsets[1:] == offsets[:-1])).any()):
         raise ValueError(f"{op}: expected a token in every row present, got an empty one; set its row id to -1")
+
+
+def check_moves(op: str, offsets: Tensor, source: Tensor, new_offsets: Tensor) -> None:
+    """Raise ValueError where a row of `source`, on the CPU, isn't one of `offsets` or changes its length.
+
+    Args:
+        op: for the message.
+        offsets: ``[B + 1]`` that never decrease.
+        source: ``[B2]``; negative for no row.
+        new_offsets: ``[B2 + 1]`` that never decrease.
+    """
+    rows, moved = offsets.numel() - 1, source >= 0
+    index = source[moved]
+    if not index.numel():
+        return
+    if int(index.max()) >= rows:
+        raise ValueError(f"{op}: expected source below the {rows} rows of offsets, got {int(index.max())}")
+    had, has = offsets.diff()[index], new_offsets.diff()[moved]
+    if not torch.equal(had, has):
+        k = int((had != has).nonzero()[0])
+        raise ValueError(
+            f"{op}: expected new_offsets to keep the {int(had[k])} tokens of row {int(index[k])}, got {int(has[k])}; "
+            "pass what compact returned"
+        )
 
 
 def check_present(op: str, offsets: Tensor, row_ids: Tensor | None, *, capacity: int, device: torch.device) -> None:
@@ -77,9 +107,7 @@ def check_present(op: str, offsets: Tensor, row_ids: Tensor | None, *, capacity:
         check_tensor(op, "row_ids", row_ids, (None,), INT32, device=device)
         rows = row_ids.shape[0] + 1
     check_tensor(op, "offsets", offsets, (rows,), INT32, device=device)
-    if offsets.numel() == 0:
-        raise ValueError(f"{op}: expected offsets of shape [R + 1], got [0]; for no rows pass one offset")
-    if device.type != "cpu" or offsets.numel() == 1:
+    if device.type != "cpu" and offsets.numel():
         return
     check_offsets(op, offsets, tokens=2 * capacity)
     present = int(offsets[-1]) - int(offsets[0])
@@ -87,17 +115,45 @@ def check_present(op: str, offsets: Tensor, row_ids: Tensor | None, *, capacity:
         raise ValueError(f"{op}: expected at most {capacity} tokens present, got {present}; take larger buffers")
 
 
-def check_apart(op: str, name: str, tensor: Tensor, out: Tensor) -> None:
-    """Raise ValueError where `out`, which is written, overlaps a tensor that is read; both are contiguous."""
-    starts, sizes = zip(*((t.data_ptr(), t.numel() * t.element_size()) for t in (tensor, out)), strict=True)
-    if all(sizes) and starts[0] < starts[1] + sizes[1] and starts[1] < starts[0] + sizes[0]:
-        raise ValueError(f"{op}: expected out to share no memory with {name}; pass a second buffer")
+def check_apart(op: str, written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError where a tensor that is written overlaps another one of the call in memory.
+
+    Args:
+        op: for the message.
+        written, read: name -> contiguous tensor, or None where it is not given.
+    """
+    spans: list[tuple[int, int, str]] = []
+    for k, (name, tensor) in enumerate((*written.items(), *read.items())):
+        if tensor is None or not tensor.numel():
+            continue
+        start = tensor.data_ptr()
+        end = start + tensor.numel() * tensor.element_size()
+        for other_start, other_end, other in spans:
+            if start < other_end and other_start < end:
+                raise ValueError(f"{op}: expected {other} to share no memory with {name}; pass a second buffer")
+        if k < len(written):
+            spans.append((start, end, name))
+
+
+def check_row_count(op: str, rows: int) -> None:
+    """Raise ValueError where an int32 can't count the rows present."""
+    if rows > MAX_INT32:
+        raise ValueError(f"{op}: expected at most {MAX_INT32} rows, got {rows}; split the batch")
+
+
+def check_whole(op: str, **arguments: Any) -> None:
+    """Raise TypeError where an argument isn't a whole number, ValueError where an int32 can't hold it."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{op}: expected {name} to be a whole number, got {value!r}")
+        if abs(int(value)) > MAX_INT32:
+            raise ValueError(f"{op}: expected {name} to be at most {MAX_INT32} in magnitude, got {value}")
 
 
 def check_tensor(
     op: str,
     name: str,
-    tensor: Tensor,
+    tensor: Any,
     shape: Sequence[int | None],
     dtypes: Sequence[torch.dtype],
     *,
@@ -108,11 +164,16 @@ def check_tensor(
 
     Args:
         op, name: for the message.
+        tensor: of any type.
         shape: sizes, None for any.
         dtypes: allowed.
         written: the op writes into it, so it has to be contiguous itself.
         device: where the op's other tensors are.
     """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{op}: expected {name} to be a dense tensor, got {tensor.layout}; call .to_dense() on it")
     got = tensor.shape
     if len(got) != len(shape) or any(want not in (None, have) for want, have in zip(shape, got, strict=True)):
         wanted = ["*" if size is None else size for size in shape]

@@ -6,11 +6,22 @@ exit layers stay where they are: they are indexed by the request's rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, resolve, tl
-from earlyexit_kernels.ops.checks import FLOATS, INT32, check_tensor
+from earlyexit_kernels.ops.checks import (
+    COPIED,
+    INT32,
+    check_apart,
+    check_moves,
+    check_offsets,
+    check_row_count,
+    check_row_ids,
+    check_tensor,
+)
 from earlyexit_kernels.ops.schema import COMPACT, GATHER_ROWS, define
 
 BLOCK_ROWS = 1024
@@ -137,8 +148,9 @@ def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple
     """Plan a stable compaction of the rows still live.
 
     Args:
-        row_ids: ``[B]`` int32, -1 for a row that has left.
-        offsets: ``[B + 1]`` int32.
+        row_ids: ``[B]`` int32, -1 for a row that has left; the others differ from each other.
+        offsets: ``[B + 1]`` int32 that never decrease, from 0 or above. On CUDA ids and offsets are trusted, since
+            looking would cost a synchronisation.
         backend: as in `exit_step`.
 
     Returns:
@@ -146,11 +158,16 @@ def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple
         constant after them), source ``[B]`` (the old index of each new row, -1 after them); all int32.
 
     Raises:
-        ValueError: shapes or dtypes don't fit.
+        ValueError: shapes, dtypes or devices don't fit; on the CPU also a row id that stands twice, and offsets that
+            decrease.
         BackendUnavailableError: `backend` can't run here.
     """
     check_tensor("compact", "row_ids", row_ids, (None,), INT32)
     check_tensor("compact", "offsets", offsets, (row_ids.shape[0] + 1,), INT32, device=row_ids.device)
+    check_row_count("compact", row_ids.shape[0])
+    if row_ids.device.type == "cpu":
+        check_row_ids("compact", row_ids, requests=None)
+        check_offsets("compact", offsets, tokens=None)
     return _COMPACT[resolve(backend, row_ids.device.type)](row_ids.contiguous(), offsets.contiguous())
 
 
@@ -160,25 +177,47 @@ def gather_rows(
     """Copy the tokens of the rows named by `source` into a second buffer.
 
     Args:
-        hidden: ``[T, H]`` packed tokens.
-        offsets: ``[B + 1]`` int32 of `hidden`.
+        hidden: ``[T, H]`` packed tokens; float32, float16, bfloat16 or float64.
+        offsets: ``[B + 1]`` int32 of `hidden`, which never decrease.
         source: ``[B2]`` int32, the index in `hidden` of each new row, -1 for none.
-        new_offsets: ``[B2 + 1]`` int32 of `out`.
-        out: ``[T2, H]``, dtype of `hidden`, T2 at least the live tokens. **Changed** where a row has a source; the rest
-            isn't, which is how a part of the rows is put back among the others.
+        new_offsets: ``[B2 + 1]`` int32 of `out`, which never decrease and give a row its length in `offsets`. On CUDA
+            these three are trusted, since looking would cost a synchronisation.
+        out: ``[T2, H]``, dtype of `hidden`, apart from it in memory; T2 at least the live tokens. **Changed** where a
+            row has a source; the rest isn't, which is how a part of the rows is put back among the others.
         backend: as in `exit_step`.
 
     Raises:
-        ValueError: shapes or dtypes don't fit.
+        ValueError: shapes, dtypes or devices don't fit, or `out` overlaps another tensor; on the CPU also a source or
+            offsets that name no row or no token, or change a row's length.
         BackendUnavailableError: `backend` can't run here.
     """
-    device = hidden.device
-    check_tensor("gather_rows", "hidden", hidden, (None, None), FLOATS)
-    check_tensor("gather_rows", "out", out, (None, hidden.shape[1]), (hidden.dtype,), written=True, device=device)
-    check_tensor("gather_rows", "offsets", offsets, (None,), INT32, device=device)
-    check_tensor("gather_rows", "source", source, (None,), INT32, device=device)
-    check_tensor("gather_rows", "new_offsets", new_offsets, (source.shape[0] + 1,), INT32, device=device)
-    if out.untyped_storage().data_ptr() == hidden.untyped_storage().data_ptr() and out.numel():
-        raise ValueError("gather_rows: expected out to share no memory with hidden; pass a second buffer")
-    op = GATHER_ROWS_OPS[resolve(backend, hidden.device.type)]
-    op(hidden.contiguous(), offsets.contiguous(), source.contiguous(), new_offsets.contiguous(), out)
+    op, device = "gather_rows", hidden.device if isinstance(hidden, Tensor) else None
+    check_tensor(op, "hidden", hidden, (None, None), COPIED)
+    check_tensor(op, "out", out, (None, hidden.shape[1]), (hidden.dtype,), written=True, device=device)
+    check_tensor(op, "offsets", offsets, (None,), INT32, device=device)
+    check_tensor(op, "source", source, (None,), INT32, device=device)
+    check_tensor(op, "new_offsets", new_offsets, (source.shape[0] + 1,), INT32, device=device)
+    hidden, offsets, source, new_offsets = (x.contiguous() for x in (hidden, offsets, source, new_offsets))
+    named = {"hidden": hidden, "offsets": offsets, "source": source, "new_offsets": new_offsets}
+    check_apart(op, {"out": out}, named)
+    if hidden.device.type == "cpu":
+        check_offsets(op, offsets, tokens=hidden.shape[0])
+        check_offsets(op, new_offsets, tokens=out.shape[0], name="new_offsets")
+        check_moves(op, offsets, source, new_offsets)
+    GATHER_ROWS_OPS[resolve(backend, hidden.device.type)](hidden, offsets, source, new_offsets, out)
+
+
+def compaction_ops(
+    backend: str, device: str
+) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., None]]:
+    """The bare `compact` and `gather_rows` of a back-end, for a loop that calls them with input it has made itself.
+
+    Args:
+        backend: ``"auto"`` or a name.
+        device: kind of device, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        BackendUnavailableError: `backend` can't run there.
+    """
+    name = resolve(backend, device)
+    return _COMPACT[name], GATHER_ROWS_OPS[name]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import jit, resolve, tl
 from earlyexit_kernels.criteria import RULES, Criterion
-from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, INT32, INT64, check_rows, check_tensor
+from earlyexit_kernels.criteria.base import MAX_PARAMS
+from earlyexit_kernels.ops.exit_checks import check_call, exit_rule_of
 from earlyexit_kernels.ops.schema import EXIT_STEP, define
 
-POOLINGS = ("first", "mean", "none")
 #: Weights of the head that a Triton program holds at a time.
 TILE = 8192
 
@@ -133,7 +133,7 @@ def exit_step_triton(
         return counts
     x = logits if hidden is None else hidden
     assert x is not None
-    p0, p1, p2 = (*params, 0.0, 0.0, 0.0)[:3]
+    p0, p1, p2 = (*params, *[0.0] * (MAX_PARAMS - len(params)))
     rule = RULES[criterion]
     block_c = max(2, 1 << (classes - 1).bit_length())
     exit_step_kernel[(row_ids.numel(),)](
@@ -284,13 +284,14 @@ def exit_step(
     Args:
         criterion: its `exit_rule` decides, with the numbers of `params(layer)`.
         layer, depth: 1-based layer and number of layers; at `depth` every row leaves.
-        row_ids: ``[B]`` int32, the request row of each row present, -1 for a row that has left. **Changed**: -1 is
-            written where a row leaves. On CUDA ids and offsets are trusted, since looking would cost a synchronisation.
+        row_ids: ``[B]`` int32, the request row of each row present, no row twice, and -1 for a row that has left.
+            **Changed**: -1 is written where a row leaves. On CUDA ids and offsets are trusted, since looking would cost
+            a synchronisation.
         state: ``[K, N]`` float32 from `criterion.new_state`. **Changed.**
         answers: ``[N, C]`` float32, by request row. **Changed** for the rows that leave.
         exit_layer: ``[N]`` int64, by request row. **Changed** likewise.
         hidden: ``[T, H]`` packed tokens, or ``[B, H]`` with `pooling="none"`; float32, float16 or bfloat16.
-        offsets: ``[B + 1]`` int32, row i holds the tokens ``offsets[i]`` to ``offsets[i + 1]``.
+        offsets: ``[B + 1]`` int32 that never decrease, row i holds the tokens ``offsets[i]`` to ``offsets[i + 1]``.
         weight, bias: ``[C, H]`` and ``[C]``, dtype of `hidden`.
         logits: ``[B, C]``, in place of `hidden`, `weight` and `bias`.
         aux: ``[B]`` float32, the scalar the criterion needs.
@@ -302,84 +303,33 @@ def exit_step(
         +inf, all -inf): such a row stays and keeps its state.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit.
+        TypeError: an argument that has to be a tensor or a whole number isn't one.
+        ValueError: shapes, dtypes or devices don't fit, a tensor that is written overlaps another one in memory, or the
+            criterion isn't one that the back-ends know; on the CPU also ids and offsets as above.
         BackendUnavailableError: `backend` can't run here.
 
     All arithmetic is float32 and ties go to the lowest class. A row's bits depend on nothing but the row.
     """
-    rule = criterion.exit_rule
-    _check(
+    rule = exit_rule_of(criterion)
+    params = rule.params(layer)
+    tensors = check_call(
         rule,
         layer,
         depth,
-        row_ids,
-        state,
-        answers,
-        exit_layer,
-        hidden,
-        offsets,
-        weight,
-        bias,
-        logits,
-        aux,
+        params,
         pooling,
+        {
+            "hidden": hidden,
+            "offsets": offsets,
+            "weight": weight,
+            "bias": bias,
+            "logits": logits,
+            "aux": aux,
+            "row_ids": row_ids,
+            "state": state,
+            "answers": answers,
+            "exit_layer": exit_layer,
+        },
     )
-    backend = resolve(backend, row_ids.device.type)
-    if backend != "cpp" and row_ids.device.type == "cpu":
-        pools = hidden is not None and pooling != "none"
-        tokens = hidden.shape[0] if hidden is not None and pools else None
-        check_rows("exit_step", row_ids, offsets, requests=answers.shape[0], tokens=tokens, pools=pools)
-    return _EXIT_STEP[backend](
-        None if hidden is None else hidden.contiguous(),
-        None if offsets is None else offsets.contiguous(),
-        None if weight is None else weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if logits is None else logits.contiguous(),
-        None if aux is None else aux.contiguous(),
-        row_ids,
-        state,
-        answers,
-        exit_layer,
-        rule.name,
-        rule.params(layer),
-        pooling if logits is None else "none",
-        layer,
-        depth,
-    )
-
-
-def _check(
-    criterion, layer, depth, row_ids, state, answers, exit_layer, hidden, offsets, weight, bias, logits, aux, pooling
-) -> None:
-    if (hidden is None) == (logits is None):
-        raise ValueError("exit_step: expected either hidden (with weight and bias) or logits, got both or neither")
-    if (hidden is None) != (weight is None) or (hidden is None) != (bias is None):
-        raise ValueError("exit_step: expected weight [C, H] and bias [C] beside hidden, and neither beside logits")
-    if not 1 <= layer <= depth:
-        raise ValueError(f"exit_step: expected 1 <= layer <= depth, got layer {layer} of {depth}; layers count from 1")
-    if pooling not in POOLINGS:
-        raise ValueError(f"exit_step: expected pooling to be one of {POOLINGS}, got {pooling!r}")
-    if criterion.needs is not None and aux is None:
-        raise ValueError(
-            f"exit_step: expected aux [B], the {criterion.needs} that criterion {criterion.name!r} reads, got None"
-        )
-    check_tensor("exit_step", "row_ids", row_ids, (None,), INT32, written=True)
-    check_tensor("exit_step", "answers", answers, (None, None), FLOAT32, written=True, device=row_ids.device)
-    (b,), (n, c), device = row_ids.shape, answers.shape, row_ids.device
-    tokens = b if offsets is None or pooling == "none" else None
-    width = None if hidden is None else hidden.shape[-1]
-    dtype = FLOATS if hidden is None else (hidden.dtype,)
-    if width == 0:
-        raise ValueError(f"exit_step: expected hidden with a number a token at least, got {list(hidden.shape)}")
-    for name, tensor, shape, dtypes, written in (
-        ("state", state, (len(criterion.initial_state(c)), n), FLOAT32, True),
-        ("exit_layer", exit_layer, (n,), INT64, True),
-        ("offsets", offsets, (b + 1,), INT32, False),
-        ("logits", logits, (b, c), FLOATS, False),
-        ("hidden", hidden, (tokens, width), FLOATS, False),
-        ("weight", weight, (c, width), dtype, False),
-        ("bias", bias, (c,), dtype, False),
-        ("aux", aux, (b,), FLOAT32, False),
-    ):
-        if tensor is not None:
-            check_tensor("exit_step", name, tensor, shape, dtypes, written=written, device=device)
+    op = _EXIT_STEP[resolve(backend, row_ids.device.type)]
+    return op(*tensors.values(), rule.name, params, pooling if logits is None else "none", layer, depth)

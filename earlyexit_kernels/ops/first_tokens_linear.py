@@ -121,16 +121,18 @@ def first_tokens_linear(
 
     The arithmetic is that of `rows_linear`, and so are the bits of a row.
     """
-    op, device = "first_tokens_linear", hidden.device
+    op = "first_tokens_linear"
     check_tensor(op, "hidden", hidden, (None, None), FLOATS)
+    device = hidden.device
     check_product(op, hidden, weight, bias, activation)
     check_present(op, offsets, row_ids, capacity=hidden.shape[0] // 2, device=device)
     wanted = (row_ids.shape[0], weight.shape[0])
     check_tensor(op, "out", out, wanted, (hidden.dtype,), written=True, device=device)
     if device.type == "cpu":
         check_no_empty_row(op, row_ids, offsets)
-    hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
-    check_apart(op, "hidden", hidden, out)
+    hidden, weight, bias, offsets, row_ids = (x.contiguous() for x in (hidden, weight, bias, offsets, row_ids))
+    read = {"hidden": hidden, "weight": weight, "bias": bias, "offsets": offsets, "row_ids": row_ids}
+    check_apart(op, {"out": out}, read)
     _FIRST_TOKENS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        hidden, weight, bias, offsets.contiguous(), row_ids.contiguous(), out, activation
+        hidden, weight, bias, offsets, row_ids, out, activation
     )

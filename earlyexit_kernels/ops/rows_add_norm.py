@@ -143,9 +143,9 @@ def rows_add_norm(
     All tensors but `offsets` have the dtype of `x`; sum, mean and variance are float32. In triton a token is one
     program's, so its bits depend on nothing but the token.
     """
-    op, device = "rows_add_norm", x.device
+    op = "rows_add_norm"
     check_tensor(op, "x", x, (None, None), FLOATS)
-    capacity, width = x.shape
+    (capacity, width), device = x.shape, x.device
     for name, tensor, shape in (
         ("residual", residual, (2 * capacity if residual_absolute else capacity, width)),
         ("weight", weight, (width,)),
@@ -154,10 +154,12 @@ def rows_add_norm(
     ):
         check_tensor(op, name, tensor, shape, (x.dtype,), written=name == "out", device=device)
     check_present(op, offsets, None, capacity=capacity, device=device)
-    x, residual, offsets = x.contiguous(), residual.contiguous(), offsets.contiguous()
+    x, residual, weight, bias, offsets = (tensor.contiguous() for tensor in (x, residual, weight, bias, offsets))
+    read = {"weight": weight, "bias": bias, "offsets": offsets}
     for name, tensor, absolute in (("x", x, False), ("residual", residual, residual_absolute)):
         if tensor.data_ptr() != out.data_ptr() or absolute != out_absolute:
-            check_apart(op, name, tensor, out)
+            read[name] = tensor
+    check_apart(op, {"out": out}, read)
     _ROWS_ADD_NORM[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        x, residual, weight.contiguous(), bias.contiguous(), eps, offsets, out, residual_absolute, out_absolute
+        x, residual, weight, bias, eps, offsets, out, residual_absolute, out_absolute
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyexit_kernels.backends import TRITON_INTERPRETED, jit, resolve, tl
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor
+from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, check_whole
 from earlyexit_kernels.ops.schema import PYTHON_BACK_ENDS, ROWS_ATTENTION, define
 
 #: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop:
@@ -137,20 +137,19 @@ def rows_attention(
     meet the values. A token's keys come in one order, in blocks of one size counted from its row's first token, so its
     bits depend on nothing but the row. Nothing of another row is read.
     """
-    op, device = "rows_attention", qkv.device
-    check_tensor(op, "out", out, (None, None), FLOATS, written=True, device=device)
-    capacity, width = out.shape
-    check_tensor(op, "qkv", qkv, (capacity, 3 * width), (out.dtype,))
+    op = "rows_attention"
+    check_tensor(op, "out", out, (None, None), FLOATS, written=True)
+    (capacity, width), device = out.shape, out.device
+    check_tensor(op, "qkv", qkv, (capacity, 3 * width), (out.dtype,), device=device)
+    check_whole(op, heads=heads, longest=longest)
     check_present(op, offsets, row_ids, capacity=capacity, device=device)
     if heads < 1 or width % heads:
         raise ValueError(f"{op}: expected heads to divide {width}, the width of out, got {heads}")
     if device.type == "cpu" and row_ids.numel():
         _check_longest(offsets.diff()[row_ids >= 0], longest)
-    qkv = qkv.contiguous()
-    check_apart(op, "qkv", qkv, out)
-    _ROWS_ATTENTION[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        qkv, offsets.contiguous(), row_ids.contiguous(), heads, longest, out
-    )
+    qkv, offsets, row_ids = qkv.contiguous(), offsets.contiguous(), row_ids.contiguous()
+    check_apart(op, {"out": out}, {"qkv": qkv, "offsets": offsets, "row_ids": row_ids})
+    _ROWS_ATTENTION[resolve(backend, device.type, PYTHON_BACK_ENDS)](qkv, offsets, row_ids, heads, longest, out)
 
 
 def _check_longest(lengths: Tensor, longest: int) -> None:

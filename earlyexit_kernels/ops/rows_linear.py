@@ -177,7 +177,7 @@ def rows_linear(
     count and the token's place, so a token's bits depend on nothing but the token; torch's products round with their
     row count. Nothing of `x` beyond the tokens present is read.
     """
-    op, device = "rows_linear", x.device
+    op = "rows_linear"
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [bias] if isinstance(bias, Tensor) else list(bias)
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(weights) != len(biases):
@@ -185,21 +185,18 @@ def rows_linear(
             f"{op}: expected 1 to {MAX_WEIGHTS} weights and as many biases, got {len(weights)} and {len(biases)}"
         )
     check_tensor(op, "out", out, (None, None), FLOATS, written=True)
+    device = out.device
     capacity = out.shape[0]
-    check_tensor(op, "x", x, (2 * capacity if absolute else capacity, None), (out.dtype,), device=out.device)
+    check_tensor(op, "x", x, (2 * capacity if absolute else capacity, None), (out.dtype,), device=device)
     for each in zip(weights, biases, strict=True):
         check_product(op, x, *each, activation)
         check_tensor(op, "weight", each[0], tuple(weights[0].shape), FLOATS)
     check_tensor(op, "out", out, (capacity, len(weights) * weights[0].shape[0]), FLOATS)
     check_present(op, offsets, None, capacity=capacity, device=device)
-    x = x.contiguous()
-    check_apart(op, "x", x, out)
+    x, offsets = x.contiguous(), offsets.contiguous()
+    weights, biases = ([tensor.contiguous() for tensor in each] for each in (weights, biases))
+    named = {f"{name} {k}": x for name, each in (("weight", weights), ("bias", biases)) for k, x in enumerate(each)}
+    check_apart(op, {"out": out}, {"x": x, "offsets": offsets, **named})
     _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        x,
-        [each.contiguous() for each in weights],
-        [each.contiguous() for each in biases],
-        offsets.contiguous(),
-        out,
-        activation,
-        absolute,
+        x, weights, biases, offsets, out, activation, absolute
     )
