@@ -218,8 +218,9 @@ class ExitHeads(nn.Module):
             return linear(self._drop(features.to(linear.weight.dtype), linear))[:, 0]
         head = _at(self.halting, layer)
         previous = memory.get("features")
-        x = self._drop(features.to(head.out.weight.dtype), head)
-        return head(x, None if previous is None else self._drop(previous.to(x.dtype), head))
+        dtype = head.out.weight.dtype
+        x = head.inputs(features.to(dtype), None if previous is None else previous.to(dtype))
+        return head(self._drop(x, head))
 
 
 def exit_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
