@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,20 +15,17 @@ from earlyexit_kernels import engine, tracing
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
-from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.fixed_depth import FixedDepth
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
 from earlyexit_kernels.inputs import check_inputs
+from earlyexit_kernels.invalid import InvalidRows
 from earlyexit_kernels.loading import check_loaded, corrupt_files
 from earlyexit_kernels.objectives import mean_task_loss, objective_of
-from earlyexit_kernels.ops.exit_step import meaningful
 from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, check_attention, pack, row_keys
 from earlyexit_kernels.phased import PhasedTraining
 from earlyexit_kernels.replay import replay
 from earlyexit_kernels.runtime import ATTENTION_IS_FIXED, RuntimeChoices
 from earlyexit_kernels.types import ExitOutput, ExitTrace
-
-logger = logging.getLogger("earlyexit_kernels")
 
 _Inputs: TypeAlias = tuple[Tensor | None, ...]
 
@@ -90,7 +86,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig(**config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self.invalid_rows = 0
+        self._invalid = InvalidRows()
         self._layer_macs = _layer_macs(encoder)
         self.set_objective(objective_of(config.method))
         self.set_criterion(config.exit_criterion())
@@ -100,6 +96,14 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     def criterion(self) -> Criterion | None:
         """The exit criterion in force; None is full depth."""
         return None if isinstance(self._criterion, FullDepth) else self._criterion
+
+    @property
+    def invalid_rows(self) -> int:
+        """Rows met so far with logits without a meaning, once for each exit; training on a GPU warns of them late.
+
+        Reading it synchronises with the device if training has left counts there.
+        """
+        return self._invalid.total()
 
     def set_criterion(self, criterion: Criterion | None) -> None:
         """Choose who may leave where; it is saved with the model.
@@ -222,7 +226,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     def _answers(self, inputs: _Inputs) -> ExitOutput:
         """Rows leave where the criterion says so."""
         if self.device.type == "cuda" and (result := self.from_graph(self._checked(inputs), *inputs[1:])) is not None:
-            self._count_invalid(result.invalid_rows)
+            self._invalid.add(result.invalid_rows, bool(self.config.strict))
             return result
         packed = self._packed(inputs, self._criterion.exit_rule.uses_keys)
         if packed is None:
@@ -236,7 +240,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         )
         layers, classes = self.inference_layers(), self.config.num_labels
         result = engine.run(hidden, batch, layers, self.heads, self._criterion, classes, settings, keys)
-        self._count_invalid(result.invalid_rows)
+        self._invalid.add(result.invalid_rows, bool(self.config.strict))
         return result
 
     @torch.no_grad()
@@ -259,9 +263,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         hidden, batch, keys = packed
         layers = self.adapter.layers(self.backbone) if self.training else self.inference_layers()
         trace = tracing.trace_exits(hidden, batch, layers, self.heads, collect, keys)
-        with torch.no_grad():
-            invalid = (~meaningful(trace.logits.flatten(0, 1), None)).view(trace.logits.shape[:2]).sum(0).tolist()
-        self._count_invalid(tuple(invalid))
+        self._invalid.add_pass(trace.logits, bool(self.config.strict), training=self.training)
         return replace(trace, problem_type=self.problem_type)
 
     def _full_depth(
@@ -320,22 +322,6 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         keys = torch.zeros(0, dtype=torch.int64, device=device) if self._wants_keys() else None
         logits = torch.zeros(0, self.depth, classes, device=device, dtype=dtype)
         return ExitTrace(logits, aux, keys, problem_type=self.problem_type)
-
-    def _count_invalid(self, invalid_rows: tuple[int, ...]) -> None:
-        """Count the rows of each layer that had logits without a meaning, or refuse them in a strict model."""
-        if not any(invalid_rows):
-            return
-        if self.config.strict:
-            layer = next(k for k, rows in enumerate(invalid_rows, start=1) if rows)
-            raise InvalidLogitsError(engine.invalid_message(invalid_rows[layer - 1], layer, self.depth))
-        if self.invalid_rows == 0:
-            where = {layer: rows for layer, rows in enumerate(invalid_rows, start=1) if rows}
-            logger.warning(
-                "logits without a meaning (NaN, several +inf, or all -inf), rows by layer: %s. Such a row never exits "
-                "there; model.invalid_rows goes on counting. Use strict=True (model.config.strict) to raise instead",
-                where,
-            )
-        self.invalid_rows += sum(invalid_rows)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

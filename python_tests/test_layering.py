@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "tracing": "heads packing types torch",
     "counts": "torch",
     "engine": "counts criteria errors heads ops packing tracing types torch",
+    "invalid": "engine errors ops torch",
     "fixed_depth": "backbones criteria hashing heads inputs ops packing tracing types torch",
     "backbones": "torch",
     "objectives": "types torch",
@@ -45,7 +46,7 @@ MAY_IMPORT = {
     "engine_choice": "",
     "runtime": "backends engine_choice errors graphs layers packing resident types torch transformers",
     "phased": "config objectives tracing types torch transformers",
-    "model": "backbones config criteria engine errors fixed_depth heads inputs loading objectives ops packing phased "
+    "model": "backbones config criteria engine fixed_depth heads inputs invalid loading objectives packing phased "
     "replay runtime tracing types safetensors torch transformers",
     "convert": "backbones config criteria heads model objectives torch transformers",
     "training": "model objectives torch transformers",
