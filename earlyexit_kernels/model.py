@@ -12,13 +12,14 @@ from transformers import AutoModel, initialization
 from transformers.utils import ModelOutput
 
 from earlyexit_kernels import engine, tracing
-from earlyexit_kernels.backbones import adapter_of
+from earlyexit_kernels.backbones import adapter_of, check_parts
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
 from earlyexit_kernels.fixed_depth import FixedDepth
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
-from earlyexit_kernels.inputs import check_inputs
+from earlyexit_kernels.inputs import check_inputs, refuse_other_arguments
 from earlyexit_kernels.invalid import InvalidRows
+from earlyexit_kernels.labels import check_labels
 from earlyexit_kernels.loading import check_loaded, corrupt_files
 from earlyexit_kernels.objectives import mean_task_loss, objective_of
 from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, check_attention, pack, row_keys
@@ -80,6 +81,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             backbone = AutoModel.from_config(encoder)
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None
+        check_parts(self.adapter, backbone)
         self.backbone = backbone
         encoder = backbone.config
         config.backbone_config = encoder
@@ -145,6 +147,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> EarlyExitOutput | tuple[Tensor, ...]:
         """Classify a batch. Gradients flow in train mode only.
 
@@ -157,9 +160,11 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
                 of the criterion all the same. Refused under a criterion that skips layers.
             output_hidden_states, output_attentions: refused, since rows leave on the way.
             return_dict: False for a tuple.
+            others: further arguments of stock models, None each.
 
         Raises:
-            ValueError: input of a wrong shape, dtype, length or padding side.
+            ValueError: input or labels of a wrong shape, dtype, value, length or padding side.
+            TypeError: an argument that isn't supported, `inputs_embeds` for instance.
             InvalidLogitsError: logits without a meaning, in a strict model.
             AttentionReplacedError: somebody set another attention on the backbone.
         """
@@ -168,7 +173,10 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
                 "output_hidden_states and output_attentions aren't available: rows leave on the way, so there is no "
                 "full set to return; call model.backbone for them"
             )
+        refuse_other_arguments(others)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
+        if labels is not None and isinstance(input_ids, Tensor):
+            labels = check_labels(labels, self.problem_type, input_ids.shape[0], self.config.num_labels)
         if self.training:
             trace = self._trace(inputs, self.training_collect())
             loss = self.training_loss(trace, labels)
@@ -198,7 +206,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         """
         if self.training:
             raise RuntimeError("trace: expected the model in eval mode, got train mode; call model.eval() first")
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        inputs = {k: v for k, v in batch.items() if k != "labels" and v is not None}
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
         unknown = sorted(set(inputs) - set(names))
         if unknown:
@@ -279,6 +287,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         """The input's ids ``[N, S]`` int64, with everything checked."""
         backbone: Any = self.backbone
         check_attention(backbone.config._attn_implementation)
+        self.heads.check_beside(self.dtype, self.device)
         input_ids, attention_mask, token_type_ids, position_ids = inputs
         return check_inputs(
             input_ids,
@@ -366,6 +375,11 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             raise RuntimeError(f"{corrupt_files(source)} is corrupt or cut short: {error}") from error
         check_loaded(info, source, allow_new_heads=allow_new_heads)
         return (model, info) if output_loading_info else model
+
+
+def early_exit_model_in(module: nn.Module) -> EarlyExitForSequenceClassification | None:
+    """The early-exit model that a module is or wraps, as DistributedDataParallel and PEFT do; None without one."""
+    return next((m for m in module.modules() if isinstance(m, EarlyExitForSequenceClassification)), None)
 
 
 def _layer_macs(config: Any) -> int:

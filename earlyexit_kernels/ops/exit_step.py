@@ -307,6 +307,8 @@ def exit_step(
 
     All arithmetic is float32 and ties go to the lowest class. A row's bits depend on nothing but the row.
     """
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"exit_step: expected one of earlyexit_kernels.criteria, got {criterion!r}")
     rule = criterion.exit_rule
     _check(
         rule,
