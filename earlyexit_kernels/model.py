@@ -101,10 +101,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
 
     @property
     def invalid_rows(self) -> int:
-        """Rows met so far with logits without a meaning, once for each exit; training on a GPU warns of them late.
-
-        Reading it synchronises with the device if training has left counts there.
-        """
+        """Rows met so far with logits without a meaning, once for each exit; after training, reading synchronises."""
         return self._invalid.total()
 
     def set_criterion(self, criterion: Criterion | None) -> None:
@@ -287,7 +284,8 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         """The input's ids ``[N, S]`` int64, with everything checked."""
         backbone: Any = self.backbone
         check_attention(backbone.config._attn_implementation)
-        self.heads.check_beside(self.dtype, self.device)
+        embeddings = backbone.get_input_embeddings()
+        self.heads.check_beside(embeddings.weight)
         input_ids, attention_mask, token_type_ids, position_ids = inputs
         return check_inputs(
             input_ids,
@@ -297,7 +295,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             device=self.device,
             longest=self.adapter.longest(backbone.config),
             limits={
-                "input_ids": backbone.get_input_embeddings().num_embeddings,
+                "input_ids": embeddings.num_embeddings,
                 "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
                 "position_ids": backbone.config.max_position_embeddings,
             },

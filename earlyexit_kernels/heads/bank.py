@@ -110,25 +110,28 @@ class ExitHeads(nn.Module):
         modules: Any = getattr(self, bank)
         return "last_exit" if int(rest.partition(".")[0]) == len(modules) - 1 else "early_exits"
 
-    def check_beside(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Check that these heads can read hidden states of a dtype on a device.
+    def check_beside(self, weight: Tensor) -> None:
+        """Check that these heads can read the hidden states of a backbone.
 
         A linear on pooled states may have another dtype; modules that read the states themselves may not.
+
+        Args:
+            weight: of the backbone's embeddings, as an example of its dtype and device.
 
         Raises:
             ValueError: they can't.
         """
-        banks = (self.dense, self.attention, self.gates, self.projectors, self.out)
-        readers = [next(bank.parameters(), None) for bank in banks]
-        mixed = [p for p in readers[:-1] if p is not None and p.dtype != dtype]
-        mixed = [] if mixed and torch.is_autocast_enabled(device.type) else mixed
-        moved = [p for p in readers if p is not None and p.device != device]
-        if mixed or moved:
-            found = (mixed or moved)[0]
+        last = self.out[-1]._parameters.get("weight")
+        bank = self.dense if len(self.dense) else self.attention if len(self.attention) else self.gates
+        reader = next(bank.parameters(), None)
+        moved = last is not None and last.device != weight.device
+        mixed = reader is not None and reader.dtype != weight.dtype
+        if moved or (mixed and not torch.is_autocast_enabled(weight.device.type)):
+            found = last if moved else reader
             raise ValueError(
-                f"the exits are {found.dtype} on {found.device}, the backbone {dtype} on {device}; convert both with "
-                "model.to(...), model.half() or model.float() of the early-exit model: on the stock model they move "
-                "the shared encoder alone"
+                f"the exits are {found.dtype} on {found.device}, the backbone {weight.dtype} on {weight.device}; "
+                "convert both with model.to(...), model.half() or model.float() of the early-exit model: on the stock "
+                "model they move the shared encoder alone"
             )
 
     def first_memory(self, states: RowStates, needs: str | None) -> dict[str, Tensor]:
