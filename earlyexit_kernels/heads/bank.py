@@ -127,7 +127,7 @@ class ExitHeads(nn.Module):
         moved = last is not None and last.device != weight.device
         mixed = reader is not None and reader.dtype != weight.dtype
         if moved or (mixed and not torch.is_autocast_enabled(weight.device.type)):
-            found = last if moved else reader
+            found: Any = last if moved else reader
             raise ValueError(
                 f"the exits are {found.dtype} on {found.device}, the backbone {weight.dtype} on {weight.device}; "
                 "convert both with model.to(...), model.half() or model.float() of the early-exit model: on the stock "
