@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from earlyexit_kernels.backbones import BackboneAdapter, StockHead, adapter_of
@@ -90,9 +91,15 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
         ValueError: an unsupported family or setting.
         TypeError: not a sequence classifier.
     """
+    if hasattr(hf_model, "merge_and_unload"):
+        raise TypeError(
+            f"to_early_exit: expected a model instance of transformers, got {type(hf_model).__name__} of PEFT; merge "
+            "its adapters first, to_early_exit(peft_model.merge_and_unload()), or convert first and then call "
+            "get_peft_model"
+        )
     if not isinstance(hf_model, PreTrainedModel):
         raise TypeError(
-            f"to_early_exit: expected a model instance of transformers, got {hf_model!r}; load it with "
+            f"to_early_exit: expected a model instance of transformers, got {_short(hf_model)}; load it with "
             "AutoModelForSequenceClassification"
         )
     config: Any = hf_model.config
@@ -110,11 +117,22 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
             f"to_early_exit: expected a {config.model_type} model for sequence classification, got "
             f"{type(hf_model).__name__}; load it with AutoModelForSequenceClassification"
         )
+    if wrapped := [n for n in (adapter.head.dense, adapter.head.out) if not isinstance(names[n], nn.Linear)]:
+        found = ", ".join(f"{name} is a {type(names[name]).__name__}" for name in wrapped)
+        raise TypeError(
+            f"to_early_exit: expected torch.nn.Linear in the head, {found}; merge its adapters first (merge_and_unload "
+            "of PEFT), and quantize only after the conversion"
+        )
     if getattr(config, "chunk_size_feed_forward", 0) > 0:
         raise ValueError("chunk_size_feed_forward > 0 isn't supported: packed tokens have no sequence axis to chunk")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError("to_early_exit: expected an encoder, got a model with is_decoder or add_cross_attention set")
     return adapter, base, names
+
+
+def _short(thing: Any) -> str:
+    """What came, for a message: the type of a module, whose repr has a line for each of its parts."""
+    return type(thing).__name__ if isinstance(thing, nn.Module) else repr(thing)
 
 
 def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead) -> None:

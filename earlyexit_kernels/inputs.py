@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ def check_inputs(
 
     Args:
         input_ids: ``[N, S]`` integers.
-        attention_mask: ``[N, S]``; what it says is read by `packing.pack`. One of floats may not be negative, which is
-            how masks to add to scores look; checked on the CPU.
+        attention_mask: ``[N, S]``; what it says is read by `packing.pack`. Negative numbers, which masks to add to
+            scores have, and NaN are refused; checked on the CPU.
         token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers.
         device: of the model.
         longest: tokens a row may have.
@@ -64,13 +66,32 @@ def check_inputs(
     return input_ids.long()
 
 
+def refuse_other_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of stock models that an early-exit model lacks; None and False, which ask for nothing, pass.
+
+    Raises:
+        TypeError: naming them, and what is supported.
+    """
+    asked = [name for name, value in given.items() if value is not None and value is not False]
+    if asked:
+        raise TypeError(
+            "forward: expected input_ids, attention_mask, token_type_ids, position_ids, labels, output_all_logits or "
+            f"return_dict, got {', '.join(asked)}; an early-exit model packs token ids, and supports no embeddings, "
+            "head masks or caches given from outside. Leave them out, or pass None"
+        )
+
+
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:
     """Of the batch's shape, and none of those that are added to scores."""
     if mask.shape != shape:
         raise ValueError(f"attention_mask: expected the shape of input_ids {list(shape)}, got {list(mask.shape)}")
     seen = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if seen and mask.is_floating_point() and bool((mask < 0).any()):
-        raise ValueError("attention_mask: expected 1 for a token and 0 for none, got negative numbers; pass mask >= 0")
+    if not seen or not mask.numel() or mask.dtype in (torch.bool, torch.uint8):
+        return
+    low = float(mask.min())
+    if not low >= 0:
+        got = "NaN" if math.isnan(low) else "negative numbers; pass mask >= 0"
+        raise ValueError(f"attention_mask: expected 1 for a token and 0 for none, got {got}")
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -13,23 +12,21 @@ from transformers import AutoModel, initialization
 from transformers.utils import ModelOutput
 
 from earlyexit_kernels import engine, tracing
-from earlyexit_kernels.backbones import adapter_of
+from earlyexit_kernels.backbones import adapter_of, check_parts
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
-from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.fixed_depth import FixedDepth
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
-from earlyexit_kernels.inputs import check_inputs
+from earlyexit_kernels.inputs import check_inputs, refuse_other_arguments
+from earlyexit_kernels.invalid import InvalidRows
+from earlyexit_kernels.labels import check_labels
 from earlyexit_kernels.loading import check_loaded, corrupt_files
 from earlyexit_kernels.objectives import mean_task_loss, objective_of
-from earlyexit_kernels.ops.exit_step import meaningful
 from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, check_attention, pack, row_keys
 from earlyexit_kernels.phased import PhasedTraining
 from earlyexit_kernels.replay import replay
 from earlyexit_kernels.runtime import ATTENTION_IS_FIXED, RuntimeChoices
 from earlyexit_kernels.types import ExitOutput, ExitTrace
-
-logger = logging.getLogger("earlyexit_kernels")
 
 _Inputs: TypeAlias = tuple[Tensor | None, ...]
 
@@ -84,13 +81,14 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             backbone = AutoModel.from_config(encoder)
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None
+        check_parts(self.adapter, backbone)
         self.backbone = backbone
         encoder = backbone.config
         config.backbone_config = encoder
         config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig(**config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self.invalid_rows = 0
+        self._invalid = InvalidRows()
         self._layer_macs = _layer_macs(encoder)
         self.set_objective(objective_of(config.method))
         self.set_criterion(config.exit_criterion())
@@ -100,6 +98,11 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     def criterion(self) -> Criterion | None:
         """The exit criterion in force; None is full depth."""
         return None if isinstance(self._criterion, FullDepth) else self._criterion
+
+    @property
+    def invalid_rows(self) -> int:
+        """Rows met so far with logits without a meaning, once for each exit; after training, reading synchronises."""
+        return self._invalid.total()
 
     def set_criterion(self, criterion: Criterion | None) -> None:
         """Choose who may leave where; it is saved with the model.
@@ -141,6 +144,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> EarlyExitOutput | tuple[Tensor, ...]:
         """Classify a batch. Gradients flow in train mode only.
 
@@ -153,9 +157,11 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
                 of the criterion all the same. Refused under a criterion that skips layers.
             output_hidden_states, output_attentions: refused, since rows leave on the way.
             return_dict: False for a tuple.
+            others: further arguments of stock models, None each.
 
         Raises:
-            ValueError: input of a wrong shape, dtype, length or padding side.
+            ValueError: input or labels of a wrong shape, dtype, value, length or padding side.
+            TypeError: an argument that isn't supported, `inputs_embeds` for instance.
             InvalidLogitsError: logits without a meaning, in a strict model.
             AttentionReplacedError: somebody set another attention on the backbone.
         """
@@ -164,7 +170,10 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
                 "output_hidden_states and output_attentions aren't available: rows leave on the way, so there is no "
                 "full set to return; call model.backbone for them"
             )
+        refuse_other_arguments(others)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
+        if labels is not None and isinstance(input_ids, Tensor):
+            labels = check_labels(labels, self.problem_type, input_ids.shape[0], self.config.num_labels)
         if self.training:
             trace = self._trace(inputs, self.training_collect())
             loss = self.training_loss(trace, labels)
@@ -194,7 +203,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         """
         if self.training:
             raise RuntimeError("trace: expected the model in eval mode, got train mode; call model.eval() first")
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        inputs = {k: v for k, v in batch.items() if k != "labels" and v is not None}
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
         unknown = sorted(set(inputs) - set(names))
         if unknown:
@@ -222,7 +231,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
     def _answers(self, inputs: _Inputs) -> ExitOutput:
         """Rows leave where the criterion says so."""
         if self.device.type == "cuda" and (result := self.from_graph(self._checked(inputs), *inputs[1:])) is not None:
-            self._count_invalid(result.invalid_rows)
+            self._invalid.add(result.invalid_rows, bool(self.config.strict))
             return result
         packed = self._packed(inputs, self._criterion.exit_rule.uses_keys)
         if packed is None:
@@ -236,7 +245,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         )
         layers, classes = self.inference_layers(), self.config.num_labels
         result = engine.run(hidden, batch, layers, self.heads, self._criterion, classes, settings, keys)
-        self._count_invalid(result.invalid_rows)
+        self._invalid.add(result.invalid_rows, bool(self.config.strict))
         return result
 
     @torch.no_grad()
@@ -259,9 +268,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         hidden, batch, keys = packed
         layers = self.adapter.layers(self.backbone) if self.training else self.inference_layers()
         trace = tracing.trace_exits(hidden, batch, layers, self.heads, collect, keys)
-        with torch.no_grad():
-            invalid = (~meaningful(trace.logits.flatten(0, 1), None)).view(trace.logits.shape[:2]).sum(0).tolist()
-        self._count_invalid(tuple(invalid))
+        self._invalid.add_pass(trace.logits, bool(self.config.strict), training=self.training)
         return replace(trace, problem_type=self.problem_type)
 
     def _full_depth(
@@ -277,6 +284,8 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         """The input's ids ``[N, S]`` int64, with everything checked."""
         backbone: Any = self.backbone
         check_attention(backbone.config._attn_implementation)
+        embeddings = backbone.get_input_embeddings()
+        self.heads.check_beside(embeddings.weight)
         input_ids, attention_mask, token_type_ids, position_ids = inputs
         return check_inputs(
             input_ids,
@@ -286,7 +295,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             device=self.device,
             longest=self.adapter.longest(backbone.config),
             limits={
-                "input_ids": backbone.get_input_embeddings().num_embeddings,
+                "input_ids": embeddings.num_embeddings,
                 "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
                 "position_ids": backbone.config.max_position_embeddings,
             },
@@ -320,22 +329,6 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         keys = torch.zeros(0, dtype=torch.int64, device=device) if self._wants_keys() else None
         logits = torch.zeros(0, self.depth, classes, device=device, dtype=dtype)
         return ExitTrace(logits, aux, keys, problem_type=self.problem_type)
-
-    def _count_invalid(self, invalid_rows: tuple[int, ...]) -> None:
-        """Count the rows of each layer that had logits without a meaning, or refuse them in a strict model."""
-        if not any(invalid_rows):
-            return
-        if self.config.strict:
-            layer = next(k for k, rows in enumerate(invalid_rows, start=1) if rows)
-            raise InvalidLogitsError(engine.invalid_message(invalid_rows[layer - 1], layer, self.depth))
-        if self.invalid_rows == 0:
-            where = {layer: rows for layer, rows in enumerate(invalid_rows, start=1) if rows}
-            logger.warning(
-                "logits without a meaning (NaN, several +inf, or all -inf), rows by layer: %s. Such a row never exits "
-                "there; model.invalid_rows goes on counting. Use strict=True (model.config.strict) to raise instead",
-                where,
-            )
-        self.invalid_rows += sum(invalid_rows)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -380,6 +373,11 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             raise RuntimeError(f"{corrupt_files(source)} is corrupt or cut short: {error}") from error
         check_loaded(info, source, allow_new_heads=allow_new_heads)
         return (model, info) if output_loading_info else model
+
+
+def early_exit_model_in(module: nn.Module) -> EarlyExitForSequenceClassification | None:
+    """The early-exit model that a module is or wraps, as DistributedDataParallel and PEFT do; None without one."""
+    return next((m for m in module.modules() if isinstance(m, EarlyExitForSequenceClassification)), None)
 
 
 def _layer_macs(config: Any) -> int:

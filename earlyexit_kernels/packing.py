@@ -331,11 +331,18 @@ def packed_attention(
 
     Returns:
         ``[1, T, heads, D]`` and no attention weights.
+
+    Raises:
+        ValueError: with a plan, a mask or another keyword argument is given; its effect isn't implemented.
     """
     if plan is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    others = {"attention_mask": attention_mask, **kwargs}
+    if asked := [name for name, given in others.items() if given is not None and given is not False]:
+        got = f"{', '.join(asked)} from {type(module).__name__}"
+        raise ValueError(f"packed attention supports plan, scaling and dropout, others as None or False, got {got}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend_by_plan(q, k, v, plan, scaling, dropout)[None], None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from earlyexit_kernels.config import default_problem_type
 from earlyexit_kernels.objectives import PARTS, Objective, PhaseSpec, TrainingStep, check_task
 from earlyexit_kernels.tracing import Collect
 from earlyexit_kernels.types import ExitTrace
+
+logger = logging.getLogger("earlyexit_kernels")
 
 
 class PhasedTraining(PreTrainedModel):
@@ -27,6 +30,7 @@ class PhasedTraining(PreTrainedModel):
     _frozen: Sequence[nn.Parameter] = ()
     #: Modules of which the phase trains nothing.
     _resting: Sequence[nn.Module] = ()
+    _warned_of_frozen_exits = False
     _progress: tuple[int | None, float | None] = (None, None)
 
     @property
@@ -136,8 +140,16 @@ class PhasedTraining(PreTrainedModel):
             )
         if labels is None and spec.needs_labels:
             return None
+        learning = [p for p in self.heads.parameters() if p.requires_grad]
+        if not learning and spec.trains != {"backbone"} and not self._warned_of_frozen_exits:
+            self._warned_of_frozen_exits = True
+            logger.warning(
+                "phase %r trains exits, but no parameter of model.heads requires a gradient, so the exits stay as they "
+                "are; with PEFT, pass modules_to_save=['heads'] to its config",
+                spec.name,
+            )
         # what the loss leaves out would be an unused parameter, which DDP refuses
-        unread = sum(0.0 * p.float().sum() for p in self.heads.parameters() if p.requires_grad)
+        unread = sum(0.0 * p.float().sum() for p in learning)
         if trace.logits.shape[0] == 0:
             return trace.logits.sum() + unread
         return self.objective.loss(trace, labels, step) + unread

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from earlyexit_kernels.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.model import EarlyExitForSequenceClassification, early_exit_model_in
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _LABELS = ("labels", "label")
@@ -44,7 +44,8 @@ def predict_with_exits(
     """Run an early-exit model over a data set in eval mode, keeping exit layers, which ``Trainer.predict`` drops.
 
     Args:
-        model_or_trainer: the model, or a Trainer, whose collator and evaluation batch size are then used.
+        model_or_trainer: the model, alone or wrapped as PEFT does, or a Trainer, whose collator and evaluation batch
+            size are then used.
         dataset: items are mappings with `input_ids` and, where present, `attention_mask`, `token_type_ids`,
             `position_ids`, `labels`.
         batch_size: of a bare model.
@@ -57,8 +58,9 @@ def predict_with_exits(
         TypeError: neither an early-exit model nor a Trainer around one.
     """
     is_trainer = hasattr(model_or_trainer, "get_test_dataloader")
-    model = model_or_trainer.model if is_trainer else model_or_trainer
-    if not isinstance(model, EarlyExitForSequenceClassification):
+    given = model_or_trainer.model if is_trainer else model_or_trainer
+    model = early_exit_model_in(given) if isinstance(given, torch.nn.Module) else None
+    if model is None:
         raise TypeError(
             "predict_with_exits: expected an early-exit model or a Trainer of one, got "
             f"{type(model_or_trainer).__name__}"

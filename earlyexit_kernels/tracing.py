@@ -27,7 +27,8 @@ class Collect:
         needs: scalars to keep: ``"all"`` there are, or those that learn (``"halting"``).
         gating: how gates mix, or None to run without them.
         projections: ``"inputs"`` or ``"exits"``: which token projections to keep, or None.
-        balances: backwards, a layer receives the average of the gradients of the exits at and above it.
+        balances: in the backward pass, a layer and its gate receive the average of the gradients of the exits at and
+            above it. The forward pass is the same.
     """
 
     needs: str = "all"
@@ -62,22 +63,20 @@ def trace_exits(
     projections: list[Tensor] = []
     for layer, run_layer in enumerate(layers, start=1):
         before = states
-        own = PackedStates(first(run_layer(before.hidden[None], None, plan=plan))[0], batch.offsets, plan)
-        states = own
+        states = own = PackedStates(first(run_layer(before.hidden[None], None, plan=plan))[0], batch.offsets, plan)
         if collect.gating is not None:
             gates.append(heads.gate(layer, before))
             states = own._replace(hidden=mixed(before, own.hidden, gates[-1], collect.gating))
         if collect.projections == "inputs":
             projections.append(heads.project(layer, before))
         above = len(layers) - layer
+        read = states if above == 0 else own
         if collect.balances:
-            own = states = own._replace(hidden=GradientScale.apply(own.hidden, 1 / (above + 1)))
-        last = above == 0
-        projects = collect.projections == "exits" and not last
-        outputs.append(heads(layer, states if last else own, memory, projects=projects))
+            read = read._replace(hidden=GradientScale.apply(read.hidden, 1 / (above + 1)))
+            states = states._replace(hidden=GradientScale.apply(states.hidden, above / (above + 1)))
+        projects = collect.projections == "exits" and above > 0
+        outputs.append(heads(layer, read, memory, projects=projects))
         memory = outputs[-1].memory
-        if collect.balances:
-            states = states._replace(hidden=GradientScale.apply(states.hidden, above))
     projections += [o.projection for o in outputs if o.projection is not None]
     aux = {name: torch.stack([o.aux[name] for o in outputs], dim=1) for name in outputs[0].aux}
     if gates:

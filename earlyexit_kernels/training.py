@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from earlyexit_kernels.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.model import EarlyExitForSequenceClassification, early_exit_model_in
 from earlyexit_kernels.objectives import Objective, PhaseSpec, objective_of
+from earlyexit_kernels.objectives.arguments import number, optional
+
+#: What a training argument that is a number may be, by its name.
+NUMBERS = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"), number(low=0.0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), number(low=0.0, high=1.0)),
+}
 
 
 class ProgressCallback(TrainerCallback):
@@ -20,9 +27,9 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Pass the step and the epoch on, through whatever wraps the model."""
-        inner = model
-        while not isinstance(inner, EarlyExitForSequenceClassification):
-            inner = inner.module
+        inner = early_exit_model_in(model)
+        if inner is None:
+            raise TypeError(f"ProgressCallback: expected an early-exit model, got {type(model).__name__}")
         inner.set_progress(state.global_step, state.epoch)
 
 
@@ -52,7 +59,7 @@ class Phase:
             changes: fields to set, such as ``num_train_epochs=phase.spec.epochs``.
 
         Raises:
-            ValueError: TrainingArguments has no such field.
+            ValueError: TrainingArguments has no such field, or a number is negative or not finite.
         """
         unknown = [name for name in changes if not hasattr(base, name)]
         if unknown:
@@ -61,6 +68,7 @@ class Phase:
         folder = Path(str(base.output_dir)) / f"phase-{self.number}-{self.name}"
         for name, value in {"output_dir": str(folder), **changes}.items():
             setattr(args, name, value)
+        _check_numbers("phase.args", args)
         return args
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -78,7 +86,13 @@ class Phase:
             args: `learning_rate` (of the encoder), `weight_decay` and Adam's numbers.
             head_lr: of everything but the encoder; fresh exits learn slowly at an encoder's rate. Default: the same.
             halting_lr: of halting heads. Default: `head_lr`.
+
+        Raises:
+            ValueError: a rate, or another number, is negative or not finite.
         """
+        _check_numbers("phase.optimizer", args)
+        for name, rate in {"head_lr": head_lr, "halting_lr": halting_lr}.items():
+            optional(number(low=0.0))(f"phase.optimizer({name}=...)", rate)
         head_lr = args.learning_rate if head_lr is None else head_lr
         rates = {"backbone": args.learning_rate, "halting": head_lr if halting_lr is None else halting_lr}
         halting_decays = self.model.objective.halting_weight_decay
@@ -93,6 +107,12 @@ class Phase:
         listed = [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW(listed, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
+
+
+def _check_numbers(where: str, args: TrainingArguments) -> None:
+    """Refuse rates and other numbers with which training can only spoil the weights."""
+    for name, check in NUMBERS.items():
+        check(f"{where}({name}=...)", getattr(args, name))
 
 
 def phases(model: EarlyExitForSequenceClassification, method: str | Objective | None = None) -> Iterator[Phase]:

@@ -23,6 +23,7 @@ from models import (
 )
 
 import earlyexit_kernels as ee
+from earlyexit_kernels import invalid
 from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit
 
 NAN, INF = float("nan"), float("inf")
@@ -75,6 +76,37 @@ def test_nan_rows_of_a_batch_are_counted_alone():
     assert out.exit_layer.tolist() == [3, 3, 4, 3]
     assert out.logits[2].isnan().all() and torch.isfinite(out.logits[[0, 1, 3]]).all()
     assert model.invalid_rows == 4, "one row, at each of the four exits"
+
+
+def test_training_leaves_the_counts_on_the_device(monkeypatch, caplog):
+    """On a device with a queue nothing is read at each step, but every 100 steps, on request and in eval mode."""
+    monkeypatch.setattr(invalid, "SYNCHRONOUS_DEVICES", ())
+    monkeypatch.setattr(invalid, "PASSES_BETWEEN_READS", 3)
+    reads, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self) or tolist(self))
+    model = early_exit(dropout=0.0).train()
+    batch = {"input_ids": ragged("full")["input_ids"], "labels": torch.tensor([0, 1, 2, 0])}
+    with parameter_set(model.heads.out[1].bias, 1, NAN):
+        for _ in range(2):
+            model(**batch).loss.backward()
+        assert not reads and not warnings_of(caplog)
+        assert model.invalid_rows == 8 and isinstance(model.invalid_rows, int) and len(reads) == 1
+        assert "{2: 8}" in warnings_of(caplog)[0].getMessage()
+        for _ in range(3):
+            model(**batch)
+        assert len(reads) == 2
+        model(**batch)
+    model.eval()
+    model(**batch)
+    assert model._invalid._waiting is None and model.invalid_rows == 24 and len(warnings_of(caplog)) == 1
+
+
+def test_a_strict_model_refuses_at_the_step(monkeypatch):
+    monkeypatch.setattr(invalid, "SYNCHRONOUS_DEVICES", ())
+    model = early_exit(strict=True).train()
+    refusal = pytest.raises(ee.InvalidLogitsError, match=r"4 row\(s\).*at layer 2 of 4")
+    with parameter_set(model.heads.out[1].bias, 1, NAN), refusal:
+        model(**ragged())
 
 
 @pytest.mark.parametrize("criterion", [None, leaving_at(4), Patience(patience=3), QExit(q=1.0)])

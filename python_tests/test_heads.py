@@ -121,6 +121,29 @@ def test_halting_equals_the_textbook(pooling, reads, layers, shared):
     assert bool(kept) is (reads != "single")
 
 
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_dropout_of_a_difference_is_applied_once(pooling):
+    """Two equal exits differ by zero, whatever dropout removes; otherwise entries are scaled by 2 or become zero."""
+    heads = build(pooling=pooling, dropout=0.5, halting=True, halting_input="diff", halting_shared=True).train()
+    out = heads.halting[0].out
+    torch.nn.init.normal_(out.weight)
+    torch.nn.init.constant_(out.bias, 0.25)
+    _, _, packed = states("holes")
+    before = heads(1, packed[1], heads.first_memory(packed[0], "halting"))
+    same = heads(2, packed[1], before.memory)
+    assert torch.equal(same.aux["halting"], torch.full_like(same.aux["halting"], 0.25))
+
+    torch.nn.init.zeros_(out.weight)
+    out.weight.data[0, 3] = 1.0
+    after = heads(2, packed[2], before.memory)
+    difference = (after.memory["features"] - before.memory["features"])[:, 3]
+    seen = set()
+    for _ in range(20):
+        noise = (heads(2, packed[2], before.memory).aux["halting"] - 0.25) / difference
+        seen |= {round(value, 3) for value in noise.tolist()}
+    assert seen == {0.0, 2.0}
+
+
 def test_halting_bias_is_where_it_starts():
     model = early_exit("bert", method=ee.objectives.Dact(halting_bias=-1.5))
     assert all(head.out.bias.item() == -1.5 for head in model.heads.halting) and len(model.heads.halting) == DEPTH

@@ -30,10 +30,12 @@ MAY_IMPORT = {
     "hashing": "torch",
     "heads": "packing torch transformers",
     "inputs": "torch",
+    "labels": "objectives torch",
     "packing": "errors hashing numpy ops torch transformers",
     "tracing": "heads packing types torch",
     "counts": "torch",
     "engine": "counts criteria errors heads ops packing tracing types torch",
+    "invalid": "engine errors ops torch",
     "fixed_depth": "backbones criteria hashing heads inputs ops packing tracing types torch",
     "backbones": "torch",
     "objectives": "types torch",
@@ -46,8 +48,8 @@ MAY_IMPORT = {
     "engine_choice": "",
     "runtime": "backends engine_choice errors graphs layers packing resident types torch transformers",
     "phased": "config objectives tracing types torch transformers",
-    "model": "backbones config criteria engine errors fixed_depth heads inputs loading objectives ops packing phased "
-    "replay runtime tracing types safetensors torch transformers",
+    "model": "backbones config criteria engine fixed_depth heads inputs invalid labels loading objectives packing "
+    "phased replay runtime tracing types safetensors torch transformers",
     "convert": "backbones config criteria heads model objectives torch transformers",
     "training": "model objectives torch transformers",
     "predict": "model numpy torch",

@@ -183,3 +183,13 @@ def test_methods_that_compare_classes_need_two():
         with pytest.raises(ValueError, match="at least 2, got 1"):
             check_task(objective, SINGLE, 1)
     check_task(Deebert(), SINGLE, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("cls", [*OBJECTIVES.values(), PhaseSpec])
+def test_no_number_is_allowed_not_to_be_finite(cls, value):
+    needed = {"name": "phase"} if cls is PhaseSpec else {}
+    for field in dataclasses.fields(cls):
+        if isinstance(field.default, float) or "float" in str(field.type):
+            with pytest.raises(ValueError, match=rf"\({field.name}=...\): expected a finite number"):
+                cls(**needed, **{field.name: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -84,6 +85,26 @@ def test_an_argument_that_the_trainer_does_not_have(tmp_path):
     (phase,) = ee.phases(converted("joint"))
     with pytest.raises((TypeError, ValueError), match="num_epochs"):
         phase.args(arguments(tmp_path), num_epochs=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "adam_epsilon", "adam_beta1", "num_train_epochs"])
+def test_numbers_that_would_spoil_the_weights(tmp_path, name, value):
+    (phase,) = ee.phases(converted("joint"))
+    with pytest.raises(ValueError, match=rf"phase.args\({name}=...\): expected a finite number .* got {value}"):
+        phase.args(arguments(tmp_path), **{name: value})
+    base = arguments(tmp_path)
+    setattr(base, name, value)
+    with pytest.raises(ValueError, match=rf"phase.optimizer\({name}=...\): expected a finite number .* got {value}"):
+        phase.optimizer(base)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3])
+@pytest.mark.parametrize("name", ["head_lr", "halting_lr"])
+def test_rates_that_would_spoil_the_weights(tmp_path, name, value):
+    (phase,) = ee.phases(converted("palbert"))
+    with pytest.raises(ValueError, match=rf"phase.optimizer\({name}=...\): expected a finite number .* got {value}"):
+        phase.optimizer(arguments(tmp_path), **{name: value})
 
 
 def test_berxit_alternates_by_optimiser_steps(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from earlyexit_kernels.heads import HeadOutput
 from earlyexit_kernels.objectives import TrainingStep, objective_of
 from earlyexit_kernels.packing import AttentionPlan, PackedStates, pack
 from earlyexit_kernels.tracing import Collect, trace_exits
+from earlyexit_kernels.types import Gating
 
 LABELS = torch.tensor([2, 0, 1, 1])
 ACTIVATIONS = {"bert": torch.tanh, "roberta": torch.tanh, "albert": torch.tanh, "electra": F.gelu, "distilbert": F.relu}
@@ -175,3 +176,28 @@ def test_gradient_equilibrium_changes_no_loss_and_no_exit():
     gradients = [dict(model.backbone.named_parameters()) for model in (balanced, plain)]
     assert torch.allclose(gradients[0][last].grad, gradients[1][last].grad)
     assert gradients[0][first].grad.norm() < 0.5 * gradients[1][first].grad.norm()
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_gradient_equilibrium_with_gates(hard):
+    """The outputs are those of the gated pass; the gradients of layer l and of its gate are divided by L - l + 1."""
+    model = early_exit(dropout=0.0, method="smartbert").train()
+    weights = torch.randn(len(LABELS), DEPTH, CLASSES, generator=torch.Generator().manual_seed(4))
+    inputs = (*batch_for(model).values(), None, None)
+    gating, traces, gradients = Gating(hard=hard, threshold=0.5), [], []
+    for layer, gate in enumerate(model.heads.gates):  # so that some rows skip each layer and some do not
+        scores = model._trace(inputs, Collect("halting", gating)).aux["gate"][:, layer]
+        gate.out.bias.data.sub_(scores.detach().median() + 0.01)
+    for balances in (False, True):
+        model.zero_grad()
+        traces.append(model._trace(inputs, Collect("halting", gating, balances=balances)))
+        (traces[-1].logits * weights).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert torch.equal(traces[0].logits, traces[1].logits)
+    assert torch.equal(traces[0].aux["gate"], traces[1].aux["gate"])
+    for layer in range(1, DEPTH + 1):
+        for name in (f"backbone.encoder.layer.{layer - 1}.output.dense.weight", f"heads.gates.{layer - 1}.out.weight"):
+            plain, balanced = (found[name] for found in gradients)
+            assert plain.abs().max() > 1e-3, name
+            expected = plain / (DEPTH - layer + 1)
+            assert (balanced - expected).abs().max() < 1e-5 * plain.abs().max(), name

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from earlyexit_kernels.backbones.albert import ALBERT
-from earlyexit_kernels.backbones.base import BackboneAdapter, LayerNames, StockHead, column_positions
+from earlyexit_kernels.backbones.base import BackboneAdapter, LayerNames, StockHead, check_parts, column_positions
 from earlyexit_kernels.backbones.bert import BERT
 from earlyexit_kernels.backbones.distilbert import DISTILBERT
 from earlyexit_kernels.backbones.electra import ELECTRA
 from earlyexit_kernels.backbones.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 
-__all__ = ["BACKBONES", "BackboneAdapter", "LayerNames", "StockHead", "adapter_of", "column_positions"]
+__all__ = ["BACKBONES", "BackboneAdapter", "LayerNames", "StockHead", "adapter_of", "check_parts", "column_positions"]
 
 BACKBONES: dict[str, BackboneAdapter] = {
     "bert": BERT,

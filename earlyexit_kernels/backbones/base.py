@@ -70,6 +70,7 @@ class BackboneAdapter:
         parts: ``layer ->`` the encoder layers it runs one after the other; mostly itself alone.
         shares_layers: one layer is used many times.
         widen: ``backbone ->`` the linear from the embeddings' E to the layers' H, or None where they are the same.
+        embeddings: dotted name of the module that `embed` calls.
     """
 
     model_type: str
@@ -83,11 +84,32 @@ class BackboneAdapter:
     parts: Callable[[nn.Module], Sequence[nn.Module]] = single
     shares_layers: bool = False
     widen: Callable[[nn.Module], nn.Linear | None] = as_wide
+    embeddings: str = "embeddings"
 
     def first_states(self, backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
         """What layer 1 reads, ``[1, T, H]`` for ``[1, T]`` each."""
         embedded, widen = self.embed(backbone, ids, positions, types), self.widen(backbone)
         return embedded if widen is None else widen(embedded)
+
+
+def check_parts(adapter: BackboneAdapter, backbone: nn.Module) -> None:
+    """Check that an adapter names every part of a backbone that has weights; a part it lacks would never run.
+
+    A backbone of pre-norm layers is refused so, since nothing would apply the norm after its last layer.
+
+    Raises:
+        ValueError: naming the modules.
+    """
+    parts: list[Any] = [backbone.get_submodule(adapter.embeddings), adapter.widen(backbone), *adapter.layers(backbone)]
+    named = {id(p) for part in parts if part is not None for p in part.parameters()}
+    left = [name for name, p in backbone.named_parameters() if id(p) not in named]
+    if left:
+        modules = sorted({name.rpartition(".")[0] or name for name in left})
+        raise ValueError(
+            f"the adapter of {adapter.model_type!r} doesn't use {', '.join(modules)} of {type(backbone).__name__}, so "
+            "its exits would answer without them; expected embeddings, an optional linear that widens them, and layers "
+            "that end in their own norm (post-norm)"
+        )
 
 
 def column_positions(backbone: nn.Module, input_ids: Tensor) -> Tensor:

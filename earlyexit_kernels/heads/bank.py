@@ -100,13 +100,39 @@ class ExitHeads(nn.Module):
         Args:
             name: dotted, relative to this module.
         """
-        bank, index, *_ = name.split(".")
+        bank, _, rest = name.partition(".")
+        while bank not in self._modules:  # what a wrapper puts before: "modules_to_save.default." of PEFT
+            bank, _, rest = rest.partition(".")
         if bank in PARTS_OF_BANK:
             return PARTS_OF_BANK[bank]
         if bank == "dense" and len(self.dense) == 1:
             return "dense"
         modules: Any = getattr(self, bank)
-        return "last_exit" if int(index) == len(modules) - 1 else "early_exits"
+        return "last_exit" if int(rest.partition(".")[0]) == len(modules) - 1 else "early_exits"
+
+    def check_beside(self, weight: Tensor) -> None:
+        """Check that these heads can read the hidden states of a backbone.
+
+        A linear on pooled states may have another dtype; modules that read the states themselves may not.
+
+        Args:
+            weight: of the backbone's embeddings, as an example of its dtype and device.
+
+        Raises:
+            ValueError: they can't.
+        """
+        last = self.out[-1]._parameters.get("weight")
+        bank = self.dense if len(self.dense) else self.attention if len(self.attention) else self.gates
+        reader = next(bank.parameters(), None)
+        moved = last is not None and last.device != weight.device
+        mixed = reader is not None and reader.dtype != weight.dtype
+        if moved or (mixed and not torch.is_autocast_enabled(weight.device.type)):
+            found: Any = last if moved else reader
+            raise ValueError(
+                f"the exits are {found.dtype} on {found.device}, the backbone {weight.dtype} on {weight.device}; "
+                "convert both with model.to(...), model.half() or model.float() of the early-exit model: on the stock "
+                "model they move the shared encoder alone"
+            )
 
     def first_memory(self, states: RowStates, needs: str | None) -> dict[str, Tensor]:
         """The memory before layer 1.
@@ -137,7 +163,7 @@ class ExitHeads(nn.Module):
         new_memory = self._new_memory(memory, features, states)
         aux = {name: self._scalar(name, layer, features, memory, new_memory) for name in self._scalars(memory)}
         projection = _at(self.contrast, layer)(narrow) if projects else None
-        out = _at(self.out, layer)
+        out = self._last_linear(layer)
         if self.training:
             logits = out(self._drop(features.to(out.weight.dtype), out))
             return HeadOutput(logits, aux, new_memory, projection)
@@ -150,12 +176,13 @@ class ExitHeads(nn.Module):
         """
         if self.config.pooling is None or self.config.form != "linear":
             return None
-        weights = [(out.weight.contiguous(), out.bias) for out in (_at(self.out, k + 1) for k in range(self.depth))]
+        outs = [self._last_linear(layer) for layer in range(1, self.depth + 1)]
+        weights: list[tuple[Tensor, Tensor]] = [(out.weight.contiguous(), out.bias) for out in outs]
         return LinearExits(self.config.pooling, weights) if weights[0][0].dtype == dtype else None
 
     def dense_exit(self, layer: int) -> tuple[nn.Linear, nn.Linear]:
         """The dense module and the last linear of the exit after 1-based `layer`, where it is first token and these."""
-        return _at(self.dense, layer), _at(self.out, layer)
+        return _at(self.dense, layer), self._last_linear(layer)
 
     def fused(self, layer: int, states: RowStates, memory: Mapping[str, Tensor], needs: str | None) -> FusedExit:
         """The exit after 1-based `layer` for inference, its last linear left to the fused op.
@@ -165,7 +192,7 @@ class ExitHeads(nn.Module):
             memory: of the layer before.
             needs: the scalar the criterion reads; nothing else is computed.
         """
-        out = _at(self.out, layer)
+        out = self._last_linear(layer)
         features, _ = self._features(layer, states)
         new_memory = self._new_memory(memory, features, states)
         aux = None if needs is None else self._scalar(needs, layer, features, memory, new_memory)
@@ -181,6 +208,21 @@ class ExitHeads(nn.Module):
     def project(self, layer: int, states: RowStates) -> Tensor:
         """Projections ``[T, P]`` of the input of 1-based `layer`."""
         return self.projectors[layer - 1](states.hidden)
+
+    def _last_linear(self, layer: int) -> nn.Linear:
+        """The last linear of the exit after 1-based `layer`, whose weight inference reads without calling it.
+
+        Raises:
+            TypeError: it has been replaced by something else.
+        """
+        out = _at(self.out, layer)
+        if not isinstance(out, nn.Linear):
+            raise TypeError(
+                f"the exit after layer {layer}: expected torch.nn.Linear, got {type(out).__module__}."
+                f"{type(out).__name__}; leave the exits as they are: quantize model.backbone alone, and give PEFT "
+                "modules_to_save=['heads'] to train them, or merge its adapters"
+            )
+        return out
 
     def _features(self, layer: int, states: RowStates) -> tuple[Tensor, Tensor | None]:
         """What the last linear reads ``[B, F]``, and the narrowed tokens of an attention exit."""
@@ -218,8 +260,9 @@ class ExitHeads(nn.Module):
             return linear(self._drop(features.to(linear.weight.dtype), linear))[:, 0]
         head = _at(self.halting, layer)
         previous = memory.get("features")
-        x = self._drop(features.to(head.out.weight.dtype), head)
-        return head(x, None if previous is None else self._drop(previous.to(x.dtype), head))
+        dtype = head.out.weight.dtype
+        x = head.inputs(features.to(dtype), None if previous is None else previous.to(dtype))
+        return head(self._drop(x, head))
 
 
 def exit_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -39,20 +39,20 @@ class HaltingHead(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(size, size) for _ in range(layers if layers > 1 else 0))
         self.out = StartsAt(size, bias)
 
-    def forward(self, features: Tensor, previous: Tensor | None) -> Tensor:
-        """The logit ``[B]``.
+    def inputs(self, features: Tensor, previous: Tensor | None) -> Tensor:
+        """What the network reads, ``[B, F]``, or ``[B, 2 F]`` with ``"concat"``.
 
         Args:
             features: ``[B, F]`` of this exit.
             previous: ``[B, F]`` of the exit before, zeros at the first; unused with ``"single"``.
         """
-        x = features
-        if self.reads == "concat":
-            assert previous is not None
-            x = torch.cat((features, previous), dim=-1)
-        elif self.reads == "diff":
-            assert previous is not None
-            x = features - previous
+        if self.reads == "single":
+            return features
+        assert previous is not None
+        return torch.cat((features, previous), dim=-1) if self.reads == "concat" else features - previous
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logit ``[B]`` of what `inputs` gives, after dropout in training."""
         for layer in self.hidden:
             x = torch.tanh(layer(x))
         return self.out(x)[:, 0]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check
+from earlyexit_kernels.objectives.arguments import Check, number
 from earlyexit_kernels.types import ExitTrace, Gating
 
 #: Parts of a model that a phase may train.
@@ -38,7 +38,7 @@ class PhaseSpec:
         balances: each layer receives the average of the gradients of the exits above it, not their sum.
 
     Raises:
-        ValueError: an unknown part or kind of projection.
+        ValueError: an unknown part or kind of projection, or a number that is negative or not finite.
     """
 
     name: str
@@ -51,6 +51,8 @@ class PhaseSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trains", frozenset(self.trains))
+        for name in ("epochs", "lr"):
+            object.__setattr__(self, name, number(low=0.0)(f"PhaseSpec({name}=...)", getattr(self, name)))
         unknown = sorted(self.trains - set(PARTS))
         if unknown:
             raise ValueError(f"PhaseSpec(trains=...): expected parts among {PARTS}, got {unknown}")

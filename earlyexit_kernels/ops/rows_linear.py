@@ -195,7 +195,7 @@ def rows_linear(
     check_present(op, offsets, None, capacity=capacity, device=device)
     x, offsets = x.contiguous(), offsets.contiguous()
     weights, biases = ([tensor.contiguous() for tensor in each] for each in (weights, biases))
-    named = {f"{name} {k}": x for name, each in (("weight", weights), ("bias", biases)) for k, x in enumerate(each)}
+    named = {f"{name} {k}": y for name, each in (("weight", weights), ("bias", biases)) for k, y in enumerate(each)}
     check_apart(op, {"out": out}, {"x": x, "offsets": offsets, **named})
     _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
         x, weights, biases, offsets, out, activation, absolute

@@ -1,0 +1,59 @@
+"""The labels of a batch, checked against the task before any loss is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.objectives.base import IGNORED
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_REAL = (*_INTEGERS, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_labels(labels: Tensor, problem_type: str, rows: int, classes: int) -> Tensor:
+    """Validate the labels of N rows, and return them as the task losses expect them.
+
+    Values are checked on the CPU only, where reading them costs no synchronisation; on CUDA a class out of range fails
+    in the assertion of torch's own cross entropy.
+
+    Args:
+        labels: integers ``[N]`` for single_label_classification, ``[N, C]`` in [0, 1] for multi_label_classification,
+            ``[N, C]``, or ``[N]`` for one output, for regression.
+        problem_type: as in transformers.
+        rows, classes: N and C.
+
+    Raises:
+        ValueError: a wrong shape, dtype or value.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels: expected a tensor, got {type(labels).__name__}")
+    single = problem_type == "single_label_classification"
+    shapes = [(rows,), (rows, 1)] if single else [(rows, classes)]
+    if problem_type == "regression" and classes == 1:
+        shapes = [(rows,), (rows, 1)]
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"labels: expected shape {list(shapes[0])} for {problem_type} of {rows} rows and {classes} classes, got "
+            f"{list(labels.shape)}"
+        )
+    if labels.dtype not in (_INTEGERS if single else _REAL):
+        expected = "integers" if single else "numbers"
+        raise ValueError(f"labels: expected {expected} for {problem_type}, got {labels.dtype}")
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        _check_values(labels, problem_type, classes)
+    return labels.long() if single else labels
+
+
+def _check_values(labels: Tensor, problem_type: str, classes: int) -> None:
+    if problem_type == "single_label_classification":
+        wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
+        allowed = f"classes in [0, {classes - 1}], as the model has {classes}, or {IGNORED} for no label"
+    elif problem_type == "multi_label_classification":
+        wrong = labels[~((labels >= 0) & (labels <= 1))]
+        allowed = "numbers in [0, 1]"
+    else:
+        wrong = labels[~torch.isfinite(labels)]
+        allowed = "finite numbers"
+    if wrong.numel():
+        raise ValueError(f"labels: expected {allowed}, got {wrong.flatten()[0].item()}")
