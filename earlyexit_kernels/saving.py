@@ -135,22 +135,6 @@ def _cure(folder: str | os.PathLike[str]) -> str:
     )
 
 
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Create a folder if it does not exist, and check that files can be written there.
-
-    Raises:
-        OSError: the folder cannot be created or written to.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0")
-    except OSError as error:
-        raise OSError(
-            f"{folder}: expected a folder that can be written to, got {error.strerror or error}; choose another one"
-        ) from error
-
-
 def _complete(target: Path) -> None:
     """Move the files of a valid save to their places. It may be interrupted and repeated at any point."""
     if not (target / UNFINISHED).is_dir():
