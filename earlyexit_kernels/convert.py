@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from earlyexit_kernels.backbones import BackboneAdapter, StockHead, adapter_of
-from earlyexit_kernels.config import EarlyExitConfig, default_problem_type
+from earlyexit_kernels.config import EarlyExitConfig, check_encoder, default_problem_type
 from earlyexit_kernels.criteria import Criterion, from_dict
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
 from earlyexit_kernels.model import EarlyExitForSequenceClassification
@@ -123,10 +123,7 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
             f"to_early_exit: expected torch.nn.Linear in the head, {found}; merge its adapters first (merge_and_unload "
             "of PEFT), and quantize only after the conversion"
         )
-    if getattr(config, "chunk_size_feed_forward", 0) > 0:
-        raise ValueError("chunk_size_feed_forward > 0 isn't supported: packed tokens have no sequence axis to chunk")
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ValueError("to_early_exit: expected an encoder, got a model with is_decoder or add_cross_attention set")
+    check_encoder(config)
     return adapter, base, names
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, initialization
 from transformers.utils import ModelOutput
 
 from earlyexit_kernels import engine, tracing
 from earlyexit_kernels.backbones import adapter_of, check_parts
+from earlyexit_kernels.checkpoint import Checkpointed
 from earlyexit_kernels.config import EarlyExitConfig
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
 from earlyexit_kernels.fixed_depth import FixedDepth
@@ -20,12 +20,11 @@ from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
 from earlyexit_kernels.inputs import check_inputs, refuse_other_arguments
 from earlyexit_kernels.invalid import InvalidRows
 from earlyexit_kernels.labels import check_labels
-from earlyexit_kernels.loading import check_loaded, corrupt_files
 from earlyexit_kernels.objectives import mean_task_loss, objective_of
 from earlyexit_kernels.packing import PACKED_ATTENTION, PackedBatch, check_attention, pack, row_keys
 from earlyexit_kernels.phased import PhasedTraining
 from earlyexit_kernels.replay import replay
-from earlyexit_kernels.runtime import ATTENTION_IS_FIXED, RuntimeChoices
+from earlyexit_kernels.runtime import RuntimeChoices
 from earlyexit_kernels.types import ExitOutput, ExitTrace
 
 _Inputs: TypeAlias = tuple[Tensor | None, ...]
@@ -50,7 +49,7 @@ class EarlyExitOutput(ModelOutput):
     all_logits: Tensor | None = None
 
 
-class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
+class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeChoices):
     """A sequence classifier whose rows leave at the exit that is sure of them, at any batch size.
 
     Built by `to_early_exit`, or by ``AutoModelForSequenceClassification.from_pretrained`` of a saved one.
@@ -87,7 +86,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         config.backbone_config = encoder
         config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
         self.depth: int = encoder.num_hidden_layers
-        self.heads = ExitHeads(HeadConfig(**config.heads), encoder.hidden_size, config.num_labels, self.depth)
+        self.heads = ExitHeads(HeadConfig.from_dict(config.heads), encoder.hidden_size, config.num_labels, self.depth)
         self._invalid = InvalidRows()
         self._layer_macs = _layer_macs(encoder)
         self.set_objective(objective_of(config.method))
@@ -155,7 +154,7 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             labels: ``[N]``, or ``[N, C]`` for several labels a row.
             output_all_logits: run every layer on every row and return the logits of every exit; the answers are those
                 of the criterion all the same. Refused under a criterion that skips layers.
-            output_hidden_states, output_attentions: refused, since rows leave on the way.
+            output_hidden_states, output_attentions: refused, since rows leave on the way; default: the config's.
             return_dict: False for a tuple.
             others: further arguments of stock models, None each.
 
@@ -165,7 +164,9 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
             InvalidLogitsError: logits without a meaning, in a strict model.
             AttentionReplacedError: somebody set another attention on the backbone.
         """
-        if output_hidden_states or output_attentions:
+        config: Any = self.config
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if wanted or (config.output_attentions if output_attentions is None else output_attentions):
             raise ValueError(
                 "output_hidden_states and output_attentions aren't available: rows leave on the way, so there is no "
                 "full set to return; call model.backbone for them"
@@ -334,45 +335,6 @@ class EarlyExitForSequenceClassification(PhasedTraining, RuntimeChoices):
         super()._init_weights(module)
         if isinstance(module, StartsAt):
             initialization.constant_(module.bias, module.first_bias)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
-        allow_new_heads: bool = False,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a saved model, criterion and thresholds included; safetensors files only.
-
-        Args:
-            pretrained_model_name_or_path: folder or hub name.
-            allow_new_heads: accept a checkpoint that lacks weights, which are then freshly initialised.
-            output_loading_info: return ``(model, info)``.
-            args, kwargs: as in transformers, but for `attn_implementation` and `use_safetensors=False`, which are
-                refused.
-
-        Raises:
-            MissingHeadsError: the checkpoint lacks weights.
-            ValueError: `attn_implementation` or `use_safetensors=False` was given.
-            RuntimeError: a file is corrupt, or a weight has another shape or no place.
-        """
-        config: Any = kwargs.get("config")
-        chosen = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
-        if chosen not in (None, PACKED_ATTENTION):
-            raise ValueError(ATTENTION_IS_FIXED)
-        if not kwargs.pop("use_safetensors", True):
-            raise ValueError("use_safetensors=False: pickled weights are never read; convert them to safetensors")
-        source = pretrained_model_name_or_path
-        try:
-            model, info = super().from_pretrained(
-                source, *args, output_loading_info=True, use_safetensors=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise RuntimeError(f"{corrupt_files(source)} is corrupt or cut short: {error}") from error
-        check_loaded(info, source, allow_new_heads=allow_new_heads)
-        return (model, info) if output_loading_info else model
 
 
 def early_exit_model_in(module: nn.Module) -> EarlyExitForSequenceClassification | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from models import LOADERS, early_exit, ragged, stock
 from safetensors.torch import load_file, save_file
 
@@ -62,10 +64,12 @@ def test_missing_exits_may_be_allowed(saved, load):
 
 def test_wrong_shape_is_refused(saved, load):
     change_weights(saved, lambda state: state.update({"heads.out.1.weight": torch.zeros(5, 64)}))
-    with pytest.raises(RuntimeError):
-        load(saved)
-    with pytest.raises(RuntimeError, match=r"heads\.out\.1\.weight"):
-        load(saved, ignore_mismatched_sizes=True)
+    for arguments in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(
+            RuntimeError, match=r"heads\.out\.1\.weight \(5, 64\) in .*, \(3, 64\) by the config"
+        ) as caught:
+            load(saved, **arguments)
+        assert str(saved / WEIGHTS) in str(caught.value)
 
 
 def test_weight_without_a_place_is_refused(saved, load):
@@ -160,3 +164,205 @@ def test_pickles_are_never_read(tmp_path, saved, load, arguments):
     with pytest.raises((OSError, ValueError, RuntimeError)):
         load(saved, **arguments)
     assert not target.exists()
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    folder = tmp_path / "sharded"
+    early_exit().save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+OUTSIDE = [
+    "pytorch_model.bin",
+    "../outside.safetensors",
+    "/tmp/outside.safetensors",
+    "sub/a.safetensors",
+    "..",
+    3,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "..\\outside.safetensors", "x.safetensors.bin"])
+def test_index_names_safetensors_of_its_folder_only(sharded, load, name, monkeypatch):
+    index = json.loads((sharded / INDEX).read_text())
+    entry = "heads.out.0.weight"
+    shutil.copy(sharded / index["weight_map"][entry], sharded.parent / "outside.safetensors")
+    (sharded / "pytorch_model.bin").write_bytes(b"no weights")
+    index["weight_map"][entry] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    for reader in ("torch.load", "safetensors.torch.load_file", "earlyexit_kernels.weight_files.safe_open"):
+        monkeypatch.setattr(reader, lambda *_, **__: pytest.fail("something was read"))
+    with pytest.raises(ValueError, match=entry) as caught:
+        load(sharded)
+    assert repr(name) in str(caught.value) and str(sharded / INDEX) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3, "metadata": {}}', '{"weight_map": {}}'])
+def test_index_that_is_none_is_named(sharded, load, text):
+    (sharded / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=INDEX):
+        load(sharded)
+
+
+def test_missing_shard_is_named(sharded, load):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(OSError, match=shard.name):
+        load(sharded)
+
+
+def test_links_to_files_elsewhere_are_followed(sharded, load):
+    """The hub's cache is made of them."""
+    expected = load(sharded)(**ragged()).logits
+    blobs = sharded.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(sharded.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("..") / "blobs" / str(number))
+    assert torch.equal(load(sharded)(**ragged()).logits, expected)
+
+
+def test_weights_in_a_pickle_are_not_read_by_name(saved):
+    config = ee.EarlyExitConfig.from_pretrained(saved)
+    torch.save(load_file(saved / WEIGHTS), saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        ee.EarlyExitForSequenceClassification.from_pretrained(saved / "pytorch_model.bin", config=config)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_weights_that_are_not_floating_are_refused(saved, load, dtype):
+    name = "backbone.encoder.layer.1.output.dense.weight"
+    change_weights(saved, lambda state: state.update({name: state[name].to(dtype)}))
+    with pytest.raises(RuntimeError, match="expected one of F64, F32, F16, BF16") as caught:
+        load(saved)
+    assert name in str(caught.value) and str(saved / WEIGHTS) in str(caught.value)
+
+
+HUGE = [
+    ("backbone_config", "num_hidden_layers", 10**7),
+    ("backbone_config", "num_hidden_layers", 0),
+    ("backbone_config", "num_hidden_layers", True),
+    ("backbone_config", "hidden_size", 10**9),
+    ("backbone_config", "intermediate_size", 10**9),
+    ("backbone_config", "vocab_size", 10**12),
+    ("backbone_config", "max_position_embeddings", 10**12),
+    ("backbone_config", "num_attention_heads", 0),
+    ("backbone_config", "num_labels", 10**9),
+    ("heads", "halting_layers", 10**7),
+    ("heads", "width", 10**9),
+    ("heads", "attention_heads", 10**9),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), HUGE)
+def test_absurd_sizes_are_refused_before_anything_is_built(saved, load, part, name, value, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module was built"))
+    config = json.loads((saved / "config.json").read_text())
+    change_config(saved, **{part: {**config[part], name: value}})
+    with pytest.raises(ValueError, match=rf"{part}\.{name}: expected a whole number from 1 to [0-9,]+, got {value}"):
+        load(saved)
+
+
+def test_absurd_sizes_are_refused_everywhere(saved, load):
+    change_config(saved, num_labels=10**9, id2label=None)
+    with pytest.raises(ValueError, match="num_labels: expected a whole number"):
+        load(saved)
+    large = {"hidden_size": 32_768, "num_hidden_layers": 500, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match="expected an encoder of at most 20,000,000,000 parameters"):
+        ee.EarlyExitConfig(backbone_config={"model_type": "bert", **large})
+    with pytest.raises(ValueError, match=r"backbone_config\.n_layers"):
+        ee.EarlyExitConfig(backbone_config={"model_type": "distilbert", "n_layers": 10**7})
+    with pytest.raises(ValueError, match=r"backbone_config\.inner_group_num"):
+        ee.EarlyExitConfig(backbone_config=tf.AlbertConfig(inner_group_num=10**7))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        *[({"criterion": data}, "criterion: expected the data of Criterion.to_dict") for data in ([], "entropy", 3)],
+        ({"criterion": {"name": "skip_gate", "rule": []}}, "criterion 'skip_gate'"),
+        ({"backbone_config": {}}, "backbone_config: expected 'model_type'"),
+        ({"backbone_config": {"model_type": "t5"}}, "'t5' has no adapter"),
+        ({"backbone_config": {"model_type": "early-exit"}}, "'early-exit' has no adapter"),
+        *[({"backbone_config": data}, "backbone_config: expected the config") for data in ([], "bert", 3)],
+        ({"heads": {"hunch": 1}}, r"heads: expected settings among .*got \['hunch'\]"),
+        *[({"heads": data}, "heads: expected the data of HeadConfig.to_dict") for data in ([], "linear", 3)],
+        ({"heads": {"dropout": "much"}}, "dropout: expected a number, got 'much'"),
+        ({"heads": {"halting_bias": None}}, "halting_bias: expected a number, got None"),
+        ({"heads": {"activation": []}}, r"activation: expected one of .*got \[\]"),
+        *[({"method": data}, "method: expected one of") for data in ([], {}, 3, None, {"name": []})],
+        ({"method": {"name": "palbert", "hunch": 1}}, "method 'palbert'.*hunch"),
+        ({"problem_type": []}, "problem_type: expected a string"),
+        *[({"id2label": data}, "id2label: expected a dict") for data in ([], "x", {"a": "b"})],
+        *[({"dtype": data}, "dtype: expected a floating dtype") for data in ("int8", "x", [], 3)],
+        ({"transformers_weights": "adapter_model.bin"}, "transformers_weights='adapter_model.bin'"),
+        ({"output_hidden_states": True}, "output_hidden_states=True isn't available"),
+        ({"output_attentions": True}, "output_attentions=True isn't available"),
+    ],
+)
+def test_config_of_another_form_is_refused(saved, load, values, message):
+    change_config(saved, **values)
+    with pytest.raises(ValueError, match=message):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("chunk_size_feed_forward", 1, "chunk_size_feed_forward > 0"),
+        ("chunk_size_feed_forward", [1], "backbone_config.chunk_size_feed_forward: expected a whole number"),
+        ("is_decoder", True, "expected an encoder, got one with is_decoder"),
+        ("add_cross_attention", True, "expected an encoder, got one with add_cross_attention"),
+        ("output_hidden_states", True, "backbone_config.output_hidden_states=True isn't available"),
+        ("output_attentions", True, "backbone_config.output_attentions=True isn't available"),
+        ("hidden_size", "wide", "backbone_config.hidden_size"),
+        ("hidden_act", "hunch", "backbone_config.hidden_act: expected an activation"),
+        ("layer_norm_eps", [], "backbone_config.*layer_norm_eps"),
+    ],
+)
+def test_backbone_that_packed_tokens_cannot_run_is_refused(saved, load, name, value, message):
+    config = json.loads((saved / "config.json").read_text())
+    change_config(saved, backbone_config={**config["backbone_config"], name: value})
+    with pytest.raises(ValueError, match=message):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_asked_for_by_the_config_are_refused(name):
+    model = stock(attention="eager")
+    setattr(model.config, name, True)
+    with pytest.raises(ValueError, match=f"{name}=True isn't available"):
+        ee.to_early_exit(model)
+    model = early_exit()
+    setattr(model.config, f"_{name}" if name == "output_attentions" else name, True)
+    with pytest.raises(ValueError, match="aren't available"):
+        model(**ragged())
+    assert model(**ragged(), **{name: False}).logits is not None
+
+
+def test_config_without_a_version_is_refused(saved, load):
+    config = json.loads((saved / "config.json").read_text())
+    del config["format_version"]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r'the config has none.*"format_version": 1'):
+        load(saved)
+
+
+def test_config_without_a_digest_is_accepted(saved, load):
+    """As saved by releases before it."""
+    config = json.loads((saved / "config.json").read_text())
+    assert len(config.pop("weights_digest")) == 64
+    (saved / "config.json").write_text(json.dumps(config))
+    change_weights(saved, lambda state: state["heads.out.1.bias"].add_(1))
+    load(saved)
+
+
+def test_weights_changed_after_the_save_are_refused(saved, load):
+    change_weights(saved, lambda state: state["heads.out.1.bias"].add_(1))
+    with pytest.raises(RuntimeError, match=r"different saves.*weights_digest"):
+        load(saved)

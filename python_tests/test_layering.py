@@ -39,8 +39,12 @@ MAY_IMPORT = {
     "fixed_depth": "backbones criteria hashing heads inputs ops packing tracing types torch",
     "backbones": "torch",
     "objectives": "types torch",
-    "config": "criteria transformers",
-    "loading": "errors safetensors",
+    "limits": "",
+    "config": "backbones criteria limits huggingface_hub torch transformers",
+    "saving": "",
+    "weight_files": "safetensors torch transformers",
+    "loading": "errors weight_files safetensors",
+    "checkpoint": "loading packing runtime saving weight_files safetensors transformers",
     "fingerprint": "backends torch",
     "layers": "backbones backends fingerprint ops packing torch",
     "resident": "backbones criteria heads layers ops packing types torch",
@@ -48,8 +52,8 @@ MAY_IMPORT = {
     "engine_choice": "",
     "runtime": "backends engine_choice errors graphs layers packing resident types torch transformers",
     "phased": "config objectives tracing types torch transformers",
-    "model": "backbones config criteria engine fixed_depth heads inputs invalid labels loading objectives packing "
-    "phased replay runtime tracing types safetensors torch transformers",
+    "model": "backbones checkpoint config criteria engine fixed_depth heads inputs invalid labels objectives packing "
+    "phased replay runtime tracing types torch transformers",
     "convert": "backbones config criteria heads model objectives torch transformers",
     "training": "model objectives torch transformers",
     "predict": "model numpy torch",
@@ -148,7 +152,7 @@ def test_every_package_from_outside_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
     declared += [r for r in importlib.metadata.requires("transformers") or [] if "extra ==" not in r]
-    names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in declared}
+    names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("-", "_") for requirement in declared}
     outside = {t.removeprefix("outside:") for m in MODULES for t in targets(m) if t.startswith("outside:")}
     assert {name for name in outside if name not in sys.stdlib_module_names} <= names
 

@@ -133,7 +133,9 @@ def test_names_are_no_criteria():
     with pytest.raises(TypeError, match=r"criterion: expected one of earlyexit_kernels.criteria or None, got .entropy"):
         early_exit().set_criterion("entropy")
     logits = torch.zeros(1, CLASSES)
-    with pytest.raises(TypeError, match=r"exit_step: expected one of earlyexit_kernels.criteria, got 'entropy'"):
+    with pytest.raises(
+        TypeError, match=r"exit_step: expected criterion to be one of earlyexit_kernels.criteria, got 'entropy'"
+    ):
         exit_step(
             criterion="entropy",
             layer=1,

@@ -26,6 +26,7 @@ from transformers import (
 from earlyexit_kernels.convert import to_early_exit
 from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from_dict
 from earlyexit_kernels.report import markdown_table
+from earlyexit_kernels.saving import save_or_rescue
 from earlyexit_kernels.sweep import collect_trace, truncations
 from earlyexit_kernels.task_sources import Split
 from earlyexit_kernels.tasks import TASK_NAMES, EncodedSplit, Task, encode, holdout, load_task
@@ -147,10 +148,9 @@ def run(args: argparse.Namespace) -> int:
     evaluation = encode(task.split(recipe.evaluation_split), tokenizer, max_length=recipe.max_length)
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     scores = truncations(trace, labels, metrics=task.metrics)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
     outcome = {"method": objective.to_dict(), "phases": tuple(plans), "scores": scores}
-    Recipe(**{**asdict(recipe), **outcome}).save(args.output)
+    recipe = Recipe(**{**asdict(recipe), **outcome})
+    save_or_rescue(args.output, model.save_pretrained, tokenizer.save_pretrained, recipe.save)
     header = ("exit after layer", *task.metrics)
     rows = [(k, *(f"{score[m]:.4f}" for m in task.metrics)) for k, score in enumerate(scores, start=1)]
     print(f"\nEvery exit on the {recipe.evaluation_split} split ({len(labels)} rows):\n")

@@ -78,6 +78,8 @@ def from_dict(data: Mapping[str, Any] | None) -> Criterion:
     """
     if data is None:
         return FullDepth()
+    if not isinstance(data, Mapping):
+        raise ValueError(f"criterion: expected the data of Criterion.to_dict or None, got {data!r}")
     arguments = {key: from_dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in CRITERIA:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 AT_LEAST_ONE = ("width", "attention_heads", "halting_layers")
 FLAGS = ("dropout_before_dense", "shared_exit", "halting", "halting_shared", "uncertainty", "gates", "contrast")
+NUMBERS = ("dropout", "halting_bias")
 #: Attention heads of a gate.
 GATE_HEADS = 2
 #: Field -> the condition on the shape under which it says anything.
@@ -89,11 +90,15 @@ class HeadConfig:
         for field in FLAGS:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field}: expected True or False, got {getattr(self, field)!r}")
+        for field in NUMBERS:
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{field}: expected a number, got {value!r}")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout: expected a probability, got {self.dropout!r}")
         if not math.isfinite(self.halting_bias):
             raise ValueError(f"halting_bias: expected a finite number, got {self.halting_bias!r}")
-        if self.activation not in ACT2FN:
+        if not isinstance(self.activation, str) or self.activation not in ACT2FN:
             raise ValueError(f"activation: expected one of {sorted(ACT2FN)}, got {self.activation!r}")
         attentions = (self.attention_heads,) * (self.form == "attention") + (GATE_HEADS,) * self.gates
         for heads in attentions:
@@ -117,5 +122,21 @@ class HeadConfig:
         return CONDITIONS.get(field, lambda shape: True)(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data; ``HeadConfig(**data)`` reads it back."""
+        """JSON-ready data; `from_dict` reads it back."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> HeadConfig:
+        """Build the shape from the data of `to_dict`.
+
+        Raises:
+            ValueError: an unknown setting, or a value that isn't allowed.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        if unknown:
+            raise ValueError(
+                f"heads: expected settings among {known}, got {unknown}; a later release of earlyexit_kernels may have "
+                "written them, install that one"
+            )
+        return cls(**data)

@@ -33,10 +33,11 @@ def exit_rule_of(criterion: Any) -> Criterion:
     """The rule that decides for `criterion`.
 
     Raises:
-        ValueError: not a criterion, or one that the back-ends have no implementation of.
+        TypeError: not a criterion.
+        ValueError: a criterion that the back-ends have no implementation of.
     """
     if not isinstance(criterion, Criterion):
-        raise ValueError(f"{OP}: expected criterion to be one of earlyexit_kernels.criteria, got {criterion!r}")
+        raise TypeError(f"{OP}: expected criterion to be one of earlyexit_kernels.criteria, got {criterion!r}")
     rule = criterion.exit_rule
     check_known(rule)
     return rule
