@@ -3,6 +3,11 @@
 A layer of the original form (`backbones.LayerNames`) becomes one product for query, key and value, attention over the
 packed tokens, and three products that add, activate or both in the same step, from weights that oneDNN has packed once.
 The family's own weights stay where they are; the packed ones are a second copy, made anew when they change.
+
+oneDNN caches each product by its number of tokens, so memory grows until the token counts up to
+`Products.packed_up_to`, or 1024 products in all, have occurred. The environment variable
+ONEDNN_PRIMITIVE_CACHE_CAPACITY sets a lower limit. Token counts are not rounded up to steps instead, because the added
+tokens slow the products down.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
     @property
     def criterion(self) -> Criterion | None:
         """The exit criterion in force; None is full depth."""
-        return None if isinstance(self._criterion, FullDepth) else self._criterion
+        return None if isinstance(rule := self._criterion, FullDepth) else rule
 
     @property
     def invalid_rows(self) -> int:
@@ -104,7 +104,7 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         return self._invalid.total()
 
     def set_criterion(self, criterion: Criterion | None) -> None:
-        """Choose who may leave where; it is saved with the model.
+        """Choose who may leave where; it is saved with the model. A forward pass under way keeps the one before.
 
         Args:
             criterion: a rule of `earlyexit_kernels.criteria`, or None for full depth.
@@ -118,11 +118,7 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         rule = FullDepth() if criterion is None else criterion
         config: Any = self.config
         check_fits(
-            rule,
-            depth=self.depth,
-            classes=config.num_labels,
-            problem_type=self.problem_type,
-            aux=self.heads.aux_names,
+            rule, depth=self.depth, classes=config.num_labels, problem_type=self.problem_type, aux=self.heads.aux_names
         )
         self._criterion = rule
         config.criterion = None if isinstance(rule, FullDepth) else rule.to_dict()
@@ -172,15 +168,16 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
                 "full set to return; call model.backbone for them"
             )
         refuse_other_arguments(others)
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids)
         if labels is not None and isinstance(input_ids, Tensor):
             labels = check_labels(labels, self.problem_type, input_ids.shape[0], self.config.num_labels)
+        # read once: another thread may set a criterion before this pass ends
+        inputs, rule = (input_ids, attention_mask, token_type_ids, position_ids), self._criterion
         if self.training:
-            trace = self._trace(inputs, self.training_collect())
+            trace = self._trace(inputs, self.training_collect(), rule)
             loss = self.training_loss(trace, labels)
             result = self._full_depth(trace, trace.logits[:, -1])
         else:
-            result = self._traced_answers(inputs) if output_all_logits else self._answers(inputs)
+            result = self._traced_answers(inputs, rule) if output_all_logits else self._answers(inputs, rule)
             loss = None if labels is None else mean_task_loss(result.logits, labels, self.problem_type)
         output = EarlyExitOutput(
             loss=loss,
@@ -209,7 +206,7 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         unknown = sorted(set(inputs) - set(names))
         if unknown:
             raise ValueError(f"trace: expected inputs among {names}, got {unknown}")
-        return self._trace(tuple(inputs.get(n) for n in names), tracing.Collect())
+        return self._trace(tuple(inputs.get(n) for n in names), tracing.Collect(), self._criterion)
 
     def fixed_depth(self) -> FixedDepth:
         """This model for `torch.compile(fullgraph=True)`, `torch.export` and capture in a CUDA graph.
@@ -229,12 +226,12 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
 
     @torch.no_grad()
-    def _answers(self, inputs: _Inputs) -> ExitOutput:
+    def _answers(self, inputs: _Inputs, rule: Criterion) -> ExitOutput:
         """Rows leave where the criterion says so."""
         if self.device.type == "cuda" and (result := self.from_graph(self._checked(inputs), *inputs[1:])) is not None:
             self._invalid.add(result.invalid_rows, bool(self.config.strict))
             return result
-        packed = self._packed(inputs, self._criterion.exit_rule.uses_keys)
+        packed = self._packed(inputs, rule.exit_rule.uses_keys)
         if packed is None:
             return self._full_depth(self._no_rows())
         hidden, batch, keys = packed
@@ -245,21 +242,21 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
             layer_macs=self._layer_macs,
         )
         layers, classes = self.inference_layers(), self.config.num_labels
-        result = engine.run(hidden, batch, layers, self.heads, self._criterion, classes, settings, keys)
+        result = engine.run(hidden, batch, layers, self.heads, rule, classes, settings, keys)
         self._invalid.add(result.invalid_rows, bool(self.config.strict))
         return result
 
     @torch.no_grad()
-    def _traced_answers(self, inputs: _Inputs) -> ExitOutput:
+    def _traced_answers(self, inputs: _Inputs, rule: Criterion) -> ExitOutput:
         """Every layer runs on every row; the answers are the criterion's all the same."""
-        trace = self._trace(inputs, tracing.Collect())
-        answers, exit_layer = replay(trace, self._criterion, problem_type=self.problem_type, backend=self._backend)
+        trace = self._trace(inputs, tracing.Collect(), rule)
+        answers, exit_layer = replay(trace, rule, problem_type=self.problem_type, backend=self._backend)
         return self._full_depth(trace, answers, exit_layer)
 
-    def _trace(self, inputs: _Inputs, collect: tracing.Collect) -> ExitTrace:
-        if not self.training and self._criterion.skip_from is not None:
+    def _trace(self, inputs: _Inputs, collect: tracing.Collect, rule: Criterion) -> ExitTrace:
+        if not self.training and rule.skip_from is not None:
             raise ValueError(
-                f"criterion {self._criterion.name!r} skips layers, which changes all later hidden states: no pass "
+                f"criterion {rule.name!r} skips layers, which changes all later hidden states: no pass "
                 "through all layers holds its answers. Run the model, or choose another criterion (None is full depth) "
                 "for the trace"
             )

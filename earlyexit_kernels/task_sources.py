@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from earlyexit_kernels.hub import offline_if_unreachable
 
 DATA_VARIABLE = "EARLYEXIT_DATA"
 HIDDEN = -1
@@ -97,34 +100,59 @@ def read_folder(name: str, folder: Path) -> dict[str, Split]:
 
 
 def _read_tsv(path: Path, entry: Entry) -> Split:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(rows, [])
-        columns = _PAIR if "sentence1" in header else ("sentence",)
-        if "label" not in header or not set(columns) <= set(header):
-            raise ValueError(
-                f"{path}: expected a header with idx, label and sentence (or sentence1, sentence2), got {header}"
-            )
-        at = [header.index(column) for column in columns]
-        sentences: list[Text] = []
-        labels: list[float] = []
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if len(row) != len(header):
-                raise ValueError(f"{where}: expected {len(header)} columns, got {len(row)}")
-            sentences.append(row[at[0]] if len(at) == 1 else (row[at[0]], row[at[1]]))
-            labels.append(_label(row[header.index("label")], entry, where))
+    lines = _lines(path)
+    header = next(lines, "").split("\t")
+    columns = _PAIR if "sentence1" in header else ("sentence",)
+    if "label" not in header or not set(columns) <= set(header):
+        raise ValueError(
+            f"{path}, line 1: expected a header with idx, label and sentence (or sentence1, sentence2), got "
+            f"{_shown(header)}"
+        )
+    at = [header.index(column) for column in columns]
+    sentences: list[Text] = []
+    labels: list[float] = []
+    for number, line in enumerate(lines, start=2):
+        row, where = line.split("\t"), f"{path}, line {number}"
+        if len(row) != len(header):
+            raise ValueError(f"{where}: expected {len(header)} columns, got {len(row)}")
+        sentences.append(row[at[0]] if len(at) == 1 else (row[at[0]], row[at[1]]))
+        labels.append(_label(row[header.index("label")], entry, where))
+    if not labels:
+        raise ValueError(f"{path}, line 2: expected at least one row below the header, got none")
     return Split(sentences, labels)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, without their ends; a byte order mark is skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8; the message names the line.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: expected UTF-8 text, got the byte {data[error.start]:#04x}") from None
+    return (line.rstrip("\n") for line in io.StringIO(text.removeprefix("\ufeff"), newline=None))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _label(value: Any, entry: Entry, where: str) -> float:
     regression = entry.problem_type == "regression"
     try:
         label = float(value) if regression else int(value)
-    except ValueError:
-        raise ValueError(f"{where}: expected a number as label, got {value!r}") from None
+    except (TypeError, ValueError):
+        label = math.nan
+    if not math.isfinite(label):
+        raise ValueError(f"{where}: expected a number as label, got {_shown(value)}")
     if not regression and not HIDDEN <= label < len(entry.label_names):
-        raise ValueError(f"{where}: expected a label in [-1, {len(entry.label_names) - 1}], got {value!r}")
+        raise ValueError(f"{where}: expected a label in [-1, {len(entry.label_names) - 1}], got {_shown(value)}")
     return label
 
 
@@ -144,13 +172,15 @@ def read_hub(name: str) -> dict[str, Split]:
         ) from error
     entry = ENTRIES[name]
     path, config = entry.hub
-    try:
-        data = load_dataset(path, config or name, revision=entry.hub_revision)
-    except Exception as error:  # whatever the hub's client raises: no network, no such branch, a proxy's page
-        raise ConnectionError(
-            f"task {name!r}: the Hugging Face hub didn't give {path} ({type(error).__name__}: {error}); connect, or "
-            f"let {DATA_VARIABLE} name a folder that holds {name}/train.tsv"
-        ) from error
+    with offline_if_unreachable() as reason:
+        try:
+            data = load_dataset(path, config or name, revision=entry.hub_revision)
+        except Exception as error:  # whatever the hub's client raises: no network, no such branch, a proxy's page
+            raise ConnectionError(
+                f"task {name!r}: the Hugging Face hub didn't give {path} "
+                f"({reason or f'{type(error).__name__}: {error}'}); connect, or let {DATA_VARIABLE} name a folder that "
+                f"holds {name}/train.tsv"
+            ) from error
     ours = {"train": "train", "validation": "dev", "test": "test"}
     return {ours[split]: _hub_split(rows, entry, path) for split, rows in data.items() if split in ours}
 

@@ -55,11 +55,13 @@ class Task:
         """A split with visible labels.
 
         Raises:
-            ValueError: the task lacks the split, or its labels are hidden.
+            ValueError: the task lacks the split, or it has no rows, or its labels are hidden.
         """
         if name not in self.splits:
             raise ValueError(f"task {self.name!r} has no {name!r} split in {self.source}; it has {list(self.splits)}")
         split = self.splits[name]
+        if not len(split):
+            raise ValueError(f"the {name!r} split of task {self.name!r} in {self.source} has no rows")
         if any(label == HIDDEN for label in split.labels):
             raise ValueError(
                 f"the labels of the {name!r} split of task {self.name!r} are hidden (-1), so nothing can be trained or "

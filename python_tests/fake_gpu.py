@@ -139,7 +139,7 @@ def _forget() -> None:
 
 
 def _graph_on_cpu(model: Any) -> None:
-    def answers(inputs: Any) -> Any:
+    def answers(inputs: Any, rule: Any) -> Any:
         return model._graphs.run(model.parts, model.backend, model._checked(inputs), *inputs[1:])
 
     model._answers = answers
@@ -150,9 +150,9 @@ def falls_back_on_cpu(model: Any) -> None:
     eager, model._engine = model._answers, "graph"
     model.engine_for = lambda rows, length: Choice("graph", "it was asked for")
 
-    def answers(inputs: Any) -> Any:
+    def answers(inputs: Any, rule: Any) -> Any:
         out = model.from_graph(model._checked(inputs), *inputs[1:])
-        return eager(inputs) if out is None else out
+        return eager(inputs, rule) if out is None else out
 
     model._answers = answers
 

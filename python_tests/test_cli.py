@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import error_of
 from transformers import AutoModelForSequenceClassification
 
 from earlyexit_kernels import EarlyExitForSequenceClassification, tasks, toy
@@ -57,14 +58,6 @@ def train_few(base: str, folder: Path, *arguments: str) -> Recipe:
     return Recipe.load(folder)
 
 
-def error_of(capsys, argv: list[str]) -> str:
-    """The one line that a failing command prints, after whatever transformers has logged."""
-    assert main(argv) == 2
-    *logged, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and not any("Traceback" in other for other in logged)
-    return line
-
-
 def test_unknown_task_is_one_line(capsys, base, tmp_path):
     message = error_of(capsys, ["train", "--model", base, "--task", "sst3", "--output", str(tmp_path)])
     assert "expected one of" in message and "'sst3'" in message
@@ -103,8 +96,8 @@ def test_unknown_method_is_one_line(capsys, base, tmp_path):
         (["--set", "name=joint"], "--set name=joint: expected KEY=VALUE"),
         (["--set", "ponder=-1"], "Dact(ponder=...): expected a finite number at least 0, got -1"),
         (["--set", "ponder=much"], "got 'much'"),
-        (["--epochs", "1", "2"], "--epochs: expected one number above 0, or one for each of the 1 phases of 'dact'"),
-        (["--lr", "0"], "--lr: expected one number above 0"),
+        (["--epochs", "1", "2"], "--epochs: expected one number, or one for each of the 1 phases of 'dact'"),
+        (["--lr", "0"], "--lr: expected a finite number above 0 and at most 1, got '0'"),
     ],
 )
 def test_a_wrong_setting_is_one_line(capsys, base, tmp_path, arguments, words):

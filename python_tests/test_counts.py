@@ -197,7 +197,7 @@ def as_on_cuda(monkeypatch):
 
 def answers(model, batch, compaction):
     model.compaction = compaction
-    return model._answers((batch["input_ids"], batch["attention_mask"], None, None))
+    return model._answers((batch["input_ids"], batch["attention_mask"], None, None), model._criterion)
 
 
 def same(got, expected):

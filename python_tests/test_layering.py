@@ -64,10 +64,11 @@ MAY_IMPORT = {
     "sweep": "criteria grids metrics predict replay types numpy torch tqdm",
     "report": "matplotlib numpy torch",
     "toy": "tokenizers torch transformers",
-    "task_sources": "datasets",
+    "hub": "huggingface_hub",
+    "task_sources": "hub datasets",
     "noise": "task_sources",
     "tasks": "task_sources toy torch",
-    "cli": "* __init__ numpy torch transformers",
+    "cli": "* __init__ numpy safetensors torch transformers",
     "__init__": "* transformers",
 }
 #: Reads code from data, or talks to the network.

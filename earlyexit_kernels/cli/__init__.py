@@ -7,20 +7,30 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from earlyexit_kernels.cli import demo, env, evaluate, train
+from earlyexit_kernels.cli.arguments import Parser
 from earlyexit_kernels.errors import BackendUnavailableError, MissingHeadsError
 
 COMMANDS = {"demo": demo, "train": train, "eval": evaluate, "env": env}
 
-#: Mistakes in the input, or something missing on the machine: one line is enough.
-_USER_ERRORS = (ValueError, OSError, ImportError, BackendUnavailableError, MissingHeadsError)
+#: Wrong input, or something missing on the machine: one line is enough. Any other class is a fault of the program.
+_USER_ERRORS = (
+    ValueError,
+    OSError,
+    ImportError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    BackendUnavailableError,
+    MissingHeadsError,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="earlyexit", description="Early exit for Hugging Face text classifiers.")
+    parser = Parser(prog="earlyexit", description="Early exit for Hugging Face text classifiers.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
@@ -51,5 +61,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _USER_ERRORS as error:
         if args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2

@@ -17,7 +17,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, pipeline, set_seed
 
 from earlyexit_kernels import toy
+from earlyexit_kernels.cli import arguments
 from earlyexit_kernels.cli.evaluate import draw, layer_table, setting
+from earlyexit_kernels.cli.outputs import check_folder, check_plot, written
 from earlyexit_kernels.cli.train import training_arguments
 from earlyexit_kernels.convert import to_early_exit
 from earlyexit_kernels.criteria import Criterion, Patience
@@ -69,15 +71,22 @@ class Candidate:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `earlyexit demo`."""
     add = parser.add_argument
-    add("--output", type=Path, default=Path("demo_output"), help="folder to write to (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--threads", type=int, default=1, help="more don't pay on a model this small (default: %(default)s)")
+    add("--output", type=arguments.path, default=Path("demo_output"), help="folder to write to (default: %(default)s)")
+    add("--seed", type=arguments.seed, default=0, help="(default: %(default)s)")
+    add(
+        "--threads",
+        type=arguments.threads,
+        default=1,
+        help="more don't pay on a model this small (default: %(default)s)",
+    )
     add("--quick", action="store_true", help="a tenth of the training: shows the steps, not the result")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, choose, measure, save, reload, ask."""
     sizes = QUICK if args.quick else FULL
+    check_folder("--output", args.output)
+    check_plot("--output", args.output / "curve.png")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     set_seed(args.seed)
@@ -121,14 +130,15 @@ def run(args: argparse.Namespace) -> int:
     model.set_criterion(choices[shown])
     print(_ask(model, tokenizer, args.output / "model"))
     records = [*result.records(), *_records(candidates, times)]
-    curve = draw(result, args.output / "curve.png", title="generated task: accuracy against depth")
-    print(f"\nCurve: {curve}\nEvery number: {write_json(args.output / 'demo.json', records, seed=args.seed)}")
+    with written(args.output):
+        curve = draw(result, args.output / "curve.png", title="generated task: accuracy against depth")
+        print(f"\nCurve: {curve}\nEvery number: {write_json(args.output / 'demo.json', records, seed=args.seed)}")
     return 0
 
 
 def _train(model: Any, data: EncodedSplit, collate: Callable, args: argparse.Namespace) -> None:
     # sequential: the rows stand in the order of the curriculum
-    arguments = training_arguments(
+    trainer_arguments = training_arguments(
         args.output / "model",
         args.seed,
         epochs=1,
@@ -137,7 +147,7 @@ def _train(model: Any, data: EncodedSplit, collate: Callable, args: argparse.Nam
         train_sampling_strategy="sequential",
         use_cpu=True,
     )
-    Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate).train()
+    Trainer(model=model, args=trainer_arguments, train_dataset=data, data_collator=collate).train()
     model.eval()
 
 
@@ -234,8 +244,9 @@ def _level_table(candidate: Candidate, levels: Sequence[int]) -> str:
 
 def _ask(model: Any, tokenizer: Any, folder: Path) -> str:
     """Save, load as anyone would, and classify the three questions."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with written(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     classify = pipeline("text-classification", model=loaded, tokenizer=tokenizer)
     rows = []

@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from earlyexit_kernels.cli import arguments
+from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, loaded_from
+from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.train import Recipe
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.grids import FEWEST_POINTS, skip_settings
+from earlyexit_kernels.grids import skip_settings
 from earlyexit_kernels.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import from_dict
 from earlyexit_kernels.report import markdown_table, plot_tradeoff, write_json
 from earlyexit_kernels.sweep import Sweep, collect_trace, sweep, sweep_skipping
-from earlyexit_kernels.tasks import Task, encode, load_task
+from earlyexit_kernels.tasks import TASK_NAMES, Task, encode, load_task
 
 #: Gate value from which the layers of a model are skipped, where its method doesn't say.
 SKIP_FROM = 0.5
@@ -32,18 +35,29 @@ NEVER_SKIP = 1.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `earlyexit eval`."""
     add = parser.add_argument
-    add("--model", required=True, type=Path, nargs="+", help="folder written by `earlyexit train`, one or more")
-    add("--task", default=None, help="default: the task it was trained on")
-    add("--drop", type=float, default=0.0, help="loss of the score allowed when choosing (default: %(default)s)")
+    add(
+        "--model",
+        required=True,
+        type=arguments.path,
+        nargs="+",
+        help="folder written by `earlyexit train`, one or more",
+    )
+    add("--task", type=arguments.one_of(TASK_NAMES), help="default: the task it was trained on")
+    add(
+        "--drop",
+        type=arguments.drop,
+        default=0.0,
+        help="loss of the score allowed when choosing (default: %(default)s)",
+    )
     add(
         "--points",
-        type=int,
+        type=arguments.points,
         default=24,
         help="settings of a criterion with a threshold, at least 8 (default: %(default)s)",
     )
-    add("--batch-size", type=int, default=32, help="(default: %(default)s)")
-    add("--output", type=Path, default=None, help="JSON file to write")
-    add("--plot", type=Path, default=None, help="PNG file to write; of several models, NAME-1.png and so on")
+    add("--batch-size", type=arguments.batch_size, default=32, help="(default: %(default)s)")
+    add("--output", type=arguments.path, help="JSON file to write")
+    add("--plot", type=arguments.png, help="PNG file to write; of several models, NAME-1.png and so on")
 
 
 @dataclass(frozen=True)
@@ -71,12 +85,15 @@ class Evaluation:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep each model, print, and write what was asked for."""
-    if args.points < FEWEST_POINTS:
-        raise ValueError(f"--points: expected at least {FEWEST_POINTS}, got {args.points}")
     for folder in args.model:
         if not folder.is_dir():
             raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {folder} isn't one")
     recipes = [Recipe.load(folder) for folder in args.model]
+    plots = _plots(args.plot, len(recipes))
+    for plot in plots:
+        check_plot("--plot", plot)
+    if args.output is not None:
+        check_file("--output", args.output)
     torch.set_flush_denormal(True)
     done = []
     for number, (folder, recipe) in enumerate(zip(args.model, recipes, strict=True), start=1):
@@ -86,16 +103,25 @@ def run(args: argparse.Namespace) -> int:
         print(layer_table(found.result), choice_table(found.result, found.rule), sep="\n\n")
         if found.rule in found.result.points:
             print("\n* the rule of the method's paper")
-        if args.plot is not None:
-            path = args.plot if len(recipes) == 1 else args.plot.with_stem(f"{args.plot.stem}-{number}")
-            print(f"\nCurve: {draw(found.result, path, title=f'{found.recipe.task}, {folder.name}')}")
+        if plots:
+            path = plots[number - 1]
+            with written(path):
+                print(f"\nCurve: {draw(found.result, path, title=f'{found.recipe.task}, {folder.name}')}")
         print()
     if args.output is not None:
-        arguments = {k: _plain(v) for k, v in vars(args).items() if k != "debug"}
+        given = {k: _plain(v) for k, v in vars(args).items() if k != "debug"}
         models = [{"model": str(e.model), "rule": e.rule, "recipe": asdict(e.recipe)} for e in done]
         records = [record for e in done for record in e.records()]
-        print(f"Every point: {write_json(args.output, records, arguments=arguments, models=models)}")
+        with written(args.output):
+            print(f"Every point: {write_json(args.output, records, arguments=given, models=models)}")
     return 0
+
+
+def _plots(path: Path | None, models: int) -> list[Path]:
+    """The file of each model's plot."""
+    if path is None or models == 1:
+        return [] if path is None else [path]
+    return [path.with_stem(f"{path.stem}-{number}") for number in range(1, models + 1)]
 
 
 def method_words(method: dict[str, Any]) -> str:
@@ -119,13 +145,16 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
     """
     task = load_task(recipe.task, seed=recipe.seed)
     model = load_model(folder, task)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with loaded_from(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     _, held = recipe.part(task)
     if not len(held):
         raise ValueError(f"{folder} was trained without --holdout, so there are no rows to choose a threshold on")
     passing: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": args.batch_size}
     splits = {"tuning": held, "reporting": task.split(task.evaluation)}
+    check_max_length(recipe.max_length, tokenizer, held)
     data = {name: encode(split, tokenizer, max_length=recipe.max_length) for name, split in splits.items()}
+    check_lengths(data, model)
     tuning, reporting = (collect_trace(model, rows, progress=name, **passing) for name, rows in data.items())
     result = sweep(
         tuning,
@@ -153,7 +182,8 @@ def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
     Raises:
         ValueError: the folder holds another model, or one for another number of classes.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+    with loaded_from(folder):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     if not isinstance(model, EarlyExitForSequenceClassification):
         raise ValueError(f"--model: {folder} holds a {type(model).__name__} without exits; train it first")
     if model.config.num_labels != task.num_labels:

@@ -23,8 +23,13 @@ from transformers import (
     set_seed,
 )
 
+from earlyexit_kernels.cli import arguments
+from earlyexit_kernels.cli.inputs import check_encoder, check_lengths, check_max_length, check_rows, loaded_from
+from earlyexit_kernels.cli.outputs import check_folder
 from earlyexit_kernels.convert import to_early_exit
+from earlyexit_kernels.hub import offline_if_unreachable
 from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from_dict
+from earlyexit_kernels.objectives.arguments import Check, choice, optional, whole
 from earlyexit_kernels.report import markdown_table
 from earlyexit_kernels.saving import save_or_rescue
 from earlyexit_kernels.sweep import collect_trace, truncations
@@ -79,23 +84,49 @@ class Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"expected {RECIPE_FILE} in {folder}; `earlyexit train` writes it")
         try:
-            return Recipe(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
+            recipe = Recipe(**json.loads(path.read_text(encoding="utf-8")))
+            for name, check in RECIPE_CHECKS.items():
+                check(name, getattr(recipe, name))
+            from_dict(recipe.method)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} isn't a recipe that this version wrote: {error}") from error
+        return recipe
 
     def part(self, task: Task) -> tuple[Split, Split]:
-        """The rows trained on and the rows held out."""
+        """The rows trained on and the rows held out.
+
+        Raises:
+            ValueError: the train split has fewer rows.
+        """
+        available = len(task.split("train"))
+        if self.train_rows + self.holdout > available:
+            raise ValueError(
+                f"{self.train_rows} rows to train on and {self.holdout} held out: the train split of task "
+                f"{task.name!r} in {task.source} has {available} rows for both together"
+            )
         rest, held = holdout(task.split("train"), self.holdout, seed=self.seed)
         return rest.take(range(self.train_rows)), held
+
+
+#: What each field of a saved recipe must be; `Recipe.load` checks the method by building it.
+RECIPE_CHECKS: dict[str, Check] = {
+    "task": choice(*TASK_NAMES),
+    "seed": whole(low=0),
+    "holdout": whole(low=0),
+    "train_rows": whole(low=1),
+    "max_length": optional(whole(low=1)),
+    "evaluation_split": choice("dev", "test"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `earlyexit train`."""
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub name of a BERT-like encoder or classifier")
-    add("--task", required=True, help=f"one of {', '.join(TASK_NAMES)}")
-    add("--output", required=True, type=Path, help="folder to save in")
-    add("--method", default="joint", help=f"one of {', '.join(sorted(OBJECTIVES))} (default: %(default)s)")
+    add("--model", required=True, type=arguments.source, help="folder or hub name of a BERT-like encoder or classifier")
+    add("--task", required=True, type=arguments.one_of(TASK_NAMES), help=f"one of {', '.join(TASK_NAMES)}")
+    add("--output", required=True, type=arguments.path, help="folder to save in")
+    method = arguments.one_of(sorted(OBJECTIVES))
+    add("--method", type=method, default="joint", help=f"one of {', '.join(sorted(OBJECTIVES))} (default: %(default)s)")
     add(
         "--set",
         action="append",
@@ -104,21 +135,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a setting of the method, such as ponder=0.05; repeatable, the README lists them",
     )
     add("--pooling", choices=sorted(POOLINGS), default="family", help="what exits read (family: the stock head)")
-    add("--train-rows", type=int, default=None, help="rows to train on (default: all that aren't held out)")
-    add("--holdout", type=int, default=1000, help="train rows kept for tuning thresholds (default: %(default)s)")
-    add("--epochs", type=float, nargs="+", help="for all phases, or one number for each (default: the paper's)")
-    add("--lr", type=float, nargs="+", help="peak rate of the encoder, likewise (default: the paper's)")
+    add("--train-rows", type=arguments.rows, default=None, help="rows to train on (default: all that aren't held out)")
+    add(
+        "--holdout",
+        type=arguments.rows_or_none,
+        default=1000,
+        help="train rows kept for tuning thresholds (default: %(default)s)",
+    )
+    add(
+        "--epochs",
+        type=arguments.epochs,
+        nargs="+",
+        help="for all phases, or one number for each (default: the paper's)",
+    )
+    add(
+        "--lr",
+        type=arguments.learning_rate,
+        nargs="+",
+        help="peak rate of the encoder, likewise (default: the paper's)",
+    )
     add(
         "--head-lr",
-        type=_head_rate,
+        type=arguments.rate_or_same,
         default=1e-3,
         help="peak rate of the exits, or 'same' for the encoder's, as in the papers, with which fresh exits learn "
         "little in few epochs (default: %(default)s)",
     )
-    add("--halting-lr", type=float, default=None, help="peak rate of halting outputs (default: --head-lr)")
-    add("--batch-size", type=int, default=32, help="(default: %(default)s)")
-    add("--max-length", type=int, default=128, help="tokens a row is cut to (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--halting-lr", type=arguments.learning_rate, help="peak rate of halting outputs (default: --head-lr)")
+    add("--batch-size", type=arguments.batch_size, default=32, help="(default: %(default)s)")
+    add("--max-length", type=arguments.max_length, default=128, help="tokens a row is cut to (default: %(default)s)")
+    add("--seed", type=arguments.seed, default=0, help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -129,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
     check_task(objective, task.problem_type, task.num_labels)
     recipe = _recipe(args, task)
     train_split, _ = recipe.part(task)
+    check_rows(task, train_split, task.split(recipe.evaluation_split))
     if torch.set_flush_denormal(True):
         print("Denormal numbers are flushed to zero: with them, CPU training can be ten times slower.")
     set_seed(args.seed)
@@ -139,13 +186,16 @@ def run(args: argparse.Namespace) -> int:
         f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {task.name} ({task.source}) with "
         f"method {objective.name!r}"
     )
+    check_max_length(recipe.max_length, tokenizer, train_split)
     train_set = encode(train_split, tokenizer, max_length=recipe.max_length)
+    evaluation = encode(task.split(recipe.evaluation_split), tokenizer, max_length=recipe.max_length)
     check_vocabulary(train_set, tokenizer, args.model)
+    check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
+    check_folder("--output", args.output)
     base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
     for phase, plan in zip(phases(model), plans, strict=True):
         print(f"Phase {phase.number} of {len(plans)}: {_words(plan)}")
         _train_phase(phase, plan, base_arguments, train_set, collate)
-    evaluation = encode(task.split(recipe.evaluation_split), tokenizer, max_length=recipe.max_length)
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     scores = truncations(trace, labels, metrics=task.metrics)
     outcome = {"method": objective.to_dict(), "phases": tuple(plans), "scores": scores}
@@ -193,7 +243,7 @@ def objective_from(method: str, given: Sequence[str]) -> Objective:
             raise ValueError(f"--set {text}: expected KEY=VALUE with a setting of {method!r}, {', '.join(known)}")
         try:
             changes[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             changes[key] = value
     return from_dict({**changes, "name": method})
 
@@ -213,19 +263,14 @@ def _words(plan: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:g}" if isinstance(value, float) else str(value) for name, value in plan.items())
 
 
-def _head_rate(text: str) -> float | None:
-    """A rate, or None for ``same``."""
-    return None if text == "same" else float(text)
-
-
 def _for_each_phase(objective: Objective, name: str, given: Sequence[float] | None) -> list[float]:
     """Epochs or rates of all phases, from the method's own or the one or more given."""
     specs = objective.phases
     if given is None:
         return [getattr(spec, name) for spec in specs]
-    if len(given) not in (1, len(specs)) or not min(given) > 0:
+    if len(given) not in (1, len(specs)):
         raise ValueError(
-            f"--{name}: expected one number above 0, or one for each of the {len(specs)} phases of "
+            f"--{name}: expected one number, or one for each of the {len(specs)} phases of "
             f"{objective.name!r} ({', '.join(spec.name for spec in specs)}), got {list(given)}"
         )
     return list(given) * (len(specs) if len(given) == 1 else 1)
@@ -234,7 +279,7 @@ def _for_each_phase(objective: Objective, name: str, given: Sequence[float] | No
 def _recipe(args: argparse.Namespace, task: Task) -> Recipe:
     available = len(task.split("train")) - args.holdout
     rows = available if args.train_rows is None else args.train_rows
-    if args.holdout < 0 or not 1 <= rows <= available:
+    if not 1 <= rows <= available:
         raise ValueError(
             f"--train-rows {args.train_rows} and --holdout {args.holdout}: task {task.name!r} has "
             f"{len(task.split('train'))} train rows for both together"
@@ -251,18 +296,38 @@ def load_base(name: str, task: Task) -> tuple[Any, Any]:
         OSError: the hub doesn't know the name, or can't be reached.
     """
     local = Path(name).is_dir()
+    if Path(name).is_file():
+        raise NotADirectoryError(f"--model: expected a folder with a saved model, or a hub name; {name} is a file")
     if not local and name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"--model: expected a folder with a saved model, or a hub name; {name} doesn't exist")
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        num_labels=task.num_labels,
-        id2label=dict(enumerate(task.label_names)),
-        label2id={label: i for i, label in enumerate(task.label_names)},
-        problem_type=task.problem_type,
-        ignore_mismatched_sizes=True,
-        local_files_only=local,
-    )
+    if local:
+        return _stock_of(name, task, local_files_only=True)
+    with offline_if_unreachable() as reason:
+        try:
+            return _stock_of(name, task)
+        except OSError as error:
+            if not reason:
+                raise
+            raise ConnectionError(
+                f"--model: {name} is neither a folder nor a model downloaded before, and the Hugging Face hub can't be "
+                f"reached ({reason}); connect, or give a folder with a saved model"
+            ) from error
+
+
+def _stock_of(name: str, task: Task, **loading: Any) -> tuple[Any, Any]:
+    with loaded_from(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **loading)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=task.num_labels,
+            id2label=dict(enumerate(task.label_names)),
+            label2id={label: i for i, label in enumerate(task.label_names)},
+            problem_type=task.problem_type,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **loading,
+        )
+        check_encoder(model, info)
     return model, tokenizer
 
 
