@@ -228,7 +228,10 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
     @torch.no_grad()
     def _answers(self, inputs: _Inputs, rule: Criterion) -> ExitOutput:
         """Rows leave where the criterion says so."""
-        if self.device.type == "cuda" and (result := self.from_graph(self._checked(inputs), *inputs[1:])) is not None:
+        if (
+            self.device.type == "cuda"
+            and (result := self.from_graph(self._checked(inputs), *inputs[1:], rule=rule)) is not None
+        ):
             self._invalid.add(result.invalid_rows, bool(self.config.strict))
             return result
         packed = self._packed(inputs, rule.exit_rule.uses_keys)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from earlyexit_kernels import backends
+from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine_choice import ENGINES, Choice, Explanation, fastest
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.graphs import CaptureError, Graphs
@@ -74,7 +75,10 @@ class RuntimeChoices(PreTrainedModel):
     @property
     def parts(self) -> Parts:
         """What the resident loop of the graph engine runs."""
-        return Parts(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
+        return self._parts_with(self._criterion)
+
+    def _parts_with(self, rule: Criterion) -> Parts:
+        return Parts(self.adapter, self.backbone, self.heads, rule, self.config.num_labels)
 
     def set_engine(self, engine: str) -> None:
         """Choose how eval mode runs a batch.
@@ -98,27 +102,34 @@ class RuntimeChoices(PreTrainedModel):
         self._engine = engine
         self._graphs.forget()
 
-    def engine_for(self, rows: int, length: int, *, checked: bool = False) -> Choice:
-        """The engine that eval mode takes for ``[N, S]``, and why; `checked` as for `Graphs.why_not`."""
-        if self._engine == "eager":
+    def engine_for(self, rows: int, length: int, *, parts: Parts | None = None, checked: bool = False) -> Choice:
+        """The engine that eval mode takes for ``[N, S]``, and why.
+
+        Args:
+            rows, length: N and S.
+            parts: with the criterion of the pass; default: of the model as it is now.
+            checked: as for `Graphs.why_not`.
+        """
+        engine = self._engine
+        if engine == "eager":
             return Choice("eager", "it was asked for")
         if self.device.type != "cuda":
             return Choice("eager", "graphs are for CUDA")
         if torch.is_autocast_enabled("cuda"):
             return Choice("eager", "a graph's kernels know no autocast")
         choice = Choice("graph", "it was asked for")
-        if self._engine == "auto":
+        if engine == "auto":
             choice = fastest(torch.cuda.get_device_name(self.device), rows, length)
-        if choice.name == "graph" and (reason := self._why_no_graph(rows, length, checked)):
+        if choice.name == "graph" and (reason := self._why_no_graph(parts or self.parts, rows, length, checked)):
             return Choice("eager", reason)
         return choice
 
-    def _why_no_graph(self, rows: int, length: int, checked: bool) -> str:
+    def _why_no_graph(self, parts: Parts, rows: int, length: int, checked: bool) -> str:
         if missing := backends.available_backends("cuda")["triton"]:
             return f"a graph's kernels are Triton's: {missing}"
         if self.backend == "torch":
             return "back-end 'torch' reads counts from the device, which a graph can't"
-        return self._graphs.why_not(self.parts, self.backend, rows, length, checked=checked)
+        return self._graphs.why_not(parts, self.backend, rows, length, checked=checked)
 
     def explain(self, input_ids: torch.Tensor, **batch: Any) -> Explanation:
         """Tell how the model would run a batch as it is now, and why. Changes nothing.
@@ -141,7 +152,9 @@ class RuntimeChoices(PreTrainedModel):
         return Explanation(self.engine_for(*input_ids.shape, checked=True), layers, self.backend)
 
     @torch.compiler.disable
-    def from_graph(self, ids: torch.Tensor, *others: torch.Tensor | None) -> ExitOutput | None:
+    def from_graph(
+        self, ids: torch.Tensor, *others: torch.Tensor | None, rule: Criterion | None = None
+    ) -> ExitOutput | None:
         """The answers to a batch from a CUDA graph, or None where it has to run eagerly.
 
         Each reason for that is said once, and so is what ``"auto"`` chose.
@@ -149,6 +162,7 @@ class RuntimeChoices(PreTrainedModel):
         Args:
             ids: ``[N, S]`` int64.
             others: attention_mask, token_type_ids and position_ids, as for the model.
+            rule: the criterion of the pass; default: the model's.
 
         Raises:
             RuntimeError: within somebody's capture, which could hold neither.
@@ -160,12 +174,13 @@ class RuntimeChoices(PreTrainedModel):
             )
         if not ids.numel():
             return None
-        choice = self.engine_for(*ids.shape)
+        parts = self.parts if rule is None else self._parts_with(rule)
+        choice = self.engine_for(*ids.shape, parts=parts)
         if self._engine == "auto" and self.device.type == "cuda":
             self._say_of_engine(logging.INFO, f"engine 'auto' chose {choice.name!r}: {choice.reason}")
         if choice.name == "graph":
             try:
-                return self._graphs.run(self.parts, self.backend, ids, *others)
+                return self._graphs.run(parts, self.backend, ids, *others)
             except CaptureError as error:
                 self._say_of_engine(logging.WARNING, f"engine {self._engine!r} fell back to 'eager': {error}")
         elif self._engine == "graph":

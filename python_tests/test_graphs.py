@@ -321,7 +321,7 @@ def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
     batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
     expected = model(**batch)
-    monkeypatch.setattr(type(model), "engine_for", lambda self, rows, length: Choice("graph", "a test"))
+    monkeypatch.setattr(type(model), "engine_for", lambda self, rows, length, **_: Choice("graph", "a test"))
     monkeypatch.setattr(type(model), "backend", "torch")
     got = model.from_graph(*(batch[name] for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")))
     assert torch.equal(got.exit_layer, expected.exit_layer) and captures == [Bucket(4, 32)]

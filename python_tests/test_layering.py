@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "resident": "backbones criteria heads layers ops packing types torch",
     "graphs": "backends fingerprint ops packing resident types torch",
     "engine_choice": "",
-    "runtime": "backends engine_choice errors graphs layers packing resident types torch transformers",
+    "runtime": "backends criteria engine_choice errors graphs layers packing resident types torch transformers",
     "phased": "config objectives tracing types torch transformers",
     "model": "backbones checkpoint config criteria engine fixed_depth heads inputs invalid labels objectives packing "
     "phased replay runtime tracing types torch transformers",
