@@ -33,8 +33,8 @@ class Checkpointed(PreTrainedModel):
 
         They are written to a temporary folder inside `save_directory` and moved into place together. If the process is
         killed during these moves, `from_pretrained` refuses the folder and says how to finish the save. Other files of
-        the folder are kept. A save with ``distributed_checkpoint=True``, which several processes write, goes straight
-        to the folder.
+        the folder are kept. The disk needs room for the old weights and the new ones. A save with
+        ``distributed_checkpoint=True``, which several processes write, goes straight to the folder.
 
         Args:
             save_directory: created if it does not exist.
