@@ -15,7 +15,7 @@ PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-compare gpu-check gpu-sanitize build clean setup
+.PHONY: help demo test fuzz sanitize-cpu lint bench bench-compare gpu-check gpu-sanitize build clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -29,6 +29,12 @@ test: setup ## run the tests plainly, then the Triton kernels under the interpre
 	@$(PYTEST) -m "not triton" $(ARGS)
 	@echo "testing the Triton kernels under the interpreter"
 	@TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS)
+
+fuzz: setup ## fuzz the package, an hour by default; goes on where it stopped: make fuzz ARGS="--minutes 5 --only ops,cli"
+	@$(PY) -m python_tests.fuzz $(ARGS)
+
+sanitize-cpu: setup ## build the CPU extension with ASan and UBSan, and run its tests and some fuzzing under them
+	@$(PY) -m python_tests.fuzz.sanitize $(ARGS)
 
 lint: $(VENV)/.lint ## ruff and mypy
 	@echo "checking style, format and types"
@@ -56,7 +62,7 @@ build: ## build the extension in place for an environment that has torch (PYTHON
 setup: $(VENV)/.extension ## only set up: the environment, the package and its extension
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info earlyexit_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info earlyexit_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:

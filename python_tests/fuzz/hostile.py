@@ -1,0 +1,207 @@
+"""Target `hostile`: invalid arguments to the public ops.
+
+Every back-end must refuse them with a ValueError or a TypeError before anything is written, and give the right answer
+where the arguments are valid after all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from earlyexit_kernels import ops
+from fuzz import ops as valid
+from fuzz import validity
+from fuzz.case import AcceptedError, Case, WrongError
+from fuzz.mutations import change
+
+REFUSED = (ValueError, TypeError)
+
+
+def run(case: Case) -> None:
+    """One call with some arguments changed."""
+    case.choice((exit_step, exit_step, exit_step, compact, gather_rows, criterion))(case)
+
+
+def judged(
+    case: Case,
+    op: str,
+    given: dict[str, Any],
+    verdict: bool | None,
+    call: Callable[[str, dict[str, Any]], Any],
+    told: str,
+    check: Callable[[str, dict[str, Any], Any], None],
+) -> None:
+    """Call an op on every back-end with copies of its arguments, and compare with the verdict.
+
+    Args:
+        op: for messages.
+        given: arguments by name.
+        verdict: of `validity`.
+        call: ``(backend, arguments) -> result``.
+        told: what was changed, for messages.
+        check: raises `WrongError` where the result of a valid call is wrong.
+    """
+    answered = {}
+    for backend in valid.BACK_ENDS:
+        arguments = copied(given)
+        before = {name: frozen(value) for name, value in arguments.items()}
+        case.calls += 1
+        try:
+            result = call(backend, arguments)
+        except REFUSED as error:
+            answered[backend] = False
+            changed = [name for name, value in arguments.items() if not same(before[name], frozen(value))]
+            if changed:
+                raise AcceptedError(
+                    f"{op} on {backend}: refused, but {changed} were written\n  with {told}: {error}"
+                ) from None
+            if verdict is True:
+                raise WrongError(f"{op} on {backend}: valid, but refused: {error}\n  with {told}") from None
+            continue
+        answered[backend] = True
+        if verdict is False:
+            raise AcceptedError(f"{op} on {backend}: invalid, but accepted\n  with {told}")
+        if verdict is True:
+            check(backend, arguments, result)
+    if len(set(answered.values())) > 1:
+        raise WrongError(f"{op}: back-ends disagree, accepted: {answered}\n  with {told}")
+
+
+def copied(given: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments on memory of their own: strides, aliases and what lies around a view are kept."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    found = {}
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+            storage = value.untyped_storage()
+            mine = storages.setdefault(storage.data_ptr(), storage.clone())
+            value = torch.empty(0, dtype=value.dtype).set_(mine, value.storage_offset(), value.shape, value.stride())
+        found[name] = value
+    return found
+
+
+def frozen(value: Any) -> Any:
+    """The bytes of a dense tensor, or None for what no op can write."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+        return value.detach().clone()
+    return None
+
+
+def same(before: Any, after: Any) -> bool:
+    """Equal bytes, NaN too."""
+    if before is None or after is None:
+        return before is after
+    return before.shape == after.shape and bytes_of(before) == bytes_of(after)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+
+
+def exit_step(case: Case) -> None:
+    """`exit_step` at one layer of a random batch."""
+    batch = valid.start(case)
+    layer = case.integer(1, batch.depth)
+    given = valid.given_at(case, batch, layer)
+    names = [p for p in inspect.signature(ops.exit_step).parameters if p != "backend"]
+    arguments = dict.fromkeys(names)
+    arguments.update(criterion=batch.rule.criterion, layer=layer, depth=batch.depth, pooling="first")
+    arguments.update(row_ids=batch.row_ids, **batch.memory)
+    arguments.update(given)
+    told = change(case, arguments)
+    untouched = all(arguments[k] is v for k, v in {**given, **batch.memory, "row_ids": batch.row_ids}.items())
+
+    def check(backend: str, after: dict[str, Any], counts: Any) -> None:
+        if untouched and arguments["layer"] == layer and arguments["depth"] == batch.depth:
+            logits, tolerance = valid.exact_logits(batch, given)
+            truth, step = valid.oracle_step(batch, given, layer, logits)
+            written = {name: after[name] for name in valid.WRITTEN}
+            valid.compare(batch, layer, written, counts, truth, step, logits, tolerance, backend)
+
+    def call(backend: str, changed: dict[str, Any]) -> Any:
+        return ops.exit_step(**{k: v for k, v in changed.items() if v is not None}, backend=backend)
+
+    if any(arguments[k] is None for k in ("criterion", "layer", "depth", "row_ids", "state", "answers", "exit_layer")):
+        verdict: bool | None = False
+    else:
+        arguments["pooling"] = "first" if arguments["pooling"] is None else arguments["pooling"]
+        verdict = validity.exit_step(arguments)
+    judged(case, "exit_step", arguments, verdict, call, told, check)
+
+
+def compact(case: Case) -> None:
+    """`compact` of random rows."""
+    batch = valid.start(case)
+    lengths = torch.randint(0, 4, (len(batch.row_ids),), generator=torch.Generator().manual_seed(case.integer(0, 999)))
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(torch.int32)
+    arguments = {"row_ids": batch.row_ids, "offsets": offsets}
+    told = change(case, arguments)
+
+    def check(backend: str, after: dict[str, Any], planned: Any) -> None:
+        expected = valid.oracle.compact(after["row_ids"].tolist(), after["offsets"].tolist())
+        if [t.tolist() for t in planned] != [list(x) for x in expected]:
+            raise WrongError(f"compact on {backend} with {told}: got {planned}, expected {expected}")
+
+    verdict = validity.compact(arguments)
+    judged(case, "compact", arguments, verdict, lambda b, given: ops.compact(**given, backend=b), told, check)
+
+
+def gather_rows(case: Case) -> None:
+    """`gather_rows` after a compaction."""
+    rows = case.choice(valid.ROWS)
+    lengths = case.arrays.integers(0, 4, rows)
+    offsets = np.concatenate(([0], lengths.cumsum()))
+    row_ids = np.where(case.arrays.random(rows) < 0.4, -1, np.arange(rows))
+    _, new_offsets, source = valid.oracle.compact(row_ids.tolist(), offsets.tolist())
+    hidden = torch.from_numpy(case.normal(int(offsets[-1]) + case.integer(0, 2), case.choice((0, 1, 8, 17))))
+    out = torch.full((int(new_offsets[-1]) + case.integer(0, 2), hidden.shape[1]), valid.UNTOUCHED)
+    arguments: dict[str, Any] = {"hidden": hidden, "out": out}
+    for name, values in (("offsets", offsets), ("source", source), ("new_offsets", new_offsets)):
+        arguments[name] = torch.tensor(np.asarray(values), dtype=torch.int32)
+    told = change(case, arguments)
+
+    def check(backend: str, after: dict[str, Any], _: Any) -> None:
+        expected = arguments["out"].double().numpy().copy()
+        valid.oracle.gather_rows(
+            arguments["hidden"].double().numpy(),
+            *(arguments[k].tolist() for k in ("offsets", "source", "new_offsets")),
+            expected,
+        )
+        if not np.array_equal(after["out"].double().numpy(), expected, equal_nan=True):
+            raise WrongError(f"gather_rows on {backend} with {told}: wrong rows")
+
+    verdict = validity.gather_rows(arguments)
+    judged(case, "gather_rows", arguments, verdict, lambda b, given: ops.gather_rows(**given, backend=b), told, check)
+
+
+#: Arguments that no criterion may take.
+NONSENSE = (float("nan"), float("inf"), -1.0, -7, "0.5", None, [], [float("nan")], {}, True, 1 + 1j, [[0.5]], object())
+
+
+def criterion(case: Case) -> None:
+    """A criterion with one argument that is no number in its range."""
+    built = valid.DRAWN[case.choice(list(valid.DRAWN))](case, 3, 4).criterion
+    fields = {k: v for k, v in built.to_dict().items() if k != "name"}
+    if not fields:
+        return
+    name, value = case.choice(sorted(fields)), case.choice(NONSENSE)
+    allowed = (
+        (value is None and name == "tolerance")
+        or (value is True and name == "normalized")
+        or (name == "threshold" and built.name == "hidden_cosine" and value == -1.0)
+        or (name == "threshold" and value == [])  # of a model with one exit
+    )
+    if allowed or name == "normalized":
+        return
+    case.calls += 1
+    try:
+        type(built)(**{**fields, name: value})
+    except REFUSED:
+        return
+    raise AcceptedError(f"criteria.{type(built).__name__}({name}={value!r}): accepted")

@@ -1,0 +1,363 @@
+"""Target `ops`: valid calls of `exit_step`, `compact` and `gather_rows` against float64 oracles, on every back-end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+import oracle
+import torch
+from torch import Tensor
+
+from earlyexit_kernels import ops
+from earlyexit_kernels.backends import available_backends
+from fuzz.case import Case, WrongError
+from fuzz.rules import DRAWN, EPS, ONE_OUTPUT, Rule, score_tolerance
+
+SOURCES = ("logits", "first", "mean", "none")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROWS = (0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 11, 33, 90)
+CLASSES = (2, 2, 3, 3, 4, 7, 17, 65)
+WIDTHS = (1, 3, 8, 16, 17, 33, 64, 131)
+UNTOUCHED, NO_LAYER = -7.5, -9
+ASKED = os.environ.get("EARLYEXIT_FUZZ_BACKENDS") or "torch,triton,cpp"
+BACK_ENDS = tuple(
+    name for name, missing in available_backends("cpu").items() if not missing and name in ASKED.split(",")
+)
+WRITTEN = ("row_ids", "state", "answers", "exit_layer")
+
+
+@dataclasses.dataclass
+class Batch:
+    """Rows on their way through the layers: B present of N, T packed tokens."""
+
+    rule: Rule
+    source: str
+    dtype: torch.dtype
+    classes: int
+    depth: int
+    row_ids: Tensor
+    offsets: Tensor | None
+    hidden: Tensor | None
+    memory: dict[str, Tensor]
+
+    @property
+    def requests(self) -> int:
+        return self.memory["answers"].shape[0]
+
+
+def run(case: Case) -> None:
+    """One batch through all layers, compacted on the way."""
+    if case.chance(0.1):
+        moved_rows(case)
+        return
+    batch = start(case)
+    for layer in range(1, batch.depth + 1):
+        if not case.chance(0.1):  # an exit may be left out
+            one_layer(case, batch, layer)
+        if batch.offsets is not None and case.chance(0.3):
+            compacted(case, batch)
+
+
+def start(case: Case) -> Batch:
+    """A random batch before layer 1."""
+    name = case.choice(list(DRAWN))
+    one = (name in ONE_OUTPUT and case.chance(0.2)) or (name == "patience" and case.chance(0.3))
+    classes = 1 if one else case.choice(CLASSES)
+    depth = case.integer(1, 6)
+    rule = DRAWN[name](case, classes, depth)
+    rows, spare = case.choice(ROWS), case.integer(0, 3)
+    row_ids = torch.from_numpy(case.arrays.permutation(rows + spare)[:rows].astype(np.int32))
+    if rows and case.chance(0.4):
+        row_ids[torch.from_numpy(case.arrays.random(rows) < 0.3)] = -1
+    source, dtype = case.choice(SOURCES), case.choice(DTYPES)
+    offsets, hidden = None, None
+    if source in ("first", "mean") or case.chance(0.5):
+        lengths = case.arrays.integers(1, case.choice((2, 5, 40)), rows)
+        lengths[row_ids.numpy() < 0] *= case.arrays.integers(0, 2)
+        first = case.integer(0, 2)
+        offsets = torch.from_numpy(np.concatenate(([first], first + lengths.cumsum())).astype(np.int32))
+    if source != "logits":
+        tokens = rows if source == "none" or offsets is None else int(offsets[-1]) + case.integer(0, 2)
+        hidden = spoiled(case, case.normal(tokens, case.choice(WIDTHS))).to(dtype)
+    keys = torch.arange(rows + spare)
+    memory = {
+        "state": rule.criterion.new_state(rows + spare, torch.device("cpu"), classes, keys),
+        "answers": torch.full((rows + spare, classes), UNTOUCHED),
+        "exit_layer": torch.full((rows + spare,), NO_LAYER),
+    }
+    return Batch(rule, source, dtype, classes, depth, row_ids, offsets, hidden, memory)
+
+
+def spoiled(case: Case, values: np.ndarray, edge: float = math.inf) -> Tensor:
+    """Some of the numbers are no numbers, or infinite, or the largest that are finite."""
+    if values.size and case.chance(0.25):
+        for _ in range(case.integer(1, 4)):
+            at = tuple(int(case.arrays.integers(0, size)) for size in values.shape)
+            values[at] = case.choice((math.nan, math.inf, -math.inf, edge, -edge))
+    return torch.from_numpy(values)
+
+
+def given_at(case: Case, batch: Batch, layer: int) -> dict[str, Any]:
+    """What the exit of one layer reads."""
+    rows, classes = len(batch.row_ids), batch.classes
+    given: dict[str, Any] = {} if batch.offsets is None else {"offsets": batch.offsets}
+    scale = case.choice((0.3, 1.0, 3.0, 10.0, 40.0))
+    if batch.hidden is None:
+        logits = case.normal(rows, classes) * np.float32(scale)
+        if case.chance(0.2):
+            logits = np.round(logits)  # ties
+        largest = float(torch.finfo(batch.dtype).max)
+        given["logits"] = spoiled(case, logits, largest).clamp(-largest, largest) if case.chance(0.5) else None
+        if given["logits"] is None:
+            given["logits"] = spoiled(case, logits, largest)
+        given["logits"] = given["logits"].to(batch.dtype)
+        if case.chance(0.2) and layer > 1:  # hardly moved since the layer before
+            given["logits"] = torch.full((rows, classes), 0.25, dtype=batch.dtype)
+    else:
+        width = batch.hidden.shape[1]
+        weight = case.normal(classes, width) * np.float32(scale / math.sqrt(width))
+        bias = case.normal(classes)
+        given.update(hidden=batch.hidden, pooling=batch.source)
+        given["weight"], given["bias"] = (torch.from_numpy(x).to(batch.dtype) for x in (weight, bias))
+    if batch.rule.criterion.needs is not None:
+        aux = case.arrays.random(rows, dtype=np.float32) * np.float32(batch.rule.scale)
+        if batch.rule.name == "hidden_cosine":
+            aux = aux * 2 - 1
+        if rows and case.chance(0.1):
+            aux[int(case.arrays.integers(0, rows))] = case.choice((math.nan, 0.0, 1.0))
+        given["aux"] = torch.from_numpy(aux)
+    elif case.chance(0.1):
+        given["aux"] = torch.full((rows,), math.nan)  # of no rule that looks at it
+    return given
+
+
+def one_layer(case: Case, batch: Batch, layer: int) -> None:
+    """One exit on every back-end, from the same memory; the batch goes on with one of the results."""
+    given = given_at(case, batch, layer)
+    logits, tolerance = exact_logits(batch, given)
+    truth, step = oracle_step(batch, given, layer, logits)
+    results = []
+    for backend in BACK_ENDS:
+        got = {"row_ids": batch.row_ids.clone(), **{name: t.clone() for name, t in batch.memory.items()}}
+        counts = call(batch, given, layer, got, backend)
+        case.calls += 1
+        compare(batch, layer, got, counts, truth, step, logits, tolerance, backend)
+        results.append((backend, got, counts))
+    if len(batch.row_ids) > 1 and case.chance(0.2):
+        backend, got, _ = case.choice(results)
+        alone(case, batch, given, layer, got, backend)
+    got = case.choice(results)[1]
+    batch.row_ids = got.pop("row_ids")
+    batch.memory = got
+
+
+def call(batch: Batch, given: dict[str, Any], layer: int, memory: dict[str, Tensor], backend: str) -> Tensor:
+    return ops.exit_step(
+        criterion=batch.rule.criterion, layer=layer, depth=batch.depth, backend=backend, **memory, **given
+    )
+
+
+def exact_logits(batch: Batch, given: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits ``[B, C]`` in float64, and how far those of a float32 implementation may be off ``[B]``."""
+    if "logits" in given:
+        exact = given["logits"].double().numpy()
+        return exact, np.zeros(len(exact))
+    hidden, weight, bias = (given[name].double().numpy() for name in ("hidden", "weight", "bias"))
+    rows = len(batch.row_ids)
+    pooled, size, longest = np.zeros((rows, hidden.shape[1])), np.zeros((rows, hidden.shape[1])), 1
+    with np.errstate(invalid="ignore"):
+        for i in np.flatnonzero(batch.row_ids.numpy() >= 0):
+            begin, end = i, i + 1
+            if batch.offsets is not None and batch.source != "none":
+                begin, end = int(batch.offsets[i]), int(batch.offsets[i + 1])
+            tokens = hidden[begin : end if batch.source == "mean" else begin + 1]
+            pooled[i], size[i] = tokens.mean(axis=0), np.abs(tokens).mean(axis=0)
+            longest = max(longest, len(tokens))
+        logits = (pooled[:, None, :] * weight).sum(axis=2) + bias
+        absolute = (size[:, None, :] * np.abs(weight)).sum(axis=2) + np.abs(bias)
+    steps = hidden.shape[1] + longest + 8
+    return logits, np.nan_to_num(absolute, nan=0.0, posinf=0.0).max(axis=1, initial=0.0) * EPS * steps
+
+
+def oracle_step(
+    batch: Batch, given: dict[str, Any], layer: int, logits: np.ndarray
+) -> tuple[dict[str, np.ndarray], oracle.Step]:
+    """The oracle's memory after the step, and what it says of it."""
+    truth = {
+        "row_ids": batch.row_ids.numpy().copy(),
+        "state": batch.memory["state"].double().numpy().copy(),
+        "answers": batch.memory["answers"].double().numpy().copy(),
+        "exit_layer": batch.memory["exit_layer"].numpy().copy(),
+    }
+    needed = batch.rule.criterion.needs is not None
+    step = oracle.exit_step(
+        criterion=batch.rule.name,
+        params=batch.rule.numbers(layer),
+        layer=layer,
+        depth=batch.depth,
+        source="logits",
+        inputs=logits,
+        offsets=None if batch.offsets is None else batch.offsets.numpy(),
+        aux=given["aux"].double().numpy() if needed else None,
+        **truth,
+    )
+    return truth, step
+
+
+def compare(
+    batch: Batch,
+    layer: int,
+    got: dict[str, Tensor],
+    counts: Tensor,
+    truth: dict[str, np.ndarray],
+    step: oracle.Step,
+    logits: np.ndarray,
+    tolerance: np.ndarray,
+    backend: str,
+) -> None:
+    """Raise `WrongError` where a result differs and rounding does not explain it."""
+    rule, params = batch.rule, batch.rule.numbers(layer)
+
+    def wrong(what: str) -> WrongError:
+        return WrongError(
+            f"exit_step on {backend}, {rule.criterion}, layer {layer} of {batch.depth}, {batch.source}, "
+            f"{batch.dtype}, {len(batch.row_ids)} rows of {batch.classes} classes: {what}"
+        )
+
+    values = {name: tensor.numpy() for name, tensor in got.items()}
+    before = batch.row_ids.numpy()
+    untouched = np.ones(batch.requests, dtype=bool)
+    untouched[before[before >= 0]] = False
+    for name, axis in (("state", 1), ("answers", 0), ("exit_layer", 0)):
+        old = batch.memory[name].numpy()
+        mine, was = (np.compress(untouched, x, axis=axis) for x in (values[name], old))
+        if not np.array_equal(mine, was, equal_nan=True):
+            raise wrong(f"{name} of rows that are not present has changed")
+    present = np.flatnonzero(before >= 0)
+    rows = before[present]
+    largest = np.abs(np.where(np.isfinite(logits), logits, 0.0)).max(axis=1, initial=0.0)
+    near = np.fromiter(
+        (
+            score_tolerance(rule.name, params, step.score[n], tolerance[i], largest[i], batch.depth - layer)
+            for i, n in zip(present, rows, strict=True)
+        ),
+        dtype=np.float64,
+        count=len(rows),
+    )
+    decided = ~(step.distance[rows] < near)  # elsewhere rounding decides
+    present, rows = present[decided], rows[decided]
+    off, size = tolerance[present, None], largest[present, None]
+    for name, a, b in (
+        ("row_ids", values["row_ids"][present, None], truth["row_ids"][present, None]),
+        ("exit_layer", values["exit_layer"][rows, None], truth["exit_layer"][rows, None]),
+        ("state", values["state"][:, rows].T, truth["state"][:, rows].T),
+        ("answers", values["answers"][rows], truth["answers"][rows]),
+    ):
+        bad = np.flatnonzero(~close(rule, name, a, b, off, size))
+        if len(bad):
+            i, n = present[bad[0]], rows[bad[0]]
+            raise wrong(
+                f"{name} of row {i} is {a[bad[0]]}, expected {b[bad[0]]}; logits {logits[i]}, score {step.score[n]!r}"
+            )
+    live = values["row_ids"] >= 0
+    lengths = np.ones(len(live), dtype=int) if batch.offsets is None else np.diff(batch.offsets.numpy())
+    expected = [int(live.sum()), int(lengths[live].sum()), step.counts[2]]
+    if counts.dtype != torch.int32 or counts.tolist() != expected:
+        raise wrong(f"counts are {counts.tolist()}, expected {expected}")
+
+
+def close(
+    rule: Rule, name: str, got: np.ndarray, expected: np.ndarray, off: np.ndarray, largest: np.ndarray
+) -> np.ndarray:
+    """Which rows of ``[B, ...]`` are equal but for rounding; `off` and `largest` are ``[B, 1]``."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        if name == "answers" and rule.name in ("expectation", "voting", "dact") and got.shape[1] > 1:
+            got, expected = np.exp(got.astype(np.float64)), np.exp(expected)
+        same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+        if name in ("state", "answers") and not same.all():
+            size = np.where(np.isfinite(expected), np.abs(expected), 0.0)
+            same |= np.abs(got - expected) <= 4e-6 * (1 + size) + 8 * off + 8 * EPS * largest
+        return same.all(axis=1)
+
+
+def alone(case: Case, batch: Batch, given: dict[str, Any], layer: int, got: dict[str, Tensor], backend: str) -> None:
+    """A row's bits are the same without the others of its batch."""
+    present = np.flatnonzero(batch.row_ids.numpy() >= 0)
+    if not len(present):
+        return
+    i = int(case.choice(list(present)))
+    part = dict(given)
+    for name in ("logits", "aux"):
+        if name in part:
+            part[name] = part[name][i : i + 1]
+    if batch.hidden is not None and (batch.source == "none" or batch.offsets is None):
+        part["hidden"] = batch.hidden[i : i + 1]
+    if batch.offsets is not None:
+        part["offsets"] = batch.offsets[i : i + 2]
+    memory = {"row_ids": batch.row_ids[i : i + 1].clone(), **{k: t.clone() for k, t in batch.memory.items()}}
+    call(batch, part, layer, memory, backend)
+    case.calls += 1
+    n = int(batch.row_ids[i])
+    for name, a, b in (
+        ("row_ids", memory["row_ids"][0], got["row_ids"][i]),
+        ("state", memory["state"][:, n], got["state"][:, n]),
+        ("answers", memory["answers"][n], got["answers"][n]),
+    ):
+        if not np.array_equal(a.numpy(), b.numpy(), equal_nan=True):
+            raise WrongError(
+                f"exit_step on {backend}, {batch.rule.criterion}, {batch.source}, {batch.dtype}: {name} of row {i} "
+                f"alone is {a.tolist()}, in the batch {b.tolist()}"
+            )
+
+
+def compacted(case: Case, batch: Batch) -> None:
+    """Compact on every back-end, compare, and go on with the result."""
+    assert batch.offsets is not None
+    expected = oracle.compact(batch.row_ids.tolist(), batch.offsets.tolist())
+    for backend in BACK_ENDS:
+        planned = ops.compact(batch.row_ids, batch.offsets, backend=backend)
+        case.calls += 1
+        if [t.tolist() for t in planned] != [list(x) for x in expected] or {t.dtype for t in planned} != {torch.int32}:
+            raise WrongError(
+                f"compact on {backend} of {batch.row_ids.tolist()}, {batch.offsets.tolist()}: got {planned}"
+            )
+    new_ids, new_offsets, source = (torch.tensor(x, dtype=torch.int32) for x in expected)
+    if batch.hidden is not None and batch.source != "none":
+        batch.hidden = gathered(case, batch.hidden, batch.offsets, source, new_offsets)
+    elif batch.hidden is not None:
+        batch.hidden = batch.hidden[source.long().clamp(min=0)]
+    batch.row_ids, batch.offsets = new_ids, new_offsets
+
+
+def gathered(case: Case, hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor) -> Tensor:
+    """`gather_rows` on every back-end against the oracle; returns the second buffer."""
+    tokens = int(new_offsets[-1]) + case.integer(0, 2)
+    expected = np.full((tokens, hidden.shape[1]), UNTOUCHED)
+    oracle.gather_rows(hidden.double().numpy(), offsets.tolist(), source.tolist(), new_offsets.tolist(), expected)
+    for backend in BACK_ENDS:
+        out = torch.full((tokens, hidden.shape[1]), UNTOUCHED, dtype=hidden.dtype)
+        ops.gather_rows(hidden, offsets, source, new_offsets, out, backend=backend)
+        case.calls += 1
+        if not np.array_equal(out.double().numpy(), expected, equal_nan=True):
+            raise WrongError(
+                f"gather_rows on {backend} of {offsets.tolist()}, {source.tolist()}, {new_offsets.tolist()}"
+            )
+    return out
+
+
+def moved_rows(case: Case) -> None:
+    """`gather_rows` with sources that no compaction would name: repeated, in any order, put back with gaps."""
+    rows, new = case.choice(ROWS), case.choice(ROWS)
+    lengths = case.arrays.integers(0, case.choice((2, 5, 60)), rows)
+    offsets = torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32))
+    source = case.arrays.integers(-1, rows, new) if rows else np.full(new, -1)
+    taken = np.where(source < 0, case.arrays.integers(0, 4, new), np.append(lengths, 0)[source])
+    new_offsets = torch.from_numpy(np.concatenate(([0], taken.cumsum())).astype(np.int32))
+    hidden = torch.from_numpy(case.normal(int(offsets[-1]) + case.integer(0, 2), case.choice((0, *WIDTHS))))
+    if case.chance(0.3):
+        hidden = torch.from_numpy(case.normal(*hidden.T.shape)).T  # of other strides
+    gathered(case, hidden.to(case.choice(DTYPES)), offsets, torch.from_numpy(source.astype(np.int32)), new_offsets)

@@ -1,0 +1,232 @@
+"""Target `models`: a row's answer does not depend on its batch, on compaction, or on the kind of layers.
+
+Two runs may differ where a row's score lies within rounding of where the decision turns; that is asked of the trace,
+with noise of the size of that rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from models import FAMILIES, VOCABULARY, balance_classes, batch_for, early_exit, pad_id
+from torch import Tensor
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import SkipGate
+from fuzz.case import Case, WrongError
+from fuzz.rules import DRAWN
+
+METHODS = ("joint", "palbert", "berxit", "dact", "fastbert", "smartbert")
+POOLINGS = (None, None, "first", "mean")
+KINDS = ("full", "right", "right", "holes", "real_ids_masked", "pad_ids_attended")
+#: Rounding of a whole model, relative to its largest logit; answers are float32 whatever the dtype.
+NOISE = {torch.float32: 1e-5, torch.float64: 2e-6, torch.bfloat16: 6e-2}
+DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16)
+LONGEST = 24
+
+Batch = dict[str, Tensor]
+
+
+@functools.lru_cache(maxsize=512)
+def built(family: str, method: str, pooling: str | None, halting: bool, dtype: torch.dtype) -> Any:
+    """A tiny model whose exits prefer no class."""
+    model = early_exit(family, gain=4, method=method, pooling=pooling, halting=halting, num_hidden_layers=3)
+    model.set_criterion(None)
+    if len(model.heads.out) == model.depth:
+        balance_classes(model, batch_for(model, "right", lengths=(7, 3, 20, 12, 5, 9)))
+    return model.to(dtype)
+
+
+def run(case: Case) -> None:
+    """One model and batch, under one rule and one or two changes that may not matter."""
+    dtype = case.choice(DTYPES)
+    method, pooling = case.choice(METHODS), case.choice(POOLINGS)
+    halting = method in ("joint", "berxit") and case.chance(0.3)
+    model = built(case.choice(FAMILIES), method, pooling, halting, dtype)
+    model.compaction = case.choice(("auto", "always", "never"))
+    model.set_layers(case.choice(("auto", "family")))
+    model.set_backend(case.choice(("auto", "torch")))
+    batch = ragged(case, model)
+    rule = drawn(case, model)
+    model.set_criterion(rule)
+    trace = None if isinstance(rule, SkipGate) else model.trace(**batch)
+    expected = model(**batch)
+    case.calls += 1
+    checks = list(CHECKS) if trace is not None else [name for name in CHECKS if name not in OF_TRACES]
+    for name in case.draw.sample(checks, 2):
+        got = CHECKS[name](case, model, batch, trace)
+        case.calls += 1
+        told = (
+            f"{name}: {type(rule).__name__} on {model.config.backbone_config.model_type}, {method}, {pooling}, {dtype}"
+        )
+        compare(told, model, trace, expected, got)
+
+
+def ragged(case: Case, model: Any) -> Batch:
+    """Rows of many lengths; sometimes one without any attended token."""
+    rows = case.choice((1, 2, 3, 5, 8))
+    lengths = [case.integer(1, LONGEST) for _ in range(rows)]
+    kind = case.choice(KINDS)
+    if kind in ("holes", "pad_ids_attended"):
+        lengths = [max(length, 3) for length in lengths]
+    batch = batch_for(model, kind, lengths=lengths, seed=case.integer(0, 2**31))
+    if case.chance(0.2):
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    return batch
+
+
+def drawn(case: Case, model: Any) -> Any:
+    """A random rule that the heads can run; gated models skip layers."""
+    names = sorted(DRAWN)
+    while True:
+        rule = DRAWN[case.choice(names)](case, 3, model.depth).criterion
+        if "gate" in model.heads.aux_names:
+            rule = SkipGate(threshold=case.uniform(0, 1), exit=rule)
+        try:
+            model.set_criterion(rule)
+        except ValueError:
+            continue  # of a scalar that these heads do not have
+        return rule
+
+
+def part(batch: Batch, rows: Any) -> Batch:
+    return {name: values[rows] for name, values in batch.items()}
+
+
+def joined(outputs: list[Any]) -> Any:
+    return ee.EarlyExitOutput(
+        logits=torch.cat([out.logits for out in outputs]), exit_layer=torch.cat([out.exit_layer for out in outputs])
+    )
+
+
+def one_by_one(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """Each row alone, without its padding in half of the cases."""
+    outputs, trims = [], case.chance(0.5)
+    for i in range(len(batch["input_ids"])):
+        row = part(batch, slice(i, i + 1))
+        if trims:
+            tokens = int(row["attention_mask"][0].nonzero().max()) + 1
+            row = {name: values[:, :tokens] for name, values in row.items()}
+        outputs.append(model(**row))
+    return joined(outputs)
+
+
+def shuffled(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """In another order, and in parts."""
+    rows = len(batch["input_ids"])
+    order = torch.tensor(case.draw.sample(range(rows), rows))
+    got = joined([model(**part(batch, index)) for index in order.split(case.integer(1, rows))])
+    back = order.argsort()
+    return ee.EarlyExitOutput(logits=got.logits[back], exit_layer=got.exit_layer[back])
+
+
+def among_others(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """Beside rows that were not there before, with more padding."""
+    rows, length = batch["input_ids"].shape
+    wider = length + case.integer(0, 8)
+    others = case.integer(1, 4)
+    found = {}
+    for name, values in batch.items():
+        new = torch.zeros(rows + others, wider, dtype=values.dtype)
+        if name == "input_ids":
+            new.fill_(pad_id(model))
+            new[rows:] = torch.from_numpy(case.arrays.integers(5, VOCABULARY - 5, (others, wider)))
+        elif name == "attention_mask":
+            new[rows:, : case.integer(1, wider)] = 1
+        new[:rows, :length] = values
+        found[name] = new
+    order = torch.tensor(case.draw.sample(range(rows + others), rows + others))
+    got = model(**part(found, order))
+    back = order.argsort()[:rows]
+    return ee.EarlyExitOutput(logits=got.logits[back], exit_layer=got.exit_layer[back])
+
+
+def other_compaction(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """With rows moved together at other times."""
+    model.compaction = case.choice([c for c in ("auto", "always", "never") if c != model.compaction])
+    return model(**batch)
+
+
+def other_layers(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """With the family's layers in place of fused ones, or the other way round."""
+    model.set_layers("auto" if model.layer_kind == "family" else "family")
+    return model(**batch)
+
+
+def other_backend(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """With another back-end of the ops."""
+    model.set_backend("torch" if model.backend != "torch" else "auto")
+    return model(**batch)
+
+
+def all_logits(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """From a pass through all layers."""
+    return model(**batch, output_all_logits=True)
+
+
+def replayed(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """From the trace."""
+    logits, exit_layer = ee.replay(trace, model.criterion, backend=case.choice(("auto", "torch")))
+    return ee.EarlyExitOutput(logits=logits, exit_layer=exit_layer)
+
+
+def fixed_depth(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
+    """From the masked pass over padded rows."""
+    logits, exit_layer = model.fixed_depth()(**batch)[:2]
+    return ee.EarlyExitOutput(logits=logits, exit_layer=exit_layer)
+
+
+CHECKS: dict[str, Callable[[Case, Any, Batch, Any], Any]] = {
+    "one by one": one_by_one,
+    "shuffled": shuffled,
+    "among others": among_others,
+    "other compaction": other_compaction,
+    "other layers": other_layers,
+    "other back-end": other_backend,
+    "all logits": all_logits,
+    "replayed": replayed,
+    "fixed depth": fixed_depth,
+}
+OF_TRACES = ("all logits", "replayed")
+
+
+def compare(told: str, model: Any, trace: Any, expected: Any, got: Any) -> None:
+    """Raise `WrongError` where a row's exit or answer differs and rounding does not explain it."""
+    if got.logits.shape != expected.logits.shape or got.exit_layer.dtype != torch.int64:
+        raise WrongError(f"{told}: got logits {list(got.logits.shape)}, expected {list(expected.logits.shape)}")
+    noise = NOISE[model.dtype] * (1 + float(expected.logits.abs().max()))
+    for row in range(len(expected.exit_layer)):
+        layers = int(got.exit_layer[row]), int(expected.exit_layer[row])
+        apart = float((got.logits[row] - expected.logits[row]).abs().max())
+        if layers[0] == layers[1] and apart <= noise:
+            continue
+        if near_a_turn(model, trace, row):
+            continue
+        raise WrongError(f"{told}: row {row} left at {layers[0]}, expected {layers[1]}; logits differ by {apart:.3g}")
+
+
+def near_a_turn(model: Any, trace: Any, row: int) -> bool:
+    """Whether noise of the size of rounding changes the exit, or the answer, of a row of the trace."""
+    rule = model.criterion
+    if rule is None:
+        return False
+    if trace is None:
+        # no trace holds the answers of a gated model: its thresholds are left to models of float64
+        return model.dtype != torch.float64
+    generator = torch.Generator().manual_seed(row)
+    noise = NOISE[model.dtype]
+
+    def noisy(x: Tensor) -> Tensor:
+        x = x[row].double()
+        size = noise * (1 + x.abs().max())
+        return x + size * (2 * torch.rand(64, *x.shape, generator=generator, dtype=torch.float64) - 1)
+
+    keys = None if trace.keys is None else trace.keys[row].expand(64)
+    copies = ee.ExitTrace(noisy(trace.logits).float(), {k: noisy(x).float() for k, x in trace.aux.items()}, keys)
+    logits, exit_layer = ee.replay(copies, rule, problem_type=model.problem_type, backend="torch")
+    spread = float((logits - logits[:1]).abs().max())
+    return len(exit_layer.unique()) > 1 or spread > math.log(1.2)
