@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -25,8 +26,8 @@ def _graph(model: Model) -> None:
     model.set_engine("graph")
     answered = model.from_graph
 
-    def or_nothing(ids: Tensor, *others: Tensor | None) -> ExitOutput:
-        out = answered(ids, *others)
+    def or_nothing(ids: Tensor, *others: Tensor | None, **how: Any) -> ExitOutput:
+        out = answered(ids, *others, **how)
         if out is None:
             raise NotMeasuredError("; ".join(sorted(model._said_of_engine)))
         return out
