@@ -157,9 +157,11 @@ def test_thresholds_of_a_regression_equal_no_step():
 
 def test_every_setting_decides_alike_on_every_back_end(backend):
     """Rounding, which differs between them, decides no row of the trace that a setting was laid out over."""
-    trace = clumped() if backend != "triton" else drawn()
+    trace = clumped()
+    if backend == "triton":
+        trace = ExitTrace(trace.logits[-16:], {k: v[-16:] for k, v in trace.aux.items()}, trace.keys[-16:])
     for name, rules in grids.settings(trace, points=8 if backend == "triton" else 24).items():
-        for rule in rules[:: 4 if backend == "triton" else 1]:
+        for rule in rules[:: 8 if backend == "triton" else 1]:
             wanted = replay(trace, rule, backend="torch")[1]
             assert torch.equal(replay(trace, rule, backend=backend)[1], wanted), (name, rule)
 
