@@ -159,7 +159,7 @@ def main() -> int:
     reports = sorted(FOLDER.glob("report.*"))
     for path in reports:
         print(f"\n{path}\n{path.read_text(errors='replace')[:6000]}")
-    print(f"\nreports of the sanitizers: {len(reports)}; failed: {', '.join(failed) or 'nothing'}")
+    print(f"\nreports of AddressSanitizer: {len(reports)}; failed: {', '.join(failed) or 'nothing'}")
     return 1 if reports or failed else 0
 
 
