@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.micro import measure
 from benchmarks.micro.decisions import even_offsets, nbytes
 from benchmarks.micro.measure import BASE, COMPILED, COPY, EAGER, Group, Shape, Way, around, repeated
-from earlyexit_kernels.ops import compact, gather_rows
+from earlyexit_kernels.ops import compact, compaction_ops
 
 #: Which rows are left -> how many of B are live.
 LIVE: dict[str, Callable[[int], int]] = {
@@ -102,7 +102,8 @@ def compact_group(case: Case) -> Group:
         return Way(repeated(call, calls), difference)
 
     def fused(backend: str) -> Way:
-        return way(lambda: compact(row_ids, offsets, backend=backend))
+        bare = compaction_ops(backend, row_ids.device.type)[0]
+        return way(lambda: bare(row_ids, offsets))
 
     ways = {backend: fused(backend) for backend in measure.TIMED}
     ways |= {EAGER: way(lambda: plan(row_ids, offsets)), COPY: measure.copying(moved, calls)}
@@ -140,9 +141,11 @@ def gather_group(case: Case) -> Group:
         return Way(repeated(call, calls), difference)
 
     def fused(backend: str) -> Way:
+        bare = compaction_ops(backend, hidden.device.type)[1]
+
         def gather() -> Tensor:
             out = hidden.new_empty(wanted.shape)
-            gather_rows(hidden, offsets, source, new_offsets, out, backend=backend)
+            bare(hidden, offsets, source, new_offsets, out)
             return out
 
         return way(gather)

@@ -6,6 +6,7 @@ where the arguments are valid after all.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ REFUSED = (ValueError, TypeError)
 
 def run(case: Case) -> None:
     """One call with some arguments changed."""
-    case.choice((exit_step, exit_step, exit_step, compact, gather_rows, criterion))(case)
+    case.choice((exit_step, exit_step, exit_step, compact, gather_rows, criterion, bare))(case)
 
 
 def judged(
@@ -133,6 +134,25 @@ def exit_step(case: Case) -> None:
         arguments["pooling"] = "first" if arguments["pooling"] is None else arguments["pooling"]
         verdict = validity.exit_step(arguments)
     judged(case, "exit_step", arguments, verdict, call, told, check)
+
+
+def bare(case: Case) -> None:
+    """The compiled ops without the checks in Python: what they refuse is theirs to choose, no call may crash."""
+    if "cpp" not in valid.BACK_ENDS:
+        return
+    batch = valid.start(case)
+    given = valid.given_at(case, batch, 1)
+    names = ("hidden", "offsets", "weight", "bias", "logits", "aux", *valid.WRITTEN)
+    arguments: dict[str, Any] = {**dict.fromkeys(names), **given, **batch.memory, "row_ids": batch.row_ids}
+    pooling = arguments.pop("pooling", "none")
+    change(case, arguments)
+    arguments = copied(arguments)
+    rule = batch.rule.criterion
+    case.calls += 1
+    with contextlib.suppress(*REFUSED, RuntimeError):
+        ops.exit_step_op("cpp", "cpu")(
+            *(arguments[name] for name in names), rule.name, rule.params(1), pooling, 1, batch.depth
+        )
 
 
 def compact(case: Case) -> None:

@@ -90,7 +90,7 @@ def _dact(case: Case, classes: int, depth: int) -> Rule:
 
 def _patient(name: str, build: Any, high: float) -> Callable[[Case, int, int], Rule]:
     def make(case: Case, classes: int, depth: int) -> Rule:
-        exponent = case.choice((0, 0, -3, -6)) if name == "divergence_patience" else 0
+        exponent = case.choice((0, -3, -6, -8)) if name == "divergence_patience" else 0
         given, at = _threshold(case, depth, 0.0, high * 10.0**exponent)
         patience = case.integer(1, max(1, depth - 1))
         return Rule(name, build(threshold=given, patience=patience), lambda layer: (at(layer), patience))

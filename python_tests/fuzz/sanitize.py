@@ -1,8 +1,8 @@
 """`python -m python_tests.fuzz.sanitize`: the CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 Builds it in ``build/sanitize``, so that the normal build stays as it is, then runs the tests of the C++ ops and some
-thousand cases of the fuzz targets `ops` and `hostile` with it. Any report of a sanitizer is a failure. A program with a
-known fault runs first: it shows that reports arrive.
+thousand cases of the fuzz targets `ops` and `hostile` with it. Any report of a sanitizer is a failure. A program with
+known faults runs first: it shows that the sanitizers see them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "sanitize"
 LIBRARY = FOLDER / "lib"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 TESTS = ("exit_step", "exit_step_inputs", "compact", "criteria", "encoder_ops", "encoder_ops_layer", "opcheck")
-#: A read past the end of a heap buffer.
-FAULT = 'extern "C" int fault(int k) { int* p = new int[4](); int v = p[k]; delete[] p; return v; }\n'
-CALL_FAULT = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).fault(int(sys.argv[2]))"
+#: A read past the end of a heap buffer, which ASan reports; and a sum that overflows, which UBSan reports.
+FAULTS = """#include <cstring>
+extern "C" int fault(int index, int term) {
+  int* values = new int[4]();
+  int value;
+  volatile std::size_t size = sizeof(value);  // a call, which UBSan leaves to ASan
+  std::memcpy(&value, reinterpret_cast<char*>(values) + 4 * index, size);
+  delete[] values;
+  return value + 1 + term;
+}
+"""
+CALL_FAULTS = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).fault(int(sys.argv[2]), int(sys.argv[3]))"
+#: Index and term -> whether they are a fault.
+KNOWN = {(3, 7): False, (4, 7): True, (3, 2**31 - 1): True}
 LOADED = (
     "import earlyexit_kernels._C as c; maps = open('/proc/self/maps').read(); "
     "assert '/sanitize/' in c.__file__ and 'libasan' in maps and 'libubsan' in maps, c.__file__"
@@ -84,26 +96,29 @@ def environment(reports: Path) -> dict[str, str]:
     }
 
 
-def run(command: list[str], reports: Path) -> int:
-    """Run a Python command under the sanitizers, from where the sanitized package is found first."""
-    return subprocess.run([sys.executable, *command], cwd=LIBRARY, env=environment(reports)).returncode
+def run(command: list[str], reports: Path, **others: Any) -> int:
+    """Run a Python command under the sanitizers, from where the sanitized package is found first.
+
+    ASan writes its reports to files, UBSan to stderr; after either the process ends with a status that is not 0.
+    """
+    return subprocess.run([sys.executable, *command], cwd=LIBRARY, env=environment(reports), **others).returncode
 
 
-def check_reports_arrive() -> None:
-    """Stop where a program with a known fault ends without a report, or one without a fault with one."""
-    source, target, reports = FOLDER / "fault.cpp", FOLDER / "libfault.so", FOLDER / "known"
-    source.write_text(FAULT)
-    subprocess.run([*compiler().split(), *FLAGS.split(), "-O1", "-shared", "-fPIC", source, "-o", target], check=True)
-    for index, fails in ((3, False), (4, True)):
-        code = run(["-c", CALL_FAULT, str(target), str(index)], reports)
-        found = list(FOLDER.glob("known.*"))
-        if bool(code) != fails or bool(found) != fails:
-            sys.exit(
-                f"reading element {index} of 4: exit status {code}, {len(found)} reports; the sanitizers don't work"
-            )
-    for path in found:
+def check_faults_are_seen() -> None:
+    """Stop where a program with a known fault succeeds, or the extension imported isn't the sanitized one."""
+    source, target = FOLDER / "faults.cpp", FOLDER / "libfaults.so"
+    source.write_text(FAULTS)
+    command = [*compiler().split(), *FLAGS.split(), "-O1", "-shared", "-fPIC"]
+    subprocess.run([*command, source, "-o", target], check=True)
+    for arguments, fails in KNOWN.items():
+        code = run(["-c", CALL_FAULTS, str(target), *map(str, arguments)], FOLDER / "known", stderr=subprocess.DEVNULL)
+        if bool(code) != fails:
+            sys.exit(f"fault{arguments} ended with exit status {code}; the sanitizers don't work here")
+    if not list(FOLDER.glob("known.*")):
+        sys.exit("a read past the end of a buffer left no report; AddressSanitizer doesn't work here")
+    for path in FOLDER.glob("known.*"):
         path.unlink()
-    if run(["-c", LOADED], reports):
+    if run(["-c", LOADED], FOLDER / "known"):
         sys.exit("the sanitized extension isn't the one that is imported")
 
 
@@ -114,7 +129,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the fuzz targets (default: %(default)s)")
     args = parser.parse_args()
     build()
-    check_reports_arrive()
+    check_faults_are_seen()
     for path in FOLDER.glob("report.*"):
         path.unlink()
     shutil.rmtree(FOLDER / "fuzz", ignore_errors=True)
@@ -144,7 +159,7 @@ def main() -> int:
     reports = sorted(FOLDER.glob("report.*"))
     for path in reports:
         print(f"\n{path}\n{path.read_text(errors='replace')[:6000]}")
-    print(f"\nreports of the sanitizers: {len(reports)}; failed: {', '.join(failed) or 'nothing'}")
+    print(f"\nreports of AddressSanitizer: {len(reports)}; failed: {', '.join(failed) or 'nothing'}")
     return 1 if reports or failed else 0
 
 

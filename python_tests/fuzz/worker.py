@@ -123,12 +123,16 @@ def _name_of(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
+#: How a fault of the interpreter, or the report of a sanitizer, begins.
+REPORTS = ("Fatal Python error", "runtime error:", "ERROR: AddressSanitizer")
+
+
 def _tail(log: Path) -> str:
-    """The innermost frames of a fault of the interpreter, or else the last lines that the process has printed."""
+    """The first lines of a report, or else the last lines that the process has printed."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    faults = [k for k, line in enumerate(lines) if line.startswith("Fatal Python error")]
-    told = lines[faults[-1] : faults[-1] + 12] if faults else lines[-12:]
-    return "".join(f"\n    {line}" for line in told if line.strip())
+    found = [k for k, line in enumerate(lines) if any(report in line for report in REPORTS)]
+    told = lines[found[0] : found[0] + 12] if found else lines[-12:]
+    return "".join(f"\n    {line[:200]}" for line in told if line.strip())
 
 
 def outcome_of(run: Callable[[Case], Any], case: Case) -> tuple[str, str] | None:
@@ -168,7 +172,8 @@ def _serve(
     """Run the blocks that come through the pipe, until the parent goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.freeze()  # what the parent has made stays, and its pages stay shared
-    with log.open("w") as file:
+    log.unlink(missing_ok=True)
+    with log.open("a") as file:  # what is written after it was emptied begins at its start
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(file.fileno(), 1)
