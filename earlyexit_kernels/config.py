@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "id2label": ("a dict of names by number", lambda v: isinstance(v, dict) and all(str(k).isdecimal() for k in v)),
     "label2id": ("a dict of numbers by name", lambda v: isinstance(v, dict)),
+    "model_type": ("a string", lambda v: isinstance(v, str)),
     "problem_type": ("a string", lambda v: isinstance(v, str)),
     "dtype": ("a floating dtype of torch", lambda v: getattr(_dtype(v), "is_floating_point", False)),
     "chunk_size_feed_forward": ("a whole number", lambda v: isinstance(v, int)),

@@ -91,10 +91,17 @@ def write_json(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     document = _finite({"environment": environment(), **fields, "records": list(records)})
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    if target.exists() and not target.is_file():
+        # a device or a pipe, which a rename would replace by a file
+        target.write_text(text, encoding="utf-8")
+        return target
     # whole or not at all: a file cut off would take what was measured before along
-    beside = target.with_name(f"{target.name}.part")
-    beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return beside.replace(target)
+    place = target.resolve()
+    beside = place.with_name(f"{place.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(place)
+    return target
 
 
 def _finite(value: Any) -> Any:

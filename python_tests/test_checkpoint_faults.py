@@ -281,6 +281,13 @@ def test_absurd_sizes_are_refused_everywhere(saved, load):
         ee.EarlyExitConfig(backbone_config=tf.AlbertConfig(inner_group_num=10**7))
 
 
+@pytest.mark.parametrize("family", [[1, 2], {}, 3])
+def test_model_type_of_another_form_is_refused(saved, family):
+    change_config(saved, model_type=family)
+    with pytest.raises(ValueError, match="model_type: expected a string"):
+        ee.EarlyExitForSequenceClassification.from_pretrained(saved)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -130,6 +131,7 @@ def test_a_refusal_that_is_missing_is_found(monkeypatch):
 
 
 def test_a_write_before_a_refusal_is_found(monkeypatch):
+    @functools.wraps(ops.exit_step)  # the harness reads the signature
     def writes(*, answers=None, **others):
         if isinstance(answers, torch.Tensor) and answers.numel():
             answers.view(-1)[0] = 99

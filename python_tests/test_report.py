@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from earlyexit_kernels import report
+
+
+def test_json_goes_into_pipes_and_through_links_without_replacing_them(tmp_path):
+    """As into /dev/stdout: a rename would put a file in its place."""
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        assert report.write_json(pipe, [{"x": 1}]) == pipe
+        assert json.loads(read.result(60))["records"] == [{"x": 1}] and pipe.is_fifo()
+    link.symlink_to(file)
+    report.write_json(link, [{"x": 2}])
+    assert link.is_symlink() and json.loads(file.read_text())["records"] == [{"x": 2}]
 
 
 def test_table_pads_columns_and_puts_numbers_right():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from models import batch_for, early_exit, stock
 from test_graphs import captures  # noqa: F401
-from weight_changes import SAME_NUMBERS, WAYS, weight_of
+from trained_weight_changes import WAYS
+from weight_changes import SAME_NUMBERS, weight_of
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import fingerprint

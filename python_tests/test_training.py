@@ -186,11 +186,11 @@ def test_gradient_equilibrium_with_gates(hard):
     inputs = (*batch_for(model).values(), None, None)
     gating, traces, gradients = Gating(hard=hard, threshold=0.5), [], []
     for layer, gate in enumerate(model.heads.gates):  # so that some rows skip each layer and some do not
-        scores = model._trace(inputs, Collect("halting", gating)).aux["gate"][:, layer]
+        scores = model._trace(inputs, Collect("halting", gating), model._criterion).aux["gate"][:, layer]
         gate.out.bias.data.sub_(scores.detach().median() + 0.01)
     for balances in (False, True):
         model.zero_grad()
-        traces.append(model._trace(inputs, Collect("halting", gating, balances=balances)))
+        traces.append(model._trace(inputs, Collect("halting", gating, balances=balances), model._criterion))
         (traces[-1].logits * weights).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert torch.equal(traces[0].logits, traces[1].logits)

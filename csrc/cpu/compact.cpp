@@ -37,7 +37,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids
     if (old_ids[i] < 0) continue;
     ids[live] = old_ids[i];
     from[live] = static_cast<int32_t>(i);
-    ends[live + 1] = ends[live] + old_offsets[i + 1] - old_offsets[i];
+    ends[live + 1] = ends[live] + (old_offsets[i + 1] - old_offsets[i]);  // the sum of all three could overflow
     ++live;
   }
   std::fill(ids + live, ids + rows, -1);
@@ -74,6 +74,7 @@ void gather_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::
   }
 
   const int64_t token_bytes = hidden.size(1) * hidden.element_size();
+  if (token_bytes == 0) return;
   const char* input = static_cast<const char*>(hidden.const_data_ptr());
   char* output = static_cast<char*>(out.mutable_data_ptr());
   const int64_t grain = rows * kBytesPerThread / std::max<int64_t>(new_begin[rows] * token_bytes, 1);

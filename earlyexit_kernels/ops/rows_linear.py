@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,8 +179,7 @@ def rows_linear(
     row count. Nothing of `x` beyond the tokens present is read.
     """
     op = "rows_linear"
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
-    biases = [bias] if isinstance(bias, Tensor) else list(bias)
+    weights, biases = _several(op, "weight", weight), _several(op, "bias", bias)
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(weights) != len(biases):
         raise ValueError(
             f"{op}: expected 1 to {MAX_WEIGHTS} weights and as many biases, got {len(weights)} and {len(biases)}"
@@ -195,8 +195,17 @@ def rows_linear(
     check_present(op, offsets, None, capacity=capacity, device=device)
     x, offsets = x.contiguous(), offsets.contiguous()
     weights, biases = ([tensor.contiguous() for tensor in each] for each in (weights, biases))
-    named = {f"{name} {k}": y for name, each in (("weight", weights), ("bias", biases)) for k, y in enumerate(each)}
+    named = {f"weight[{k}]": tensor for k, tensor in enumerate(weights)}
+    named |= {f"bias[{k}]": tensor for k, tensor in enumerate(biases)}
     check_apart(op, {"out": out}, {"x": x, "offsets": offsets, **named})
     _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
         x, weights, biases, offsets, out, activation, absolute
     )
+
+
+def _several(op: str, name: str, given: Any) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, (list, tuple)) and all(isinstance(each, Tensor) for each in given):
+        return list(given)
+    raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}; several are a list of tensors")

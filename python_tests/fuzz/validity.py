@@ -50,7 +50,7 @@ def rising(offsets: Tensor, tokens: int | None) -> bool:
 
 
 def whole(value: Any) -> bool:
-    return isinstance(value, int)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def exit_step(given: dict[str, Any]) -> bool | None:
