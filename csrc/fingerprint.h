@@ -5,18 +5,18 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <unordered_set>
 #include <vector>
 
 namespace earlyexit {
 
 class Fingerprint {
  public:
-  // modules: compared by type. tables: dicts, compared by the identity of their values, other dicts than these tables
-  // left out. tensors: compared by address, dtype, shape and strides. copied: some of tensors, on the CPU, compared by
+  // modules: compared by type. tables: dicts, compared by the identity of their values, but for those under the ignored
+  // keys. tensors: compared by address, dtype, shape and strides. copied: some of tensors, on the CPU, compared by
   // version counter and by the bytes of a few elements too; elements holds the flat positions of each.
-  Fingerprint(const pybind11::list& modules, const pybind11::list& tables, const pybind11::list& tensors,
-              const pybind11::list& copied, const std::vector<std::vector<int64_t>>& elements);
+  Fingerprint(const pybind11::list& modules, const pybind11::list& tables, const pybind11::set& ignored,
+              const pybind11::list& tensors, const pybind11::list& copied,
+              const std::vector<std::vector<int64_t>>& elements);
 
   bool is_current() const;
 
@@ -46,7 +46,7 @@ class Fingerprint {
   };
 
   PyObject* own(const pybind11::handle& object);
-  void add_table(PyObject* dict, const std::unordered_set<PyObject*>& tables);
+  void add_table(PyObject* dict, const pybind11::set& ignored);
   void add_layout(const pybind11::handle& object);
   void add_content(const pybind11::handle& object, const std::vector<int64_t>& positions);
   void prefetch() const;

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from earlyexit_kernels.backends import available_backends
 
 #: Elements of each copied weight that are compared. An optimizer step changes all of them.
-SAMPLES = 8
+SAMPLES = 4
 #: The fractional part of the golden ratio: its multiples modulo 1 are spread evenly over rows and columns.
 _STEP = 0.6180339887498949
-#: Attributes of a module that are dicts whose values are compared.
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+#: Attributes of a module that are dicts whose values are compared, even where they are empty now, or if they are not.
+_HOOKS, _PARTS = ("_forward_hooks", "_forward_pre_hooks"), ("_parameters", "_buffers", "_modules")
+#: Attributes of every module that say nothing of its forward in eval mode.
+_IGNORED = set(nn.Module().__dict__) - {*_HOOKS, *_PARTS}
 
 
 class PythonFingerprint:
@@ -32,7 +34,8 @@ class PythonFingerprint:
 
     Args:
         modules: compared by type.
-        tables: dicts, compared by the identity of their values, other dicts than these left out.
+        tables: dicts, compared by the identity of their values.
+        ignored: keys whose values are not compared.
         tensors: compared by address, dtype, shape and strides.
         copied: some of `tensors`, on the CPU, compared by version counter and by the bytes of a few elements too.
         elements: flat positions of these elements, for each of `copied`.
@@ -42,12 +45,13 @@ class PythonFingerprint:
         self,
         modules: list[nn.Module],
         tables: list[dict[Any, Any]],
+        ignored: set[str],
         tensors: list[Tensor],
         copied: list[Tensor],
         elements: list[list[int]],
     ) -> None:
         self._modules, self._tables, self._tensors, self._copied = modules, tables, tensors, copied
-        self._compared = set(map(id, tables))
+        self._ignored = ignored
         self._elements = [
             (tensor, torch.unravel_index(torch.tensor(positions), tensor.shape))
             for tensor, positions in zip(copied, elements, strict=True)
@@ -73,8 +77,7 @@ class PythonFingerprint:
         )
 
     def _values_of_tables(self) -> list[Any]:
-        values = (value for table in self._tables for value in table.values())
-        return [value for value in values if not isinstance(value, dict) or id(value) in self._compared]
+        return [value for table in self._tables for key, value in table.items() if key not in self._ignored]
 
     @torch.no_grad()
     def _read(self) -> list[bytes]:
@@ -95,14 +98,14 @@ class ModuleFingerprint:
     def __init__(self, roots: Sequence[nn.Module], copied: Sequence[Tensor] = ()) -> None:
         self._roots = tuple(roots)
         modules = list({id(m): m for root in roots for m in root.modules()}.values())
-        tables = [
-            table for m in modules for table in (m.__dict__, *map(m.__dict__.get, _TABLES)) if isinstance(table, dict)
-        ]
+        own = [m.__dict__ for m in modules]
+        hooks = [table for names in own for name in _HOOKS if isinstance(table := names.get(name), dict)]
+        parts = [table for names in own for name in _PARTS if isinstance(table := names.get(name), dict) and table]
         named = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
         tensors = list({id(x): x for x in named}.values())
         contents = list({id(x): x for x in copied}.values())
         elements = [sampled_elements(x.numel()) for x in contents]
-        self._snapshot = _snapshot_class()(modules, tables, tensors, contents, elements)
+        self._snapshot = _snapshot_class()(modules, [*own, *hooks, *parts], _IGNORED, tensors, contents, elements)
 
     def is_current(self, roots: Sequence[nn.Module]) -> bool:
         """Whether `roots` are the same modules as before and nothing inside them has changed."""
