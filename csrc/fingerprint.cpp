@@ -31,17 +31,6 @@ int64_t offset_of(const at::Tensor& tensor, int64_t position) {
   return offset * static_cast<int64_t>(tensor.element_size());
 }
 
-// Bytes to fetch of a dict's keys and entries, and of a tensor; a guess that is off costs time only.
-constexpr Py_ssize_t kFewEntries = 6;
-constexpr size_t kSmallDict = 192;
-constexpr size_t kLargeDict = 704;
-constexpr size_t kTensor = 192;
-constexpr size_t kLine = 64;
-
-void prefetch_lines(const void* start, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(static_cast<const char*>(start) + at);
-}
-
 }  // namespace
 
 Fingerprint::Fingerprint(const py::list& modules, const py::list& tables, const py::set& ignored,
@@ -88,7 +77,7 @@ void Fingerprint::add_content(const py::handle& object, const std::vector<int64_
   if (!tensor.is_cpu() || tensor.is_sparse() || item > 8) {
     throw py::value_error("Fingerprint: expected dense tensors on the CPU of at most 8 bytes an element");
   }
-  Content content{own(object), tensor.const_data_ptr(), version_of(tensor), item, {}, {}};
+  Content content{own(object), version_of(tensor), item, {}, {}};
   for (const int64_t position : positions) {
     if (position < 0 || position >= tensor.numel()) throw py::value_error("Fingerprint: element out of range");
     content.offsets.push_back(offset_of(tensor, position));
@@ -98,34 +87,7 @@ void Fingerprint::add_content(const py::handle& object, const std::vector<int64_
 }
 
 // Contents come last: they are read at addresses that the layouts have confirmed.
-bool Fingerprint::is_current() const {
-  prefetch();
-  return tables_are_current() && layouts_are_current() && contents_are_current();
-}
-
-// A batch evicts all of this from the caches, and reading it line by line would take several times as long as fetching
-// the lines side by side: first what the pointers here lead to, then what those lead to.
-void Fingerprint::prefetch() const {
-  for (const PyObject* module : modules_) __builtin_prefetch(module);
-  for (const Table& table : tables_) __builtin_prefetch(table.dict);
-  for (const Layout& layout : layouts_) __builtin_prefetch(layout.tensor);
-  for (const Content& content : contents_) {
-    for (const int64_t offset : content.offsets) {
-      __builtin_prefetch(static_cast<const char*>(content.address) + offset);
-    }
-  }
-  size_t begin = 0;
-  for (const Table& table : tables_) {
-    if (begin == table.end) continue;
-    const auto* dict = reinterpret_cast<const PyDictObject*>(table.dict);
-    prefetch_lines(dict->ma_keys, table.size < kFewEntries ? kSmallDict : kLargeDict);
-    if (dict->ma_values != nullptr) prefetch_lines(dict->ma_values, kSmallDict);
-    begin = table.end;
-  }
-  for (const Layout& layout : layouts_) {
-    prefetch_lines(tensor_of(layout.tensor).unsafeGetTensorImpl(), kTensor);
-  }
-}
+bool Fingerprint::is_current() const { return tables_are_current() && layouts_are_current() && contents_are_current(); }
 
 bool Fingerprint::tables_are_current() const {
   for (size_t i = 0; i < modules_.size(); ++i) {
@@ -165,9 +127,10 @@ bool Fingerprint::contents_are_current() const {
   for (const Content& content : contents_) {
     const at::Tensor& tensor = tensor_of(content.tensor);
     if (version_of(tensor) != content.version) return false;
+    const void* address = tensor.const_data_ptr();
     uint64_t different = 0;
     for (size_t k = 0; k < content.offsets.size(); ++k) {
-      different |= bytes_at(content.address, content.offsets[k], content.item) ^ content.values[k];
+      different |= bytes_at(address, content.offsets[k], content.item) ^ content.values[k];
     }
     if (different != 0) return false;
   }
@@ -176,7 +139,8 @@ bool Fingerprint::contents_are_current() const {
 
 void bind_fingerprint(py::module_& module) {
   py::class_<Fingerprint>(module, "Fingerprint")
-      .def(py::init<const py::list&, const py::list&, const py::set&, const py::list&, const py::list&, const std::vector<std::vector<int64_t>>&>())
+      .def(py::init<const py::list&, const py::list&, const py::set&, const py::list&, const py::list&,
+                    const std::vector<std::vector<int64_t>>&>())
       .def("is_current", &Fingerprint::is_current);
 }
 

@@ -38,7 +38,6 @@ class Fingerprint {
   };
   struct Content {
     PyObject* tensor;
-    const void* address;
     int64_t version;
     int64_t item;  // bytes of an element
     std::vector<int64_t> offsets;  // bytes from the tensor's address
@@ -49,7 +48,6 @@ class Fingerprint {
   void add_table(PyObject* dict, const pybind11::set& ignored);
   void add_layout(const pybind11::handle& object);
   void add_content(const pybind11::handle& object, const std::vector<int64_t>& positions);
-  void prefetch() const;
   bool tables_are_current() const;
   bool layouts_are_current() const;
   bool contents_are_current() const;

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backends import available_backends
 
-#: Elements of each copied weight that are compared. An optimizer step changes all of them.
-SAMPLES = 4
-#: The fractional part of the golden ratio: its multiples modulo 1 are spread evenly over rows and columns.
+#: Elements of each copied weight that are compared: runs of neighbours, since each run costs a page of memory looked
+#: up. An optimizer step changes all of them.
+RUNS, RUN = 2, 8
+#: The fractional part of the golden ratio, which spreads the runs over rows and columns.
 _STEP = 0.6180339887498949
 #: Attributes of a module that are dicts whose values are compared, even where they are empty now, or if they are not.
 _HOOKS, _PARTS = ("_forward_hooks", "_forward_pre_hooks"), ("_parameters", "_buffers", "_modules")
@@ -123,8 +124,9 @@ def _snapshot_class() -> Any:
 
 
 def sampled_elements(size: int) -> list[int]:
-    """Up to `SAMPLES` flat positions in a tensor of `size` elements, spread over it."""
-    return sorted({int((k + 0.5) * _STEP % 1.0 * size) for k in range(SAMPLES)}) if size else []
+    """Flat positions of the compared elements in a tensor of `size` elements."""
+    starts = [int((k + 0.5) * _STEP % 1.0 * size) for k in range(RUNS)]
+    return sorted({position for start in starts for position in range(start, min(start + RUN, size))})
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
