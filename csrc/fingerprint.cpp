@@ -15,6 +15,15 @@ const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object
 // Tensors created in inference mode have no version counter.
 int64_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? -1 : tensor._version(); }
 
+// A number that every change of a dict renews (PEP 509), which spares a look at its values; 0 where Python has none.
+uint64_t version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  return 0;
+#endif
+}
+
 uint64_t bytes_at(const void* address, int64_t offset, int64_t item) {
   uint64_t value = 0;
   std::memcpy(&value, static_cast<const char*>(address) + offset, item);
@@ -54,12 +63,13 @@ PyObject* Fingerprint::own(const py::handle& object) {
 
 void Fingerprint::add_table(PyObject* dict, const py::set& ignored) {
   if (!PyDict_Check(dict)) throw py::type_error("Fingerprint: expected tables to be dicts");
+  const size_t begin = values_.size();
   PyObject *key, *value;
   Py_ssize_t next = 0;
   while (PyDict_Next(dict, &next, &key, &value)) {
     if (!ignored.contains(py::handle(key))) values_.push_back({own(value), next - 1});
   }
-  tables_.push_back({dict, PyDict_GET_SIZE(dict), values_.size()});
+  tables_.push_back({dict, version_of(dict), PyDict_GET_SIZE(dict), begin, values_.size()});
 }
 
 void Fingerprint::add_layout(const py::handle& object) {
@@ -87,20 +97,27 @@ void Fingerprint::add_content(const py::handle& object, const std::vector<int64_
 }
 
 // Contents come last: they are read at addresses that the layouts have confirmed.
-bool Fingerprint::is_current() const { return tables_are_current() && layouts_are_current() && contents_are_current(); }
+bool Fingerprint::is_current() { return tables_are_current() && layouts_are_current() && contents_are_current(); }
 
-bool Fingerprint::tables_are_current() const {
+bool Fingerprint::tables_are_current() {
   for (size_t i = 0; i < modules_.size(); ++i) {
     if (Py_TYPE(modules_[i]) != types_[i]) return false;
   }
-  size_t i = 0;
-  for (const Table& table : tables_) {
-    if (PyDict_GET_SIZE(table.dict) != table.size) return false;
-    for (; i < table.end; ++i) {
-      PyObject *key, *value;
-      Py_ssize_t position = values_[i].position;
-      if (!PyDict_Next(table.dict, &position, &key, &value) || value != values_[i].object) return false;
-    }
+  for (Table& table : tables_) {
+    const uint64_t version = version_of(table.dict);
+    if (version != 0 && version == table.version) continue;
+    if (!table_is_current(table)) return false;
+    table.version = version;
+  }
+  return true;
+}
+
+bool Fingerprint::table_is_current(const Table& table) const {
+  if (PyDict_GET_SIZE(table.dict) != table.size) return false;
+  for (size_t i = table.begin; i < table.end; ++i) {
+    PyObject *key, *value;
+    Py_ssize_t position = values_[i].position;
+    if (!PyDict_Next(table.dict, &position, &key, &value) || value != values_[i].object) return false;
   }
   return true;
 }

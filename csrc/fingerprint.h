@@ -18,7 +18,7 @@ class Fingerprint {
               const pybind11::list& tensors, const pybind11::list& copied,
               const std::vector<std::vector<int64_t>>& elements);
 
-  bool is_current() const;
+  bool is_current();
 
  private:
   struct Value {
@@ -27,8 +27,9 @@ class Fingerprint {
   };
   struct Table {
     PyObject* dict;
+    uint64_t version;  // of the dict when its values were last compared
     Py_ssize_t size;
-    size_t end;  // of its values in values_
+    size_t begin, end;  // of its values in values_
   };
   struct Layout {
     PyObject* tensor;
@@ -48,7 +49,8 @@ class Fingerprint {
   void add_table(PyObject* dict, const pybind11::set& ignored);
   void add_layout(const pybind11::handle& object);
   void add_content(const pybind11::handle& object, const std::vector<int64_t>& positions);
-  bool tables_are_current() const;
+  bool tables_are_current();
+  bool table_is_current(const Table& table) const;
   bool layouts_are_current() const;
   bool contents_are_current() const;
 

@@ -148,6 +148,20 @@ def test_samples_of_any_shape(snapshots, shape):
     assert made_from.is_current([module]) == (0 in shape)
 
 
+def test_what_was_changed_back_is_no_change(snapshots):
+    module = torch.nn.Linear(8, 8)
+    own = module.weight
+    made_from = ModuleFingerprint([module], [own])
+    module.extra = 1
+    assert not made_from.is_current([module])
+    del module.extra
+    assert made_from.is_current([module])
+    module.weight = torch.nn.Parameter(torch.zeros(8, 8))
+    assert not made_from.is_current([module])
+    module.weight = own
+    assert made_from.is_current([module]) and made_from.is_current([module])
+
+
 def test_storage_that_was_given_back_is_a_change(snapshots):
     module = torch.nn.Linear(8, 8)
     made_from = ModuleFingerprint([module], [module.weight])
