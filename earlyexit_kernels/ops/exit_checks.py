@@ -43,6 +43,7 @@ def exit_rule_of(criterion: Any) -> Criterion:
     return rule
 
 
+@torch.compiler.disable  # it reads values and addresses, which a graph cannot hold; the op itself stays in the graph
 def check_call(
     rule: Criterion, layer: int, depth: int, params: list[float], pooling: str, tensors: dict[str, Tensor | None]
 ) -> dict[str, Tensor | None]:
