@@ -15,7 +15,8 @@ const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object
 // Tensors created in inference mode have no version counter.
 int64_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? -1 : tensor._version(); }
 
-// A number that every change of a dict renews (PEP 509), which spares a look at its values; 0 where Python has none.
+// A number that every change of a dict changes (PEP 509), so that its values need not be compared; 0 where Python has
+// none.
 uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
@@ -44,20 +45,22 @@ int64_t offset_of(const at::Tensor& tensor, int64_t position) {
 
 Fingerprint::Fingerprint(const py::list& modules, const py::list& tables, const py::set& ignored,
                          const py::list& tensors, const py::list& copied,
-                         const std::vector<std::vector<int64_t>>& elements) {
+                         const std::vector<std::vector<int64_t>>& elements, py::list kept)
+    : kept_(&kept) {
   for (const py::handle& module : modules) {
-    modules_.push_back(own(module));
+    modules_.push_back(keep(module));
     types_.push_back(Py_TYPE(module.ptr()));
-    own(py::type::handle_of(module));
+    keep(py::type::handle_of(module));
   }
-  for (const py::handle& dict : tables) add_table(own(dict), ignored);
+  for (const py::handle& dict : tables) add_table(keep(dict), ignored);
   for (const py::handle& object : tensors) add_layout(object);
   if (copied.size() != elements.size()) throw py::value_error("Fingerprint: expected elements for each copied tensor");
   for (size_t number = 0; number < elements.size(); ++number) add_content(copied[number], elements[number]);
+  kept_ = nullptr;
 }
 
-PyObject* Fingerprint::own(const py::handle& object) {
-  owned_.push_back(py::reinterpret_borrow<py::object>(object));
+PyObject* Fingerprint::keep(const py::handle& object) {
+  kept_->append(object);
   return object.ptr();
 }
 
@@ -67,7 +70,7 @@ void Fingerprint::add_table(PyObject* dict, const py::set& ignored) {
   PyObject *key, *value;
   Py_ssize_t next = 0;
   while (PyDict_Next(dict, &next, &key, &value)) {
-    if (!ignored.contains(py::handle(key))) values_.push_back({own(value), next - 1});
+    if (!ignored.contains(py::handle(key))) values_.push_back({keep(value), next - 1});
   }
   tables_.push_back({dict, version_of(dict), PyDict_GET_SIZE(dict), begin, values_.size()});
 }
@@ -75,7 +78,7 @@ void Fingerprint::add_table(PyObject* dict, const py::set& ignored) {
 void Fingerprint::add_layout(const py::handle& object) {
   if (!THPVariable_Check(object.ptr())) throw py::type_error("Fingerprint: expected tensors");
   const at::Tensor& tensor = tensor_of(object.ptr());
-  Layout layout{own(object), tensor.const_data_ptr(), static_cast<int8_t>(tensor.scalar_type()), tensor.sizes().vec()};
+  Layout layout{keep(object), tensor.const_data_ptr(), static_cast<int8_t>(tensor.scalar_type()), tensor.sizes().vec()};
   layout.sizes_and_strides.insert(layout.sizes_and_strides.end(), tensor.strides().begin(), tensor.strides().end());
   layouts_.push_back(std::move(layout));
 }
@@ -87,7 +90,7 @@ void Fingerprint::add_content(const py::handle& object, const std::vector<int64_
   if (!tensor.is_cpu() || tensor.is_sparse() || item > 8) {
     throw py::value_error("Fingerprint: expected dense tensors on the CPU of at most 8 bytes an element");
   }
-  Content content{own(object), version_of(tensor), item, {}, {}};
+  Content content{keep(object), version_of(tensor), item, {}, {}};
   for (const int64_t position : positions) {
     if (position < 0 || position >= tensor.numel()) throw py::value_error("Fingerprint: element out of range");
     content.offsets.push_back(offset_of(tensor, position));
@@ -157,7 +160,7 @@ bool Fingerprint::contents_are_current() const {
 void bind_fingerprint(py::module_& module) {
   py::class_<Fingerprint>(module, "Fingerprint")
       .def(py::init<const py::list&, const py::list&, const py::set&, const py::list&, const py::list&,
-                    const std::vector<std::vector<int64_t>>&>())
+                    const std::vector<std::vector<int64_t>>&, py::list>())
       .def("is_current", &Fingerprint::is_current);
 }
 

@@ -1,4 +1,4 @@
-// Snapshot of the modules that packed weights were built from, compared at every batch.
+// Snapshot of modules that packed weights or CUDA graphs were built from, compared at every batch.
 // The Python twin and the reason for each part: earlyexit_kernels/fingerprint.py.
 #pragma once
 
@@ -13,10 +13,12 @@ class Fingerprint {
  public:
   // modules: compared by type. tables: dicts, compared by the identity of their values, but for those under the ignored
   // keys. tensors: compared by address, dtype, shape and strides. copied: some of tensors, on the CPU, compared by
-  // version counter and by the bytes of a few elements too; elements holds the flat positions of each.
+  // version counter and by the bytes of a few elements too; elements holds the flat positions of each. kept receives
+  // every object that is compared: the caller has to hold it as long as this, which holds pointers alone, so that the
+  // garbage collector sees the references. (The address of a freed object may be reused.)
   Fingerprint(const pybind11::list& modules, const pybind11::list& tables, const pybind11::set& ignored,
               const pybind11::list& tensors, const pybind11::list& copied,
-              const std::vector<std::vector<int64_t>>& elements);
+              const std::vector<std::vector<int64_t>>& elements, pybind11::list kept);
 
   bool is_current();
 
@@ -45,7 +47,7 @@ class Fingerprint {
     std::vector<uint64_t> values;
   };
 
-  PyObject* own(const pybind11::handle& object);
+  PyObject* keep(const pybind11::handle& object);
   void add_table(PyObject* dict, const pybind11::set& ignored);
   void add_layout(const pybind11::handle& object);
   void add_content(const pybind11::handle& object, const std::vector<int64_t>& positions);
@@ -54,8 +56,7 @@ class Fingerprint {
   bool layouts_are_current() const;
   bool contents_are_current() const;
 
-  // Keeps alive what the raw pointers below refer to: the address of a freed object may be reused.
-  std::vector<pybind11::object> owned_;
+  pybind11::list* kept_;  // while it is constructed
   std::vector<PyObject*> modules_;
   std::vector<PyTypeObject*> types_;
   std::vector<Table> tables_;

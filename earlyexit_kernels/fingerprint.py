@@ -1,4 +1,4 @@
-"""Detects changes of the modules that packed weights were built from.
+"""Detects changes of modules that packed weights or CUDA graphs were built from.
 
 Version counters alone cannot do this: fused optimizers, writes through ``weight.data``, NumPy or DLPack views and
 writes in inference mode leave them as they were. So a fingerprint also holds the identity of every module and
@@ -40,6 +40,7 @@ class PythonFingerprint:
         tensors: compared by address, dtype, shape and strides.
         copied: some of `tensors`, on the CPU, compared by version counter and by the bytes of a few elements too.
         elements: flat positions of these elements, for each of `copied`.
+        kept: for the compiled one, which puts the compared objects there and has the caller hold them.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PythonFingerprint:
         tensors: list[Tensor],
         copied: list[Tensor],
         elements: list[list[int]],
+        kept: list[Any],
     ) -> None:
         self._modules, self._tables, self._tensors, self._copied = modules, tables, tensors, copied
         self._ignored = ignored
@@ -103,10 +105,14 @@ class ModuleFingerprint:
         hooks = [table for names in own for name in _HOOKS if isinstance(table := names.get(name), dict)]
         parts = [table for names in own for name in _PARTS if isinstance(table := names.get(name), dict) and table]
         named = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
-        tensors = list({id(x): x for x in named}.values())
+        # others have no address, and are replaced rather than written to
+        tensors = list({id(x): x for x in named if x.layout == torch.strided and not x.is_nested}.values())
         contents = list({id(x): x for x in copied}.values())
         elements = [sampled_elements(x.numel()) for x in contents]
-        self._snapshot = _snapshot_class()(modules, [*own, *hooks, *parts], _IGNORED, tensors, contents, elements)
+        self._kept: list[Any] = []
+        self._snapshot = _snapshot_class()(
+            modules, [*own, *hooks, *parts], _IGNORED, tensors, contents, elements, self._kept
+        )
 
     def is_current(self, roots: Sequence[nn.Module]) -> bool:
         """Whether `roots` are the same modules as before and nothing inside them has changed."""

@@ -167,7 +167,7 @@ class Graphs:
             self._streams[key.device] = torch.cuda.Stream(key.device)
         stream, current = self._streams[key.device], torch.cuda.current_stream(key.device)
         while True:
-            # before a capture too, which copies weights
+            # before a capture too, which reads weights
             stream.wait_stream(current)
             captured = self._of(key, parts, stream)
             with torch.cuda.stream(stream):

@@ -195,8 +195,7 @@ def why_not(layer: nn.Module, names: LayerNames) -> str:
         if hooked(module):
             return f"{title} has a forward hook"
         if kind is not None:
-            held = [type(module._parameters.get(name)) for name in Pair._fields]
-            if type(module) is not kind or held != [nn.Parameter] * 2:
+            if type(module) is not kind or {type(module._parameters.get(n)) for n in Pair._fields} != {nn.Parameter}:
                 return f"{title} isn't a plain {kind.__name__} with weight and bias"
         elif path in wanted:
             if type(module).__name__ not in ACTIVATIONS:
@@ -250,8 +249,9 @@ class FusedLayers:
         return FusedLayers, ()
 
     def forget(self) -> None:
-        """Drop what is packed."""
-        self._packed = None
+        """Drop what is packed, also what another thread is packing now."""
+        with self._lock:
+            self._packed = None
 
     def of(self, adapter: BackboneAdapter, backbone: nn.Module) -> tuple[Sequence[Callable[..., Any]] | None, str]:
         """The L layers of a backbone, fused; None and the reason where they can't be.

@@ -223,7 +223,7 @@ class RuntimeChoices(PreTrainedModel):
             raise
 
     def refresh(self) -> None:
-        """Drop what was made from the weights (packed copies, CUDA graphs); the next batch makes it again.
+        """Drop packed copies of weights and CUDA graphs; the next batch makes them again.
 
         Needed only after a change that no check detects. Before each batch the model compares its modules, their
         attributes, the address of each weight, and of each copied weight the version counter and a few elements: that
@@ -235,7 +235,7 @@ class RuntimeChoices(PreTrainedModel):
         self._graphs.forget()
 
     def train(self, mode: bool = True) -> Any:
-        """As in torch; the copies that fused layers and graphs have of weights are dropped, since these will change."""
+        """As in torch; packed copies of weights and graphs are dropped, since the weights will change."""
         if mode:
             self.refresh()
         return super().train(mode)

@@ -32,6 +32,10 @@ WEIGHTS = re.compile(
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 
 
+class UnfinishedSaveError(OSError):
+    """A save is valid, but not all of its files could be moved to their places; none of them is lost."""
+
+
 @contextmanager
 def saved_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Collect the files of one save in a temporary folder, and move them into `folder` together.
@@ -111,26 +115,32 @@ def save_or_rescue(folder: Path, *savers: Callable[[Path], Any]) -> None:
     try:
         save(folder)
         return
+    except UnfinishedSaveError:
+        raise
     except OSError as error:
         failure = error
-    if (folder / UNFINISHED).is_dir():
-        raise failure
-    rescue = Path(tempfile.mkdtemp(prefix="earlyexit-"))
+    try:
+        rescue = Path(tempfile.mkdtemp(prefix="earlyexit-"))
+    except OSError as error:
+        raise OSError(_lost(folder, failure, tempfile.gettempdir(), error)) from failure
     try:
         save(rescue)
     except OSError as error:
         shutil.rmtree(rescue, ignore_errors=True)
-        raise OSError(
-            f"nothing could be saved, neither in {folder} ({failure}) nor in {rescue} ({error}); the trained model "
-            "is lost"
-        ) from failure
+        raise OSError(_lost(folder, failure, rescue, error)) from failure
     raise OSError(f"nothing could be saved in {folder} ({failure}); the trained model is in {rescue}") from failure
+
+
+def _lost(folder: Path, failure: OSError, rescue: str | Path, error: OSError) -> str:
+    return (
+        f"nothing could be saved, neither in {folder} ({failure}) nor in {rescue} ({error}); the trained model is lost"
+    )
 
 
 def _cure(folder: str | os.PathLike[str]) -> str:
     path = os.path.abspath(folder)
     return (
-        f"the other files of the new save are in {os.path.join(path, UNFINISHED)}. Move them into place with `python "
+        f"the other files of that save are in {os.path.join(path, UNFINISHED)}. Move them into place with `python "
         f'-c "from earlyexit_kernels.saving import finish_save; finish_save({path!r})"`, or save to this folder again'
     )
 

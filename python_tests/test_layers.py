@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.utils.mkldnn
 from models import ATTENDED, DEPTH, FAMILIES, batch_for, stock
 from torch import nn
 
@@ -227,7 +228,12 @@ def another_forward(layer) -> None:
     layer.output.forward = layer.output.forward
 
 
+def a_scripted_linear(layer) -> None:
+    layer.output.dense = torch.jit.script(layer.output.dense)
+
+
 OWN_WAYS = {
+    a_scripted_linear: "output.dense (RecursiveScriptModule) has a forward hook",
     an_adapted_linear: "query (Adapted) isn't a plain Linear",
     a_linear_without_bias: "output.dense (Linear) isn't a plain Linear with weight and bias",
     a_module_more: "output.adapter (Linear) isn't known",
@@ -258,6 +264,14 @@ def test_a_layer_of_its_own_ways_runs_itself(change, packed, caplog):
         model.set_layers("fused")
     assert OWN_WAYS[change] in str(error.value)
     assert model.layer_kind == "family"
+
+
+def test_a_scripted_class_in_the_place_of_a_linear_runs_itself():
+    """Its tables of parameters are not dicts."""
+    model = ee.to_early_exit(stock(), pooling="first")
+    layer = model.backbone.encoder.layer[0]
+    layer.output.dense = torch.utils.mkldnn.MkldnnLinear(layer.output.dense, torch.float)
+    assert "output.dense (MkldnnLinear)" in model.explain(**batch_for(model)).layers.reason
 
 
 def test_a_layer_changed_under_fused_is_an_error_not_a_wrong_answer():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
+import weakref
 
 import pytest
 import torch
@@ -146,6 +148,31 @@ def test_samples_of_any_shape(snapshots, shape):
     assert made_from.is_current([module])
     module[0].data.add_(1)
     assert made_from.is_current([module]) == (0 in shape)
+
+
+def test_the_collector_frees_a_model_that_a_hook_of_its_own_holds(snapshots):
+    model = early_exit("bert", pooling="first")
+    model.backbone.register_forward_pre_hook(lambda module, inputs, holder=model: None)
+    answers(model, batch_for(model))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "mkldnn"])
+def test_tensors_without_an_address_are_compared_by_identity(snapshots, kind):
+    made = {
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "mkldnn": lambda: torch.ones(2, 2).to_mkldnn(),
+    }[kind]
+    module = torch.nn.Module()
+    module.register_buffer("table", made())
+    made_from = ModuleFingerprint([module])
+    assert made_from.is_current([module])
+    module.table = made()
+    assert not made_from.is_current([module])
 
 
 def test_what_was_changed_back_is_no_change(snapshots):

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from earlyexit_kernels import toy
 from earlyexit_kernels.cli import arguments
 from earlyexit_kernels.cli.evaluate import draw, layer_table, setting
-from earlyexit_kernels.cli.outputs import check_folder, check_plot, written
+from earlyexit_kernels.cli.outputs import check_folder, check_plot, save_tokenizer, written
 from earlyexit_kernels.cli.train import training_arguments
 from earlyexit_kernels.convert import to_early_exit
 from earlyexit_kernels.criteria import Criterion, Patience
@@ -246,7 +246,7 @@ def _ask(model: Any, tokenizer: Any, folder: Path) -> str:
     """Save, load as anyone would, and classify the three questions."""
     with written(folder):
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     classify = pipeline("text-classification", model=loaded, tokenizer=tokenizer)
     rows = []

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -75,6 +76,20 @@ def written(path: Path) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written: {_reason(error)}") from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer.
+
+    Raises:
+        OSError: it cannot be written; the tokenizers library itself raises a bare Exception.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"the tokenizer cannot be saved: {error}") from error
 
 
 @contextmanager

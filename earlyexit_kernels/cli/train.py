@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 
 from earlyexit_kernels.cli import arguments
 from earlyexit_kernels.cli.inputs import check_encoder, check_lengths, check_max_length, check_rows, loaded_from
-from earlyexit_kernels.cli.outputs import check_folder
+from earlyexit_kernels.cli.outputs import check_folder, save_tokenizer
 from earlyexit_kernels.convert import to_early_exit
 from earlyexit_kernels.hub import offline_if_unreachable
 from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from_dict
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
     scores = truncations(trace, labels, metrics=task.metrics)
     outcome = {"method": objective.to_dict(), "phases": tuple(plans), "scores": scores}
     recipe = Recipe(**{**asdict(recipe), **outcome})
-    save_or_rescue(args.output, model.save_pretrained, tokenizer.save_pretrained, recipe.save)
+    save_or_rescue(args.output, model.save_pretrained, partial(save_tokenizer, tokenizer), recipe.save)
     header = ("exit after layer", *task.metrics)
     rows = [(k, *(f"{score[m]:.4f}" for m in task.metrics)) for k, score in enumerate(scores, start=1)]
     print(f"\nEvery exit on the {recipe.evaluation_split} split ({len(labels)} rows):\n")

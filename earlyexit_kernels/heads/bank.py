@@ -99,10 +99,15 @@ class ExitHeads(nn.Module):
 
         Args:
             name: dotted, relative to this module.
+
+        Raises:
+            ValueError: not a parameter of an exit.
         """
         bank, _, rest = name.partition(".")
-        while bank not in self._modules:  # what a wrapper puts before: "modules_to_save.default." of PEFT
+        while rest and bank not in self._modules:  # what a wrapper puts before: "modules_to_save.default." of PEFT
             bank, _, rest = rest.partition(".")
+        if bank not in self._modules:
+            raise ValueError(f"part_of: expected the name of a parameter of an exit, got {name!r}")
         if bank in PARTS_OF_BANK:
             return PARTS_OF_BANK[bank]
         if bank == "dense" and len(self.dense) == 1:
