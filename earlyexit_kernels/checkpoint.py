@@ -81,7 +81,7 @@ class Checkpointed(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: folder or hub name.
-            allow_new_heads: accept a checkpoint that lacks weights, which are then freshly initialised.
+            allow_new_heads: accept a checkpoint that lacks weights of the exits, which are then freshly initialised.
             output_loading_info: return ``(model, info)``.
             args, kwargs: as in transformers, but for `attn_implementation` and `use_safetensors=False`, which are
                 refused.

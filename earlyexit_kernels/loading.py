@@ -27,13 +27,19 @@ def check_loaded(
         info: the loading info of transformers.
         source: of the checkpoint, for the message.
         tensors: what its files hold, for the message.
-        allow_new_heads: accept missing weights, which are then freshly initialised.
+        allow_new_heads: accept missing weights of the exits, which are then freshly initialised.
 
     Raises:
         MissingHeadsError: the checkpoint lacks weights.
         RuntimeError: weights have another shape, or no place in the model.
     """
     missing = sorted(info["missing_keys"])
+    encoder = [name for name in missing if not name.startswith("heads.")]
+    if encoder:
+        raise MissingHeadsError(
+            f"the checkpoint {str(source)!r} lacks {_listed(encoder)} of the encoder, which would be random numbers; "
+            "copy the whole checkpoint again, or save the model again"
+        )
     if missing and not allow_new_heads:
         raise MissingHeadsError(
             f"the checkpoint {str(source)!r} lacks {_listed(missing)}, which would be random numbers. Train and save "

@@ -285,6 +285,11 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         """The input's ids ``[N, S]`` int64, with everything checked."""
         backbone: Any = self.backbone
         check_attention(backbone.config._attn_implementation)
+        if (layers := len(self.adapter.layers(backbone))) != self.depth:
+            raise ValueError(
+                f"the backbone has {layers} layers, the model exits for {self.depth}; change the layers of the stock "
+                "model and its config.num_hidden_layers before to_early_exit"
+            )
         embeddings = backbone.get_input_embeddings()
         self.heads.check_beside(embeddings.weight)
         input_ids, attention_mask, token_type_ids, position_ids = inputs

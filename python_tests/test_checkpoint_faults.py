@@ -42,11 +42,16 @@ def change_config(folder: Path, **values) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["heads.out.1.weight", "heads.dense.0.bias", "backbone.encoder.layer.0.output.dense.bias"]
+    ("name", "cure"),
+    [
+        ("heads.out.1.weight", "allow_new_heads=True"),
+        ("heads.dense.0.bias", "allow_new_heads=True"),
+        ("backbone.encoder.layer.0.output.dense.bias", "copy the whole checkpoint again"),
+    ],
 )
-def test_missing_weight_is_named(saved, load, name):
+def test_missing_weight_is_named(saved, load, name, cure):
     change_weights(saved, lambda state: state.pop(name))
-    with pytest.raises(ee.MissingHeadsError, match="allow_new_heads=True") as caught:
+    with pytest.raises(ee.MissingHeadsError, match=cure) as caught:
         load(saved)
     assert name in str(caught.value) and str(saved) in str(caught.value)
     with pytest.raises(ee.MissingHeadsError, match=name):
@@ -373,3 +378,13 @@ def test_weights_changed_after_the_save_are_refused(saved, load):
     change_weights(saved, lambda state: state["heads.out.1.bias"].add_(1))
     with pytest.raises(RuntimeError, match=r"different saves.*weights_digest"):
         load(saved)
+
+
+def test_a_missing_layer_of_the_encoder_is_refused_even_with_new_heads(saved):
+    weights = load_file(saved / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layer.1." not in name}
+    save_file(kept, saved / "model.safetensors", metadata={"format": "pt"})
+    assert len(kept) < len(weights)
+    for how in ({}, {"allow_new_heads": True}):
+        with pytest.raises(ee.MissingHeadsError, match="of the encoder, which would be random numbers"):
+            ee.EarlyExitForSequenceClassification.from_pretrained(saved, **how)

@@ -179,3 +179,15 @@ def test_a_backbone_with_parts_that_the_adapter_lacks_is_refused(monkeypatch):
     base.base_model.LayerNorm = torch.nn.Identity()
     batch = batch_for(base)
     assert torch.allclose(ee.to_early_exit(base)(**batch).logits, base(**batch).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [lambda layers: layers.append(layers[0]), lambda layers: layers.pop(-1)])
+def test_a_backbone_with_more_or_fewer_layers_than_exits_is_refused(change):
+    model = ee.to_early_exit(stock(), pooling="first")
+    batch = batch_for(model)
+    model(**batch)
+    change(model.backbone.encoder.layer)
+    for ask in (model, model.trace, model.train()):
+        with pytest.raises(ValueError, match=r"the backbone has \d layers, the model exits for 4"):
+            ask(**batch)
+        model.eval()
