@@ -307,6 +307,11 @@ def test_what_is_no_dense_tensor_is_refused(backend, name):
 #: Wrong arguments of exit_step that are no tensors -> error and words.
 WRONG = {
     "layer_float": ({"layer": 1.0}, TypeError, "expected layer to be a whole number, got 1.0"),
+    "layer_negative": (
+        {"layer": -3, "criterion": criteria.Entropy(threshold=[0.5])},
+        ValueError,
+        "expected 1 <= layer <= depth, got layer -3",
+    ),
     "layer_bool": ({"layer": True}, TypeError, "expected layer to be a whole number, got True"),
     "depth_beyond_int32": ({"depth": 2**31}, ValueError, "expected depth to be at most 2147483647 .* got 2147483648"),
     "no_criterion": ({"criterion": "entropy"}, TypeError, "expected criterion .* got 'entropy'"),

@@ -45,22 +45,27 @@ def exit_rule_of(criterion: Any) -> Criterion:
 
 @torch.compiler.disable  # it reads values and addresses, which a graph cannot hold; the op itself stays in the graph
 def check_call(
-    rule: Criterion, layer: int, depth: int, params: list[float], pooling: str, tensors: dict[str, Tensor | None]
-) -> dict[str, Tensor | None]:
-    """The tensors of a call of `exit_step`, those that are only read made contiguous, or ValueError.
+    rule: Criterion, layer: int, depth: int, pooling: str, tensors: dict[str, Tensor | None]
+) -> tuple[dict[str, Tensor | None], list[float]]:
+    """Check a call of `exit_step`.
 
     Args:
         rule: the exit rule.
         layer, depth, pooling: as in `exit_step`.
-        params: ``rule.params(layer)``.
         tensors: by name, each None where it is not given.
+
+    Returns:
+        The tensors, those that are only read made contiguous, and the numbers of the rule at this layer.
 
     Raises:
         TypeError: an argument that has to be a tensor or a whole number isn't one.
         ValueError: shapes, dtypes, devices or memory don't fit; on the CPU also row ids and offsets.
     """
     given = {name for name, tensor in tensors.items() if tensor is not None}
-    _check_arguments(rule, layer, depth, params, pooling, given)
+    _check_arguments(rule, layer, depth, pooling, given)
+    params = rule.params(layer)
+    if len(params) > MAX_PARAMS:
+        raise ValueError(f"{OP}: expected at most {MAX_PARAMS} params of criterion {rule.name!r}, got {len(params)}")
     _check_shapes(rule, pooling, tensors)
     contiguous = {
         name: tensor if tensor is None or name in WRITTEN else tensor.contiguous() for name, tensor in tensors.items()
@@ -79,12 +84,10 @@ def check_call(
             check_offsets(OP, offsets, tokens=hidden.shape[0] if hidden is not None and pools else None)
             if pools:
                 check_no_empty_row(OP, row_ids, offsets)
-    return contiguous
+    return contiguous, params
 
 
-def _check_arguments(
-    rule: Criterion, layer: int, depth: int, params: list[float], pooling: str, given: set[str]
-) -> None:
+def _check_arguments(rule: Criterion, layer: int, depth: int, pooling: str, given: set[str]) -> None:
     """Everything but the tensors themselves."""
     if ("hidden" in given) == ("logits" in given):
         raise ValueError(f"{OP}: expected either hidden (with weight and bias) or logits, got both or neither")
@@ -97,8 +100,6 @@ def _check_arguments(
         raise ValueError(f"{OP}: expected pooling to be one of {POOLINGS}, got {pooling!r}")
     if rule.needs is not None and "aux" not in given:
         raise ValueError(f"{OP}: expected aux [B], the {rule.needs} that criterion {rule.name!r} reads, got None")
-    if len(params) > MAX_PARAMS:
-        raise ValueError(f"{OP}: expected at most {MAX_PARAMS} params of criterion {rule.name!r}, got {len(params)}")
 
 
 def _check_shapes(rule: Criterion, pooling: str, tensors: dict[str, Tensor | None]) -> None:

@@ -311,12 +311,10 @@ def exit_step(
     All arithmetic is float32 and ties go to the lowest class. A row's bits depend on nothing but the row.
     """
     rule = exit_rule_of(criterion)
-    params = rule.params(layer)
-    tensors = check_call(
+    tensors, params = check_call(
         rule,
         layer,
         depth,
-        params,
         pooling,
         {
             "hidden": hidden,
