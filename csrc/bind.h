@@ -69,6 +69,37 @@ struct ExitTensors {
   const at::Tensor& input() const { return hidden ? *hidden : *logits; }
 };
 
+// A tensor that is written shares no memory with another one: a row id overwritten by an answer would index anything.
+inline void check_apart(const char* op, const ExitTensors& t) {
+  struct Span {
+    const char* name;
+    const char* begin;
+    const char* end;
+  };
+  Span spans[10];
+  size_t count = 0;
+  size_t written = 0;
+  const auto add = [&](const char* name, const at::Tensor& tensor) {
+    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+    const Span span{name, begin, begin + tensor.nbytes()};
+    for (size_t k = 0; k < written; ++k) {
+      EE_CHECK(span.begin >= spans[k].end || spans[k].begin >= span.end, op, "expected ", spans[k].name,
+               " to share no memory with ", name, "; pass a second buffer");
+    }
+    spans[count++] = span;
+  };
+  for (const auto& [name, tensor] : {std::pair("row_ids", &t.row_ids), std::pair("state", &t.state),
+                                     std::pair("answers", &t.answers), std::pair("exit_layer", &t.exit_layer)}) {
+    add(name, *tensor);
+    written = count;
+  }
+  for (const auto& [name, tensor] : {std::pair("hidden", &t.hidden), std::pair("offsets", &t.offsets),
+                                     std::pair("weight", &t.weight), std::pair("bias", &t.bias),
+                                     std::pair("logits", &t.logits), std::pair("aux", &t.aux)}) {
+    if (*tensor) add(name, **tensor);
+  }
+}
+
 // What is indexed by rows, present or of the request.
 inline void bind_rows(const char* op, Call& call, const Criterion& criterion, const ExitTensors& t) {
   check_tensor(op, "row_ids", t.row_ids, at::kInt, {kAnySize});
@@ -143,6 +174,7 @@ inline Call bind_exit(const char* op, const ExitTensors& t, std::string_view cri
                                      std::pair("exit_layer", &t.exit_layer)}) {
     check_device(op, name, *tensor, "row_ids", t.row_ids);
   }
+  check_apart(op, t);
   return call;
 }
 

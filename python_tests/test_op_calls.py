@@ -290,10 +290,27 @@ def test_memory_that_is_written_is_no_other_argument_of_the_call(backend, name):
         op(**apart, backend=backend)
 
 
+def test_compiled_exit_step_refuses_overlaps_itself():
+    # a row id that an answer has overwritten would be an index of any memory
+    op = ops.exit_step_op("cpp", "cpu")
+    build, written = OVERLAPS["exit_step"]
+    names = ["hidden", "offsets", "weight", "bias", "logits", "aux", "row_ids", "state", "answers", "exit_layer"]
+    for first, second in [(w, other) for w in written for other in names if other != w and other in build()]:
+        arguments = build()
+        arguments[first], arguments[second] = in_one_buffer(arguments[first], arguments[second], 8)
+        rule = arguments["criterion"]
+        with pytest.raises(
+            ValueError, match=r"^exit_step_cpp: expected \w+ to share no memory with \w+; pass a second"
+        ):
+            op(*map(arguments.get, names), rule.name, rule.params(1), "first", 1, 2)
+
+
 @on_each
-def test_what_is_no_dense_tensor_is_refused(backend, name):
+def test_what_is_no_dense_tensor_with_values_is_refused(backend, name):
     op = getattr(ops, name)
     arguments = OVERLAPS[name][0]()
+    with pytest.raises(ValueError, match=rf"^{name}: expected \w+ with values, got a meta tensor"):
+        op(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}, backend=backend)
     for argument in [k for k, v in arguments.items() if isinstance(v, torch.Tensor)]:
         for wrong in ([0, 1], 3, np.zeros(2)):
             with pytest.raises(

@@ -181,6 +181,8 @@ def check_tensor(
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise ValueError(f"{op}: expected {name} to be a dense tensor, got {tensor.layout}; call .to_dense() on it")
+    if tensor.is_meta and (device is None or device.type == "meta"):
+        raise ValueError(f"{op}: expected {name} with values, got a meta tensor; move it to a device")
     got = tensor.shape
     if len(got) != len(shape) or any(want not in (None, have) for want, have in zip(shape, got, strict=True)):
         wanted = ["*" if size is None else size for size in shape]

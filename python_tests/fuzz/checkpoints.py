@@ -146,7 +146,7 @@ def _config_bytes(case: Case, folder: Path) -> Damaged:
         after = json.loads(data)
     except ValueError:
         return "bytes of config.json changed", None
-    return "bytes of config.json changed", lambda model: sane(before, after)
+    return "bytes of config.json changed", lambda model: sane(before, after) or lost_criterion(before, after)
 
 
 def _field(case: Case, folder: Path) -> Damaged:
@@ -170,10 +170,13 @@ def _field(case: Case, folder: Path) -> Damaged:
     what = "removed" if removed else f"= {json.dumps(at[name])}"
     return (
         f"config.{'.'.join(names)} {what}",
-        lambda model: (
-            names == ["criterion"] if removed else sane(before, config)  # without one, every layer runs
-        ),
+        lambda model: lost_criterion(before, config) if removed else sane(before, config),
     )
+
+
+def lost_criterion(before: Any, after: Any) -> bool:
+    """Whether the config has no criterion any more and is otherwise as before: then every layer runs."""
+    return "criterion" not in after and all(after.get(k) == v for k, v in before.items() if k != "criterion")
 
 
 def sane(before: Any, after: Any) -> bool:
