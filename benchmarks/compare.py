@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.report import markdown_table
-from earlyexit_kernels.timing import paired_ratio, quantiles
+from earlyexit_kernels.tuning.report import markdown_table
+from earlyexit_kernels.tuning.timing import paired_ratio, quantiles
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Largest difference of logits that is rounding.

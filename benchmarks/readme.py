@@ -25,9 +25,9 @@ from benchmarks.end_to_end.tables import machine_line
 from benchmarks.gpu import tables as gpu
 from benchmarks.micro import layer_products, weight_checks
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
-from earlyexit_kernels.grids import settings, skip_settings
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
-from earlyexit_kernels.report import markdown_table
+from earlyexit_kernels.tuning.grids import settings, skip_settings
+from earlyexit_kernels.tuning.report import markdown_table
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
 
 ROOT = Path(__file__).resolve().parents[1]

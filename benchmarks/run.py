@@ -14,7 +14,7 @@ from benchmarks.end_to_end import compaction_cost, offline, plots, profiles, ser
 from benchmarks.end_to_end.models import MODEL_VARIABLE
 from benchmarks.micro import collect, decision_cost, layer_products, weight_checks
 from benchmarks.readme import rewrite
-from earlyexit_kernels.report import environment
+from earlyexit_kernels.tuning.report import environment
 
 SUITES = {
     single_stream.SUITE: lambda repeats: single_stream.records(repeats),

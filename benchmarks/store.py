@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from earlyexit_kernels.report import environment, write_json
+from earlyexit_kernels.tuning.report import environment, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,19 +8,19 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from earlyexit_kernels import criteria, objectives, ops
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.config import EarlyExitConfig
-from earlyexit_kernels.convert import to_early_exit
+from earlyexit_kernels.engine.packing import register_attention
+from earlyexit_kernels.engine.replay import replay
 from earlyexit_kernels.errors import (
     AttentionReplacedError,
     BackendUnavailableError,
     InvalidLogitsError,
     MissingHeadsError,
 )
-from earlyexit_kernels.model import EarlyExitForSequenceClassification, EarlyExitOutput
-from earlyexit_kernels.packing import register_attention
-from earlyexit_kernels.predict import ExitPredictions, predict_with_exits
-from earlyexit_kernels.replay import replay
-from earlyexit_kernels.training import Phase, phases
+from earlyexit_kernels.hf.config import EarlyExitConfig
+from earlyexit_kernels.hf.convert import to_early_exit
+from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, EarlyExitOutput
+from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
+from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.types import ExitTrace
 
 __version__ = "0.1.0"

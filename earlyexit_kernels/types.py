@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -110,3 +110,21 @@ class Gating(NamedTuple):
 
     hard: bool
     threshold: float
+
+
+class RowStates(Protocol):
+    """Hidden states ``[..., H]`` of some rows, in a layout that knows which tokens are whose."""
+
+    @property
+    def hidden(self) -> Tensor:
+        """The states."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+
+    def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
+        """One vector ``[B, F]`` for each row of tokens ``[..., F]``: the first, or the mean (in float32)."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Attention within each row, over and to ``[..., heads, D]``."""

@@ -8,14 +8,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-
-from earlyexit_kernels.backends import BACKENDS, available_backends
+from support.backends import backend_params
 
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("here")
 
 # two test processes with two threads each on two cores wait for each other longer than they compute
 torch.set_num_threads(1)
+
+pytest_plugins = ("support.fake_gpu", "support.gpu_checks", "support.graph_captures", "support.small_models")
 
 FLIPS = "decision flips"
 
@@ -24,20 +25,6 @@ def pytest_configure(config) -> None:
     # the interpreter computes with numpy, which remarks on every NaN that a test feeds it
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy._core.fromnumeric")
-
-
-def backend_params(names=BACKENDS) -> list:
-    """Parameters for the back-ends; one that can't run here is skipped with the reason the package gives.
-
-    Triton carries its own mark: it runs on the CPU under its interpreter only, in a second pass of the suite.
-    """
-    reasons = available_backends("cpu")
-    params = []
-    for name in names:
-        marks = [pytest.mark.skipif(bool(reasons[name]), reason=f"{name}: {reasons[name]}")]
-        marks += [pytest.mark.triton] if name == "triton" else []
-        params.append(pytest.param(name, marks=marks))
-    return params
 
 
 @pytest.fixture(params=backend_params())

@@ -8,10 +8,10 @@ from transformers import Trainer
 
 import earlyexit_kernels as ee
 from benchmarks.readme import DOCUMENTS, TABLES, rewrite
-from earlyexit_kernels import toy
 from earlyexit_kernels.cli.train import training_arguments
 from earlyexit_kernels.criteria import CRITERIA, RULES
 from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.tasks import toy
 
 README, BENCHMARKS = (path.read_text(encoding="utf-8") for path in DOCUMENTS)
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.accuracy.noise import NOISES
 from benchmarks.accuracy.runs import RESULTS, SPEED_UPS, Trained, noted
 from earlyexit_kernels.criteria import Criterion, FullDepth, Patience
-from earlyexit_kernels.noise import NOISES
-from earlyexit_kernels.report import write_json
-from earlyexit_kernels.sweep import Outcome, collect_trace, nearest, outcome, sweep
-from earlyexit_kernels.task_sources import Split
+from earlyexit_kernels.tasks.sources import Split
+from earlyexit_kernels.tuning.report import write_json
+from earlyexit_kernels.tuning.sweep import Outcome, collect_trace, nearest, outcome, sweep
 
 EXPERIMENT = "robustness"
 SHARES = (0.1, 0.2, 0.4)

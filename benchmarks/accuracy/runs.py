@@ -19,13 +19,13 @@ from earlyexit_kernels.cli.evaluate import NEVER_SKIP, Evaluation, evaluate, loa
 from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe, objective_from
 from earlyexit_kernels.cli.train import run as train
 from earlyexit_kernels.criteria import RULES, Criterion, from_dict
-from earlyexit_kernels.flops import encoder_macs, row_macs
-from earlyexit_kernels.metrics import score
-from earlyexit_kernels.predict import predict_with_exits
-from earlyexit_kernels.report import write_json
-from earlyexit_kernels.sweep import Point, collect_trace, nearest, outcome
-from earlyexit_kernels.task_sources import Split
-from earlyexit_kernels.tasks import EncodedSplit, Task, encode, load_task
+from earlyexit_kernels.hf.predict import predict_with_exits
+from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
+from earlyexit_kernels.tasks.sources import Split
+from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
+from earlyexit_kernels.tuning.metrics import score
+from earlyexit_kernels.tuning.report import write_json
+from earlyexit_kernels.tuning.sweep import Point, collect_trace, nearest, outcome
 from earlyexit_kernels.types import ExitTrace
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "accuracy"

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.accuracy.runs import RESULTS, SPEED_UPS
 from earlyexit_kernels.criteria import Dact
 from earlyexit_kernels.objectives import OBJECTIVES
-from earlyexit_kernels.report import markdown_table
+from earlyexit_kernels.tuning.report import markdown_table
 
 NOT_MEASURED = "Not measured yet."
 

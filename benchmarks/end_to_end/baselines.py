@@ -18,7 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from benchmarks.end_to_end import peers
 from benchmarks.end_to_end.models import NotMeasuredError, Subject, device, exit_logits
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.tracing import first
+from earlyexit_kernels.engine.full_depth import first
 
 Answer: TypeAlias = tuple[Tensor, Tensor | None]
 Answering: TypeAlias = Callable[[dict[str, Tensor]], Answer]

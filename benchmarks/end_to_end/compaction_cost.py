@@ -17,9 +17,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import engine
-from earlyexit_kernels.packing import PackedBatch, pack, plan_attention, shrink
-from earlyexit_kernels.timing import interleave
+from earlyexit_kernels.engine import eager
+from earlyexit_kernels.engine.packing import PackedBatch, pack, plan_attention, shrink
+from earlyexit_kernels.tuning.timing import interleave
 
 SUITE = "compaction_cost"
 SHAPES = ((4, 32), (16, 32), (32, 32), (32, 128), (128, 32))
@@ -79,8 +79,8 @@ def records() -> Iterator[dict[str, Any]]:
         "case": "fit",
         "macs_per_compaction": round(fixed),
         "macs_per_moved_value": round(per_value, 1),
-        "macs_per_compaction_in_use": engine.MACS_PER_COMPACTION,
-        "macs_per_moved_value_in_use": engine.MACS_PER_MOVED_VALUE,
+        "macs_per_compaction_in_use": eager.MACS_PER_COMPACTION,
+        "macs_per_moved_value_in_use": eager.MACS_PER_MOVED_VALUE,
     }
 
 

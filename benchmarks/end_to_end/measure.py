@@ -17,7 +17,7 @@ from benchmarks.end_to_end.forced import FULL
 from benchmarks.end_to_end.goals import GOALS, OWN_FULL, PEER, efficiency
 from benchmarks.end_to_end.models import NotMeasuredError
 from benchmarks.end_to_end.workloads import Workload
-from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
+from earlyexit_kernels.tuning.timing import interleave, paired_ratio, quantiles
 
 #: Milliseconds that the rounds of a case may take for each repeat asked for: long rounds are repeated less often, but
 #: these many times at least, or a quarter of the repeats.

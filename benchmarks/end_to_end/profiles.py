@@ -24,7 +24,7 @@ from benchmarks.end_to_end.models import NotMeasuredError, subject
 from benchmarks.end_to_end.offline import HALF, MIXED
 from benchmarks.end_to_end.single_stream import HALF as HALF_OF_ONE
 from benchmarks.end_to_end.workloads import Fixed, Sst2, Workload
-from earlyexit_kernels.timing import quantiles
+from earlyexit_kernels.tuning.timing import quantiles
 
 SUITE = "profile"
 CASES = (

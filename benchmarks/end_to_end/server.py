@@ -24,7 +24,7 @@ from benchmarks.end_to_end.forced import FULL, NEVER, OWN
 from benchmarks.end_to_end.measure import REST, entered, head, standing
 from benchmarks.end_to_end.single_stream import RUNTIMES
 from benchmarks.end_to_end.workloads import Sst2, Workload, padded
-from earlyexit_kernels.timing import paired_ratio, quantiles
+from earlyexit_kernels.tuning.timing import paired_ratio, quantiles
 
 Stopwatch: TypeAlias = Callable[[Callable[[], Any]], float]
 SUITE = "server"

@@ -13,7 +13,7 @@ from benchmarks.end_to_end.engines import FAMILY_LAYERS
 from benchmarks.end_to_end.forced import NEVER
 from benchmarks.end_to_end.goals import GOALS, PEER
 from benchmarks.end_to_end.plots import PLOTS
-from earlyexit_kernels.report import markdown_table
+from earlyexit_kernels.tuning.report import markdown_table
 
 NOT_MEASURED = "Not measured yet."
 Record = dict[str, Any]

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.end_to_end.models import NotMeasuredError, Subject, device
-from earlyexit_kernels.task_sources import DATA_VARIABLE
-from earlyexit_kernels.tasks import load_task
+from earlyexit_kernels.tasks.load import load_task
+from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.end_to_end.models import DTYPES, NotMeasuredError
 from earlyexit_kernels.backends import NAMESPACE, available_backends
-from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
+from earlyexit_kernels.tuning.timing import interleave, paired_ratio, quantiles
 
 Record: TypeAlias = dict[str, Any]
 Call: TypeAlias = Callable[[], Any]

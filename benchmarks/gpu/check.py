@@ -23,7 +23,7 @@ from benchmarks.gpu.bench import Record, head
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.steps import Outcome, Worker
 from benchmarks.gpu.tables import bar_table
-from earlyexit_kernels.report import environment
+from earlyexit_kernels.tuning.report import environment
 
 MINUTES = 9.0
 #: Seconds of the rest that a step isn't begun within; and the share of its own time that a section isn't.

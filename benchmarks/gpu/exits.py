@@ -29,8 +29,8 @@ from benchmarks.micro.decisions import (
     random_trace,
 )
 from benchmarks.micro.plain_rules import entropy_of
+from earlyexit_kernels.engine.resident import TILE
 from earlyexit_kernels.ops import RESIDENT_EXITS
-from earlyexit_kernels.resident import TILE
 
 STEP, MEAN = "gpu_exit_step", "gpu_mean_pooling"
 CHAIN, COMPILED, COPY = "torch chain", "compiled chain", "copy of as many bytes"

@@ -14,7 +14,7 @@ from benchmarks.end_to_end.models import NotMeasuredError
 from benchmarks.gpu.bench import Bench, Call, Record, beside, head, middle
 from benchmarks.gpu.products import refuse_sizes_on_the_host
 from earlyexit_kernels.criteria import Entropy
-from earlyexit_kernels.graphs import ConditionalNodes
+from earlyexit_kernels.engine.graphs import ConditionalNodes
 from earlyexit_kernels.ops import RESIDENT_EXITS, rows_add_norm, rows_attention, rows_linear
 
 NODES, TURNS, EMPTY, BODIES = "gpu_nodes", "gpu_turns", "gpu_empty_launches", "gpu_bodies"

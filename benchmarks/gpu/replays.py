@@ -24,8 +24,8 @@ from benchmarks.end_to_end.models import Model, Subject, random_subject
 from benchmarks.end_to_end.workloads import padded
 from earlyexit_kernels.backends import resolve
 from earlyexit_kernels.criteria import Entropy
-from earlyexit_kernels.graphs import bucket_of
-from earlyexit_kernels.resident import ResidentLoop
+from earlyexit_kernels.engine.graphs import bucket_of
+from earlyexit_kernels.engine.resident import ResidentLoop
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
 SMALL = {"vocab_size": 200, "max_position_embeddings": 64, "initializer_range": 0.15}

@@ -67,7 +67,7 @@ def tests(seconds: float) -> Outcome:
     record = head("gpu_tests", "tests on the GPU", "pytest")
     if importlib.util.find_spec("pytest") is None:
         return Outcome([record | {"not_measured": "pytest isn't installed"}])
-    files = [str(path) for path in sorted((ROOT / "python_tests").glob("test_*.py")) if MARK in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "python_tests").rglob("test_*.py")) if MARK in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-ra", *files]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import store
 from benchmarks.end_to_end.tables import machine_line
 from benchmarks.gpu.goals import GOALS
-from earlyexit_kernels.report import markdown_table
+from earlyexit_kernels.tuning.report import markdown_table
 
 TO_BE_MEASURED = "The GPU numbers are still to be measured: no `make gpu-check` has run on a machine that has one."
 Record = dict[str, Any]

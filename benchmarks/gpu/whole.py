@@ -19,10 +19,10 @@ from benchmarks.end_to_end.forced import NEVER, rule_for
 from benchmarks.end_to_end.workloads import Fixed, Ragged, Sst2
 from benchmarks.gpu.bench import Bench, Record, beside, head, middle
 from benchmarks.gpu.goals import line
-from earlyexit_kernels import graphs
-from earlyexit_kernels.graphs import bucket_of
-from earlyexit_kernels.resident import ResidentLoop, why_not_resident
-from earlyexit_kernels.task_sources import DATA_VARIABLE
+from earlyexit_kernels.engine import graphs
+from earlyexit_kernels.engine.graphs import bucket_of
+from earlyexit_kernels.engine.resident import ResidentLoop, why_not_resident
+from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 
 CONDITIONAL, FASTEST = "gpu_conditional", "gpu_fastest"
 SUBJECT = "BERT-base"

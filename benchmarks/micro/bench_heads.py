@@ -25,8 +25,8 @@ from benchmarks.micro.measure import BASE, COMPILED, COPY, EAGER, Group, Shape, 
 from benchmarks.micro.plain_exits import TOLERANCE, PlainExit, Reference, given_by
 from benchmarks.micro.plain_rules import entropy_of
 from earlyexit_kernels.criteria import Criterion, Entropy, Learned, QExit
+from earlyexit_kernels.engine.packing import PackedStates, pack, plan_attention
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
-from earlyexit_kernels.packing import PackedStates, pack, plan_attention
 from earlyexit_kernels.types import ExitTrace, read_aux
 
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.micro import measure
 from benchmarks.micro.measure import COMPILED, EAGER, Group, Rounds
-from earlyexit_kernels.timing import paired_ratio, quantiles
+from earlyexit_kernels.tuning.timing import paired_ratio, quantiles
 
 LEFT_OUT = pytest.StashKey[list[dict[str, Any]]]()
 BANDWIDTH = pytest.StashKey[measure.Bandwidth]()

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.micro.decisions import Decision, middle_settings, on_device, random_trace, untimeable
 from benchmarks.micro.measure import DEVICE, synchronize
 from earlyexit_kernels.criteria import Criterion, Dact
-from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
+from earlyexit_kernels.tuning.timing import interleave, paired_ratio, quantiles
 from earlyexit_kernels.types import ExitTrace
 
 SUITE = "decision_cost"

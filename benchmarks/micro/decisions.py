@@ -15,8 +15,8 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.criteria import Criterion, Dact
-from earlyexit_kernels.grids import settings
 from earlyexit_kernels.ops import exit_step_op
+from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace, read_aux
 
 CLASSES, DEPTH, LAYER = 3, 12, 6

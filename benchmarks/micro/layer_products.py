@@ -18,9 +18,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.layers import FusedLayer, LayerWeights, Products, why_not_onednn
-from earlyexit_kernels.packing import pack, plan_attention
-from earlyexit_kernels.timing import interleave, paired_ratio, quantiles
+from earlyexit_kernels.engine.fused_layers import FusedLayer, LayerWeights, Products, why_not_onednn
+from earlyexit_kernels.engine.packing import pack, plan_attention
+from earlyexit_kernels.tuning.timing import interleave, paired_ratio, quantiles
 
 SUITE = "layer_products"
 BASELINE = "family"

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.timing import quantiles
+from earlyexit_kernels.tuning.timing import quantiles
 
 SUITE = "weight_checks"
 #: Case -> layers, H and heads of a model of BERT's form.

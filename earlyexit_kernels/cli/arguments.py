@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NoReturn
 
-from earlyexit_kernels.grids import FEWEST_POINTS
+from earlyexit_kernels.tuning.grids import FEWEST_POINTS
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, pipeline, set_seed
 
-from earlyexit_kernels import toy
 from earlyexit_kernels.cli import arguments
 from earlyexit_kernels.cli.evaluate import draw, layer_table, setting
 from earlyexit_kernels.cli.outputs import check_folder, check_plot, save_tokenizer, written
 from earlyexit_kernels.cli.train import training_arguments
-from earlyexit_kernels.convert import to_early_exit
 from earlyexit_kernels.criteria import Criterion, Patience
-from earlyexit_kernels.predict import predict_with_exits
-from earlyexit_kernels.report import environment, markdown_table, write_json
-from earlyexit_kernels.sweep import Sweep, choose, collect_trace, sweep
-from earlyexit_kernels.tasks import EncodedSplit, encode, toy_splits
-from earlyexit_kernels.timing import Ratio, interleave, paired_ratio
+from earlyexit_kernels.hf.convert import to_early_exit
+from earlyexit_kernels.hf.predict import predict_with_exits
+from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.tasks.load import EncodedSplit, encode, toy_splits
+from earlyexit_kernels.tuning.report import environment, markdown_table, write_json
+from earlyexit_kernels.tuning.sweep import Sweep, choose, collect_trace, sweep
+from earlyexit_kernels.tuning.timing import Ratio, interleave, paired_ratio
 
 #: Asked at the end, each harder than the one before.
 QUESTIONS = (

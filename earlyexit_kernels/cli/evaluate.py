@@ -20,12 +20,12 @@ from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, loaded
 from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.train import Recipe
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.grids import skip_settings
-from earlyexit_kernels.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import from_dict
-from earlyexit_kernels.report import markdown_table, plot_tradeoff, write_json
-from earlyexit_kernels.sweep import Sweep, collect_trace, sweep, sweep_skipping
-from earlyexit_kernels.tasks import TASK_NAMES, Task, encode, load_task
+from earlyexit_kernels.tasks.load import TASK_NAMES, Task, encode, load_task
+from earlyexit_kernels.tuning.grids import skip_settings
+from earlyexit_kernels.tuning.report import markdown_table, plot_tradeoff, write_json
+from earlyexit_kernels.tuning.sweep import Sweep, collect_trace, sweep, sweep_skipping
 
 #: Gate value from which the layers of a model are skipped, where its method doesn't say.
 SKIP_FROM = 0.5

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from earlyexit_kernels.model import EarlyExitForSequenceClassification
-from earlyexit_kernels.task_sources import Split
-from earlyexit_kernels.tasks import EncodedSplit, Task
+from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.tasks.load import EncodedSplit, Task
+from earlyexit_kernels.tasks.sources import Split
 
 
 @contextmanager

@@ -27,16 +27,16 @@ from transformers import (
 from earlyexit_kernels.cli import arguments
 from earlyexit_kernels.cli.inputs import check_encoder, check_lengths, check_max_length, check_rows, loaded_from
 from earlyexit_kernels.cli.outputs import check_folder, save_tokenizer
-from earlyexit_kernels.convert import to_early_exit
-from earlyexit_kernels.hub import offline_if_unreachable
+from earlyexit_kernels.hf.convert import to_early_exit
+from earlyexit_kernels.hf.saving import save_or_rescue
+from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from_dict
 from earlyexit_kernels.objectives.arguments import Check, choice, optional, whole
-from earlyexit_kernels.report import markdown_table
-from earlyexit_kernels.saving import save_or_rescue
-from earlyexit_kernels.sweep import collect_trace, truncations
-from earlyexit_kernels.task_sources import Split
-from earlyexit_kernels.tasks import TASK_NAMES, EncodedSplit, Task, encode, holdout, load_task
-from earlyexit_kernels.training import Phase, phases
+from earlyexit_kernels.tasks.hub import offline_if_unreachable
+from earlyexit_kernels.tasks.load import TASK_NAMES, EncodedSplit, Task, encode, holdout, load_task
+from earlyexit_kernels.tasks.sources import Split
+from earlyexit_kernels.tuning.report import markdown_table
+from earlyexit_kernels.tuning.sweep import collect_trace, truncations
 
 RECIPE_FILE = "earlyexit_task.json"
 WEIGHT_DECAY = 0.01

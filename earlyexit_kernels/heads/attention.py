@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.heads.config import GATE_HEADS
-from earlyexit_kernels.packing import RowStates
+from earlyexit_kernels.types import RowStates
 
 
 class TokenAttention(nn.Module):

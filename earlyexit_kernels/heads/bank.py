@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from earlyexit_kernels.heads.attention import AttentionFeatures, Projection, SkipGate
 from earlyexit_kernels.heads.config import HeadConfig
 from earlyexit_kernels.heads.halting import HaltingHead
-from earlyexit_kernels.packing import RowStates
+from earlyexit_kernels.types import RowStates
 
 #: Module of the bank -> the part that a training phase names; a module missing here belongs to the exit of its layer.
 PARTS_OF_BANK = {

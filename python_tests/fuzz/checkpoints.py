@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import early_exit, ragged
 from safetensors.torch import load_file, save_file
+from support.models import early_exit, ragged
 
 from earlyexit_kernels import EarlyExitForSequenceClassification, criteria
 from fuzz.case import AcceptedError, Case

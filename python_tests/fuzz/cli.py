@@ -22,10 +22,10 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-from earlyexit_kernels import toy
 from earlyexit_kernels.cli import demo, main
 from earlyexit_kernels.cli.train import RECIPE_FILE
-from earlyexit_kernels.task_sources import DATA_VARIABLE
+from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 from fuzz.case import AcceptedError, Case, WrongError
 from fuzz.worker import CONTEXT
 

@@ -8,8 +8,8 @@ import os
 from typing import Any
 
 import numpy as np
-import oracle
 import torch
+from support import oracle
 from torch import Tensor
 
 from earlyexit_kernels import ops

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import batch_for, encoder_of, stock
+from support.models import batch_for, encoder_of, stock
 from torch import Tensor, nn
 from torch.nn.utils import prune
 

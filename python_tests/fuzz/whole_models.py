@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from models import FAMILIES, VOCABULARY, balance_classes, batch_for, early_exit, pad_id
+from support.models import FAMILIES, VOCABULARY, balance_classes, batch_for, early_exit, pad_id
 from torch import Tensor
 
 import earlyexit_kernels as ee

@@ -1,0 +1,115 @@
+"""Seeded noise on sentences: typing errors, and words that go missing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from earlyexit_kernels.tasks.sources import Split, Text
+
+T = TypeVar("T")
+
+_KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+#: Letter -> the letters beside it in its row of an English keyboard.
+NEIGHBOURS = {letter: row[max(i - 1, 0) : i] + row[i + 1 : i + 2] for row in _KEYBOARD for i, letter in enumerate(row)}
+
+
+def typos(split: Split, share: float, *, seed: int = 0) -> Split:
+    """Put one typing error into a share of the words.
+
+    Every word with a letter is hit with probability `share`; of the four errors of `TYPOS` that can change it, each is
+    equally likely. Drawn with `random.Random(seed).random()`, whose sequence Python promises to keep.
+
+    Args:
+        split: N texts or pairs; labels and levels stay.
+        share: in [0, 1].
+        seed: of the draws.
+
+    Returns:
+        The noisy split, its words parted by single spaces.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+    draw = _generator(share, seed)
+
+    def words(found: Sequence[str]) -> list[str]:
+        return [_mistyped(w, draw) if any(c.isalpha() for c in w) and draw() < share else w for w in found]
+
+    return _changed(split, words)
+
+
+def drop_words(split: Split, share: float, *, seed: int = 0) -> Split:
+    """Leave out a share of the words: each with probability `share`, but one, drawn, stays of every text.
+
+    Arguments, result and errors are those of `typos`.
+    """
+    draw = _generator(share, seed)
+
+    def words(found: Sequence[str]) -> list[str]:
+        kept = [w for w in found if draw() >= share]
+        return kept or [_pick(found, draw)]
+
+    return _changed(split, words)
+
+
+NOISES: dict[str, Callable[..., Split]] = {"typos": typos, "word_drop": drop_words}
+
+
+def _swapped(word: str) -> list[str]:
+    """Two different neighbouring characters change places."""
+    pairs = [i for i in range(len(word) - 1) if word[i] != word[i + 1]]
+    return [word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in pairs]
+
+
+def _dropped(word: str) -> list[str]:
+    return [word[:i] + word[i + 1 :] for i in range(len(word))] if len(word) > 1 else []
+
+
+def _repeated(word: str) -> list[str]:
+    return [word[: i + 1] + word[i:] for i in range(len(word))]
+
+
+def _missed(word: str) -> list[str]:
+    """A letter becomes one beside it on the keyboard, its case kept."""
+    found = []
+    for i, letter in enumerate(word):
+        for other in NEIGHBOURS.get(letter.lower(), ""):
+            found.append(word[:i] + (other.upper() if letter.isupper() else other) + word[i + 1 :])
+    return found
+
+
+#: Typing error -> every word that it can make of one.
+TYPOS: dict[str, Callable[[str], list[str]]] = {
+    "swap": _swapped,
+    "drop": _dropped,
+    "repeat": _repeated,
+    "neighbour": _missed,
+}
+
+
+def _mistyped(word: str, draw: Callable[[], float]) -> str:
+    return _pick(_pick([made for make in TYPOS.values() if (made := make(word))], draw), draw)
+
+
+def _pick(options: Sequence[T], draw: Callable[[], float]) -> T:
+    return options[int(draw() * len(options))]
+
+
+def _generator(share: float, seed: int) -> Callable[[], float]:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected a share of the words in [0, 1], got {share!r}")
+    return random.Random(seed).random
+
+
+def _changed(split: Split, change: Callable[[Sequence[str]], list[str]]) -> Split:
+    """Apply `change` to the words of every text; a text without words stays."""
+
+    def one(text: str) -> str:
+        found = text.split()
+        return " ".join(change(found)) if found else text
+
+    sentences: list[Text] = [one(t) if isinstance(t, str) else (one(t[0]), one(t[1])) for t in split.sentences]
+    return replace(split, sentences=sentences)

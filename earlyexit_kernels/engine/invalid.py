@@ -1,0 +1,88 @@
+"""Counting rows with invalid logits: NaN, several +inf, or all -inf."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.engine.eager import invalid_message
+from earlyexit_kernels.errors import InvalidLogitsError
+from earlyexit_kernels.ops.exit_step import meaningful
+
+logger = logging.getLogger("earlyexit_kernels")
+
+#: Kinds of device where reading a number does not wait for a queue of kernels.
+SYNCHRONOUS_DEVICES = ("cpu",)
+#: Training passes after which counts that were left on the device are read.
+PASSES_BETWEEN_READS = 100
+
+
+class InvalidRows:
+    """The number of rows with invalid logits that a model has met, counted once for each exit.
+
+    Counts of training passes stay on the device, since reading one synchronises with it. They are read by `total`, by
+    the next call of `add`, and every `PASSES_BETWEEN_READS` passes. Counts on the CPU are read at once.
+    """
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._waiting: Tensor | None = None
+        self._passes = 0
+
+    def total(self) -> int:
+        """The number so far. Synchronises with the device where counts were left there."""
+        self._read()
+        return self._total
+
+    def add(self, by_layer: Sequence[int], strict: bool) -> None:
+        """Count the invalid rows of layers 1..L.
+
+        Raises:
+            InvalidLogitsError: there are some, and `strict` is set.
+        """
+        self._read()
+        if not any(by_layer):
+            return
+        if strict:
+            layer = next(k for k, rows in enumerate(by_layer, start=1) if rows)
+            raise InvalidLogitsError(invalid_message(by_layer[layer - 1], layer, len(by_layer)))
+        if self._total == 0:
+            where = {layer: rows for layer, rows in enumerate(by_layer, start=1) if rows}
+            logger.warning(
+                "logits without a meaning (NaN, several +inf, or all -inf), rows by layer: %s. Such a row never exits "
+                "there; model.invalid_rows goes on counting. Use strict=True (model.config.strict) to raise instead",
+                where,
+            )
+        self._total += sum(by_layer)
+
+    @torch.no_grad()
+    def add_pass(self, logits: Tensor, strict: bool, *, training: bool) -> None:
+        """Count the invalid rows of a full-depth pass.
+
+        Args:
+            logits: ``[N, L, C]``.
+            strict: read the counts at once and raise.
+            training: the counts may be left on the device.
+
+        Raises:
+            InvalidLogitsError: there are some, and `strict` is set.
+        """
+        by_layer = (~meaningful(logits.flatten(0, 1), None)).view(logits.shape[:2]).sum(0)
+        if strict or not training or by_layer.device.type in SYNCHRONOUS_DEVICES:
+            self.add(by_layer.tolist(), strict)
+            return
+        if self._waiting is not None and self._waiting.device != by_layer.device:
+            self._read()
+        self._waiting = by_layer if self._waiting is None else self._waiting + by_layer
+        self._passes += 1
+        if self._passes >= PASSES_BETWEEN_READS:
+            self._read()
+
+    def _read(self) -> None:
+        """Count what was left on the device."""
+        waiting, self._waiting, self._passes = self._waiting, None, 0
+        if waiting is not None:
+            self.add(waiting.tolist(), strict=False)

@@ -1,0 +1,183 @@
+"""The configuration saved with an early-exit model: the backbone's own config, the heads, and the exit criterion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
+
+from earlyexit_kernels.backbones import adapter_of
+from earlyexit_kernels.criteria import Criterion, from_dict
+from earlyexit_kernels.hf import limits
+
+FORMAT_VERSION = 1
+#: Entry -> what it must be where it is given, in words and as a test.
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "id2label": ("a dict of names by number", lambda v: isinstance(v, dict) and all(str(k).isdecimal() for k in v)),
+    "label2id": ("a dict of numbers by name", lambda v: isinstance(v, dict)),
+    "model_type": ("a string", lambda v: isinstance(v, str)),
+    "problem_type": ("a string", lambda v: isinstance(v, str)),
+    "dtype": ("a floating dtype of torch", lambda v: getattr(_dtype(v), "is_floating_point", False)),
+    "chunk_size_feed_forward": ("a whole number", lambda v: isinstance(v, int)),
+    **dict.fromkeys(
+        ("hidden_act", "activation"),
+        ("an activation of transformers", lambda v: callable(v) or (isinstance(v, str) and v in ACT2FN)),
+    ),
+}
+NEVER_RETURNED = ("output_hidden_states", "output_attentions")
+
+
+def _dtype(value: Any) -> Any:
+    return getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+
+
+class EarlyExitConfig(PretrainedConfig):
+    """Configuration of `EarlyExitForSequenceClassification`.
+
+    Args:
+        backbone_config: config of the encoder, or its dict; it is copied.
+        method: training method, a name of the objectives table or data of `Objective.to_dict`.
+        criterion: data of `Criterion.to_dict`, or None for full depth.
+        heads: data of `HeadConfig.to_dict`.
+        strict: raise on logits without a meaning.
+        format_version: of the saved files.
+
+    Raises:
+        ValueError: an unknown format version or criterion, a backbone that is not a supported encoder, or sizes above
+            the bounds of `earlyexit_kernels.hf.limits`.
+    """
+
+    model_type = "early-exit"
+    sub_configs: ClassVar = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar = ["exit_layer", "layers_run", "all_logits"]
+
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        method: str | dict[str, Any] = "joint",
+        criterion: dict[str, Any] | None = None,
+        heads: dict[str, Any] | None = None,
+        strict: bool = False,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        # of the file only: a config in memory may be saved beside other weights
+        kwargs.pop("weights_digest", None)
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version: this package reads version {FORMAT_VERSION}, the checkpoint has {format_version!r}; "
+                "install the release of earlyexit_kernels that wrote it"
+            )
+        if kwargs.get("transformers_weights") is not None:
+            raise ValueError(
+                f"transformers_weights={kwargs['transformers_weights']!r}: the file of the weights cannot be chosen by "
+                "a config; remove the entry"
+            )
+        if backbone_config is not None:
+            backbone_config = _encoder_config(backbone_config)
+        if heads is not None and not isinstance(heads, dict):
+            raise ValueError(f"heads: expected the data of HeadConfig.to_dict, got {heads!r}")
+        _check_kinds("", kwargs)
+        limits.check_sizes("heads.", heads or {}, limits.HEADS)
+        limits.check_sizes("", kwargs, limits.LABELS)
+        _refuse_outputs("", kwargs)
+        from_dict(criterion)
+        # transformers resets the attention of nested configs: a shared object would lose its own
+        self.backbone_config = copy.deepcopy(backbone_config)
+        self.method = method
+        self.criterion = criterion
+        self.heads = heads or {}
+        self.strict = strict
+        self.format_version = format_version
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the data of a file.
+
+        Raises:
+            ValueError: an early-exit config without a format version.
+        """
+        if "backbone_config" in config_dict and "format_version" not in config_dict:
+            raise ValueError(
+                f"format_version: this package reads version {FORMAT_VERSION}, the config has none; if it was written "
+                f'by this package, add "format_version": {FORMAT_VERSION} to config.json'
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def exit_criterion(self) -> Criterion:
+        """The criterion, built."""
+        return from_dict(self.criterion)
+
+
+def _encoder_config(config: Any) -> Any:
+    """The config of an encoder, from that or its dict, with what the packed layers cannot do refused.
+
+    Raises:
+        ValueError: not the config of a supported encoder.
+    """
+    if isinstance(config, dict):
+        data = dict(config)
+        family = data.pop("model_type", None)
+        if not isinstance(family, str):
+            raise ValueError(f"backbone_config: expected 'model_type', the family of the encoder, got {family!r}")
+        adapter_of(family)
+        _check_kinds("backbone_config.", data)
+        limits.check_sizes("backbone_config.", data, limits.BACKBONE)
+        try:
+            config = AutoConfig.for_model(family, **data)
+        except StrictDataclassError as error:
+            raise ValueError(f"backbone_config: {error}") from error
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(f"backbone_config: expected the config of an encoder or its dict, got {config!r}")
+    adapter_of(config.model_type)
+    limits.check_backbone_sizes(config)
+    check_encoder(config)
+    _refuse_outputs("backbone_config.", {name: getattr(config, name, False) for name in NEVER_RETURNED})
+    return config
+
+
+def _refuse_outputs(where: str, data: Mapping[str, Any]) -> None:
+    """Refuse a config that asks for what `forward` refuses to return."""
+    for name in NEVER_RETURNED:
+        if data.get(name):
+            raise ValueError(
+                f"{where}{name}={data[name]!r} isn't available: rows leave on the way, so there is no full set to "
+                "return; set it to False, and call model.backbone for them"
+            )
+
+
+def _check_kinds(where: str, data: Mapping[str, Any]) -> None:
+    """Refuse entries of a kind that transformers would take apart without a look at it.
+
+    Raises:
+        ValueError: names the entry, its value and what is expected.
+    """
+    for name, (expected, fits) in KINDS.items():
+        if data.get(name) is not None and not fits(data[name]):
+            raise ValueError(f"{where}{name}: expected {expected}, got {data[name]!r}")
+
+
+def check_encoder(config: Any) -> None:
+    """Refuse settings of an encoder that packed tokens do not have.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if (getattr(config, "chunk_size_feed_forward", 0) or 0) > 0:
+        raise ValueError("chunk_size_feed_forward > 0 isn't supported: packed tokens have no sequence axis to chunk")
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(config, name, False):
+            raise ValueError(
+                f"expected an encoder, got one with {name}=True, which attends to other tokens than an encoder"
+            )
+
+
+def default_problem_type(num_labels: int) -> str:
+    """What transformers takes a model with that many outputs for, where its config doesn't say."""
+    return "regression" if num_labels == 1 else "single_label_classification"

@@ -1,0 +1,116 @@
+"""What a checkpoint must hold: every weight, in place, in whole safetensors files of the same save as its config."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from earlyexit_kernels.errors import MissingHeadsError
+from earlyexit_kernels.hf.weight_files import StoredTensor, digest, find_file
+
+CONFIG = "config.json"
+#: Entry of the saved config: the digest of the weights it was saved with.
+DIGEST = "weights_digest"
+
+
+def check_loaded(
+    info: Mapping[str, Any], source: Any, tensors: Mapping[str, StoredTensor], *, allow_new_heads: bool
+) -> None:
+    """Raise where transformers had to make weights up, or to leave some out.
+
+    Args:
+        info: the loading info of transformers.
+        source: of the checkpoint, for the message.
+        tensors: what its files hold, for the message.
+        allow_new_heads: accept missing weights of the exits, which are then freshly initialised.
+
+    Raises:
+        MissingHeadsError: the checkpoint lacks weights.
+        RuntimeError: weights have another shape, or no place in the model.
+    """
+    missing = sorted(info["missing_keys"])
+    encoder = [name for name in missing if not name.startswith("heads.")]
+    if encoder:
+        raise MissingHeadsError(
+            f"the checkpoint {str(source)!r} lacks {_listed(encoder)} of the encoder, which would be random numbers; "
+            "copy the whole checkpoint again, or save the model again"
+        )
+    if missing and not allow_new_heads:
+        raise MissingHeadsError(
+            f"the checkpoint {str(source)!r} lacks {_listed(missing)}, which would be random numbers. Train and save "
+            "the model, or pass allow_new_heads=True to start with fresh ones"
+        )
+    mismatched = [
+        f"{key} {tuple(found)} in {_file_of(key, tensors)}, {tuple(expected)} by the config"
+        for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    wrong = {
+        "have another shape than the config says": mismatched,
+        "have no place in the model the config describes": sorted(info["unexpected_keys"]),
+    }
+    for problem, keys in wrong.items():
+        if keys:
+            raise RuntimeError(
+                f"the checkpoint {str(source)!r}: {_listed(keys)} {problem}; config.json and the weights are "
+                "of different models, use the two files of one save"
+            )
+
+
+def record_digest(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write the digest of the weights into the config saved beside them."""
+    path = folder / CONFIG
+    if tensors and path.is_file():
+        data = {**json.loads(path.read_text(encoding="utf-8")), DIGEST: digest(tensors)}
+        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_one_save(source: Any, tensors: Mapping[str, StoredTensor], arguments: Mapping[str, Any]) -> None:
+    """Raise where config and weights are of different saves; a config without a digest is accepted.
+
+    Args:
+        source: folder or hub name.
+        tensors: what the files of weights hold.
+        arguments: of `from_pretrained`. A variant has a config in common with other weights, and is not checked.
+
+    Raises:
+        RuntimeError: the weights are not those that the config was saved with.
+    """
+    if not tensors or arguments.get("variant") or os.path.isfile(source):
+        return
+    path = find_file(source, CONFIG, arguments)
+    expected = None if path is None else json.loads(path.read_text(encoding="utf-8")).get(DIGEST)
+    if expected is None or expected == digest(tensors):
+        return
+    files = ", ".join(sorted({str(tensor.file) for tensor in tensors.values()}))
+    raise RuntimeError(
+        f"{path} and {files} are of different saves: the weights are not those that the config was saved with, so the "
+        "model would answer as neither. Use the files of one save; if the weights were changed on purpose, remove "
+        f"{DIGEST!r} from {path}"
+    )
+
+
+def _file_of(key: str, tensors: Mapping[str, StoredTensor]) -> str:
+    return str(tensors[key].file) if key in tensors else "the weights"
+
+
+def _listed(keys: list[str]) -> str:
+    more = "" if len(keys) <= 5 else f" and {len(keys) - 5} more"
+    return f"{len(keys)} weight(s): {', '.join(keys[:5])}{more}"
+
+
+def corrupt_files(source: Any) -> str:
+    """Names of the safetensors files in a local folder that can't be opened, or the source's own name."""
+    folder = Path(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else None
+    broken = []
+    for path in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                continue
+        except SafetensorError:
+            broken.append(str(path))
+    return ", ".join(broken) or str(source)

@@ -1,0 +1,131 @@
+"""Answers and exits over a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, early_exit_model_in
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_LABELS = ("labels", "label")
+
+
+@dataclass(frozen=True)
+class ExitPredictions:
+    """Answers over a data set, in its order.
+
+    Attributes:
+        logits: ``[N, C]`` float32.
+        exit_layer: ``[N]`` int64, 1-based depth of the answering head.
+        layers_run: ``[N]`` int64.
+        labels: ``[N]`` or ``[N, C]``, or None where the data set has none.
+    """
+
+    logits: np.ndarray
+    exit_layer: np.ndarray
+    layers_run: np.ndarray
+    labels: np.ndarray | None
+
+
+def predict_with_exits(
+    model_or_trainer: Any,
+    dataset: Any,
+    *,
+    batch_size: int = 32,
+    collate_fn: Callable[[list[Any]], Mapping[str, Tensor]] | None = None,
+) -> ExitPredictions:
+    """Run an early-exit model over a data set in eval mode, keeping exit layers, which ``Trainer.predict`` drops.
+
+    Args:
+        model_or_trainer: the model, alone or wrapped as PEFT does, or a Trainer, whose collator and evaluation batch
+            size are then used.
+        dataset: items are mappings with `input_ids` and, where present, `attention_mask`, `token_type_ids`,
+            `position_ids`, `labels`.
+        batch_size: of a bare model.
+        collate_fn: of a bare model; default: pad on the right with the backbone's pad token.
+
+    Returns:
+        The predictions of the whole data set, in every process where a Trainer runs several.
+
+    Raises:
+        TypeError: neither an early-exit model nor a Trainer around one.
+    """
+    is_trainer = hasattr(model_or_trainer, "get_test_dataloader")
+    given = model_or_trainer.model if is_trainer else model_or_trainer
+    model = early_exit_model_in(given) if isinstance(given, torch.nn.Module) else None
+    if model is None:
+        raise TypeError(
+            "predict_with_exits: expected an early-exit model or a Trainer of one, got "
+            f"{type(model_or_trainer).__name__}"
+        )
+    loader: Any
+    gather: Callable[[Any], Any] = _as_they_are
+    if not is_trainer:
+        pad = model.config.backbone_config.pad_token_id or 0
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or _PadRight(pad))
+    else:
+        loader = model_or_trainer.get_test_dataloader(dataset)
+        gather = model_or_trainer.accelerator.gather_for_metrics
+    was_training = model.training
+    model.eval()
+    try:
+        return _predict(model, loader, gather)
+    finally:
+        model.train(was_training)
+
+
+def _as_they_are(tensors: Any) -> Any:
+    return tensors
+
+
+def _predict(model: EarlyExitForSequenceClassification, loader: Any, gather: Callable[[Any], Any]) -> ExitPredictions:
+    """Run over the batches; `gather` brings the rows of all processes together."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    labels: list[np.ndarray] = []
+    with torch.inference_mode():
+        for batch in loader:
+            inputs = {k: batch[k].to(model.device) for k in _INPUTS if k in batch}
+            out: Any = model(**inputs)
+            answers = gather((out.logits.float(), out.exit_layer, out.layers_run))
+            parts.append(tuple(x.cpu().numpy() for x in answers))
+            labels.extend(gather(batch[name]).cpu().numpy() for name in _LABELS if name in batch)
+    if not parts:
+        empty = np.zeros(0, dtype=np.int64)
+        return ExitPredictions(np.zeros((0, model.config.num_labels), np.float32), empty, empty.copy(), None)
+    logits, exit_layer, layers_run = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return ExitPredictions(logits, exit_layer, layers_run, np.concatenate(labels) if labels else None)
+
+
+class _PadRight:
+    """Collate token lists to the longest row of the batch."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.fill = {"input_ids": pad_token_id}
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        for row in rows:
+            if not isinstance(row, Mapping) or "input_ids" not in row:
+                got = f"keys {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
+                raise ValueError(
+                    f"predict_with_exits: expected items that are mappings with 'input_ids', got {got}; tokenize the "
+                    "text, or pass collate_fn"
+                )
+        batch = {}
+        for name in [n for n in _INPUTS if n in rows[0]]:
+            values = [torch.as_tensor(row[name]) for row in rows]
+            fill = self.fill.get(name, 0)
+            batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+        if "attention_mask" not in batch:
+            lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        for name in _LABELS:
+            if name in rows[0]:
+                batch[name] = torch.as_tensor(np.asarray([row[name] for row in rows]))
+        return batch

@@ -1,0 +1,338 @@
+"""Hostile options, data, models and disks: one line on stderr and exit code 2, before any training or evaluation."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from support.commands import error_of, exit_code
+
+from earlyexit_kernels import to_early_exit
+from earlyexit_kernels.cli import env, evaluate, main, train
+from earlyexit_kernels.cli.outputs import written
+from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe
+from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.tasks.sources import DATA_VARIABLE
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+REQUIRED = {
+    "train": ["--model", "base", "--task", "toy", "--output", "out"],
+    "eval": ["--model", "trained"],
+    "demo": [],
+    "env": [],
+}
+NUMBERS = ["nan", "inf", "-1", "x", ""]
+#: Command -> option -> values that it must refuse.
+HOSTILE = {
+    "train": {
+        "--model": ["", " "],
+        "--task": ["", "sst3"],
+        "--output": [""],
+        "--method": ["", "magic"],
+        "--pooling": ["max"],
+        "--train-rows": [*NUMBERS, "0", "1.5", "9" * 5000],
+        "--holdout": [*NUMBERS, "1e3"],
+        "--epochs": [*NUMBERS, "0", "1e9", "1e400"],
+        "--lr": [*NUMBERS, "0", "2", "1e400"],
+        "--head-lr": [*NUMBERS, "0", "2", "Same"],
+        "--halting-lr": [*NUMBERS, "0", "2"],
+        "--batch-size": [*NUMBERS, "0", "1.5", "9" * 30],
+        "--max-length": [*NUMBERS, "0", "-5", "1e9"],
+        "--seed": [*NUMBERS, "4294967296"],
+        "--nothing": ["1"],
+    },
+    "eval": {
+        "--model": [""],
+        "--task": ["", "sst3"],
+        "--drop": [*NUMBERS, "3"],
+        "--points": [*NUMBERS, "7", "1e9", "1000000000"],
+        "--batch-size": [*NUMBERS, "0"],
+        "--output": [""],
+        "--plot": ["", "curve.jpg", "..", ".png"],
+    },
+    "demo": {"--output": [""], "--seed": [*NUMBERS, "4294967296"], "--threads": [*NUMBERS, "0", "1000000000"]},
+    "env": {"--nothing": ["1"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def denormals_as_before():
+    """Commands flush denormals for speed; other tests count on them."""
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def no_work(monkeypatch):
+    """Nothing here may get as far as training or a trace."""
+
+    def began(*arguments, **named):
+        pytest.fail("the work began")
+
+    for module, name in ((train, "_train_phase"), (train, "collect_trace"), (evaluate, "collect_trace")):
+        monkeypatch.setattr(module, name, began)
+
+
+@pytest.fixture
+def trained(tmp_path, small_task):
+    """A folder as `earlyexit train` writes it, without the training."""
+    folder = tmp_path / "trained"
+    to_early_exit(toy.toy_model(0, layers=2, hidden=16)).save_pretrained(folder)
+    toy.toy_tokenizer().save_pretrained(folder)
+    recipe = Recipe("toy", 0, 24, 32, 64, "dev", {"name": "joint"}, ({"name": "joint"},), ({"accuracy": 0.5},) * 2)
+    recipe.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command, options in HOSTILE.items() for option in options]
+)
+def test_a_value_out_of_range_is_refused(capsys, command, option):
+    for value in HOSTILE[command][option]:
+        message = error_of(capsys, [command, *REQUIRED[command], f"{option}={value}"])
+        assert option in message and len(message) < 500, value
+
+
+def test_every_option_is_tried():
+    parser = main.__globals__["build_parser"]()
+    commands = next(action for action in parser._actions if action.dest == "command").choices
+    tried = {name: set(options) | {"--help", "-h", "--set", "--quick"} for name, options in HOSTILE.items()}
+    for name, command in commands.items():
+        assert {option for action in command._actions for option in action.option_strings} <= tried[name]
+
+
+@pytest.mark.parametrize("text", ["beta", "=1", "beta=", "beta=[[1]]", f"beta={'9' * 5000}", f"beta={'[' * 9000}"])
+def test_a_hostile_setting_is_refused(capsys, text):
+    message = error_of(capsys, ["train", *REQUIRED["train"], "--method", "palbert", "--set", text])
+    assert "beta" in message or "--set" in message
+
+
+# data
+
+
+HEADER, PAIR = "idx\tlabel\tsentence\n", "idx\tlabel\tsentence1\tsentence2\n"
+ROWS = "".join(f"{i}\t{i % 2}\tthe plot was dull .\n" for i in range(40))
+PAIRS = "".join(f"{i}\t{i % 6}\tthe plot\twas dull .\n" for i in range(40))
+#: Task, train.tsv, dev.tsv, and what the error names.
+DATA = {
+    "empty train": ("sst2", "", HEADER + ROWS, ["train.tsv, line 1", "expected a header"]),
+    "train header only": ("sst2", HEADER, HEADER + ROWS, ["train.tsv, line 2", "at least one row"]),
+    "dev header only": ("sst2", HEADER + ROWS, HEADER, ["dev.tsv, line 2", "at least one row"]),
+    "empty dev": ("sst2", HEADER + ROWS, "", ["dev.tsv, line 1"]),
+    "one class": ("sst2", HEADER + ROWS.replace("\t1\t", "\t0\t"), HEADER + ROWS, ["40 train rows", "0 (negative)"]),
+    "unseen class": (
+        "trec",
+        HEADER + ROWS,
+        HEADER + "0\t5\twhat ?\n",
+        ["'dev' split", "5 (NUM)", "no row of the train split"],
+    ),
+    "label out of range": ("sst2", HEADER + ROWS, HEADER + ROWS + "40\t2\tfine\n", ["dev.tsv, line 42", "[-1, 1]"]),
+    "NaN label": ("stsb", PAIR + PAIRS, PAIR + PAIRS + "40\tnan\ta\tb\n", ["dev.tsv, line 42", "a number as label"]),
+    "infinite label": ("stsb", PAIR + PAIRS + "40\tinf\ta\tb\n", PAIR + PAIRS, ["train.tsv, line 42"]),
+    "constant numbers": ("stsb", PAIR + "0\t2.5\ta\tb\n" * 9, PAIR + PAIRS, ["9 train rows", "label 2.5"]),
+    "missing column": ("sst2", HEADER + ROWS, "idx\tsentence\n0\tfine\n", ["dev.tsv, line 1", "['idx', 'sentence']"]),
+    "missing value": ("sst2", HEADER + ROWS + "40\t1\n", HEADER + ROWS, ["train.tsv, line 42", "got 2"]),
+    "blank line": ("sst2", HEADER + ROWS + "\n", HEADER + ROWS, ["train.tsv, line 42"]),
+    "hidden labels": ("sst2", HEADER + ROWS, HEADER + ROWS.replace("\t1\t", "\t-1\t"), ["'dev'", "hidden"]),
+    "huge label": ("sst2", HEADER + f"0\t{'9' * 5000}\tfine\n", HEADER + ROWS, ["train.tsv, line 2"]),
+    "huge header": ("sst2", "x" * 200_000, HEADER + ROWS, ["train.tsv, line 1"]),
+    "Latin-1": ("sst2", HEADER + ROWS, (HEADER + "0\t1\tcaf\xe9\n").encode("latin-1"), ["dev.tsv, line 2", "UTF-8"]),
+    "UTF-16": ("sst2", (HEADER + ROWS).encode("utf-16"), HEADER + ROWS, ["train.tsv, line 1", "UTF-8", "0xff"]),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data_are_checked_before_training(capsys, base, tmp_path, monkeypatch, case):
+    task, train_rows, dev_rows, words = DATA[case]
+    (tmp_path / task).mkdir()
+    for name, rows in (("train", train_rows), ("dev", dev_rows)):
+        (tmp_path / task / f"{name}.tsv").write_bytes(rows if isinstance(rows, bytes) else rows.encode())
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    output = tmp_path / "out"
+    message = error_of(
+        capsys, ["train", "--model", str(base), "--task", task, "--output", str(output), "--holdout", "0"]
+    )
+    assert all(word in message for word in words) and len(message) < 1000, message
+    assert not output.exists()
+
+
+def test_a_length_that_does_not_fit_is_refused(capsys, base, tmp_path, monkeypatch):
+    (tmp_path / "sst2").mkdir()
+    for name in ("train", "dev"):
+        long = "40\t1\t" + "the plot was dull . " * 40_000  # more than csv's 128 kB a field
+        (tmp_path / "sst2" / f"{name}.tsv").write_text(f"{HEADER}{ROWS}{long}\n", encoding="utf-8")
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    arguments = ["train", "--model", str(base), "--task", "sst2", "--output", str(tmp_path / "out"), "--holdout", "0"]
+    message = error_of(capsys, [*arguments, "--max-length", "2"])
+    assert "--max-length: expected at least 3 for this tokenizer" in message
+    message = error_of(capsys, [*arguments, "--max-length", "128"])
+    assert "a row of the train split has 128 tokens, the model takes at most 64" in message
+    with pytest.raises(pytest.fail.Exception, match="the work began"):
+        main([*arguments, "--max-length", "64"])
+
+
+# models
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def _config(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+#: What happens to a folder.
+BROKEN = {
+    "truncated weights": lambda folder: _truncate(folder / WEIGHTS),
+    "empty weights": lambda folder: (folder / WEIGHTS).write_bytes(b""),
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "no config": lambda folder: (folder / CONFIG).unlink(),
+    "config cut short": lambda folder: _truncate(folder / CONFIG),
+    "config not UTF-8": lambda folder: (folder / CONFIG).write_bytes(b'{"model_type": "\xff"}'),
+    "config a list": lambda folder: (folder / CONFIG).write_text("[]"),
+    "config of a decoder": lambda folder: (folder / CONFIG).write_text('{"model_type": "gpt2"}'),
+    "tokenizer broken": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+}
+BROKEN_EXITS = {
+    "criterion a list": lambda folder: _config(folder / CONFIG, criterion=[]),
+    "criterion a word": lambda folder: _config(folder / CONFIG, criterion="entropy"),
+    "unknown heads": lambda folder: _config(folder / CONFIG, heads={"size": 3}),
+    "no backbone": lambda folder: _config(folder / CONFIG, backbone_config={}),
+    "backbone a number": lambda folder: _config(folder / CONFIG, backbone_config=3),
+    "method a number": lambda folder: _config(folder / CONFIG, method=3),
+    "other classes": lambda folder: _config(folder / CONFIG, id2label={"0": "a", "1": "b", "2": "c"}),
+}
+
+
+@pytest.mark.parametrize("case", [*BROKEN, *BROKEN_EXITS])
+def test_a_broken_model_is_named_by_eval(capsys, trained, case):
+    {**BROKEN, **BROKEN_EXITS}[case](trained)
+    assert str(trained) in error_of(capsys, ["eval", "--model", str(trained)])
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_model_is_named_by_train(capsys, base, small_task, tmp_path, case):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    BROKEN[case](folder)
+    arguments = ["--task", "toy", "--output", str(tmp_path / "out"), "--train-rows", "32", "--holdout", "24"]
+    message = error_of(capsys, ["train", "--model", str(folder), *arguments])
+    assert str(folder) in message or case == "config of a decoder"
+
+
+def test_an_encoder_of_random_weights_is_refused(capsys, base, small_task, tmp_path):
+    toy.toy_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_bytes((base / CONFIG).read_bytes())
+    weights = load_file(base / WEIGHTS)
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    arguments = ["--task", "toy", "--output", str(tmp_path / "out"), "--train-rows", "32", "--holdout", "24"]
+    message = error_of(capsys, ["train", "--model", str(tmp_path), *arguments])
+    assert "1 weight(s) of the encoder" in message and "layer.1.output.dense.weight" in message
+
+
+def test_a_model_that_is_a_file_is_refused(capsys, base, small_task, tmp_path):
+    arguments = ["--task", "toy", "--output", str(tmp_path / "out"), "--holdout", "24"]
+    assert "is a file" in error_of(capsys, ["train", "--model", str(base / CONFIG), *arguments])
+
+
+RECIPES = {
+    "task": ["sst3", 3, None, []],
+    "seed": [-1, 1.5, "0", None, True],
+    "holdout": [-1, 1.5, "24", None, 10**9],
+    "train_rows": [-1, 0, 1.5, None, 10**9],
+    "max_length": [0, -5, "64", 2.5, 1],
+    "evaluation_split": ["train", None, 3],
+    "method": ["joint", [], {}, {"name": "magic"}, {"name": "palbert", "beta": "x"}, {"name": "joint", "x": 1}, 3],
+    "other": [1],
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_broken_recipe_is_named(capsys, trained, name):
+    path = trained / RECIPE_FILE
+    before = path.read_text()
+    for value in RECIPES[name]:
+        path.write_text(json.dumps({**json.loads(before), name: value}))
+        message = error_of(capsys, ["eval", "--model", str(trained)])
+        assert RECIPE_FILE in message or "rows for both together" in message or "--max-length" in message, value
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"3", b"{", b"\xff\xfe{}", b"[" * 90_000, b'{"task": "toy"}'])
+def test_a_file_that_is_no_recipe_is_named(capsys, trained, text):
+    (trained / RECIPE_FILE).write_bytes(text)
+    assert "isn't a recipe" in error_of(capsys, ["eval", "--model", str(trained)])
+
+
+# files to write
+
+
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_files_of_eval_are_checked_before_it(capsys, trained, tmp_path, option):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "file" / "x.png", tmp_path / "folder.png", tmp_path / f"{'x' * 300}" / "x.png"):
+        message = error_of(capsys, ["eval", "--model", str(trained), option, str(path)])
+        assert option in message and str(path.parent) in message
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_folders_are_checked_before_the_work(capsys, base, small_task, tmp_path, command):
+    (tmp_path / "file").touch()
+    arguments = ["--model", str(base), "--task", "toy", "--holdout", "24"] if command == "train" else ["--quick"]
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = error_of(capsys, [command, *arguments, "--output", str(folder)])
+        assert "--output: expected a folder that can be written to" in message and str(folder) in message
+
+
+def test_a_full_disk_names_the_folder(capsys, base, small_task, tmp_path, monkeypatch):
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train, "_train_phase", lambda *arguments: None)
+    monkeypatch.setattr(train, "collect_trace", lambda *arguments, **named: (None, [0]))
+    monkeypatch.setattr(train, "truncations", lambda *arguments, **named: ({"accuracy": 0.5},) * 2)
+    monkeypatch.setattr(Recipe, "save", full)
+    arguments = ["--model", str(base), "--task", "toy", "--holdout", "24", "--output", str(tmp_path / "out")]
+    message = error_of(capsys, ["train", *arguments])
+    assert message.startswith(f"error: nothing could be saved, neither in {tmp_path / 'out'} ([Errno 28] No space left")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), SafetensorError("I/O error"), OSError("I/O error")])
+def test_a_failed_write_names_its_path(error):
+    with pytest.raises(OSError, match=r"^model could not be written: I/O error$"), written(Path("model")):
+        raise error
+
+
+# classes of errors
+
+
+@pytest.mark.parametrize("error", [TypeError("wrong"), RuntimeError("wrong"), KeyError("wrong"), AssertionError()])
+def test_a_fault_of_the_program_shows_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(env, "run", _raising(error))
+    with pytest.raises(type(error)):
+        main(["env"])
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 2), (OSError(), 2)])
+def test_other_errors_have_an_exit_code_and_a_line(capsys, monkeypatch, error, code):
+    monkeypatch.setattr(env, "run", _raising(error))
+    assert exit_code(["env"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ([] if code == 130 else [f"error: {type(error).__name__}"])
+
+
+def _raising(error: BaseException):
+    def run(args):
+        raise error
+
+    return run

@@ -1,0 +1,101 @@
+"""Logits that differ by all of float32, and exits that hardly differ: decisions against oracles of more digits."""
+
+from __future__ import annotations
+
+import decimal
+import math
+from decimal import Decimal
+
+import pytest
+import torch
+from support.exit_step_cases import memory
+
+from earlyexit_kernels import criteria
+from earlyexit_kernels.ops import exit_step
+
+LARGEST = torch.finfo(torch.float32).max
+#: One +inf, whose class has all the probability, beside numbers up to the largest.
+SHARP = [
+    [math.inf, LARGEST, 0.0],
+    [LARGEST, math.inf, LARGEST],
+    [0.0, -LARGEST, math.inf],
+    [-math.inf, LARGEST, math.inf],
+]
+
+
+def step(criterion, z, backend, layer=1, depth=3, **changed):
+    """One exit of rows that are all present; the arguments after it."""
+    z = torch.tensor(z) if isinstance(z, list) else z
+    rows = {"row_ids": torch.arange(len(z), dtype=torch.int32), **memory(criterion, *z.shape)} | changed
+    exit_step(criterion=criterion, layer=layer, depth=depth, logits=z, backend=backend, **rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        criteria.MaxProbability(threshold=1.0),
+        criteria.Margin(threshold=1.0),
+        criteria.Entropy(threshold=1e-30),
+        criteria.PatientConfidence(threshold=1e-30, patience=1),
+        criteria.Energy(threshold=1e-30),
+        criteria.Dact(bound="tight"),
+    ],
+    ids=lambda criterion: criterion.name,
+)
+def test_the_one_infinite_logit_has_all_the_probability(backend, criterion):
+    rows = step(criterion, SHARP, backend, aux=torch.ones(len(SHARP)) if criterion.needs else None)
+    assert rows["exit_layer"].tolist() == [1] * len(SHARP)
+
+
+def test_the_mean_of_the_exits_counts_it_as_1(backend):
+    rows = step(criteria.Expectation(), SHARP, backend, depth=1, aux=torch.ones(len(SHARP)))
+    assert rows["answers"].softmax(dim=-1).round(decimals=6).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
+
+
+def test_two_exits_that_are_sure_of_one_class_do_not_differ(backend):
+    rule = criteria.DivergencePatience(threshold=1e-30, patience=1)
+    finite = [[90.0, -90.0, -90.0], [-90.0, 90.0, -90.0], [-90.0, -90.0, 90.0], [-90.0, -90.0, 90.0]]
+    rows = step(rule, SHARP, backend)
+    assert rows["exit_layer"].tolist() == [-9] * 4
+    rows = step(rule, finite, backend, layer=2, **rows)
+    assert rows["exit_layer"].tolist() == [2] * 4
+
+
+def divergence(p, q) -> Decimal:
+    """Jensen-Shannon divergence in nats from its definition, with 60 digits; `p` and `q` as float32 holds them."""
+    with decimal.localcontext() as context:
+        context.prec = 60
+        total = Decimal(0)
+        for a, b in zip(map(Decimal, p), map(Decimal, q), strict=True):
+            for one in (a, b):
+                total += one * (2 * one / (a + b)).ln() if one else 0
+        return total / 2
+
+
+@pytest.mark.parametrize("apart", [1.0, 0.6, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("classes", [2, 3, 17])
+def test_the_divergence_of_exits_that_hardly_differ(backend, apart, classes):
+    """The decision turns within 1e-4 of the true divergence, and where rounding of p tells, of what that leaves."""
+    generator, rows = torch.Generator().manual_seed(classes), 1 if backend == "triton" else 6
+    z = torch.randn(rows, classes, generator=generator)
+    rule = criteria.DivergencePatience(threshold=1.0, patience=9)
+    before = step(rule, z, backend)["state"]
+    near = z + apart * torch.randn(rows, classes, generator=generator)
+    after = step(rule, near, backend, layer=2, state=before.clone())["state"]
+    for row in range(len(z)):
+        true = float(divergence(after[1:, row].tolist(), before[1:, row].tolist()))
+        for share, close in ((1 - 1e-4, False), (1 + 1e-4, True)):
+            rule = criteria.DivergencePatience(threshold=min(true * share, 1.0), patience=9)
+            state = before[:, row : row + 1].clone()
+            step(rule, near[row : row + 1], backend, layer=2, state=state)
+            assert bool(state[0, 0]) == close, (row, true, share)
+
+
+def test_the_divergence_of_exits_that_share_no_class(backend):
+    """It is log 2, its largest."""
+    z = torch.tensor([[200.0, -200.0]])
+    for threshold, close in ((math.log(2) - 1e-6, False), (math.log(2) + 1e-6, True)):
+        rule = criteria.DivergencePatience(threshold=threshold, patience=9)
+        state = step(rule, z, backend)["state"]
+        assert bool(step(rule, -z, backend, layer=2, state=state)["state"][0, 0]) == close

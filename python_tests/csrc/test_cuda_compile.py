@@ -1,0 +1,103 @@
+"""The CUDA sources compile, for cards that aren't here and, with a few stub lines, against a torch without CUDA."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import cuda_emulation
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+CARDS = ("sm_80", "sm_90", "sm_100")
+#: Kernels in each file, counted once for every dtype or word they are made for.
+KERNELS = {"compact": 5, "exit_step": 3, "resident_exit": 3, "take_turn": 1}
+#: The header that only a torch with CUDA has.
+GENERATED = Path("c10/cuda/impl/cuda_cmake_macros.h")
+
+
+@pytest.fixture(scope="module")
+def setup() -> dict:
+    """What setup.py defines, without what it does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **arguments: None)
+        patch.setattr(sys, "argv", ["setup.py"])
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture(scope="module")
+def toolkit(setup) -> Path:
+    home = setup["find_toolkit"]()
+    if home is None:
+        pytest.skip("no CUDA toolkit with nvcc was found; install one and set CUDA_HOME")
+    return home
+
+
+def run(*command) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def test_a_toolkit_without_if_nodes_is_refused(setup, monkeypatch):
+    room, torch_12 = setup["why_no_cuda"].__globals__, SimpleNamespace(version=SimpleNamespace(cuda="12.8"))
+    monkeypatch.setitem(room, "find_toolkit", lambda: Path("cuda"))
+    for version, said in (("12.3", "IF nodes begin with 12.4"), ("12.10", ""), ("13.0", "torch of CUDA 12.8")):
+        monkeypatch.setitem(room, "toolkit_version", lambda home, version=version: version)
+        assert said in (reason := setup["why_no_cuda"](torch_12)) and bool(reason) == bool(said)
+
+
+def test_every_kernel_file_is_compiled_here():
+    assert {path.stem for path in CUDA.glob("*.cu")} == set(KERNELS)
+
+
+def test_every_card_finds_code_in_what_is_built(setup):
+    """That of its own major version and of no later minor one, or PTX of an earlier version."""
+    built = [re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", entry).groups() for entry in setup["CUDA_ARCHITECTURES"].split(";")]
+    built = [((int(major), int(minor)), ptx) for major, minor, ptx in built]
+    for card in CARDS:
+        mine = int(card[3:-1]), int(card[-1])
+        earlier = [(made, ptx) for made, ptx in built if made <= mine]
+        assert any(ptx or made[0] == mine[0] for made, ptx in earlier), card
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_without_spills(setup, toolkit, tmp_path, name):
+    """One call for all cards; a stack would mean that something of a thread lives in slow memory."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+    nvcc = toolkit / "bin" / "nvcc"
+    known = run(nvcc, "--list-gpu-code").split()
+    cards = [card for card in CARDS if card in known]
+    assert "sm_90" in cards
+    targets = [f"-gencode=arch={card.replace('sm', 'compute')},code={card}" for card in cards]
+    flags = ["-std=c++17", *setup["NVCC_FLAGS"], *COMMON_NVCC_FLAGS, "--threads=0", "-Xptxas=-v"]
+    said = run(nvcc, "-c", CUDA / f"{name}.cu", "-o", tmp_path / "kernels.o", *flags, *targets)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert frames == [("0", "0", "0")] * (KERNELS[name] * len(cards)), said
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
+    assert max(registers) <= 64, "two blocks of 512 threads, or eight of 128, no longer fit on a multiprocessor"
+
+
+def test_bindings_compile(setup, toolkit, tmp_path):
+    from torch.utils.cpp_extension import include_paths
+
+    if cuda_emulation.compiler() is None:
+        pytest.skip("there is no C++ compiler; set CXX or install one")
+    include = [Path(path) for path in include_paths()]
+    if not any((path / GENERATED).is_file() for path in include):
+        assert torch.version.cuda is None
+        stub = tmp_path / GENERATED
+        stub.parent.mkdir(parents=True)
+        stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n")
+        include.append(tmp_path)
+    flags = [flag for flag in setup["CXX_FLAGS"] if flag != "-fopenmp"]
+    headers = [f"-isystem{path}" for path in (*include, toolkit / "include")]
+    for source in CUDA.glob("*.cpp"):
+        run(cuda_emulation.compiler(), "-std=c++20", "-Werror", "-fsyntax-only", *flags, *headers, source)

@@ -1,0 +1,348 @@
+"""The CUDA ops, run thread by thread on the CPU by `support.cuda_emulation`, without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+
+import pytest
+import torch
+from ops import test_compact as compaction
+from ops import test_exit_step as steps
+from support import cuda_emulation, oracle
+from support.exit_step_cases import DEPTH, DTYPES, RULES, SOURCES, Case, build, memory
+
+from earlyexit_kernels.criteria import Entropy, FullDepth, Patience
+from earlyexit_kernels.ops import compact, exit_step, gather_rows
+from earlyexit_kernels.ops.schema import COMPACT, EXIT_STEP, GATHER_ROWS, RESIDENT_EXIT
+
+SCHEMAS = {"exit_step": EXIT_STEP, "resident_exit": RESIDENT_EXIT, "compact": COMPACT, "gather_rows": GATHER_ROWS}
+#: The name under which the public functions find the emulated ops: torch is what can run anywhere.
+BACKEND = "torch"
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory):
+    if cuda_emulation.compiler() is None:
+        pytest.skip("there is no C++ compiler; set CXX or install one")
+    library = torch.library.Library(cuda_emulation.NAMESPACE, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(f"{name}_cpp{schema}")
+    take_turn = ctypes.CDLL(str(cuda_emulation.load(tmp_path_factory.mktemp("emulated")))).take_turn
+    namespace = getattr(torch.ops, cuda_emulation.NAMESPACE)
+    yield {"take_turn": take_turn} | {name: getattr(namespace, f"{name}_cpp").default for name in SCHEMAS}
+    library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def in_place_of_torch(ops, monkeypatch):
+    """Let the public functions, and the tests of other files that call them, run the emulated ops."""
+    for module, table, name in (
+        ("exit_step", "_EXIT_STEP", "exit_step"),
+        ("compact", "_COMPACT", "compact"),
+        ("compact", "GATHER_ROWS_OPS", "gather_rows"),
+    ):
+        module = importlib.import_module(f"earlyexit_kernels.ops.{module}")
+        monkeypatch.setitem(getattr(module, table), BACKEND, ops[name])
+
+
+#: Every rule on both kinds of input, and every kind of input and class count on one rule.
+CASES = [
+    Case(name, source, dtype, 33, 3 if 3 in RULES[name].classes else 1)
+    for name in RULES
+    for source, dtype in (("mean", torch.float32), ("logits", torch.float16))
+]
+CASES += [Case("entropy", source, dtype, b, c) for source in SOURCES for dtype in DTYPES for b, c in ((1, 2), (7, 17))]
+CASES += [Case("dact", "mean", torch.bfloat16, 7, 17), Case("entropy", "mean", torch.float32, 7, 150)]
+CASES += [Case("q_exit", source, torch.float32, 0, 3) for source in SOURCES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_oracle(case, count_flips):
+    steps.follow(BACKEND, case, count_flips)
+
+
+@pytest.mark.parametrize(("name", "source"), [("dact", "mean"), ("q_exit", "first"), ("entropy", "logits")])
+def test_a_row_has_the_same_bits_in_any_company(name, source):
+    steps.test_a_row_has_the_same_bits_in_any_company(BACKEND, name, source)
+
+
+def head(width, dtype, pooling, lengths=(3, 1, 70, 12), classes=3, shift=0):
+    """Arguments of exit_step over rows of these lengths, hidden states and weights `shift` values off alignment."""
+    g = torch.Generator().manual_seed(width)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    hidden, weight = (
+        torch.empty(shift + n * width, dtype=dtype)[shift:].view(n, width) for n in (int(offsets[-1]), classes)
+    )
+    hidden.copy_(torch.randn(hidden.shape, generator=g) + 0.5)
+    weight.copy_(torch.randn(weight.shape, generator=g) / width**0.5)
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": torch.randn(classes, generator=g).to(dtype),
+        "offsets": offsets,
+        "pooling": pooling,
+        "row_ids": torch.arange(len(lengths), dtype=torch.int32),
+    }
+
+
+def answers_at_once(given, **changed) -> torch.Tensor:
+    """The logits of every row: at the last layer all of them leave."""
+    rows, classes = len(given["row_ids"]), given["weight"].shape[0]
+    held = memory(FullDepth(), rows, classes)
+    exit_step(criterion=FullDepth(), layer=1, depth=1, backend=BACKEND, **{**given, **changed}, **held)
+    return held["answers"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("width", [1, 3, 24, 768, 4104])
+def test_widths_and_alignment(width, pooling, dtype):
+    """4104 values of two bytes are one pack more than the threads of a block."""
+    given = head(width, dtype, pooling)
+    hidden, weight, bias = (given[name].double() for name in ("hidden", "weight", "bias"))
+    rows = hidden.split(given["offsets"].diff().tolist())
+    pooled = torch.stack([row.mean(dim=0) if pooling == "mean" else row[0] for row in rows])
+    answers = answers_at_once(given)
+    torch.testing.assert_close(answers.double(), pooled @ weight.T + bias, rtol=1e-5, atol=1e-5)
+    for changed in ({"hidden": head(width, dtype, pooling, shift=1)["hidden"]}, head(width, dtype, pooling, shift=1)):
+        given["row_ids"] = torch.arange(4, dtype=torch.int32)
+        assert torch.equal(answers_at_once(given, **changed), answers), "alignment changes a row's bits"
+
+
+@pytest.mark.parametrize("classes", [6000, 6100])
+def test_classes_beyond_shared_memory(classes):
+    logits = torch.randn(3, classes)
+    held = memory(FullDepth(), 3, classes)
+    row_ids = torch.arange(3, dtype=torch.int32)
+    entropy = torch.distributions.Categorical(logits=logits.double()).entropy()
+    threshold = float(entropy.sort().values[1:].mean())
+    counts = exit_step(
+        criterion=Entropy(threshold=threshold),
+        layer=1,
+        depth=2,
+        row_ids=row_ids,
+        logits=logits,
+        backend=BACKEND,
+        **held,
+    )
+    gone = entropy < threshold
+    assert gone.any() and counts.tolist() == [int((~gone).sum())] * 2 + [0]
+    assert torch.equal(row_ids < 0, gone) and torch.equal(held["answers"][gone], logits[gone])
+
+
+def test_a_large_batch_is_one_launch():
+    rows = 1500
+    logits, held = torch.randn(rows, 2), memory(FullDepth(), rows, 2)
+    logits[::7] = torch.nan
+    row_ids, offsets = torch.arange(rows, dtype=torch.int32), torch.arange(0, 3 * rows + 1, 3, dtype=torch.int32)
+    row_ids[3] = -1
+    counts = exit_step(
+        criterion=FullDepth(),
+        layer=1,
+        depth=2,
+        row_ids=row_ids,
+        logits=logits,
+        offsets=offsets,
+        backend=BACKEND,
+        **held,
+    )
+    assert counts.tolist() == [rows - 1, 3 * rows - 3, len(logits[::7])]
+
+
+@pytest.mark.parametrize("pattern", compaction.PATTERNS)
+@pytest.mark.parametrize("b", [0, 1, 33, 1025, 8192, 8195])
+def test_compact(b, pattern):
+    compaction.test_compact(BACKEND, b, pattern)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 17, 300, 768])
+@pytest.mark.parametrize(("b", "pattern"), [(0, "none"), (1, "all"), (3, "alternating"), (33, "random")])
+def test_gather_rows(b, pattern, width, dtype):
+    compaction.test_gather_rows(BACKEND, b, pattern, width, dtype)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 4, 8])
+def test_gather_rows_at_any_alignment(shift):
+    row_ids, offsets = compaction.rows_of(33, "random")
+    hidden, out = (torch.zeros(int(offsets[-1]) * 24 + 8, dtype=torch.float16) for _ in range(2))
+    hidden, out = hidden[shift:], out[8 - shift :]
+    hidden, out = (x[: int(offsets[-1]) * 24].view(-1, 24) for x in (hidden, out))
+    hidden.copy_(torch.randn(hidden.shape))
+    _, new_offsets, source = compact(row_ids, offsets, backend=BACKEND)
+    gather_rows(hidden, offsets, source, new_offsets, out, backend=BACKEND)
+    want = torch.zeros_like(out)
+    oracle.gather_rows(hidden, offsets.tolist(), source.tolist(), new_offsets.tolist(), want)
+    assert torch.equal(out, want)
+
+
+def resident(criterion, lengths, capacity, side, rows, requests, classes) -> dict:
+    """The buffers of a bucket with room for `rows`, some of them absent, on one of its two sides."""
+    offsets = torch.full((rows + 1,), sum(lengths), dtype=torch.int32)
+    offsets[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
+    row_ids = torch.full((rows,), -1, dtype=torch.int32)
+    row_ids[: len(lengths)] = torch.randperm(requests)[: len(lengths)].to(torch.int32)
+    return {
+        "row_ids": row_ids,
+        "offsets": offsets + side * capacity,
+        "old_offsets": torch.zeros(rows + 1).int(),
+        "source": torch.full((rows,), -7, dtype=torch.int32),
+        "counts": torch.full((4,), -7, dtype=torch.int32),
+        **memory(criterion, requests, classes),
+    }
+
+
+def settled(row_ids, offsets, invalid, tile, capacity) -> dict[str, list[int]]:
+    """What is left after the decisions, worked out row by row."""
+    live = [i for i, n in enumerate(row_ids) if n >= 0]
+    tokens = sum(offsets[i + 1] - offsets[i] for i in live)
+    present = offsets[-1] - offsets[0]
+    if -(-tokens // tile) >= -(-present // tile):
+        return {
+            "row_ids": row_ids,
+            "offsets": offsets,
+            "source": [-1] * len(row_ids),
+            "counts": [len(live), tokens, invalid, present],
+        }
+    start, rest = (0 if offsets[0] else capacity), [-1] * (len(row_ids) - len(live))
+    ends = [start]
+    for i in live:
+        ends.append(ends[-1] + offsets[i + 1] - offsets[i])
+    return {
+        "row_ids": [row_ids[i] for i in live] + rest,
+        "source": live + rest,
+        "old_offsets": offsets,
+        "offsets": ends + [ends[-1]] * len(rest),
+        "counts": [len(live), tokens, invalid, tokens],
+    }
+
+
+def call_resident(op, given, criterion, layer, *, tile, capacity, depth=DEPTH, handle=0, pooling="none", **inputs):
+    rule = criterion.exit_rule
+    sources = [inputs.get(name) for name in ("hidden", "weight", "bias", "logits", "aux")]
+    places = ("row_ids", "offsets", "old_offsets", "source", "counts", "state", "answers", "exit_layer")
+    op(
+        *sources,
+        *(given[name] for name in places),
+        *(rule.name, rule.params(layer), pooling, layer, depth, tile, capacity, handle),
+    )
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("tile", [1, 16, 64])
+@pytest.mark.parametrize(("rows", "present"), [(1, 1), (8, 5), (33, 33), (1024, 300), (1100, 1100)])
+def test_resident_exit_settles(ops, rows, present, tile, side):
+    g = torch.Generator().manual_seed(rows + tile)
+    lengths = torch.randint(1, 6, (present,), generator=g).tolist()
+    capacity, criterion = sum(lengths) + 9, Entropy(threshold=0.6)
+    given = resident(criterion, lengths, capacity, side, rows, present + 2, 3)
+    logits = 2 * torch.randn(rows, 3, generator=g)
+    logits[::5] = torch.nan
+    condition = torch.full((1,), -7, dtype=torch.int32)
+    row_ids = given["row_ids"].clone()
+    offsets, held = given["offsets"].clone(), {k: given[k].clone() for k in ("state", "answers", "exit_layer")}
+    counts = exit_step(
+        criterion=criterion,
+        layer=1,
+        depth=DEPTH,
+        row_ids=row_ids,
+        offsets=offsets,
+        logits=logits,
+        backend=BACKEND,
+        **held,
+    )
+    want = settled(row_ids.tolist(), offsets.tolist(), int(counts[2]), tile, capacity)
+    handle = condition.data_ptr()
+    call_resident(ops["resident_exit"], given, criterion, 1, logits=logits, tile=tile, capacity=capacity, handle=handle)
+    assert {name: given[name].tolist() for name in want} == want
+    assert condition.item() == (want["counts"][0] > 0)
+    assert all(torch.equal(given[name], held[name]) for name in held)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["patience_1", "q_exit", "dact"])
+def test_resident_loop_answers_as_exit_step(ops, name, source):
+    """All layers over two sides of one buffer, rows moving as they leave."""
+    batch = build(Case(name, source, torch.float32, 33, 3))
+    criterion, everyone = RULES[name].build(3), torch.arange(33)
+    answers, exit_layer = steps.finish(BACKEND, name, batch.layers, everyone)
+    lengths = batch.layers[0]["offsets"].diff().tolist() if source != "logits" else [2] * 33
+    capacity = sum(lengths)
+    given = resident(criterion, lengths, capacity, 0, 33, 33, 3)
+    given["row_ids"].copy_(everyone)
+    given["state"] = memory(criterion, 33, 3)["state"]
+    tokens = torch.zeros(2 * capacity, dtype=torch.int64)
+    tokens[:capacity] = torch.arange(capacity)
+    moved = 0
+    for layer, layer_given in enumerate(batch.layers, start=1):
+        places = tokens[given["offsets"][:-1].clamp(max=2 * capacity - 1).long()]
+        rows = torch.searchsorted(torch.tensor([0, *lengths]).cumsum(0), places, right=True) - 1
+        inputs = {k: layer_given[k][rows.clamp(0, 32)] for k in ("logits", "aux") if k in layer_given}
+        inputs |= {k: layer_given[k] for k in ("weight", "bias") if k in layer_given}
+        if source == "none":
+            inputs["hidden"] = layer_given["hidden"][rows.clamp(0, 32)]
+        elif source != "logits":
+            inputs["hidden"] = layer_given["hidden"][tokens]
+        call_resident(
+            ops["resident_exit"], given, criterion, layer, tile=4, capacity=capacity, pooling=source_pooling(source),
+            **inputs,
+        )  # fmt: skip
+        copied = tokens.double().float()[:, None].contiguous()
+        ops["gather_rows"](copied, given["old_offsets"], given["source"], given["offsets"], copied)
+        tokens = copied[:, 0].long()
+        moved += int((given["source"] >= 0).sum())
+    assert moved > 0
+    assert torch.equal(given["answers"].nan_to_num(0.5), answers.nan_to_num(0.5))
+    assert torch.equal(given["exit_layer"], exit_layer)
+    assert given["counts"].tolist()[:2] == [0, 0]
+
+
+def source_pooling(source) -> str:
+    return "none" if source == "logits" else source
+
+
+REFUSED = {
+    "old_offsets": ({"old_offsets": torch.zeros(2).int()}, {}, ("old_offsets", "[3]", "got int32 [2]")),
+    "source": ({"source": torch.zeros(2)}, {}, ("source", "int32 [2]", "got float32")),
+    "counts": ({"counts": torch.zeros(3).int()}, {}, ("counts", "[4]", "got int32 [3]")),
+    "tile": ({}, {"tile": 0}, ("tile", "got 0")),
+    "capacity": ({}, {"capacity": 2**30}, ("capacity", "got 1073741824")),
+    "sides": ({}, {"capacity": 5}, ("hidden", "[10, H]", "got [8, 8]")),
+    "layer": ({}, {"layer": 3}, ("layer 3 of 2",)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_resident_exit_refuses(ops, name):
+    tensors, numbers, words = REFUSED[name]
+    criterion = Patience(patience=1)
+    given = resident(criterion, [2, 2], 4, 0, 2, 3, 3)
+    inputs = {"hidden": torch.randn(8, 8), "weight": torch.randn(3, 8), "bias": torch.randn(3), "pooling": "first"}
+    numbers = {"layer": 1, "depth": 2, "tile": 4, "capacity": 4, **numbers}
+    with pytest.raises(ValueError) as caught:
+        call_resident(ops["resident_exit"], {**given, **tensors}, criterion, **numbers, **inputs)
+    assert all(word in str(caught.value) for word in ("resident_exit_cpp: ", *words)), str(caught.value)
+
+
+def test_a_buffer_that_overlaps_itself_in_part_is_refused(ops):
+    hidden, offsets, source = torch.zeros(4, 2), torch.tensor([0, 1]).int(), torch.zeros(1).int()
+    with pytest.raises(ValueError, match="share no memory"):
+        ops["gather_rows"](hidden[:3], offsets, source, offsets, hidden[1:])
+
+
+def test_turns_are_taken_one_by_one(ops):
+    turn, chosen, again = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
+    seen = []
+    for _ in range(3):
+        ops["take_turn"](*(ctypes.c_void_p(x.data_ptr()) for x in (turn, chosen, again)), 3)
+        seen.append((chosen.item(), again.item()))
+    assert seen == [(0, 1), (1, 1), (2, 0)]
+
+
+def test_hidden_states_without_a_number_are_refused(ops):
+    """Their weight has no memory, which the kernel takes for ready logits."""
+    held, criterion = memory(FullDepth(), 2, 3), FullDepth()
+    row_ids, empty = torch.arange(2).int(), (torch.zeros(2, 0), None, torch.zeros(3, 0), torch.zeros(3), None, None)
+    with pytest.raises(ValueError, match=r"exit_step_cpp: expected hidden .* got \[2, 0\]"):
+        ops["exit_step"](*empty, row_ids, *held.values(), criterion.exit_rule.name, [], "none", 1, 2)

@@ -1,0 +1,311 @@
+"""Counts that arrive late: the bounds themselves, and the whole loop on them against the loop on exact counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import math
+from collections import deque
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import reference_networks
+from support.leaving_models import HEADS, LENGTHS, SETTINGS, setting
+from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, varied_entropy
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.engine import counts, eager, packing
+from earlyexit_kernels.engine.counts import HostCounts, LaggedCounts, counts_for
+
+models_room = importlib.import_module("earlyexit_kernels.hf.model")
+CPU = torch.device("cpu")
+POISON = VOCABULARY - 1
+NAN = float("nan")
+COMPACTIONS = ("always", "never", "auto")
+#: How far the loop may run ahead, and after how many layers counts arrive; the last: not before the end of the batch.
+ARRIVALS = [(1, 1), (2, 2), (2, 1), (math.inf, math.inf)]
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+class Late(LaggedCounts):
+    """Counts that arrive some layers after they were sent."""
+
+    def __init__(self, depth, device, lag=1, delay=1):
+        super().__init__(depth, device)
+        self.lag, self.delay = lag, delay
+        self.sent = deque()
+
+    def after(self, layer, counts, bounds):
+        self.arrive(layer - self.delay)
+        return super().after(layer, counts, bounds)
+
+    def finish(self):
+        self.arrive(math.inf)
+        return super().finish()
+
+    def _send(self, layer, words):
+        self.sent.append((layer, words))
+
+    def arrive(self, layer):
+        while self.sent and self.sent[0][0] <= layer:
+            super()._send(*self.sent.popleft())
+
+
+# the bounds
+
+
+def test_a_bound_is_the_newest_that_has_arrived():
+    late = Late(4, CPU)
+    assert late.after(1, numbers(7, 50, 0), (9, 60)) == (9, 60)
+    assert late.after(2, numbers(5, 30, 2), (9, 60)) == (7, 50)
+    assert late.after(3, None, (7, 50)) == (5, 30), "a layer without an exit"
+    assert late.after(4, numbers(0, 0, 1), (5, 30)) == (5, 30)
+    assert late.finish() == [0, 2, 0, 1]
+
+
+def test_a_bound_is_taken_as_soon_as_it_is_there():
+    """What arrives without delay, as on CPU tensors, is exact whatever the lag; only waiting depends on that."""
+    prompt = LaggedCounts(3, CPU)
+    prompt.lag = 9
+    exact = HostCounts(3)
+    for layer, sent in enumerate((numbers(6, 40, 1), numbers(6, 40, 0), numbers(0, 0, 0)), start=1):
+        assert prompt.after(layer, sent, (8, 64)) == exact.after(layer, sent, (8, 64)) == tuple(sent[:2].tolist())
+    assert prompt.finish() == exact.finish() == [1, 0, 0]
+
+
+def test_what_the_batch_before_left_is_no_bound():
+    first = LaggedCounts(3, CPU)
+    for layer in (1, 2, 3):
+        first.after(layer, numbers(1, 2, 3), (9, 60))
+    first.finish()
+    second = Late(3, CPU, lag=math.inf, delay=math.inf)
+    assert second._words is first._words, "the memory goes from batch to batch"
+    for layer in (1, 2, 3):
+        assert second.after(layer, numbers(8, 55, 0), (9, 60)) == (9, 60)
+    second.arrive(1)
+    assert second.after(3, None, (9, 60)) == (8, 55)
+    assert second.finish() == [0, 0, 0]
+
+
+def test_a_part_of_the_numbers_is_no_bound():
+    late = Late(2, CPU, lag=math.inf, delay=math.inf)
+    late.after(1, numbers(4, 20, 0), (9, 60))
+    _, words = late.sent[0]
+    late._words[0, :2] = words[:2]
+    assert late.after(2, None, (9, 60)) == (9, 60)
+    late._words[0] = words
+    assert late.after(2, None, (9, 60)) == (4, 20)
+
+
+def test_memory_in_use_or_left_behind_by_a_batch_that_failed_is_nobody_elses():
+    depth = 77
+    broken, other = LaggedCounts(depth, CPU), LaggedCounts(depth, CPU)
+    assert broken._words is not other._words
+    broken.after(1, numbers(1, 1, 0), (2, 2))
+    other.finish()
+    later = [LaggedCounts(depth, CPU) for _ in range(2)]
+    assert later[0]._words is other._words and later[1]._words is not broken._words
+
+
+def test_epochs_start_again_before_they_leave_the_word(monkeypatch):
+    monkeypatch.setattr(counts, "_EPOCHS", itertools.count(counts.LAST_EPOCH - 1))
+    largest = 2**31 - 1
+    for epoch in (counts.LAST_EPOCH, 1):
+        batch = LaggedCounts(2, CPU)
+        assert batch._epoch == epoch
+        assert batch.after(1, numbers(largest, largest, 5), (0, 0)) == (largest, largest)
+        assert batch.finish() == [5, 0]
+
+
+def test_memory_made_in_inference_mode_serves_outside_of_it():
+    depth = 78
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            batch = LaggedCounts(depth, CPU)
+            assert batch.after(1, numbers(3, 9, 0), (4, 12)) == (3, 9)
+            batch.finish()
+
+
+def test_memory_is_the_hosts_whatever_the_default_device():
+    with torch.device("meta"):
+        batch = LaggedCounts(79, CPU)
+    assert batch.after(1, numbers(3, 9, 0), (4, 12)) == (3, 9)
+
+
+def test_a_fault_of_the_device_ends_the_wait():
+    class Broken:
+        def query(self):
+            raise RuntimeError("an illegal memory access")
+
+    late = Late(2, CPU, lag=0, delay=math.inf)
+    late._stream = Broken()
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        late.after(1, numbers(1, 1, 0), (2, 2))
+
+
+def test_who_gets_which():
+    assert isinstance(counts_for(4, CPU, exact=False), HostCounts)
+    assert isinstance(counts_for(4, torch.device("cuda"), exact=True), HostCounts)
+
+
+# the whole loop
+
+
+def exact_linear(x, weight, bias=None):
+    """A linear whose rows don't round with their number."""
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return y if bias is None else y + bias
+
+
+def as_on_cuda(monkeypatch):
+    """The host doesn't know lengths, memory is full of NaN, and a row's bits don't depend on the size of products.
+
+    Returns a function that chooses the counts, and a list of how many tokens without a row each compaction left.
+    """
+    spare = []
+    shrink, pack = eager.shrink, models_room.pack
+
+    def unknown_lengths(*arguments, **options):
+        batch = pack(*arguments, **options)
+        return dataclasses.replace(batch, lengths=None, longest=max(batch.lengths))
+
+    def into_full_memory(*arguments):
+        batch, hidden, source = shrink(*arguments)
+        end = int(batch.offsets[-1])
+        hidden[0, end:] = NAN
+        spare.append(hidden.shape[1] - end)
+        return batch, hidden, source
+
+    def choose(lag, delay):
+        monkeypatch.setattr(eager, "counts_for", lambda depth, device, exact: Late(depth, device, lag, delay))
+        spare.clear()
+
+    monkeypatch.setattr(F, "linear", exact_linear)
+    monkeypatch.setattr(packing, "_varlen", reference_networks.attended_by_row)
+    monkeypatch.setattr(models_room, "pack", unknown_lengths)
+    monkeypatch.setattr(eager, "shrink", into_full_memory)
+    # half of the tokens gone is enough for 'auto' on a model as small as this one
+    monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
+    monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
+    return choose, spare
+
+
+def answers(model, batch, compaction):
+    model.compaction = compaction
+    return model._answers((batch["input_ids"], batch["attention_mask"], None, None), model._criterion)
+
+
+def same(got, expected):
+    assert got.logits.equal(expected.logits) or torch.equal(got.logits.isnan(), expected.logits.isnan())
+    finite = ~expected.logits.isnan()
+    assert torch.equal(got.logits[finite], expected.logits[finite])
+    assert torch.equal(got.exit_layer, expected.exit_layer) and torch.equal(got.layers_run, expected.layers_run)
+    assert got.invalid_rows == expected.invalid_rows
+
+
+def with_poison(batch):
+    """The batch with a row of NaN before and behind the others."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    row = torch.full_like(ids[:1], POISON)
+    return {"input_ids": torch.cat([row, ids, row]), "attention_mask": torch.cat([mask[1:2], mask, mask[:1]])}
+
+
+@pytest.mark.parametrize(("lag", "delay"), ARRIVALS)
+@pytest.mark.parametrize("criterion", SETTINGS)
+def test_bounds_answer_as_exact_counts_do(criterion, lag, delay, monkeypatch):
+    """Bit by bit: logits, exits, layers run and invalid counts, with rows of NaN at both ends, and of a row alone."""
+    model, batch, _ = setting("bert", "auto", criterion)
+    monkeypatch.setattr(model, "_layers", "family")
+    choose, spare = as_on_cuda(monkeypatch)
+    parts = with_poison(batch), batch, {name: values[1:2] for name, values in batch.items()}
+    with parameter_set(model.get_input_embeddings().weight, POISON, NAN):
+        expected = [answers(model, part, "never") for part in parts]
+        assert sum(expected[0].invalid_rows) >= 2 and not any(expected[1].invalid_rows)
+        choose(lag, delay)
+        for compaction in COMPACTIONS:
+            for part, wanted in zip(parts, expected, strict=True):
+                same(answers(model, part, compaction), wanted)
+    assert any(spare) or lag != 1 or len(expected[1].exit_layer.unique()) < 3, "no bound was one too many"
+
+
+def test_every_back_end_takes_bounds(backend, monkeypatch):
+    """Kernels that meet rows without a token and tokens without a row; all tokens are moved at each exit."""
+    model, batch, _ = setting("bert", backend)
+    monkeypatch.setattr(model, "_layers", "family")
+    choose, spare = as_on_cuda(monkeypatch)
+    expected = answers(model, batch, "never")
+    choose(1, 1)
+    same(answers(model, batch, "always"), expected)
+    assert any(spare)
+
+
+def leaving(arguments, family="bert", kind="right"):
+    """A model with these heads and a batch whose rows leave by turns."""
+    model = early_exit(family, **arguments)
+    model.set_criterion(None)
+    batch = batch_for(model, kind, lengths=LENGTHS)
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    model.set_layers("family")
+    return model, batch
+
+
+@pytest.mark.parametrize("kind", ["full", "right", "holes"])
+@pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
+def test_all_heads_take_bounds(arguments, kind, monkeypatch):
+    model, batch = leaving(arguments, kind=kind)
+    rules = [model.criterion, ee.criteria.HiddenCosine(threshold=0.9)]
+    rules += [ee.criteria.QExit(q=0.5)] * ("halting" in model.heads.aux_names)
+    choose, _ = as_on_cuda(monkeypatch)
+    for rule in rules:
+        model.set_criterion(rule)
+        expected = answers(model, batch, "never")
+        choose(1, 1)
+        same(answers(model, batch, "always"), expected)
+
+
+@pytest.mark.parametrize("layer", [1, 3, DEPTH])
+def test_a_strict_model_names_the_layer(layer, monkeypatch):
+    """It says so when it knows, which is never later than at the end."""
+    model, batch = leaving({"strict": True})
+    model.set_criterion(None if layer == DEPTH else ee.criteria.Entropy(threshold=0.0))
+    choose, _ = as_on_cuda(monkeypatch)
+    for arrival in ARRIVALS:
+        choose(*arrival)
+        refusal = pytest.raises(ee.InvalidLogitsError, match=rf"16 row\(s\).*at layer {layer} of {DEPTH}")
+        with parameter_set(model.heads.out[layer - 1].bias, 0, NAN), refusal:
+            model(**batch)
+    assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_the_loop_ends_a_layer_late_at_most(monkeypatch):
+    model, batch = leaving({})
+    model.set_criterion(ee.criteria.Entropy(threshold=100.0))
+    choose, _ = as_on_cuda(monkeypatch)
+    run = []
+    for module in model.backbone.encoder.layer:
+        module.register_forward_hook(lambda *_: run.append(1))
+    for lag, delay, layers in ((1, 1, 2), (2, 1, 2), (2, 2, 3), (math.inf, math.inf, DEPTH)):
+        choose(lag, delay)
+        run.clear()
+        assert model(**batch).exit_layer.tolist() == [1] * len(LENGTHS) and len(run) == layers
+
+
+def test_gates_have_exact_counts(monkeypatch):
+    """Rows that skip are found by the host: such a loop can't do with bounds, wherever it runs."""
+    asked = []
+
+    def watched(depth, device, exact):
+        asked.append(exact)
+        return HostCounts(depth)
+
+    monkeypatch.setattr(eager, "counts_for", watched)
+    model, batch = leaving({"method": "smartbert"})
+    model(**batch)
+    model.set_criterion(ee.criteria.SkipGate(threshold=0.5, exit=model.criterion))
+    model(**batch)
+    assert asked == [False, True]

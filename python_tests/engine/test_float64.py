@@ -1,0 +1,124 @@
+"""Models in float64 run on back-end torch by every path: rows leave, move and skip, and the answers stay the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.leaving_models import SETTINGS
+from support.models import FAMILIES, balance_classes, batch_for, early_exit, varied_entropy
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import Entropy, SkipGate
+from earlyexit_kernels.errors import BackendUnavailableError
+
+LENGTHS = [3, 20, 5, 8, 11, 19]
+#: Heads of each form that an exit has.
+HEADS = {
+    "family": {},
+    "first": {"pooling": "first"},
+    "mean": {"pooling": "mean"},
+    "berxit": {"method": "berxit", "halting": True},
+    "attention": {"method": "fastbert"},
+    "attention, mean": {"method": "fastbert", "pooling": "mean"},
+    "palbert": {"method": "palbert"},
+    "palbert, mean": {"method": "palbert", "pooling": "mean"},
+    "difference, mean": {"method": ee.objectives.Palbert(halting_input="diff"), "pooling": "mean"},
+}
+
+
+def double(family: str = "bert", **heads):
+    """A float64 model, a batch, and its trace."""
+    model = early_exit(family, **heads)
+    batch = batch_for(model, lengths=LENGTHS)
+    balance_classes(model, batch)
+    model = model.double()
+    return model, batch, model.trace(**batch)
+
+
+def check(model, batch, rule) -> torch.Tensor:
+    """The answers with rows that move and rows that stay are those of a replay; exit layers."""
+    model.set_criterion(rule)
+    logits, exit_layer = ee.replay(model.trace(**batch), rule)
+    for compaction in ("always", "never", "auto"):
+        model.compaction = compaction
+        answer = model(**batch)
+        assert answer.logits.dtype == torch.float32
+        assert torch.equal(answer.exit_layer, exit_layer)
+        torch.testing.assert_close(answer.logits, logits, rtol=1e-6, atol=1e-6)
+    return exit_layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    model, batch, trace = double(family)
+    assert model.backend == "torch"
+    assert len(check(model, batch, varied_entropy(trace)).unique()) > 1
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_every_form_of_head(heads):
+    """Also the answers of the same model in float32 are near."""
+    model, batch, trace = double(**HEADS[heads])
+    assert trace.logits.dtype == torch.float32
+    check(model, batch, varied_entropy(trace))
+    model.set_criterion(None)
+    wide = copy.deepcopy(model).float()
+    torch.testing.assert_close(wide(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def every_scalar():
+    return double(method="berxit", halting=True, pooling="mean")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_rule(every_scalar, name):
+    model, batch, trace = every_scalar
+    settings = SETTINGS[name] or [varied_entropy(trace)]
+    rule = max(settings, key=lambda rule: len(ee.replay(trace, rule)[1].unique()))
+    exit_layer = check(model, batch, rule)
+    assert len(exit_layer.unique()) > 1 or name in ("full_depth", "expectation")
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_rows_that_skip_layers(pooling):
+    """At every threshold from all rows skip to none does, against the pass that moves no row."""
+    model, batch, trace = double(method="smartbert", pooling=pooling, criterion=Entropy(threshold=0.5))
+    rule, partly = varied_entropy(trace), 0
+    for threshold in (0.0, 0.46, 0.48, 0.5, 0.52, 0.54, 1.0):
+        model.set_criterion(SkipGate(threshold=threshold, exit=rule))
+        logits, exit_layer = model.fixed_depth()(**batch)
+        for compaction in ("always", "never"):
+            model.compaction = compaction
+            answer = model(**batch)
+            assert torch.equal(answer.exit_layer, exit_layer)
+            torch.testing.assert_close(answer.logits, logits, rtol=1e-5, atol=1e-5)
+        layers_run = answer.layers_run
+        assert not layers_run.any() if threshold == 0 else threshold < 1 or torch.equal(layers_run, exit_layer)
+        partly += int(((layers_run > 0) & (layers_run < exit_layer)).any())
+    assert partly, "at some threshold, some rows should skip some layers"
+
+
+@pytest.mark.parametrize("heads", ["family", "attention, mean"])
+def test_fixed_depth(heads):
+    model, batch, trace = double(**HEADS[heads])
+    model.set_criterion(varied_entropy(trace))
+    want, (logits, exit_layer) = model(**batch), model.fixed_depth()(**batch)
+    assert torch.equal(exit_layer, want.exit_layer)
+    torch.testing.assert_close(logits, want.logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_kernels_are_refused_before_a_batch(backend):
+    model, batch, _ = double()
+    if ee.available_backends("cpu")[backend]:
+        pytest.skip(ee.available_backends("cpu")[backend])
+    with pytest.raises(BackendUnavailableError, match=f"backend '{backend}' can't run a float64 model.*'torch'"):
+        model.set_backend(backend)
+    assert model.backend == "torch"
+    narrow = copy.deepcopy(model).float()
+    narrow.set_backend(backend)
+    with pytest.raises(BackendUnavailableError, match=f"backend '{backend}' can't run a float64 model"):
+        narrow.double()(**batch)

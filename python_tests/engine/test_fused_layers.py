@@ -1,0 +1,363 @@
+"""Fused encoder layers give the family's own numbers, follow every change of a weight, and say why they can't run."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import logging
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.utils.mkldnn
+from support.models import ATTENDED, DEPTH, FAMILIES, batch_for, stock
+from torch import nn
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import Entropy
+from earlyexit_kernels.engine import fused_layers
+from earlyexit_kernels.errors import BackendUnavailableError
+from earlyexit_kernels.hf import execution
+from earlyexit_kernels.ops import ENCODER_LAYERS
+
+#: Which products a run takes: all packed by oneDNN, the activation in them too, all torch's own, and small ones packed.
+PRODUCTS = {
+    "packed": fused_layers.Products(math.inf, with_activation=False),
+    "with activation": fused_layers.Products(math.inf, with_activation=True),
+    "torch": fused_layers.Products(0, with_activation=True),
+    "by size": fused_layers.Products(20, with_activation=True),
+}
+
+
+def pair(family="bert", **sizes):
+    """One model twice on the same weights, with the family's layers and with fused ones."""
+    base = stock(family, **sizes)
+    models = [ee.to_early_exit(base) for _ in range(2)]
+    for model, kind in zip(models, ("family", "fused"), strict=True):
+        model.set_layers(kind)
+    assert [model.layer_kind for model in models] == ["family", "fused"]
+    return models
+
+
+def assert_alike(own, fused, batch, *, atol=2e-5, rtol=1e-4) -> None:
+    torch.testing.assert_close(fused.trace(**batch).logits, own.trace(**batch).logits, atol=atol, rtol=rtol)
+
+
+@pytest.fixture(params=PRODUCTS)
+def products(request, monkeypatch):
+    reason = fused_layers.why_not_onednn(torch.float32)
+    if reason and request.param != "torch":
+        pytest.skip(reason)
+    monkeypatch.setattr(fused_layers, "PRODUCTS", dict.fromkeys(fused_layers.PRODUCTS, PRODUCTS[request.param]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_and_product(family, products):
+    own, fused = pair(family)
+    for kind in ATTENDED:
+        batch = batch_for(own, kind)
+        assert_alike(own, fused, batch)
+        for threshold in (0.0, 0.9, 2.0):
+            for model in (own, fused):
+                model.set_criterion(Entropy(threshold=threshold))
+            ours, theirs = fused(**batch), own(**batch)
+            assert torch.equal(ours.exit_layer, theirs.exit_layer)
+            torch.testing.assert_close(ours.logits, theirs.logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture(params=("torch", "cpp"))
+def op(request, monkeypatch):
+    """Both back-ends of the op."""
+    reason = ee.available_backends("cpu")[request.param]
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setattr(
+        fused_layers, "available_backends", lambda kind: {"cpp": "" if request.param == "cpp" else "left out"}
+    )
+    return request.param
+
+
+def test_both_backends(op, products):
+    own, fused = pair()
+    assert fused.inference_layers()[0].run is ENCODER_LAYERS[op]
+    for kind in ATTENDED:
+        assert_alike(own, fused, batch_for(own, kind))
+
+
+def test_the_op_refuses_lists_that_do_not_fit():
+    if ee.available_backends("cpu")["cpp"]:
+        pytest.skip(ee.available_backends("cpu")["cpp"])
+    model = ee.to_early_exit(stock())
+    layer, x = model.inference_layers()[0], torch.randn(6, 64)
+    own, plan = layer.weights, ([1], [6], [None], [None], [None], None)
+    run = functools.partial(ENCODER_LAYERS["cpp"], x)
+    weights, rest = layer.tensors, (own.eps, own.heads, *own.activation, False)
+    assert run(weights, [], *rest, *plan).shape == x.shape
+    with pytest.raises(ValueError, match="expected 12 weights, got 11"):
+        run(weights[:-1], [], *rest, *plan)
+    with pytest.raises(ValueError, match="expected 4 packed weights or none, got 1"):
+        run(weights, weights[:1], *rest, *plan)
+    with pytest.raises(ValueError, match="expected eps of 2 norms, got 1"):
+        run(weights, [], own.eps[:1], *rest[1:], *plan)
+    with pytest.raises(ValueError, match="of each bucket, and inverse for several, got 1"):
+        run(weights, [], *rest, [1], [6], [], [None], [None], None)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
+def test_activations(activation, products):
+    own, fused = pair("bert", hidden_act=activation)
+    assert_alike(own, fused, batch_for(own))
+
+
+def test_groups_of_several_layers(products):
+    own, fused = pair("albert", inner_group_num=2)
+    assert_alike(own, fused, batch_for(own))
+    assert len({id(layer) for layer in fused.inference_layers()}) == 2, "a group is packed once"
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.15), (torch.float16, 2e-2), (torch.float64, 1e-10)])
+def test_other_dtypes(dtype, atol):
+    own, fused = pair()
+    batch = batch_for(own)
+    own.to(dtype), fused.to(dtype)
+    assert fused.inference_layers()[0].tensors[0].dtype == dtype
+    # traces are float32, so double layers agree to float32's last digit
+    assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
+    assert torch.isfinite(fused(**batch).logits).all()
+
+
+def an_in_place_write(layer) -> None:
+    with torch.no_grad():
+        layer.intermediate.dense.weight.mul_(1.5)
+
+
+def a_step_of_an_optimizer(layer) -> None:
+    weight = layer.attention.self.key.weight
+    weight.grad = torch.ones_like(weight)
+    torch.optim.SGD([weight], lr=0.05).step()
+
+
+def a_loaded_state(layer) -> None:
+    layer.load_state_dict({name: tensor * 1.1 for name, tensor in layer.state_dict().items()})
+
+
+def another_tensor(layer) -> None:
+    layer.output.dense.weight.data = layer.output.dense.weight.data * 2
+
+
+def another_parameter(layer) -> None:
+    layer.output.dense.bias = nn.Parameter(torch.linspace(-1, 1, 64))
+
+
+def another_module(layer) -> None:
+    layer.output.LayerNorm = nn.LayerNorm(64)
+
+
+CHANGES = (
+    an_in_place_write,
+    a_step_of_an_optimizer,
+    a_loaded_state,
+    another_tensor,
+    another_parameter,
+    another_module,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_changed_weight_is_seen(change):
+    own, fused = pair()
+    batch = batch_for(own)
+    before = fused.trace(**batch).logits
+    for model in (own, fused):
+        layer = model.backbone.encoder.layer[1]
+        if change is not an_in_place_write or model is own:  # the two models share their parameters
+            change(layer)
+    assert_alike(own, fused, batch)
+    assert not torch.allclose(fused.trace(**batch).logits, before, atol=1e-3)
+
+
+def test_what_autograd_does_not_see_calls_for_set_layers():
+    own, fused = pair()
+    batch = batch_for(own)
+    fused.trace(**batch)
+    own.backbone.encoder.layer[0].output.dense.weight.data.mul_(3)
+    fused.set_layers("fused")
+    assert_alike(own, fused, batch)
+
+
+def test_training_drops_the_copies_and_runs_the_own_layers():
+    model = ee.to_early_exit(stock(), pooling="first")
+    batch = batch_for(model)
+    model(**batch)
+    assert model._fused._packed is not None
+    model.train()
+    assert model._fused._packed is None
+    out = model(**batch, labels=torch.zeros(4, dtype=torch.long))
+    out.loss.backward()
+    assert model.backbone.encoder.layer[0].output.dense.weight.grad is not None
+    assert model._fused._packed is None
+
+
+class Adapted(nn.Linear):
+    """As a library for adapters puts in the place of a linear."""
+
+
+def an_adapted_linear(layer) -> None:
+    layer.attention.self.query = Adapted(64, 64)
+
+
+def a_linear_without_bias(layer) -> None:
+    layer.output.dense = nn.Linear(96, 64, bias=False)
+
+
+def a_module_more(layer) -> None:
+    layer.output.adapter = nn.Linear(64, 64)
+
+
+def another_activation(layer) -> None:
+    layer.intermediate.intermediate_act_fn = nn.SiLU()
+
+
+def a_hook(layer) -> None:
+    layer.attention.output.dense.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def another_forward(layer) -> None:
+    layer.output.forward = layer.output.forward
+
+
+def a_scripted_linear(layer) -> None:
+    layer.output.dense = torch.jit.script(layer.output.dense)
+
+
+OWN_WAYS = {
+    a_scripted_linear: "output.dense (RecursiveScriptModule) has a forward hook",
+    an_adapted_linear: "query (Adapted) isn't a plain Linear",
+    a_linear_without_bias: "output.dense (Linear) isn't a plain Linear with weight and bias",
+    a_module_more: "output.adapter (Linear) isn't known",
+    another_activation: "intermediate.intermediate_act_fn (SiLU) is none of the activations",
+    a_hook: "attention.output.dense (Linear) has a forward hook",
+    another_forward: "output (BertOutput) has a forward hook",
+}
+
+
+@pytest.mark.parametrize("change", OWN_WAYS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("packed", [False, True], ids=["before", "after"])
+def test_a_layer_of_its_own_ways_runs_itself(change, packed, caplog):
+    """Whether it is changed before or after packing: 'auto' runs the family's layers, 'fused' says why it can't."""
+    model = ee.to_early_exit(stock(), pooling="first")
+    batch = batch_for(model)
+    if packed:
+        assert model.layer_kind == "fused"
+        model(**batch)
+    change(model.backbone.encoder.layer[2])
+    own = copy.deepcopy(model)
+    own.set_layers("family")
+    with caplog.at_level(logging.INFO, "earlyexit_kernels"):
+        assert_alike(own, model, batch, atol=0.0, rtol=0.0)
+        model(**batch)
+    assert model.layer_kind == "family"
+    assert sum(OWN_WAYS[change] in record.message for record in caplog.records) == 1, caplog.records
+    with pytest.raises(BackendUnavailableError, match="use 'auto' or 'family'") as error:
+        model.set_layers("fused")
+    assert OWN_WAYS[change] in str(error.value)
+    assert model.layer_kind == "family"
+
+
+def test_a_scripted_class_in_the_place_of_a_linear_runs_itself():
+    """Its tables of parameters are not dicts."""
+    model = ee.to_early_exit(stock(), pooling="first")
+    layer = model.backbone.encoder.layer[0]
+    layer.output.dense = torch.utils.mkldnn.MkldnnLinear(layer.output.dense, torch.float)
+    assert "output.dense (MkldnnLinear)" in model.explain(**batch_for(model)).layers.reason
+
+
+def test_a_layer_changed_under_fused_is_an_error_not_a_wrong_answer():
+    model = ee.to_early_exit(stock(), pooling="first")
+    model.set_layers("fused")
+    model(**batch_for(model))
+    a_hook(model.backbone.encoder.layer[0])
+    with pytest.raises(BackendUnavailableError, match="forward hook"):
+        model(**batch_for(model))
+
+
+def test_unknown_name():
+    model = ee.to_early_exit(stock(), pooling="first")
+    with pytest.raises(ValueError, match=r"expected one of \('auto', 'family', 'fused'\), got 'fast'"):
+        model.set_layers("fast")
+
+
+def test_without_onednn(monkeypatch, caplog):
+    """Torch's own products take over, and 'auto' says so once."""
+    for room in (fused_layers, execution):
+        monkeypatch.setattr(room, "why_not_onednn", lambda dtype: "no such names")
+    own, fused = pair()
+    assert not fused.inference_layers()[0].packed
+    assert_alike(own, fused, batch_for(own))
+    model = ee.to_early_exit(stock(), pooling="first")
+    with caplog.at_level(logging.INFO, "earlyexit_kernels"):
+        model(**batch_for(model))
+        model(**batch_for(model))
+    said = [record for record in caplog.records if "no such names" in record.message]
+    assert len(said) == 1 and said[0].levelno == logging.WARNING
+
+
+def test_the_probe_of_onednn(monkeypatch):
+    ops = torch.ops.mkldnn
+    assert fused_layers.why_not_onednn(torch.float16)
+
+    class Gone:
+        def __getattr__(self, name):
+            raise AttributeError(f"no {name}")
+
+    own, fused = pair()
+    fused._fused.forget()
+    fused_layers.why_not_onednn.cache_clear()
+    monkeypatch.setattr(torch.ops, "mkldnn", Gone())
+    assert "lacks what this needs" in fused_layers.why_not_onednn(torch.float32)
+    assert_alike(own, fused, batch_for(own))
+    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    fused_layers.why_not_onednn.cache_clear()
+
+
+def test_autocast_and_cuda_have_the_own_layers():
+    model = ee.to_early_exit(stock(), pooling="first")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.layer_kind == "family"
+    assert model.layer_kind == "fused"
+    assert model.to("meta").layer_kind == "family"
+
+
+def test_copies_start_without_and_agree(tmp_path):
+    model = ee.to_early_exit(stock(), pooling="first", criterion=Entropy(threshold=0.9))
+    batch = batch_for(model)
+    expected = model(**batch).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin._fused._packed is None
+        assert torch.equal(twin(**batch).logits, expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)(**batch).logits, expected)
+
+
+def test_threads_agree():
+    model = ee.to_early_exit(stock(), pooling="first", criterion=Entropy(threshold=0.9))
+    batch = batch_for(model)
+    expected = model(**batch).logits
+    for _ in range(5):
+        model._fused.forget()
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(out.logits, expected) for out in pool.map(lambda _: model(**batch), range(8)))
+
+
+def test_a_part_is_packed_once(monkeypatch):
+    packed = []
+    of = fused_layers.FusedLayer.of
+    monkeypatch.setattr(fused_layers.FusedLayer, "of", staticmethod(lambda *a: packed.append(a) or of(*a)))
+    model = ee.to_early_exit(stock(), pooling="first")
+    for _ in range(3):
+        model(**batch_for(model))
+    assert len(packed) == DEPTH
+    assert dataclasses.is_dataclass(model.inference_layers()[0])

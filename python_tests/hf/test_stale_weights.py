@@ -1,0 +1,244 @@
+"""A model never answers from weights it no longer has, whichever way they were changed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import weakref
+
+import pytest
+import torch
+from support.models import batch_for, early_exit, stock
+from support.trained_weight_changes import WAYS
+from support.weight_changes import SAME_NUMBERS, weight_of
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.engine import fingerprint
+from earlyexit_kernels.engine.fingerprint import ModuleFingerprint, sampled_elements
+from earlyexit_kernels.engine.graphs import CaptureError
+
+#: Rounding of the family's layers and of the fused ones, by dtype.
+ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 0.15}
+
+
+def answers(model, batch):
+    """Logits of all exits."""
+    return model.trace(**batch).logits
+
+
+def graph_answers(model, batch):
+    """Answers at full depth from a captured loop, or from the family's layers where there is none."""
+    try:
+        return model._graphs.run(model.parts, "torch", batch["input_ids"], batch["attention_mask"], None, None).logits
+    except CaptureError:
+        model.set_layers("family")
+        return model(**batch).logits
+
+
+def family_answers(model, batch, ask):
+    model.set_layers("family")
+    return answers(model, batch) if ask is answers else model(**batch).logits
+
+
+@pytest.fixture(params=["compiled", "python"])
+def snapshots(request, monkeypatch):
+    """Both implementations of the fingerprint."""
+    if request.param == "python":
+        monkeypatch.setattr(fingerprint, "_snapshot_class", lambda: fingerprint.PythonFingerprint)
+    elif reason := ee.available_backends("cpu")["cpp"]:
+        pytest.skip(reason)
+
+
+def check_that_it_follows(name, ask):
+    base = stock()
+    model = ee.to_early_exit(base, pooling="first")
+    batch = batch_for(model)
+    before = ask(model, batch)
+    changed = WAYS[name](model, base) or model
+    got, expected = ask(changed, batch), family_answers(changed, batch, ask)
+    tolerance = ROUNDING.get(changed.dtype, 5e-5)
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=0.0)
+    if name not in SAME_NUMBERS:
+        assert (expected - before).abs().max() > 10 * tolerance, "a stale answer wouldn't be noticed"
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_fused_layers_follow_every_change(name, snapshots):
+    check_that_it_follows(name, answers)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_graphs_follow_every_change(name, captures):
+    check_that_it_follows(name, graph_answers)
+
+
+def test_graphs_of_weights_that_change_in_place_are_kept(captures):
+    """They hold no copy of a weight, so training between evaluations costs no capture."""
+    base = stock()
+    model = ee.to_early_exit(base, pooling="first")
+    batch = batch_for(model)
+    graph_answers(model, batch)
+    for name in ("in_place", "data_in_place", "adamw_fused", "state_loaded"):
+        WAYS[name](model, base)
+        graph_answers(model, batch)
+    assert len(captures) == 1
+    WAYS["data_replaced"](model, base)
+    graph_answers(model, batch)
+    assert len(captures) == 2
+
+
+def test_a_graph_has_no_copy_of_a_weight_that_is_not_contiguous(captures):
+    model = early_exit("bert", pooling="first")
+    model.heads.out[0].weight.data = model.heads.out[0].weight.data.t().contiguous().t()
+    with pytest.raises(CaptureError, match="aren't contiguous"):
+        model._graphs.run(model.parts, "torch", batch_for(model)["input_ids"], None, None, None)
+
+
+def test_what_a_sample_cannot_see_calls_for_refresh(snapshots):
+    model = early_exit("bert", pooling="first")
+    batch, weight = batch_for(model), weight_of(model)
+    before = answers(model, batch)
+    unseen = next(k for k in range(weight.numel()) if k not in sampled_elements(weight.numel()))
+    weight.detach().numpy().reshape(-1)[unseen] += 50.0
+    assert torch.equal(answers(model, batch), before), "one element, through a view: refresh() documents this limit"
+    model.refresh()
+    got = answers(model, batch)
+    assert not torch.allclose(got, before, atol=1e-3)
+    torch.testing.assert_close(got, family_answers(model, batch, answers), atol=5e-5, rtol=0.0)
+
+
+def test_packing_again_is_not_the_rule(snapshots, monkeypatch):
+    """Nothing that a batch itself does counts as a change."""
+    model = early_exit("bert", pooling="first")
+    batch = batch_for(model)
+    answers(model, batch)
+    packed = model._fused._packed
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            model(**batch)
+            answers(model, batch)
+            model.explain(**batch)
+    model.eval()
+    assert model._fused._packed is packed
+
+
+@pytest.mark.parametrize("changed", [torch.nan, -0.0])
+def test_samples_are_compared_by_their_bytes(snapshots, changed):
+    module = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        module.weight.fill_(0.0)
+    made_from = ModuleFingerprint([module], [module.weight])
+    assert made_from.is_current([module])
+    module.weight.data.fill_(changed)
+    assert not made_from.is_current([module])
+    again = ModuleFingerprint([module], [module.weight])
+    assert again.is_current([module]), "a NaN is equal to itself"
+    assert not again.is_current([torch.nn.Linear(8, 8)]) and not again.is_current([])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 4, 5)])
+def test_samples_of_any_shape(snapshots, shape):
+    module = torch.nn.ParameterList(
+        [torch.nn.Parameter(torch.zeros(shape).transpose(0, -1) if shape else torch.zeros(()))]
+    )
+    made_from = ModuleFingerprint([module], list(module))
+    assert made_from.is_current([module])
+    module[0].data.add_(1)
+    assert made_from.is_current([module]) == (0 in shape)
+
+
+def test_the_collector_frees_a_model_that_a_hook_of_its_own_holds(snapshots):
+    model = early_exit("bert", pooling="first")
+    model.backbone.register_forward_pre_hook(lambda module, inputs, holder=model: None)
+    answers(model, batch_for(model))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "mkldnn"])
+def test_tensors_without_an_address_are_compared_by_identity(snapshots, kind):
+    made = {
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "mkldnn": lambda: torch.ones(2, 2).to_mkldnn(),
+    }[kind]
+    module = torch.nn.Module()
+    module.register_buffer("table", made())
+    made_from = ModuleFingerprint([module])
+    assert made_from.is_current([module])
+    module.table = made()
+    assert not made_from.is_current([module])
+
+
+def test_what_was_changed_back_is_no_change(snapshots):
+    module = torch.nn.Linear(8, 8)
+    own = module.weight
+    made_from = ModuleFingerprint([module], [own])
+    module.extra = 1
+    assert not made_from.is_current([module])
+    del module.extra
+    assert made_from.is_current([module])
+    module.weight = torch.nn.Parameter(torch.zeros(8, 8))
+    assert not made_from.is_current([module])
+    module.weight = own
+    assert made_from.is_current([module]) and made_from.is_current([module])
+
+
+def test_storage_that_was_given_back_is_a_change(snapshots):
+    module = torch.nn.Linear(8, 8)
+    made_from = ModuleFingerprint([module], [module.weight])
+    module.weight.untyped_storage().resize_(0)
+    assert not made_from.is_current([module])
+
+
+def test_explaining_changes_nothing(captures, monkeypatch):
+    """Neither packs weights nor drops graphs."""
+    model = early_exit("bert", pooling="first")
+    batch = batch_for(model)
+    assert model.explain(**batch).layers.name == "fused" == model.layer_kind and model._fused._packed is None
+    graph_answers(model, batch)
+    held = dict(model._graphs._captured)
+    WAYS["layer_replaced"](model, None)
+    model.explain(**batch)
+    assert model._graphs._captured == held
+
+
+def test_a_child_process_answers_that_was_forked_while_weights_were_packed():
+    """The lock that another thread holds at the fork has nobody to release it in the child."""
+    model = early_exit("bert", pooling="first")
+    batch, threads = batch_for(model, lengths=(3,)), torch.get_num_threads()
+    torch.set_num_threads(1)  # a child can't use its parent's OpenMP threads
+    try:
+        expected = answers(model, batch)
+        model._fused.forget()
+        taken, release = threading.Event(), threading.Event()
+
+        def packs():
+            with model._fused._lock:
+                taken.set()
+                release.wait(60)
+
+        thread = threading.Thread(target=packs)
+        thread.start()
+        taken.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(answers(model, batch), expected) else 1)
+        assert exit_code_within(child, seconds=60) == 0
+    finally:
+        release.set()
+        thread.join()
+        torch.set_num_threads(threads)
+
+
+def exit_code_within(child: int, seconds: float) -> int:
+    """Of a child process; one that hangs is killed."""
+    timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
+    timer.start()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    timer.cancel()
+    return code

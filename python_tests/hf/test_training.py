@@ -1,0 +1,203 @@
+"""Training through packed tokens: the loss and gradients of a padded reference that shares no code with the package."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, encoder_of, stock
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.engine.full_depth import Collect, trace_exits
+from earlyexit_kernels.engine.packing import AttentionPlan, PackedStates, pack
+from earlyexit_kernels.heads import HeadOutput
+from earlyexit_kernels.objectives import TrainingStep, objective_of
+from earlyexit_kernels.types import Gating
+
+LABELS = torch.tensor([2, 0, 1, 1])
+ACTIVATIONS = {"bert": torch.tanh, "roberta": torch.tanh, "albert": torch.tanh, "electra": F.gelu, "distilbert": F.relu}
+
+
+def padded_loss(base, heads, pooling, activation, batch):
+    """Joint loss over the stock encoder's padded hidden states, with the textbook's heads."""
+    hidden = encoder_of(base)(**batch, output_hidden_states=True).hidden_states[1:]
+    assert len(hidden) == DEPTH
+    mask = batch["attention_mask"][:, :, None]
+    loss = 0.0
+    for j, (states, out) in enumerate(zip(hidden, heads.out, strict=True), start=1):
+        x = (states * mask).sum(1) / mask.sum(1) if pooling == "mean" else states[:, 0]
+        if pooling is None:
+            x = activation(x @ heads.dense[0].weight.T + heads.dense[0].bias)
+        loss = loss + j * F.cross_entropy(x @ out.weight.T + out.bias, LABELS)
+    return loss / (DEPTH * (DEPTH + 1) / 2)
+
+
+def pair(family, pooling):
+    """Two early-exit models that share nothing, with equal random weights, and the stock model of the second."""
+    model = early_exit(family, dropout=0.0, pooling=pooling)
+    base = stock(family, dropout=0.0)
+    twin = ee.to_early_exit(base, pooling=pooling)
+    twin.load_state_dict(model.state_dict())
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    return model.train(), twin.train(), base.train()
+
+
+@pytest.mark.parametrize("kind", ["right", "holes"])
+@pytest.mark.parametrize("pooling", [None, "first", "mean"])
+@pytest.mark.parametrize("family", ACTIVATIONS)
+def test_loss_and_gradients_equal_a_padded_reference(family, pooling, kind):
+    model, twin, base = pair(family, pooling)
+    batch = batch_for(model, kind)
+    loss = model(**batch, labels=LABELS).loss
+    expected = padded_loss(base, twin.heads, pooling, ACTIVATIONS[family], batch)
+    loss.backward()
+    expected.backward()
+    assert abs(loss - expected) < 1e-6
+    others = dict(twin.named_parameters())
+    largest = worst = 0.0
+    for name, parameter in model.named_parameters():
+        worst = max(worst, (parameter.grad - others[name].grad).abs().max().item())
+        largest = max(largest, others[name].grad.abs().max().item())
+    print(
+        f"{family} {pooling} {kind}: loss off by {abs(loss - expected):.1e}, gradients by {worst:.1e} of {largest:.2f}"
+    )
+    assert largest > 0.01 and worst < 2e-6
+
+
+def test_joint_weights_by_hand():
+    """Losses 1, .5 and .25 with weights 1/6, 2/6 and 3/6: .458333."""
+    wanted = [1.0, 0.5, 0.25]
+    logits = torch.tensor([[[0.0, math.log(math.expm1(loss))] for loss in wanted]] * 2)
+    assert torch.allclose(
+        F.cross_entropy(logits[0], torch.zeros(3, dtype=torch.long), reduction="none"), torch.tensor(wanted)
+    )
+    for method in ("joint", "pabee"):
+        objective = objective_of(method)
+        step = TrainingStep(problem_type="single_label_classification")
+        loss = objective.loss(ee.ExitTrace(logits), torch.zeros(2, dtype=torch.long), step)
+        assert loss.item() == pytest.approx(0.458333, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels"),
+    [
+        ("single_label_classification", LABELS),
+        ("regression", torch.tensor([0.1, -1.0, 2.0, 0.5])),
+        ("multi_label_classification", F.one_hot(LABELS, CLASSES).float()),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"pooling": "first"}, {"pooling": "mean"}, {"halting": True}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_gets_a_gradient(family, settings, problem_type, labels):
+    model = early_exit(
+        family, num_labels=1 if problem_type == "regression" else CLASSES, problem_type=problem_type, **settings
+    ).train()
+    model(**batch_for(model), labels=labels).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(head.weight.grad.abs().max() > 0 for head in model.heads.out)
+
+
+def test_criterion_does_not_touch_training():
+    model = early_exit(dropout=0.0).train()
+    batch = batch_for(model)
+    expected = model(**batch, labels=LABELS)
+    model.set_criterion(ee.criteria.Entropy(threshold=10.0))
+    out = model(**batch, labels=LABELS)
+    assert torch.equal(out.loss, expected.loss) and torch.equal(out.all_logits, expected.all_logits)
+    assert torch.equal(out.exit_layer, torch.full((4,), DEPTH))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_at_work_in_training_only(family):
+    model = early_exit(family, dropout=0.3)
+    batch = batch_for(model)
+    assert torch.equal(model(**batch).logits, model(**batch).logits)
+    model.train()
+    torch.manual_seed(1)
+    first = model(**batch).all_logits
+    assert not torch.equal(model(**batch).all_logits, first)
+    torch.manual_seed(1)
+    assert torch.equal(model(**batch).all_logits, first)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_dropout_is_that_of_the_family(family):
+    """The RoBERTa family and ELECTRA drop out before the dense module too; with all dropped only biases remain."""
+    model = early_exit(family, dropout=0.0)
+    heads = model.heads.train()
+    twice = family in ("roberta", "electra", "xlm-roberta", "camembert")
+    assert heads.config.dropout_before_dense is twice
+    object.__setattr__(heads.config, "dropout", 1.0)
+    seen = []
+    heads.dense[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max().item()))
+    states = PackedStates(torch.randn(6, 64), torch.tensor([0, 2, 6], dtype=torch.int32), AttentionPlan())
+    assert torch.equal(heads(2, states, {}).logits, heads.out[1].bias.expand(2, -1))
+    assert (seen[0] == 0.0) is twice
+
+
+def test_gradient_equilibrium_by_hand():
+    """Gradients of the exits 4, 8, 2 and 6 reach the layers as suffix means, 5, 5 1/3, 4 and 6."""
+    hidden = torch.zeros(1, 3, 1, requires_grad=True)
+    seen = []
+
+    def layer(states, mask, plan):
+        states = states * 1.0
+        states.register_hook(lambda gradient: seen.append(gradient[0, 0].item()))
+        return states
+
+    class Heads:
+        def first_memory(self, states, needs):
+            return {}
+
+        def __call__(self, layer, states, memory, projects):
+            return HeadOutput(states.hidden[:1], {}, {}, None)
+
+    trace = trace_exits(hidden, pack(torch.zeros(1, 3), None), [layer] * 4, Heads(), Collect(balances=True))
+    (trace.logits[0, :, 0] * torch.tensor([4.0, 8.0, 2.0, 6.0])).sum().backward()
+    assert seen == pytest.approx([6.0, 4.0, 16 / 3, 5.0], abs=1e-6)
+
+
+def test_gradient_equilibrium_changes_no_loss_and_no_exit():
+    balanced, plain = (
+        early_exit(dropout=0.0, pooling="mean", method=ee.objectives.Joint(equilibrium=e)).train()
+        for e in (True, False)
+    )
+    batch = batch_for(plain)
+    losses = [model(**batch, labels=LABELS).loss for model in (balanced, plain)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == losses[1].item()
+    for one, other in zip(balanced.heads.out, plain.heads.out, strict=True):
+        assert torch.equal(one.weight.grad, other.weight.grad)
+    first, last = (f"encoder.layer.{k}.output.dense.weight" for k in (0, DEPTH - 1))
+    gradients = [dict(model.backbone.named_parameters()) for model in (balanced, plain)]
+    assert torch.allclose(gradients[0][last].grad, gradients[1][last].grad)
+    assert gradients[0][first].grad.norm() < 0.5 * gradients[1][first].grad.norm()
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_gradient_equilibrium_with_gates(hard):
+    """The outputs are those of the gated pass; the gradients of layer l and of its gate are divided by L - l + 1."""
+    model = early_exit(dropout=0.0, method="smartbert").train()
+    weights = torch.randn(len(LABELS), DEPTH, CLASSES, generator=torch.Generator().manual_seed(4))
+    inputs = (*batch_for(model).values(), None, None)
+    gating, traces, gradients = Gating(hard=hard, threshold=0.5), [], []
+    for layer, gate in enumerate(model.heads.gates):  # so that some rows skip each layer and some do not
+        scores = model._trace(inputs, Collect("halting", gating), model._criterion).aux["gate"][:, layer]
+        gate.out.bias.data.sub_(scores.detach().median() + 0.01)
+    for balances in (False, True):
+        model.zero_grad()
+        traces.append(model._trace(inputs, Collect("halting", gating, balances=balances), model._criterion))
+        (traces[-1].logits * weights).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert torch.equal(traces[0].logits, traces[1].logits)
+    assert torch.equal(traces[0].aux["gate"], traces[1].aux["gate"])
+    for layer in range(1, DEPTH + 1):
+        for name in (f"backbone.encoder.layer.{layer - 1}.output.dense.weight", f"heads.gates.{layer - 1}.out.weight"):
+            plain, balanced = (found[name] for found in gradients)
+            assert plain.abs().max() > 1e-3, name
+            expected = plain / (DEPTH - layer + 1)
+            assert (balanced - expected).abs().max() < 1e-5 * plain.abs().max(), name

@@ -1,0 +1,363 @@
+"""Every training method on three kinds of backbone, trained phase by phase on rows that it can learn by heart."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.models import CLASSES, batch_for, stock
+
+import earlyexit_kernels as ee
+from earlyexit_kernels import criteria, objectives
+from earlyexit_kernels.objectives import OBJECTIVES
+
+FAMILIES = ("bert", "roberta", "albert")
+TINY = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "initializer_range": 0.08,
+}
+DEPTH, ROWS = 3, 64
+LENGTHS = [3 + i * 5 % 4 for i in range(ROWS)]
+LABELS = torch.randint(0, CLASSES, (ROWS,), generator=torch.Generator().manual_seed(1))
+STEPS, STEPS_IN_EPOCH, RATE = 24, 6, 5e-3
+#: The rule of each method's paper, at a setting that leaves early.
+RULES = {
+    "joint": criteria.Patience(patience=1),
+    "pabee": criteria.Patience(patience=1),
+    "palbert": criteria.QExit(q=0.15),
+    "ensemble": criteria.Voting(threshold=2),
+    "smartbert": criteria.SkipGate(threshold=0.5, exit=criteria.Entropy(threshold=0.1)),
+    "dact": criteria.Dact(),
+    "deebert": criteria.Entropy(threshold=0.1),
+    "berxit": criteria.Learned(threshold=0.5),
+    "fastbert": criteria.Entropy(threshold=0.1, normalized=True),
+}
+#: What each phase of a method trains, as names of parameters; a method that isn't here trains all there is.
+TRAINS = {
+    "smartbert": (
+        r"backbone\.|heads\.(attention|out)\.2\.|heads\.(gates|projectors)\.",
+        r"heads\.(attention|out|contrast)\.[01]\.",
+    ),
+    "deebert": (r"backbone\.|heads\.(dense|out)\.2\.", r"heads\.(dense|out)\.[01]\."),
+    "fastbert": (r"backbone\.|heads\.(attention|out)\.2\.", r"heads\.(attention|out)\.[01]\."),
+}
+TWO_PHASES = ("smartbert", "deebert", "fastbert")
+#: A key's bias shifts all scores of a query alike: its gradient is zero but for rounding.
+NO_GRADIENT = re.compile(r"\.key\.bias$")
+MULTI, REGRESSION = "multi_label_classification", "regression"
+
+
+@dataclass
+class Told:
+    """What one phase did, by name of parameter."""
+
+    trains: set[str]
+    learns: set[str]
+    reached: set[str] = field(default_factory=set)
+    astray: set[str] = field(default_factory=set)
+    moved: set[str] = field(default_factory=set)
+    losses: list[float] = field(default_factory=list)
+    exits: list[list[float]] = field(default_factory=list)
+
+
+def converted(family, name, **sizes):
+    return ee.to_early_exit(stock(family, dropout=0.0, **{**TINY, **sizes}), method=name)
+
+
+def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
+    """Train phase by phase with an optimiser over *all* parameters, so that a gradient astray would show."""
+    told = []
+    for number, phase in enumerate(ee.phases(model)):
+        model.train()
+        parameters = dict(model.named_parameters())
+        pattern = TRAINS.get(model.objective.name, ("",) * 2)[number]
+        now = Told(
+            {n for n in parameters if re.match(pattern, n)}, {n for n, p in parameters.items() if p.requires_grad}
+        )
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        optimiser = torch.optim.Adam(parameters.values(), lr=RATE)
+        assert phase.number == number + 1
+        for step in range(steps):
+            model.set_progress(step, step / STEPS_IN_EPOCH)
+            out = model(**batch, labels=labels)
+            optimiser.zero_grad()
+            out.loss.backward()
+            gradients = {n for n, p in parameters.items() if p.grad is not None}
+            now.astray |= gradients - now.learns
+            now.reached |= {n for n in gradients if parameters[n].grad.abs().max() > 0}
+            optimiser.step()
+            now.losses.append(out.loss.item())
+            if step in (0, steps - 1):
+                now.exits.append([of_exit(out.all_logits[:, k], labels).item() for k in range(model.depth)])
+        now.moved = {n for n, p in parameters.items() if not torch.equal(p, before[n])}
+        told.append(now)
+        model.zero_grad()
+    return told
+
+
+def trained(family, name):
+    """A model, its batch, and what its training told; once for the names of one method."""
+    return _trained(family, OBJECTIVES[name].name)
+
+
+@functools.cache
+def _trained(family, name):
+    model = converted(family, name)
+    batch = batch_for(model, lengths=LENGTHS)
+    return model, batch, train(model, batch, LABELS)
+
+
+def methods(names=tuple(OBJECTIVES)):
+    """A test of each family with each method."""
+    return lambda test: pytest.mark.parametrize("family", FAMILIES)(pytest.mark.parametrize("name", names)(test))
+
+
+def test_the_tables_here_name_every_method():
+    assert set(RULES) == set(OBJECTIVES) and all(OBJECTIVES[name].rule == rule.name for name, rule in RULES.items())
+    assert {name for name, cls in OBJECTIVES.items() if len(cls().phases) > 1} == set(TWO_PHASES) == set(TRAINS)
+
+
+@methods()
+def test_learns_by_heart(family, name):
+    """At the last exit, or what the method answers by where nothing is chosen, and under its paper's rule."""
+    model, batch, told = trained(family, name)
+    assert all(phase.losses[-1] < 0.5 * phase.losses[0] for phase in told)
+    model.eval()
+    model.set_criterion(RULES[name] if model.objective.answering() else None)
+    assert (model(**batch).logits.argmax(1) == LABELS).float().mean() >= 0.95
+    model.set_criterion(RULES[name])
+    out = model(**batch)
+    assert (out.logits.argmax(1) == LABELS).float().mean() >= 0.95
+    assert name == "dact" or (out.layers_run < DEPTH).float().mean() > 0.2
+
+
+@methods(TWO_PHASES)
+def test_the_second_phase_teaches_every_early_exit_and_leaves_the_last(family, name):
+    _, _, (_, told) = trained(family, name)
+    before, after = told.exits
+    assert all(late < 0.5 * early for early, late in zip(before[:-1], after, strict=False))
+    assert before[-1] == after[-1]
+
+
+@methods()
+def test_gradients_reach_what_a_phase_trains_and_nothing_else(family, name):
+    for told in trained(family, name)[2]:
+        assert told.learns == told.trains
+        assert not told.astray
+        assert {n for n in told.trains - told.reached if not NO_GRADIENT.search(n)} == set()
+        assert told.moved <= told.trains and told.trains - told.moved <= told.trains - told.reached
+
+
+@methods()
+def test_everything_may_learn_after_the_loop(family, name):
+    model = converted(family, name).train()
+    for _ in ee.phases(model):
+        pass
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+    assert (model.phase is None) is (name in TWO_PHASES)
+    with pytest.raises(KeyError):
+        for phase in ee.phases(model):
+            if phase.number == len(model.objective.phases):
+                raise KeyError
+    for phase in ee.phases(model):
+        if phase.number == len(model.objective.phases):
+            break
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_the_user_froze_stays_frozen(name):
+    model = converted("bert", name)
+    frozen = {n: p for n, p in model.named_parameters() if "embeddings" in n or re.match(r"heads\.out\.0\.", n)}
+    assert len(frozen) >= 6
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    before = {n: p.clone() for n, p in frozen.items()}
+    for told in train(model, batch_for(model, lengths=LENGTHS[:8]), LABELS[:8], steps=2):
+        assert told.learns == told.trains - set(frozen) and not told.astray & set(frozen)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(frozen)
+    assert all(torch.equal(p, before[n]) for n, p in frozen.items())
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+@pytest.mark.parametrize("name", TWO_PHASES)
+def test_a_frozen_encoder_runs_without_dropout(name, by_user):
+    """Its hidden states are the same twice, and differ while it learns; the exits drop out all the same."""
+    model = ee.to_early_exit(stock("bert", dropout=0.4, **TINY), method=name).train()
+    for parameter in model.backbone.embeddings.parameters():
+        parameter.requires_grad_(not by_user)
+    batch = batch_for(model, lengths=LENGTHS[:8])
+    seen = []
+    model.backbone.encoder.layer[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for phase in ee.phases(model):
+        model.train()
+        assert model.heads.training
+        frozen = phase.number == 2
+        assert all(module.training is not frozen for module in model.backbone.modules())
+        seen.clear()
+        model.set_progress(0, 0.0)
+        once, again = model(**batch).all_logits, model(**batch).all_logits
+        hidden = [out[0] if isinstance(out, tuple) else out for out in seen]
+        assert len(hidden) == 2 and torch.equal(*hidden) is frozen
+        assert not torch.equal(once[:, 0], again[:, 0])
+        model.eval()
+        assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["fastbert", "smartbert"])
+def test_what_is_frozen_beside_the_encoder_has_no_dropout_either(name):
+    """In the second phase FastBERT's teacher, and which layers SmartBERT's gates skip, are given."""
+    model = ee.to_early_exit(stock("bert", dropout=0.4, **TINY), method=name).train()
+    batch = batch_for(model, lengths=LENGTHS)
+    model.enter_phase(1)
+    inputs = []
+    model.backbone.encoder.layer[2].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    once, again = model(**batch).logits, model(**batch).logits
+    assert torch.equal(*inputs) and (name == "smartbert" or torch.equal(once, again))
+
+
+@pytest.mark.parametrize("problem_type", [MULTI, REGRESSION])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_method_refuses_tasks_it_has_no_meaning_for(name, problem_type):
+    able = {
+        MULTI: {"joint", "pabee", "palbert", "deebert"},
+        REGRESSION: {"joint", "pabee", "palbert", "deebert", "berxit"},
+    }[problem_type]
+    base = stock("bert", num_labels=1 if problem_type == REGRESSION else CLASSES, problem_type=problem_type, **TINY)
+    if name in able:
+        assert ee.to_early_exit(base, method=name).problem_type == problem_type
+        return
+    with pytest.raises(ValueError, match=f"is defined for .*problem_type='{problem_type}'") as error:
+        ee.to_early_exit(base, method=name)
+    named = str(error.value).partition("methods for that: ")[2]
+    assert all(f"'{other}'" in named for other in able) and f"'{name}'" not in named
+    model = ee.to_early_exit(base, method="joint")
+    with pytest.raises(ValueError, match="is defined for"):
+        next(iter(ee.phases(model, name)))
+
+
+@pytest.mark.parametrize("name", ["joint", "palbert", "deebert", "berxit"])
+def test_regression(name):
+    model = converted("bert", name, num_labels=1)
+    batch = batch_for(model, lengths=LENGTHS[:32])
+    values = torch.linspace(-1, 2, 32)[torch.randperm(32)]
+    told = train(model, batch, values, of_exit=lambda z, y: F.mse_loss(z[:, 0], y))
+    out = model.eval()(**batch, labels=values)
+    assert F.mse_loss(out.logits[:, 0], values) < 0.05 < values.var() / 2
+    assert out.loss == pytest.approx(F.mse_loss(out.logits[:, 0], values).item(), abs=1e-6)
+    assert all(late < 0.5 * early for early, late in zip(*told[-1].exits, strict=True) if early > 0.05)
+    if name in ("palbert", "berxit"):
+        model.set_criterion(RULES[name])
+        assert model(**batch).logits.shape == (32, 1)
+
+
+#: Each method with every argument another than its default.
+OTHERWISE = {
+    "joint": objectives.Joint(equilibrium=True),
+    "pabee": objectives.Joint(equilibrium=True),
+    "palbert": objectives.Palbert(
+        beta=0.1, prior=0.3, kl="posterior_prior", close_tail=False, halting_input="diff", halting_layers=1
+    ),
+    "ensemble": objectives.Ensemble(diversity=0.3, min_over="batch", detach_target=True, skip_last=True, cap=2.0),
+    "smartbert": objectives.Smartbert(
+        gate_weight=0.1,
+        gate_penalty="linear",
+        skip_threshold=0.7,
+        soft_epochs=1,
+        contrast_backbone=0.2,
+        contrast_exits=0.3,
+        temperature_backbone=0.6,
+        temperature_exits=0.7,
+        positive_backbone=False,
+        positive_exits=True,
+    ),
+    "dact": objectives.Dact(ponder=0.2, include_last=False, shared=True, halting_bias=-1.0),
+    "deebert": objectives.Deebert(),
+    "berxit": objectives.Berxit(strategy="two_stage", odd_includes_last=False, learned_weight=0.5),
+    "fastbert": objectives.Fastbert(kl="student_teacher"),
+}
+
+
+@methods()
+def test_save_and_load(family, name, tmp_path):
+    objective = OTHERWISE[name]
+    defaults = type(objective)()
+    assert all(getattr(objective, argument) != getattr(defaults, argument) for argument in vars(objective))
+    model = converted(family, objective)
+    batch = batch_for(model, lengths=LENGTHS[:8])
+    expected = model(**batch)
+    model.save_pretrained(tmp_path)
+    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.objective == objective and loaded.heads.config == model.heads.config
+    assert loaded.criterion == model.criterion
+    out = loaded(**batch)
+    assert torch.equal(out.logits, expected.logits)
+    assert torch.equal(out.exit_layer, expected.exit_layer) and torch.equal(out.layers_run, expected.layers_run)
+    loaded.set_criterion(None)
+    model.set_criterion(None)
+    for loose in (loaded, model):
+        loose.enter_phase(len(objective.phases) - 1)
+        loose.train().set_progress(1, 0.0)
+    assert torch.equal(loaded(**batch, labels=LABELS[:8]).loss, model(**batch, labels=LABELS[:8]).loss)
+
+
+@pytest.mark.parametrize("name", TWO_PHASES)
+def test_labels_outside_of_a_phase(name):
+    """In train mode there is no telling which loss is meant; without labels, and in eval mode, nothing is wrong."""
+    model = converted("bert", name)
+    batch = batch_for(model, lengths=LENGTHS[:8])
+    assert torch.isfinite(model(**batch, labels=LABELS[:8]).loss)
+    model.train()
+    assert model(**batch).loss is None
+    with pytest.raises(ValueError, match=r"2 phases and none is entered.*phases\(model\)"):
+        model(**batch, labels=LABELS[:8])
+    next(iter(ee.phases(model)))
+    with pytest.raises(ValueError, match="none is entered"):
+        model(**batch, labels=LABELS[:8])
+
+
+@pytest.mark.parametrize("name", ["berxit", "smartbert"])
+def test_a_method_that_changes_on_the_way_has_to_be_told_where_it_is(name):
+    model = converted("bert", name)
+    batch = batch_for(model, lengths=LENGTHS[:8])
+    for _ in range(2):
+        for phase in ee.phases(model):
+            model.train()
+            if phase.number == 1:
+                with pytest.raises(ValueError, match=r"callbacks=phase\.callbacks\(\)"):
+                    model(**batch, labels=LABELS[:8])
+                model.set_progress(1, 0.1)
+            assert torch.isfinite(model(**batch, labels=LABELS[:8]).loss)
+
+
+def test_berxit_of_two_stages():
+    model = converted("bert", objectives.Berxit(strategy="two_stage"))
+    names = dict(model.named_parameters())
+    wanted = (r"backbone\.|heads\.(dense|out)\.2\.", r"heads\.(dense|out)\.[01]\.|heads\.uncertainty\.")
+    for phase, pattern in zip(ee.phases(model), wanted, strict=True):
+        assert {n for n, p in names.items() if p.requires_grad} == {n for n in names if re.match(pattern, n)}, (
+            phase.name
+        )
+
+
+def test_phases_of_another_method():
+    """What the exits can't do is refused with the way to build them; what they can is taken over and saved."""
+    model = converted("bert", "deebert")
+    assert [phase.name for phase in ee.phases(model, "joint")] == ["joint"]
+    assert model.objective == objectives.Joint() and model.config.method == objectives.Joint().to_dict()
+    for name, lacks in (("palbert", "halting"), ("smartbert", "gates"), ("berxit", "uncertainty")):
+        with pytest.raises(ValueError, match=rf"{lacks}.*to_early_exit\(\.\.\., method='{name}'\)"):
+            next(iter(ee.phases(model, name)))
+    assert model.objective == objectives.Joint()
+
+
+def test_an_unknown_method():
+    with pytest.raises(ValueError, match=r"method: expected one of \[.*'smartbert'.*\], got 'smrtbert'"):
+        ee.to_early_exit(stock("bert", **TINY), method="smrtbert")

@@ -1,0 +1,195 @@
+"""Training methods as data: their phases, what is saved, what their constructors refuse, and where they apply."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from support.objective_cases import CASES, CLASSES, MULTI, REGRESSION, SINGLE
+
+from earlyexit_kernels.objectives import (
+    OBJECTIVES,
+    PARTS,
+    Berxit,
+    Dact,
+    Deebert,
+    Ensemble,
+    Fastbert,
+    Joint,
+    Palbert,
+    PhaseSpec,
+    Smartbert,
+    check_task,
+    from_dict,
+    objective_of,
+)
+
+#: Name, parts that learn (None: all), epochs, lr, projections and need of labels of each phase.
+TWO_STAGE = {"backbone", "dense", "last_exit"}
+PHASES = {
+    "joint": [("joint", None, 5, 2e-5, None, True)],
+    "palbert": [("ponder", None, 25, 1e-5, None, True)],
+    "ensemble": [("ensemble", None, 3, 2e-5, None, True)],
+    "dact": [("dact", None, 3, 2e-5, None, True)],
+    "deebert": [
+        ("backbone", TWO_STAGE, 3, 2e-5, None, True),
+        ("exits", {"early_exits"}, 3, 2e-5, None, True),
+    ],
+    "berxit": [("alternating", None, 3, 2e-5, None, True)],
+    "fastbert": [
+        ("backbone", TWO_STAGE, 3, 2e-5, None, True),
+        ("exits", {"early_exits"}, 5, 2e-4, None, False),
+    ],
+    "smartbert": [
+        ("backbone", TWO_STAGE | {"gates", "projectors"}, 5, 2e-5, "inputs", True),
+        ("exits", {"early_exits"}, 4, 2e-5, "exits", True),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_phases(name):
+    objective = objective_of(name)
+    got = [(p.name, p.trains, p.epochs, p.lr, p.projections, p.needs_labels) for p in objective.phases]
+    assert got == [(n, set(t or PARTS), *rest) for n, t, *rest in PHASES[objective.name]]
+
+
+def test_what_a_phase_may_train_is_checked():
+    with pytest.raises(ValueError, match=r"trains=.*'backbone'.* got \['head'\]"):
+        PhaseSpec(name="p", trains={"head"})
+    with pytest.raises(ValueError, match=r"projections=.*'inputs'.* got 'outputs'"):
+        PhaseSpec(name="p", projections="outputs")
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_exits_of_palbert_are_shared_where_layers_are(shares):
+    """As in the public code, which is ALBERT's; the halting head always is."""
+    changes = Palbert().head_changes(shares)
+    assert changes["halting_shared"] and changes["shared_exit"] is shares
+
+
+SAVED = [
+    (Joint(), {"name": "joint", "equilibrium": False}),
+    (
+        Palbert(beta=1, prior=np.float64(0.2), halting_layers=1),
+        {
+            "name": "palbert",
+            "beta": 1.0,
+            "prior": 0.2,
+            "kl": "prior_posterior",
+            "close_tail": True,
+            "halting_input": "concat",
+            "halting_layers": 1,
+        },
+    ),
+    (Berxit(), {"name": "berxit", "strategy": "alternating", "odd_includes_last": True, "learned_weight": 1.0}),
+    (Fastbert(kl="student_teacher"), {"name": "fastbert", "kl": "student_teacher"}),
+]
+
+
+@pytest.mark.parametrize(("objective", "data"), SAVED)
+def test_saved_data_by_hand(objective, data):
+    assert objective.to_dict() == data and from_dict(data) == objective
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_saved_and_read_back(case):
+    data = json.loads(json.dumps(case.objective.to_dict()))
+    assert from_dict(data) == objective_of(data) == objective_of(case.objective) == case.objective
+
+
+#: constructor, arguments, and what the message has to say.
+REFUSED = [
+    (Palbert, {"beta": -1}, ("beta", "-1", "at least 0")),
+    (Palbert, {"prior": 0}, ("prior", "0", "in (0, 1)")),
+    (Palbert, {"prior": 1.0}, ("prior", "1.0", "in (0, 1)")),
+    (Palbert, {"prior": math.nan}, ("prior", "nan", "finite number")),
+    (Palbert, {"kl": "forward"}, ("kl", "'forward'", "prior_posterior")),
+    (Palbert, {"close_tail": 1}, ("close_tail", "1", "True or False")),
+    (Palbert, {"halting_input": None}, ("halting_input", "None", "concat")),
+    (Palbert, {"halting_layers": 0}, ("halting_layers", "0", "whole number at least 1")),
+    (Palbert, {"halting_layers": 2.0}, ("halting_layers", "2.0", "whole number")),
+    (Palbert, {"halting_layers": True}, ("halting_layers", "True", "whole number")),
+    (Ensemble, {"diversity": 1.1}, ("diversity", "1.1", "[0, 1]")),
+    (Ensemble, {"min_over": "row"}, ("min_over", "'row'", "sample")),
+    (Ensemble, {"detach_target": "yes"}, ("detach_target", "'yes'", "True or False")),
+    (Ensemble, {"skip_last": 0}, ("skip_last", "0", "True or False")),
+    (Ensemble, {"cap": 0}, ("cap", "0", "above 0")),
+    (Ensemble, {"cap": math.inf}, ("cap", "inf", "finite number")),
+    (Dact, {"ponder": -0.1}, ("ponder", "-0.1", "at least 0")),
+    (Dact, {"ponder": 10**400}, ("ponder", "finite number")),
+    (Dact, {"include_last": None}, ("include_last", "None", "True or False")),
+    (Dact, {"shared": None}, ("shared", "None", "True or False")),
+    (Dact, {"halting_bias": "high"}, ("halting_bias", "'high'", "finite number")),
+    (Berxit, {"strategy": "even"}, ("strategy", "'even'", "two_stage")),
+    (Berxit, {"odd_includes_last": 1}, ("odd_includes_last", "1", "True or False")),
+    (Berxit, {"learned_weight": -1}, ("learned_weight", "-1", "at least 0")),
+    (Fastbert, {"kl": "student"}, ("kl", "'student'", "teacher_student")),
+    (Smartbert, {"gate_weight": -1}, ("gate_weight", "-1", "at least 0")),
+    (Smartbert, {"gate_penalty": "square"}, ("gate_penalty", "'square'", "reciprocal")),
+    (Joint, {"equilibrium": 1}, ("equilibrium", "1", "True or False")),
+    (Smartbert, {"skip_threshold": 1.5}, ("skip_threshold", "1.5", "[0, 1]")),
+    (Smartbert, {"soft_epochs": -1}, ("soft_epochs", "-1", "at least 0")),
+    (Smartbert, {"contrast_backbone": 2}, ("contrast_backbone", "2", "[0, 1]")),
+    (Smartbert, {"contrast_exits": True}, ("contrast_exits", "True", "finite number")),
+    (Smartbert, {"temperature_backbone": 0}, ("temperature_backbone", "0", "above 0")),
+    (Smartbert, {"temperature_exits": -1}, ("temperature_exits", "-1", "above 0")),
+    (Smartbert, {"positive_backbone": 1}, ("positive_backbone", "1", "True or False")),
+    (Smartbert, {"positive_exits": 1}, ("positive_exits", "1", "True or False")),
+]
+
+
+@pytest.mark.parametrize(("method", "arguments", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", None))
+def test_arguments_out_of_range_are_refused(method, arguments, words):
+    with pytest.raises(ValueError) as caught:
+        method(**arguments)
+    message = str(caught.value)
+    assert message.startswith(method.__name__) and all(word in message for word in words), message
+
+
+def test_every_argument_is_checked():
+    for cls in set(OBJECTIVES.values()):
+        assert set(cls.checks) == {field.name for field in dataclasses.fields(cls)}, cls
+        refused = {name for method, arguments, _ in REFUSED if method is cls for name in arguments}
+        assert refused == set(cls.checks), cls
+
+
+def test_unknown_methods_and_arguments_are_refused():
+    for method in ("magic", None, {"name": "magic"}, {}):
+        with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got"):
+            objective_of(method)
+    with pytest.raises(ValueError, match=r"method 'joint': .*'beta'"):
+        objective_of({"name": "joint", "beta": 1})
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_tasks(name):
+    objective = objective_of(name)
+    for problem_type, classes in ((SINGLE, CLASSES), (MULTI, CLASSES), (REGRESSION, 1)):
+        if problem_type in objective.tasks:
+            check_task(objective, problem_type, classes)
+        else:
+            with pytest.raises(ValueError, match=rf"{objective.name}.*{problem_type}.*'deebert', 'joint'.*'palbert'"):
+                check_task(objective, problem_type, classes)
+    with pytest.raises(ValueError, match="it is unknown"):
+        check_task(objective, "ranking", CLASSES)
+
+
+def test_methods_that_compare_classes_need_two():
+    for objective in (Ensemble(), Dact(), Fastbert(), Smartbert()):
+        with pytest.raises(ValueError, match="at least 2, got 1"):
+            check_task(objective, SINGLE, 1)
+    check_task(Deebert(), SINGLE, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("cls", [*OBJECTIVES.values(), PhaseSpec])
+def test_no_number_is_allowed_not_to_be_finite(cls, value):
+    needed = {"name": "phase"} if cls is PhaseSpec else {}
+    for field in dataclasses.fields(cls):
+        if isinstance(field.default, float) or "float" in str(field.type):
+            with pytest.raises(ValueError, match=rf"\({field.name}=...\): expected a finite number"):
+                cls(**needed, **{field.name: value})

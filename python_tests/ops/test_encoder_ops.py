@@ -1,0 +1,218 @@
+"""The ops of an encoder layer: against plain torch in float64, and what a token's bits may depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from support.backends import backend_params
+from support.encoder_cases import EPS, SUBJECTS, TORCH_ACTIVATIONS, UNTOUCHED, WAYS, H, Layout, N, parameters, values_of
+
+from earlyexit_kernels import ops
+from earlyexit_kernels.ops.rows_linear import GROUP
+from earlyexit_kernels.ops.tiles import TILES, resident_programs, tiles_for
+
+BACK_ENDS = ("torch", "triton")
+FLOAT32, HALF, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+#: Of a result against float64. Half precision rounds twice: attention's probabilities, and the result.
+TOLERANCE = {FLOAT32: 4e-6, HALF: 2e-3, BFLOAT16: 1.6e-2}
+#: The interpreter can't multiply matrices of bfloat16.
+DTYPES = [
+    pytest.param(p.values[0], dtype, marks=p.marks, id=f"{p.values[0]}-{dtype}".replace("torch.", ""))
+    for p in backend_params(BACK_ENDS)
+    for dtype in ((FLOAT32, HALF) if p.values[0] == "triton" else (FLOAT32, HALF, BFLOAT16))
+]
+#: No row, a single token, rows that have left between others, and buffers full to the last place, over 64 tokens.
+LAYOUTS = {
+    "no_rows": Layout((), rows=0),
+    "no_tokens": Layout(()),
+    "one": Layout((1,)),
+    "between": Layout((5, 3, 7, 1), left=(0, 2)),
+    "none_live": Layout((4, 2), left=(0, 1)),
+    "full": Layout((30, 1, 39), rows=3, capacity=70, left=(1,)),
+}
+
+on_both = pytest.mark.parametrize("backend", backend_params(BACK_ENDS))
+interpreted = pytest.mark.parametrize("backend", backend_params(["triton"]))
+#: Each op once; the interpreter is slow.
+one_way = pytest.mark.parametrize("name", SUBJECTS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_against_float64_and_nothing_else_is_written(way, backend, dtype, name):
+    """All buffers hold NaN wherever no row is, so nothing of that reaches a row."""
+    (subject, how), layout = WAYS[way], dataclasses.replace(LAYOUTS[name], side=int(dtype != FLOAT32))
+    values = values_of(layout)
+    out = subject.run(layout, values, dtype, backend, how)
+    others = torch.ones(len(out), dtype=torch.bool)
+    for row, value in enumerate(values):
+        if row in layout.live or subject.writes_left:
+            place = subject.place(layout, row, how)
+            want = subject.truth(value.to(dtype).double(), how, dtype)
+            torch.testing.assert_close(out[place].double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+            others[place] = False
+    assert (out[others] == UNTOUCHED).all()
+
+
+@one_way
+@pytest.mark.parametrize("side", [0, 1])
+@on_both
+def test_a_row_that_has_left_reaches_no_other(name, side, backend):
+    subject, layout = SUBJECTS[name], Layout((5, 3, 30, 1, 2), left=(0, 2), capacity=50, side=side)
+    how = subject.ways[side]
+    values = values_of(layout)
+    clean = subject.run(layout, values, FLOAT32, backend, how)
+    for row in layout.left:
+        values[row].fill_(torch.nan)
+    poisoned = subject.run(layout, values, FLOAT32, backend, how)
+    for row in layout.live:
+        place = subject.place(layout, row, how)
+        assert not clean[place].isnan().any() and torch.equal(clean[place], poisoned[place])
+
+
+@pytest.fixture
+def products_in_order(monkeypatch):
+    """In place of numpy's matrix product, which the interpreter calls: that one rounds with its row count."""
+
+    def matmul(a, b, dtype):
+        a, b, sums = a.astype(dtype), b.astype(dtype), np.zeros((len(a), b.shape[1]), dtype)
+        for k in range(len(b)):
+            sums += a[:, k, None] * b[k]
+        return sums
+
+    monkeypatch.setattr(np, "matmul", matmul)
+
+
+#: Whose capacity takes large tiles, where the op has any.
+LARGE = {"rows_linear": {"capacity": 33792}, "first_tokens_linear": {"rows": 33792}}
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, HALF], ids=str)
+@one_way
+@interpreted
+def test_a_row_has_the_same_bits_in_any_company(name, backend, dtype, products_in_order):
+    """Alone in buffers of its size, and among others in larger ones, on either side and in tiles of any size."""
+    subject, how = SUBJECTS[name], SUBJECTS[name].ways[1]
+    among = Layout((5, 3, 70, 1), left=(1,), capacity=90)
+    companies = [
+        among,
+        dataclasses.replace(among, side=1, **LARGE.get(name, {"capacity": 120})),
+        Layout((1, 70, 5), side=1, capacity=77),
+    ]
+    alone = [Layout((n,), rows=1, capacity=n) for n in (5, 70, 1)]
+    seen: dict[int, list] = {}
+    for layout in alone + companies:
+        out = subject.run(layout, values_of(layout), dtype, backend, how)
+        for row in layout.live:
+            seen.setdefault(layout.lengths[row], []).append(out[subject.place(layout, row, how)])
+    assert [len(results) for results in seen.values()] == [4, 4, 4]
+    for first, *others in seen.values():
+        assert not first.isnan().any() and all(torch.equal(first, other) for other in others)
+
+
+def test_a_large_capacity_takes_other_tiles_that_add_in_the_same_order():
+    for dtype in (FLOAT32, HALF, BFLOAT16):
+        few, many = tiles_for(dtype, 90, N), tiles_for(dtype, 33792, N)
+        assert (few.rows, many.rows) == (64, 128)
+        assert few.depth == many.depth
+    assert len({(tiles.rows, tiles.warps) for tiles in TILES.values()}) == 2
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (7, 3), (16, 64), (65, 66), (130, 129)])
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES)
+def test_widths_that_no_tile_divides(backend, dtype, k, n):
+    layout = Layout((3, 64), rows=2, capacity=67)
+    x, (weight, bias) = torch.randn(67, k).to(dtype), parameters(n, k, dtype=dtype)
+    out, first = torch.full((67, n), torch.nan, dtype=dtype), torch.full((2, n), torch.nan, dtype=dtype)
+    ops.rows_linear(x, weight, bias, layout.offsets, out, backend=backend)
+    hidden = torch.cat([x, torch.full_like(x, torch.nan)])
+    ops.first_tokens_linear(hidden, weight, bias, layout.offsets, layout.row_ids, first, backend=backend)
+    want = x.double() @ weight.double().T + bias.double()
+    tolerance = {"atol": 4 * TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    torch.testing.assert_close(out.double(), want, **tolerance)
+    torch.testing.assert_close(first.double(), want[[0, 3]], **tolerance)
+    assert backend == "torch" or torch.equal(first, out[[0, 3]])
+
+
+@on_both
+def test_more_tiles_than_programs_and_than_a_group_of_them(backend):
+    layout = Layout((500, 199), rows=2, capacity=800)
+    x, (weight, bias) = torch.randn(800, 3), parameters(130, 3, dtype=FLOAT32)
+    out = torch.full((800, 130), UNTOUCHED)
+    tiles = tiles_for(FLOAT32, 800, 130)
+    assert tiles.count(699, 130) > 2 * resident_programs(tiles, 800, 130, x.device) and GROUP * tiles.rows < 699
+    ops.rows_linear(x, weight, bias, layout.offsets, out, backend=backend)
+    torch.testing.assert_close(out[:699].double(), x[:699].double() @ weight.double().T + bias.double())
+    assert (out[699:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 128])
+@on_both
+def test_head_sizes(backend, size):
+    layout = Layout((9, 33), rows=2, capacity=42)
+    qkv, out = torch.randn(42, 3 * 2 * size), torch.full((42, 2 * size), torch.nan)
+    ops.rows_attention(qkv, layout.offsets, layout.row_ids, 2, 64, out, backend=backend)
+    for tokens in (slice(0, 9), slice(9, 42)):
+        want = SUBJECTS["rows_attention"].truth(qkv[tokens].double(), {"heads": 2, "size": size}, FLOAT32)
+        torch.testing.assert_close(out[tokens].double(), want, atol=4e-6, rtol=4e-6)
+
+
+@on_both
+def test_logits_that_would_overflow_the_exponential(backend):
+    layout = Layout((40,), rows=1)
+    qkv, out = 300 * torch.randn(40, 24), torch.empty(40, 8)
+    ops.rows_attention(qkv, layout.offsets, layout.row_ids, 1, 40, out, backend=backend)
+    want = SUBJECTS["rows_attention"].truth(qkv.double(), {"heads": 1, "size": 8}, FLOAT32)
+    torch.testing.assert_close(out.double(), want, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 3, 384, 768, 1000, 4096])
+@on_both
+def test_widths_of_the_norm(backend, width):
+    layout = Layout((1, 2), rows=2, capacity=3)
+    x, residual, out = torch.randn(3, width), 3 + torch.randn(3, width), torch.empty(3, width)
+    weight, bias = torch.randn(width), torch.randn(width)
+    ops.rows_add_norm(x, residual, weight, bias, EPS, layout.offsets, out, backend=backend)
+    y, weight, bias = (t.double() for t in (x + residual, weight, bias))
+    want = torch.nn.functional.layer_norm(y, (width,), weight, bias, EPS)
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@on_both
+def test_the_norm_may_write_over_what_it_reads(backend):
+    layout = Layout((3, 2), rows=2, capacity=8, side=1)
+    x, hidden, (weight, bias) = torch.randn(8, H), torch.randn(16, H), parameters(H, dtype=FLOAT32)
+    norm = weight, bias, EPS, layout.offsets
+    want, apart = torch.zeros(8, H), torch.full((16, H), torch.nan)
+    ops.rows_add_norm(x, hidden, *norm, apart, residual_absolute=True, out_absolute=True, backend=backend)
+    ops.rows_add_norm(x, hidden[8:], *norm, want, backend=backend)
+    over_x, over_hidden, before = x.clone(), hidden.clone(), hidden.clone()
+    ops.rows_add_norm(over_x, hidden, *norm, over_x, residual_absolute=True, backend=backend)
+    ops.rows_add_norm(x, over_hidden, *norm, over_hidden, residual_absolute=True, out_absolute=True, backend=backend)
+    assert all(torch.equal(got[:5], want[:5]) for got in (over_x, apart[8:], over_hidden[8:]))
+    assert torch.equal(over_x[5:], x[5:]) and torch.equal(over_hidden[13:], before[13:])
+    assert torch.equal(over_hidden[:8], before[:8]), "the other side was written"
+
+
+@pytest.mark.parametrize("name", TORCH_ACTIVATIONS)
+@on_both
+def test_activations_over_their_range(backend, name):
+    x = torch.cat([torch.linspace(-12, 12, 2001), 10.0 ** torch.linspace(-8, 0, 41)])[:, None]
+    layout, out = Layout((len(x),), rows=1, capacity=len(x)), torch.empty_like(x)
+    ops.rows_linear(x, torch.ones(1, 1), torch.zeros(1), layout.offsets, out, activation=name, backend=backend)
+    want = TORCH_ACTIVATIONS[name](x.double())
+    # 1 + erf cancels below zero, in torch too
+    torch.testing.assert_close(out.double(), want, rtol=5e-7, atol=1e-6 if name.startswith("gelu") else 1e-30)
+
+
+@pytest.mark.parametrize("name", TORCH_ACTIVATIONS)
+@on_both
+def test_activations_keep_nan(backend, name):
+    layout, out = Layout((1,), rows=1, capacity=1), torch.zeros(1, 1)
+    nan = torch.full((1, 1), torch.nan)
+    ops.rows_linear(nan, nan.new_ones(1, 1), torch.zeros(1), layout.offsets, out, activation=name, backend=backend)
+    assert out.isnan().all()

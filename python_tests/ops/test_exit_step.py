@@ -1,0 +1,209 @@
+"""exit_step of every back-end against the float64 oracle, layer after layer, and the bits of a row in any batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from support import oracle
+from support.backends import backend_params
+from support.exit_step_cases import DEPTH, DTYPES, RULES, SOURCES, Case, build, memory, truth
+
+from earlyexit_kernels.criteria import RULES as TABLE
+from earlyexit_kernels.ops import exit_step
+
+#: A decision may turn only where its score lies this close to the threshold: float32 against float64, with values of
+#: order 10 and sums of up to 131 terms. Answers and state are held to the same number, absolute and relative.
+TOLERANCE = 1e-5
+
+
+#: Batch sizes B for each class count C; at 150 a Triton program takes narrower slices of H. The interpreter, slow,
+#: gets fewer rows.
+SHAPES = {1: (0, 1, 7, 33), 2: (1, 7), 3: (0, 7, 33), 17: (1, 33), 150: (7,)}
+SMALL_SHAPES = {1: (0, 7), 2: (1,), 3: (0, 7), 17: (1,), 150: (1,)}
+
+
+#: Sources and dtypes: all of them for rules of each kind (state a row, state a class, scalars of the head, answers of
+#: their own), and these for the rest, since the skeleton is the same.
+ALL_INPUTS = tuple((source, dtype) for source in SOURCES for dtype in DTYPES)
+SOME_INPUTS = (("mean", torch.float32), ("none", torch.bfloat16), ("logits", torch.float32), ("logits", torch.float16))
+THOROUGH = {
+    "full_depth",
+    "entropy",
+    "entropy_by_layer",
+    "max_probability",
+    "margin",
+    "patience",
+    "q_exit",
+    "voting",
+    "dact",
+}
+
+
+def grid(shapes) -> list[Case]:
+    return [
+        Case(name, source, dtype, b, c)
+        for name, rule in RULES.items()
+        for source, dtype in (ALL_INPUTS if name in THOROUGH else SOME_INPUTS)
+        for c in rule.classes
+        for b in shapes.get(c, ())
+    ]
+
+
+def params(names, cases) -> list:
+    """Pairs of a back-end and a case; the back-ends of one case stand together and share its truth."""
+    marked = [(p.values[0], p.marks) for p in backend_params(names)]
+    return [pytest.param(name, case, marks=marks, id=f"{name}-{case}") for case in cases for name, marks in marked]
+
+
+def one_large(rows, names=tuple(RULES)) -> list[Case]:
+    """One batch of this size for every rule."""
+    return [Case(name, "mean", torch.float32, rows, 3 if 3 in RULES[name].classes else 1) for name in names]
+
+
+EVERY_CASE = params(["torch", "cpp"], grid(SHAPES)) + params(["triton"], grid(SMALL_SHAPES))
+LARGE = params(["torch", "cpp"], one_large(1024)) + params(["triton"], one_large(33, sorted(THOROUGH)))
+
+
+def test_every_criterion_of_the_table_has_cases():
+    assert {rule.name for rule in RULES.values()} == set(TABLE)
+
+
+@pytest.mark.parametrize(("backend", "case"), EVERY_CASE)
+def test_oracle(backend, case, count_flips):
+    follow(backend, case, count_flips)
+
+
+@pytest.mark.parametrize(("backend", "case"), LARGE)
+def test_oracle_on_a_large_batch(backend, case, count_flips):
+    follow(backend, case, count_flips)
+
+
+def follow(backend, case, count_flips, device="cpu") -> None:
+    """Run all layers beside the oracle; rows once within tolerance of their threshold may go their own way."""
+    criterion, batch = case.criterion, build(case)
+    changed = {"row_ids": batch.row_ids.clone(), **memory(criterion, batch.requests, case.classes)}
+    changed = {name: tensor.to(device) for name, tensor in changed.items()}
+    near = np.zeros(batch.requests, dtype=bool)
+    for layer, (given, want) in enumerate(zip(batch.layers, truth(case), strict=True), start=1):
+        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        counts = exit_step(criterion=criterion, layer=layer, depth=DEPTH, backend=backend, **there, **changed)
+        got = {name: tensor.cpu().numpy() for name, tensor in changed.items()}
+        row_ids = torch.from_numpy(got["row_ids"])
+        near |= want.step.distance < (0.0 if case.exact else TOLERANCE)
+        np.testing.assert_array_equal(got["exit_layer"][~near], want.exit_layer[~near])
+        named = batch.row_ids.numpy()
+        sure = ~near[named] | (named < 0)
+        np.testing.assert_array_equal(got["row_ids"][sure], want.row_ids[sure])
+        tolerance = 0.0 if case.source == "logits" and not RULES[case.rule].own_answer else TOLERANCE
+        np.testing.assert_allclose(got["answers"][~near], want.answers[~near], rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(got["state"][:, ~near], want.state[:, ~near], rtol=TOLERANCE, atol=TOLERANCE)
+        assert counts.dtype == torch.int32
+        assert counts.tolist()[:2] == live_and_tokens(row_ids, given.get("offsets"))
+        assert near.any() or counts.tolist() == list(want.step.counts)
+    assert near.sum() <= 1 + batch.requests // 50, "a tolerance that covers this many rows hides errors"
+    count_flips((got["exit_layer"] != want.exit_layer).sum(), batch.requests)
+
+
+def live_and_tokens(row_ids, offsets) -> list[int]:
+    live = row_ids >= 0
+    return [int(live.sum()), int(live.sum() if offsets is None else offsets.diff()[live].sum())]
+
+
+COMPANY = [(name, source) for name in ("entropy", "patience_1", "q_exit", "full_depth") for source in SOURCES]
+COMPANY += [
+    (name, source)
+    for name in "sampled_exit expectation voting voting_by_depth dact dact_tight divergence_patience energy".split()
+    for source in ("mean", "logits")
+]
+
+
+@pytest.mark.parametrize(("name", "source"), COMPANY)
+def test_a_row_has_the_same_bits_in_any_company(backend, name, source):
+    rows = 7 if backend == "triton" else 33
+    batch = build(Case(name, source, torch.float32, rows, 3))
+    everyone = torch.arange(rows)
+    together = finish(backend, name, batch.layers, everyone)
+    assert len(set(together[1].tolist())) > 1 or name in ("full_depth", "expectation"), (
+        "rows should leave at several layers"
+    )
+    for company in (everyone[torch.randperm(rows)], everyone[::2], *everyone.split(1)):
+        answers, exit_layer = finish(backend, name, batch.layers, company)
+        assert torch.equal(answers.nan_to_num(0.5), together[0][company].nan_to_num(0.5))
+        assert torch.equal(exit_layer, together[1][company])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_threads_change_no_bit(source):
+    """1024 rows are enough work for the compiled op to share it out."""
+    batch = build(Case("entropy", source, torch.float32, 1024, 3))
+    everyone, answers = torch.arange(1024), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            answers.append(finish("auto", "entropy", batch.layers, everyone))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(answers[0][0].nan_to_num(0.5), answers[1][0].nan_to_num(0.5))
+    assert torch.equal(answers[0][1], answers[1][1])
+
+
+def finish(backend, name, layers, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answers and exit layers of some rows of a batch, run in this order through all layers."""
+    criterion = RULES[name].build(3)
+    row_ids, held = torch.arange(len(rows), dtype=torch.int32), memory(criterion, len(rows), 3, rows)
+    for layer, given in enumerate(layers, start=1):
+        exit_step(
+            criterion=criterion,
+            layer=layer,
+            depth=DEPTH,
+            row_ids=row_ids,
+            backend=backend,
+            **select(given, rows),
+            **held,
+        )
+    return held["answers"], held["exit_layer"]
+
+
+def select(given, rows) -> dict:
+    """The inputs of these rows alone, packed anew."""
+    part = dict(given)
+    part.update({name: given[name][rows] for name in ("logits", "aux") if name in given})
+    if "offsets" in given:
+        offsets = given["offsets"]
+        part["offsets"] = torch.cat([offsets[:1], offsets.diff()[rows].cumsum(0)]).to(torch.int32)
+    if given.get("pooling") == "none":
+        part["hidden"] = given["hidden"][rows]
+    elif "hidden" in given:
+        part["hidden"] = torch.cat([given["hidden"][offsets[i] : offsets[i + 1]] for i in rows])
+    return part
+
+
+@pytest.mark.parametrize("name", ["entropy", "entropy_normalized", "max_probability", "margin", "energy"])
+def test_a_decision_on_the_edge_ignores_the_company(backend, name):
+    """Thresholds within a rounding step of one row's score, where the smallest difference in bits would show."""
+    rows, classes = (4, 3) if backend == "triton" else (12, 5)
+    case = Case(name, "logits", torch.float32, rows, classes)
+    logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(3))
+    scores = truth_scores(case, logits)
+    for i, score in enumerate(scores):
+        for threshold in (score, np.nextafter(np.float32(score), np.float32(9))):
+            criterion = dataclasses.replace(case.criterion, threshold=float(threshold))
+            together, alone = (left_at_1(backend, criterion, part) for part in (logits, logits[i : i + 1].clone()))
+            assert together[i] == alone[0]
+
+
+def truth_scores(case, logits) -> np.ndarray:
+    """The oracle's score of each row of ready logits."""
+    decide, numbers = oracle.DECISIONS[RULES[case.rule].name], RULES[case.rule].numbers(case.classes, 1)
+    return np.array([decide(z, None, None, numbers, (1, 2))[1] for z in logits.double().numpy()])
+
+
+def left_at_1(backend, criterion, logits) -> torch.Tensor:
+    rows, classes = logits.shape
+    held = memory(criterion, rows, classes)
+    row_ids = torch.arange(rows, dtype=torch.int32)
+    exit_step(criterion=criterion, layer=1, depth=2, row_ids=row_ids, logits=logits, backend=backend, **held)
+    return row_ids < 0

@@ -1,0 +1,94 @@
+"""pack_tokens: what `packing.pack` keeps of a batch, found on the device, whatever the buffers held before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.backends import backend_params
+
+from earlyexit_kernels.engine.packing import pack
+from earlyexit_kernels.ops import PACK_TOKENS_OPS
+
+STALE = 10**6
+
+
+@pytest.fixture(params=backend_params(("torch", "triton")))
+def backend(request) -> str:
+    return request.param
+
+
+def packed(backend, ids, *, mask=None, positions=None, types=None, rows=8, width=16) -> dict[str, torch.Tensor]:
+    """Run the op on a batch in buffers ``[rows, width]`` whose rest is rubbish."""
+    n, s = ids.shape
+    inputs = []
+    for value in (ids, mask, positions, types):
+        buffer = torch.full((rows, width), STALE)
+        if value is not None:
+            buffer[:n, :s] = value
+        inputs.append(buffer)
+    batch = torch.tensor([n, s, *(x is not None for x in (mask, positions, types))], dtype=torch.int32)
+    found, row_ids, offsets, counts = (
+        torch.full(shape, STALE, dtype=torch.int32) for shape in ((2, rows), (rows,), (rows + 1,), (4,))
+    )
+    tokens = torch.full((3, rows * width), STALE)
+    PACK_TOKENS_OPS[backend](batch, *inputs, found, row_ids, offsets, tokens, counts)
+    return {"row_ids": row_ids, "offsets": offsets, "tokens": tokens, "counts": counts}
+
+
+def batch_of(n, s, *, masked=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids, positions, types = (torch.randint(0, high, (n, s), generator=g) for high in (999, 99, 2))
+    mask = None
+    if masked:
+        mask = torch.randint(0, 3, (n, s), generator=g)
+        mask[:, 0] = 1
+    return ids, mask, positions, types
+
+
+SHAPES = [(1, 1), (1, 16), (3, 5), (8, 16), (5, 7)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("n", "s"), SHAPES)
+def test_as_the_host_packs(n, s, masked, backend):
+    ids, mask, positions, types = batch_of(n, s, masked=masked)
+    out, expected = packed(backend, ids, mask=mask, positions=positions, types=types), pack(ids, mask)
+    kept = int(expected.offsets[-1])
+    assert torch.equal(out["offsets"][: n + 1], expected.offsets) and (out["offsets"][n:] == kept).all()
+    assert out["row_ids"].tolist() == [*range(n), *[-1] * (8 - n)]
+    assert out["counts"].tolist() == [n, kept, 0, kept]
+    for place, values in enumerate((ids, positions, types)):
+        assert torch.equal(out["tokens"][place, :kept], expected.take(values)[0])
+    assert (out["tokens"][:, kept:] == STALE).all()
+
+
+def test_positions_by_column_and_no_types(backend):
+    ids, mask, *_ = batch_of(3, 5)
+    out, expected = packed(backend, ids, mask=mask), pack(ids, mask)
+    kept = int(expected.offsets[-1])
+    assert torch.equal(out["tokens"][1, :kept], expected.take(torch.arange(5).expand(3, 5))[0])
+    assert (out["tokens"][2, :kept] == 0).all()
+
+
+def test_rows_without_tokens_and_with_a_masked_first(backend):
+    ids, mask, *_ = batch_of(5, 7)
+    mask[1] = 0
+    mask[2, 0], mask[2, 3] = 0, 1
+    mask[4] = 0
+    out, expected = packed(backend, ids, mask=mask), pack(ids, mask)
+    assert torch.equal(out["offsets"][:6], expected.offsets) and out["counts"][2] == 1
+    assert torch.equal(out["tokens"][0, : expected.offsets[-1]], expected.take(ids)[0])
+
+
+def test_longer_than_a_program_looks_at(backend, monkeypatch):
+    monkeypatch.setattr("earlyexit_kernels.ops.pack_tokens.MOST_COLUMNS", 4)
+    ids, mask, *_ = batch_of(3, 11)
+    mask[1, :5] = 0
+    out, expected = packed(backend, ids, mask=mask), pack(ids, mask)
+    assert torch.equal(out["tokens"][0, : expected.offsets[-1]], expected.take(ids)[0])
+    assert out["counts"][2] == 1
+
+
+def test_nothing_to_pack(backend):
+    out = packed(backend, torch.zeros(0, 0, dtype=torch.int64))
+    assert out["counts"].tolist() == [0] * 4 and (out["offsets"] == 0).all() and (out["row_ids"] == -1).all()

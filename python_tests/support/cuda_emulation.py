@@ -1,0 +1,90 @@
+"""csrc/cuda built for the CPU, over cuda_emulator.h: the ops of ``torch.ops.earlyexit_emulated``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMESPACE = "earlyexit_emulated"
+
+#: What a C++ compiler doesn't read, and what stands for it.
+CUDA_SYNTAX = (
+    (r"(\w+(?:<[\w():]+>)?)\s*<<<([^;]*?)>>>\(([^;]*?)\);", r"emulator::run([=] { \1(\3); }, \2);"),
+    (
+        r"extern __shared__ __align__\(16\) float (\w+)\[\];",
+        r"auto* \1 = reinterpret_cast<float*>(emulator::shared_memory);",
+    ),
+    (r"__shared__ ", "static "),
+    (r"asm volatile\(\"atom.*?\"memory\"\);", "before = *count, *count += value;"),
+    (r"TORCH_LIBRARY_IMPL\(earlyexit_kernels, CUDA,", f"TORCH_LIBRARY_IMPL({NAMESPACE}, CPU,"),
+)
+HEADERS = (
+    "cuda_runtime_api.h",
+    "cuda_fp16.h",
+    "c10/cuda/CUDAException.h",
+    "c10/cuda/CUDAGuard.h",
+    "c10/cuda/CUDAStream.h",
+)
+
+
+#: What has no meaning without a device.
+NOT_EMULATED = ("graph.cpp",)
+#: How a kernel that only the graph launches is called from here.
+TAKE_TURN = """
+#include "kernels.h"
+extern "C" void take_turn(int32_t* turn, int32_t* chosen, int32_t* again, int32_t turns) {
+  const auto handle = [](int32_t* at) { return reinterpret_cast<unsigned long long>(at); };
+  earlyexit::launch_take_turn(turn, handle(chosen), handle(again), turns, nullptr);
+}
+"""
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++").split()[0])
+
+
+def translated(folder: Path) -> list[Path]:
+    """Copy csrc into `folder`, the CUDA files as C++; returns those to compile."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for name in HEADERS:
+        header = folder / "headers" / name
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text("")
+    (folder / "csrc" / "cuda" / "graph_calls.cpp").write_text(TAKE_TURN)
+    files = []
+    for path in sorted((folder / "csrc" / "cuda").iterdir()):
+        text = path.read_text()
+        for pattern, replacement in CUDA_SYNTAX:
+            text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+        path.write_text(text)
+        if path.suffix == ".cu":
+            path = path.rename(path.with_suffix(".cu.cpp"))
+        files += [path] if path.suffix == ".cpp" and path.name not in NOT_EMULATED else []
+    return files
+
+
+def load(folder: Path) -> Path:
+    """Build the ops in `folder` and load them; their schemas are still to be defined. Returns the library."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    library = folder / "emulated.so"
+    arguments = "-std=c++20 -O1 -shared -fPIC -ffp-contract=off -fno-strict-aliasing -Wall -Werror -Wno-unknown-pragmas"
+    command = [
+        compiler(),
+        *arguments.split(),
+        "-U_FORTIFY_SOURCE",  # which takes a jump between stacks for an overflow
+        *("-include", "cuda_emulator.h", f"-I{folder / 'headers'}", f"-I{ROOT / 'python_tests' / 'support'}"),
+        *(f"-isystem{path}" for path in include_paths()),
+        *translated(folder),
+        *(f"-L{path}" for path in library_paths()),
+        *("-lc10", "-ltorch_cpu", "-ltorch", "-o", library),
+    ]
+    subprocess.run(command, check=True)
+    torch.ops.load_library(library)
+    return library

@@ -1,0 +1,38 @@
+"""Captures of the graph engine replaced by plain runs of the loop, so that they need no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from earlyexit_kernels.engine import graphs
+from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
+from earlyexit_kernels.engine.graphs import Captured
+from earlyexit_kernels.engine.resident import Bucket, ResidentLoop
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Streams that do nothing, tensors that belong to any, and captures that are counted."""
+    stream = SimpleNamespace(
+        wait_stream=lambda other: None, record_event=lambda: SimpleNamespace(synchronize=lambda: None)
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    made: list[Bucket] = []
+
+    def plain(parts, bucket, backend, stream):
+        made.append(bucket)
+        loop = ResidentLoop(parts, bucket, "torch", "torch")
+        with torch.inference_mode(False):
+            results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype)
+        return Captured(loop, loop.launch, ModuleFingerprint(parts.roots), results)
+
+    monkeypatch.setattr(graphs, "capture", plain)
+    return made

@@ -1,0 +1,228 @@
+"""Small random stock models of every family, ragged batches for them, and what several test files share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+
+import earlyexit_kernels as ee
+
+tf.utils.logging.disable_progress_bar()
+
+FAMILIES = ("bert", "roberta", "albert", "electra", "distilbert", "xlm-roberta", "camembert")
+ATTENDED = ("full", "right", "holes", "real_ids_masked", "pad_ids_attended")
+LENGTHS = (17, 3, 9, 12)
+DEPTH, CLASSES, VOCABULARY = 4, 3, 120
+
+LOADERS = {
+    "class": ee.EarlyExitForSequenceClassification.from_pretrained,
+    "auto": tf.AutoModelForSequenceClassification.from_pretrained,
+}
+
+_SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 70,
+    "initializer_range": 0.15,
+    "num_labels": CLASSES,
+}
+_DISTILBERT_NAMES = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+}
+_FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 32, "num_hidden_groups": 2},
+    "electra": {"embedding_size": 32},
+    "roberta": {"pad_token_id": 1},
+    "xlm-roberta": {"pad_token_id": 1},
+    "camembert": {"pad_token_id": 1},
+}
+_DROPOUTS = {
+    "albert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"),
+    "distilbert": ("dropout", "attention_dropout", "seq_classif_dropout"),
+}
+_COMMON_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+def stock(family: str = "bert", *, seed: int = 0, dropout: float = 0.1, attention: str = "sdpa", **sizes: Any) -> Any:
+    """A small random stock classifier in eval mode; its biases and layer norms are random too, as trained ones are."""
+    arguments = {**_SIZES, **_FAMILY_SIZES.get(family, {}), **sizes}
+    if family == "distilbert":
+        arguments = {_DISTILBERT_NAMES.get(name, name): value for name, value in arguments.items()}
+    arguments.update(dict.fromkeys(_DROPOUTS.get(family, _COMMON_DROPOUTS), dropout))
+    config = tf.AutoConfig.for_model(family, **arguments)
+    torch.manual_seed(seed)
+    model = tf.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def encoder_of(model: Any) -> nn.Module:
+    """The encoder of a stock classifier."""
+    return model.base_model
+
+
+def pad_id(model: Any) -> int:
+    """Pad token of a stock or an early-exit model."""
+    config = model.config
+    return getattr(config, "backbone_config", config).pad_token_id
+
+
+def ragged(kind: str = "right", *, lengths: Sequence[int] = LENGTHS, pad: int = 0, seed: int = 0) -> dict[str, Tensor]:
+    """Ids and mask ``[N, S]``.
+
+    `kind`: ``"full"`` (no padding), ``"right"``, ``"left"``, ``"holes"`` (and right padding; the second token of a row
+    is always masked), ``"real_ids_masked"`` (no pad id below the mask), ``"pad_ids_attended"`` (pad ids above it).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n, s = len(lengths), max(lengths)
+    ids = torch.randint(5, VOCABULARY - 5, (n, s), generator=generator)
+    column, length = torch.arange(s)[None], torch.tensor(lengths)[:, None]
+    mask = torch.ones(n, s, dtype=torch.long)
+    if kind == "left":
+        mask = (column >= s - length).long()
+    elif kind != "full":
+        mask = (column < length).long()
+    if kind != "real_ids_masked":
+        ids = ids.masked_fill(mask == 0, pad)
+    if kind == "holes":
+        mask[:, 1] = 0
+        mask[:, 5:7] = 0
+    if kind == "pad_ids_attended":
+        ids[:, 2] = pad
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def batch_for(model: Any, kind: str = "right", **arguments: Any) -> dict[str, Tensor]:
+    """`ragged` with the model's own pad token."""
+    return ragged(kind, pad=pad_id(model), **arguments)
+
+
+def rows_of(batch: dict[str, Tensor], labels: Tensor | None = None) -> list[dict[str, Tensor]]:
+    """A batch as a data set, its padding dropped."""
+    rows = []
+    for i in range(batch["input_ids"].shape[0]):
+        tokens = int(batch["attention_mask"][i].nonzero().max()) + 1
+        row = {name: values[i, :tokens] for name, values in batch.items()}
+        rows.append(row if labels is None else {**row, "labels": labels[i]})
+    return rows
+
+
+def early_exit(family: str = "bert", *, seed: int = 0, gain: float = 1.5, **arguments: Any) -> Any:
+    """An early-exit model whose exits differ from each other and from row to row, in eval mode."""
+    of_stock = ("dropout", "problem_type", "num_labels", "num_hidden_layers", "num_hidden_groups")
+    sizes = {name: arguments.pop(name) for name in of_stock if name in arguments}
+    model = ee.to_early_exit(stock(family, seed=seed, **sizes), **arguments)
+    generator = torch.Generator().manual_seed(seed + 1)
+    bank = model.heads
+    heads = [*bank.out, *bank.uncertainty, *(module.out for module in (*bank.halting, *bank.gates))]
+    with torch.no_grad():
+        for head in heads:
+            spread = torch.randn(head.weight.shape, generator=generator)
+            head.weight.copy_(spread * gain / head.weight.shape[1] ** 0.5)
+    return model
+
+
+@torch.no_grad()
+def balance_classes(model: Any, batch: dict[str, Tensor]) -> None:
+    """Move the biases of the exits so that no class is preferred on this batch, and labels change from exit to exit."""
+    means = model.trace(**batch).logits.float().mean(0)
+    for head, mean in zip(model.heads.out, means, strict=True):
+        head.bias.sub_(mean)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """Entropy in nats over the last axis, float64."""
+    p = logits.double().softmax(-1)
+    return torch.special.entr(p).sum(-1)
+
+
+def varied_entropy(trace: ee.ExitTrace) -> ee.criteria.Entropy:
+    """An entropy rule by which about half of the rows present leave at each exit; no row lies near a threshold."""
+    scores = entropies(trace.logits)
+    present = torch.ones(len(scores), dtype=torch.bool)
+    thresholds = []
+    for layer in range(trace.depth - 1):
+        left = scores[present, layer].sort().values
+        threshold = 0.0
+        if len(left) > 1:
+            middle = len(left) // 2
+            threshold = float((left[middle - 1] + left[middle]) / 2)
+        thresholds.append(threshold)
+        present = present & (scores[:, layer] >= threshold)
+    return ee.criteria.Entropy(threshold=thresholds)
+
+
+def tokenizer() -> tf.PreTrainedTokenizerFast:
+    """A word-level tokenizer with [CLS] and [SEP], built from nothing."""
+    words = "[PAD] [UNK] [CLS] [SEP] a bad dull film good great is it not of play the was witty".split()
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+TEXTS = (
+    "the film was good",
+    "it is not a dull play",
+    "great",
+    "the play was witty and the film was not bad at all",
+    "a film of a play",
+    "bad bad bad film",
+    "is it good",
+    "the witty film",
+    "not good not bad",
+    "dull",
+    "it was a great film",
+)
+
+
+@contextmanager
+def parameter_set(parameter: Tensor, index: Any, value: Any) -> Iterator[None]:
+    """Write into a parameter, and put its old values back."""
+    old = parameter.detach().clone()
+    with torch.no_grad():
+        parameter[index] = value
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(old)
+
+
+def python_environment(**variables: str) -> dict[str, str]:
+    """Environment of a Python process that can import the package and these tests, on one thread."""
+    here = Path(__file__).resolve().parents[1]
+    paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(p for p in paths if p)
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+def run_python(code: str, *arguments: str, timeout: float = 120) -> str:
+    """Run `code` in a fresh interpreter and return what it printed; its failure fails the test with its output."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=python_environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
+    return done.stdout

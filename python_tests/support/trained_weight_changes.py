@@ -1,0 +1,180 @@
+"""More ways to change weights: optimizers, training, hooks, quantization and adapters; they join `WAYS`."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.models import CLASSES, batch_for
+from support.weight_changes import WAYS, layer_of, way
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from transformers import Trainer, TrainingArguments
+
+import earlyexit_kernels as ee
+
+# optimizers
+
+
+def optimizer_step(kind: type, how: dict[str, bool], model: Any, base: Any) -> None:
+    optimizer = kind(base.parameters(), lr=0.05, **how)
+    for parameter in base.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+for _kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad):
+    for _how in ("plain", "foreach", "fused"):
+        _options = {"foreach": _how == "foreach"} if _how != "fused" else {"fused": True}
+        WAYS[f"{_kind.__name__.lower()}_{_how}"] = partial(optimizer_step, _kind, _options)
+
+
+def train(model: Any, **arguments: Any) -> None:
+    """A few steps of the stock Trainer, by its default optimizer."""
+    ids = torch.arange(80).view(8, 10) + 5
+    rows = [{"input_ids": row, "labels": torch.tensor(k % CLASSES)} for k, row in enumerate(ids)]
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainingArguments(
+            folder, max_steps=2, learning_rate=0.02, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+            **arguments,
+        )  # fmt: skip
+        Trainer(model, options, train_dataset=rows, eval_dataset=rows).train()
+
+
+@way
+def trainer_on_the_stock_model(model, base):
+    train(base)
+    base.eval()
+
+
+@way
+def trainer_with_evaluation(model, base):
+    train(model, eval_strategy="steps", eval_steps=1)
+    model.eval()
+
+
+@way
+def trainer_on_another_early_exit_model(model, base):
+    train(ee.to_early_exit(base, pooling="first"))
+
+
+@way
+def backward_then_evaluation_then_a_fused_step(model, base):
+    batch = batch_for(model)
+    model.train()
+    model(**batch, labels=torch.zeros(len(batch["input_ids"]), dtype=torch.long)).loss.backward()
+    model.eval()
+    model.trace(**batch)
+    torch.optim.AdamW(model.parameters(), lr=0.05, fused=True).step()
+
+
+# what adds code to a module
+
+
+@way
+def weight_norm(model, base):
+    parametrizations.weight_norm(layer_of(model).intermediate.dense).parametrizations.weight.original0.data.mul_(1.5)
+
+
+@way
+def spectral_norm(model, base):
+    parametrizations.spectral_norm(layer_of(model).intermediate.dense)
+
+
+@way
+def pruned(model, base):
+    prune.l1_unstructured(layer_of(model).intermediate.dense, "weight", amount=0.5)
+
+
+@way
+def layer_hook(model, base):
+    layer_of(model).register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+@way
+def deep_hook(model, base):
+    layer_of(model).attention.self.query.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
+
+
+@way
+def forward_replaced(model, base):
+    inner = layer_of(model).intermediate
+    own = inner.forward
+    inner.forward = lambda hidden: own(hidden) * 1.5
+
+
+@way
+def class_replaced(model, base):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer_of(model).intermediate.dense.__class__ = Doubled
+
+
+# quantisation and adapters
+
+
+def quantized(module: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+
+
+@way
+def backbone_quantized(model, base):
+    model.backbone = quantized(model.backbone)
+
+
+@way
+def encoder_quantized_in_place(model, base):
+    torch.ao.quantization.quantize_dynamic(model.backbone.encoder, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def lora(module: nn.Module) -> Any:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(module, peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False))
+    return adapted.eval()
+
+
+@way
+def lora_over_the_model(model, base):
+    lora(model)
+
+
+@way
+def lora_over_the_backbone(model, base):
+    lora(model.backbone)
+
+
+@way
+def lora_trained(model, base):
+    adapted = lora(model)
+    model.trace(**batch_for(model))
+    learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(learned, lr=0.05, fused=True).step()
+
+
+@way
+def lora_disabled(model, base):
+    adapted = lora(model.backbone)
+    model.trace(**batch_for(model))
+    adapted.disable_adapter_layers()
+
+
+@way
+def lora_merged(model, base):
+    adapted = lora(model.backbone)
+    model.trace(**batch_for(model))
+    model.backbone = adapted.merge_and_unload()
+
+
+@way
+def lora_merged_into_the_weights(model, base):
+    adapted = lora(model.backbone)
+    model.trace(**batch_for(model))
+    adapted.merge_adapter()

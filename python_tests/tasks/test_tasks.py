@@ -1,0 +1,235 @@
+"""Tasks: the folder format, the hub's numbering, splits with hidden labels, holding rows out, encoding, metrics."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from transformers import DataCollatorWithPadding
+
+from earlyexit_kernels.tasks import hub, sources, toy
+from earlyexit_kernels.tasks.load import TASK_NAMES, encode, holdout, load_task
+from earlyexit_kernels.tasks.sources import DATA_VARIABLE, Split
+from earlyexit_kernels.tuning import metrics
+
+#: Rows of train, dev and test, as the sets are published; None where a split doesn't exist.
+PUBLISHED = {
+    "sst2": (67349, 872, 1821),
+    "trec": (5452, None, 500),
+    "cola": (8551, 1043, 1063),
+    "mrpc": (3668, 408, 1725),
+    "rte": (2490, 277, 3000),
+    "stsb": (5749, 1500, 1379),
+    "wnli": (635, 71, None),
+    "qnli": (None, 5463, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def hub_answers(monkeypatch):
+    """No test asks the hub itself."""
+    monkeypatch.setattr(hub, "unreachable_reason", lambda: "")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+
+    def write(name: str, text: str) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    return write
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_row_counts(name):
+    if not os.environ.get(DATA_VARIABLE):
+        pytest.skip(f"{DATA_VARIABLE} isn't set; it names a folder with {name}/*.tsv")
+    splits = load_task(name).splits
+    assert tuple(len(splits[s]) if s in splits else None for s in ("train", "dev", "test")) == PUBLISHED[name]
+
+
+def test_folder_is_read_without_quoting(folder):
+    folder("sst2/train.tsv", 'idx\tlabel\tsentence\n0\t1\ta "fine film\n1\t0\té dull "\n')
+    task = load_task("sst2")
+    assert task.splits["train"] == Split(['a "fine film', 'é dull "'], [1, 0])
+    assert task.num_labels == 2 and task.metric == "accuracy"
+
+
+def test_pairs_and_numbers(folder):
+    folder("stsb/dev.tsv", "idx\tlabel\tsentence1\tsentence2\n0\t2.5\ta b\tc\n")
+    task = load_task("stsb")
+    assert task.splits["dev"] == Split([("a b", "c")], [2.5])
+    assert (task.num_labels, task.problem_type, task.metric) == (1, "regression", "pearson")
+
+
+def test_test_split_stands_in_for_a_missing_dev(folder):
+    folder("trec/train.tsv", "idx\tlabel\tsentence\n0\t5\thow far ?\n")
+    folder("trec/test.tsv", "idx\tlabel\tsentence\n0\t4\twhere ?\n")
+    assert load_task("trec").evaluation == "test"
+
+
+def test_hidden_labels_are_refused(folder):
+    folder("cola/test.tsv", "idx\tlabel\tsentence\n0\t-1\tfine .\n")
+    task = load_task("cola")
+    with pytest.raises(ValueError, match=r"labels of the 'test' split of task 'cola' are hidden"):
+        task.split("test")
+    with pytest.raises(ValueError, match=r"has no 'train' split"):
+        task.split("train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("idx\tsentence\n0\tfine\n", r"expected a header with idx, label and sentence"),
+        ("idx\tlabel\tsentence\n0\tgood\tfine\n", r"dev.tsv, line 2: expected a number as label, got 'good'"),
+        ("idx\tlabel\tsentence\n0\t2\tfine\n", r"line 2: expected a label in \[-1, 1\], got '2'"),
+        ("idx\tlabel\tsentence\n0\t1\tfine\n1\t1\n", r"line 3: expected 3 columns, got 2"),
+        ("", r"expected a header"),
+    ],
+)
+def test_malformed_files_are_named(folder, text, message):
+    folder("sst2/dev.tsv", text)
+    with pytest.raises(ValueError, match=message):
+        load_task("sst2")
+
+
+def test_missing_folder_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*sst2.*EARLYEXIT_DATA"):
+        load_task("sst2")
+
+
+def test_unknown_task_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"expected one of \['toy', 'sst2'.*got 'sst3'"):
+        load_task("sst3")
+
+
+def test_without_datasets_the_cure_is_named(monkeypatch):
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"earlyexit_kernels\[train\].*EARLYEXIT_DATA"):
+        load_task("sst2")
+
+
+def test_unreachable_hub_names_the_variable(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ConnectionError, match=r"nyu-mll/glue \(OSError: no route\).*EARLYEXIT_DATA"):
+        load_task("sst2")
+
+
+class _HubRows(dict):
+    """Rows of a split as `datasets` gives them: columns by name, and the names of the classes."""
+
+    def __init__(self, names: list[str], **columns) -> None:
+        super().__init__(columns)
+        self.features = dict.fromkeys(columns, SimpleNamespace(names=names))
+
+
+def test_hub_classes_get_the_folder_s_numbering(monkeypatch):
+    names = ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]
+    rows = _HubRows(names, text=["why ?", "who ?", "cd ?"], coarse_label=[2, 3, 0])
+    asked = []
+
+    def load_dataset(path, config, revision):
+        asked.append((path, config, revision))
+        return {"train": rows}
+
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    task = load_task("trec")
+    assert asked == [("CogComp/trec", "default", "refs/convert/parquet")]
+    assert [task.label_names[label] for label in task.splits["train"].labels] == ["DESC", "HUM", "ABBR"]
+
+
+def test_hub_pairs_and_hidden_labels(monkeypatch):
+    rows = _HubRows(["entailment", "not_entailment"], question=["q"], sentence=["s"], label=[-1])
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    loader = SimpleNamespace(load_dataset=lambda path, config, revision: {"validation": rows})
+    monkeypatch.setitem(sys.modules, "datasets", loader)
+    assert load_task("qnli").splits == {"dev": Split([("q", "s")], [-1])}
+
+
+def test_every_task_has_known_metrics():
+    for name in TASK_NAMES[1:]:
+        assert set(sources.ENTRIES[name].metrics) <= set(metrics.METRICS)
+
+
+def test_holdout_parts_a_split_the_same_way_every_time():
+    split = Split([f"s{i}" for i in range(20)], list(range(20)), [1] * 20)
+    rest, held = holdout(split, 6, seed=3)
+    assert (rest, held) == holdout(split, 6, seed=3)
+    assert sorted([*rest.labels, *held.labels]) == list(range(20)) and len(held) == 6
+    assert held != holdout(split, 6, seed=4)[1]
+    assert all(s == f"s{label}" for s, label in zip(held.sentences, held.labels, strict=True))
+
+
+def test_holdout_draw_is_pinned():
+    """A model stores the recipe of its held-out rows, not the rows: the draw must never change."""
+    split = Split([""] * 10, list(range(10)))
+    assert holdout(split, 4, seed=0)[1].labels == [3, 7, 5, 2]
+
+
+@pytest.mark.parametrize("rows", [-1, 3, 4])
+def test_holdout_refuses_more_than_there_is(rows):
+    with pytest.raises(ValueError, match=r"expected rows in \[0, 2\]"):
+        holdout(Split(["a", "b", "c"], [0, 1, 0]), rows)
+
+
+def test_encode_leaves_padding_to_the_collator():
+    tokenizer = toy.toy_tokenizer()
+    data = encode(Split(["the plot was dull .", "the cast was not very witty ."], [0, 1]), tokenizer)
+    assert [len(row["input_ids"]) for row in data] == [7, 9]
+    batch = DataCollatorWithPadding(tokenizer)(list(data))
+    assert batch["input_ids"].shape == (2, 9) and batch["labels"].tolist() == [0, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [7, 9]
+
+
+def test_encode_joins_pairs_and_cuts():
+    tokenizer = toy.toy_tokenizer()
+    data = encode(Split([("the plot was dull", "the cast was witty")], [1.5]), tokenizer, max_length=8)
+    assert len(data[0]["input_ids"]) == 8 and data[0]["labels"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "predictions", "labels", "value"),
+    [
+        ("accuracy", [0, 1, 2, 2], [0, 1, 1, 2], 0.75),
+        # TP 2, TN 1, FP 1, FN 0: (2 * 1 - 0) / sqrt(3 * 2 * 2 * 1)
+        ("matthews", [1, 1, 1, 0], [1, 1, 0, 0], 2 / np.sqrt(12)),
+        ("matthews", [1, 1], [1, 0], 0.0),
+        # precision 2/3, recall 1
+        ("f1", [1, 1, 1, 0], [1, 1, 0, 0], 0.8),
+        ("f1", [0, 0], [0, 0], 0.0),
+        ("pearson", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0], 1.0),
+        ("pearson", [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], 0.5),
+        ("spearman", [1.0, 10.0, 100.0], [3.0, 4.0, 5.0], 1.0),
+        # ranks 1.5 1.5 3 against 1 2 3
+        ("spearman", [7.0, 7.0, 9.0], [1.0, 2.0, 3.0], np.sqrt(3) / 2),
+    ],
+)
+def test_metrics_by_hand(name, predictions, labels, value):
+    assert metrics.METRICS[name](predictions, labels) == pytest.approx(value)
+
+
+def test_score_takes_classes_or_numbers():
+    assert metrics.score(("accuracy",), np.array([[1.0, 1.0], [0.0, 2.0]]), [0, 1]) == {"accuracy": 1.0}
+    assert metrics.score(("pearson",), np.array([[1.0], [3.0]]), [0.0, 5.0])["pearson"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"metrics: expected names among .*got \['bleu'\]"):
+        metrics.score(("bleu",), np.zeros((1, 2)), [0])
+
+
+@pytest.mark.parametrize(("predictions", "labels"), [([], []), ([1], [1, 0]), ([[1]], [[1]])])
+def test_metrics_refuse_shapes_that_dont_fit(predictions, labels):
+    with pytest.raises(ValueError, match=r"expected predictions and labels of one shape"):
+        metrics.accuracy(predictions, labels)

@@ -1,0 +1,135 @@
+"""Multiply-adds against torch's own counter, and by hand."""
+
+import pytest
+import torch
+from support.models import CLASSES, DEPTH, batch_for, early_exit, stock
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import Entropy, FullDepth, Learned, Patience, QExit, SkipGate
+from earlyexit_kernels.tuning.flops import encoder_macs, exit_macs, gate_macs, row_macs
+
+H, INNER, W, S = 64, 96, 128, 9
+LAYER = S * (4 * H * H + 2 * H * INNER + 2 * S * H)
+NARROW = S * (H * W + 3 * W * W + 2 * S * W)
+
+
+@pytest.fixture(autouse=True)
+def family_layers(monkeypatch):
+    """Torch's counter doesn't look into the fused layers' op."""
+    monkeypatch.setattr(ee.EarlyExitForSequenceClassification, "_layers", "family")
+
+
+def counted(call, **arguments) -> int:
+    """Multiply-adds of a call, as torch counts them; attention as two plain matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call(**arguments)
+    flops = counter.get_total_flops()
+    assert flops % 2 == 0
+    return flops // 2
+
+
+def tensor(*values):
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "electra", "distilbert"])
+@pytest.mark.parametrize(
+    ("method", "pooling", "needs"),
+    [
+        ("joint", None, None),
+        ("joint", "mean", None),
+        ("deebert", None, None),
+        ("palbert", None, "halting"),
+        ("dact", "mean", "halting"),
+        ("berxit", "first", "uncertainty"),
+        ("fastbert", None, None),
+        ("smartbert", "mean", None),
+    ],
+)
+def test_full_depth_is_what_torch_counts(family, method, pooling, needs):
+    model = ee.to_early_exit(stock(family), method=method, pooling=pooling)
+    model.set_criterion(None)
+    batch = batch_for(model, "full", lengths=(S, S, S))
+    model.set_criterion(None)
+    lengths = tensor(S, S, S)
+    every_exit = encoder_macs(model, lengths) + model.depth * exit_macs(model, lengths, needs)
+    assert counted(model.trace, **batch) == int(every_exit.sum())
+
+
+def test_layers_and_exits_by_hand():
+    lengths, exit_layer = tensor(S, S, S), tensor(1, 3, DEPTH)
+    linear = early_exit(pooling="mean", criterion=Entropy(threshold=0.1))
+    costs = row_macs(linear, lengths, exit_layer)
+    assert costs.encoder.tolist() == [LAYER, 3 * LAYER, 4 * LAYER]
+    assert costs.exits.tolist() == [H * CLASSES, 3 * H * CLASSES, 4 * H * CLASSES]
+    assert costs.gates.tolist() == [0, 0, 0]
+    assert torch.equal(costs.total, costs.encoder + costs.exits)
+    family = early_exit(criterion=Patience(patience=1))
+    assert row_macs(family, lengths, exit_layer).exits.tolist() == [k * (H * H + H * CLASSES) for k in (1, 3, 4)]
+
+
+def test_full_depth_computes_the_last_exit_alone():
+    model = early_exit(pooling="first")
+    assert row_macs(model, [S], [DEPTH]).total.tolist() == [DEPTH * LAYER + H * CLASSES]
+
+
+def test_only_the_scalar_that_the_rule_reads_is_counted():
+    halting = ee.to_early_exit(stock("bert"), method="palbert")
+    plain = exit_macs(halting, tensor(S))
+    read = exit_macs(halting, tensor(S), "halting")
+    assert int(read - plain) == 3 * (2 * H) ** 2 + 2 * H  # three hidden layers on two exits' features
+    assert torch.equal(row_macs(halting, [S], [2], criterion=QExit(q=0.5)).exits, 2 * read)
+    assert torch.equal(row_macs(halting, [S], [2], criterion=Entropy(threshold=0.5)).exits, 2 * plain)
+    learned = ee.to_early_exit(stock("bert"), method="berxit", criterion=Learned(threshold=0.5))
+    assert row_macs(learned, [S], [1]).exits.tolist() == [H * H + H * CLASSES + H]
+
+
+def test_attention_exits_and_gates_by_hand():
+    model = ee.to_early_exit(stock("bert"), method="smartbert")
+    attention_exit, gate = NARROW + W * W + W * CLASSES, NARROW + W
+    assert exit_macs(model, tensor(S)).tolist() == [attention_exit]
+    assert gate_macs(model, tensor(S)).tolist() == [gate]
+    rule = SkipGate(threshold=0.5, exit=Entropy(threshold=0.1))
+    # left at 3 after running 2; came to the end running all; skipped one on the way; skipped everything
+    costs = row_macs(model, [S] * 4, [3, DEPTH, DEPTH, DEPTH], [2, DEPTH, 3, 0], criterion=rule)
+    assert costs.encoder.tolist() == [2 * LAYER, 4 * LAYER, 3 * LAYER, 0]
+    assert costs.gates.tolist() == [3 * gate, 4 * gate, 4 * gate, 4 * gate]
+    assert costs.exits.tolist() == [k * attention_exit for k in (2, 4, 4, 1)]
+    lone = row_macs(model, [S] * 3, [DEPTH] * 3, [DEPTH, 3, 0], criterion=SkipGate(threshold=0.5, exit=FullDepth()))
+    assert lone.exits.tolist() == [attention_exit] * 3 and lone.gates.tolist() == [4 * gate] * 3
+
+
+@pytest.mark.parametrize("gates", [(1, -1, 1, -1), (-1, -1, -1, -1), (1, 1, 1, 1), (-1, 1, -1, 1)])
+def test_a_row_that_skips_layers_is_what_torch_counts(gates):
+    """The fused op does an exit's last linear, which torch's counter doesn't see."""
+    model = ee.to_early_exit(stock("bert"), method="smartbert")
+    with torch.no_grad():
+        for gate, bias in zip(model.heads.gates, gates, strict=True):
+            gate.out.weight.zero_()
+            gate.out.bias.fill_(float(bias))
+    model.set_criterion(SkipGate(threshold=0.5, exit=Entropy(threshold=0.0)))
+    batch = batch_for(model, "full", lengths=(S,))
+    out = model(**batch)
+    costs = row_macs(model, [S], out.exit_layer, out.layers_run)
+    exits = costs.exits // exit_macs(model, tensor(S))
+    fused = exits * W * CLASSES
+    ran_the_last = gates[-1] < 0 and int(out.layers_run) < DEPTH
+    surplus = exit_macs(model, tensor(S)) - W * CLASSES if ran_the_last else 0
+    assert counted(model, **batch) == int(costs.total - fused - surplus)
+
+
+@pytest.mark.parametrize(
+    ("exit_layer", "layers_run", "match"),
+    [
+        ([0], None, "1 <= exit_layer"),
+        ([DEPTH + 1], None, "1 <= exit_layer"),
+        ([1, 2], None, "of one N"),
+        ([2], [3], "layers_run <= exit_layer"),
+        ([2], [1], "skips none"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(exit_layer, layers_run, match):
+    with pytest.raises(ValueError, match=match):
+        row_macs(early_exit(pooling="first"), [S], exit_layer, layers_run)

@@ -1,0 +1,226 @@
+"""Sweeps: hand-worked outcomes, exact random exit, choices that keep their promise, and records that JSON takes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import DataCollatorWithPadding
+
+from earlyexit_kernels import to_early_exit
+from earlyexit_kernels.criteria import Entropy, Patience, SkipGate
+from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.tasks.load import encode
+from earlyexit_kernels.tasks.sources import Split
+from earlyexit_kernels.tuning import sweep as sweeps
+from earlyexit_kernels.types import ExitTrace
+
+#: Classes named by exits 1 to 3 on four rows, and the right ones.
+NAMED = [[0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 1, 0]]
+LABELS = np.array([0, 0, 1, 1])
+
+
+@pytest.fixture
+def small() -> ExitTrace:
+    """Three exits on four rows, each naming its class by a logit of 2 against 0."""
+    return ExitTrace(2.0 * torch.nn.functional.one_hot(torch.tensor(NAMED), 2).float())
+
+
+def drawn(
+    rows: int, depth: int = 5, classes: int = 3, seed: int = 0, **aux: torch.Tensor
+) -> tuple[ExitTrace, np.ndarray]:
+    """A trace whose exits get better and surer with depth, and its labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    signal = torch.nn.functional.one_hot(labels, classes)[:, None] * torch.linspace(0.5, 4, depth)[:, None]
+    logits = signal + torch.randn(rows, depth, classes, generator=generator)
+    return ExitTrace(logits, aux), labels.numpy()
+
+
+def test_truncations_by_hand(small):
+    assert [s["accuracy"] for s in sweeps.truncations(small, LABELS, metrics=("accuracy",))] == [0.5, 1.0, 0.75]
+
+
+def test_outcome_by_hand(small):
+    """Patience 1: rows 0 and 3 agree at layer 2 and leave there; rows 1 and 2 leave at 3, the last of 3 layers."""
+    result = sweeps.outcome(small, LABELS, Patience(patience=1), metrics=("accuracy",))
+    assert result.exit_shares == (0.0, 0.5, 0.5)
+    assert result.scores == {"accuracy": 1.0}
+    assert result.mean_exit_layer == result.mean_layers_run == 2.5 and result.layer_speed_up == 1.2
+    assert result.layers_saved == pytest.approx(1 / 6)
+    assert result.random_exit == pytest.approx(0.5 * 1.0 + 0.5 * 0.75)
+
+
+def test_limits_by_hand(small):
+    assert sweeps._limits(small, LABELS) == (1.0, 0.25)
+
+
+def test_random_exit_is_the_mean_over_draws():
+    trace, labels = drawn(200)
+    shares = (0.3, 0.3, 0.2, 0.1, 0.1)
+    generator = np.random.default_rng(1)
+    layers = np.repeat(np.arange(5), (np.array(shares) * 200).round().astype(int))
+    named = trace.logits.argmax(-1).numpy()
+    draws = [(named[np.arange(200), generator.permutation(layers)] == labels).mean() for _ in range(2000)]
+    assert sweeps.random_exit(trace, labels, shares) == pytest.approx(np.mean(draws), abs=3e-3)
+
+
+def test_random_exit_of_other_metrics_is_sampled():
+    trace, labels = drawn(300, classes=2)
+    one_layer = sweeps.random_exit(trace, labels, (0, 0, 1, 0, 0), metric="matthews")
+    assert one_layer == pytest.approx(sweeps.truncations(trace, labels, metrics=("matthews",))[2]["matthews"])
+    mixed = sweeps.random_exit(trace, labels, (0.5, 0, 0, 0, 0.5), metric="matthews")
+    assert 0 < mixed < sweeps.truncations(trace, labels, metrics=("matthews",))[4]["matthews"]
+
+
+def outcome_with(score: float, mean: float) -> sweeps.Outcome:
+    return sweeps.Outcome({"accuracy": score}, 4.0, mean, 4 / mean, 1 - mean / 4, (), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("drop", "index"),
+    [(0.0, 1), (0.05, 2), (0.5, 0)],
+)
+def test_choose_takes_the_fastest_that_keeps_the_score(drop, index):
+    outcomes = [outcome_with(0.6, 1), outcome_with(0.9, 3), outcome_with(0.86, 2), outcome_with(0.9, 3.5)]
+    assert sweeps.choose(outcomes, 0.9, metric="accuracy", drop=drop) == index
+
+
+def test_choose_prefers_the_better_of_equally_fast_and_may_find_none():
+    outcomes = [outcome_with(0.9, 2), outcome_with(0.95, 2)]
+    assert sweeps.choose(outcomes, 0.9, metric="accuracy") == 1
+    assert sweeps.choose(outcomes, 0.99, metric="accuracy") is None
+
+
+def test_nearest_reads_the_tuning_split_and_prefers_the_better_of_equally_near():
+    """Speed-ups 4, 2 and 4/3 on the tuning split; on the reporting split all are 1."""
+    reporting = outcome_with(0.9, 4)
+    points = [
+        sweeps.Point(Patience(patience=number), outcome_with(score, mean), reporting)
+        for number, (score, mean) in enumerate([(0.6, 1), (0.7, 2), (0.8, 3), (0.75, 2)], start=1)
+    ]
+    assert [sweeps.nearest(points, wanted).criterion.patience for wanted in (9, 2, 1.5, 1)] == [1, 4, 3, 3]
+    with pytest.raises(ValueError, match="at least one point, got none"):
+        sweeps.nearest([], 2.0)
+
+
+def test_sweep_keeps_its_promise_on_the_tuning_split():
+    tuning, reporting = drawn(500, seed=1), drawn(500, seed=2)
+    result = sweeps.sweep(tuning, reporting, drop=0.02, points=16)
+    full = result.layers["tuning"][-1]["accuracy"]
+    for name, points in result.points.items():
+        chosen = result.chosen(name)
+        assert sum(point.chosen for point in points) == (chosen is not None)
+        if chosen is not None:
+            assert chosen.tuning.scores["accuracy"] >= full - 0.02 - 1e-9
+            rivals = [p for p in points if p.tuning.scores["accuracy"] >= full - 0.02]
+            assert chosen.tuning.mean_exit_layer == min(p.tuning.mean_exit_layer for p in rivals)
+        means = [point.reporting.mean_layers_run for point in points]
+        assert means == sorted(means)
+    assert all(len(result.points[name]) >= 8 for name in ("entropy", "max_probability", "margin"))
+    assert result.chosen("entropy").reporting.scores["accuracy"] > result.chosen("entropy").reporting.random_exit
+
+
+def test_records_are_json_and_name_every_point():
+    result = sweeps.sweep(drawn(60, seed=1), drawn(60, seed=2), metrics=("accuracy",))
+    records = json.loads(json.dumps(result.records()))
+    kinds = [record["kind"] for record in records]
+    assert kinds.count("static_truncation") == 5 and kinds.count("limits") == 1
+    points = [record for record in records if record["kind"] == "point"]
+    assert len(points) == sum(map(len, result.points.values()))
+    assert {"criterion", "chosen", "tuning", "reporting"} <= set(points[0])
+
+
+def test_regression_is_swept_by_patience():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand(100, generator=generator) * 5
+    noise = torch.randn(100, 4, generator=generator) * torch.tensor([1.0, 0.6, 0.3, 0.1])
+    split = (ExitTrace((truth[:, None] + noise)[..., None]), truth.numpy())
+    result = sweeps.sweep(split, split, metrics=("pearson", "spearman"), drop=0.05)
+    assert result.oracle is None and result.chosen("patience").reporting.layer_speed_up > 1
+    assert set(result.chosen("patience").reporting.scores) == {"pearson", "spearman"}
+
+
+def test_sweep_refuses_what_cannot_be_compared():
+    with pytest.raises(ValueError, match=r"same exits and classes, got \[9, 5, 3\] and \[9, 4, 3\]"):
+        sweeps.sweep(drawn(9), drawn(9, depth=4))
+    with pytest.raises(ValueError, match=r"drop >= 0, got -0.1"):
+        sweeps.sweep(drawn(9), drawn(9), drop=-0.1)
+
+
+def test_collect_trace_keeps_rows_in_order():
+    tokenizer = toy.toy_tokenizer()
+    model = to_early_exit(toy.toy_model(0, layers=2, hidden=16))
+    sentences = ["the plot was dull .", "the cast was not very witty .", "nobody believes that the hero was weak ."]
+    data = encode(Split(sentences, [0, 1, 1]), tokenizer)
+    collate = DataCollatorWithPadding(tokenizer)
+    trace, labels = sweeps.collect_trace(model, data, collate_fn=collate, batch_size=2)
+    assert labels.tolist() == [0, 1, 1] and trace.logits.shape == (3, 2, 2)
+    for row, sentence in enumerate(sentences):
+        alone = model.trace(**tokenizer(sentence, return_tensors="pt")).logits[0]
+        assert torch.allclose(trace.logits[row], alone, atol=1e-5)
+
+
+def test_collect_trace_keeps_what_rules_read():
+    tokenizer, model = toy.toy_tokenizer(), to_early_exit(toy.toy_model(0, layers=2, hidden=16), method="palbert")
+    data = encode(Split(["the plot was dull .", "the cast was witty ."], [0, 1]), tokenizer)
+    trace, _ = sweeps.collect_trace(model, data, collate_fn=DataCollatorWithPadding(tokenizer), batch_size=1)
+    assert trace.keys is not None and len(set(trace.keys.tolist())) == 2
+    assert trace.aux["halting"].shape == trace.aux["hidden_cosine"].shape == (2, 2)
+
+
+@pytest.fixture(scope="module")
+def gated():
+    """A model whose gates skip layer 2 of 3 on every row and no other, and two splits of four rows."""
+    torch.manual_seed(0)
+    model = to_early_exit(toy.toy_model(0, layers=3, hidden=16), method="smartbert").eval()
+    with torch.no_grad():
+        for gate, logit in zip(model.heads.gates, (-9.0, 9.0, -9.0), strict=True):
+            gate.out.weight.zero_()
+            gate.out.bias.fill_(logit)
+    tokenizer = toy.toy_tokenizer()
+    splits = toy.write_splits(train_rows=0, dev_rows=4, test_rows=4)
+    halves = (Split([s.text for s in splits[n]], [s.label for s in splits[n]]) for n in ("dev", "test"))
+    data = [encode(half, tokenizer) for half in halves]
+    return model, data, DataCollatorWithPadding(tokenizer)
+
+
+def test_skipping_is_run_and_counts_layers_run(gated):
+    model, data, collate = gated
+    before = model.criterion
+    traced = [sweeps.collect_trace(model, rows, collate_fn=collate) for rows in data]
+    replayed = sweeps.sweep(*traced, points=8)
+    numbers = ((0.5, 0.0), (1.0, 0.0), (0.5, 9.0))
+    settings = [SkipGate(threshold=skip, exit=Entropy(threshold=leave)) for skip, leave in numbers]
+    result = sweeps.sweep_skipping(model, replayed, settings, *data, collate_fn=collate, batch_size=3)
+    assert model.criterion == before and set(result.points) == {*replayed.points, "skip_gate"}
+    by_setting = {(p.criterion.threshold, p.criterion.exit.threshold): p.reporting for p in result.points["skip_gate"]}
+    skipping, running, leaving = by_setting[0.5, 0.0], by_setting[1.0, 0.0], by_setting[0.5, 9.0]
+    assert (skipping.mean_exit_layer, skipping.mean_layers_run, skipping.layer_speed_up) == (3, 2, 1.5)
+    assert (running.mean_exit_layer, running.mean_layers_run) == (3, 3)
+    assert (leaving.mean_exit_layer, leaving.mean_layers_run) == (1, 1)
+    assert running.scores == replayed.layers["reporting"][-1], "without skips, the last exit of the trace"
+    assert skipping.random_exit is None and sum(p.chosen for p in result.points["skip_gate"]) <= 1
+    json.dumps(result.records())
+
+
+def test_skipping_needs_gates(gated):
+    _, data, collate = gated
+    model = to_early_exit(toy.toy_model(0, layers=3, hidden=16))
+    replayed = sweeps.sweep(*(sweeps.collect_trace(model, rows, collate_fn=collate) for rows in data), points=8)
+    with pytest.raises(ValueError, match="'gate'"):
+        settings = [SkipGate(threshold=0.5, exit=Entropy(threshold=0.1))]
+        sweeps.sweep_skipping(model, replayed, settings, *data, collate_fn=collate)
+    assert model.criterion is None
+
+
+@pytest.mark.data
+def test_stored_run_beats_random_exit(traces):
+    """Entropy on TREC: about layer 2.8 of 6 at .964, where random exit with the same mix reaches .922."""
+    stored = np.load(traces / "trec_mean_s0.npz")
+    split = (ExitTrace(torch.from_numpy(stored["logits"])), stored["labels"])
+    chosen = sweeps.sweep(split, split, points=200).chosen("entropy").reporting
+    assert chosen.scores["accuracy"] >= 0.964 and chosen.mean_exit_layer < 2.9
+    assert chosen.random_exit == pytest.approx(0.922, abs=0.004)
