@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
-from earlyexit_kernels.backbones import adapter_of
+from earlyexit_kernels.backbones import BACKBONES, adapter_of
 from earlyexit_kernels.criteria import Criterion, from_dict
 from earlyexit_kernels.hf import limits
 
@@ -29,6 +29,14 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("an activation of transformers", lambda v: callable(v) or (isinstance(v, str) and v in ACT2FN)),
     ),
 }
+#: Entries of a backbone's config, by all their names, that change answers and that no weight's shape shows.
+SHOWN_BY_NO_WEIGHT = (
+    ("num_attention_heads", "n_heads"),
+    ("num_hidden_layers", "n_layers"),
+    ("hidden_act", "activation"),
+    ("layer_norm_eps",),
+    ("pad_token_id",),
+)
 NEVER_RETURNED = ("output_hidden_states", "output_attentions")
 
 
@@ -101,18 +109,38 @@ class EarlyExitConfig(PretrainedConfig):
         """Read the data of a file.
 
         Raises:
-            ValueError: an early-exit config without a format version.
+            ValueError: an early-exit config without a format version, or a backbone's config without an entry that no
+                weight's shape shows: the family's default would take its place.
         """
         if "backbone_config" in config_dict and "format_version" not in config_dict:
             raise ValueError(
                 f"format_version: this package reads version {FORMAT_VERSION}, the config has none; if it was written "
                 f'by this package, add "format_version": {FORMAT_VERSION} to config.json'
             )
+        _check_complete(config_dict.get("backbone_config"))
         return super().from_dict(config_dict, **kwargs)
 
     def exit_criterion(self) -> Criterion:
         """The criterion, built."""
         return from_dict(self.criterion)
+
+
+def _check_complete(backbone: Any) -> None:
+    """Refuse the data of a backbone's config without an entry of `SHOWN_BY_NO_WEIGHT` that its family has.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    name = backbone.get("model_type") if isinstance(backbone, dict) else None
+    if not isinstance(name, str) or name not in BACKBONES or name not in CONFIG_MAPPING:
+        return  # refused when the config is built
+    family = CONFIG_MAPPING[name]()
+    for names in SHOWN_BY_NO_WEIGHT:
+        if any(hasattr(family, name) for name in names) and not any(name in backbone for name in names):
+            raise ValueError(
+                f"backbone_config: expected an entry {names[0]!r}, got none; copy config.json again from where the "
+                "model was saved"
+            )
 
 
 def _encoder_config(config: Any) -> Any:

@@ -12,10 +12,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from support.checkpoint_files import WEIGHTS, change_config
-from support.models import LOADERS, early_exit, ragged, stock
+from support.models import FAMILIES, LOADERS, early_exit, ragged, stock
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy
+from earlyexit_kernels.hf.config import SHOWN_BY_NO_WEIGHT
 
 
 @pytest.fixture(params=LOADERS)
@@ -98,6 +99,20 @@ def test_missing_file_is_named(saved, load):
     (saved / WEIGHTS).unlink()
     with pytest.raises(OSError, match=WEIGHTS):
         load(saved)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_backbone_entry_that_no_weight_shows_is_refused(tmp_path, family):
+    """ALBERT's default of 64 heads fits the weights of a model with 4, and answers otherwise."""
+    early_exit(family).save_pretrained(tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())["backbone_config"]
+    removed = [names for names in SHOWN_BY_NO_WEIGHT if any(name in whole for name in names)]
+    assert len(removed) >= 4
+    for names in removed:
+        change_config(tmp_path, backbone_config={k: v for k, v in whole.items() if k not in names})
+        for load in LOADERS.values():
+            with pytest.raises(ValueError, match=f"backbone_config: expected an entry '{names[0]}', got none"):
+                load(tmp_path)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
