@@ -11,16 +11,21 @@ ARGS ?=
 PY := $(VENV)/bin/python
 # a test process a core, up to four; a file's tests stay in one process, where they share what they set up
 PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile
+# in a variable, since `call` takes a comma for the end of an argument
+EXTRAS := .[test,train,plot,bench]
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
+# $(call timed,COMMAND): run it and print the seconds that it took
+timed = started=$$(date +%s) && $(1) && echo "    done in $$(( $$(date +%s) - started )) s"
+DOCS_VENV := $(VENV)-docs
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize-cpu lint bench bench-compare gpu-check gpu-sanitize build clean setup
+.PHONY: help demo test docs fuzz sanitize-cpu lint bench bench-compare gpu-check gpu-sanitize build clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
 
-demo: setup ## train a small model on generated text and watch its rows leave early (a few minutes on a CPU)
+demo: setup ## train a small model on generated text and measure what early exit saves (a few minutes on a CPU)
 	@echo "running the demo"
 	@$(VENV)/bin/earlyexit demo $(ARGS)
 
@@ -30,27 +35,31 @@ test: setup ## run the tests plainly, then the Triton kernels under the interpre
 	@echo "testing the Triton kernels under the interpreter"
 	@TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS)
 
-fuzz: setup ## fuzz the package, an hour by default; goes on where it stopped: make fuzz ARGS="--minutes 5 --only ops,cli"
+docs: $(DOCS_VENV)/.mkdocs ## build the documentation in build/docs; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet
+	@echo "the documentation is in build/docs/index.html"
+
+fuzz: setup ## fuzz the package, an hour by default; continues where it stopped: make fuzz ARGS="--minutes 5 --only ops,cli"
 	@$(PY) -m python_tests.fuzz $(ARGS)
 
-sanitize-cpu: setup ## build the CPU extension with ASan and UBSan, and run its tests and some fuzzing under them
+sanitize-cpu: setup ## build the CPU extension with ASan and UBSan, and run its tests and some fuzzing
 	@$(PY) -m python_tests.fuzz.sanitize $(ARGS)
 
 lint: $(VENV)/.lint ## ruff and mypy
 	@echo "checking style, format and types"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy earlyexit_kernels
+	@$(PY) -m mypy
 
-bench: setup $(VENV)/.peers ## measure this machine: JSON, plots and the READMEs' tables (about ten minutes)
+bench: setup $(VENV)/.peers ## measure this machine: JSON, plots and the tables of the documents (about ten minutes)
 	@echo "running the benchmarks"
 	@$(PY) -m benchmarks.run $(ARGS)
 
-bench-compare: setup ## time this version beside another in turns: make bench-compare BASE=<git ref>
+bench-compare: setup ## time this version and another in alternation: make bench-compare BASE=<git ref>
 	@echo "comparing with $(BASE)"
 	@$(PY) -m benchmarks.compare $(BASE) $(ARGS)
 
-gpu-check: ## build, test and measure for the GPU that is here within nine minutes; run again, it goes on (PYTHON=...)
+gpu-check: ## build, test and measure on the local GPU, nine minutes at most; run again to continue (PYTHON=...)
 	@$(PYTHON) -m benchmarks.gpu.check $(ARGS)
 
 gpu-sanitize: ## replay the graph engine under compute-sanitizer, after gpu-check or build (PYTHON=...)
@@ -59,40 +68,47 @@ gpu-sanitize: ## replay the graph engine under compute-sanitizer, after gpu-chec
 build: ## build the extension in place for an environment that has torch (PYTHON=...); needs no network
 	@$(PYTHON) setup.py build_ext --inplace
 
-setup: $(VENV)/.extension ## only set up: the environment, the package and its extension
+setup: $(VENV)/.extension ## set up the environment, the package and its extension, nothing else
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info earlyexit_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info earlyexit_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch:
 	@echo "creating the environment $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "installing $(TORCH)"
-	@$(PIP_INSTALL) $(TORCH)
+	@echo "installing $(TORCH); a large download, which may take minutes"
+	@$(call timed,$(PIP_INSTALL) $(TORCH))
 	@touch $@
 
 # the extension is left to the next step, where ninja compiles only what changed
 $(VENV)/.package: $(VENV)/.torch pyproject.toml
 	@echo "installing the build requirements"
-	@$(PIP_INSTALL) "setuptools>=77" wheel ninja pybind11
-	@echo "installing earlyexit_kernels with its extras test, train, plot and bench"
-	@EARLYEXIT_BUILD=none $(PIP_INSTALL) --no-build-isolation -e ".[test,train,plot,bench]"
+	@$(call timed,$(PIP_INSTALL) "setuptools>=77" wheel ninja pybind11)
+	@echo "installing earlyexit_kernels with its extras test, train, plot and bench; this may take minutes"
+	@export EARLYEXIT_BUILD=none && $(call timed,$(PIP_INSTALL) --no-build-isolation -e "$(EXTRAS)")
 	@touch $@
 
 $(VENV)/.extension: $(VENV)/.package setup.py $(NATIVE_SOURCES)
-	@echo "building the extension (log: $(VENV)/build.log)"
-	@$(PY) setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@echo "building the extension, a minute or more the first time (log: $(VENV)/build.log)"
+	@$(call timed,{ $(PY) setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }; })
 	@grep '^earlyexit_kernels: ' $(VENV)/build.log
 	@touch $@
 
 $(VENV)/.peers: $(VENV)/.package
 	@echo "installing the runtimes to compare with"
-	@EARLYEXIT_BUILD=none $(PIP_INSTALL) --no-build-isolation -e ".[peers]" \
-		|| echo "they couldn't be installed, and will be recorded as not measured"
+	@export EARLYEXIT_BUILD=none && $(call timed,$(PIP_INSTALL) --no-build-isolation -e ".[peers]") \
+		|| echo "they could not be installed; their cases will be recorded as not measured"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.package
 	@echo "installing the linters"
-	@EARLYEXIT_BUILD=none $(PIP_INSTALL) --no-build-isolation -e ".[dev]"
+	@export EARLYEXIT_BUILD=none && $(call timed,$(PIP_INSTALL) --no-build-isolation -e ".[dev]")
+	@touch $@
+
+# apart from $(VENV): the site needs no torch
+$(DOCS_VENV)/.mkdocs: pyproject.toml
+	@echo "creating the environment $(DOCS_VENV) with $(PYTHON), and installing mkdocs-material"
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(call timed,$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check "mkdocs-material>=9.6")
 	@touch $@

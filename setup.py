@@ -1,12 +1,12 @@
-"""Builds the compiled extension `earlyexit_kernels._C`; everything else about the package is in pyproject.toml.
+"""Build the compiled extension `earlyexit_kernels._C`; the other metadata of the package is in pyproject.toml.
 
-EARLYEXIT_BUILD=auto   CPU kernels, and CUDA kernels where torch and the machine can build them (default)
+EARLYEXIT_BUILD=auto   CPU kernels, and CUDA kernels if torch and the machine can build them (default)
 EARLYEXIT_BUILD=cpu    CPU kernels
 EARLYEXIT_BUILD=cuda   CPU and CUDA kernels, or an error that says what is missing
 EARLYEXIT_BUILD=none   no extension: a pure Python package with the torch and triton back-ends
 
-The choice follows the torch installed and the compilers found, never a GPU being visible: a wheel built on a machine
-without one is the same.
+The choice depends on the installed torch and the compilers found, not on a GPU: machines without one build the same
+wheel.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 #: Commands that compile; the others (sdist, egg_info, ...) need neither torch nor a compiler.
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
-# no -march: the arithmetic is the same on every machine, and so are a row's bits
+# no -march, so that results are bit-identical on every machine
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
-# no fused multiply-adds, as above: a decision is the CPU's but for the order of sums and the last bit of exp and log
+# no fused multiply-adds: decisions differ from those on CPU by the order of sums and the last bit of exp and log only
 NVCC_FLAGS = ["-O3", "-lineinfo", "--fmad=false", "--expt-relaxed-constexpr"]
 
-# the first with IF nodes
-OLDEST_TOOLKIT = [12, 4]
-# sm_90 is the card the kernels are made for; they run on those of 8.x too, and later ones translate the PTX
+# the first version with IF nodes
+MIN_TOOLKIT = [12, 4]
+# the kernels are tuned for sm_90; they run on 8.x too, and later cards translate the PTX
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
@@ -47,7 +47,7 @@ def build_mode() -> str:
 
 
 def check_setuptools() -> None:
-    """An older one stops at pyproject.toml with a message that says nothing; pip fetches a new one by itself."""
+    """Raise if setuptools is too old for pyproject.toml, which it would report in a message without a remedy."""
     if int(setuptools.__version__.split(".")[0]) < 77:
         raise SystemExit(f"expected setuptools>=77, got {setuptools.__version__}; run: pip install -U setuptools")
 
@@ -57,7 +57,7 @@ def import_torch():
         import torch
     except ImportError as error:
         raise SystemExit(
-            f"earlyexit_kernels is compiled against the torch it will run with, and torch can't be imported here "
+            f"earlyexit_kernels is compiled against the torch it will run with, and torch cannot be imported here "
             f"({error}).\nInstall torch first, then: pip install --no-build-isolation earlyexit_kernels\n"
             f"or set EARLYEXIT_BUILD=none for the pure Python package."
         ) from None
@@ -69,9 +69,9 @@ def sources(*patterns: str) -> list[str]:
 
 
 def find_toolkit() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME or CUDA_PATH, else the one of nvcc on PATH, else the usual place.
+    """Return the CUDA toolkit: CUDA_HOME or CUDA_PATH, else that of nvcc on PATH, else /usr/local/cuda.
 
-    nvcc on PATH may be a wrapper that lives elsewhere, so a folder counts only if it has the headers too.
+    nvcc on PATH may be a wrapper outside of the toolkit, so a folder must have the headers too.
     """
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
@@ -89,8 +89,8 @@ def toolkit_version(home: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
-def why_no_cuda(torch) -> str:
-    """Empty if the CUDA kernels can be built, else what is missing and the cure."""
+def cuda_unsupported_reason(torch) -> str | None:
+    """Return None if the CUDA kernels can be built, else what is missing and what to do."""
     if not sources("cuda/*.cu"):
         return "there are no CUDA sources (csrc/cuda/*.cu) in this version"
     if torch.version.cuda is None:
@@ -100,14 +100,14 @@ def why_no_cuda(torch) -> str:
         return "no CUDA toolkit with nvcc was found; install one and set CUDA_HOME"
     version = toolkit_version(home)
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"nvcc in {home} is of CUDA {version}, torch of CUDA {torch.version.cuda}; set CUDA_HOME to a match"
-    if [int(part) for part in version.split(".")] < OLDEST_TOOLKIT:
-        return f"nvcc in {home} is of CUDA {version}, and IF nodes begin with 12.4; set CUDA_HOME to a later one"
-    return ""
+        return f"nvcc in {home} has CUDA {version}, torch has CUDA {torch.version.cuda}; set CUDA_HOME to a match"
+    if [int(number) for number in version.split(".")] < MIN_TOOLKIT:
+        return f"nvcc in {home} has CUDA {version}, and IF nodes require 12.4; set CUDA_HOME to a later one"
+    return None
 
 
 def extension(torch, with_cuda: bool) -> dict:
-    """The keyword arguments of setup() that build `_C`."""
+    """Return the keyword arguments of setup() that build `_C`."""
     if with_cuda:
         # torch reads these when cpp_extension is imported
         os.environ["CUDA_HOME"] = str(find_toolkit())
@@ -119,36 +119,36 @@ def extension(torch, with_cuda: bool) -> dict:
         name="earlyexit_kernels._C",
         sources=sources("*.cpp", "cpu/*.cpp", *(("cuda/*.cpp", "cuda/*.cu") if with_cuda else ())),
         depends=sources("**/*.h", "**/*.cuh"),
-        # -fopenmp only when compiling: the symbols come from the OpenMP runtime torch has loaded, one thread pool
+        # -fopenmp only for compilation: the OpenMP runtime that torch loads provides the symbols, with one thread pool
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
     return {"ext_modules": [native], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 def native_build() -> dict:
-    """Choose what to build, say so, and return the arguments of setup() for it."""
+    """Choose what to build, print the choice, and return the arguments of setup() for it."""
     mode = build_mode()
     if mode == "none":
-        say("pure Python package", "it was asked for")
+        say("pure Python package", "it was requested")
         return {}
     if not BUILDING & set(sys.argv[1:]):
         return {}
     compiler = os.environ.get("CXX", "c++")
     if mode == "auto" and shutil.which(compiler.split()[0]) is None:
-        say("pure Python package", f"there is no C++ compiler ({compiler!r} isn't on PATH; set CXX or install one)")
+        say("pure Python package", f"there is no C++ compiler ({compiler!r} is not on PATH; set CXX or install one)")
         return {}
     torch = import_torch()
     if mode == "cpu":
-        say("CPU kernels", "they were asked for")
+        say("CPU kernels", "they were requested")
         return extension(torch, with_cuda=False)
-    reason = why_no_cuda(torch)
+    reason = cuda_unsupported_reason(torch)
     if mode == "cuda" and reason:
-        raise SystemExit(f"EARLYEXIT_BUILD=cuda: can't build the CUDA kernels: {reason}")
+        raise SystemExit(f"EARLYEXIT_BUILD=cuda: cannot build the CUDA kernels: {reason}")
     if reason:
         say("CPU kernels only", reason)
     else:
         say("CPU and CUDA kernels", f"torch is built for CUDA {torch.version.cuda} and nvcc is in {find_toolkit()}")
-    return extension(torch, with_cuda=not reason)
+    return extension(torch, with_cuda=reason is None)
 
 
 check_setuptools()

@@ -1,1 +1,1 @@
-"""Benchmarks of earlyexit_kernels: `make bench` runs them, writes results/*.json and the README's tables from those."""
+"""Benchmarks of earlyexit_kernels: `make bench` writes results/*.json, and the documents' tables from those."""

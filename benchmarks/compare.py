@@ -1,24 +1,22 @@
-"""Two versions of the package side by side: ``make bench-compare BASE=<git ref>``.
+"""Times two versions of the package side by side: ``make bench-compare BASE=<git ref>``.
 
-The base is checked out into a temporary worktree and its extension is built there. Each version runs in a process of
-its own under this version's benchmark code. The processes take turns on request, in rounds of drawn order, so that a
-slow spell of the machine hits both alike. Ratios are the version here over the base; a case whose answers differ from
-the base's gets none.
+The base is checked out into a temporary worktree and its extension is built there. Each version runs in its own
+process with this tree's `benchmarks.compare_worker`. The processes take turns in rounds of random order, so that a slow
+spell of the machine affects both. Ratios are this version's time over the base's; a case whose answers differ from the
+base's gets none.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,9 @@ from earlyexit_kernels.tuning.report import markdown_table
 from earlyexit_kernels.tuning.timing import paired_ratio, quantiles
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Largest difference of logits that is rounding.
+#: Largest difference of logits that counts as rounding.
 ROUNDING = 1e-4
-WARMUP = 2
-FEWEST_ROUNDS = 10
+WARMUP, MIN_ROUNDS = 2, 10
 SUBJECTS = ("BERT-base", "MiniLM")
 
 
@@ -39,22 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("base", nargs="?", help="git ref to compare with")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds of a case (default: %(default)s)")
     parser.add_argument("--subject", default="MiniLM", choices=SUBJECTS, help="default: %(default)s")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.repeats < FEWEST_ROUNDS and not args.worker:
-        parser.error(f"--repeats: expected at least {FEWEST_ROUNDS}, of which a range can be told, got {args.repeats}")
-    if args.worker:
-        work(args.subject)
-    elif not args.base:
+    if args.repeats < MIN_ROUNDS:
+        parser.error(f"--repeats: expected at least {MIN_ROUNDS}, got {args.repeats}")
+    if not args.base:
         parser.error("expected a git ref to compare with, e.g. `make bench-compare BASE=main`")
-    else:
-        with tempfile.TemporaryDirectory(prefix="earlyexit-compare-") as folder, checked_out(args.base, folder) as base:
-            print(compare(base, ROOT, Path(folder), subject=args.subject, repeats=args.repeats))
+    with tempfile.TemporaryDirectory(prefix="earlyexit-compare-") as folder, checked_out(args.base, folder) as base:
+        print(compare(base, ROOT, Path(folder), subject=args.subject, repeats=args.repeats))
 
 
 @contextlib.contextmanager
 def checked_out(ref: str, folder: str) -> Iterator[Path]:
-    """A worktree of a ref with its extension built, gone afterwards."""
+    """Return a worktree of a ref with its extension built; it is removed afterwards."""
     tree = Path(folder) / "tree"
     added = subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), ref])
     if added.returncode != 0:
@@ -76,27 +69,25 @@ def compare(base: Path, here: Path, folder: Path, *, subject: str, repeats: int)
 
     Args:
         base, here: folders that hold the package.
-        folder: for what the processes need.
-        subject: a name of `models.SUBJECTS`.
-        repeats: rounds.
+        folder: scratch folder of the processes.
+        subject: a name of `SUBJECTS`.
+        repeats: timed rounds.
     """
-    workers = {
-        name: Worker(package, folder / f"run-{name}", subject) for name, package in (("base", base), ("here", here))
-    }
-    try:
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, package in (("base", base), ("here", here)):
+            workers[name] = Worker(package, folder / f"run-{name}", subject)
+            stack.callback(workers[name].stop)
         rows = [_row(case, workers, repeats) for case in workers["base"].cases]
-    finally:
-        for worker in workers.values():
-            worker.stop()
     return markdown_table(("case", "base ms", "here ms", "here / base", "base again / base"), rows)
 
 
 def _row(case: str, workers: dict[str, Worker], repeats: int) -> tuple[str, ...]:
     answers = {name: worker.ask(case) for name, worker in workers.items()}
-    why_not = difference(answers["base"], answers["here"])
-    if why_not:
-        return case, "", "", f"refused: {why_not}", ""
-    # the base a second time shows the noise
+    wrong = difference(answers["base"], answers["here"])
+    if wrong:
+        return case, "", "", f"refused: {wrong}", ""
+    # the base is timed twice to show the noise
     turns = {**workers, "again": workers["base"]}
     times: dict[str, list[float]] = {name: [] for name in turns}
     shuffle, order = random.Random(0).shuffle, list(turns)
@@ -111,7 +102,7 @@ def _row(case: str, workers: dict[str, Worker], repeats: int) -> tuple[str, ...]
 
 
 def difference(base: dict[str, Any], here: dict[str, Any]) -> str:
-    """Why two answers of one case aren't the same, or empty."""
+    """Return how two answers to one case differ, or an empty string."""
     if base["exit_layer"] != here["exit_layer"]:
         return "rows leave at other layers"
     off = max(abs(a - b) for a, b in zip(base["logits"], here["logits"], strict=True))
@@ -124,14 +115,14 @@ class Worker:
     Args:
         package: folder that holds ``earlyexit_kernels``.
         folder: to run in; made here, with that package beside this version's benchmarks.
-        subject: a name of `models.SUBJECTS`.
+        subject: a name of `SUBJECTS`.
     """
 
     def __init__(self, package: Path, folder: Path, subject: str) -> None:
         folder.mkdir(parents=True)
         (folder / "earlyexit_kernels").symlink_to(package / "earlyexit_kernels")
         (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-        command = [sys.executable, "-m", "benchmarks.compare", "--worker", "--subject", subject]
+        command = [sys.executable, "-m", "benchmarks.compare_worker", subject]
         environment = {**os.environ, "PYTHONPATH": str(folder)}
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -160,53 +151,6 @@ class Worker:
         if not line:
             raise RuntimeError("a worker ended early; its message is above")
         return json.loads(line)
-
-
-def work(subject: str) -> None:
-    """The worker's side: a case by name on each line read, its answers and milliseconds on each line written."""
-    reply = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints goes elsewhere
-    import torch
-
-    import earlyexit_kernels
-
-    torch.set_flush_denormal(True)
-    with torch.inference_mode():
-        cases = worker_cases(subject)
-        package = str(Path(earlyexit_kernels.__file__).resolve().parent)
-        print(json.dumps({"package": package, "cases": list(cases)}), file=reply, flush=True)
-        for line in sys.stdin:
-            time.sleep(0.02)  # the other process's threads spin on for some milliseconds
-            start = time.perf_counter_ns()
-            out = cases[line.strip()]()
-            milliseconds = (time.perf_counter_ns() - start) / 1e6
-            answers = {"logits": out.logits.flatten().tolist(), "exit_layer": out.exit_layer.tolist()}
-            print(json.dumps({"milliseconds": milliseconds} | answers), file=reply, flush=True)
-
-
-def worker_cases(name: str) -> dict[str, Callable[[], Any]]:
-    """Name -> a call that answers one batch."""
-    from benchmarks.end_to_end.forced import rule_for
-    from benchmarks.end_to_end.models import subject
-    from benchmarks.end_to_end.workloads import Fixed, Ragged
-
-    found: dict[str, Callable[[], Any]] = {}
-    model = subject(name).model
-    for work, mixes in ((Fixed(1, 32), ("never exit",)), (Fixed(32, 32), _MIXES), (Ragged(32), _MIXES)):
-        (batch,) = work.build(subject(name)).batches
-        trace = model.trace(**batch)
-        for exits in mixes:
-            rule = rule_for(exits, trace, trained=False)
-            found[f"{name}, {exits}, {work.name}"] = functools.partial(_run, model, rule, batch)
-    return found
-
-
-_MIXES = ("never exit", "uniform, 50 %", "long tail, 23 %")
-
-
-def _run(model: Any, rule: Any, batch: dict[str, Any]) -> Any:
-    model.set_criterion(rule)
-    return model(**batch)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The tables of the READMEs, between ``<!-- table:NAME -->`` and ``<!-- end -->``: from the committed results, and what
-is supported from the package's own tables.
+"""Write the tables of the documents, between ``<!-- table:NAME -->`` and ``<!-- end -->``, from the committed results
+and from the package's own tables.
 
 ``python -m benchmarks.readme`` rewrites them; ``python -m benchmarks.readme --check`` fails where they are out of date.
 """
@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import store
+from benchmarks import summary
 from benchmarks.accuracy import tables as accuracy
 from benchmarks.accuracy.tables import NOT_MEASURED
 from benchmarks.end_to_end import tables as end_to_end
 from benchmarks.end_to_end.tables import machine_line
 from benchmarks.gpu import tables as gpu
+from benchmarks.harness import measured
 from benchmarks.micro import layer_products, weight_checks
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
@@ -42,7 +43,7 @@ def _load(pattern: str) -> list[dict[str, Any]]:
 def decision_cost() -> str:
     """Time of each rule's decision over entropy's, for every machine and back-end."""
     parts = []
-    for found in store.measured("decision_cost"):
+    for found in measured("decision_cost"):
         parts.append(f"{machine_line(found.facts)}:")
         for backend in dict.fromkeys(record["backend"] for record in found.records):
             records = [record for record in found.records if record["backend"] == backend]
@@ -68,7 +69,7 @@ def _decision_table(backend: str, records: list[dict[str, Any]]) -> str:
 def products() -> str:
     """Time of one encoder layer over the family's own, by its tokens and the products it is made of."""
     parts = []
-    for found in store.measured(layer_products.SUITE):
+    for found in measured(layer_products.SUITE):
         rows: dict[str, list[str]] = {}
         for record in found.records:
             if "ratio" in record and record["case"] != layer_products.BASELINE:
@@ -82,7 +83,7 @@ def products() -> str:
 def checks() -> str:
     """Time to check the packed weights before a batch, and the goal."""
     parts = []
-    for found in store.measured(weight_checks.SUITE):
+    for found in measured(weight_checks.SUITE):
         rows = [
             (
                 record["case"],
@@ -251,31 +252,38 @@ TABLES = {
     "weight_checks": checks,
     "sst2_layers": sst2_layers,
     "sst2_criteria": sst2_criteria,
+    **summary.TABLES,
     **accuracy.TABLES,
     **end_to_end.TABLES,
     **gpu.TABLES,
 }
-#: The documents with tables.
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+#: The documents that may hold tables.
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def rewrite(*, check: bool = False) -> bool:
-    """Put the tables into the documents.
+    """Write the tables into the documents.
 
     Args:
         check: change nothing.
 
     Returns:
-        Whether they were up to date.
+        Whether all tables were up to date.
     """
     up_to_date = True
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        new = _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", text)
+        new = _BLOCK.sub(lambda block, path=path: f"{block[1]}{_table(block[2], path)}\n{block[3]}", text)
         up_to_date &= new == text
         if not check:
             path.write_text(new, encoding="utf-8")
     return up_to_date
+
+
+def _table(name: str, document: Path) -> str:
+    """One table, with links relative to the document instead of the root."""
+    up = "../" * (len(document.relative_to(ROOT).parts) - 1)
+    return TABLES[name]().replace("](benchmarks/", f"]({up}benchmarks/")
 
 
 if __name__ == "__main__":
@@ -283,4 +291,4 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true")
     checking = parser.parse_args().check
     if not rewrite(check=checking) and checking:
-        sys.exit("the READMEs' tables are out of date; run `python -m benchmarks.readme`")
+        sys.exit("the tables are out of date; run `python -m benchmarks.readme`")

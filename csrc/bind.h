@@ -1,4 +1,4 @@
-// From the tensors of an exit op to its `Call`: every check that reads no memory of the device.
+// Builds the `Call` of an exit op from its tensors, with all checks that do not read device memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -69,7 +69,7 @@ struct ExitTensors {
   const at::Tensor& input() const { return hidden ? *hidden : *logits; }
 };
 
-// A tensor that is written shares no memory with another one: a row id overwritten by an answer would index anything.
+// Raises if a tensor that is written overlaps another one: a row id overwritten by an answer would index out of range.
 inline void check_apart(const char* op, const ExitTensors& t) {
   struct Span {
     const char* name;
@@ -100,7 +100,7 @@ inline void check_apart(const char* op, const ExitTensors& t) {
   }
 }
 
-// What is indexed by rows, present or of the request.
+// Binds the tensors that are indexed by rows of the batch or of the request.
 inline void bind_rows(const char* op, Call& call, const Criterion& criterion, const ExitTensors& t) {
   check_tensor(op, "row_ids", t.row_ids, at::kInt, {kAnySize});
   check_tensor(op, "answers", t.answers, at::kFloat, {kAnySize, kAnySize});
@@ -118,7 +118,7 @@ inline void bind_rows(const char* op, Call& call, const Criterion& criterion, co
     call.offsets = t.offsets->const_data_ptr<int32_t>();
   }
   EE_CHECK(t.aux || !criterion.needs_aux, op, "expected aux [", call.rows, "] float32 for criterion '", criterion.name,
-           "', got None; pass the scalar its head produces");
+           "', got None; pass the scalar that its head produces");
   if (t.aux) {
     check_tensor(op, "aux", *t.aux, at::kFloat, {call.rows});
     call.aux = t.aux->const_data_ptr<float>();
@@ -129,7 +129,7 @@ inline void bind_rows(const char* op, Call& call, const Criterion& criterion, co
   call.exit_layer = t.exit_layer.mutable_data_ptr<int64_t>();
 }
 
-// The linear head over hidden states, or ready logits.
+// Binds the linear head over hidden states, or the given logits.
 inline void bind_input(const char* op, Call& call, const ExitTensors& t) {
   const at::Tensor& input = t.input();
   const at::ScalarType dtype = input.scalar_type();
@@ -138,14 +138,14 @@ inline void bind_input(const char* op, Call& call, const ExitTensors& t) {
   const int64_t tokens = call.pools_tokens() ? kAnySize : call.rows;
   check_tensor(op, "hidden", input, dtype, {tokens, kAnySize});
   call.width = input.size(1);
-  EE_CHECK(call.width >= 1, op, "expected hidden with a number a token at least, got ", shape_name(input.sizes()));
+  EE_CHECK(call.width >= 1, op, "expected hidden of width >= 1, got ", shape_name(input.sizes()));
   check_tensor(op, "weight", *t.weight, dtype, {call.classes, call.width});
   check_tensor(op, "bias", *t.bias, dtype, {call.classes});
   call.weight = t.weight->const_data_ptr();
   call.bias = t.bias->const_data_ptr();
 }
 
-// The arguments of an exit op, checked. Pointers are the tensors' own: these have to outlive the call.
+// Returns the checked arguments of an exit op. The tensors must outlive the call, which holds their pointers.
 inline Call bind_exit(const char* op, const ExitTensors& t, std::string_view criterion_name,
                       at::ArrayRef<double> params, std::string_view pooling, int64_t layer, int64_t depth) {
   const bool fused = t.hidden && t.weight && t.bias && !t.logits;

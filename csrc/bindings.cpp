@@ -1,5 +1,4 @@
-// The Python module. The ops register themselves beside their code, under the schemas of
-// earlyexit_kernels/ops/schema.py; loading the module loads them.
+// The Python module. Loading it registers the ops, whose schemas are in earlyexit_kernels/ops/schema.py.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +7,7 @@
 #include "fingerprint.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "Compiled kernels of earlyexit_kernels; `criteria` names the rules they know.";
+  module.doc() = "Compiled kernels of earlyexit_kernels; `criteria` lists the supported exit rules.";
 #define EE_NAME(name, Functor) #name,
   constexpr const char* kNames[] = {EE_CRITERIA(EE_NAME)};
 #undef EE_NAME

@@ -1,5 +1,5 @@
-// One call of an exit, checked: raw pointers and sizes, nothing of torch, so that a kernel takes it as it is. And the
-// decision on one row, which every skeleton asks for.
+// Checked arguments of an exit op as pointers and sizes, without torch types, so that kernels can take them by value;
+// and the decision on one row, shared by the CPU and CUDA implementations.
 #pragma once
 
 #include "criteria/all.h"
@@ -14,7 +14,7 @@ enum class Pooling { kFirst, kMean, kNone };
 
 constexpr int kMaxParams = 3;  // MAX_PARAMS of earlyexit_kernels/criteria/base.py
 
-// Sizes as in the schema: B rows present of N, C classes, H width.
+// Sizes as in the schema: B live rows of N requested ones, C classes, width H.
 struct Call {
   Rule rule;
   bool needs_aux;
@@ -29,14 +29,14 @@ struct Call {
   const void* input;   // hidden [T, H], or logits [B, C] where weight is null
   const void* weight;  // [C, H]
   const void* bias;    // [C]
-  const int32_t* offsets;  // null: one token a row
+  const int32_t* offsets;  // null: one token per row
   const float* aux;
   int32_t* row_ids;
   float* state;
   float* answers;
   int64_t* exit_layer;
 
-  // Whether the rows of `input` are tokens to find through `offsets`, rather than one vector a row.
+  // Whether the rows of `input` are tokens, addressed through `offsets`, or one vector per row.
   EE_HD bool pools_tokens() const { return offsets != nullptr && pooling != Pooling::kNone; }
   EE_HD bool pools_mean() const { return offsets != nullptr && pooling == Pooling::kMean; }
 };
@@ -51,10 +51,10 @@ EE_HD inline bool step(Rule rule, const Row& row) {
 
 struct Decision {
   bool leaves;
-  bool invalid;  // without a meaningful answer: it leaves at the last layer only, and keeps its state
+  bool invalid;  // invalid logits: the row leaves at the last layer only, and keeps its state
 };
 
-// Decide on row i present, row n of the request. `answer` holds z on entry, the row's answer afterwards.
+// Decides on row i of the batch, which is row n of the request. `answer` holds z on entry and the answer on return.
 EE_HD inline Decision decide(const Call& call, int64_t i, int64_t n, const float* z, float* answer) {
   const int classes = static_cast<int>(call.classes);
   const float aux = call.needs_aux ? call.aux[i] : 0.0f;

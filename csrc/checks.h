@@ -1,4 +1,4 @@
-// Input checks of the C++ ops: every message says what was expected, what came and what to do. All raise ValueError.
+// Input checks of the C++ ops. All raise ValueError with what was expected, what was given and what to do.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -48,7 +48,7 @@ inline bool has_shape(const at::Tensor& tensor, at::IntArrayRef shape) {
   return true;
 }
 
-// A contiguous tensor of one dtype and shape; kAnySize matches every size.
+// Requires a contiguous tensor of this dtype and shape; kAnySize matches every size.
 inline void check_tensor(
     const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
   EE_CHECK(tensor.scalar_type() == dtype && has_shape(tensor, shape), op, "expected ", name, " to be ",
@@ -64,20 +64,21 @@ inline void check_device(const char* op, const char* name, const at::Tensor& ten
            " is, got ", tensor.device(), "; use one device");
 }
 
-// Rows, and with them tokens, are counted in int32.
+// Rows and tokens are counted in int32.
 inline void check_row_count(const char* op, int64_t rows) {
   EE_CHECK(rows <= std::numeric_limits<int32_t>::max(), op, "expected at most ", std::numeric_limits<int32_t>::max(),
            " rows, got ", rows, "; split the batch");
 }
 
-// The dtypes of hidden states and logits.
+// Requires a dtype supported for hidden states and logits.
 inline void check_float_dtype(const char* op, const char* name, const at::Tensor& tensor) {
   const at::ScalarType dtype = tensor.scalar_type();
   EE_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op, "expected ", name,
            " to be float32, float16 or bfloat16, got ", dtype_name(dtype), "; convert it");
 }
 
-// Row i owns the tokens offsets[i] .. offsets[i + 1] of a buffer with `tokens` tokens (kAnySize: of no known length).
+// Requires valid offsets: row i has the tokens offsets[i] .. offsets[i + 1] of a buffer of `tokens` tokens (kAnySize:
+// not checked).
 inline void check_offsets(const char* op, const char* name, const int32_t* offsets, int64_t rows, int64_t tokens) {
   EE_CHECK(offsets[0] >= 0, op, "expected ", name, " to start at 0 or above, got ", offsets[0],
            "; pass cumulative lengths");
@@ -89,10 +90,10 @@ inline void check_offsets(const char* op, const char* name, const int32_t* offse
            " tokens given, got ", offsets[rows], "; pass the buffer these offsets were made for");
 }
 
-// The tensors of gather_rows, one by one; what stands in them is for the CPU to look at.
+// Checks the tensors of gather_rows; only the CPU op checks their values.
 inline void check_gather(const char* op, const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& source,
                          const at::Tensor& new_offsets, const at::Tensor& out) {
-  // a copy computes nothing, so float64 is as good
+  // a copy supports float64 too
   if (hidden.scalar_type() != at::kDouble) check_float_dtype(op, "hidden", hidden);
   check_tensor(op, "hidden", hidden, hidden.scalar_type(), {kAnySize, kAnySize});
   check_tensor(op, "out", out, hidden.scalar_type(), {kAnySize, hidden.size(1)});

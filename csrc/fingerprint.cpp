@@ -15,8 +15,8 @@ const at::Tensor& tensor_of(PyObject* object) { return THPVariable_Unpack(object
 // Tensors created in inference mode have no version counter.
 int64_t version_of(const at::Tensor& tensor) { return tensor.is_inference() ? -1 : tensor._version(); }
 
-// A number that every change of a dict changes (PEP 509), so that its values need not be compared; 0 where Python has
-// none.
+// Returns the version tag of a dict (PEP 509), which changes with the dict, so that unchanged dicts are not compared; 0
+// if this version of Python has none.
 uint64_t version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
@@ -31,7 +31,7 @@ uint64_t bytes_at(const void* address, int64_t offset, int64_t item) {
   return value;
 }
 
-// Bytes from the first element to the one at a flat position.
+// Returns the offset in bytes of the element at a flat position.
 int64_t offset_of(const at::Tensor& tensor, int64_t position) {
   int64_t offset = 0;
   for (int64_t dim = tensor.dim() - 1; dim >= 0; --dim) {
@@ -99,7 +99,7 @@ void Fingerprint::add_content(const py::handle& object, const std::vector<int64_
   contents_.push_back(std::move(content));
 }
 
-// Contents come last: they are read at addresses that the layouts have confirmed.
+// Contents come last: they are read at addresses that the layouts have verified.
 bool Fingerprint::is_current() { return tables_are_current() && layouts_are_current() && contents_are_current(); }
 
 bool Fingerprint::tables_are_current() {

@@ -1,5 +1,5 @@
-// Snapshot of modules that packed weights or CUDA graphs were built from, compared at every batch.
-// The Python twin and the reason for each part: earlyexit_kernels/fingerprint.py.
+// Snapshot of the modules that packed weights or CUDA graphs were built from; used to detect changes at every batch.
+// The Python implementation explains each comparison: earlyexit_kernels/engine/fingerprint.py.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,11 +11,11 @@ namespace earlyexit {
 
 class Fingerprint {
  public:
-  // modules: compared by type. tables: dicts, compared by the identity of their values, but for those under the ignored
-  // keys. tensors: compared by address, dtype, shape and strides. copied: some of tensors, on the CPU, compared by
-  // version counter and by the bytes of a few elements too; elements holds the flat positions of each. kept receives
-  // every object that is compared: the caller has to hold it as long as this, which holds pointers alone, so that the
-  // garbage collector sees the references. (The address of a freed object may be reused.)
+  // modules: compared by type. tables: dicts, compared by the identity of their values, except those of ignored keys.
+  // tensors: compared by address, dtype, shape and strides. copied: CPU tensors among these, compared by version
+  // counter and the bytes of a few elements too; elements holds the flat positions for each. kept receives every
+  // compared object; the caller must keep it as long as this object, which has pointers only (the address of a freed
+  // object may be reused), so that the garbage collector sees the references.
   Fingerprint(const pybind11::list& modules, const pybind11::list& tables, const pybind11::set& ignored,
               const pybind11::list& tensors, const pybind11::list& copied,
               const std::vector<std::vector<int64_t>>& elements, pybind11::list kept);
@@ -25,13 +25,13 @@ class Fingerprint {
  private:
   struct Value {
     PyObject* object;
-    Py_ssize_t position;  // within its dict, as PyDict_Next counts
+    Py_ssize_t position;  // within its dict, as counted by PyDict_Next
   };
   struct Table {
     PyObject* dict;
-    uint64_t version;  // of the dict when its values were last compared
+    uint64_t version;  // version of the dict when its values were last compared
     Py_ssize_t size;
-    size_t begin, end;  // of its values in values_
+    size_t begin, end;  // range of its values in values_
   };
   struct Layout {
     PyObject* tensor;
@@ -42,7 +42,7 @@ class Fingerprint {
   struct Content {
     PyObject* tensor;
     int64_t version;
-    int64_t item;  // bytes of an element
+    int64_t item;  // bytes per element
     std::vector<int64_t> offsets;  // bytes from the tensor's address
     std::vector<uint64_t> values;
   };
@@ -56,7 +56,7 @@ class Fingerprint {
   bool layouts_are_current() const;
   bool contents_are_current() const;
 
-  pybind11::list* kept_;  // while it is constructed
+  pybind11::list* kept_;  // during construction only
   std::vector<PyObject*> modules_;
   std::vector<PyTypeObject*> types_;
   std::vector<Table> tables_;

@@ -1,5 +1,5 @@
-// What a criterion sees of one row at one exit, and the softmax forms that several criteria share.
-// Compiled for the host and, under nvcc, for the device.
+// The arguments of a criterion for one row at one exit, and the softmax functions that several criteria share.
+// Compiled for the host and, with nvcc, for the device.
 #pragma once
 
 #include <cfloat>
@@ -14,23 +14,23 @@
 
 namespace earlyexit {
 
-// A functor of csrc/criteria offers `needs_aux`, `param_count`, `state_width`, `state_per_class` and
-// `static bool step(const Row&)`, which updates the state and says whether the row leaves. A row's state has
-// state_width + state_per_class * classes numbers, those of the classes last. The step only ever sees logits with a
-// meaning (see is_invalid).
+// A functor of csrc/criteria defines `needs_aux`, `param_count`, `state_width`, `state_per_class` and
+// `static bool step(const Row&)`, which updates the state and returns whether the row leaves. The state of a row has
+// state_width + state_per_class * classes numbers, those of the classes last. `step` is called with valid logits only
+// (see is_invalid).
 struct Row {
   const float* z;       // [classes] logits of this exit
   int classes;
-  float aux;            // the scalar of this row and exit, where the criterion needs one
+  float aux;            // the scalar of this row and exit, if the criterion needs one
   float* state;         // value k of this row is state[k * stride]
   int64_t stride;
   int layer;            // 1-based
   int depth;            // number of layers
-  const float* params;  // the numbers of the criterion at this layer
-  float* answer;        // [classes], holds z on entry; what a criterion leaves in it is the answer where the row leaves
+  const float* params;  // parameters of the criterion at this layer
+  float* answer;        // [classes], holds z on entry; a criterion may replace it by another answer
 };
 
-// Logits without a softmax: any NaN, two or more +inf, or nothing above -inf.
+// Returns whether the softmax of the logits is undefined: any NaN, more than one +inf, or all -inf.
 EE_HD inline bool is_invalid(const float* z, int classes) {
   int top_heavy = 0;
   int above_floor = 0;
@@ -43,7 +43,7 @@ EE_HD inline bool is_invalid(const float* z, int classes) {
   return nan > 0 || top_heavy > 1 || above_floor == 0;
 }
 
-// The class with the largest logit, the lowest one among ties.
+// Returns the class with the largest logit; ties go to the lowest class.
 EE_HD inline int top_class(const Row& row) {
   int top = 0;
   for (int c = 1; c < row.classes; ++c) {
@@ -52,17 +52,18 @@ EE_HD inline int top_class(const Row& row) {
   return top;
 }
 
-// z - top, 0 for the top itself even where it is +inf.
+// Returns z - top, and 0 for the top itself, also if it is +inf.
 EE_HD inline float below_top(float z, float top) { return z == top ? 0.0f : z - top; }
 
-// sum_c exp(z_c - top): the probability of class c is exp(z_c - top) over it.
+// Returns sum_c exp(z_c - top); the probability of class c is exp(z_c - top) divided by it.
 EE_HD inline float softmax_sum(const Row& row, float top) {
   float sum = 0.0f;
   for (int c = 0; c < row.classes; ++c) sum += expf(below_top(row.z[c], top));
   return sum;
 }
 
-// H(softmax z) in nats. With d_c = z_c - max z and s = sum_c exp(d_c): H = log s - sum_c exp(d_c) d_c / s, 0 log 0 = 0.
+// Returns H(softmax z) in nats. With d_c = z_c - max z and s = sum_c exp(d_c): H = log s - sum_c exp(d_c) d_c / s,
+// where 0 log 0 = 0.
 EE_HD inline float entropy_nats(const Row& row) {
   const float top = row.z[top_class(row)];
   float sum = 0.0f;
@@ -76,10 +77,10 @@ EE_HD inline float entropy_nats(const Row& row) {
   return logf(sum) - weighted / sum;
 }
 
-// Whether the answer of this exit is wanted: the row leaves, or has to.
+// Returns whether the row is answered at this exit: it leaves, or this is the last layer.
 EE_HD inline bool answers_now(const Row& row, bool leaves) { return leaves || row.layer == row.depth; }
 
-// log p, with a probability of 0 at the smallest normal number.
+// Returns log p, with p clamped to the smallest normal number.
 EE_HD inline float safe_log(float p) { return logf(p > FLT_MIN ? p : FLT_MIN); }
 
 }  // namespace earlyexit

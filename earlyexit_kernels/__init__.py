@@ -6,7 +6,7 @@ attention tables, and does nothing else.
 
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from earlyexit_kernels import criteria, objectives, ops
+from earlyexit_kernels import backbones, criteria, objectives, ops
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine.packing import register_attention
 from earlyexit_kernels.engine.replay import replay
@@ -18,7 +18,8 @@ from earlyexit_kernels.errors import (
 )
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.convert import to_early_exit
-from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, EarlyExitOutput
+from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
 from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.types import ExitTrace
@@ -37,6 +38,7 @@ __all__ = [
     "MissingHeadsError",
     "Phase",
     "available_backends",
+    "backbones",
     "criteria",
     "objectives",
     "ops",

@@ -1,6 +1,6 @@
-"""The three back-ends of the ops: which can run here, why the others can't, and which one `auto` takes.
+"""The back-ends of the ops: which of them can run here, and which one `auto` chooses.
 
-`torch` is the readable reference and runs everywhere. `triton` runs on CUDA tensors, and on CPU tensors only under its
+`torch` is the reference and runs everywhere. `triton` runs on CUDA tensors, and on CPU tensors only under its
 interpreter (``TRITON_INTERPRET=1`` set before the first import). `cpp` is the compiled extension.
 """
 
@@ -21,12 +21,12 @@ from earlyexit_kernels.errors import BackendUnavailableError
 logger = logging.getLogger("earlyexit_kernels")
 
 BACKENDS = ("torch", "triton", "cpp")
+#: Namespace of the ops, ``torch.ops.earlyexit_kernels``.
 NAMESPACE = "earlyexit_kernels"
 
-
-#: Integers that a kernel is compiled without: sizes of a batch and places in a loop, or a batch of 1 row and one of 16
-#: would each have kernels of their own, and a row not surely the same bits in all of them.
-_TAKEN_AS_THEY_COME = ("rows", "present", "capacity", "layer", "depth")
+#: Integer arguments that Triton does not specialise kernels on. Otherwise batches of 1 and of 16 rows would run
+#: different kernels, in which a row might round differently.
+_NOT_SPECIALIZED = ("rows", "present", "capacity", "layer", "depth")
 
 
 def _undecorated(fn: Any) -> Any:
@@ -37,19 +37,25 @@ try:
     import triton
 
     tl: Any = importlib.import_module("triton.language")
-    jit: Callable[[Any], Any] = functools.partial(triton.jit, do_not_specialize=_TAKEN_AS_THEY_COME)
+    jit: Callable[[Any], Any] = functools.partial(triton.jit, do_not_specialize=_NOT_SPECIALIZED)
     _TRITON_MISSING = ""
 except ImportError as error:
     tl, jit = None, _undecorated
-    _TRITON_MISSING = f"triton can't be imported ({error}); install triton>=3.6 (Linux)"
+    _TRITON_MISSING = f"triton cannot be imported ({error}); install triton>=3.6 (Linux)"
 
-#: Triton decides at decoration time, so a later change of the variable has no effect.
+
+def constant(value: float) -> Any:
+    """Return a module constant that Triton functions can read: a compile-time constant, or `value` without Triton."""
+    return value if tl is None else tl.constexpr(value)
+
+
+#: Triton reads the variable when a kernel is decorated, so a later change has no effect.
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load_extension() -> str:
     if importlib.util.find_spec("earlyexit_kernels._C") is None:
-        return "the extension isn't built; run `make build`, or reinstall with a C++ compiler and EARLYEXIT_BUILD=auto"
+        return "the extension is not built; run `make build`, or reinstall with a C++ compiler and EARLYEXIT_BUILD=auto"
     try:
         importlib.import_module("earlyexit_kernels._C")
     except ImportError as error:
@@ -60,21 +66,17 @@ def _load_extension() -> str:
 _EXTENSION_MISSING = _load_extension()
 
 
-def _why_not_torch(device: str) -> str:
-    return ""
-
-
-def _why_not_triton(device: str) -> str:
+def _triton_unavailable_reason(device: str) -> str:
     if _TRITON_MISSING:
         return _TRITON_MISSING
     if device == "cpu" and not TRITON_INTERPRETED:
-        return "triton runs on CPU tensors only interpreted; set TRITON_INTERPRET=1 before the first import"
+        return "triton runs on CPU tensors only under its interpreter; set TRITON_INTERPRET=1 before the first import"
     if device == "cuda" and TRITON_INTERPRETED:
-        return "TRITON_INTERPRET=1 keeps triton on the CPU; unset it before the first import"
+        return "TRITON_INTERPRET=1 restricts triton to the CPU; unset it before the first import"
     return ""
 
 
-def _why_not_cpp(device: str) -> str:
+def _cpp_unavailable_reason(device: str) -> str:
     if _EXTENSION_MISSING:
         return _EXTENSION_MISSING
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
@@ -83,25 +85,35 @@ def _why_not_cpp(device: str) -> str:
     return ""
 
 
-_WHY_NOT = {"torch": _why_not_torch, "triton": _why_not_triton, "cpp": _why_not_cpp}
+_UNAVAILABLE_REASONS: dict[str, Callable[[str], str]] = {
+    "torch": lambda device: "",
+    "triton": _triton_unavailable_reason,
+    "cpp": _cpp_unavailable_reason,
+}
+#: Kind of device -> back-ends that `auto` tries, in order.
 _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("cpp", "triton", "torch")}
 
 
 def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
-    """Tell which back-ends can run on a kind of device.
+    """Return which back-ends can run on a kind of device.
 
     Args:
-        device: ``"cpu"`` or ``"cuda"``; default: ``"cuda"`` where torch sees one, else ``"cpu"``.
+        device: ``"cpu"`` or ``"cuda"``. Default: ``"cuda"`` if torch finds one, else ``"cpu"``.
 
     Returns:
-        Back-end name -> ``""`` where it runs, else the reason it doesn't and the cure.
+        Name of the back-end -> ``""`` if it can run, else the reason why not and what to do.
+
+    >>> import earlyexit_kernels as ee
+    >>> ee.available_backends("cpu")["torch"]
+    ''
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = torch.device(device).type
-    return {name: why(kind) for name, why in _WHY_NOT.items()}
+    return {name: reason(kind) for name, reason in _UNAVAILABLE_REASONS.items()}
 
 
+#: Choices made so far, each of which is logged once.
 _CHOICES: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
 
@@ -112,34 +124,34 @@ def resolve(backend: str, device: str, among: tuple[str, ...] = BACKENDS) -> str
     Args:
         backend: ``"auto"`` or the name of a back-end.
         device: kind of device, ``"cpu"`` or ``"cuda"``.
-        among: the back-ends that the op has.
+        among: the back-ends to choose from.
 
     Raises:
-        ValueError: an unknown name, or a back-end that the op doesn't have.
-        BackendUnavailableError: a back-end asked for by name can't run here.
+        ValueError: `backend` is neither ``"auto"`` nor in `among`.
+        BackendUnavailableError: the back-end cannot run here.
     """
-    asked = backend, device, among
-    if asked not in _CHOICES:
-        _CHOICES[asked] = _choose(*asked)
-    return _CHOICES[asked]
+    key = backend, device, among
+    if key not in _CHOICES:
+        _CHOICES[key] = _choose(*key)
+    return _CHOICES[key]
 
 
 def _choose(backend: str, device: str, among: tuple[str, ...]) -> str:
     if backend not in ("auto", *among):
         raise ValueError(f"backend: expected one of {('auto', *among)}, got {backend!r}")
     if backend != "auto":
-        reason = _WHY_NOT[backend](device)
+        reason = _UNAVAILABLE_REASONS[backend](device)
         if reason:
-            raise BackendUnavailableError(f"backend {backend!r} can't run on {device} tensors: {reason}")
+            raise BackendUnavailableError(f"backend {backend!r} cannot run on {device} tensors: {reason}")
         return backend
-    passed_over: list[str] = []
+    unavailable: list[str] = []
     for name in _PREFERENCE.get(device, ("torch",)):
         if name not in among:
             continue
-        reason = _WHY_NOT[name](device)
+        reason = _UNAVAILABLE_REASONS[name](device)
         if not reason:
-            level = logging.WARNING if passed_over else logging.INFO
-            logger.log(level, "backend 'auto' chose %r on %s%s", name, device, "".join(passed_over))
+            level = logging.WARNING if unavailable else logging.INFO
+            logger.log(level, "backend 'auto' chose %r on %s%s", name, device, "".join(unavailable))
             return name
-        passed_over.append(f"; not {name!r}: {reason}")
+        unavailable.append(f"; not {name!r}: {reason}")
     raise AssertionError("torch runs everywhere")

@@ -1,17 +1,17 @@
-"""Integer hashing on the device: numbers that look random and depend on their input alone."""
+"""Deterministic integer hashing on the device."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-#: The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), its constants as signed 64-bit integers.
+#: Constants of the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as signed 64-bit integers.
 _GAMMA = -0x61C8864680B583EB
 _ROUNDS = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
 _LAST_SHIFT = 31
 
 
 def scrambled(x: Tensor) -> Tensor:
-    """A one-to-one map of int64 onto int64 under which neighbours fall far apart."""
+    """Return the SplitMix64 finaliser of each int64, a bijection that maps neighbours far apart."""
     x = x + _GAMMA
     for shift, factor in _ROUNDS:
         x = (x ^ shifted_right(x, shift)) * factor
@@ -19,10 +19,10 @@ def scrambled(x: Tensor) -> Tensor:
 
 
 def shifted_right(x: Tensor, bits: int) -> Tensor:
-    """Shift the 64 bits to the right, zeros coming in."""
+    """Return `x` shifted to the right logically: zeros are shifted in."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def token_keys(ids: Tensor, places: Tensor) -> Tensor:
-    """A number for each token, from its id and its place among its row's tokens, both int64; a row's key is the sum."""
-    return scrambled(ids + scrambled(places))
+def token_keys(ids: Tensor, positions: Tensor) -> Tensor:
+    """Return a hash of each token's id and position within its row, all int64; the key of a row is their sum."""
+    return scrambled(ids + scrambled(positions))

@@ -1,4 +1,4 @@
-"""What travels between the rooms: exit logits of a full-depth pass, and the answer of one request batch."""
+"""Types shared by the packages: the exits of a full-depth pass, and the answer of a request batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-#: Scalars a head may produce beside its logits, and the map from the raw number to the one a criterion reads.
+#: Problem types, named as in transformers, that a criterion or a training method may be defined for.
+CLASSIFICATION = frozenset({"single_label_classification"})
+ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
+
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+#: Scalars that heads may produce besides logits -> the map from the raw number to the one that criteria read.
 AUX_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "halting": torch.sigmoid,
     "uncertainty": torch.sigmoid,
@@ -18,21 +24,32 @@ AUX_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def read_aux(raw: Tensor, name: str) -> Tensor:
-    """A head's raw scalar as the number a criterion reads, float32."""
+    """Return a raw scalar of a head as the number that criteria read, float32."""
     return AUX_ACTIVATIONS[name](raw.float())
+
+
+def default_problem_type(num_labels: int) -> str:
+    """Return the problem type that transformers assumes for a model with `num_labels` outputs and no other setting."""
+    return "regression" if num_labels == 1 else "single_label_classification"
 
 
 @dataclass(frozen=True)
 class ExitTrace:
-    """The outputs of every exit on every row of one full-depth pass, in request order.
+    """The outputs of all exits on all rows of a full-depth pass, in request order.
 
     Attributes:
         logits: ``[N, L, C]``, float32 in eval mode, in the dtype of the heads in train mode.
         aux: raw scalars by name, each ``[N, L]`` (``"halting"``: the logit s of lambda = sigmoid(s)).
-        keys: ``[N]`` int64, a hash of each row's tokens; None where the trace wasn't made by a model.
-        projections: ``[M, T, P]``, projections of the packed tokens, where an objective asks for them in train mode.
+        keys: ``[N]`` int64, a hash of the tokens of each row, or None if the trace was not made by a model.
+        projections: ``[M, T, P]``, projections of the packed tokens for objectives that need them in train mode.
         offsets: ``[N + 1]`` int32, the rows of these tokens.
-        problem_type: of the model, as in transformers; None where the trace wasn't made by one.
+        problem_type: of the model, as in transformers, or None if the trace was not made by a model.
+
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> trace = ee.ExitTrace(torch.zeros(2, 3, 5))
+    >>> trace.depth, ee.ExitTrace.cat([trace, trace]).logits.shape
+    (3, torch.Size([4, 3, 5]))
     """
 
     logits: Tensor
@@ -49,10 +66,11 @@ class ExitTrace:
 
     @staticmethod
     def cat(traces: Sequence[ExitTrace]) -> ExitTrace:
-        """Join traces of several batches along the rows; projections of tokens stay behind.
+        """Concatenate the traces of several batches along the rows, without projections.
 
         Raises:
-            ValueError: no trace was given, the traces hold different aux names or tasks, or only some hold keys.
+            ValueError: no trace was given, the traces have different aux names or problem types, or only some have
+                keys.
         """
         if not traces:
             raise ValueError("ExitTrace.cat: expected at least one trace, got an empty list")
@@ -74,14 +92,14 @@ class ExitTrace:
 
 @dataclass(frozen=True)
 class ExitOutput:
-    """The answer of one request batch, in request order.
+    """The answer of a request batch, in request order.
 
     Attributes:
-        logits: ``[N, C]`` float32, the answer of the exit each row left at.
-        exit_layer: ``[N]`` int64, 1-based depth of the answering head.
-        layers_run: ``[N]`` int64, layers computed for the row.
-        invalid_rows: for each layer 1..L, how many rows present there had logits without a meaning.
-        trace: the exits of every layer, when asked for.
+        logits: ``[N, C]`` float32, the answer of the exit at which each row left.
+        exit_layer: ``[N]`` int64, 1-based layer of that exit.
+        layers_run: ``[N]`` int64, number of layers computed for each row.
+        invalid_rows: for each layer 1..L the number of present rows with invalid logits.
+        trace: the exits of all layers, if requested.
     """
 
     logits: Tensor
@@ -92,7 +110,7 @@ class ExitOutput:
 
     @staticmethod
     def cat(outputs: Sequence[ExitOutput]) -> ExitOutput:
-        """Join the answers to the parts of a batch, at least one, without their traces."""
+        """Concatenate the answers to the parts of a batch, at least one, without traces."""
         logits, exit_layer, layers_run = (
             torch.cat([getattr(output, name) for output in outputs]) for name in ("logits", "exit_layer", "layers_run")
         )
@@ -101,11 +119,11 @@ class ExitOutput:
 
 
 class Gating(NamedTuple):
-    """How skip gates mix a layer's output with its input in training.
+    """How skip gates mix the output of a layer with its input in training.
 
     Attributes:
-        hard: skip where g >= threshold, with the gradient of g itself (straight-through); else mix by g.
-        threshold: of the hard gates.
+        hard: skip a layer if g >= threshold, with the gradient of g itself (straight-through); else mix by g.
+        threshold: of hard gates.
     """
 
     hard: bool
@@ -113,18 +131,18 @@ class Gating(NamedTuple):
 
 
 class RowStates(Protocol):
-    """Hidden states ``[..., H]`` of some rows, in a layout that knows which tokens are whose."""
+    """Hidden states ``[..., H]`` of some rows, packed or padded."""
 
     @property
     def hidden(self) -> Tensor:
-        """The states."""
+        """Tokens ``[..., H]``."""
 
     @property
     def rows(self) -> int:
         """B."""
 
     def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
-        """One vector ``[B, F]`` for each row of tokens ``[..., F]``: the first, or the mean (in float32)."""
+        """Return one vector ``[B, F]`` per row of tokens ``[..., F]``: the first token, or the mean in float32."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        """Attention within each row, over and to ``[..., heads, D]``."""
+        """Return attention within each row, over and to ``[..., heads, D]``."""

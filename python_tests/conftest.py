@@ -1,4 +1,4 @@
-"""What all tests share: the back-ends as a parameter, and the count of decisions that fell within rounding."""
+"""Fixtures of all tests, and the count of decisions that differ within rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.backends import backend_params
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("here")
 
-# two test processes with two threads each on two cores wait for each other longer than they compute
+# test processes run in parallel, and more threads than cores would slow them down
 torch.set_num_threads(1)
 
 pytest_plugins = ("support.fake_gpu", "support.gpu_checks", "support.graph_captures", "support.small_models")
@@ -22,14 +22,14 @@ FLIPS = "decision flips"
 
 
 def pytest_configure(config) -> None:
-    # the interpreter computes with numpy, which remarks on every NaN that a test feeds it
+    # the interpreter computes with numpy, which warns about NaN
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy._core.fromnumeric")
 
 
 @pytest.fixture(params=backend_params())
 def backend(request) -> str:
-    """The name of a back-end; a test that takes it runs once on each."""
+    """Name of a back-end; tests with this fixture run on each."""
     return request.param
 
 
@@ -40,7 +40,7 @@ def seed() -> None:
 
 @pytest.fixture
 def count_flips(record_property):
-    """``count_flips(flips, rows)``: how many of a test's rows decided otherwise than the truth, within tolerance."""
+    """Return ``count_flips(flips, rows)``, which records the decisions of a test that differ within tolerance."""
     return lambda flips, rows: record_property(FLIPS, (int(flips), int(rows)))
 
 
@@ -54,10 +54,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.fixture(scope="session")
 def traces() -> Path:
-    """The folder of stored exit logits under EARLYEXIT_DATA."""
+    """Folder of stored exit logits in EARLYEXIT_DATA."""
     root = os.environ.get("EARLYEXIT_DATA")
     if not root:
-        pytest.skip("EARLYEXIT_DATA isn't set; it names a folder with traces/*.npz")
+        pytest.skip("EARLYEXIT_DATA is not set; it names a folder with traces/*.npz")
     folder = Path(root) / "traces"
     if not folder.is_dir():
         pytest.skip(f"EARLYEXIT_DATA: there is no folder {folder}")

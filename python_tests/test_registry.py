@@ -1,4 +1,4 @@
-"""The contract of the three tables, and the budgets of files, functions and kernels."""
+"""Contract of the tables of criteria, backbones and objectives; maximum sizes of files, functions and kernels."""
 
 from __future__ import annotations
 
@@ -11,31 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.criterion_cases import example
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import backends, criteria, ops
 from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead, adapter_of
-from earlyexit_kernels.criteria import (
-    CRITERIA,
-    RULES,
-    Criterion,
-    Dact,
-    DivergencePatience,
-    Energy,
-    Entropy,
-    Expectation,
-    FullDepth,
-    HiddenCosine,
-    Learned,
-    Margin,
-    MaxProbability,
-    Patience,
-    PatientConfidence,
-    QExit,
-    SampledExit,
-    SkipGate,
-    Voting,
-)
+from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion
+from earlyexit_kernels.criteria.registration import STEP_ARGUMENTS
 from earlyexit_kernels.heads import HeadConfig
 from earlyexit_kernels.objectives import OBJECTIVES, PARTS, Objective, objective_of
 from earlyexit_kernels.objectives.base import TASK_LOSSES
@@ -44,63 +26,43 @@ from earlyexit_kernels.types import AUX_ACTIVATIONS
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc" / "criteria"
 SOURCE = re.compile(r"arXiv\s+(//\s*)?\d{4}\.\d{4,5}|ACL\s+(//\s*)?Anthology\s+(//\s*)?\d{4}\.[a-z.-]+\d+")
-#: One of each, for the contract; a new criterion adds its line.
-EXAMPLES = {
-    "full_depth": FullDepth(),
-    "entropy": Entropy(threshold=0.3),
-    "max_probability": MaxProbability(threshold=0.8),
-    "margin": Margin(threshold=0.5),
-    "patience": Patience(patience=2),
-    "q_exit": QExit(q=0.5),
-    "sampled_exit": SampledExit(seed=1),
-    "expectation": Expectation(),
-    "voting": Voting(threshold=2),
-    "dact": Dact(),
-    "learned": Learned(threshold=0.1),
-    "patient_confidence": PatientConfidence(threshold=0.5, patience=2),
-    "divergence_patience": DivergencePatience(threshold=0.1, patience=2),
-    "hidden_cosine": HiddenCosine(threshold=0.9),
-    "energy": Energy(threshold=0.1),
-    "skip_gate": SkipGate(threshold=0.5, exit=Entropy(threshold=0.3)),
-}
-STEP_ARGUMENTS = "z aux cols classes state rows live layer depth p0 p1 p2".split()
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_a_criterion_is_named_as_in_the_table(name):
+def test_criterion_name_class_and_file_agree(name):
     cls = CRITERIA[name]
-    assert cls.name == name and issubclass(cls, Criterion) and type(EXAMPLES[name]) is cls
+    assert cls.name == name and issubclass(cls, Criterion) and type(example(name)) is cls
     assert cls.__name__ in ee.criteria.__all__ and getattr(ee.criteria, cls.__name__) is cls
     assert inspect.getmodule(cls).__file__.endswith(f"{name}.py"), "one file per rule, named as in the table"
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_has_all_its_parts(name):
-    cls, example = RULES[name], EXAMPLES[name]
-    assert example.exit_rule is example and example.skip_from is None
-    assert len(example.params(1)) <= 3
+def test_rule_is_complete(name):
+    cls, rule = RULES[name], example(name)
+    assert rule.exit_rule is rule and rule.skip_from is None
+    assert len(rule.params(1)) <= criteria.base.MAX_PARAMS
     assert cls.rule is not Criterion.rule, "no torch rule"
     assert cls.needs is None or cls.needs in AUX_ACTIVATIONS
     assert cls.tasks
     if not backends._TRITON_MISSING:
-        assert list(inspect.signature(cls.triton_step.fn).parameters) == STEP_ARGUMENTS
+        assert tuple(inspect.signature(cls.triton_step.fn).parameters) == STEP_ARGUMENTS
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_the_torch_rule_returns_what_it_says(name):
-    example = EXAMPLES[name]
+def test_torch_rule_returns_the_documented_shapes(name):
+    rule = example(name)
     rows, classes = 5, 3
-    state = example.new_state(rows, torch.device("cpu"), classes, torch.arange(rows))
-    aux = None if example.needs is None else torch.rand(rows)
+    state = rule.new_state(rows, torch.device("cpu"), classes, torch.arange(rows))
+    aux = None if rule.needs is None else torch.rand(rows)
     z = torch.randn(rows, classes)
-    answer, leave, new_state = example.rule(z, aux, state, 1, 4, example.params(1))
+    answer, leave, new_state = rule.rule(z, aux, state, 1, 4, rule.params(1))
     assert answer.shape == (rows, classes) and answer.dtype == torch.float32
     assert leave.shape == (rows,) and leave.dtype == torch.bool
-    assert new_state.shape == state.shape == (len(example.initial_state(classes)), rows)
+    assert new_state.shape == state.shape == (len(rule.initial_state(classes)), rows)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_has_its_functor(name):
+def test_cpp_functor_agrees_with_the_rule(name):
     header = (CSRC / f"{name}.h").read_text()
     listed = (CSRC / "all.h").read_text()
     assert f'#include "{name}.h"' in listed
@@ -109,17 +71,17 @@ def test_a_rule_has_its_functor(name):
     said = dict(
         re.findall(r"static constexpr \w+ (needs_aux|param_count|state_width|state_per_class) = (\w+);", header)
     )
-    example = EXAMPLES[name]
-    per_class = len(example.initial_state(8)) - len(example.initial_state(7))
+    rule = example(name)
+    per_class = len(rule.initial_state(8)) - len(rule.initial_state(7))
     assert said == {
-        "needs_aux": "false" if example.needs is None else "true",
-        "param_count": str(len(example.params(1))),
-        "state_width": str(len(example.initial_state(7)) - 7 * per_class),
+        "needs_aux": "false" if rule.needs is None else "true",
+        "param_count": str(len(rule.params(1))),
+        "state_width": str(len(rule.initial_state(7)) - 7 * per_class),
         "state_per_class": str(per_class),
     }
 
 
-def test_the_lists_of_python_and_cpp_are_the_same():
+def test_python_and_cpp_list_the_same_rules():
     listed = re.findall(r"X\((\w+), \w+\)", (CSRC / "all.h").read_text())
     assert listed == list(RULES)
     headers = {path.stem for path in CSRC.glob("*.h")} - {"all"}
@@ -130,19 +92,19 @@ def test_the_lists_of_python_and_cpp_are_the_same():
         assert set(_C.criteria) == set(RULES)
 
 
-def test_a_rule_has_as_many_numbers_at_most_in_python_as_in_cpp():
+def test_max_params_are_equal_in_python_and_cpp():
     (most,) = re.findall(r"constexpr int kMaxParams = (\d+);", (CSRC.parent / "call.h").read_text())
     assert int(most) == criteria.base.MAX_PARAMS
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name != "full_depth"])
-def test_a_criterion_names_its_source(name):
+def test_criterion_names_its_source(name):
     assert SOURCE.search(inspect.getmodule(CRITERIA[name]).__doc__)
     assert name not in RULES or SOURCE.search((CSRC / f"{name}.h").read_text())
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_has_all_its_parts(name):
+def test_backbone_is_complete(name):
     adapter = BACKBONES[name]
     assert isinstance(adapter, BackboneAdapter) and adapter is adapter_of(name)
     assert adapter.model_type == name
@@ -150,13 +112,13 @@ def test_a_backbone_has_all_its_parts(name):
     assert all(callable(part) for part in (adapter.embed, adapter.layers, adapter.positions, adapter.longest))
 
 
-def test_an_unknown_backbone_lists_the_known_ones():
+def test_unknown_backbone_lists_the_supported_ones():
     with pytest.raises(ValueError, match=r"'t5'.*'albert', 'bert'"):
         adapter_of("t5")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_has_all_its_parts(name):
+def test_objective_is_complete(name):
     cls = OBJECTIVES[name]
     assert issubclass(cls, Objective) and OBJECTIVES[cls.name] is cls
     assert cls.__name__ in ee.objectives.__all__ and getattr(ee.objectives, cls.__name__) is cls
@@ -174,8 +136,8 @@ def test_an_objective_has_all_its_parts(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_objective_fits_the_other_tables(name):
-    """Its exit rule is one of ours, and what it changes about the heads can be changed."""
+def test_objective_agrees_with_the_other_tables(name):
+    """Its exit rule is a criterion, and its head changes are fields of `HeadConfig`."""
     objective = objective_of(name)
     assert objective.rule in CRITERIA
     known = {field.name for field in dataclasses.fields(HeadConfig)}
@@ -185,7 +147,7 @@ def test_an_objective_fits_the_other_tables(name):
         HeadConfig(**changes)
 
 
-def test_an_unknown_objective_lists_the_known_ones():
+def test_unknown_objective_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got 'magic'"):
         objective_of("magic")
 
@@ -196,7 +158,7 @@ PUBLIC += [(ee.objectives, name) for name in ee.objectives.__all__]
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda v: getattr(v, "__name__", v))
-def test_what_is_public_has_a_docstring(module, name):
+def test_public_names_have_docstrings(module, name):
     thing = getattr(module, name)
     if not (inspect.isclass(thing) or inspect.isfunction(thing) or inspect.ismodule(thing)):
         return
@@ -210,7 +172,7 @@ def test_what_is_public_has_a_docstring(module, name):
 
 
 def files(*suffixes) -> list[Path]:
-    """Files of the project: hidden folders, environments and what a build leaves are none."""
+    """Return the files of the project, without hidden folders, environments and build outputs."""
     built = re.compile(r"\..*|build|dist|.*\.egg-info")
     found = [path.relative_to(ROOT) for suffix in suffixes for path in sorted(ROOT.rglob(f"*{suffix}"))]
     return [path for path in found if not any(built.fullmatch(part) for part in path.parts[:-1])]
@@ -236,7 +198,7 @@ def is_kernel(function) -> bool:
 
 
 def code_lines(function) -> int:
-    """Length of a function without its docstring, which says as much as it has to."""
+    """Return the number of lines of a function without its docstring."""
     first = function.body[0]
     documented = ast.get_docstring(function) is not None
     return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if documented else 0)

@@ -1,4 +1,4 @@
-"""PALBERT's Lambda layers: what they read and how deep they are, by the Q-exit at 1.5x and 2x fewer layers.
+"""PALBERT's Lambda layers by input and depth, under Q-exit at 1.5x and 2x fewer layers.
 
 ``python -m benchmarks.accuracy.lambda_ablation --model <all-MiniLM-L6-v2>``
 """
@@ -17,7 +17,7 @@ LAYERS = (1, 3)
 
 
 def planned(args: argparse.Namespace) -> Iterator[Run]:
-    """One run for each task, seed, input and number of hidden layers."""
+    """Yield one run for each task, seed, input and number of hidden layers."""
     for task in args.task:
         for seed in args.seed:
             for reads in args.halting_input:
@@ -28,7 +28,7 @@ def planned(args: argparse.Namespace) -> Iterator[Run]:
 
 
 def main() -> None:
-    """Make the runs."""
+    """Run the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_arguments(parser, train_rows=10_000)
     parser.add_argument("--task", nargs="+", default=["sst2"], help="(default: sst2)")

@@ -13,12 +13,12 @@ from benchmarks.accuracy.runs import Run
 
 EXPERIMENT = "methods"
 METHODS = ("joint", "palbert", "ensemble", "smartbert", "dact", "deebert", "berxit", "fastbert")
-#: DACT trades speed in training, so it takes a model for each point.
+#: DACT fixes its speed in training, so each point needs its own model.
 PONDERS = (0.01, 0.03, 0.1)
 
 
 def planned(args: argparse.Namespace) -> Iterator[Run]:
-    """One run for each task, seed and method, and for each ponder cost of DACT."""
+    """Yield one run for each task, seed and method, and for each ponder cost of DACT."""
     for task in args.task:
         for seed in args.seed:
             for method in args.methods:
@@ -29,7 +29,7 @@ def planned(args: argparse.Namespace) -> Iterator[Run]:
 
 
 def main() -> None:
-    """Make the runs."""
+    """Run the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_arguments(parser, train_rows=10_000)
     parser.add_argument("--task", nargs="+", default=["sst2", "trec"], help="(default: sst2 trec)")

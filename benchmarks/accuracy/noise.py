@@ -1,4 +1,4 @@
-"""Seeded noise on sentences: typing errors, and words that go missing."""
+"""Seeded noise on sentences: typing errors and missing words."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NEIGHBOURS = {letter: row[max(i - 1, 0) : i] + row[i + 1 : i + 2] for row in _KE
 def typos(split: Split, share: float, *, seed: int = 0) -> Split:
     """Put one typing error into a share of the words.
 
-    Every word with a letter is hit with probability `share`; of the four errors of `TYPOS` that can change it, each is
-    equally likely. Drawn with `random.Random(seed).random()`, whose sequence Python promises to keep.
+    Every word with a letter is changed with probability `share`; of the errors of `TYPOS` that can change it, each is
+    equally likely. Drawn with `random.Random(seed).random()`, whose sequence is stable across Python versions.
 
     Args:
         split: N texts or pairs; labels and levels stay.
@@ -28,7 +28,7 @@ def typos(split: Split, share: float, *, seed: int = 0) -> Split:
         seed: of the draws.
 
     Returns:
-        The noisy split, its words parted by single spaces.
+        The noisy split, with words separated by single spaces.
 
     Raises:
         ValueError: a share out of range.
@@ -42,7 +42,7 @@ def typos(split: Split, share: float, *, seed: int = 0) -> Split:
 
 
 def drop_words(split: Split, share: float, *, seed: int = 0) -> Split:
-    """Leave out a share of the words: each with probability `share`, but one, drawn, stays of every text.
+    """Drop each word with probability `share`; one random word of every text stays.
 
     Arguments, result and errors are those of `typos`.
     """
@@ -59,7 +59,7 @@ NOISES: dict[str, Callable[..., Split]] = {"typos": typos, "word_drop": drop_wor
 
 
 def _swapped(word: str) -> list[str]:
-    """Two different neighbouring characters change places."""
+    """Two different neighbouring characters are swapped."""
     pairs = [i for i in range(len(word) - 1) if word[i] != word[i + 1]]
     return [word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in pairs]
 
@@ -73,7 +73,7 @@ def _repeated(word: str) -> list[str]:
 
 
 def _missed(word: str) -> list[str]:
-    """A letter becomes one beside it on the keyboard, its case kept."""
+    """A letter becomes its neighbour on the keyboard, in the same case."""
     found = []
     for i, letter in enumerate(word):
         for other in NEIGHBOURS.get(letter.lower(), ""):
@@ -81,7 +81,7 @@ def _missed(word: str) -> list[str]:
     return found
 
 
-#: Typing error -> every word that it can make of one.
+#: Typing error -> every word that it can make of a word.
 TYPOS: dict[str, Callable[[str], list[str]]] = {
     "swap": _swapped,
     "drop": _dropped,

@@ -11,42 +11,43 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks import harness
 from benchmarks.accuracy.noise import NOISES
 from benchmarks.accuracy.runs import RESULTS, SPEED_UPS, Trained, noted
+from benchmarks.harness import Record
 from earlyexit_kernels.criteria import Criterion, FullDepth, Patience
 from earlyexit_kernels.tasks.sources import Split
-from earlyexit_kernels.tuning.report import write_json
-from earlyexit_kernels.tuning.sweep import Outcome, collect_trace, nearest, outcome, sweep
+from earlyexit_kernels.tuning.sweep import Outcome, collect_trace, nearest_speed_up, outcome, sweep
 
 EXPERIMENT = "robustness"
 SHARES = (0.1, 0.2, 0.4)
 
 
 def rules(model: Trained) -> dict[str, Criterion | None]:
-    """Full depth, each patience that may leave early, and entropy near each speed-up on clean held-out rows."""
+    """Return full depth, each patience that may leave early, and entropy near each speed-up on clean held-out rows."""
     trace = collect_trace(model.model, model.encoded(model.held_out), progress="held out", **model.passing)
     points = sweep(trace, trace, metrics=model.task.metrics).points["entropy"]
     patient = {f"patience {p}": Patience(patience=p) for p in range(1, model.model.depth - 1)}
-    near = {f"entropy, {target:g}x": nearest(points, target).criterion for target in SPEED_UPS}
+    near = {f"entropy, {target:g}x": nearest_speed_up(points, target).criterion for target in SPEED_UPS}
     return {"full depth": None, **patient, **near}
 
 
 def conditions(clean: Split, shares: Sequence[float], draws: int) -> Iterator[tuple[str, float, list[Split]]]:
-    """Every noise at every share, drawn several times; clean text first."""
+    """Yield clean text, then every noise at every share, drawn several times."""
     yield "clean", 0.0, [clean]
     for name, noise in NOISES.items():
         for share in shares:
             yield name, share, [noise(clean, share, seed=seed) for seed in range(draws)]
 
 
-def records(model: Trained, shares: Sequence[float], draws: int) -> Iterator[dict[str, Any]]:
-    """One record for each condition and rule: means over the draws, and each draw."""
+def records(model: Trained, shares: Sequence[float], draws: int) -> Iterator[Record]:
+    """Yield a record for each condition and criterion: means over the draws, and each draw."""
     found = rules(model)
     for noise, share, splits in conditions(model.reporting, shares, draws):
         data = [model.encoded(split) for split in splits]
@@ -71,7 +72,7 @@ def _mean(outcomes: Sequence[Outcome], metric: str) -> float:
 
 
 def main() -> None:
-    """Make the run, unless its JSON is there."""
+    """Run the experiment, unless its JSON exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="written by `earlyexit train`, method joint")
@@ -83,15 +84,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    path = args.results / f"{EXPERIMENT}-{args.folder.name}.json"
-    if path.exists():
-        print(f"skipped, there already: {path}")
-        return
+    harness.write_once(args.results / f"{EXPERIMENT}-{args.folder.name}.json", partial(_document, args))
+
+
+def _document(args: argparse.Namespace) -> tuple[list[Record], Record]:
     model = Trained(args.folder, args.batch_size)
-    found = list(records(model, args.shares, args.draws))
     run = {"experiment": EXPERIMENT, "task": model.recipe.task, "method": model.recipe.method["name"]}
-    written = write_json(path, found, arguments=noted(args), run=run, recipe=asdict(model.recipe))
-    print(f"wrote {written}")
+    found = list(records(model, args.shares, args.draws))
+    return found, {"arguments": noted(args), "run": run, "recipe": asdict(model.recipe)}
 
 
 if __name__ == "__main__":

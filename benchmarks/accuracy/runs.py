@@ -1,12 +1,12 @@
-"""What the experiments share: training through the command's own function, settings near a speed-up, and the JSON."""
+"""Shared parts of the experiments: training as `earlyexit train` does, settings near a speed-up, and the JSON."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from earlyexit_kernels.cli import build_parser
+from benchmarks import harness
+from benchmarks.harness import Record
+from earlyexit_cli import build_parser
 from earlyexit_kernels.cli.evaluate import NEVER_SKIP, Evaluation, evaluate, load_model
-from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe, objective_from
+from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli.train import objective_from
 from earlyexit_kernels.cli.train import run as train
 from earlyexit_kernels.criteria import RULES, Criterion, from_dict
 from earlyexit_kernels.hf.predict import predict_with_exits
@@ -24,14 +27,13 @@ from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
 from earlyexit_kernels.tuning.metrics import score
-from earlyexit_kernels.tuning.report import write_json
-from earlyexit_kernels.tuning.sweep import Point, collect_trace, nearest, outcome
+from earlyexit_kernels.tuning.sweep import Point, collect_trace, nearest_speed_up, outcome
 from earlyexit_kernels.types import ExitTrace
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "accuracy"
+RESULTS = harness.RESULTS / "accuracy"
 #: Layer speed-ups at which methods are compared.
 SPEED_UPS = (1.5, 2.0)
-#: Share of the epochs that SmartBERT's gates are soft, 3 of 5 in its paper.
+#: Share of the epochs with soft gates in SmartBERT, 3 of 5 in its paper.
 SOFT_SHARE = 0.6
 ARGUMENTS_FILE = "train_arguments.json"
 
@@ -41,8 +43,8 @@ class Run:
     """One model to train and to measure.
 
     Attributes:
-        experiment, task, method, seed: what the JSON is named by.
-        settings: of the method, where they aren't its own defaults.
+        experiment, task, method, seed: name the JSON.
+        settings: of the method, if they are not its defaults.
         label: of the settings, for tables.
     """
 
@@ -55,13 +57,13 @@ class Run:
 
     @property
     def model_name(self) -> str:
-        """Of the trained model's folder: experiments that want the same one share it."""
+        """Name of the trained model's folder, which experiments share."""
         words = [f"{key}-{_short(value)}" for key, value in self.settings.items()]
         return "-".join([self.task, self.method, *words, f"seed{self.seed}"])
 
     @property
     def name(self) -> str:
-        """Of the JSON."""
+        """Name of the JSON."""
         return f"{self.experiment}-{self.model_name}"
 
 
@@ -70,7 +72,7 @@ def _short(value: Any) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, train_rows: int | None = None, holdout: int = 1000) -> None:
-    """What every experiment that trains takes."""
+    """Add the arguments of every experiment that trains."""
     add = parser.add_argument
     add("--model", required=True, help="folder or hub name of the encoder")
     add("--pooling", default="mean", help="what exits read (default: %(default)s)")
@@ -80,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, train_rows: int | None = N
     add("--train-rows", type=int, default=train_rows, help="rows to train on, where there are as many (%(default)s)")
     add("--holdout", type=int, default=holdout, help="train rows that settings are chosen on (default: %(default)s)")
     add("--epochs", type=float, default=3.0, help="of a phase that trains the encoder (default: %(default)s)")
-    add("--frozen-epochs", type=float, default=3.0, help="of a phase that doesn't (default: %(default)s)")
+    add("--frozen-epochs", type=float, default=3.0, help="of a phase that freezes it (default: %(default)s)")
     add("--lr", type=float, default=5e-5, help="peak rate of the encoder (default: %(default)s)")
     add("--head-lr", type=float, default=1e-3, help="peak rate of the exits (default: %(default)s)")
     add("--batch-size", type=int, default=32, help="(default: %(default)s)")
@@ -90,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, train_rows: int | None = N
 
 
 def settings_of(args: argparse.Namespace, method: str, **settings: Any) -> dict[str, Any]:
-    """A method's settings, those of the command line last, without the ones that are its defaults already."""
+    """Return a method's settings without its defaults; those of the command line win."""
     if method == "smartbert":
         settings = {"soft_epochs": round(SOFT_SHARE * args.epochs, 6), **settings}
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -100,7 +102,7 @@ def settings_of(args: argparse.Namespace, method: str, **settings: Any) -> dict[
 
 
 def train_arguments(run: Run, args: argparse.Namespace, train_rows: int) -> list[str]:
-    """The arguments of `earlyexit train` for a run, but for the folder."""
+    """Return the arguments of `earlyexit train` for a run, without the folder."""
     given = [f"{key}={json.dumps(value)}" for key, value in run.settings.items()]
     phases = objective_from(run.method, given).phases
     epochs = [args.epochs if "backbone" in phase.trains else args.frozen_epochs for phase in phases]
@@ -114,10 +116,10 @@ def train_arguments(run: Run, args: argparse.Namespace, train_rows: int) -> list
 
 
 def trained_model(run: Run, args: argparse.Namespace) -> Path:
-    """The folder of a run's model, trained unless it is there.
+    """Return the folder of a run's model, trained unless it exists.
 
     Raises:
-        ValueError: it is there, but trained with other arguments.
+        ValueError: it exists, but was trained with other arguments.
     """
     folder: Path = args.trained / run.model_name
     available = len(load_task(run.task, seed=run.seed).split("train")) - args.holdout
@@ -135,7 +137,7 @@ def trained_model(run: Run, args: argparse.Namespace) -> Path:
 
 
 class Trained:
-    """A trained model with what it takes to run it over a split.
+    """A trained model, its task and its tokenizer.
 
     Args:
         folder: written by `earlyexit train`.
@@ -154,22 +156,22 @@ class Trained:
 
     @property
     def reporting(self) -> Split:
-        """The split to report on."""
+        """Split to report on."""
         return self.task.split(self.task.evaluation)
 
     @property
     def held_out(self) -> Split:
-        """The train rows that settings are chosen on."""
-        return self.recipe.part(self.task)[1]
+        """Train rows that settings are chosen on."""
+        return self.recipe.train_splits(self.task)[1]
 
     def encoded(self, split: Split) -> EncodedSplit:
-        """A split in tokens."""
+        """Return a split in tokens."""
         return encode(split, self.tokenizer, max_length=self.recipe.max_length)
 
     def measure(self, criterion: Criterion | None) -> dict[str, Any]:
-        """Run the model over the reporting split: its scores, layers, and multiply-adds.
+        """Run the model over the reporting split; return its scores, layers, and multiply-adds.
 
-        These count exits and gates, over full depth without any: `macs_share` is 1 for the bare encoder.
+        These count exits and gates; `macs_share` is 1 for the encoder at full depth without any.
         """
         data = self.encoded(self.reporting)
         self.model.set_criterion(criterion)
@@ -188,22 +190,22 @@ class Trained:
 
 
 def swept(folder: Path, args: argparse.Namespace) -> Evaluation:
-    """The sweep that `earlyexit eval` makes of a model."""
+    """Return the sweep of `earlyexit eval`."""
     options = argparse.Namespace(batch_size=args.batch_size, drop=0.0, points=args.points)
     return evaluate(folder, Recipe.load(folder), options)
 
 
-def near_records(model: Trained, points: Iterable[Point], **fields: Any) -> list[dict[str, Any]]:
-    """For each of `SPEED_UPS` the setting nearest to it on the held-out rows, replayed and run on the other split."""
-    found = [(target, nearest(tuple(points), target)) for target in SPEED_UPS]
+def near_records(model: Trained, points: Iterable[Point], **fields: Any) -> list[Record]:
+    """Return the setting nearest to each of `SPEED_UPS` on held-out rows, replayed and run on the other split."""
+    found = [(target, nearest_speed_up(tuple(points), target)) for target in SPEED_UPS]
     return [
         {"kind": "near", "target": target, **fields, **point.to_dict(), "measured": model.measure(point.criterion)}
         for target, point in found
     ]
 
 
-def sweep_records(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Every truncation, and every point of the method's own rule."""
+def sweep_records(evaluation: Evaluation) -> list[Record]:
+    """Return every truncation, and every point of the method's own rule."""
     return [
         record
         for record in evaluation.result.records()
@@ -211,8 +213,8 @@ def sweep_records(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def answer_records(model: Trained) -> list[dict[str, Any]]:
-    """Truncation to every layer where a method's answer isn't one exit's: all exits have a share in DACT's."""
+def answer_records(model: Trained) -> list[Record]:
+    """Return truncation to every layer for methods whose answer combines exits, as DACT's does."""
     data = model.model.objective.answering()
     if data is None or data["name"] not in RULES:
         return []
@@ -227,8 +229,8 @@ def answer_records(model: Trained) -> list[dict[str, Any]]:
     return found
 
 
-def own_rule_records(run: Run, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train a run's model, sweep it, and look at the method's own rule, which skips where it can."""
+def own_rule_records(run: Run, args: argparse.Namespace) -> list[Record]:
+    """Train a run's model, sweep it, and measure the method's own rule, with skips if it has them."""
     folder = trained_model(run, args)
     evaluation, model = swept(folder, args), Trained(folder, args.batch_size)
     points = [p for p in evaluation.result.points[evaluation.rule] if p.criterion.skip_from != NEVER_SKIP]
@@ -236,7 +238,7 @@ def own_rule_records(run: Run, args: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def noted(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments for the JSON: of paths no more than their ends, since the rest is the machine's."""
+    """Return the arguments for the JSON; of paths only their ends, since the rest depends on the machine."""
     kept = {name: value for name, value in vars(args).items() if name not in ("trained", "results")}
     if "model" in kept:
         kept["model"] = Path(kept["model"])
@@ -244,7 +246,7 @@ def noted(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_runs(runs: Iterable[Run], args: argparse.Namespace, records: Any = own_rule_records) -> None:
-    """Make every run that has no JSON yet.
+    """Run every run that has no JSON yet.
 
     Args:
         runs: of one experiment.
@@ -254,13 +256,10 @@ def write_runs(runs: Iterable[Run], args: argparse.Namespace, records: Any = own
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     for run in runs:
-        path = args.results / f"{run.name}.json"
-        if path.exists():
-            print(f"skipped, there already: {path}", flush=True)
-            continue
-        start = time.monotonic()
-        found = records(run, args)
-        recipe = asdict(Recipe.load(args.trained / run.model_name))
-        seconds = round(time.monotonic() - start)
-        written = write_json(path, found, arguments=noted(args), run=asdict(run), recipe=recipe, seconds=seconds)
-        print(f"wrote {written} after {seconds} s", flush=True)
+        harness.write_once(args.results / f"{run.name}.json", partial(_document, run, args, records))
+
+
+def _document(run: Run, args: argparse.Namespace, records: Any) -> tuple[list[Record], Record]:
+    found = records(run, args)
+    recipe = asdict(Recipe.load(args.trained / run.model_name))
+    return found, {"arguments": noted(args), "run": asdict(run), "recipe": recipe}

@@ -1,4 +1,4 @@
-"""SmartBERT on small tasks, where its paper says that entropy alone hardly saves: skips, exits, and both.
+"""SmartBERT on small tasks: skips, exits, and both. Its paper reports that entropy alone saves little there.
 
 Multiply-adds count gates and exits, over full depth without any.
 
@@ -21,14 +21,14 @@ EXPERIMENT = "smartbert"
 
 
 def planned(args: argparse.Namespace) -> Iterator[Run]:
-    """One run for each task and seed."""
+    """Yield one run for each task and seed."""
     for task in args.task:
         for seed in args.seed:
             yield Run(EXPERIMENT, task, "smartbert", runs.settings_of(args, "smartbert"), seed)
 
 
 def records(run: Run, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The most frequent class, full depth, skips alone, exits alone, and both near each speed-up."""
+    """Return records of the most frequent class, full depth, skips alone, exits alone, and both near each speed-up."""
     folder = runs.trained_model(run, args)
     evaluation, model = runs.swept(folder, args), Trained(folder, args.batch_size)
     labels = model.reporting.labels
@@ -44,7 +44,7 @@ def records(run: Run, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Make the runs."""
+    """Run the experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     runs.add_arguments(parser, holdout=150)
     parser.add_argument("--task", nargs="+", default=["rte", "wnli"], help="(default: rte wnli)")

@@ -1,4 +1,4 @@
-"""The README's tables of the experiments on real text, from ``benchmarks/results/accuracy``."""
+"""Tables of the experiments on real text, from ``benchmarks/results/accuracy``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_MEASURED = "Not measured yet."
 
 
 def load(experiment: str, task: str = "*", *, results: Path = RESULTS) -> list[dict[str, Any]]:
-    """The JSON of every run of an experiment, in the order of the methods' table, settings and seeds."""
+    """Return the JSON of every run of an experiment, in the order of methods, settings and seeds."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob(f"{experiment}-{task}-*.json"))]
     return sorted(found, key=lambda document: _place(document["run"]))
 
@@ -27,45 +27,39 @@ def _place(run: dict[str, Any]) -> tuple[int, str, int]:
 
 
 def near(document: dict[str, Any], target: float, **fields: Any) -> dict[str, Any]:
-    """The setting of a run nearest to a speed-up."""
+    """Return the record of the setting nearest to a speed-up."""
     wanted = {"kind": "near", "target": target, **fields}
     return next(r for r in document["records"] if wanted.items() <= r.items())
 
 
 def metric_of(document: dict[str, Any]) -> str:
-    """The metric that decides."""
+    """Return the metric that settings are chosen by."""
     return next(iter(document["recipe"]["scores"][0]))
 
 
 def truncation(document: dict[str, Any], layer: int) -> float:
-    """Score on the reporting split of the model cut to its first layers, answering as its method does."""
+    """Return the score on the reporting split of the model cut to its first layers, answering as its method does."""
     by_kind = {r["kind"]: r["reporting"] for r in document["records"] if r.get("layer") == layer}
     return by_kind.get("answer_truncation", by_kind["static_truncation"])[metric_of(document)]
 
 
 def methods(task: str, *, experiment: str = "methods", results: Path = RESULTS) -> str:
-    """Each method's own rule at each speed-up, beside truncation to the nearest whole layer."""
+    """Each method's own rule: the chosen setting, and the settings near each speed-up beside truncation."""
     documents = load(experiment, task, results=results)
     if not documents:
         return NOT_MEASURED
-    header = ["method", "rule", "full depth"]
-    for target in SPEED_UPS:
-        header += [f"about {target:g}x", "random exit", "truncated"]
-    table = markdown_table(header, [_row(document) for document in documents])
+    table = markdown_table(("method", "rule", *_COLUMNS), [_row(document) for document in documents])
     bounds = [_bound_alone(document) for document in documents if document["run"]["method"] == "dact"]
     return "\n\n".join([table, *([f"DACT by its paper's bound alone: {'; '.join(bounds)}."] if bounds else [])])
 
 
 def lambda_ablation(*, results: Path = RESULTS) -> str:
-    """PALBERT's Lambda layers."""
+    """PALBERT's Lambda layers, by what they read and their depth."""
     documents = load("lambda_ablation", results=results)
     if not documents:
         return NOT_MEASURED
-    header = ["Lambda reads", "hidden layers", "full depth"]
-    for target in SPEED_UPS:
-        header += [f"about {target:g}x", "random exit", "truncated"]
     rows = [(*_label(document).split(", ", 1), *_row(document)[2:]) for document in documents]
-    return markdown_table(header, rows)
+    return markdown_table(("Lambda reads", "hidden layers", *_COLUMNS), rows)
 
 
 def smartbert(*, results: Path = RESULTS) -> str:
@@ -107,7 +101,7 @@ def _label(document: dict[str, Any]) -> str:
 
 
 def _bound_alone(document: dict[str, Any]) -> str:
-    """What DACT's guarantee gives without an epsilon: the speed that was trained for."""
+    """DACT's own bound without an epsilon: the speed that it was trained for."""
     rule = Dact().to_dict()
     points = (r for r in document["records"] if r["kind"] == "point" and r["criterion"] == rule)
     reporting = next(points)["reporting"]
@@ -115,9 +109,23 @@ def _bound_alone(document: dict[str, Any]) -> str:
     return f"{_label(document)}, {score:.3f} ({reporting['layer_speed_up']:.2f}x)"
 
 
+#: Columns after the first two: the chosen setting's score and mean layers, and for each speed-up score and layer
+#: speed-up, multiply-adds over full depth, random exits of the same mix, and truncation to the nearest whole layer.
+_COLUMNS = ["full depth", "chosen (layers)"]
+for _target in SPEED_UPS:
+    _COLUMNS += [f"about {_target:g}x", "multiply-adds", "random exit", "truncated"]
+
+
+def _chosen(document: dict[str, Any]) -> str:
+    """Score and mean layers run of the setting chosen on held-out train rows, if any lost no score there."""
+    metric, depth = metric_of(document), len(document["recipe"]["scores"])
+    chosen = [r["reporting"] for r in document["records"] if r["kind"] == "point" and r["chosen"]]
+    return f"{chosen[0]['scores'][metric]:.3f} ({chosen[0]['mean_layers_run']:.2f} of {depth})" if chosen else ""
+
+
 def _row(document: dict[str, Any]) -> Sequence[str]:
     metric, depth = metric_of(document), len(document["recipe"]["scores"])
-    cells = [f"{truncation(document, depth):.3f}"]
+    cells = [f"{truncation(document, depth):.3f}", _chosen(document)]
     for target in SPEED_UPS:
         record = near(document, target)
         reporting = record["reporting"]
@@ -125,6 +133,7 @@ def _row(document: dict[str, Any]) -> Sequence[str]:
         random, speed = reporting["random_exit"], reporting["layer_speed_up"]
         cells += [
             f"{reporting['scores'][metric]:.3f} ({'all skipped' if speed is None else f'{speed:.2f}x'})",
+            f"{record['measured']['macs_share']:.2f}",
             "" if random is None else f"{random:.3f}",
             f"{truncation(document, layer):.3f} ({layer} of {depth})",
         ]

@@ -1,8 +1,8 @@
-"""What a compaction costs in units of a layer's arithmetic: the two constants of the engine's rule.
+"""Cost of a compaction in units of a layer's arithmetic: the two constants of the eager engine's rule.
 
 For batches of several sizes it times one layer on all tokens and one compaction that drops a single row (so that nearly
 all tokens move), and fits ``compaction = fixed + moved values * per_value``, in multiply-adds at the layer's own speed.
-Run with ``python -m benchmarks.end_to_end.compaction_cost``.
+Run with ``python -m benchmarks.run --suite compaction_cost``.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
+from benchmarks.harness import Record
 from earlyexit_kernels.engine import eager
-from earlyexit_kernels.engine.packing import PackedBatch, pack, plan_attention, shrink
+from earlyexit_kernels.engine.packing import PackedBatch, compact_batch, pack, plan_attention
 from earlyexit_kernels.tuning.timing import interleave
 
 SUITE = "compaction_cost"
@@ -30,23 +30,22 @@ def _ragged(rows: int, length: int) -> PackedBatch:
     return pack(torch.ones(rows, length, dtype=torch.long), (torch.arange(length) < lengths[:, None]).long())
 
 
-def measure(width: int, rows: int, length: int, repeats: int = 15) -> dict[str, Any]:
-    """Time one layer and one compaction of a ragged batch; the compaction also in multiply-adds of the layer."""
-    stock = BertForSequenceClassification(
-        BertConfig(hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width, num_hidden_layers=1)
+def measure(width: int, rows: int, length: int, repeats: int = 15) -> Record:
+    """Time one layer and one compaction of a ragged batch."""
+    config = BertConfig(
+        hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width, num_hidden_layers=1
     )
-    model = ee.to_early_exit(stock.eval(), pooling="first")
-    layer, macs = model.inference_layers()[0], 12 * width * width
+    model = ee.to_early_exit(BertForSequenceClassification(config).eval(), pooling="first")
+    layer, macs = model.execution.encoder_layers(model.view())[0], 12 * width * width
     batch = _ragged(rows, length)
     tokens = int(batch.offsets[-1])
-    hidden = torch.randn(1, tokens, width)
-    plan = plan_attention(batch)
+    hidden, plan = torch.randn(1, tokens, width), plan_attention(batch)
     left = dataclasses.replace(batch, tokens=None, row_ids=batch.row_ids.clone())
     left.row_ids[0] = -1
     kept = tokens - batch.lengths[0]
 
     def compaction() -> None:
-        smaller, _, _ = shrink(left, hidden, rows - 1, kept, "auto")
+        smaller, _, _ = compact_batch(left, hidden, rows - 1, kept, "auto")
         plan_attention(smaller)
 
     times = interleave({"layer": lambda: layer(hidden, None, plan=plan), "compaction": compaction}, repeats=repeats)
@@ -61,18 +60,17 @@ def measure(width: int, rows: int, length: int, repeats: int = 15) -> dict[str, 
     }
 
 
-def records() -> Iterator[dict[str, Any]]:
-    """All shapes, then one record with the fit."""
-    torch.set_flush_denormal(True)
-    rows = []
+def records(repeats: int) -> Iterator[Record]:
+    """Yield a record for each shape, then one with the fit; rounds do not depend on `repeats`."""
     with torch.inference_mode():
+        rows = []
         for width in (384, 768):
             for shape in SHAPES:
                 rows.append(measure(width, *shape))
                 yield rows[-1]
     moved = np.array([[1.0, row["moved_values"]] for row in rows])
     cost = np.array([row["compaction_macs"] for row in rows], dtype=np.float64)
-    # relative errors count alike for small and large batches
+    # the fit minimises relative errors, so that small batches count as much as large ones
     fixed, per_value = np.linalg.lstsq(moved / cost[:, None], np.ones(len(rows)), rcond=None)[0]
     yield {
         "suite": SUITE,
@@ -82,8 +80,3 @@ def records() -> Iterator[dict[str, Any]]:
         "macs_per_compaction_in_use": eager.MACS_PER_COMPACTION,
         "macs_per_moved_value_in_use": eager.MACS_PER_MOVED_VALUE,
     }
-
-
-if __name__ == "__main__":
-    for record in records():
-        print(record)

@@ -1,15 +1,15 @@
-"""Our side: converted models, by the way their layers are run and by the back-end of the ops."""
+"""Our engines: converted models, by how their layers run and by the back-end of the ops."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
 
-from torch import Tensor
-
-from benchmarks.end_to_end.models import Model, NotMeasuredError, Subject
+from benchmarks.end_to_end.models import Model, Subject
+from benchmarks.machine import NotMeasuredError
+from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.resident import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.types import ExitOutput
 
@@ -22,20 +22,21 @@ def _eager(model: Model, layers: str) -> None:
 
 
 def _graph(model: Model) -> None:
-    """Graphs or nothing: what would run eagerly without one isn't timed under its name."""
+    """Set the graph engine without its fall-back: eager runs are not timed under its name."""
     model.set_engine("graph")
-    answered = model.from_graph
+    execution = model.execution
+    run_graph = execution.run_graph
 
-    def or_nothing(ids: Tensor, *others: Tensor | None, **how: Any) -> ExitOutput:
-        out = answered(ids, *others, **how)
+    def or_raise(view: ModelView, inputs: Inputs) -> ExitOutput:
+        out = run_graph(view, inputs)
         if out is None:
-            raise NotMeasuredError("; ".join(sorted(model._said_of_engine)))
+            raise NotMeasuredError("; ".join(sorted(execution.logged)))
         return out
 
-    model.from_graph = or_nothing
+    execution.run_graph = or_raise
 
 
-#: Engine -> how a converted model is told to use it.
+#: Engine -> function that sets it on a converted model.
 ENGINES: dict[str, Callable[[Model], None]] = {
     FAMILY_LAYERS: functools.partial(_eager, layers="family"),
     FUSED_LAYERS: functools.partial(_eager, layers="fused"),
@@ -45,16 +46,16 @@ ENGINES: dict[str, Callable[[Model], None]] = {
 
 @functools.cache
 def engine_model(subject: Subject, engine: str, backend: str = "auto", *, family: bool = False) -> Model:
-    """The early-exit model of a subject under an engine and a back-end, a module of its own on the same parameters.
+    """Return a subject's early-exit model under an engine and a back-end: its own module on the shared parameters.
 
     Args:
-        subject: whose.
+        subject: the model.
         engine: a name of `ENGINES`.
         backend: of the ops.
-        family: with exits whose last one is the plain model's head.
+        family: with the family's own exits, the last of which is the plain model's head.
 
     Raises:
-        NotMeasuredError: the back-end or the layers can't run here.
+        NotMeasuredError: the back-end or the layers cannot run here.
     """
     source = subject.family if family else subject.model
     model = copy.deepcopy(source, {id(x): x for x in [*source.parameters(), *source.buffers()]})

@@ -1,28 +1,30 @@
-"""Who leaves where: exits forced by thresholds, with real exits and real decisions, and a trained model's own exits."""
+"""Mixes of exits: forced by thresholds, with real exits and real decisions, or a trained model's own."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import earlyexit_kernels as ee
-from benchmarks.end_to_end.models import MODEL_VARIABLE, NotMeasuredError
+from benchmarks.end_to_end.models import MODEL_VARIABLE
+from benchmarks.machine import NotMeasuredError
 from earlyexit_kernels.criteria import Criterion, Entropy
 
-#: Every layer on every row and only the last exit; every exit and decision, and nobody leaves; the same with the
-#: family's own heads, which have a dense layer; the trained model's own exits.
+#: All layers and only the last exit; all exits and decisions, and no row leaves; the same with the family's own exits,
+#: which have a dense layer; a trained model's own exits.
 FULL, NEVER, FAMILY, OWN = "full depth", "never exit", "never exit, family heads", "own exits"
-#: How many times fewer layers the trained model's own exits are set to run.
+#: Layer speed-up that the trained model's own exits are set to.
 OWN_SPEED_UP = 1.9
 
 
 def long_tail(rows: int, depth: int, share: float) -> list[int]:
-    """Exit layer of each row, sorted, where the same part of the rows still there leaves at every layer.
+    """Return each row's exit layer, sorted: at every layer the same fraction of the live rows leaves.
 
-    About `share` of all layer-rows run; the last rows run on almost alone.
+    About `share` of all layer-rows run; the last rows run almost alone.
     """
 
     def exits(rate: float) -> list[int]:
@@ -37,7 +39,7 @@ def long_tail(rows: int, depth: int, share: float) -> list[int]:
 
 
 def uniform(rows: int, depth: int, share: float) -> list[int]:
-    """Exit layer of each row, sorted, where as many rows leave at every layer from the first to a last one.
+    """Return each row's exit layer, sorted: equally many rows leave at every layer up to a last one.
 
     About `share` of all layer-rows run, at most about half.
     """
@@ -46,48 +48,36 @@ def uniform(rows: int, depth: int, share: float) -> list[int]:
 
 
 def together(rows: int, depth: int, share: float) -> list[int]:
-    """Exit layer of each row where all leave after `share` of the layers."""
+    """Return the exit layer of each row if all leave after `share` of the layers."""
     return [max(1, round(share * depth))] * rows
 
 
-def one_stays(rows: int, depth: int) -> list[int]:
-    """Exit layer of each row, sorted, where all leave at the first layer but one, which runs to the end."""
-    return [1] * (rows - 1) + [depth]
-
-
-_Schedule = Callable[[int, int], list[int]]
-
-
-def _shared(schedule: Callable[[int, int, float], list[int]], share: float) -> _Schedule:
-    return lambda rows, depth: schedule(rows, depth, share)
-
-
-#: Mix -> exit layer of each of some rows of a model of some depth.
-MIXES: dict[str, _Schedule] = {
+#: Mix -> ``(rows, depth) -> exit layer of each row``.
+MIXES: dict[str, Callable[[int, int], list[int]]] = {
     **dict.fromkeys((NEVER, FAMILY), lambda rows, depth: [depth] * rows),
     "all at layer 1": lambda rows, depth: [1] * rows,
-    **{f"all at {share} %": _shared(together, share / 100) for share in (25, 50, 75)},
-    **{f"uniform, {share} %": _shared(uniform, share / 100) for share in (50, 39, 23, 18)},
-    **{f"long tail, {share} %": _shared(long_tail, share / 100) for share in (39, 23, 18)},
-    "one row stays": one_stays,
+    **{f"all at {share} %": partial(together, share=share / 100) for share in (25, 50, 75)},
+    **{f"uniform, {share} %": partial(uniform, share=share / 100) for share in (50, 39, 23, 18)},
+    **{f"long tail, {share} %": partial(long_tail, share=share / 100) for share in (39, 23, 18)},
+    "one row stays": lambda rows, depth: [1] * (rows - 1) + [depth],
 }
 
 
-def per_exit_entropy(logits: Tensor) -> Tensor:
-    """Entropy ``[N, L]`` in nats of the exits' logits ``[N, L, C]``."""
+def entropy_per_exit(logits: Tensor) -> Tensor:
+    """Return the entropy ``[N, L]`` in nats of the exits' logits ``[N, L, C]``."""
     return torch.special.entr(logits.double().softmax(-1)).sum(-1)
 
 
 def rule_for(exits: str, trace: ee.ExitTrace, *, trained: bool) -> Criterion | None:
-    """The rule under which the rows of a trace leave as a name says.
+    """Return the criterion under which the rows of a trace leave as a mix says.
 
     Args:
         exits: `FULL`, `OWN` or a name of `MIXES`.
         trace: of all rows that will run.
-        trained: whether the model's own exits mean anything.
+        trained: whether the model is trained; only then it has exits of its own.
 
     Raises:
-        NotMeasuredError: the model's own exits, of random weights.
+        NotMeasuredError: `OWN` of a model with random weights.
     """
     if exits == FULL:
         return None
@@ -102,11 +92,11 @@ def rule_for(exits: str, trace: ee.ExitTrace, *, trained: bool) -> Criterion | N
 
 
 def forced_rule(trace: ee.ExitTrace, schedule: list[int]) -> Entropy:
-    """Entropy thresholds, one for each exit, under which as many rows leave at every exit as a schedule says.
+    """Return entropy thresholds, one per exit, under which as many rows leave at every exit as in a schedule.
 
-    Each lies between the entropies of the rows that are to leave and of those that stay.
+    Each lies between the entropies of the rows that leave and of those that stay.
     """
-    entropy = per_exit_entropy(trace.logits)
+    entropy = entropy_per_exit(trace.logits)
     rows, depth = entropy.shape
     live = torch.arange(rows, device=entropy.device)
     thresholds = []
@@ -123,8 +113,8 @@ def forced_rule(trace: ee.ExitTrace, schedule: list[int]) -> Entropy:
 
 
 def own_rule(trace: ee.ExitTrace, speed_up: float) -> Entropy:
-    """One entropy threshold for all exits, between two scores, under which about `speed_up` times fewer layers run."""
-    scores = per_exit_entropy(trace.logits[:, :-1]).unique()
+    """Return one entropy threshold for all exits, between two scores, that runs about `speed_up` times fewer layers."""
+    scores = entropy_per_exit(trace.logits[:, :-1]).unique()
     between = ((scores[1:] + scores[:-1]) / 2).tolist()
 
     def mean_layer(threshold: float) -> float:

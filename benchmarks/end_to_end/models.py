@@ -1,7 +1,7 @@
 """The models that are timed: a plain Hugging Face classifier, and the same encoder with exits.
 
-BERT-base's shape has random weights. MiniLM's shape has them too, unless the variable EARLYEXIT_MODEL names a folder of
-``earlyexit train``; its plain model is then the plain encoder under the trained last exit.
+BERT-base has random weights. MiniLM (H 384, 6 layers) has random weights too, unless EARLYEXIT_MODEL names a folder
+written by ``earlyexit train``; its plain model is then the plain encoder with the trained last exit.
 """
 
 from __future__ import annotations
@@ -20,30 +20,27 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceCl
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import earlyexit_kernels as ee
+from benchmarks.machine import DTYPES, NotMeasuredError, device, runs_natively
 
 MODEL_VARIABLE = "EARLYEXIT_MODEL"
 CLASSES = 3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Model: TypeAlias = ee.EarlyExitForSequenceClassification
-
-
-class NotMeasuredError(Exception):
-    """Something can't be timed on this machine; the message says why, and goes into the record."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One shape of model in one dtype.
+    """One model in one dtype.
 
     Attributes:
-        name, weights: in words.
+        name: e.g. ``"BERT-base"``.
+        weights: ``"random"`` or ``"trained"``.
         dtype: a name of `DTYPES`.
         plain: the plain classifier, ``(input_ids, attention_mask) -> .logits``.
         encoder: the plain encoder inside it.
-        model: the same encoder with an exit after every layer, each a linear on the pooled state.
-        family: the same encoder with exits whose last one is the plain model's head.
+        model: the same encoder with a linear exit on the pooled state after every layer.
+        family: the same encoder with the family's own exits; the last one is the plain model's head.
         tokenizer: of the trained model, or None.
-        origin: the float32 one that this one is a copy of.
+        origin: the float32 subject that this one was cast from, or None.
     """
 
     name: str
@@ -58,31 +55,21 @@ class Subject:
 
     @property
     def depth(self) -> int:
-        """L."""
+        """Number of layers L."""
         return self.model.depth
 
     @property
-    def trained(self) -> bool:
-        """Whether its exits mean anything."""
-        return self.weights == "trained"
-
-    @property
     def vocabulary(self) -> int:
-        """Ids there are."""
+        """Number of token ids."""
         return int(self.encoder.config.vocab_size)
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """The plain model's answers ``[N, C]``, float32."""
+        """Return the plain model's logits ``[N, C]`` in float32."""
         return self.plain(**batch).logits.float()
 
 
-def device() -> str:
-    """Where everything runs."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def random_subject(name: str, **sizes: Any) -> Subject:
-    """A BERT of some sizes with random weights and sdpa attention; its exits read each row's first token."""
+    """Return a BERT with random weights and sdpa attention; its exits read each row's first token."""
     torch.manual_seed(0)
     config = BertConfig(num_labels=CLASSES, **sizes)
     config._attn_implementation = "sdpa"
@@ -92,10 +79,10 @@ def random_subject(name: str, **sizes: Any) -> Subject:
 
 
 def trained_subject(name: str, folder: str) -> Subject:
-    """A model that ``earlyexit train`` wrote, beside the plain encoder under its last exit.
+    """Return a model written by ``earlyexit train``, beside the plain encoder with its last exit.
 
     Raises:
-        NotMeasuredError: its exits aren't plain linears, so that the baselines can't compute them.
+        NotMeasuredError: its exits are not plain linears, so the baselines cannot compute them.
     """
     model = Model.from_pretrained(folder, local_files_only=True).eval().to(device())
     if model.heads.config.pooling is None or model.heads.config.form != "linear":
@@ -105,13 +92,13 @@ def trained_subject(name: str, folder: str) -> Subject:
     encoder = AutoModel.from_config(config)
     encoder.pooler = None
     encoder.load_state_dict(model.backbone.state_dict())
-    plain = UnderExit(encoder, model.heads, model.depth).eval().to(device())
+    plain = EncoderWithExit(encoder, model.heads, model.depth).eval().to(device())
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return Subject(name, "trained", "float32", plain, plain.encoder, model, model, tokenizer)
 
 
 def minilm() -> Subject:
-    """The shape of MiniLM-L6-H384, trained where a folder is given."""
+    """Return MiniLM-L6-H384, trained if a folder is named."""
     folder = os.environ.get(MODEL_VARIABLE)
     if folder:
         return trained_subject("MiniLM", folder)
@@ -124,49 +111,41 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {"BERT-base": lambda: random_subjec
 
 @functools.cache
 def subject(name: str, dtype: str = "float32") -> Subject:
-    """A model of `SUBJECTS`, built once.
+    """Return a model of `SUBJECTS`, built once.
 
     Raises:
-        NotMeasuredError: this machine has no arithmetic of its own for the dtype.
+        NotMeasuredError: this machine does not compute in the dtype.
     """
     if not runs_natively(dtype):
         raise NotMeasuredError(f"this processor has no {dtype} arithmetic of its own")
-    # whoever asks: weights made in inference mode count no writes, which the engines look at, and compile otherwise
+    # weights made in inference mode have no version counter, which the engines read, and compile differently
     with torch.inference_mode(False):
-        return SUBJECTS[name]() if dtype == "float32" else narrowed(subject(name), dtype)
+        return SUBJECTS[name]() if dtype == "float32" else cast(subject(name), dtype)
 
 
-def runs_natively(dtype: str) -> bool:
-    """Whether a dtype is computed in and not emulated here."""
-    if dtype == "float32" or device() == "cuda":
-        return True
-    ops = torch.ops.mkldnn
-    return bool(ops._is_mkldnn_bf16_supported() if dtype == "bfloat16" else ops._is_mkldnn_fp16_supported())
-
-
-def narrowed(origin: Subject, dtype: str) -> Subject:
-    """A copy in another dtype; its parts share their parameters as those of the original do."""
+def cast(origin: Subject, dtype: str) -> Subject:
+    """Return a copy in another dtype; its parts share parameters as those of the original do."""
     parts = copy.deepcopy({name: getattr(origin, name) for name in ("plain", "encoder", "model", "family")})
     for part in parts.values():
         part.to(DTYPES[dtype])
     return replace(origin, dtype=dtype, origin=origin, **parts)
 
 
-class UnderExit(nn.Module):
-    """A plain encoder, answered by one exit of an early-exit model."""
+class EncoderWithExit(nn.Module):
+    """A plain encoder answered by one exit of an early-exit model."""
 
     def __init__(self, encoder: nn.Module, heads: nn.Module, layer: int) -> None:
         super().__init__()
         self.encoder, self.heads, self.layer = encoder, heads, layer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
-        """Padded rows ``[N, S]``; logits ``[N, C]``."""
+        """Return logits ``[N, C]`` of padded rows ``[N, S]``."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return SequenceClassifierOutput(logits=exit_logits(self.heads, self.layer, hidden, attention_mask))
 
 
 def exit_logits(heads: Any, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-    """The linear exit after 1-based `layer` as one writes it on padded rows, float32.
+    """Return the float32 logits of the linear exit after 1-based `layer`, in plain torch on padded rows.
 
     Args:
         hidden: ``[N, S, H]``.

@@ -1,7 +1,7 @@
 """Other runtimes at full depth, from the same weights: ONNX Runtime and OpenVINO, with torch's number of threads.
 
-They come with the extra ``peers``. One ONNX file for each model is written to a temporary folder, with free batch size
-and length; both read it. OpenVINO would take bfloat16 by itself where the processor has it, so it is told which.
+They come with the extra ``peers``. Each model is exported once to an ONNX file in a temporary folder, with free batch
+size and length; both runtimes read it. OpenVINO's precision is set, since it chooses bfloat16 by itself if it can.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.end_to_end.models import NotMeasuredError, Subject, device
+from benchmarks.end_to_end.models import Subject
+from benchmarks.machine import NotMeasuredError, device
 
 NAMES = ("input_ids", "attention_mask")
 OPENVINO_PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 
 
 def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
-    """The plain model in ONNX Runtime.
+    """Return the plain model in ONNX Runtime.
 
     Raises:
-        NotMeasuredError: it isn't installed, or has no such arithmetic on the CPU.
+        NotMeasuredError: it is not installed, or does not compute in the dtype on the CPU.
     """
     _check_installed("onnxruntime", "onnx", "onnxscript")
     if subject.dtype != "float32":
@@ -37,11 +38,11 @@ def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # its threads must not spin on while others are timed
+    # its threads must not spin while others are timed
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = onnxruntime.InferenceSession(exported(subject), options, providers=["CPUExecutionProvider"])
-    # the first session of a process clears the flag of the thread that makes it
+    # the first session of a process clears this flag of its thread
     torch.set_flush_denormal(True)
 
     def answer(batch: dict[str, Tensor]) -> tuple[Tensor, None]:
@@ -51,10 +52,10 @@ def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor
 
 
 def openvino(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
-    """The plain model in OpenVINO.
+    """Return the plain model in OpenVINO.
 
     Raises:
-        NotMeasuredError: it isn't installed.
+        NotMeasuredError: it is not installed.
     """
     _check_installed("openvino", "onnx", "onnxscript")
     import openvino as ov
@@ -82,7 +83,7 @@ def _check_installed(*packages: str) -> None:
 
 
 def exported(subject: Subject) -> str:
-    """Path of an ONNX file with the plain model's float32 weights, written once."""
+    """Return the path of an ONNX file with the plain model's float32 weights, written once."""
     return str(_folder(subject.origin or subject) / "model.onnx")
 
 
@@ -90,7 +91,7 @@ def exported(subject: Subject) -> str:
 def _folder(subject: Subject) -> Path:
     folder = tempfile.TemporaryDirectory(prefix="earlyexit-peers-")
     _FOLDERS.append(folder)  # removed when the process ends
-    # two rows, one of them padded: an export from full rows would leave the mask out
+    # one of the two rows is padded: an export from full rows would drop the mask
     ids = torch.randint(1, subject.vocabulary, (2, 16))
     mask = (torch.arange(16) < torch.tensor([[16], [10]])).long()
     free = {0: torch.export.Dim("rows", min=1, max=4096), 1: torch.export.Dim("length", min=2, max=512)}

@@ -1,9 +1,9 @@
-"""Rows that arrive by chance: p50, p90 and p99 of the time from arrival to answer.
+"""Rows that arrive at random: p50, p90 and p99 of the time from arrival to answer.
 
-Arrivals are a seeded Poisson process, at rates relative to what the plain model can do when it always has a full batch.
-One server takes what has arrived, oldest first, up to a largest batch, pads it and answers it; when nothing waits, the
-clock moves on to the next arrival. Time spent answering is measured, time spent waiting is computed, so idling costs
-nothing. Contenders take turns, a session each.
+Arrivals are a seeded Poisson process, at rates relative to the plain model's throughput on full batches. One server
+takes the rows that have arrived, oldest first, up to a largest batch, pads and answers them; if none waits, the clock
+moves to the next arrival. Time spent answering is measured, time spent waiting is computed. Variants take turns, one
+session each.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end import models
 from benchmarks.end_to_end.baselines import PLAIN, Answering
-from benchmarks.end_to_end.contenders import Case, Contender, Said
 from benchmarks.end_to_end.forced import FULL, NEVER, OWN
-from benchmarks.end_to_end.measure import REST, entered, head, standing
-from benchmarks.end_to_end.single_stream import RUNTIMES
+from benchmarks.end_to_end.measure import REST, answer_fields, header, prepared
+from benchmarks.end_to_end.suites import HALF, RUNTIMES
+from benchmarks.end_to_end.variants import Case
 from benchmarks.end_to_end.workloads import Sst2, Workload, padded
-from earlyexit_kernels.tuning.timing import paired_ratio, quantiles
+from benchmarks.harness import Implementation, Record, Variant, ratio_fields, time_fields
+from benchmarks.machine import synchronize
+from earlyexit_kernels.tuning.timing import quantiles
 
 Stopwatch: TypeAlias = Callable[[Callable[[], Any]], float]
 SUITE = "server"
 LARGEST = 16
-#: Arrivals a second, over the rows a second of the plain model.
+#: Arrivals per second, over the rows per second of the plain model.
 RATES = (0.4, 0.8, 1.2)
 SESSIONS = 2
-CASES = (Case("MiniLM", Sst2(LARGEST, 8), (NEVER, OWN, "uniform, 50 %"), RUNTIMES),)
+CASES = (Case("MiniLM", Sst2(LARGEST, 8), (NEVER, OWN, HALF), RUNTIMES),)
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Seconds at which rows arrive, a Poisson process of `rate` a second."""
+    """Return the seconds at which rows arrive, a Poisson process of `rate` per second."""
     draw, now, times = random.Random(seed).expovariate, 0.0, []
     for _ in range(count):
         now += draw(rate)
@@ -45,25 +46,24 @@ def arrivals(rate: float, count: int, seed: int) -> list[float]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Wall-clock of a call."""
+    """Return the wall-clock time of a call."""
     start = time.perf_counter()
     call()
-    if models.device() == "cuda":
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
 def serve(
     answer: Answering, queries: Sequence[Tensor], arrived: Sequence[float], largest: int, stopwatch: Stopwatch
 ) -> list[float]:
-    """Answer rows in the order of their arrival, and return the seconds each took from arrival to answer.
+    """Answer rows in the order of their arrival; return the seconds from arrival to answer of each.
 
     Args:
-        answer: of a batch.
+        answer: answers a batch.
         queries: token ids ``[S]`` of each row.
         arrived: seconds, ascending.
         largest: rows of a batch.
-        stopwatch: calls, and returns the seconds that took.
+        stopwatch: makes a call and returns the seconds that it took.
     """
     now, served, latencies = 0.0, 0, []
     while served < len(arrived):
@@ -77,64 +77,58 @@ def serve(
     return latencies
 
 
-def records(repeats: int) -> Iterator[dict[str, Any]]:
-    """All cases at all rates; a record for each contender."""
+def records(repeats: int) -> Iterator[Record]:
+    """Yield the records of all cases at all rates."""
     torch.set_flush_denormal(True)
     with torch.inference_mode():
         for case in CASES:
             yield from case_records(case, min(SESSIONS, repeats))
 
 
-def case_records(case: Case, sessions: int, stopwatch: Stopwatch = seconds) -> Iterator[dict[str, Any]]:
-    """One case at all rates."""
-    entry = entered(SUITE, case)
-    yield from entry.left_out
-    plain = Said(PLAIN, "", "float32", FULL)
-    if entry.work is None or plain not in entry.contenders:
+def case_records(case: Case, sessions: int, stopwatch: Stopwatch = seconds) -> Iterator[Record]:
+    """Yield the records of one case at all rates."""
+    # the "call" of a variant is its answer to one batch: a session decides which rows share one
+    work, found, skipped = prepared(SUITE, case, lambda work, answer: answer)
+    yield from skipped
+    plain = Variant(PLAIN, "", "float32", FULL)
+    if work is None or plain not in found.ready:
         return
-    queries = [ids[mask.bool()] for b in entry.work.batches for ids, mask in zip(*b.values(), strict=True)]
-    capacity = _capacity(entry.contenders[plain], entry.work, stopwatch)
+    queries = [ids[mask.bool()] for b in work.batches for ids, mask in zip(*b.values(), strict=True)]
+    capacity = _capacity(found.ready[plain].call, work, stopwatch)
     for rate in RATES:
         arrived = [arrivals(rate * capacity, len(queries), seed) for seed in range(sessions)]
-        found = _sessions(entry.contenders, queries, arrived, stopwatch)
-        for said in found:
+        times = _sessions(found.ready, queries, arrived, stopwatch)
+        for variant, own in times.items():
             fields = {"rate": rate, "rows_per_second": round(rate * capacity, 2), "largest_batch": LARGEST}
-            record = head(SUITE, case, said, "" if said == plain else PLAIN) | standing(case, entry, said) | fields
-            compared = {} if said == plain else _compared(found[said], found[plain])
-            yield record | {"sessions": sessions} | _numbers(found[said]) | compared
+            record = header(SUITE, case, variant, "" if variant == plain else PLAIN)
+            record |= answer_fields(case, found, variant) | fields
+            record |= time_fields([1000 * second for session in own for second in session]) | {"sessions": sessions}
+            yield record | ({} if variant == plain else ratio_fields(*map(_medians, (own, times[plain]))))
 
 
-def _capacity(plain: Contender, work: Workload, stopwatch: Stopwatch) -> float:
-    """Rows a second of the plain model on full batches."""
-    passes = [sum(stopwatch(partial(plain.answer, batch)) for batch in work.batches) for _ in range(3)]
+def _capacity(answer: Answering, work: Workload, stopwatch: Stopwatch) -> float:
+    """Return the rows per second of the plain model on full batches."""
+    passes = [sum(stopwatch(partial(answer, batch)) for batch in work.batches) for _ in range(3)]
     return work.rows / sorted(passes)[1]
 
 
 def _sessions(
-    contenders: Mapping[Said, Contender],
+    ready: Mapping[Variant, Implementation],
     queries: Sequence[Tensor],
     arrived: Sequence[Sequence[float]],
     stopwatch: Stopwatch,
-) -> dict[Said, list[list[float]]]:
-    """Seconds of every row, by contender and session; in a session all meet the same arrivals."""
-    found: dict[Said, list[list[float]]] = {said: [] for said in contenders}
-    order, shuffle = list(contenders), random.Random(0).shuffle
+) -> dict[Variant, list[list[float]]]:
+    """Return the seconds of every row, by variant and session; in a session all variants have the same arrivals."""
+    found: dict[Variant, list[list[float]]] = {variant: [] for variant in ready}
+    order, shuffle = list(ready), random.Random(0).shuffle
     for times in arrived:
         shuffle(order)
-        for said in order:
-            contenders[said].ready()
+        for variant in order:
+            ready[variant].prepare()
             time.sleep(REST)
-            found[said].append(serve(contenders[said].answer, queries, times, LARGEST, stopwatch))
+            found[variant].append(serve(ready[variant].call, queries, times, LARGEST, stopwatch))
     return found
 
 
-def _numbers(sessions: Sequence[Sequence[float]]) -> dict[str, float]:
-    everything = [second for session in sessions for second in session]
-    values = quantiles(everything, (0.5, 0.9, 0.99))
-    return {name: round(1000 * x, 3) for name, x in zip(("median_ms", "p90_ms", "p99_ms"), values, strict=True)}
-
-
-def _compared(sessions: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Median latencies of the sessions over the plain model's."""
-    middle, baseline = ([quantiles(session, (0.5,))[0] for session in x] for x in (sessions, plain))
-    return paired_ratio(middle, baseline).fields()
+def _medians(sessions: Sequence[Sequence[float]]) -> list[float]:
+    return [quantiles(session, (0.5,))[0] for session in sessions]

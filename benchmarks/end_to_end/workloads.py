@@ -1,36 +1,33 @@
-"""The batches that are timed: rows of one length, and SST-2's natural mix of lengths."""
+"""The batches that are timed: rows of one length, generated ragged rows, and SST-2's natural lengths."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.end_to_end.models import NotMeasuredError, Subject, device
-from earlyexit_kernels.tasks.load import load_task
-from earlyexit_kernels.tasks.sources import DATA_VARIABLE
+from benchmarks.end_to_end.models import Subject
+from benchmarks.machine import NotMeasuredError, device
+
+Batch = dict[str, Tensor]
+DATA_VARIABLE = "EARLYEXIT_DATA"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Batches to answer one after the other.
-
-    Attributes:
-        name: in words.
-        batches: ``input_ids`` and ``attention_mask`` ``[N, S]`` each, padded on the right.
-    """
+    """Batches to answer one after the other: ``input_ids`` and ``attention_mask`` ``[N, S]``, padded on the right."""
 
     name: str
-    batches: tuple[dict[str, Tensor], ...]
+    batches: tuple[Batch, ...]
 
     @property
     def rows(self) -> int:
-        """Rows of all batches."""
+        """Number of rows of all batches."""
         return sum(batch["input_ids"].shape[0] for batch in self.batches)
 
     @property
@@ -40,59 +37,63 @@ class Workload:
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
+class Work(Protocol):
+    """Builds a workload for a model."""
+
+    @property
+    def name(self) -> str:
+        """Name in records."""
+
+    def build(self, subject: Subject) -> Workload:
+        """Return the batches."""
+
+
+def _random_rows(subject: Subject, lengths: Sequence[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, subject.vocabulary, (n,), generator=generator).to(device()) for n in lengths]
+
+
 @dataclass(frozen=True)
 class Fixed:
-    """Rows of one length.
-
-    Attributes:
-        rows, length: B and S.
-    """
+    """One batch of B rows of S random tokens, with a mask of ones as a tokenizer gives it."""
 
     rows: int
     length: int
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Name in records."""
         return f"B {self.rows}, S {self.length}"
 
     def build(self, subject: Subject) -> Workload:
-        """One batch of random ids and a mask of ones, as a tokenizer gives them."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(1, subject.vocabulary, (self.rows, self.length), generator=generator).to(device())
+        """Return the batch."""
+        ids = torch.stack(_random_rows(subject, [self.length] * self.rows))
         return Workload(self.name, ({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of lengths from 4 to 35 in equal numbers, where there is no text data.
-
-    Attributes:
-        rows: B.
-    """
+    """One batch of B rows of 4 to 35 random tokens, every length equally often; needs no text data."""
 
     rows: int
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Name in records."""
         return f"B {self.rows}, S 4 to 35"
 
     def build(self, subject: Subject) -> Workload:
-        """One padded batch of random ids."""
-        generator = torch.Generator().manual_seed(0)
-        lengths = [4 + 7 * row % 32 for row in range(self.rows)]
-        ids = [torch.randint(1, subject.vocabulary, (n,), generator=generator).to(device()) for n in lengths]
-        return Workload(self.name, (padded(ids),))
+        """Return the padded batch."""
+        return Workload(self.name, (padded(_random_rows(subject, [4 + 7 * row % 32 for row in range(self.rows)])),))
 
 
 @dataclass(frozen=True)
 class Sst2:
-    """Rows with the lengths of SST-2's dev sentences.
+    """Batches of B rows with the lengths of SST-2's dev sentences.
 
     Attributes:
         rows: B.
-        batches: how many.
+        batches: number of batches: of those in the file's order, the ones whose share of padding is most usual.
     """
 
     rows: int
@@ -100,14 +101,14 @@ class Sst2:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Name in records."""
         return f"B {self.rows}, SST-2 lengths"
 
     def build(self, subject: Subject) -> Workload:
-        """Of the batches that the file's order gives, those with the most usual share of tokens, in order.
+        """Return the batches.
 
         Raises:
-            NotMeasuredError: the data isn't there.
+            NotMeasuredError: the data is not there.
         """
         queries = sst2_queries(subject)
         starts = range(0, len(queries) - self.rows + 1, self.rows)
@@ -118,23 +119,23 @@ class Sst2:
 
 
 def sst2_queries(subject: Subject) -> list[Tensor]:
-    """Token ids ``[S]`` of SST-2's dev rows: tokenised for a trained model, else random ids, two more than words.
+    """Return token ids ``[S]`` of SST-2's dev rows: tokenised for a trained model, else random, two more than words.
 
     Raises:
-        NotMeasuredError: the data isn't there.
+        NotMeasuredError: the data is not there.
     """
     if not os.environ.get(DATA_VARIABLE):
-        raise NotMeasuredError(f"{DATA_VARIABLE} isn't set; it names a folder with sst2/dev.tsv")
+        raise NotMeasuredError(f"{DATA_VARIABLE} is not set; it names a folder with sst2/dev.tsv")
+    from earlyexit_kernels.tasks.load import load_task  # not at the top: `benchmarks.compare` runs older versions
+
     sentences: Sequence[Any] = load_task("sst2").split("dev").sentences
     if subject.tokenizer is not None:
         return [torch.tensor(ids, device=device()) for ids in subject.tokenizer(list(sentences))["input_ids"]]
-    generator = torch.Generator().manual_seed(0)
-    lengths = [len(sentence.split()) + 2 for sentence in sentences]
-    return [torch.randint(1, subject.vocabulary, (n,), generator=generator).to(device()) for n in lengths]
+    return _random_rows(subject, [len(sentence.split()) + 2 for sentence in sentences])
 
 
-def padded(queries: Sequence[Tensor]) -> dict[str, Tensor]:
-    """One batch of rows ``[S]`` of any lengths."""
+def padded(queries: Sequence[Tensor]) -> Batch:
+    """Return one padded batch of rows ``[S]`` of any lengths."""
     ids = pad_sequence(list(queries), batch_first=True)
     lengths = torch.tensor([len(query) for query in queries], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]

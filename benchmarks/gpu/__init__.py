@@ -1,1 +1,1 @@
-"""What a GPU is asked: ``make gpu-check`` and ``make gpu-sanitize``."""
+"""Measurements on a GPU: ``make gpu-check`` and ``make gpu-sanitize``."""

@@ -1,38 +1,37 @@
-"""What the sections measure with: a device, sizes, a clock that the host can't disturb, and graphs of a few calls."""
+"""The tools of the GPU sections: a device, sizes, a clock that the host does not disturb, and CUDA graphs of calls."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.end_to_end.models import DTYPES, NotMeasuredError
+from benchmarks.harness import Call, Record, Variant, do_nothing, ratio_fields, record_header, time_fields
+from benchmarks.machine import DTYPES, NotMeasuredError
 from earlyexit_kernels.backends import NAMESPACE, available_backends
-from earlyexit_kernels.tuning.timing import interleave, paired_ratio, quantiles
+from earlyexit_kernels.tuning.timing import interleave
 
-Record: TypeAlias = dict[str, Any]
-Call: TypeAlias = Callable[[], Any]
-#: Bytes written before a timing, over those of the L2 cache: the host has to launch the call before they are.
+#: Bytes written before a timing, over those of the L2 cache: the host launches the call while they are written.
 FLUSHES = 16
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how much is measured; the tests make a small one, of the CPU and a stand-in for `torch.cuda`.
+    """Where and how much is measured; the tests make a small one for the CPU, with stand-ins for `torch.cuda`.
 
     Attributes:
         device: kind of device.
         encoder, exits: back-ends of the encoder's ops and of the exits.
         batches, length, width: B, S and H.
-        dtypes: names of `models.DTYPES`.
-        copies: of an input, each with a call of its own in one timing.
-        nodes: of a graph that tells the price of one.
+        dtypes: names of `DTYPES`.
+        copies: of an input; each has a call of its own in one timing.
+        nodes: of a graph that measures the cost of one.
         products: tokens of the matrix products.
-        shapes: rows and length of the batches that the engines meet in.
+        shapes: rows and length of the batches on which the engines are compared.
         rounds, warmup: timed and untimed.
     """
 
@@ -52,7 +51,7 @@ class Bench:
 
     @classmethod
     def here(cls) -> Bench:
-        """Of this machine's GPU.
+        """Return the bench of this machine's GPU.
 
         Raises:
             NotMeasuredError: there is none, or no back-end runs on it.
@@ -65,16 +64,16 @@ class Bench:
         return cls("cuda", "triton", "triton" if reasons["cpp"] else "cpp")
 
     def random(self, *shape: int, dtype: str = "float32", seed: int = 0) -> Tensor:
-        """Normal numbers."""
+        """Return normal numbers."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).to(DTYPES[dtype])
 
     def ints(self, values: Sequence[int] | range) -> Tensor:
-        """Int32 numbers on the device."""
+        """Return int32 numbers on the device."""
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
 
     def graph_of(self, calls: Sequence[Call]) -> Call:
-        """What launches a CUDA graph of some calls, after a warm-up."""
+        """Capture some calls in a CUDA graph after a warm-up; return what launches it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -87,11 +86,11 @@ class Bench:
                 call()
         return graph.replay
 
-    def conditional_graph(self, record: Callable[[Any], None], warm_up: Call = lambda: None) -> Call:
-        """What launches a graph with IF nodes.
+    def conditional_graph(self, record: Callable[[Any], None], warm_up: Call = do_nothing) -> Call:
+        """Capture a graph with IF nodes; return what launches it.
 
         Args:
-            record: given the graph while the stream captures, for its handles and nodes.
+            record: called with the graph while the stream captures, for its handles and nodes.
             warm_up: launches the same on that stream, without nodes; the libraries keep their workspaces by stream.
 
         Raises:
@@ -116,7 +115,7 @@ class Bench:
         return graph.replay
 
     def by_events(self, call: Call) -> float:
-        """Milliseconds of a call on the device, queued behind a flush of its L2 cache, which hides the host's part."""
+        """Return the milliseconds of a call on the device, queued behind a flush of its L2 cache."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         _filler(self.device).zero_()
         start.record()
@@ -126,17 +125,17 @@ class Bench:
         return float(start.elapsed_time(end))
 
     def times(
-        self, ways: Mapping[str, Call], *, restore: Call = lambda: None, by_host: bool = False
+        self, variants: Mapping[str, Call], *, restore: Call = do_nothing, by_host: bool = False
     ) -> dict[str, list[float]]:
-        """Milliseconds of each round, ways taking turns.
+        """Return the milliseconds of each round of named calls, which take turns.
 
         Args:
-            ways: name -> what is timed.
+            variants: name -> what is timed.
             restore: called before each of them, untimed.
-            by_host: by the wall clock between synchronisations, what the host takes to launch included.
+            by_host: by the wall clock between synchronisations, which includes the host's launches.
         """
         return interleave(
-            ways,
+            variants,
             repeats=self.rounds,
             warmup=self.warmup,
             sync=torch.cuda.synchronize,
@@ -151,30 +150,17 @@ def _filler(device: str) -> Tensor:
     return torch.empty(FLUSHES * size, dtype=torch.int8, device=device)
 
 
-def middle(times: Sequence[float], calls: int = 1) -> Record:
-    """The numbers of one way by itself, in microseconds of one of the calls in a timing."""
-    low, median, high = (1000 * value / calls for value in quantiles(times))
-    return {
-        "rounds": len(times),
-        "median_us": round(median, 3),
-        "low_us": round(low, 3),
-        "high_us": round(high, 3),
-        "median_ms": round(median / 1000, 6),
-    }
+def header(suite: str, case: str, engine: str, *, shape: str = "", dtype: str = "", backend: str = "") -> Record:
+    """Return the fields that identify a record."""
+    return record_header(suite, case, Variant(engine, backend, dtype), shape=shape)
 
 
-def beside(times: Sequence[float], baseline: Sequence[float], name: str) -> Record:
-    """A way's times over those of another, from rounds in which both ran."""
-    ratio = paired_ratio(times, baseline)
-    return {
-        "baseline": name,
-        "ratio": round(ratio.median, 4),
-        "ratio_low": round(ratio.low, 4),
-        "ratio_high": round(ratio.high, 4),
-    }
+def micros(times: Sequence[float], calls: int = 1) -> Record:
+    """Return the quantiles of a call's time, in milliseconds and as ``median_us``, ``low_us`` and ``high_us``."""
+    found = time_fields(times, calls)
+    return found | {f"{name}_us": round(1000 * found[f"{name}_ms"], 3) for name in ("median", "low", "high")}
 
 
-def head(suite: str, case: str, way: str, *, shape: str = "", dtype: str = "", backend: str = "") -> Record:
-    """The fields by which a record is known."""
-    known = {"suite": suite, "case": case, "shape": shape, "dtype": dtype}
-    return {**known, "engine": way, "backend": backend, "baseline": ""}
+def over(times: Sequence[float], baseline: Sequence[float], name: str) -> Record:
+    """Return the ratio to a baseline, from rounds in which both ran, and the baseline's name."""
+    return {"baseline": name, **ratio_fields(times, baseline)}

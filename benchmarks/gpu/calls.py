@@ -1,4 +1,4 @@
-"""What the host asks of the driver while something runs: launches and synchronisations, counted in a profile."""
+"""Launches and synchronisations of the host while something runs, counted in a profile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANGE = "counted"
 
 
 def calls_of(run: Callable[[], Any]) -> Counter[str]:
-    """Name of each call into the CUDA runtime or driver within `run` -> how often."""
+    """Return name of each call into the CUDA runtime or driver within `run` -> how often."""
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -36,7 +36,7 @@ def calls_of(run: Callable[[], Any]) -> Counter[str]:
 
 
 def within(events: Any) -> Counter[str]:
-    """The events of the host that lie in the range, by name: the profiler itself synchronises before and after."""
+    """Count the host's events inside the range by name; the profiler itself synchronises before and after it."""
     on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     (span,) = [event.time_range for event in on_host if event.name == RANGE]
     return Counter(
@@ -47,20 +47,20 @@ def within(events: Any) -> Counter[str]:
 
 
 def miscounted(device: str) -> str:
-    """Why these counts aren't to be trusted here, or empty, by a small program whose counts are known."""
+    """Return why these counts are not reliable here, or an empty string; tries a program whose counts are known."""
     one = torch.ones(1, device=device)
     one.add_(1)
     counted = calls_of(lambda: one.add_(1).item())
     if launches(counted) and synchronisations(counted):
         return ""
-    return f"the profiler doesn't show the launch and the synchronisation of a small program, but {dict(counted)}"
+    return f"the profiler does not show the launch and the synchronisation of a small program, but {dict(counted)}"
 
 
 def launches(counted: Counter[str]) -> int:
-    """Kernels, copies and fills."""
+    """Return the number of kernels, copies and fills."""
     return sum(counted[name] for name in LAUNCHES)
 
 
 def synchronisations(counted: Counter[str]) -> int:
-    """Times that the host waited for the device."""
+    """Return how often the host waited for the device."""
     return sum(counted[name] for name in SYNCHRONISATIONS)

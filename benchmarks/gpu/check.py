@@ -1,8 +1,8 @@
-"""``make gpu-check``: build for the card that is here, run the tests that want one, and measure, within nine minutes.
+"""``make gpu-check``: builds for this machine's GPU, runs the tests marked ``gpu``, and measures, within nine minutes.
 
-Whatever is done is written to results/<gpu>.json at once. Run again, it goes on with the sections that aren't there yet
-for these sources. Needs torch with CUDA, triton and transformers; without nvcc, pytest or text data the parts that want
-them say so. An interrupted or failed section is tried again.
+The records of each step are written to results/<gpu>.json when it ends. Run again, it continues with the steps that
+were not finished with these sources. Requires torch with CUDA, triton and transformers; steps that need nvcc, pytest or
+text data record that they are missing.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import store
+from benchmarks import harness
 from benchmarks.gpu import card, steps
-from benchmarks.gpu.bench import Record, head
+from benchmarks.gpu.bench import header
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.gpu.steps import Outcome, Worker
-from benchmarks.gpu.tables import bar_table
+from benchmarks.gpu.tables import goals_table
+from benchmarks.harness import Record
 from earlyexit_kernels.tuning.report import environment
 
 MINUTES = 9.0
-#: Seconds of the rest that a step isn't begun within; and the share of its own time that a section isn't.
-TOO_LATE, SHARE = 30, 1 / 3
+#: A step is not started with less than so many seconds left, nor a section with less than this share of its time.
+MIN_SECONDS, MIN_SHARE = 30, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,21 @@ class Step:
     """One thing to do.
 
     Attributes:
-        run: given the seconds it has.
+        run: does it, given the seconds it has.
         seconds: at most.
-        always: even where its records are there already, or others were asked for.
-        least: seconds, of all that are left, that it isn't begun within.
+        always: also if its records are there already, or other steps were asked for.
+        least: it is not started with less than so many seconds left.
     """
 
     run: Callable[[float], Outcome]
     seconds: float
     always: bool = False
-    least: float = TOO_LATE
+    least: float = MIN_SECONDS
 
 
 @dataclass
 class Summary:
-    """What became of the steps.
-
-    Attributes:
-        done, there, failed, late: names of those measured now, there already, stopped by an error, and not begun.
-        wrong: records refused.
-    """
+    """The names of the steps by how they ended, and the refused records."""
 
     done: list[str] = field(default_factory=list)
     there: list[str] = field(default_factory=list)
@@ -65,42 +61,54 @@ class Summary:
     def __str__(self) -> str:
         named = {
             "measured": self.done,
-            "there already": self.there,
-            "failed, to be tried again": self.failed,
+            "measured before": self.there,
+            "failed, will be tried again": self.failed,
             "left for the next run": self.late,
         }
         lines = [f"{word}: {', '.join(names)}" for word, names in named.items() if names]
-        return "\n".join([*lines, *(f"refused: {words_of(record)}" for record in self.wrong)])
+        return "\n".join([*lines, *(f"refused: {line_of(record)}" for record in self.wrong)])
+
+
+def arguments_of(description: str | None, what: str, names: Sequence[str], minutes: float) -> argparse.ArgumentParser:
+    """Return the parser of a command that runs steps."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(what, dest="only", choices=names, action="append", help="only these; default: all")
+    parser.add_argument("--redo", action="store_true", help="also steps finished before with these sources")
+    parser.add_argument("--minutes", type=float, default=minutes, help="for everything (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="another folder for the JSON; the documents stay then")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do it all; 0 where nothing failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run all steps; return 0 if none failed."""
     names = ["build", "tests", *SECTIONS]
-    parser.add_argument("--section", choices=names, action="append", help="only these; default: all")
-    parser.add_argument("--redo", action="store_true", help="also what is there already for these sources")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
-    args = parser.parse_args(arguments)
+    args = arguments_of(__doc__, "--section", names, MINUTES).parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu-check: expected an NVIDIA GPU, torch sees none; nothing was measured", file=sys.stderr)
         return 2
     if environment()["commit"] is None:
-        print(
-            "note: there is no git checkout here; set EARLYEXIT_COMMIT, or the results say no commit", file=sys.stderr
-        )
+        print("note: not a git checkout; set EARLYEXIT_COMMIT, or the results name no commit", file=sys.stderr)
     with Worker() as worker:
-        chosen = args.section or names
+        chosen = args.only or names
         wanted = {name: step for name, step in plan(worker).items() if step.always or name in chosen}
-        summary = check(wanted, minutes=args.minutes, redo=args.redo)
-    print(f"\n{bar_table()}\n\n{summary}")
-    rewrite_readme()
+        summary = check(wanted, minutes=args.minutes, redo=args.redo, results=args.results)
+    return finish(summary, args.results)
+
+
+def finish(summary: Summary, results: Path | None) -> int:
+    """Print the goals and the summary, rewrite the documents' tables, and return the exit status."""
+    print(f"\n{goals_table(results)}\n\n{summary}")
+    if results is None:
+        rewrite_documents()
     return 1 if summary.failed or summary.wrong else 0
 
 
 def plan(worker: Worker) -> dict[str, Step]:
-    """All steps, in order."""
+    """Return all steps in order."""
     sections = {
-        name: Step(functools.partial(worker.ask, name), section.seconds, least=max(TOO_LATE, section.seconds * SHARE))
+        name: Step(
+            functools.partial(worker.ask, name), section.seconds, least=max(MIN_SECONDS, section.seconds * MIN_SHARE)
+        )
         for name, section in SECTIONS.items()
     }
     return {"build": Step(steps.build, 300, always=True), "tests": Step(steps.tests, 240, least=80), **sections}
@@ -119,8 +127,8 @@ def check(
     Args:
         wanted: by name, in order.
         minutes: for all of them.
-        redo: also those whose records are there.
-        results: the folder; default: the committed results.
+        redo: also those finished before.
+        results: folder; default: the committed results.
         now: a clock in seconds.
     """
     summary, end, sources = Summary(), now() + 60 * minutes, card.fingerprint()
@@ -136,10 +144,10 @@ def check(
         outcome = step.run(min(step.seconds, end - start))
         records = list(outcome.records)
         if outcome.failed:
-            records.append(head(f"gpu_{name}", name, "the rest") | {"not_measured": outcome.failed})
+            records.append(header(f"gpu_{name}", name, "the rest") | {"not_measured": outcome.failed})
         facts = {"finished": not outcome.failed, "sources": sources, "seconds": round(now() - start), **card.facts()}
-        store.save(f"gpu_{name}", records, results=results, **facts)
-        _say(records)
+        harness.save(f"gpu_{name}", records, results=results, **facts)
+        _print(records)
         (summary.failed if outcome.failed else summary.done).append(name)
         summary.wrong += [record for record in records if "refused" in record]
         if outcome.without:
@@ -148,8 +156,8 @@ def check(
 
 
 def finished(sources: str, results: Path | None = None) -> set[str]:
-    """Sections of this machine that were measured to their end with these sources."""
-    suites = store.documents(results).get(store.machine_name(), {"suites": {}})["suites"]
+    """Return the steps that this machine has finished with these sources."""
+    suites = harness.documents(results).get(harness.machine_name(), {"suites": {}})["suites"]
     return {
         name.removeprefix("gpu_")
         for name, facts in suites.items()
@@ -157,24 +165,21 @@ def finished(sources: str, results: Path | None = None) -> set[str]:
     }
 
 
-def _say(records: Iterable[Record]) -> None:
+def _print(records: Iterable[Record]) -> None:
     for record in records:
-        print(words_of(record), flush=True)
+        print(line_of(record), flush=True)
         if "entry" in record:
-            gpu = torch.cuda.get_device_name(0)
-            print(
-                f"to paste into engine_choice.FASTEST:\n    {gpu!r}: {tuple(map(tuple, record['entry']))!r},",
-                flush=True,
-            )
+            entry = f"{torch.cuda.get_device_name(0)!r}: {tuple(map(tuple, record['entry']))!r},"
+            print(f"to paste into engine/choice.py, FASTEST:\n    {entry}", flush=True)
 
 
-def words_of(record: Record) -> str:
-    """A record on one line."""
+def line_of(record: Record) -> str:
+    """Return a record on one line."""
     return " ".join(f"{key}={value}" for key, value in record.items() if value not in (None, ""))
 
 
-def rewrite_readme() -> None:
-    """Put the numbers into the READMEs' tables."""
+def rewrite_documents() -> None:
+    """Write the numbers into the documents' tables."""
     from benchmarks.readme import rewrite
 
     rewrite()

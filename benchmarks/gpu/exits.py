@@ -1,6 +1,6 @@
-"""The exit of the graph engine: its launches, its time beside what one writes in torch, and a mean beside its bytes.
+"""The exit of the graph engine: its launches, its time beside torch's, and its mean pooling beside the bytes it reads.
 
-One timing runs an exit on many copies of a batch, each with hidden states of its own, and the cache is flushed before.
+One timing runs an exit on many copies of a batch, each with its own hidden states; the cache is flushed before.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.end_to_end.models import DTYPES
-from benchmarks.gpu.bench import Bench, Call, Record, beside, head, middle
+from benchmarks import harness
+from benchmarks.goals import gpu_goal
+from benchmarks.gpu.bench import Bench, header, micros, over
 from benchmarks.gpu.calls import calls_of, launches, miscounted
-from benchmarks.gpu.goals import line
+from benchmarks.harness import Call, Checked, Implementation, Record, Variant
+from benchmarks.machine import DTYPES, distance
 from benchmarks.micro.decisions import (
     CLASSES,
     DEPTH,
@@ -24,45 +26,38 @@ from benchmarks.micro.decisions import (
     even_offsets,
     head_giving,
     middle_settings,
-    nbytes,
-    on_device,
     random_trace,
 )
-from benchmarks.micro.plain_rules import entropy_of
-from earlyexit_kernels.engine.resident import TILE
-from earlyexit_kernels.ops import RESIDENT_EXITS
+from benchmarks.micro.plain import entropy_of
+from earlyexit_kernels.engine.resident import TILE_TOKENS
+from earlyexit_kernels.ops import bare_op
 
 STEP, MEAN = "gpu_exit_step", "gpu_mean_pooling"
-CHAIN, COMPILED, COPY = "torch chain", "compiled chain", "copy of as many bytes"
-#: Rows of the trace that the setting is laid out over, so that it is the same for every batch.
+EXIT, CHAIN, COMPILED, COPY = "exit", "torch chain", "compiled chain", "copy of as many bytes"
+#: Rows of the trace that the threshold is chosen on, so that it is the same for every batch.
 SETTING_ROWS = 256
-#: Largest difference of an answer. The chain rounds its logits to the dtype, so rows near the threshold may turn.
+#: Largest difference of an answer. The chain rounds its logits to the dtype, so rows near the threshold may change.
 TOLERANCE, CHAIN_TOLERANCE = 1e-4, 3e-2
-#: Bytes of the copy that tells the bandwidth, far more than the cache holds.
+#: Bytes of the copy that measures the bandwidth, far more than the cache holds.
 LARGE_COPY = 2**30
 
 
 class Exit:
-    """The entropy exit after a middle layer of one batch, on copies.
-
-    Args:
-        bench: where.
-        rows, dtype, pooling: of the batch.
-    """
+    """The entropy exit after a middle layer of one batch, on copies."""
 
     def __init__(self, bench: Bench, rows: int, dtype: str, pooling: str) -> None:
-        self.bench, self.pooling = bench, pooling
+        self.bench, self.pooling, device = bench, pooling, bench.device
         self.rule = middle_settings(random_trace(SETTING_ROWS))["entropy"]
-        logits = on_device(random_trace(rows), bench.device).logits[:, LAYER - 1]
+        logits = random_trace(rows, device=device).logits[:, LAYER - 1]
         found = head_giving(logits, bench.width, bench.length, pooling)
         kind = DTYPES[dtype]
         self.weight, self.bias = found.weight.to(kind), found.bias.to(kind)
-        tokens = rows * bench.length
         one_side = found.hidden.to(kind)
         self.hidden = [torch.cat((one_side, torch.zeros_like(one_side))) for _ in range(bench.copies)]
-        self.capacity, self.padded = tokens, one_side.view(rows, bench.length, bench.width)
-        offsets, device = even_offsets(rows, bench.length, bench.device), bench.device
-        before = {
+        self.capacity = rows * bench.length
+        self.padded = one_side.view(rows, bench.length, bench.width)
+        offsets = even_offsets(rows, bench.length, device)
+        self.before = {
             "row_ids": bench.ints(range(rows)),
             "offsets": offsets,
             "old_offsets": torch.zeros_like(offsets),
@@ -72,44 +67,42 @@ class Exit:
             "answers": torch.zeros(rows, CLASSES, device=device),
             "exit_layer": torch.zeros(rows, dtype=torch.int64, device=device),
         }
-        self.before = before
-        self.copies = [{name: x.clone() for name, x in before.items()} for _ in range(bench.copies)]
+        self.copies = [{name: x.clone() for name, x in self.before.items()} for _ in range(bench.copies)]
 
     def restore(self) -> None:
-        """Put what the exits change back."""
+        """Restore what the exits change."""
         for copy in self.copies:
             for name, x in copy.items():
                 x.copy_(self.before[name])
 
     def decide(self, number: int, backend: str) -> None:
-        """The exit, on one of the copies."""
+        """Run the exit on one of the copies."""
         x, rule = self.copies[number], self.rule
-        RESIDENT_EXITS[backend](
+        bare_op("resident_exit", backend, self.bench.device)(
             self.hidden[number], self.weight, self.bias, None, None, x["row_ids"], x["offsets"], x["old_offsets"],
             x["source"], x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(LAYER),
-            self.pooling, LAYER, DEPTH, TILE, self.capacity, 0,
+            self.pooling, LAYER, DEPTH, TILE_TOKENS, self.capacity, 0,
         )  # fmt: skip
 
     def calls(self, backend: str) -> list[Call]:
-        """The exit on each of the copies."""
+        """Return the exit on each of the copies."""
         return [functools.partial(self.decide, number, backend) for number in range(len(self.copies))]
 
-    def difference(self) -> str:
-        """What of the last copy isn't the reference's, empty where nothing is."""
+    def check(self) -> Checked:
+        """Compare the last copy with the torch reference."""
         self.restore()
         self.decide(0, "torch")
         self.decide(-1, self.bench.exits)
         want, got = self.copies[0], self.copies[-1]
         moved = [name for name in want if want[name].dtype != torch.float32 and not torch.equal(want[name], got[name])]
         if moved:
-            return f"{', '.join(moved)} are others than in torch"
-        off = float((want["answers"] - got["answers"]).abs().max())
-        return "" if off <= TOLERANCE else f"answers are {off:.2g} off those of torch"
+            return Checked(f"{', '.join(moved)} differ from the torch reference")
+        off = distance(want["answers"], got["answers"])
+        return Checked("" if off <= TOLERANCE else f"answers are {off:.2g} off the torch reference")
 
     def chain(self) -> Callable[..., Any]:
-        """The same without the package, as one writes it on padded rows; no row moves."""
-        threshold = self.rule.params(LAYER)[0]
-        first = self.pooling == "first"
+        """Return the same in plain torch on padded rows, without the package; no row moves."""
+        threshold, first = self.rule.params(LAYER)[0], self.pooling == "first"
 
         def chain(
             padded: Tensor, weight: Tensor, bias: Tensor, done: Tensor, answers: Tensor, exit_layer: Tensor
@@ -123,72 +116,75 @@ class Exit:
         return chain
 
     def chain_calls(self, chain: Callable[..., Any]) -> list[Call]:
-        """A chain on each of the copies."""
+        """Return a chain on each of the copies."""
         rows, width = self.padded.shape[0], self.padded.shape[2]
         padded = [x[: self.capacity].view(rows, -1, width) for x in self.hidden]
         done = torch.zeros(rows, dtype=torch.bool, device=self.bench.device)
         rest = (self.weight, self.bias, done, self.before["answers"], self.before["exit_layer"])
         return [functools.partial(chain, x, *rest) for x in padded]
 
-    def chain_difference(self, call: Call) -> str:
-        """What is wrong with a chain's answers; a row within rounding of the threshold may go either way."""
+    def check_chain(self, call: Call) -> Checked:
+        """Compare a chain's answers; a row within rounding of the threshold may go either way."""
         self.restore()
         self.decide(0, "torch")
         want, (_, answers, exit_layer, _) = self.copies[0], call()
         both = (want["exit_layer"] > 0) & (exit_layer > 0)
         turned = int(((want["exit_layer"] > 0) != (exit_layer > 0)).sum())
-        off = float((want["answers"] - answers)[both].abs().max()) if bool(both.any()) else 0.0
         if turned > max(1, len(both) // 16):
-            return f"{turned} of {len(both)} rows decide otherwise"
-        return "" if off <= CHAIN_TOLERANCE else f"answers are {off:.2g} off"
+            return Checked(f"{turned} of {len(both)} rows decide otherwise")
+        off = distance(want["answers"][both], answers[both]) if bool(both.any()) else 0.0
+        return Checked("" if off <= CHAIN_TOLERANCE else f"answers are {off:.2g} off")
 
     @property
     def bytes(self) -> int:
-        """What one exit has to move: hidden states that it pools, weights, and what it keeps of the rows."""
+        """Bytes that one exit has to move: hidden states that it pools, weights, and its buffers."""
         pooled = self.padded if self.pooling == "mean" else self.padded[:, 0]
-        return nbytes(pooled, self.weight, self.bias, *self.before.values())
+        return sum(x.numel() * x.element_size() for x in (pooled, self.weight, self.bias, *self.before.values()))
 
 
 def step_records(bench: Bench) -> Iterator[Record]:
-    """Launches and times of the exit on first tokens."""
+    """Yield launches and times of the exit on first tokens."""
     for dtype in bench.dtypes:
         for rows in bench.batches:
             yield from _step(bench, Exit(bench, rows, dtype, "first"), rows, dtype)
 
 
 def _step(bench: Bench, exit_: Exit, rows: int, dtype: str) -> Iterator[Record]:
-    fields = {"shape": f"B {rows}, S {bench.length}, H {bench.width}", "dtype": dtype}
+    def named(case: str, name: str) -> Record:
+        shape = f"B {rows}, S {bench.length}, H {bench.width}"
+        return header(STEP, case, name, shape=shape, dtype=dtype, backend=bench.exits if name == EXIT else "")
+
     torch._dynamo.reset()
     chains = {CHAIN: exit_.chain(), COMPILED: torch.compile(exit_.chain(), dynamic=False)}
-    each = {name: exit_.chain_calls(chain) for name, chain in chains.items()}
-    wrong = exit_.difference()
-    if wrong:
-        yield head(STEP, "exit step", "exit", backend=bench.exits, **fields) | {"refused": wrong}
+    each = {EXIT: exit_.calls(bench.exits)} | {name: exit_.chain_calls(chain) for name, chain in chains.items()}
+    checks = {name: functools.partial(exit_.check_chain, each[name][0]) for name in chains} | {EXIT: exit_.check}
+    found = harness.prepare(
+        (Variant(name), functools.partial(Implementation, Variant(name), _in_turn(each[name]), checks[name]))
+        for name in each
+    )
+    yield from found.skipped_records(lambda variant: named("exit step", variant.engine))
+    ready = [variant.engine for variant in found.ready]
+    if EXIT not in ready:
         return
-    for name, calls in list(each.items()):
-        if wrong := exit_.chain_difference(calls[0]):
-            yield head(STEP, "exit step", name, **fields) | {"refused": wrong}
-            del each[name]
-    ours = exit_.calls(bench.exits)
     exit_.restore()
-    counting = head(STEP, "launches", "exit", backend=bench.exits, **fields)
+    counting = named("launches", EXIT)
     if wrong := miscounted(bench.device):
         yield counting | {"not_measured": wrong}
     else:
-        yield _with_line(counting | {"launches": launches(calls_of(ours[0]))}, "exit step: launches")
-    graphs = {name: bench.graph_of(calls) for name, calls in {"exit": ours, **each}.items()}
-    # by the host a chain takes its turns alone; the exit stays in its graph, since that is where it lives
-    by_host = {name: _in_turn(calls) for name, calls in each.items()} | {"exit": graphs["exit"]}
-    for case, ways, bars in (
+        yield _with_goal(counting | {"launches": launches(calls_of(each[EXIT][0]))}, "exit step: launches")
+    graphs = {name: bench.graph_of(each[name]) for name in ready}
+    # by the host, chains are launched call by call; the exit stays in its graph, as in the engine
+    by_host = {name: _in_turn(each[name]) for name in ready} | {EXIT: graphs[EXIT]}
+    for case, ways, goal in (
         ("in graphs", graphs, "exit step over the {}, both in graphs"),
         ("launched by the host", by_host, "exit step in a graph over the {}, launched by the host"),
     ):
         times = bench.times(ways, restore=exit_.restore, by_host=ways is by_host)
-        own = head(STEP, case, "exit", backend=bench.exits, **fields) | middle(times["exit"], bench.copies)
-        yield own if by_host is ways else _with_line(own, "exit step: microseconds in a graph")
-        for name in each:
-            yield head(STEP, case, name, **fields) | middle(times[name], bench.copies)
-            yield _with_line(own | beside(times["exit"], times[name], name), bars.format(name))
+        own = named(case, EXIT) | micros(times[EXIT], bench.copies)
+        yield own if by_host is ways else _with_goal(own, "exit step: microseconds in a graph")
+        for name in ready[1:]:
+            yield named(case, name) | micros(times[name], bench.copies)
+            yield _with_goal(own | over(times[EXIT], times[name], name), goal.format(name))
 
 
 def _in_turn(calls: list[Call]) -> Call:
@@ -199,27 +195,26 @@ def _in_turn(calls: list[Call]) -> Call:
     return run
 
 
-def _with_line(record: Record, bar: str) -> Record:
-    return record | line(bar, record)
+def _with_goal(record: Record, name: str) -> Record:
+    return record | gpu_goal(name, record)
 
 
 def mean_records(bench: Bench) -> Iterator[Record]:
-    """The exit on the mean of each row's tokens, beside the time that reading them takes at the best bandwidth seen."""
+    """Yield the time of the exit on the mean of each row's tokens, over the time of its bytes at the best bandwidth."""
     source, target = (torch.ones(LARGE_COPY, dtype=torch.int8, device=bench.device) for _ in range(2))
     for dtype in bench.dtypes:
         for rows in bench.batches:
             exit_ = Exit(bench, rows, dtype, "mean")
-            fields = {"shape": f"B {rows}, S {bench.length}, H {bench.width}", "dtype": dtype}
-            own = head(MEAN, "mean pooling", "exit", backend=bench.exits, **fields)
-            if wrong := exit_.difference():
+            shape = f"B {rows}, S {bench.length}, H {bench.width}"
+            own = header(MEAN, "mean pooling", EXIT, shape=shape, dtype=dtype, backend=bench.exits)
+            if wrong := exit_.check().wrong:
                 yield own | {"refused": wrong}
                 continue
-            ways = {"exit": bench.graph_of(exit_.calls(bench.exits)), COPY: lambda: target.copy_(source)}
+            ways = {EXIT: bench.graph_of(exit_.calls(bench.exits)), COPY: lambda: target.copy_(source)}
             times = bench.times(ways, restore=exit_.restore)
             # the time of the exit's bytes at the speed of the large copy, round by round
             share = exit_.bytes * bench.copies / (2 * source.numel())
-            record = own | middle(times["exit"], bench.copies)
-            record |= beside(times["exit"], [share * t for t in times[COPY]], COPY)
+            record = own | micros(times[EXIT], bench.copies)
+            record |= over(times[EXIT], [share * t for t in times[COPY]], COPY)
             moved = {"moved_bytes": exit_.bytes, "copied_gb_per_s": round(2e-6 * source.numel() / min(times[COPY]), 1)}
-            record |= moved
-            yield record | line(f"mean pooling over the time of its bytes, B {rows}", record)
+            yield _with_goal(record | moved, f"mean pooling over the time of its bytes, B {rows}")

@@ -1,4 +1,4 @@
-"""What a CUDA graph charges for nodes and for launches that find nothing to do, and what a node's body may hold."""
+"""Cost of conditional nodes and of empty launches in a CUDA graph, and which kernels a node's body may contain."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.end_to_end.models import NotMeasuredError
-from benchmarks.gpu.bench import Bench, Call, Record, beside, head, middle
+from benchmarks.gpu.bench import Bench, header, micros, over
 from benchmarks.gpu.products import refuse_sizes_on_the_host
+from benchmarks.harness import Call, Record
+from benchmarks.machine import NotMeasuredError, first_line
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.engine.graphs import ConditionalNodes
-from earlyexit_kernels.ops import RESIDENT_EXITS, rows_add_norm, rows_attention, rows_linear
+from earlyexit_kernels.ops import bare_op, rows_add_norm, rows_attention, rows_linear
 
 NODES, TURNS, EMPTY, BODIES = "gpu_nodes", "gpu_turns", "gpu_empty_launches", "gpu_bodies"
 TOKENS, HEADS = 256, 12
@@ -23,14 +24,10 @@ TOLERANCE = 2e-2
 
 
 class Setter:
-    """An exit of one row that never leaves: what opens a node.
-
-    Args:
-        bench: where.
-    """
+    """An exit of one row that never leaves; it opens a node."""
 
     def __init__(self, bench: Bench) -> None:
-        self.backend, self.rule = bench.exits, Entropy(threshold=0.0)
+        self.exit, self.rule = bare_op("resident_exit", bench.exits, bench.device), Entropy(threshold=0.0)
         self.logits = bench.random(1, 3)
         self.row_ids, self.offsets = bench.ints([0]), bench.ints([0, 1])
         self.old_offsets, self.source, self.counts = bench.ints([0, 0]), bench.ints([0]), bench.ints([0] * 4)
@@ -39,7 +36,7 @@ class Setter:
         self.exit_layer = torch.zeros(1, dtype=torch.int64, device=self.logits.device)
 
     def __call__(self, handle: int = 0) -> None:
-        RESIDENT_EXITS[self.backend](
+        self.exit(
             None, None, None, self.logits, None, self.row_ids, self.offsets, self.old_offsets, self.source,
             self.counts, self.state, self.answers, self.exit_layer, self.rule.name, self.rule.params(1), "none", 1, 2,
             1, 1, handle,
@@ -47,10 +44,10 @@ class Setter:
 
 
 def node_records(bench: Bench) -> Iterator[Record]:
-    """Microseconds of an IF node that is skipped, and of one that is taken, over the same launches without nodes.
+    """Yield the time of a skipped IF node, and of a taken one over the same launches without nodes.
 
     Raises:
-        NotMeasuredError: no graph with IF nodes can be had.
+        NotMeasuredError: graphs with IF nodes are not supported here.
     """
     setter, ran = Setter(bench), torch.zeros(1, dtype=torch.int64, device=bench.device)
 
@@ -76,20 +73,22 @@ def node_records(bench: Bench) -> Iterator[Record]:
         ran.zero_()
         ways[name]()
         if int(ran) != runs:
-            yield head(NODES, name, "IF node") | {"refused": f"{int(ran)} bodies of {bench.nodes} ran, expected {runs}"}
+            yield header(NODES, name, "IF node") | {
+                "refused": f"{int(ran)} bodies of {bench.nodes} ran, expected {runs}"
+            }
             return
     times = bench.times(ways)
     extra = [a - b for a, b in zip(times["taken"], times["no nodes"], strict=True)]
-    yield head(NODES, "taken, over the same launches", "IF node") | middle(extra, bench.nodes)
-    yield head(NODES, "skipped", "IF node") | middle(times["skipped"], bench.nodes)
-    yield head(NODES, "exit and a small kernel", "no nodes") | middle(times["no nodes"], bench.nodes)
+    yield header(NODES, "taken, over the same launches", "IF node") | micros(extra, bench.nodes)
+    yield header(NODES, "skipped", "IF node") | micros(times["skipped"], bench.nodes)
+    yield header(NODES, "exit and a small kernel", "no nodes") | micros(times["no nodes"], bench.nodes)
 
 
 def turn_records(bench: Bench) -> Iterator[Record]:
-    """Microseconds of a turn of a loop in a graph, with a kernel of its own in each.
+    """Yield the time of an iteration of a loop in a graph, with a small kernel in each.
 
     Raises:
-        NotMeasuredError: no graph with nodes can be had.
+        NotMeasuredError: graphs with conditional nodes are not supported here.
     """
     turn, ran = bench.ints([0]), torch.zeros(1, dtype=torch.int64, device=bench.device)
 
@@ -101,15 +100,15 @@ def turn_records(bench: Bench) -> Iterator[Record]:
 
     replay = bench.conditional_graph(turns)
     replay()
-    record = head(TURNS, "turn, with a small kernel", "WHILE and SWITCH node")
+    record = header(TURNS, "turn, with a small kernel", "WHILE and SWITCH node")
     if int(ran) != bench.nodes:
         yield record | {"refused": f"{int(ran)} turns of {bench.nodes} ran"}
         return
-    yield record | middle(bench.times({"turns": replay})["turns"], bench.nodes)
+    yield record | micros(bench.times({"turns": replay})["turns"], bench.nodes)
 
 
 def empty_records(bench: Bench) -> Iterator[Record]:
-    """Microseconds of an encoder kernel in a graph that finds no token present."""
+    """Yield the time of each encoder kernel in a graph when no token is live."""
     rows, width, dtype = max(bench.batches), bench.width, bench.dtypes[0]
     tokens = rows * bench.length
     nobody, none = bench.ints([-1] * rows), bench.ints([0] * (rows + 1))
@@ -124,20 +123,20 @@ def empty_records(bench: Bench) -> Iterator[Record]:
     times = bench.times({name: bench.graph_of([call] * bench.nodes) for name, call in launches.items()})
     for name, found in times.items():
         fields = {"shape": f"T {tokens}, H {width}", "dtype": dtype, "backend": bench.encoder}
-        yield head(EMPTY, "no token present", name, **fields) | middle(found, bench.nodes)
+        yield header(EMPTY, "no token present", name, **fields) | micros(found, bench.nodes)
 
 
 def body_records(bench: Bench) -> Iterator[Record]:
-    """Which of the libraries' kernels may stand in the body of an IF node, with their right answers."""
+    """Yield which of the libraries' kernels work in the body of an IF node, with correct answers."""
     for dtype in bench.dtypes:
         for name, build in BODIES_TRIED.items():
-            record = head(BODIES, "in the body of an IF node", name, dtype=dtype)
+            record = header(BODIES, "in the body of an IF node", name, dtype=dtype)
             try:
                 yield record | {"works": True} | _in_body(bench, build(bench, dtype))
             except NotMeasuredError:
                 raise
             except (RuntimeError, NotImplementedError, AttributeError) as error:
-                yield record | {"works": False, "why": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+                yield record | {"works": False, "why": first_line(error)}
 
 
 def _in_body(bench: Bench, call: Callable[[], Tensor]) -> Record:
@@ -162,7 +161,7 @@ def _in_body(bench: Bench, call: Callable[[], Tensor]) -> Record:
     if not off <= TOLERANCE * float(want.abs().max()):
         raise RuntimeError(f"its answer is {off:.2g} off")
     times = bench.times({"in a body": replay, "alone": bench.graph_of([call])})
-    return middle(times["in a body"]) | beside(times["in a body"], times["alone"], "in a plain graph")
+    return micros(times["in a body"]) | over(times["in a body"], times["alone"], "in a plain graph")
 
 
 def _linear(bench: Bench, dtype: str) -> Callable[[], Tensor]:

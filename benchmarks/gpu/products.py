@@ -1,7 +1,7 @@
-"""`rows_linear` beside cuBLAS and torch's grouped product: the four products of a BERT-base layer, by their tokens.
+"""`rows_linear` beside cuBLAS and torch's grouped product: the four products of a BERT-base layer, by tokens.
 
-One timing runs a product for as many layers as BERT-base has, each with a weight of its own; the cache is flushed
-before, so weights come from memory, as they do in a model.
+One timing runs a product for as many layers as BERT-base has, each with its own weight; the cache is flushed before, so
+that weights come from memory, as in a model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.bench import Bench, Call, Record, beside, head, middle
+from benchmarks import harness
+from benchmarks.gpu.bench import Bench, header, micros, over
+from benchmarks.harness import Checked, Implementation, Record, Variant
+from benchmarks.machine import NotMeasuredError, first_line
 from earlyexit_kernels.ops import rows_linear
 
 SUITE = "gpu_products"
@@ -26,7 +29,7 @@ TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 1e-5}
 
 
 def records(bench: Bench) -> Iterator[Record]:
-    """All products, of all numbers of tokens, in all dtypes."""
+    """Yield the records of all products, numbers of tokens and dtypes."""
     for dtype in bench.dtypes:
         for name, sizes in PRODUCTS.items():
             n, k = (size * bench.width for size in sizes)
@@ -40,27 +43,39 @@ def _product(bench: Bench, name: str, weights: list[Tensor], tokens: int, dtype:
     x, bias, offsets = bench.random(tokens, k, dtype=dtype), weights[0][:, 0].contiguous(), bench.ints([0, tokens])
     out = x.new_zeros(tokens, n)
     want = F.linear(x.float(), weights[-1].float(), bias.float())
-    fields = {"shape": f"M {tokens}, N {n}, K {k}", "dtype": dtype}
-    graphs: dict[str, Call] = {}
-    for way, product in WAYS.items():
-        record = head(SUITE, name, way, backend=bench.encoder if way == OURS else "", **fields)
-        calls = [functools.partial(product, bench, x, weight, bias, offsets, out) for weight in weights]
-        try:
-            # without the bias, which it can't add
-            truth = want - bias.float() if way == GROUPED else want
-            off = float((calls[-1]().float() - truth).abs().max() / truth.abs().max())
-            if not off <= TOLERANCE[dtype]:
-                yield record | {"refused": f"its answer is {off:.2g} of the largest number off"}
-                continue
-            graphs[way] = bench.graph_of(calls)
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
-            yield record | {"not_measured": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
-    times = bench.times(graphs) if graphs else {}
-    for way, found in times.items():
-        record = head(SUITE, name, way, backend=bench.encoder if way == OURS else "", **fields)
-        record |= middle(found, LAYERS)
+
+    def build(variant: Variant) -> Implementation:
+        calls = [functools.partial(WAYS[variant.engine], bench, x, weight, bias, offsets, out) for weight in weights]
+        graph = functools.cache(lambda: bench.graph_of(calls))
+
+        def check() -> Checked:
+            # the grouped product cannot add the bias
+            truth = want - bias.float() if variant.engine == GROUPED else want
+            try:
+                off = float((calls[-1]().float() - truth).abs().max() / truth.abs().max())
+                if not off <= TOLERANCE[dtype]:
+                    return Checked(f"its answer is {off:.2g} of the largest number off")
+                graph()
+            except (RuntimeError, NotImplementedError, AttributeError) as error:
+                raise NotMeasuredError(first_line(error)) from error
+            return Checked()
+
+        return Implementation(variant, lambda: graph()(), check)
+
+    def named(variant: Variant) -> Record:
+        fields = {"shape": f"M {tokens}, N {n}, K {k}", "dtype": dtype, "backend": variant.backend}
+        return header(SUITE, name, variant.engine, **fields)
+
+    variants = [Variant(way, bench.encoder if way == OURS else "", dtype) for way in WAYS]
+    case = harness.prepare((variant, functools.partial(build, variant)) for variant in variants)
+    yield from case.skipped_records(named)
+    times = bench.times({variant.engine: found.call for variant, found in case.ready.items()}) if case.ready else {}
+    for variant in case.ready:
+        own = times[variant.engine]
+        record = named(variant) | micros(own, LAYERS)
         record |= {"tflops": round(2e-6 * tokens * n * k / record["median_us"], 1)}
-        yield record | (beside(found, times[CUBLAS], CUBLAS) if way != CUBLAS and CUBLAS in times else {})
+        is_compared = variant.engine != CUBLAS and CUBLAS in times
+        yield record | (over(own, times[CUBLAS], CUBLAS) if is_compared else {})
 
 
 def _ours(bench: Bench, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
@@ -78,8 +93,9 @@ def _grouped(bench: Bench, x: Tensor, weight: Tensor, bias: Tensor, offsets: Ten
 
 
 def refuse_sizes_on_the_host(x: Tensor) -> None:
-    """Torch's grouped product leaves the sizes on the device in bfloat16 alone. Elsewhere it reads them, and a capture
-    in which that happens isn't only lost: torch 2.11 refuses every later one of the process.
+    """Raise where torch's grouped product reads the sizes on the host, which is in all dtypes but bfloat16.
+
+    That invalidates a capture, and torch 2.11 then refuses every later capture of the process.
 
     Raises:
         NotImplementedError: another dtype.

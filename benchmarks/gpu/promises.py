@@ -1,4 +1,4 @@
-"""What the engines promise, held to: no synchronisation but one, and a row's bits whoever shares its batch."""
+"""Checks of the graph engine: one synchronisation per batch, and equal bits of a row in every batch."""
 
 from __future__ import annotations
 
@@ -12,41 +12,44 @@ from benchmarks.end_to_end import models
 from benchmarks.end_to_end.engines import FAMILY_LAYERS, GRAPH, engine_model
 from benchmarks.end_to_end.forced import rule_for
 from benchmarks.end_to_end.models import Model
+from benchmarks.end_to_end.suites import HALF
 from benchmarks.end_to_end.workloads import Fixed, padded
-from benchmarks.gpu.bench import Bench, Record, head
+from benchmarks.goals import gpu_goal
+from benchmarks.gpu.bench import Bench, header
 from benchmarks.gpu.calls import calls_of, launches, miscounted, synchronisations
-from benchmarks.gpu.goals import line
-from benchmarks.gpu.whole import HALF, SUBJECT
+from benchmarks.gpu.whole import SUBJECT
+from benchmarks.harness import Record
+from benchmarks.machine import device
 
 SYNCS, BITS = "gpu_synchronisations", "gpu_bits"
 ENGINES = (GRAPH, FAMILY_LAYERS)
 WARM_UPS = 3
-#: Rows of a batch, and how many share one when they run again.
+#: Rows of the batch, and of the smaller batches in which they run again.
 ROWS, TOGETHER = 128, (1, 8, 32)
 
 
 def sync_records(bench: Bench) -> Iterator[Record]:
-    """How often the host waits for the device in a batch, with a mask and without, and what debug mode says of it."""
+    """Yield how often the host waits for the device per batch, with and without a mask, and torch's debug message."""
     if wrong := miscounted(bench.device):
-        yield head(SYNCS, "host synchronisations", "profiler") | {"not_measured": wrong}
+        yield header(SYNCS, "host synchronisations", "profiler") | {"not_measured": wrong}
         return
     dtype, rows = bench.dtypes[0], bench.batches[len(bench.batches) // 2]
     for engine in ENGINES:
         model, batch = _ready(bench, engine, dtype, rows)
         for given, inputs in (("with a mask", batch), ("without a mask", {"input_ids": batch["input_ids"]})):
             shape = f"{Fixed(rows, bench.length).name}, {given}"
-            record = head(SYNCS, "host synchronisations", engine, shape=shape, dtype=dtype, backend=model.backend)
+            record = header(SYNCS, "host synchronisations", engine, shape=shape, dtype=dtype, backend=model.backend)
             run = _run(model, inputs)
             for _ in range(WARM_UPS):
                 run()
             counted = calls_of(run)
             record |= {"syncs": synchronisations(counted), "launches": launches(counted)}
-            record |= {"silent_in_debug_mode": not (said := _in_debug_mode(run)), "debug_mode": said}
-            yield record | (line("host synchronisations a batch", record) if engine == GRAPH else {})
+            record |= {"silent_in_debug_mode": not (message := _in_debug_mode(run)), "debug_mode": message}
+            yield record | (gpu_goal("host synchronisations a batch", record) if engine == GRAPH else {})
 
 
 def _in_debug_mode(run: Callable[[], Any]) -> str:
-    """What torch says where a call synchronises; empty where none does."""
+    """Return torch's message if a call synchronises, else an empty string."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -59,7 +62,7 @@ def _in_debug_mode(run: Callable[[], Any]) -> str:
 
 
 def _ready(bench: Bench, engine: str, dtype: str, rows: int) -> tuple[Model, dict[str, Tensor]]:
-    """A model in which rows leave everywhere, and a batch."""
+    """Return a model whose rows leave at many layers, and a batch."""
     subject = models.subject(SUBJECT, dtype)
     (batch,) = Fixed(rows, bench.length).build(subject).batches
     model = engine_model(subject, engine)
@@ -77,28 +80,28 @@ def _run(model: Model, batch: dict[str, Tensor]) -> Callable[[], Any]:
 
 
 def bit_records(bench: Bench) -> Iterator[Record]:
-    """Rows of many lengths in one batch of the graph engine, and again in smaller ones, alone also without padding."""
+    """Yield how many rows differ in a bit when they run in smaller batches of the graph engine, or alone unpadded."""
     for dtype in ("float32", *bench.dtypes):
         subject = models.subject(SUBJECT, dtype)
         rows = min(ROWS, 2 * max(bench.batches))
         generator = torch.Generator().manual_seed(0)
         lengths = torch.randint(2, bench.length + 1, (rows,), generator=generator).tolist()
         lengths[0] = bench.length
-        ids = [torch.randint(1, subject.vocabulary, (n,), generator=generator).to(models.device()) for n in lengths]
+        ids = [torch.randint(1, subject.vocabulary, (n,), generator=generator).to(device()) for n in lengths]
         model, batch = engine_model(subject, GRAPH), padded(ids)
         with torch.inference_mode():
             model.set_criterion(rule_for(HALF, subject.model.trace(**batch), trained=False))
             whole = model(**batch)
-            record = head(BITS, f"in {', '.join(map(str, TOGETHER))} and {rows}", GRAPH, dtype=dtype)
+            record = header(BITS, f"in {', '.join(map(str, TOGETHER))} and {rows}", GRAPH, dtype=dtype)
             record |= {"backend": model.backend, "shape": Fixed(rows, bench.length).name}
             different = set[int]().union(*(_differing(model, whole, *part) for part in _parts(batch, ids)))
         record |= {"rows": rows, "different": len(different)}
         record |= {"mean_exit_layer": round(float(whole.exit_layer.double().mean()), 3)}
-        yield record | line("rows whose bits differ alone and in 8, 32 and 128", record)
+        yield record | gpu_goal("rows whose bits differ alone and in 8, 32 and 128", record)
 
 
 def _parts(batch: dict[str, Tensor], ids: Sequence[Tensor]) -> Iterator[tuple[range, dict[str, Tensor]]]:
-    """The rows of a batch in smaller ones: its parts as they are, and each row alone without padding."""
+    """Yield the rows of a batch in smaller batches: its parts, padded as they are, and each row alone, unpadded."""
     rows = len(ids)
     for size in TOGETHER:
         for start in range(0, rows, size):
@@ -109,7 +112,7 @@ def _parts(batch: dict[str, Tensor], ids: Sequence[Tensor]) -> Iterator[tuple[ra
 
 
 def _differing(model: Model, whole: Any, rows: range, batch: dict[str, Tensor]) -> set[int]:
-    """The rows of a part that are answered otherwise than in the whole batch."""
+    """Return the rows of a part whose logits or exit layers differ from those in the whole batch."""
     out = model(**batch)
     logits, exits = whole.logits[rows.start : rows.stop], whole.exit_layer[rows.start : rows.stop]
     same = (out.logits.view(torch.int32) == logits.view(torch.int32)).all(dim=1) & (out.exit_layer == exits)

@@ -1,12 +1,11 @@
 """``make gpu-sanitize``: replays of the graph engine under compute-sanitizer, and the errors it finds.
 
-Tensors share blocks of torch's allocator, whose insides the tool can't tell apart; so the loop also runs without a
-graph, and with memory of its own for each tensor.
+Tensors share blocks of torch's allocator, which hides overruns from the tool; one pass therefore runs without a graph
+and with a separate allocation for each tensor.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
@@ -19,19 +18,19 @@ from typing import Any
 
 import torch
 
+from benchmarks.goals import gpu_goal
 from benchmarks.gpu import steps
-from benchmarks.gpu.bench import head
-from benchmarks.gpu.check import Step, check, rewrite_readme
-from benchmarks.gpu.goals import line
+from benchmarks.gpu.bench import header
+from benchmarks.gpu.check import Step, arguments_of, check, finish
 from benchmarks.gpu.steps import Outcome
 
-#: What the tool says where it can't work here.
+#: Messages of the tool if it does not support the device.
 REFUSALS = ("Device not supported", "not supported on", "Unable to initialize", "Internal Sanitizer Error", "error 999")
-#: How the tool's lines begin.
+#: Prefix of the tool's lines.
 MARK = "====="
 ERROR_STATUS = 86
 MINUTES = 60.0
-#: Characters of the tool's output that are shown.
+#: Characters of the tool's output that are printed.
 TAIL = 4000
 _Run = Callable[[Sequence[str], float, dict[str, str]], tuple[int | None, str]]
 
@@ -60,12 +59,8 @@ PASSES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the passes that aren't there yet, and write each one's record; 1 where one found an error or failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=sorted(PASSES), action="append", help="these passes; default: all")
-    parser.add_argument("--redo", action="store_true", help="also those that are there already for these sources")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
-    args = parser.parse_args(arguments)
+    """Run the passes not finished yet, and write their records; return 1 if one found an error or failed."""
+    args = arguments_of(__doc__, "--only", sorted(PASSES), MINUTES).parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu-sanitize: expected an NVIDIA GPU, torch sees none; nothing was checked", file=sys.stderr)
         return 2
@@ -75,14 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in (args.only or PASSES)
     }
     wanted = {"build": Step(steps.build, 300, always=True), **passes}
-    summary = check(wanted, minutes=args.minutes, redo=args.redo)
-    print(summary)
-    rewrite_readme()
-    return 1 if summary.failed or summary.wrong else 0
+    return finish(check(wanted, minutes=args.minutes, redo=args.redo, results=args.results), args.results)
 
 
 def find_tool() -> str | None:
-    """compute-sanitizer on PATH, or in the toolkit."""
+    """Return the path of compute-sanitizer, on PATH or in the toolkit, or None."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     for place in (shutil.which("compute-sanitizer"), str(Path(named) / "bin" / "compute-sanitizer")):
         if place is not None and Path(place).is_file():
@@ -91,22 +83,22 @@ def find_tool() -> str | None:
 
 
 def outcome_of(name: str, each: Pass, seconds: float, run: _Run = steps.run, tool: str | None = None) -> Outcome:
-    """Do one pass.
+    """Run one pass.
 
     Args:
         name: of the pass.
-        each: what to do.
+        each: the pass.
         seconds: at most.
-        run: runs a command, within seconds, with more variables: its status and what it printed.
-        tool: path of compute-sanitizer; default: looked for.
+        run: runs a command within seconds, with more variables; returns its status and output.
+        tool: path of compute-sanitizer; default: searched for.
     """
     case = " ".join(word.removeprefix("--") for word in each.arguments)
-    record = head(
+    record = header(
         f"gpu_sanitize_{name}", case, each.tool, shape=f"{each.tool}, {case}, H 64, 4 layers", dtype="float32"
     )
     tool = tool or find_tool()
     if tool is None:
-        return Outcome([record | {"not_measured": "compute-sanitizer isn't on PATH, nor in CUDA_HOME/bin"}])
+        return Outcome([record | {"not_measured": "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin"}])
     command = [tool, "--tool", each.tool, "--error-exitcode", str(ERROR_STATUS)]
     command += ["--target-processes", "application-only"]
     command += [sys.executable, "-m", "benchmarks.gpu.replays", *each.arguments]
@@ -126,7 +118,7 @@ def outcome_of(name: str, each: Pass, seconds: float, run: _Run = steps.run, too
 
 
 def _read(status: int, output: str, count: int) -> dict[str, Any]:
-    """What a pass that came to its end found."""
+    """Return what a finished pass found."""
     found: dict[str, Any] = {"errors": count}
     first = re.findall(r"^=+ ((?:Invalid|Error|Uninitialized|Race|Potential|Program hit).*)$", output, re.MULTILINE)
     if first:
@@ -134,7 +126,7 @@ def _read(status: int, output: str, count: int) -> dict[str, Any]:
     answers = re.findall(r"^\d+ replays by .*$", output, re.MULTILINE)
     if status not in (0, ERROR_STATUS) or not answers:
         return found | {"refused": answers[-1] if answers else f"the replays ended with status {status}"}
-    return found | {"said": answers[-1]} | line("errors that compute-sanitizer finds", found)
+    return found | {"printed": answers[-1]} | gpu_goal("errors that compute-sanitizer finds", found)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sections of ``make gpu-check``, in the order they run: what the others build on, and what fails alone, first."""
+"""The sections of ``make gpu-check``, in the order they run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.gpu import exits, nodes, products, promises, whole
-from benchmarks.gpu.bench import Bench, Record
+from benchmarks.gpu.bench import Bench
+from benchmarks.harness import Record
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Section:
 
     Attributes:
         records: yields them.
-        seconds: it may take at most; what it has by then is kept, and it is tried again in another run.
+        seconds: at most; after that the records so far are kept, and the section is tried again in another run.
     """
 
     records: Callable[[Bench], Iterator[Record]]

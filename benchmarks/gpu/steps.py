@@ -1,4 +1,4 @@
-"""What ``make gpu-check`` starts: the build, the tests, and the process that measures."""
+"""The subprocesses of ``make gpu-check``: the build, the tests, and the worker that measures."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.bench import Record, head
+from benchmarks.gpu.bench import header
 from benchmarks.gpu.card import ROOT
+from benchmarks.harness import Record
 
 MARK = "mark.gpu"
-#: What setup.py says where it builds all.
+#: Printed by setup.py if it builds everything.
 CUDA_BUILT = "CPU and CUDA kernels"
 TEST_PROCESSES = 8
-#: Seconds after which a test that hangs is given up, where pytest-timeout is there.
-A_TEST = 90
+#: Seconds after which a hanging test is stopped, if pytest-timeout is installed.
+TEST_SECONDS = 90
 TAIL = 12
 
 
 class Outcome(NamedTuple):
-    """What a step gave.
+    """Result of a step.
 
     Attributes:
-        records: all that it got to.
-        failed: why it didn't come to its end, or empty.
-        without: what later steps have to do without, or empty; they are done again once it is there.
+        records: those it yielded.
+        failed: why it did not finish, or empty.
+        without: what later steps lack, or empty; they run again once it is there.
     """
 
     records: Sequence[Record]
@@ -46,16 +47,16 @@ class Outcome(NamedTuple):
 
 
 def build(seconds: float) -> Outcome:
-    """Compile the extension in place for the card that is here."""
+    """Compile the extension in place for this machine's GPU."""
     major, minor = torch.cuda.get_device_capability(0)
-    # ninja lies beside an interpreter that is called by its path
+    # ninja is installed beside the interpreter, which may not be on PATH
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     jobs = str(os.cpu_count() or 1)
     environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "MAX_JOBS": jobs, "PATH": path}
     code, output = run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, environment)
-    said = " ".join(line for line in output.splitlines() if line.startswith("earlyexit_kernels: "))
-    record = head("gpu_build", "extension", "build") | {"said": said, "capability": f"{major}.{minor}"}
-    without = "" if code == 0 and CUDA_BUILT in said else "CUDA kernels"
+    printed = " ".join(line for line in output.splitlines() if line.startswith("earlyexit_kernels: "))
+    record = header("gpu_build", "extension", "build") | {"printed": printed, "capability": f"{major}.{minor}"}
+    without = "" if code == 0 and CUDA_BUILT in printed else "CUDA kernels"
     if code == 0:
         return Outcome([record], without=without)
     print(output, file=sys.stderr)
@@ -63,17 +64,17 @@ def build(seconds: float) -> Outcome:
 
 
 def tests(seconds: float) -> Outcome:
-    """Run the tests that want a GPU."""
-    record = head("gpu_tests", "tests on the GPU", "pytest")
+    """Run the tests marked ``gpu``."""
+    record = header("gpu_tests", "tests on the GPU", "pytest")
     if importlib.util.find_spec("pytest") is None:
-        return Outcome([record | {"not_measured": "pytest isn't installed"}])
+        return Outcome([record | {"not_measured": "pytest is not installed"}])
     files = [str(path) for path in sorted((ROOT / "python_tests").rglob("test_*.py")) if MARK in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-ra", *files]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout") is not None:
-        # a thread ends the process; a signal isn't seen by one that waits for the device
-        command += ["--timeout", str(A_TEST), "--timeout-method", "thread"]
+        # method thread ends the process; a process that waits for the device does not handle a signal
+        command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
     code, output = run(command, seconds, {})
     counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", _tail(output, 1))}
     record |= counted
@@ -87,7 +88,7 @@ def tests(seconds: float) -> Outcome:
 
 
 def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit status, None where the time was up, and what was printed."""
+    """Run a command; return its exit status, None if the time ran out, and its output."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -107,7 +108,7 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> 
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """A process that was started as the first of a session, and all that it started."""
+    """Kill a process that leads a session, and all processes it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -121,10 +122,10 @@ def _tail(output: str, lines: int = TAIL) -> str:
 
 
 class Worker:
-    """The process that measures, started when first asked, and again after one that ended.
+    """The process that measures, started at the first request, and again after one that ended.
 
     Args:
-        command: that serves as `benchmarks.gpu.worker` does.
+        command: serves as `benchmarks.gpu.worker` does.
     """
 
     def __init__(self, command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu.worker")) -> None:
@@ -143,7 +144,7 @@ class Worker:
 
         Args:
             name: of `SECTIONS`.
-            seconds: after which it is stopped.
+            seconds: it is stopped after so many.
         """
         if self.process is None:
             self._start()
@@ -171,7 +172,7 @@ class Worker:
             return Outcome(records, message["end"])
 
     def stop(self) -> None:
-        """End the process, whatever it is at."""
+        """Kill the process."""
         if self.process is not None:
             _kill(self.process)
             self.process.wait()
@@ -192,7 +193,7 @@ class Worker:
 
 
 def _forward(stdout: Any, lines: queue.Queue[str]) -> None:
-    """Lines as they come, and an empty one where they end."""
+    """Forward lines as they come, and an empty one at the end."""
     for line in stdout:
         lines.put(line)
     lines.put("")

@@ -1,6 +1,6 @@
-"""Whole models of BERT-base's shape: the graph engine beside the stock model, compiled into graphs of its own.
+"""Whole models in BERT-base's shape: the graph engine beside the stock model, which is compiled into CUDA graphs.
 
-What takes turns, how answers are checked and what a record holds is that of `benchmarks.end_to_end`.
+Answers are checked, variants timed and records made as in `benchmarks.end_to_end`.
 """
 
 from __future__ import annotations
@@ -13,38 +13,39 @@ import torch
 
 from benchmarks.end_to_end import measure, models
 from benchmarks.end_to_end.baselines import COMPILED_WHOLE, ITEM_LOOP, PLAIN
-from benchmarks.end_to_end.contenders import Case, Work
 from benchmarks.end_to_end.engines import FAMILY_LAYERS, GRAPH
 from benchmarks.end_to_end.forced import NEVER, rule_for
-from benchmarks.end_to_end.workloads import Fixed, Ragged, Sst2
-from benchmarks.gpu.bench import Bench, Record, beside, head, middle
-from benchmarks.gpu.goals import line
+from benchmarks.end_to_end.suites import HALF, ONE_AT_HALF
+from benchmarks.end_to_end.variants import Case
+from benchmarks.end_to_end.workloads import DATA_VARIABLE, Fixed, Ragged, Sst2, Work
+from benchmarks.goals import gpu_goal
+from benchmarks.gpu.bench import Bench, header, micros, over
+from benchmarks.harness import Record
+from benchmarks.machine import NotMeasuredError
 from earlyexit_kernels.engine import graphs
 from earlyexit_kernels.engine.graphs import bucket_of
-from earlyexit_kernels.engine.resident import ResidentLoop, why_not_resident
-from earlyexit_kernels.tasks.sources import DATA_VARIABLE
+from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
 
 CONDITIONAL, FASTEST = "gpu_conditional", "gpu_fastest"
 SUBJECT = "BERT-base"
-#: Exits of mean depth 6 of 12: of one row, and of several.
-ONE_AT_HALF, HALF = "all at 50 %", "uniform, 50 %"
-#: Rounds that the large batches of the table of the fastest get.
+#: Rounds of a batch in the section ``fastest``.
 FEW_ROUNDS = 20
 
 
 def half_of(rows: int) -> str:
-    """The mix whose rows run half of the layers."""
+    """Return the mix whose rows run half of the layers."""
     return ONE_AT_HALF if rows == 1 else HALF
 
 
 def whole_records(bench: Bench, suite: str, *, rows: int, dtype: str, ragged: bool) -> Iterator[Record]:
-    """One batch: never exit and exits at mean depth 6, by the graph engine and the eager one, beside the baselines.
+    """Yield never exit and exits at mean depth 6 of one batch, by the graph and the eager engine and the baselines.
 
     Args:
-        bench: where.
+        bench: sizes and rounds.
         suite: for the records.
         rows, dtype: of the batch.
-        ragged: SST-2's lengths, or generated ones where the data isn't there; otherwise all rows are full.
+        ragged: SST-2's lengths, or generated ones without the data; otherwise all rows are full.
     """
     baselines = (COMPILED_WHOLE, ITEM_LOOP) if rows == 1 else (COMPILED_WHOLE,)
     case = Case(
@@ -60,15 +61,16 @@ def whole_records(bench: Bench, suite: str, *, rows: int, dtype: str, ragged: bo
     )
     with torch.inference_mode():
         for record in measure.case_records(suite, case, 0, rounds=bench.rounds, warmup=bench.warmup):
-            yield record | line(_bar(record, rows, ragged), record)
+            goal = gpu_goal(_goal_name(record, rows, ragged), record)
+            yield {**{k: v for k, v in record.items() if k not in ("goal", "goal_of", "goal_met")}, **goal}
 
 
 def _ragged(rows: int) -> Work:
     return Sst2(rows, 1) if os.environ.get(DATA_VARIABLE) else Ragged(rows)
 
 
-def _bar(record: Mapping[str, object], rows: int, ragged: bool) -> str:
-    """The line of the bar that a record belongs to, or one that there isn't."""
+def _goal_name(record: Mapping[str, object], rows: int, ragged: bool) -> str:
+    """Return the name of a record's goal, which may not exist."""
     if record["engine"] != GRAPH or "ratio" not in record:
         return ""
     what = "never exit" if record["exits"] == NEVER else "mean depth 6"
@@ -78,13 +80,13 @@ def _bar(record: Mapping[str, object], rows: int, ragged: bool) -> str:
 
 
 def conditional_records(bench: Bench) -> Iterator[Record]:
-    """The same loop behind IF nodes and as a plain graph, whose kernels return at once when nothing is left to do.
+    """Yield the time of the loop with IF nodes over that of a plain graph, whose kernels return if no row is live.
 
     Raises:
-        models.NotMeasuredError: the extension lacks the nodes, or a graph can't hold the model.
+        NotMeasuredError: the extension lacks the nodes, or a graph does not support the model.
     """
     if not graphs.has_conditional_nodes():
-        raise models.NotMeasuredError("the extension has no graphs with IF nodes")
+        raise NotMeasuredError("the extension has no graphs with IF nodes")
     dtype = bench.dtypes[0]
     subject = models.subject(SUBJECT, dtype)
     with torch.inference_mode():
@@ -98,9 +100,9 @@ def conditional_records(bench: Bench) -> Iterator[Record]:
 
 
 def _conditional(bench: Bench, subject: models.Subject, batch: dict[str, torch.Tensor], case: str) -> Iterator[Record]:
-    parts, (rows, length) = subject.model.parts, batch["input_ids"].shape
-    if reason := why_not_resident(parts, subject.model.dtype):
-        raise models.NotMeasuredError(reason)
+    parts, (rows, length) = subject.model.view(), batch["input_ids"].shape
+    if reason := resident_unsupported_reason(parts, subject.model.dtype):
+        raise NotMeasuredError(reason)
     bucket, stream = bucket_of(rows, length), torch.cuda.Stream()
     captured = graphs.capture(parts, bucket, "cpp", stream)
     loop = ResidentLoop(parts, bucket, bench.encoder, bench.exits)
@@ -112,19 +114,19 @@ def _conditional(bench: Bench, subject: models.Subject, batch: dict[str, torch.T
     ways = {"IF nodes": (captured.loop, captured.replay), "plain graph": (loop, plain)}
     answers = {}
     for name, (own, replay) in ways.items():
-        own.load(batch["input_ids"], batch["attention_mask"], None, None)
+        own.load(Inputs(batch["input_ids"], batch["attention_mask"]))
         replay()
         answers[name] = own.answers[:rows].clone(), own.exit_layer[:rows].clone()
-    record = head(CONDITIONAL, case, "IF nodes", shape=str(bucket), dtype=subject.dtype, backend=bench.exits)
+    record = header(CONDITIONAL, case, "IF nodes", shape=str(bucket), dtype=subject.dtype, backend=bench.exits)
     if not all(torch.equal(a, b) for a, b in zip(*answers.values(), strict=True)):
         yield record | {"refused": "the two graphs answer differently"}
         return
     times = bench.times({name: replay for name, (_, replay) in ways.items()})
-    yield record | middle(times["IF nodes"]) | beside(times["IF nodes"], times["plain graph"], "plain graph")
+    yield record | micros(times["IF nodes"]) | over(times["IF nodes"], times["plain graph"], "plain graph")
 
 
 def fastest_records(bench: Bench) -> Iterator[Record]:
-    """The eager engine beside the graph engine by the size of the batch, and the table of `engine_choice` to paste."""
+    """Yield the eager and the graph engine by batch size, and the entry of `choice.FASTEST` to paste."""
     measured: dict[int, list[float]] = {}
     dtype = bench.dtypes[0]
     for rows, length in bench.shapes:
@@ -142,11 +144,11 @@ def fastest_records(bench: Bench) -> Iterator[Record]:
             measured.setdefault(rows * length, []).append(math.exp(sum(map(math.log, ratios)) / len(ratios)))
     if measured:
         entry = fastest_entry({tokens: max(ratios) for tokens, ratios in measured.items()})
-        yield head(FASTEST, "entry of engine_choice.FASTEST", "", dtype=dtype) | {"entry": entry}
+        yield header(FASTEST, "entry of choice.FASTEST", "", dtype=dtype) | {"entry": entry}
 
 
 def fastest_entry(ratios: Mapping[int, float]) -> list[tuple[int, str]]:
-    """Graph over eager by padded tokens -> up to how many tokens which engine is the faster one, ascending."""
+    """Return (padded tokens, faster engine up to them), ascending, given the graph's time over eager by tokens."""
     entry: list[tuple[int, str]] = []
     for tokens in sorted(ratios):
         engine = "graph" if ratios[tokens] < 1 else "eager"
@@ -166,6 +168,6 @@ CASES: dict[str, tuple[int, str, bool]] = {
 
 
 def section(name: str) -> Callable[[Bench], Iterator[Record]]:
-    """The records of one of `CASES`."""
+    """Return what yields the records of one of `CASES`."""
     rows, dtype, ragged = CASES[name]
     return lambda bench: whole_records(bench, f"gpu_{name}", rows=rows, dtype=dtype, ragged=ragged)

@@ -1,38 +1,40 @@
-"""`exit_step`, rule by rule: from ready logits, and with the pooled linear exit fused.
+"""`exit_step` under entropy and patience: from ready logits, and with the pooled linear exit fused.
 
     python -m pytest benchmarks/micro/bench_exit_step.py --benchmark-only -k "entropy and logits"
 
-Every rule runs at the base point, and from ready logits at the other numbers of rows and classes; the fused exit, whose
-cost hangs little on the rule, runs at the other points with entropy.
+Other criteria are timed by the suite ``decision_cost``.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.micro import measure
-from benchmarks.micro.decisions import LAYER, Decision, head_giving, middle_settings, on_device, random_trace
-from benchmarks.micro.measure import BASE, COMPILED, COPY, EAGER, Group, Shape, Way, around, repeated
-from benchmarks.micro.plain_exits import LINEAR, PlainExit, Reference, given_by, ready
-from benchmarks.micro.plain_rules import STEPS
-from earlyexit_kernels.criteria import Criterion
+from benchmarks.harness import Implementation
+from benchmarks.machine import device
+from benchmarks.micro.decisions import LAYER, Decision, head_giving, middle_settings, random_trace
+from benchmarks.micro.groups import BASE, CALLS, COMPILED, EAGER, TIMED, Group, Shape, around, repeated, variant_of
+from benchmarks.micro.plain import STEPS, PlainDecision, Reference
+from earlyexit_kernels.criteria import Criterion, Patience
 
-SOURCES = ("logits", "first", "mean")
-#: Rows of the trace that the settings are laid out over, so that they are the same for every batch.
+#: How the plain chain computes logits: ready ones, or a linear on the first token or the mean of padded ``[B, S, H]``.
+SOURCES: dict[str, Callable[..., Tensor]] = {
+    "logits": lambda z: z,
+    "first": lambda padded, weight, bias: F.linear(padded[:, 0], weight, bias),
+    "mean": lambda padded, weight, bias: F.linear(padded.mean(dim=1), weight, bias),
+}
+#: Rows of the trace that settings are chosen on, so that they are the same for every batch.
 SETTING_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Case:
-    """One rule on one input.
-
-    Attributes:
-        source: ``"logits"``, or how the fused exit pools.
-    """
+    """One criterion on one input; `source` is a name of `SOURCES`."""
 
     rule: str
     source: str
@@ -42,65 +44,54 @@ class Case:
         return f"{self.rule}-{self.source}-{self.shape.slug}"
 
     @property
-    def is_compiled(self) -> bool:
-        """Compiling takes seconds a shape."""
-        return self.rule == "entropy" and self.shape == BASE
+    def names(self) -> list[str]:
+        """The variants; compiling takes seconds per shape, so only entropy at the base point is compiled."""
+        return [*TIMED, EAGER, *([COMPILED] if self.rule == "entropy" and self.shape == BASE else [])]
 
 
 CASES = [
     *(Case(rule, "logits", shape) for rule in STEPS for shape in around("rows", "classes")),
-    *(Case(rule, pooling, BASE) for rule in STEPS for pooling in SOURCES[1:]),
-    *(Case("entropy", pooling, shape) for pooling in SOURCES[1:] for shape in around("rows", "classes", "width")[1:]),
+    *(Case("patience", pooling, BASE) for pooling in ("first", "mean")),
+    *(Case("entropy", pooling, shape) for pooling in ("first", "mean") for shape in around("rows", "classes", "width")),
 ]
 
 
 @functools.cache
-def _settings(classes: int) -> dict[str, Criterion]:
-    return middle_settings(random_trace(SETTING_ROWS, classes))
+def rules(classes: int) -> dict[str, Criterion]:
+    """Return settings under which some of the rows leave at the middle layer."""
+    entropy = middle_settings(random_trace(SETTING_ROWS, classes))["entropy"]
+    return {"entropy": entropy, "patience": Patience(patience=LAYER - 2)}
 
 
 @functools.lru_cache(maxsize=1)
 def group_of(case: Case) -> Group:
-    """The ways of one case; they are timed one after the other, so one group is kept."""
-    shape, rule = case.shape, _settings(case.shape.classes)[case.rule]
-    trace = on_device(random_trace(shape.rows, shape.classes), measure.DEVICE)
-    given = given_by(rule, trace)
-    logits, aux = given[LAYER - 1]
-    inputs: tuple[Tensor, ...] = ()
-    head, source, middle = None, ready, None
+    """Return the variants of a case; they are timed one after the other, so one group is kept."""
+    shape, rule = case.shape, rules(case.shape.classes)[case.rule]
+    trace = random_trace(shape.rows, shape.classes, device())
+    exits = [trace.logits[:, k].contiguous() for k in range(trace.depth)]
+    head, inputs, middle = None, (), exits[LAYER - 1]
     if case.source != "logits":
-        head, source = head_giving(logits, shape.width, shape.length, case.source), LINEAR[case.source]
-        padded = head.hidden.view(shape.rows, shape.length, shape.width)
-        inputs = (padded, head.weight, head.bias, *(() if aux is None else (aux,)))
-        middle = source(*(x.double() for x in inputs))
-    reference = Reference(rule, given, trace.keys, middle)
-    one = Decision(rule, trace, "torch", 1, head)
-    moved = one.moved_bytes()
-    calls = measure.calls_for(moved)
+        head = head_giving(middle, shape.width, shape.length, case.source)
+        inputs = (head.hidden.view(shape.rows, shape.length, shape.width), head.weight, head.bias)
+        middle = SOURCES[case.source](*(x.double() for x in inputs))
+    reference = Reference(rule, [*exits[: LAYER - 1], middle, *exits[LAYER:]])
 
-    def fused(backend: str) -> Way:
-        decision = Decision(rule, trace, backend, calls, head)
-        return Way(decision, lambda: reference.difference(decision.outcome()), decision.restore)
+    def fused(backend: str) -> Implementation:
+        found = Decision(rule, trace, backend, CALLS[device()], head)
+        check, prepare = lambda: reference.check(found.outcome()), found.restore
+        return Implementation(variant_of(backend), found, check, prepare)
 
-    def plain(compiles: bool) -> Way:
-        chain = PlainExit(rule, given, trace.keys, source, inputs, compiles=compiles)
-        return Way(repeated(chain.decide, calls), lambda: reference.difference(chain.outcome()))
+    def plain(name: str) -> Implementation:
+        found = PlainDecision(rule, exits, SOURCES[case.source], inputs, compiles=name == COMPILED)
+        return repeated(name, found.decide, lambda: reference.check(found.outcome()))
 
-    ways = {backend: fused(backend) for backend in measure.TIMED}
-    ways |= {EAGER: plain(False), COPY: measure.copying(moved, calls)}
-    if case.is_compiled:
-        ways[COMPILED] = plain(True)
-    facts = {"rule": rule.to_dict(), "source": case.source, "left": one.left}
-    return Group("exit_step", f"{case.rule}, {case.source}", shape, moved, calls, ways, facts)
+    variants = {name: fused(name) if name in TIMED else plain(name) for name in case.names}
+    facts = {"rule": rule.to_dict(), "left": int(reference.wanted.left.sum())}
+    return Group("exit_step", f"{case.rule}, {case.source}", shape, variants, facts)
 
 
 @pytest.mark.parametrize(
-    ("case", "way"),
-    [
-        pytest.param(case, way, id=f"{case}-{way}")
-        for case in CASES
-        for way in measure.ways_of(*([COMPILED] if case.is_compiled else []))
-    ],
+    ("case", "name"), [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.names]
 )
-def test_exit_step(timed, case, way):
-    timed(group_of(case), way)
+def test_exit_step(timed, case, name):
+    timed(group_of(case), name)

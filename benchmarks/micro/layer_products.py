@@ -1,7 +1,7 @@
-"""Which products a fused layer is best made of, by its tokens: the numbers behind `layers.PRODUCTS`.
+"""Time of a fused layer by the library of its matrix products: the numbers behind `fused_layers.PRODUCTS`.
 
-One encoder layer of BERT's form on T packed tokens: the family's own, the fused one with oneDNN's products, the
-activation after them or within, and with torch's own; all of one T take turns.
+One encoder layer of BERT's form on T packed tokens: the family's own, and the fused one with oneDNN's products, the
+activation after them or within, and with torch's.
 Run with ``python -m benchmarks.run --suite layer_products``.
 """
 
@@ -17,10 +17,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
+from benchmarks.harness import Implementation, PreparedCase, Record, Variant, ratio_fields, time_fields
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.engine.fused_layers import FusedLayer, LayerWeights, Products, why_not_onednn
+from earlyexit_kernels.engine.fused_layers import FusedLayer, LayerWeights, Products, onednn_unsupported_reason
 from earlyexit_kernels.engine.packing import pack, plan_attention
-from earlyexit_kernels.tuning.timing import interleave, paired_ratio, quantiles
 
 SUITE = "layer_products"
 BASELINE = "family"
@@ -35,9 +35,9 @@ WAYS = {
 }
 
 
-def records(repeats: int) -> Iterator[dict[str, Any]]:
-    """One record for each width, number of tokens and kind of product."""
-    reason = why_not_onednn(torch.float32)
+def records(repeats: int) -> Iterator[Record]:
+    """Yield a record for each width, number of tokens and library."""
+    reason = onednn_unsupported_reason(torch.float32)
     if reason:
         yield {"suite": SUITE, "not_measured": reason}
         return
@@ -46,7 +46,7 @@ def records(repeats: int) -> Iterator[dict[str, Any]]:
             yield from _records_of(width, repeats)
 
 
-def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
+def _records_of(width: int, repeats: int) -> Iterator[Record]:
     config = BertConfig(
         hidden_size=width, num_attention_heads=width // 64, intermediate_size=4 * width, num_hidden_layers=1
     )
@@ -54,32 +54,22 @@ def _records_of(width: int, repeats: int) -> Iterator[dict[str, Any]]:
     own = model.adapter.layers(model.backbone)[0]
     backend = "torch" if available_backends("cpu")["cpp"] else "cpp"
     fused = FusedLayer.of(LayerWeights.of(own, model.adapter.names, config.num_attention_heads), backend)
-    layers: dict[str, Any] = {
-        BASELINE: own,
-        **{f"fused, {name}": dataclasses.replace(fused, products=products) for name, products in WAYS.items()},
-    }
-    in_use = (
-        f"up to {fused.products.packed_up_to} tokens oneDNN{' with the activation' * fused.products.with_activation}"
-    )
+    layers: dict[str, Any] = {BASELINE: own}
+    layers |= {f"fused, {name}": dataclasses.replace(fused, products=products) for name, products in WAYS.items()}
+    variants = {name: Variant("eager", backend, "float32", name) for name in layers}
+    in_use = f"up to {fused.products.packed_up_to} tokens oneDNN"
+    in_use += " with the activation" * fused.products.with_activation
     for rows in ROWS:
-        batch = pack(torch.ones(rows, LENGTH, dtype=torch.long), None)
-        plan, hidden = plan_attention(batch), torch.randn(1, rows * LENGTH, width)
-        calls = {name: partial(layer, hidden, None, plan=plan) for name, layer in layers.items()}
-        times = interleave(calls, repeats=repeats, progress=f"H {width}, T {rows * LENGTH}")
-        for name in layers:
-            median, p90 = quantiles(times[name], (0.5, 0.9))
-            yield {
-                "suite": SUITE,
-                "case": name,
-                "shape": f"H {width}, T {rows * LENGTH}",
-                "dtype": "float32",
-                "engine": "eager",
-                "backend": backend,
-                "baseline": BASELINE,
-                "median_ms": round(median, 4),
-                "p90_ms": round(p90, 4),
-                **paired_ratio(times[name], times[BASELINE]).fields(),
-                "goal": None,
-                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-                "in_use": in_use,
-            }
+        shape, batch = f"H {width}, T {rows * LENGTH}", pack(torch.ones(rows, LENGTH, dtype=torch.long), None)
+        call = partial(_run, torch.randn(1, rows * LENGTH, width), plan_attention(batch))
+        case = PreparedCase({v: Implementation(v, partial(call, layers[name])) for name, v in variants.items()})
+        times = case.times(rounds=repeats, warmup=3, progress=shape)
+        for name, variant in variants.items():
+            record = {"suite": SUITE, "case": name, "shape": shape, "dtype": "float32", "engine": "eager"}
+            record |= {"backend": backend, "baseline": BASELINE, "in_use": in_use, "goal": None}
+            record |= time_fields(times[variant]) | ratio_fields(times[variant], times[variants[BASELINE]])
+            yield record | {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def _run(hidden: torch.Tensor, plan: Any, layer: Any) -> Any:
+    return layer(hidden, None, plan=plan)

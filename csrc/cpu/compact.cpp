@@ -1,4 +1,4 @@
-// Compaction on the CPU: `compact` plans where the live rows go, `gather_rows` copies their tokens there.
+// Compaction on the CPU: `compact` computes the positions of the live rows, `gather_rows` copies their tokens.
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -37,7 +37,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids
     if (old_ids[i] < 0) continue;
     ids[live] = old_ids[i];
     from[live] = static_cast<int32_t>(i);
-    ends[live + 1] = ends[live] + (old_offsets[i + 1] - old_offsets[i]);  // the sum of all three could overflow
+    ends[live + 1] = ends[live] + (old_offsets[i + 1] - old_offsets[i]);  // adding before subtracting could overflow
     ++live;
   }
   std::fill(ids + live, ids + rows, -1);
@@ -46,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids
   return {new_row_ids, new_offsets, source};
 }
 
-// Bytes that are worth a second thread to copy.
+// Minimum bytes to copy per thread.
 constexpr int64_t kBytesPerThread = int64_t{1} << 19;
 
 void gather_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::Tensor& source,

@@ -1,5 +1,5 @@
-// One encoder layer of BERT's form on packed tokens, of torch's own kernels: the reference is encoder_layer_torch in
-// earlyexit_kernels/ops/encoder_layer.py, which has the arguments too.
+// One post-norm encoder layer on packed tokens, composed of torch kernels. The reference implementation and the
+// documentation of the arguments are in earlyexit_kernels/ops/encoder_layer.py (encoder_layer_torch).
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,7 @@ namespace {
 
 constexpr const char* kOp = "encoder_layer_cpp";
 
-// A linear: its weights, and the one packed for oneDNN where that is to be used.
+// A linear with its weight, bias and, if oneDNN is used, the packed weight.
 struct Product {
   const at::Tensor& weight;
   const at::Tensor& bias;
@@ -80,8 +80,8 @@ at::Tensor attend(const at::Tensor& qkv, int64_t heads, at::IntArrayRef rows, at
 
 at::Tensor encoder_layer(const at::Tensor& x, at::TensorList weights, at::TensorList packed, at::ArrayRef<double> eps,
                          int64_t heads, std::string_view activation, std::string_view variant, bool in_product,
-                         at::IntArrayRef rows, at::IntArrayRef widths, const Optionals& slots, const Optionals& masks, const Optionals& kept,
-                         const std::optional<at::Tensor>& inverse) {
+                         at::IntArrayRef rows, at::IntArrayRef widths, const Optionals& slots, const Optionals& masks,
+                         const Optionals& kept, const std::optional<at::Tensor>& inverse) {
   EE_CHECK(weights.size() == 12, kOp, "expected 12 weights, got ", weights.size(), "; pass a weight and a bias each");
   EE_CHECK(packed.empty() || packed.size() == 4, kOp, "expected 4 packed weights or none, got ", packed.size());
   EE_CHECK(eps.size() == 2, kOp, "expected eps of 2 norms, got ", eps.size());
@@ -104,7 +104,7 @@ at::Tensor encoder_layer(const at::Tensor& x, at::TensorList weights, at::Tensor
 }  // namespace
 
 TORCH_LIBRARY_IMPL(earlyexit_kernels, CPU, library) { library.impl("encoder_layer_cpp", &encoder_layer); }
-// packed weights carry the key of oneDNN's tensors
+// packed weights have the dispatch key of oneDNN tensors
 TORCH_LIBRARY_IMPL(earlyexit_kernels, MkldnnCPU, library) { library.impl("encoder_layer_cpp", &encoder_layer); }
 
 }  // namespace earlyexit

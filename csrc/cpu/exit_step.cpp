@@ -1,5 +1,5 @@
-// The CPU skeleton of exit_step: load a row, compute its logits, let the criterion decide, write the answer where the
-// row leaves. One code path and one reduction order a row, so its bits know nothing of the batch.
+// exit_step on the CPU: for each row, compute the logits, let the criterion decide, and write the answer if the row
+// leaves. Each row has one code path and one reduction order, so its bits do not depend on the batch.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr const char* kOp = "exit_step_cpp";
 
-// Sixteen running sums, folded in a fixed order: vectorised as written, without permission to reorder.
+// Sixteen partial sums, added in a fixed order: vectorises without reordering of floating-point operations.
 float dot(const float* a, const float* b, int64_t size) {
   constexpr int kLanes = 16;
   float lanes[kLanes] = {};
@@ -36,7 +36,7 @@ float dot(const float* a, const float* b, int64_t size) {
   return lanes[0];
 }
 
-// The pooled vector [H] of row i in float32.
+// Computes the pooled vector [H] of row i in float32.
 template <class scalar_t>
 void pool(const Call& call, int64_t i, float* pooled) {
   const int64_t first = call.pools_tokens() ? call.offsets[i] : i;
@@ -67,7 +67,7 @@ void row_logits(const Call& call, int64_t i, float* pooled, float* z) {
   for (int64_t c = 0; c < call.classes; ++c) z[c] = dot(pooled, weight + c * call.width, call.width) + bias[c];
 }
 
-// Rows begin .. end; returns how many of them were invalid.
+// Runs rows begin .. end; returns the number of rows with invalid logits.
 template <class scalar_t>
 int32_t step_rows(const Call& call, int64_t begin, int64_t end) {
   std::vector<float> scratch(call.width + 2 * call.classes);
@@ -91,7 +91,7 @@ int32_t step_rows(const Call& call, int64_t begin, int64_t end) {
   return invalid;
 }
 
-// Multiply-adds that are worth a second thread: some 50 us on one core.
+// Minimum multiply-adds per thread: about 50 us on one core.
 constexpr int64_t kWorkPerThread = int64_t{1} << 18;
 
 template <class scalar_t>
@@ -106,14 +106,14 @@ int32_t step_all(const Call& call) {
   return invalid;
 }
 
-// Row ids within the request, and a token to read for every row that will be pooled. Before anything is written.
+// Requires row ids within the request, and at least one token for every row to pool. Called before any write.
 void check_rows(const Call& call, int64_t tokens) {
   if (call.offsets != nullptr) check_offsets(kOp, "offsets", call.offsets, call.rows, tokens);
   const bool pools = call.weight != nullptr && call.pools_tokens();
   for (int64_t i = 0; i < call.rows; ++i) {
     const int32_t n = call.row_ids[i];
     EE_CHECK(n < call.requests, kOp, "expected row_ids below the ", call.requests, " rows of answers, got ", n,
-             " at row ", i, "; row ids name rows of the request, -1 a row that has left");
+             " at row ", i, "; row ids are rows of the request, or -1 for a row that has left");
     EE_CHECK(n < 0 || !pools || call.offsets[i] < call.offsets[i + 1], kOp, "expected row ", i,
              " to have a token to pool, got an empty segment at ", call.offsets[i],
              "; drop empty rows before packing, or set their row id to -1");

@@ -1,4 +1,4 @@
-// Every criterion the skeletons can run: X(name in the ops' `criterion` argument, functor). One line each.
+// All criteria of the compiled back-end, one line each: X(value of the ops' argument `criterion`, functor).
 #pragma once
 
 #include "dact.h"

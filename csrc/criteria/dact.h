@@ -1,11 +1,11 @@
 // DACT: with h_n = 1 - lambda_n and y_n = softmax(z_n), p_0 = 1, a_n = y_n p_{n-1} + a_{n-1} (1 - p_{n-1}) and
-// p_n = h_n p_{n-1}; leave where the d layers to come can't change the largest class of a_n any more, and answer log a_n.
+// p_n = h_n p_{n-1}; leave if the d remaining layers cannot change the largest class of a_n, and answer log a_n.
 //   paper: a_top (1 - p)^d > a_second + p d
 //   tight: (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d
-// Both with a margin of 1e-6, for rounding and ties. With epsilon > 0 also leave where p_n <= epsilon.
+// Both with a margin of 1e-6, for rounding and ties. With epsilon > 0 also leave if p_n <= epsilon.
 // DACT-BERT: Differentiable Adaptive Computation Time for an Efficient BERT Inference. Cristobal Eyzaguirre et al. NLP
 // Power 2022, arXiv 2109.11745.
-// State: p, 1 at first; then a, 0 at first.
+// State: p, initially 1; then a, initially 0.
 #pragma once
 
 #include "../row.h"
@@ -44,7 +44,7 @@ struct Dact {
   static EE_HD bool is_decided(const Row& row, float p, float top, float second) {
     constexpr float kMargin = 1e-6f;
     const float left = static_cast<float>(row.depth - row.layer);
-    // kept <= 1 / (1 + p left), so that neither bound holds here; it saves an exponential and a logarithm
+    // kept <= 1 / (1 + p left), so neither bound can hold; saves an exponential and a logarithm
     if (top - second - p * left <= kMargin) return false;
     const float kept = expf(left * safe_log(1.0f - p));
     const bool tight = row.params[0] > 0.0f;

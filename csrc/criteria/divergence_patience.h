@@ -1,10 +1,10 @@
-// Divergence patience: leave once `patience` exits in a row have JS(p_l, p_{l-1}) < threshold, the Jensen-Shannon
+// Divergence patience: leave after `patience` consecutive exits with JS(p_l, p_{l-1}) < threshold, the Jensen-Shannon
 // divergence in nats: half the sum over c of p log(2p / (p + q)) + q log(2q / (p + q)), with 0 log 0 = 0.
 // F-PABEE: Flexible-patience-based Early Exiting for Single-label and Multi-label Text Classification Tasks. Xiangxiang
 // Gao et al. ICASSP 2023, arXiv 2305.11916.
-// With s = p + q and d = (p - q) / s the divergence is a quarter of the sum of s ((1 + d) log(1 + d) + (1 - d) log(1 - d)),
-// which near d = 0 is summed as a series: there the logarithms cancel each other.
-// State: the close exits in a row so far, then the last probabilities, NaN at first so that nothing is close to them.
+// With s = p + q and d = (p - q) / s the divergence is a quarter of the sum over c of
+// s ((1 + d) log(1 + d) + (1 - d) log(1 - d)), computed as a series near d = 0, where the logarithms cancel each other.
+// State: number of consecutive close exits, then the last probabilities, initially NaN, to which nothing is close.
 #pragma once
 
 #include "../row.h"

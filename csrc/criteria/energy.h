@@ -1,4 +1,4 @@
-// Energy: leave where sigmoid(E) = 1 / (1 + sum_c exp(z_c)) < threshold, E = -log sum_c exp(z_c).
+// Energy: leave if sigmoid(E) = 1 / (1 + sum_c exp(z_c)) < threshold, E = -log sum_c exp(z_c).
 // COSEE: Consistency-Oriented Signal-Based Early Exiting via Calibrated Sample Weighting Mechanism. Jianing He et al.
 // AAAI 2025, arXiv 2412.13236.
 #pragma once

@@ -1,4 +1,4 @@
-// Entropy: leave where H(softmax z) < threshold, in nats, or H / log C where normalized.
+// Entropy: leave if H(softmax z) < threshold, in nats, or H / log C if normalized.
 // DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference. Ji Xin et al. ACL 2020, arXiv 2004.12993.
 // Normalized: FastBERT: a Self-distilling BERT with Adaptive Inference Time. Weijie Liu et al. ACL 2020, arXiv
 // 2004.02178 ("uncertainty" and "speed").

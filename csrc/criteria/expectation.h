@@ -1,7 +1,7 @@
-// Expectation: never leave early; answer log sum_l w_l softmax(z_l), w_l = lambda_l prod_{j < l} (1 - lambda_j) for l < L
-// and what is left for l = L. With one output: sum_l w_l z_l.
+// Expectation: never leave early; answer log sum_l w_l softmax(z_l), with w_l = lambda_l prod_{j < l} (1 - lambda_j)
+// for l < L and the remainder for l = L. With one output: sum_l w_l z_l.
 // PALBERT: Teaching ALBERT to Ponder. Nikita Balagansky, Daniil Gavrilov. NeurIPS 2022, arXiv 2204.03276.
-// State: the product so far, 1 at first; then the sum of each class, 0 at first.
+// State: the product so far, initially 1; then the sum of each class, initially 0.
 #pragma once
 
 #include "../row.h"

@@ -1,4 +1,4 @@
-// Full depth: no row leaves before the last layer. The rule a model runs without a criterion.
+// Full depth: no row leaves before the last layer. The rule of a model without a criterion.
 #pragma once
 
 #include "../row.h"

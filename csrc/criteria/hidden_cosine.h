@@ -1,4 +1,4 @@
-// Hidden cosine: leave where cos(h_l, h_{l-1}) >= threshold, with h as the exits pool it.
+// Hidden cosine: leave if cos(h_l, h_{l-1}) >= threshold, with h pooled as for the exits.
 // Confident Adaptive Language Modeling. Tal Schuster et al. NeurIPS 2022, arXiv 2207.07061 ("hidden-state saturation").
 #pragma once
 

@@ -1,4 +1,4 @@
-// Learned: leave where the uncertainty u_l in [0, 1] that a head predicts is < threshold.
+// Learned: leave if the uncertainty u_l in [0, 1] predicted by a head is < threshold.
 // BERxiT: Early Exiting for BERT with Better Fine-Tuning and Extension to Regression. Ji Xin et al. EACL 2021, ACL
 // Anthology 2021.eacl-main.8.
 #pragma once

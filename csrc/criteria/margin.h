@@ -1,4 +1,4 @@
-// Margin: leave where p_top1 - p_top2 >= threshold, p = softmax z.
+// Margin: leave if p_top1 - p_top2 >= threshold, p = softmax z.
 // Confident Adaptive Language Modeling. Tal Schuster et al. NeurIPS 2022, arXiv 2207.07061 ("softmax response").
 // With s = sum_c exp(z_c - max z) the margin is (1 - exp(second - max z)) / s; a tie at the top gives 0.
 #pragma once

@@ -1,4 +1,4 @@
-// Maximum probability: leave where max_c p_c >= threshold, p = softmax z.
+// Maximum probability: leave if max_c p_c >= threshold, p = softmax z.
 // Confident Adaptive Language Modeling. Tal Schuster et al. NeurIPS 2022, arXiv 2207.07061.
 // The top class has exp(z - max z) = 1, so its probability is 1 / sum_c exp(z_c - max z).
 #pragma once

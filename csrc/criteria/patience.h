@@ -1,8 +1,8 @@
-// Patience: leave once `patience` exits in a row agree with the one before them.
+// Patience: leave after `patience` consecutive exits that agree with the previous one.
 // BERT Loses Patience: Fast and Robust Inference with Early Exit. Wangchunshu Zhou et al. NeurIPS 2020, arXiv
-// 2006.04152 (PABEE). Labels agree where they are equal; a regression output (C = 1, tolerance >= 0) agrees where it
-// moved by less than the tolerance.
-// State: the last label or output, NaN at first so that nothing agrees with it, and the agreements so far.
+// 2006.04152 (PABEE). Labels agree if they are equal; a regression output (C = 1, tolerance >= 0) agrees if it
+// changed by less than the tolerance.
+// State: the last label or output, initially NaN, with which nothing agrees; and the number of consecutive agreements.
 #pragma once
 
 #include "../row.h"

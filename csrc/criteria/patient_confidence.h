@@ -1,7 +1,7 @@
-// Patient confidence: leave once `patience` exits in a row have H(softmax z) / log C < threshold.
+// Patient confidence: leave after `patience` consecutive exits with H(softmax z) / log C < threshold.
 // PCEE-BERT: Accelerating BERT Inference via Patient and Confident Early Exiting. Zhen Zhang et al. Findings of NAACL
 // 2022, ACL Anthology 2022.findings-naacl.25.
-// State: the confident exits in a row so far, 0 at first.
+// State: number of consecutive confident exits, initially 0.
 #pragma once
 
 #include "../row.h"

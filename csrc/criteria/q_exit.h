@@ -1,6 +1,6 @@
-// Q-exit: with halting probabilities lambda_l, leave where 1 - prod_{j <= l} (1 - lambda_j) > q; q <= 0 leaves at once.
+// Q-exit: with halting probabilities lambda_l, leave if 1 - prod_{j <= l} (1 - lambda_j) > q, or if q <= 0.
 // PALBERT: Teaching ALBERT to Ponder. Nikita Balagansky, Daniil Gavrilov. NeurIPS 2022, arXiv 2204.03276.
-// State: the product so far, the probability of not having halted; 1 at first.
+// State: the product so far, i.e. the probability of not having halted, initially 1.
 #pragma once
 
 #include "../row.h"

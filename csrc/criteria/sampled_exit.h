@@ -1,6 +1,6 @@
-// Sampled exit: leave where 1 - prod_{j <= l} (1 - lambda_j) > u, u uniform in [0, 1): a draw from the exit distribution.
+// Sampled exit: leave if 1 - prod_{j <= l} (1 - lambda_j) > u, u uniform in [0, 1): a draw from the exit distribution.
 // PonderNet: Learning to Ponder. Andrea Banino, Jan Balaguer, Charles Blundell. arXiv 2107.05407.
-// State: the product so far, 1 at first; the row's u, which only the host writes.
+// State: the product so far, initially 1; the row's u, written by the host only.
 #pragma once
 
 #include "../row.h"

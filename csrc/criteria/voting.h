@@ -1,7 +1,8 @@
-// Voting: every exit votes for its label; leave where a class has the votes asked for, and answer with the log of the
-// smoothed shares, (v_c + 1 + [c wins] / 2) / (sum v + C + 1/2). Most votes win, the most recent one among ties.
+// Voting: every exit votes for its label; leave if a class has the required votes, and answer with the log of the
+// smoothed shares, (v_c + 1 + [c wins] / 2) / (sum v + C + 1/2). The class with most votes wins; ties go to the most
+// recent vote.
 // Early Exiting with Ensemble Internal Classifiers. Tianxiang Sun et al. arXiv 2105.13792.
-// State: for each class, votes * 4096 + the layer of its last vote, 0 at first.
+// State: for each class, votes * 4096 + the layer of its last vote, initially 0.
 #pragma once
 
 #include "../row.h"
@@ -10,7 +11,7 @@ namespace earlyexit {
 
 struct Voting {
   static constexpr bool needs_aux = false;
-  static constexpr int param_count = 2;  // votes asked for at this layer, whether layer L answers with its own logits
+  static constexpr int param_count = 2;  // votes required at this layer, whether layer L answers with its own logits
   static constexpr int state_width = 0;
   static constexpr int state_per_class = 1;
 

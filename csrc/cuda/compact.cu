@@ -1,4 +1,4 @@
-// Compaction on CUDA: `compact` is one scan by one block, `gather_rows` copies the rows that it names.
+// Compaction on CUDA: `compact` is a scan by one block, `gather_rows` copies the live rows.
 
 #include "block.cuh"
 #include "kernels.h"
@@ -9,7 +9,7 @@ namespace {
 constexpr int kScanThreads = 1024;
 constexpr int kCopyThreads = 256;
 constexpr int kInFlight = 4;
-// Blocks that are worth starting, whatever part of them finds nothing to copy.
+// Maximum number of blocks; some of them may have nothing to copy.
 constexpr int64_t kCopyBlocks = 4096;
 
 __global__ void __launch_bounds__(kScanThreads)
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kScanThreads)
   plan_rows(row_ids, offsets, new_ids, new_offsets, source, rows, 0);
 }
 
-// A row's tokens are one piece of memory: blocks (j, 0 .. gridDim.y) share that of new row j, in words of word_t.
+// Blocks (j, 0 .. gridDim.y) copy the contiguous tokens of new row j, in words of word_t.
 template <class word_t>
 __global__ void __launch_bounds__(kCopyThreads) gather_rows_kernel(const __grid_constant__ Gather gather) {
   const int64_t j = blockIdx.x;
@@ -45,11 +45,11 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows_kernel(const __grid_
 
 template <class word_t>
 void launch_gather(const Gather& gather, cudaStream_t stream) {
-  // from what there is room for, not from what is live: that is known on the device alone
+  // from the capacity: the number of live tokens is known on the device only
   const int64_t per_block = static_cast<int64_t>(sizeof(word_t)) * kInFlight * kCopyThreads;
   const int64_t wanted = gather.tokens * gather.token_bytes / (gather.rows * per_block) + 1;
-  const int64_t most = kCopyBlocks / gather.rows + 1;
-  const dim3 grid(gather.rows, wanted < most ? wanted : most);
+  const int64_t max_blocks = kCopyBlocks / gather.rows + 1;
+  const dim3 grid(gather.rows, wanted < max_blocks ? wanted : max_blocks);
   gather_rows_kernel<word_t><<<grid, kCopyThreads, 0, stream>>>(gather);
 }
 

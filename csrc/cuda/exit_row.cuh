@@ -1,5 +1,5 @@
-// The CUDA skeleton of an exit. One block takes one row: pool, linear head, decision, and the answer where the row
-// leaves. The order of every sum follows from the dtype, the width and the row's own length.
+// An exit on CUDA. One block runs one row: pooling, linear head, decision, and the answer if the row leaves. The order
+// of every sum depends on the dtype, the width and the length of the row only.
 #pragma once
 
 #include "block.cuh"
@@ -8,7 +8,7 @@
 
 namespace earlyexit {
 
-// The sums over tokens first .. end, each group of threads taking every groups-th: sums [groups, padded].
+// Computes sums [groups, padded] over tokens first .. end; each group of threads adds every groups-th token.
 template <class T, bool kAligned>
 __device__ void sum_tokens(const Call& call, const Frame& frame, int64_t first, int64_t end, float* sums) {
   using Bits = typename T::Bits;
@@ -38,7 +38,7 @@ __device__ void sum_tokens(const Call& call, const Frame& frame, int64_t first, 
   }
 }
 
-// The tokens first .. end in one vector of float32, zeros up to `padded`.
+// Pools tokens first .. end into one float32 vector, zero-padded to `padded`.
 template <class T>
 __device__ void pool(const Call& call, const Frame& frame, int64_t first, int64_t end, float* pooled) {
   if (frame.input_aligned) {
@@ -57,7 +57,7 @@ __device__ void pool(const Call& call, const Frame& frame, int64_t first, int64_
   __syncthreads();
 }
 
-// A warp a class, lanes side by side along the width.
+// Computes the logits with one warp per class, whose lanes are adjacent along the width.
 template <class T, bool kAligned>
 __device__ void linear(const Call& call, const float* pooled, float* z, float* answer) {
   using Bits = typename T::Bits;
@@ -93,25 +93,25 @@ __device__ void copy_logits(const Call& call, int64_t i, float* z, float* answer
   for (int64_t c = threadIdx.x; c < call.classes; c += blockDim.x) z[c] = answer[c] = T::value(logits[c]);
 }
 
-// The exit of row i in `memory` [frame.floats]; whether it is a live row without a meaningful answer. One thread decides:
-// the criteria are written for one, and a batch has rows enough.
+// Runs the exit of row i with scratch memory `scratch` [frame.floats]; returns whether it is a live row with invalid
+// logits. One thread decides: the criteria are sequential, and the rows of a batch provide the parallelism.
 template <class T>
-__device__ bool step_row(const Call& call, const Frame& frame, int64_t i, float* memory) {
+__device__ bool step_row(const Call& call, const Frame& frame, int64_t i, float* scratch) {
   __shared__ Decision decision;
   const int64_t first = call.pools_tokens() ? call.offsets[i] : i;
   const int64_t end = call.pools_mean() ? call.offsets[i + 1] : first + 1;
   const int64_t n = call.row_ids[i];
   if (n < 0) return false;
-  float* z = memory + frame.groups * frame.padded;
+  float* z = scratch + frame.groups * frame.padded;
   float* answer = z + call.classes;
   if (call.weight == nullptr) {
     copy_logits<T>(call, i, z, answer);
   } else {
-    pool<T>(call, frame, first, end, memory);
+    pool<T>(call, frame, first, end, scratch);
     if (frame.weight_aligned) {
-      linear<T, true>(call, memory, z, answer);
+      linear<T, true>(call, scratch, z, answer);
     } else {
-      linear<T, false>(call, memory, z, answer);
+      linear<T, false>(call, scratch, z, answer);
     }
   }
   __syncthreads();
@@ -127,15 +127,15 @@ __device__ bool step_row(const Call& call, const Frame& frame, int64_t i, float*
   return decision.invalid;
 }
 
-// One block a row, whatever their number. The last one to finish calls `finish` with what is live and what was invalid:
-// all its threads, since it may take a block to do.
+// One block per row, for any number of rows. All threads of the last block to finish call `finish` with the counts of
+// live and of invalid rows.
 template <class T, class Finish>
 __global__ void __launch_bounds__(kMeanThreads, kMeanBlocks)
     exit_kernel(const __grid_constant__ Call call, const __grid_constant__ Frame frame, int ticket,
                 const __grid_constant__ Finish finish) {
   extern __shared__ __align__(16) float shared[];
-  float* memory = frame.scratch == nullptr ? shared : frame.scratch + blockIdx.x * frame.floats;
-  const bool invalid = step_row<T>(call, frame, blockIdx.x, memory);
+  float* scratch = frame.scratch == nullptr ? shared : frame.scratch + blockIdx.x * frame.floats;
+  const bool invalid = step_row<T>(call, frame, blockIdx.x, scratch);
   int32_t invalid_rows;
   if (!arrive(ticket, invalid, invalid_rows)) return;
   finish(call, count_live(call.row_ids, call.offsets, call.rows), invalid_rows);

@@ -1,4 +1,4 @@
-// exit_step on CUDA: the last block counts.
+// exit_step on CUDA: the last block counts the live rows.
 
 #include "exit_row.cuh"
 

@@ -1,9 +1,9 @@
-// A CUDA graph whose parts run where and as often as a kernel before them said: IF, WHILE and SWITCH nodes, captured in
-// segments on one stream.
+// A CUDA graph with IF, WHILE and SWITCH nodes, whose conditions earlier kernels set; captured in segments on one
+// stream.
 //
-// A node's body can't be captured while its parent is: the parent's capture ends, the body is captured on the same
-// stream, and the parent's goes on behind the node. With one stream the libraries' workspaces, which are kept by stream,
-// stay the same, and so does the memory pool that allocations of all segments are taken from.
+// The body of a node cannot be captured during the capture of its parent: the capture of the parent ends, the body is
+// captured on the same stream, and the capture of the parent continues after the node. With one stream, all segments
+// use the same workspaces of the libraries, which are per stream, and the same memory pool.
 
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
@@ -19,7 +19,7 @@
 #include "kernels.h"
 
 #if CUDART_VERSION < 12040
-#error "IF nodes want CUDA 12.4; build with EARLYEXIT_BUILD=cpu"
+#error "IF nodes require CUDA 12.4; build with EARLYEXIT_BUILD=cpu"
 #endif
 
 namespace earlyexit {
@@ -31,39 +31,39 @@ class ConditionalGraph : public torch::CustomClassHolder {
  public:
   ~ConditionalGraph() override { abandon(); }
 
-  // Capture what the current stream is given from now on; allocations come from a pool of torch.cuda.graph_pool_handle.
+  // Starts to capture the current stream; allocations come from a pool of torch.cuda.graph_pool_handle.
   void begin(int64_t device, int64_t pool, int64_t pool_number) {
-    EE_CHECK(root_ == nullptr, kOp, "expected begin once, got a graph that has been begun; make a new one");
+    EE_CHECK(root_ == nullptr, kOp, "expected begin to be called once, got a second call; create a new graph");
     device_ = static_cast<c10::DeviceIndex>(device);
     stream_ = c10::cuda::getCurrentCUDAStream(device_);
     EE_CHECK(stream_ != c10::cuda::getDefaultCUDAStream(device_), kOp,
-             "expected a stream of its own, got the default one, which can't be captured");
+             "expected a non-default stream, got the default stream, which cannot be captured");
     pool_ = {static_cast<c10::CaptureId_t>(pool), static_cast<c10::CaptureId_t>(pool_number)};
-    const cudaStream_t mine = stream_.stream();
-    c10::cuda::CUDACachingAllocator::beginAllocateToPool(device_, pool_, [mine](cudaStream_t s) { return s == mine; });
+    const cudaStream_t own = stream_.stream();
+    c10::cuda::CUDACachingAllocator::beginAllocateToPool(device_, pool_, [own](cudaStream_t s) { return s == own; });
     holds_pool_ = allocates_ = true;
     C10_CUDA_CHECK(cudaGraphCreate(&root_, 0));
     capture(root_, nullptr);
   }
 
-  // A number for a kernel to set, `first` where none has: what a node goes by.
+  // Creates the condition of a node, with the value `first` until a kernel sets it.
   int64_t handle(int64_t first) {
-    EE_CHECK(allocates_, kOp, "expected handle between begin and end");
-    cudaGraphConditionalHandle made;
+    EE_CHECK(allocates_, kOp, "expected handle to be called between begin and end");
+    cudaGraphConditionalHandle created;
     C10_CUDA_CHECK(
-        cudaGraphConditionalHandleCreate(&made, root_, static_cast<unsigned>(first), cudaGraphCondAssignDefault));
-    EE_CHECK(made != 0, kOp, "expected a handle other than 0, which means none to the ops");
-    return static_cast<int64_t>(made);
+        cudaGraphConditionalHandleCreate(&created, root_, static_cast<unsigned>(first), cudaGraphCondAssignDefault));
+    EE_CHECK(created != 0, kOp, "expected a handle other than 0, which stands for no handle in the ops");
+    return static_cast<int64_t>(created);
   }
 
-  // What follows, up to end_if, runs where the handle isn't 0.
+  // Work up to end_if runs if the condition is not 0.
   void begin_if(int64_t handle) { open(handle, cudaGraphCondTypeIf, 1); }
 
-  // What follows, up to end_while, runs as long as the handle isn't 0.
+  // Work up to end_while runs as long as the condition is not 0.
   void begin_while(int64_t handle) { open(handle, cudaGraphCondTypeWhile, 1); }
 
-  // Of what follows, up to end_switch, in so many cases with next_case between them, the one runs whose number, from 0,
-  // is the handle.
+  // Work up to end_switch is divided into `cases` cases by next_case; case k, counted from 0, runs if the condition is
+  // k.
   void begin_switch(int64_t handle, int64_t cases) {
 #if CUDART_VERSION >= 12080
     open(handle, cudaGraphCondTypeSwitch, cases);
@@ -76,23 +76,23 @@ class ConditionalGraph : public torch::CustomClassHolder {
 
   void next_case() {
     EE_CHECK(!open_.empty() && open_.back().entered < open_.back().bodies.size(), kOp,
-             "expected next_case between the cases of begin_switch, got more of them");
+             "expected next_case between the cases of begin_switch, got too many calls");
     pause();
     enter_body();
   }
 
   void close() {
     EE_CHECK(!open_.empty() && open_.back().entered == open_.back().bodies.size(), kOp,
-             "expected the end of a node after its beginning and all of its cases");
+             "expected the end of a node after its begin and all its cases");
     pause();
     const Node node = open_.back();
     open_.pop_back();
     capture(node.parent, &node.node);
   }
 
-  // Set `chosen` to the turn [1] int32 that it is, count that up, and `again` to whether it was less than the last.
+  // Sets `chosen` to the counter `turn` [1] int32, increments the counter, and sets `again` to whether turns are left.
   void take_turn(const at::Tensor& turn, int64_t chosen, int64_t again, int64_t turns) {
-    EE_CHECK(allocates_, kOp, "expected take_turn between begin and end");
+    EE_CHECK(allocates_, kOp, "expected take_turn to be called between begin and end");
     check_tensor(kOp, "turn", turn, at::kInt, {1});
     launch_take_turn(turn.mutable_data_ptr<int32_t>(), static_cast<unsigned long long>(chosen),
                      static_cast<unsigned long long>(again), static_cast<int32_t>(turns), stream_);
@@ -100,26 +100,26 @@ class ConditionalGraph : public torch::CustomClassHolder {
   }
 
   void end() {
-    EE_CHECK(allocates_ && open_.empty(), kOp, "expected end after begin and the end of all nodes");
+    EE_CHECK(allocates_ && open_.empty(), kOp, "expected end to be called after begin and the end of all nodes");
     pause();
     stop_allocating();
     C10_CUDA_CHECK(cudaGraphInstantiate(&runnable_, root_, 0));
-    C10_CUDA_CHECK_WARN(cudaGraphUpload(runnable_, stream_));  // else the first replay uploads it
+    C10_CUDA_CHECK_WARN(cudaGraphUpload(runnable_, stream_));  // otherwise the first replay uploads it
   }
 
   void replay() {
-    EE_CHECK(runnable_ != nullptr, kOp, "expected replay after end");
+    EE_CHECK(runnable_ != nullptr, kOp, "expected replay to be called after end");
     const c10::cuda::CUDAGuard guard(device_);
     C10_CUDA_CHECK(cudaGraphLaunch(runnable_, c10::cuda::getCurrentCUDAStream(device_)));
   }
 
-  // Drop everything, and leave the stream as it was before, also in the middle of a capture that failed.
+  // Releases all resources and ends the capture, also if it failed.
   void abandon() {
     if (allocates_) {
       cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
       C10_CUDA_CHECK_WARN(cudaStreamIsCapturing(stream_, &status));
       cudaGraph_t unfinished = nullptr;
-      // fails by design where the capture was invalidated
+      // fails by design if the capture was invalidated
       if (status != cudaStreamCaptureStatusNone) (void)cudaStreamEndCapture(stream_, &unfinished);
       (void)cudaGetLastError();
       stop_allocating();
@@ -158,15 +158,15 @@ class ConditionalGraph : public torch::CustomClassHolder {
 #else
     C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v3(stream_, &status, nullptr, &graph, &before, &edges, &count));
 #endif
-    EE_CHECK(status == cudaStreamCaptureStatusActive, kOp, "expected a node between begin and end");
+    EE_CHECK(status == cudaStreamCaptureStatusActive, kOp, "expected a node to begin between begin and end");
 #if CUDART_VERSION >= 13000
     C10_CUDA_CHECK(cudaGraphAddNode(&node, graph, before, edges, count, &params));
 #else
     C10_CUDA_CHECK(cudaGraphAddNode_v2(&node, graph, before, edges, count, &params));
 #endif
     pause();
-    const cudaGraph_t* made = params.conditional.phGraph_out;
-    open_.push_back({graph, node, {made, made + bodies}, 0});
+    const cudaGraph_t* created = params.conditional.phGraph_out;
+    open_.push_back({graph, node, {created, created + bodies}, 0});
     enter_body();
   }
 

@@ -1,4 +1,4 @@
-// The CUDA kernels' launchers, without torch: the kernels compile alone, in seconds, and ops.cpp calls them.
+// Launchers of the CUDA kernels, without torch headers, so that the kernels compile in seconds; called by ops.cpp.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,20 +13,20 @@ constexpr int kTickets = 1 << 13;
 constexpr int kPackBytes = 16;
 constexpr int kThreads = 128;
 constexpr int kMeanThreads = 512;
-constexpr int kMeanBlocks = 2;  // a multiprocessor: 64 registers a thread, so that 8 blocks of kThreads fit as well
-// What every card gives a block without being asked, less the kernels' own variables.
+constexpr int kMeanBlocks = 2;  // per multiprocessor: 64 registers per thread, so that 8 blocks of kThreads fit too
+// Shared memory of a block on every card without opt-in, less the static variables of the kernels.
 constexpr int64_t kSharedFloats = 47 * 1024 / sizeof(float);
 
-// How a block works on one row. Nothing here depends on the batch, so neither do a row's bits.
+// Layout of the work of a block on one row. It does not depend on the batch, so neither do the bits of a row.
 struct Frame {
   int threads;
-  int columns;     // threads beside each other along the width, a pack of 16 bytes each
-  int groups;      // of that many threads, which share the tokens of a mean; 0 where logits are given
-  int64_t padded;  // H up to whole packs
-  int64_t floats;  // what a block keeps: sums [groups, padded], z [C], answer [C]
+  int columns;     // adjacent threads along the width, with one pack of 16 bytes each
+  int groups;      // groups of `columns` threads, which share the tokens of a mean; 0 if logits are given
+  int64_t padded;  // H, rounded up to whole packs
+  int64_t floats;  // scratch memory of a block: sums [groups, padded], z [C], answer [C]
   bool input_aligned;
   bool weight_aligned;
-  float* scratch;  // [B, floats] in global memory where they don't fit in shared memory, else null
+  float* scratch;  // [B, floats] in global memory if it does not fit into shared memory, else null
 };
 
 inline bool in_packs(const void* memory, int64_t row_bytes) {
@@ -48,32 +48,32 @@ inline Frame new_frame(const Call& call, Dtype dtype) {
   return frame;
 }
 
-// counts [3]: rows left in the batch, their tokens, rows without a meaningful answer.
+// counts [3]: live rows, their tokens, rows with invalid logits.
 void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int ticket, int32_t* counts,
                       cudaStream_t stream);
 
-// What follows an exit in a loop that the host doesn't watch. R rows of capacity, arrays as in the schema.
+// Compaction after an exit of the device-resident loop, with capacity for R rows; arrays as in the schema.
 struct Settle {
   int32_t* offsets;           // [R + 1], those of the call
   int32_t* old_offsets;       // [R + 1]
   int32_t* source;            // [R]
-  int32_t* counts;            // [4]: as above, and the tokens present afterwards
-  int32_t tile;               // rows move where that spares a tile of so many tokens
-  int32_t capacity;           // tokens of a side
-  unsigned long long handle;  // of a conditional graph node, set to whether a row is left; or 0
+  int32_t* counts;            // [4]: as above, and the tokens present after the compaction
+  int32_t tile;               // tokens per tile; rows move if that saves a tile
+  int32_t capacity;           // tokens of one side of the buffer
+  unsigned long long handle;  // condition of a graph node, set to whether rows are left; or 0 for none
 };
 
 void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Settle& settle,
                           cudaStream_t stream);
 
-// For the nodes of a conditional graph: `chosen` gets *turn, which is counted up, and `again` whether turns are left.
+// Sets the conditions of graph nodes: `chosen` to *turn, which is then incremented, `again` to whether turns are left.
 void launch_take_turn(int32_t* turn, unsigned long long chosen, unsigned long long again, int32_t turns,
                       cudaStream_t stream);
 
 void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
                     int32_t* source, int64_t rows, cudaStream_t stream);
 
-// Tokens of `token_bytes` each; `hidden` and `out` may be one buffer where no segment read is written.
+// Tokens of `token_bytes` each; `hidden` and `out` may be one buffer if no segment is both read and written.
 struct Gather {
   const void* hidden;
   const int32_t* offsets;
@@ -81,7 +81,7 @@ struct Gather {
   const int32_t* new_offsets;
   void* out;
   int64_t rows;
-  int64_t tokens;  // that move at most
+  int64_t tokens;  // maximum number of tokens to move
   int64_t token_bytes;
 };
 

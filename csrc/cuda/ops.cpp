@@ -1,5 +1,5 @@
-// The ops on CUDA: checks, memory and the current stream around the kernels. Nothing reads the device's memory, so row
-// ids and offsets are trusted.
+// The ops on CUDA: checks, allocation and the current stream around the kernels. Device memory is not read, so row ids
+// and offsets are not checked.
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
@@ -25,20 +25,20 @@
 namespace earlyexit {
 namespace {
 
-// Two launches that may run at the same time have two tickets. Those of one stream run one after the other. A captured
-// one may be replayed on any stream: it goes by the row ids it writes, which two launches can't share at a time anyway.
+// Launches that may run concurrently have different tickets. Launches of one stream are sequential. A captured launch
+// may be replayed on any stream: its ticket belongs to the row ids it writes, which concurrent launches cannot share.
 int ticket_of(const char* op, cudaStream_t stream, const void* row_ids) {
   static std::mutex mutex;
-  static std::map<std::pair<bool, const void*>, int> given;
+  static std::map<std::pair<bool, const void*>, int> tickets;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
   const bool captured = status != cudaStreamCaptureStatusNone;
-  EE_CHECK(captured || stream != cudaStreamPerThread, op, "expected a stream with a handle of its own, got the default ",
-           "one of a thread, whose handle all threads share; use torch.cuda.Stream()");
+  EE_CHECK(captured || stream != cudaStreamPerThread, op, "expected a stream with its own handle, got the per-thread ",
+           "default stream, whose handle all threads share; use torch.cuda.Stream()");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = given.emplace(std::pair(captured, captured ? row_ids : stream), given.size()).first;
-  EE_CHECK(found->second < kTickets, op, "expected at most ", kTickets, " streams and captured row_ids in a process; ",
-           "keep the buffers of captured graphs instead of making new ones");
+  const auto found = tickets.emplace(std::pair(captured, captured ? row_ids : stream), tickets.size()).first;
+  EE_CHECK(found->second < kTickets, op, "expected at most ", kTickets, " streams and captured row_ids per process; ",
+           "reuse the buffers of captured graphs instead of creating new ones");
   return found->second;
 }
 
@@ -47,13 +47,13 @@ Dtype dtype_of(const at::Tensor& input) {
   return dtype == at::kFloat ? Dtype::kFloat32 : dtype == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
-// Launch an exit kernel: `launcher` with what it takes for the call, then with `last`.
+// Launches an exit kernel: calls `launcher` with the arguments of the call, followed by `last`.
 template <class Launcher, class Last>
 void launch(const char* op, Launcher launcher, const Call& call, const ExitTensors& tensors, const Last& last) {
   const Dtype dtype = dtype_of(tensors.input());
   Frame frame = new_frame(call, dtype);
   at::Tensor scratch;
-  if (frame.floats > kSharedFloats) {  // some thousands of classes
+  if (frame.floats > kSharedFloats) {  // from some thousands of classes on
     scratch = at::empty({call.rows, frame.floats}, tensors.answers.options());
     frame.scratch = scratch.mutable_data_ptr<float>();
   }
@@ -86,14 +86,14 @@ void resident_exit(
     const at::Tensor& answers, const at::Tensor& exit_layer, std::string_view criterion, at::ArrayRef<double> params,
     std::string_view pooling, int64_t layer, int64_t depth, int64_t tile, int64_t capacity, int64_t handle) {
   constexpr const char* kOp = "resident_exit_cpp";
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 2;
+  constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() / 2;
   const std::optional<at::Tensor> segments = offsets;
   const ExitTensors tensors{hidden, segments, weight, bias, logits, aux, row_ids, state, answers, exit_layer};
   const Call call = bind_exit(kOp, tensors, criterion, params, pooling, layer, depth);
-  EE_CHECK(call.rows >= 1, kOp, "expected room for a row, got row_ids ", shape_name(row_ids.sizes()));
-  EE_CHECK(1 <= capacity && capacity <= kMost, kOp, "expected a capacity of 1 to ", kMost, " tokens a side, got ",
-           capacity);
-  EE_CHECK(1 <= tile && tile <= kMost, kOp, "expected a tile of 1 to ", kMost, " tokens, got ", tile);
+  EE_CHECK(call.rows >= 1, kOp, "expected capacity for at least one row, got row_ids ", shape_name(row_ids.sizes()));
+  EE_CHECK(1 <= capacity && capacity <= kMaxTokens, kOp, "expected a capacity of 1 to ", kMaxTokens,
+           " tokens per side, got ", capacity);
+  EE_CHECK(1 <= tile && tile <= kMaxTokens, kOp, "expected a tile of 1 to ", kMaxTokens, " tokens, got ", tile);
   EE_CHECK(!hidden || !call.pools_tokens() || hidden->size(0) == 2 * capacity, kOp, "expected hidden [", 2 * capacity,
            ", H], two sides of ", capacity, " tokens, got ", shape_name(hidden->sizes()));
   for (const auto& [name, tensor, size] : {std::tuple("old_offsets", &old_offsets, call.rows + 1),
@@ -131,17 +131,17 @@ void gather_rows(const at::Tensor& hidden, const at::Tensor& offsets, const at::
                  const at::Tensor& new_offsets, const at::Tensor& out) {
   constexpr const char* kOp = "gather_rows_cpp";
   check_gather(kOp, hidden, offsets, source, new_offsets, out);
-  // the two sides of a resident batch are one buffer, of which the offsets name different parts
+  // the two sides of a resident batch lie in one buffer, at different offsets
   const at::MemOverlapStatus overlap = at::get_overlap_status(hidden, out);
   EE_CHECK(overlap == at::MemOverlapStatus::No || overlap == at::MemOverlapStatus::Full, kOp,
            "expected out to be hidden itself, or to share no memory with it; pass a second buffer");
   const int64_t token_bytes = hidden.size(1) * hidden.element_size();
   if (source.size(0) == 0 || token_bytes == 0) return;
-  // within one buffer no token is both read and written, so that half of them move at most
-  const int64_t room = overlap == at::MemOverlapStatus::Full ? out.size(0) / 2 : out.size(0);
+  // within one buffer no token is both read and written, so at most half of them move
+  const int64_t max_tokens = overlap == at::MemOverlapStatus::Full ? out.size(0) / 2 : out.size(0);
   const c10::cuda::CUDAGuard guard(hidden.device());
   launch_gather_rows({hidden.const_data_ptr(), offsets.const_data_ptr<int32_t>(), source.const_data_ptr<int32_t>(),
-                      new_offsets.const_data_ptr<int32_t>(), out.mutable_data_ptr(), source.size(0), room,
+                      new_offsets.const_data_ptr<int32_t>(), out.mutable_data_ptr(), source.size(0), max_tokens,
                       token_bytes},
                      c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,4 +1,4 @@
-// Values of the three dtypes, sixteen bytes at a time.
+// Loads of the three dtypes, sixteen bytes at a time.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -22,7 +22,7 @@ struct BFloat16 {
   static __device__ float value(Bits bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 };
 
-// Call f with the type that a dtype stands for.
+// Calls f with the type of a dtype.
 template <class F>
 void with_type(Dtype dtype, F f) {
   switch (dtype) {
@@ -32,7 +32,7 @@ void with_type(Dtype dtype, F f) {
   }
 }
 
-// Kept as words: a half of a word takes a register as a whole one does.
+// Stored in words: a 16-bit value would take a whole register.
 template <class T>
 struct Pack {
   using Bits = typename T::Bits;
@@ -45,7 +45,7 @@ struct Pack {
   }
 };
 
-// Up to `left` values from p, zeros behind them; where p is aligned to packs, and `left` no part of one, in one access.
+// Loads up to `left` values from p, followed by zeros; in one access if p is aligned and `left` is 0 or a whole pack.
 template <class T, bool kAligned>
 __device__ Pack<T> load_pack(const typename T::Bits* p, int64_t left) {
   Pack<T> pack;

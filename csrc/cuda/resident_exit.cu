@@ -1,5 +1,5 @@
-// resident_exit: an exit in a loop that the host doesn't watch. The last block plans where the rows move, if that pays, and
-// tells a graph whether to go on. A file of its own, since the call for that is one that a driver may not know.
+// resident_exit: an exit of the device-resident loop. The last block plans the compaction, if it pays, and sets the
+// condition for the graph to continue. A separate file, because older drivers do not support that call.
 
 #include "../settle.h"
 #include "exit_row.cuh"

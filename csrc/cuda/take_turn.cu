@@ -1,4 +1,4 @@
-// The turn of a loop in a conditional graph: which case runs, and whether another follows.
+// Selects the case of a loop in a conditional graph, and whether another turn follows.
 
 #include "kernels.h"
 

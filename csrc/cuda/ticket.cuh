@@ -1,4 +1,5 @@
-// Which block of a launch finishes last: it sees what all the others wrote, and does what has to follow, in one launch.
+// Finds the block of a launch that finishes last; it sees the writes of all others and can continue without a second
+// launch.
 #pragma once
 
 #include "block.cuh"
@@ -7,12 +8,12 @@
 namespace earlyexit {
 namespace {
 
-// Zero when the module is loaded, on each device, and again at the end of each launch: never to be cleared. ops.cpp says
-// which one a launch takes. Arrivals stand in the lower half, their invalid rows in the upper.
+// Zero when the module is loaded, on each device, and at the end of each launch, so that the host never clears them;
+// ops.cpp assigns them to launches. The lower half counts arrivals, the upper half their invalid rows.
 __device__ Counts tickets[kTickets];
 
-// Add to a count of the device. Released: what the block wrote comes before it. Acquired: what blocks that added earlier
-// wrote comes before what is read from here on. A __threadfence on either side would order more than that, and slower.
+// Adds to a counter on the device. Release: earlier writes of the block become visible before it. Acquire: writes of
+// blocks that added earlier are visible afterwards. __threadfence on both sides would order more and be slower.
 __device__ inline Counts add_in_order(Counts* count, Counts value) {
   Counts before;
   asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
@@ -22,10 +23,11 @@ __device__ inline Counts add_in_order(Counts* count, Counts value) {
   return before;
 }
 
-// Whether this is the last block; if so, `invalid_rows` is what all of them reported. Thread 0's words count.
+// Returns whether this is the last block; if so, `invalid_rows` is the total of all blocks. The arguments of thread 0
+// count.
 __device__ inline bool arrive(int ticket, bool invalid, int32_t& invalid_rows) {
   __shared__ Counts before;
-  // the last block may rewrite row ids: no thread of this one may still have its own to read
+  // the last block may rewrite row ids, so all threads of this one must have read theirs
   __syncthreads();
   if (threadIdx.x == 0) before = add_in_order(&tickets[ticket], new_counts(invalid, 1));
   __syncthreads();

@@ -1,16 +1,39 @@
-"""Model families: one adapter each, listed here and nowhere else."""
+"""Model families: one adapter each, listed in the table below."""
 
 from __future__ import annotations
 
 from earlyexit_kernels.backbones.albert import ALBERT
-from earlyexit_kernels.backbones.base import BackboneAdapter, LayerNames, StockHead, check_parts, column_positions
+from earlyexit_kernels.backbones.base import (
+    BackboneAdapter,
+    LayerNames,
+    StockHead,
+    check_adapter,
+    check_parts,
+    column_positions,
+    embed_with_types,
+    encoder_layers,
+    position_limit,
+)
 from earlyexit_kernels.backbones.bert import BERT
 from earlyexit_kernels.backbones.distilbert import DISTILBERT
 from earlyexit_kernels.backbones.electra import ELECTRA
 from earlyexit_kernels.backbones.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 
-__all__ = ["BACKBONES", "BackboneAdapter", "LayerNames", "StockHead", "adapter_of", "check_parts", "column_positions"]
+__all__ = [
+    "BACKBONES",
+    "BackboneAdapter",
+    "LayerNames",
+    "StockHead",
+    "adapter_of",
+    "check_parts",
+    "column_positions",
+    "embed_with_types",
+    "encoder_layers",
+    "position_limit",
+    "register",
+]
 
+#: All families that a model can have, by the model type of their config; `register` adds to it.
 BACKBONES: dict[str, BackboneAdapter] = {
     "bert": BERT,
     "roberta": ROBERTA,
@@ -22,12 +45,56 @@ BACKBONES: dict[str, BackboneAdapter] = {
 }
 
 
+def register(adapter: BackboneAdapter) -> BackboneAdapter:
+    """Make a family of encoders from outside the package usable by `to_early_exit`, saving and loading.
+
+    Call it in a module that a program imports before it loads a saved model of the family.
+
+    Args:
+        adapter: where the parts of the family's encoder and classifier are.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        TypeError: not a `BackboneAdapter`.
+        ValueError: a field has the wrong kind of value, or another adapter has its model type.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> from earlyexit_kernels.backbones import column_positions, embed_with_types, encoder_layers, position_limit
+        >>> ernie = ee.backbones.BackboneAdapter(
+        ...     model_type="ernie",
+        ...     base="ernie",
+        ...     head=ee.backbones.StockHead(dense="ernie.pooler.dense"),
+        ...     embed=embed_with_types,
+        ...     layers=encoder_layers,
+        ...     positions=column_positions,
+        ...     longest=position_limit,
+        ... )
+        >>> ee.backbones.register(ernie).model_type
+        'ernie'
+        >>> _ = ee.backbones.BACKBONES.pop("ernie")  # forget it again
+    """
+    check_adapter(adapter)
+    known = BACKBONES.setdefault(adapter.model_type, adapter)
+    if known != adapter:
+        raise ValueError(
+            f"register: model_type {adapter.model_type!r} has another adapter already; change that one, or give the "
+            "config of the family another model_type"
+        )
+    return adapter
+
+
 def adapter_of(model_type: str) -> BackboneAdapter:
-    """The adapter of a family.
+    """Return the adapter of a family.
 
     Raises:
         ValueError: no adapter for it; the message names the supported families.
     """
     if model_type not in BACKBONES:
-        raise ValueError(f"model_type {model_type!r} has no adapter; supported are {sorted(BACKBONES)}")
+        raise ValueError(
+            f"model_type {model_type!r} has no adapter; supported are {sorted(BACKBONES)}. Import the module that "
+            "registers one, or write it: earlyexit_kernels.backbones.register"
+        )
     return BACKBONES[model_type]

@@ -1,4 +1,4 @@
-"""ALBERT (arXiv 1909.11942): a layer is a step of the loop over shared groups, not a set of parameters."""
+"""ALBERT (arXiv 1909.11942): layers share parameters in groups, so a layer here is one use of a group."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What an adapter says of a model family: where its parts are. Names only; the family's own code does the numbers."""
+"""Adapters: where the parts of a model family are. The family's own code computes the numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ class StockHead:
     """The family's classification head: first token -> dense -> activation -> dropout -> linear.
 
     Attributes:
-        dense, out, dropout: dotted names in the stock ``...ForSequenceClassification`` model.
+        dense: dotted name of the dense module in the stock ``...ForSequenceClassification`` model.
+        out: dotted name of the last linear.
+        dropout: dotted name of the dropout module.
         activation: after the dense module.
-        dropout_before_dense: whether the head drops out before the dense module too.
+        dropout_before_dense: whether the head applies dropout before the dense module too.
     """
 
     dense: str
@@ -29,9 +31,10 @@ class StockHead:
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Where the parts of one encoder layer are, dotted, for layers of the original form.
+    """Dotted names of the parts of one post-norm encoder layer.
 
-    That form is ``y = norm(x + out(attend(query x, key x, value x)))``, then ``norm(y + outer(activation(inner y)))``.
+    Such a layer computes ``y = norm(x + out(attend(query x, key x, value x)))``, then
+    ``norm(y + outer(activation(inner y)))``.
     """
 
     query: str = "attention.self.query"
@@ -46,30 +49,33 @@ class LayerNames:
 
 
 def single(layer: nn.Module) -> Sequence[nn.Module]:
-    """A layer that is one encoder layer."""
+    """Return a layer that is one encoder layer as a sequence of length 1."""
     return (layer,)
 
 
 def as_wide(backbone: nn.Module) -> None:
-    """The linear of embeddings as wide as the layers: none."""
+    """Return None: the embeddings are as wide as the layers."""
 
 
 @dataclass(frozen=True)
 class BackboneAdapter:
-    """One family of encoders.
+    """The parts of one family of post-norm encoders.
 
     Attributes:
         model_type: of the family's config.
         base: name of the encoder in the stock classifier.
         head: the stock classification head.
-        embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> [1, T, E]``.
-        layers: ``backbone -> L`` callables ``layer(hidden, None, plan=...)``, in order of use.
-        positions: ``(backbone, input_ids [N, S]) -> [N, S]`` as the stock model computes them, on the padded ids.
-        longest: ``config ->`` longest row in tokens.
-        names: of the parts of an encoder layer.
-        parts: ``layer ->`` the encoder layers it runs one after the other; mostly itself alone.
-        shares_layers: one layer is used many times.
-        widen: ``backbone ->`` the linear from the embeddings' E to the layers' H, or None where they are the same.
+        embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> [1, T, E]``, the embeddings of packed tokens.
+        layers: ``backbone ->`` the L layers in order of use, each called as ``layer(hidden, None, plan=...)``; the
+            layer must pass `plan` on to the attention function.
+        positions: ``(backbone, input_ids [N, S]) -> [N, S]``, positions as the stock model computes them from padded
+            ids.
+        longest: ``config ->`` maximum number of tokens in a row.
+        names: of the parts of an encoder layer, for the fused layers.
+        parts: ``layer ->`` the encoder layers that it runs in sequence; usually the layer itself.
+        shares_layers: whether one layer is used several times.
+        widen: ``backbone ->`` the linear from the width E of the embeddings to the width H of the layers, or None where
+            they are equal.
         embeddings: dotted name of the module that `embed` calls.
     """
 
@@ -87,18 +93,48 @@ class BackboneAdapter:
     embeddings: str = "embeddings"
 
     def first_states(self, backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-        """What layer 1 reads, ``[1, T, H]`` for ``[1, T]`` each."""
+        """Return the input of layer 1, ``[1, T, H]``, for ids, positions and types ``[1, T]``."""
         embedded, widen = self.embed(backbone, ids, positions, types), self.widen(backbone)
         return embedded if widen is None else widen(embedded)
 
 
-def check_parts(adapter: BackboneAdapter, backbone: nn.Module) -> None:
-    """Check that an adapter names every part of a backbone that has weights; a part it lacks would never run.
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
-    A backbone of pre-norm layers is refused so, since nothing would apply the norm after its last layer.
+
+#: Kind of each field of an adapter, in words, and a test of it.
+FIELD_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("model_type", "base", "embeddings"), ("a non-empty string", _is_name)),
+    **dict.fromkeys(("embed", "layers", "positions", "longest", "parts", "widen"), ("a function", callable)),
+    "head": ("a StockHead", lambda v: isinstance(v, StockHead)),
+    "names": ("a LayerNames", lambda v: isinstance(v, LayerNames)),
+    "shares_layers": ("True or False", lambda v: isinstance(v, bool)),
+}
+
+
+def check_adapter(adapter: Any) -> None:
+    """Check the fields of an adapter.
 
     Raises:
-        ValueError: naming the modules.
+        TypeError: not an adapter.
+        ValueError: names the first field with the wrong kind of value.
+    """
+    if not isinstance(adapter, BackboneAdapter):
+        raise TypeError(f"register: expected a BackboneAdapter, got {adapter!r}")
+    for field in fields(adapter):
+        expected, fits = FIELD_KINDS[field.name]
+        value = getattr(adapter, field.name)
+        if not fits(value):
+            raise ValueError(f"register: expected {field.name} of the adapter to be {expected}, got {value!r}")
+
+
+def check_parts(adapter: BackboneAdapter, backbone: nn.Module) -> None:
+    """Check that an adapter names every part of a backbone that has weights; other parts would never run.
+
+    This refuses backbones of pre-norm layers, since nothing would apply the norm after their last layer.
+
+    Raises:
+        ValueError: names the modules that the adapter does not use.
     """
     parts: list[Any] = [backbone.get_submodule(adapter.embeddings), adapter.widen(backbone), *adapter.layers(backbone)]
     named = {id(p) for part in parts if part is not None for p in part.parameters()}
@@ -106,27 +142,27 @@ def check_parts(adapter: BackboneAdapter, backbone: nn.Module) -> None:
     if left:
         modules = sorted({name.rpartition(".")[0] or name for name in left})
         raise ValueError(
-            f"the adapter of {adapter.model_type!r} doesn't use {', '.join(modules)} of {type(backbone).__name__}, so "
+            f"the adapter of {adapter.model_type!r} does not use {', '.join(modules)} of {type(backbone).__name__}, so "
             "its exits would answer without them; expected embeddings, an optional linear that widens them, and layers "
             "that end in their own norm (post-norm)"
         )
 
 
 def column_positions(backbone: nn.Module, input_ids: Tensor) -> Tensor:
-    """Positions by column, ``[N, S]``."""
+    """Return the column of each token as its position, ``[N, S]``."""
     return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
 
 
 def position_limit(config: Any) -> int:
-    """Longest row where positions start at 0."""
+    """Return the maximum number of tokens in a row, for positions that start at 0."""
     return config.max_position_embeddings
 
 
 def encoder_layers(backbone: nn.Module) -> Sequence[nn.Module]:
-    """The layers of the common ``encoder.layer`` list."""
+    """Return the layers of a backbone that has them in ``encoder.layer``."""
     return backbone.encoder.layer  # type: ignore[union-attr, return-value]
 
 
 def embed_with_types(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-    """Embeddings that take token types."""
+    """Return the embeddings of a backbone whose embedding module takes token types."""
     return backbone.embeddings(input_ids=ids, position_ids=positions, token_type_ids=types)  # type: ignore[operator]

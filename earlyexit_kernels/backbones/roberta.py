@@ -1,6 +1,6 @@
-"""RoBERTa (arXiv 1907.11692), XLM-RoBERTa (arXiv 1911.02116) and CamemBERT (arXiv 1911.03894): one layout, three names.
+"""RoBERTa (arXiv 1907.11692), XLM-RoBERTa (arXiv 1911.02116) and CamemBERT (arXiv 1911.03894), which share one layout.
 
-Positions count the ids that aren't padding, from `pad_token_id` + 1, whatever the attention mask says.
+Positions count the ids that are not padding, from `pad_token_id` + 1, regardless of the attention mask.
 """
 
 from __future__ import annotations

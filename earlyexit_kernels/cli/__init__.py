@@ -1,22 +1,20 @@
-"""The command `earlyexit`: one file per command, each with `add_arguments(parser)` and `run(args) -> exit code`."""
+"""Commands of `earlyexit`: one file per command with `run(args) -> exit code`; `earlyexit_cli` parses the arguments."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from earlyexit_kernels.cli import demo, env, evaluate, train
-from earlyexit_kernels.cli.arguments import Parser
 from earlyexit_kernels.errors import BackendUnavailableError, MissingHeadsError
 
 COMMANDS = {"demo": demo, "train": train, "eval": evaluate, "env": env}
 
-#: Wrong input, or something missing on the machine: one line is enough. Any other class is a fault of the program.
+#: Errors in the input or the environment, reported in one line. Any other class is a bug and shows its traceback.
 _USER_ERRORS = (
     ValueError,
     OSError,
@@ -28,32 +26,14 @@ _USER_ERRORS = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = Parser(prog="earlyexit", description="Early exit for Hugging Face text classifiers.")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(command)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: arguments after the program's name; default: those of the process.
+def run(args: argparse.Namespace) -> int:
+    """Run the command ``args.command``.
 
     Returns:
-        0, or 2 after an error in the input, told in one line on stderr.
+        exit code: 0, 2 after an error in the input, reported in one line on stderr, or 130 after an interrupt.
     """
-    args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    disable_progress_bar()  # of loading and saving, over in a blink; training and measuring show their own
+    disable_progress_bar()  # those of loading and saving; training and measuring show their own
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:

@@ -1,108 +1,80 @@
-"""Converters of the command line's arguments, each with its range; argparse names the argument in their errors."""
+"""Convert and check the arguments of the command line; argparse adds the name of the argument to the errors."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from earlyexit_kernels.tuning.grids import FEWEST_POINTS
+from earlyexit_kernels.arguments import Check, choice, number, whole
+from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.tasks.load import TASK_NAMES
+from earlyexit_kernels.tuning.grids import MIN_POINTS
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line on stderr."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"error: {' '.join(message.split())}; `{self.prog} --help` lists the arguments\n")
+#: Characters of a text that an error shows.
+SHOWN = 80
 
 
-def real(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """A finite number in ``[low, high]``; with `above`, `low` itself is excluded."""
-    least = f"above {low:g}" if above else f"at least {low:g}"
-    allowed = least if math.isinf(high) else f"{least} and at most {high:g}"
+def _converter(parse: Callable[[str], Any], check: Check) -> Callable[[str], Any]:
+    """Return a converter that parses a text and checks the value."""
 
-    def convert(text: str) -> float:
-        value = _number(float, text)
-        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
-            raise argparse.ArgumentTypeError(f"expected a finite number {allowed}, got {_shown(text)}")
-        return value
-
-    return convert
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A whole number in ``[low, high]``."""
-
-    def convert(text: str) -> int:
-        value = _number(int, text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a whole number in [{low}, {high}], got {_shown(text)}")
-        return int(value)
+    def convert(text: str) -> Any:
+        try:
+            value = parse(text)
+        except ValueError:
+            value = text[:SHOWN]
+        try:
+            return check("", value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
 
     return convert
 
 
-def _number(parse: Callable[[str], float], text: str) -> float:
-    """The number that a text is, or NaN, which lies in no range."""
-    try:
-        return parse(text)
-    except ValueError:
-        return math.nan
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
-
-
-def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """One of some names."""
-
-    def convert(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, got {_shown(text)}")
-        return text
-
-    return convert
+def one_of(*names: str) -> Callable[[str], str]:
+    """Return a converter that accepts these names only."""
+    return _converter(lambda text: text[:SHOWN], choice(*names))
 
 
 def path(text: str) -> Path:
-    """A path that is not empty: an empty one would be the current folder."""
+    """Convert to a path; an empty one, which would be the current folder, is refused."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
     return Path(text).expanduser()
 
 
 def source(text: str) -> str:
-    """A path or a hub name that is not empty."""
+    """Accept a path or hub name that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a folder or a hub name, got {text!r}")
     return text
 
 
 def png(text: str) -> Path:
-    """A path whose name ends in ``.png``."""
-    found = path(text)
-    if found.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"expected a file name that ends in .png, got {_shown(text)}")
-    return found
+    """Convert to a path whose name ends in ``.png``."""
+    target = path(text)
+    if target.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"expected a file name that ends in .png, got {text[:SHOWN]!r}")
+    return target
 
 
 def rate_or_same(text: str) -> float | None:
-    """A learning rate, or None for ``same``."""
+    """Convert to a learning rate, or None for ``same``."""
     return None if text == "same" else learning_rate(text)
 
 
-#: The ranges; each upper limit is far above any sensible value and far below where a library fails.
-rows = whole(1, 10**9)
-rows_or_none = whole(0, 10**9)
-batch_size = whole(1, 10**6)
-max_length = whole(1, 10**6)
-seed = whole(0, 2**32 - 1)
-threads = whole(1, 1024)
-points = whole(FEWEST_POINTS, 1000)
-epochs = real(0, 10_000, above=True)
-learning_rate = real(0, 1, above=True)
-drop = real(0, 2)
+#: Ranges of the numbers; the upper limits are far above useful values and far below those at which libraries fail.
+rows = _converter(int, whole(low=1, high=10**9))
+rows_or_none = _converter(int, whole(low=0, high=10**9))
+batch_size = _converter(int, whole(low=1, high=10**6))
+max_length = _converter(int, whole(low=1, high=10**6))
+seed = _converter(int, whole(low=0, high=2**32 - 1))
+threads = _converter(int, whole(low=1, high=1024))
+points = _converter(int, whole(low=MIN_POINTS, high=1000))
+epochs = _converter(float, number(low=0, high=10_000, inside=True))
+learning_rate = _converter(float, number(low=0, high=1, inside=True))
+drop = _converter(float, number(low=0, high=2))
+
+task = one_of(*TASK_NAMES)
+method = one_of(*sorted(OBJECTIVES))

@@ -1,7 +1,4 @@
-"""Train a small model with exits on a generated task, measure what early exit saves, and ask it three sentences.
-
-Takes about a minute and a half on two CPU cores and needs no network. Every number printed was measured in this run.
-"""
+"""Train a small early-exit model on a generated task, measure the time that early exit saves, and use the model."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, pipeline, set_seed
 
-from earlyexit_kernels.cli import arguments
-from earlyexit_kernels.cli.evaluate import draw, layer_table, setting
+from earlyexit_kernels.cli.evaluate import draw, layer_table, parameter_text
 from earlyexit_kernels.cli.outputs import check_folder, check_plot, save_tokenizer, written
 from earlyexit_kernels.cli.train import training_arguments
 from earlyexit_kernels.criteria import Criterion, Patience
@@ -26,22 +22,32 @@ from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.load import EncodedSplit, encode, toy_splits
 from earlyexit_kernels.tuning.report import environment, markdown_table, write_json
-from earlyexit_kernels.tuning.sweep import Sweep, choose, collect_trace, sweep
+from earlyexit_kernels.tuning.sweep import Sweep, collect_trace, fastest_within_drop, sweep
 from earlyexit_kernels.tuning.timing import Ratio, interleave, paired_ratio
 
-#: Asked at the end, each harder than the one before.
-QUESTIONS = (
+#: Classified at the end, in order of difficulty.
+SENTENCES = (
     "The music was superb.",
     "Although the script was clever, the acting of the film was never funny.",
     "Although the cast was superb, it is false that the story was never tedious.",
 )
 PLAIN = "plain Hugging Face model"
+NOTE = """Wall-clock: median of {rounds} rounds, with the 20 % and 80 % quantiles in brackets, against the stock model
+with the same weights (BertForSequenceClassification with the head of the last exit). With two classes, entropy and
+max_probability rank rows alike and choose alike."""
 BATCH_SIZES = (1, 32)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much the demo does: rows of the splits, timed rounds, and batches in a round by batch size."""
+    """Amount of work of the demo.
+
+    Attributes:
+        train_rows: rows to train on.
+        rows: rows of the tuning and of the reporting split.
+        rounds: timed rounds.
+        batches: batch size -> batches per round.
+    """
 
     train_rows: int
     rows: int
@@ -55,43 +61,28 @@ QUICK = Sizes(train_rows=3_200, rows=300, rounds=3, batches={1: 8, 32: 2})
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the table: a model as it would be served, and how it answers the test split.
+    """A model to measure, and its answers to the test split.
 
     Attributes:
         model: the stock model, or one with exits and a criterion.
-        right: ``[N]`` bool.
+        correct: ``[N]`` bool.
         exit_layer: ``[N]``, 1-based.
     """
 
     model: Any
-    right: np.ndarray
+    correct: np.ndarray
     exit_layer: np.ndarray
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `earlyexit demo`."""
-    add = parser.add_argument
-    add("--output", type=arguments.path, default=Path("demo_output"), help="folder to write to (default: %(default)s)")
-    add("--seed", type=arguments.seed, default=0, help="(default: %(default)s)")
-    add(
-        "--threads",
-        type=arguments.threads,
-        default=1,
-        help="more don't pay on a model this small (default: %(default)s)",
-    )
-    add("--quick", action="store_true", help="a tenth of the training: shows the steps, not the result")
-
-
 def run(args: argparse.Namespace) -> int:
-    """Train, choose, measure, save, reload, ask."""
+    """Train, choose thresholds, measure, save, reload and classify."""
     sizes = QUICK if args.quick else FULL
     check_folder("--output", args.output)
     check_plot("--output", args.output / "curve.png")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     set_seed(args.seed)
-    facts = environment()
-    print(f"{facts['cpu']}, {args.threads} thread(s), torch {torch.__version__}, denormals flushed to zero")
+    print(f"{environment()['cpu']}, {args.threads} thread(s), torch {torch.__version__}, denormals flushed to zero")
     tokenizer = toy.toy_tokenizer()
     collate = DataCollatorWithPadding(tokenizer)
     splits = toy_splits(seed=args.seed, train_rows=sizes.train_rows, dev_rows=sizes.rows, test_rows=sizes.rows)
@@ -99,45 +90,38 @@ def run(args: argparse.Namespace) -> int:
 
     plain = toy.toy_model(args.seed)
     model = to_early_exit(plain)
-    print(f"\n1. Train {model.depth} exits with transformers' Trainer on {sizes.train_rows} generated sentences\n")
+    print(
+        f"\n1. Train {model.depth} exits with the Trainer of transformers on {sizes.train_rows} generated sentences\n"
+    )
     _train(model, data["train"], collate, args)
-    _give_last_exit(model, plain)
+    _copy_last_exit(model, plain)
 
-    tuning, reporting = (collect_trace(model, data[name], collate_fn=collate) for name in ("dev", "test"))
-    result = sweep(tuning, reporting, points=32)
-    print(f"\n2. Choose thresholds on {sizes.rows} sentences, report on {sizes.rows} others\n\n{layer_table(result)}\n")
+    print(f"\n2. Choose thresholds on {sizes.rows} sentences, report on {sizes.rows} others\n")
+    result = sweep(*(collect_trace(model, data[name], collate_fn=collate) for name in ("dev", "test")), points=32)
+    print(f"{layer_table(result)}\n")
 
-    print("3. Measure; the alternatives take turns, so that a slow spell of the machine hits all of them\n")
-    choices = _choices(result)
-    candidates = {PLAIN: _candidate(plain, data["test"], collate, model.depth)}
-    for name, criterion in choices.items():
-        served = copy.deepcopy(model)
-        served.set_criterion(criterion)
-        candidates[name] = _candidate(served, data["test"], collate, model.depth)
+    print("3. Measure; the models take turns, so that a slow phase of the machine affects all of them alike\n")
+    criteria = _criteria(result)
+    candidates = _candidates(plain, model, criteria, data["test"], collate)
     times = {size: _times(candidates, data["test"], collate, size, sizes) for size in BATCH_SIZES}
-    print(_table(candidates, times, model.depth))
-    print(
-        f"\nWall-clock: median of {sizes.rounds} rounds, 20 to 80 % of them in brackets, against the stock model with"
-    )
-    print(
-        "the same weights (BertForSequenceClassification; its head is the last exit's). With two classes, entropy and"
-    )
-    print("max_probability rank rows alike and choose alike.\n")
-    shown = next((name for name, criterion in choices.items() if criterion is not None))
-    print(f"Which sentences leave when, with {shown}:\n\n{_level_table(candidates[shown], splits['test'].levels)}\n")
+    print(_table(candidates, times, model.depth), NOTE.format(rounds=sizes.rounds), sep="\n\n")
+    shown = next(name for name, criterion in criteria.items() if criterion is not None)
+    print(f"\nExit layer by difficulty, with {shown}:\n\n{_level_table(candidates[shown], splits['test'].levels)}\n")
 
-    print(f"4. Save to {args.output / 'model'}, load with AutoModelForSequenceClassification, ask a pipeline\n")
-    model.set_criterion(choices[shown])
-    print(_ask(model, tokenizer, args.output / "model"))
-    records = [*result.records(), *_records(candidates, times)]
+    folder = args.output / "model"
+    print(f"4. Save to {folder}, load with AutoModelForSequenceClassification, classify with a pipeline\n")
+    model.set_criterion(criteria[shown])
+    print(_classify(model, tokenizer, folder))
     with written(args.output):
         curve = draw(result, args.output / "curve.png", title="generated task: accuracy against depth")
-        print(f"\nCurve: {curve}\nEvery number: {write_json(args.output / 'demo.json', records, seed=args.seed)}")
+        records = [*result.records(), *_records(candidates, times)]
+        results = write_json(args.output / "demo.json", records, seed=args.seed)
+    print(f"\nCurve: {curve}\nEvery number: {results}")
     return 0
 
 
 def _train(model: Any, data: EncodedSplit, collate: Callable, args: argparse.Namespace) -> None:
-    # sequential: the rows stand in the order of the curriculum
+    # sequential: the rows are in the order of the curriculum
     trainer_arguments = training_arguments(
         args.output / "model",
         args.seed,
@@ -151,42 +135,54 @@ def _train(model: Any, data: EncodedSplit, collate: Callable, args: argparse.Nam
     model.eval()
 
 
-def _give_last_exit(model: Any, plain: Any) -> None:
-    """Put the trained last exit into the stock model, which shares the trained encoder already."""
+def _copy_last_exit(model: Any, plain: Any) -> None:
+    """Copy the trained last exit into the stock model, which shares the encoder of `model`."""
     plain.bert.pooler.dense.load_state_dict(model.heads.dense[0].state_dict())
     plain.classifier.load_state_dict(model.heads.out[-1].state_dict())
     plain.eval()
 
 
-def _choices(result: Sweep) -> dict[str, Criterion | None]:
-    """The settings to measure: by name, thresholds chosen on the tuning split."""
+def _criteria(result: Sweep) -> dict[str, Criterion | None]:
+    """Return the criteria to measure by name, with thresholds chosen on the tuning split."""
     full = result.layers["tuning"][-1][result.metric]
     found: dict[str, Criterion | None] = {"full depth": None}
     for name, drop in (("entropy", 0.0), ("entropy", 0.01), ("max_probability", 0.0)):
         points = result.points[name]
-        best = choose([point.tuning for point in points], full, metric=result.metric, drop=drop)
+        best = fastest_within_drop([point.tuning for point in points], full, metric=result.metric, drop=drop)
         if best is not None:
-            found[f"{name}, {setting(points[best].criterion)}"] = points[best].criterion
+            found[f"{name}, {parameter_text(points[best].criterion)}"] = points[best].criterion
     return found | {f"patience {p}": Patience(patience=p) for p in (1, 2)}
+
+
+def _candidates(
+    plain: Any, model: Any, criteria: dict[str, Criterion | None], data: EncodedSplit, collate: Callable
+) -> dict[str, Candidate]:
+    """Return the stock model and a copy of `model` with each criterion, by name."""
+    candidates = {PLAIN: _candidate(plain, data, collate, model.depth)}
+    for name, criterion in criteria.items():
+        served = copy.deepcopy(model)
+        served.set_criterion(criterion)
+        candidates[name] = _candidate(served, data, collate, model.depth)
+    return candidates
 
 
 def _candidate(model: Any, data: EncodedSplit, collate: Callable, depth: int) -> Candidate:
     if hasattr(model, "criterion"):
         out = predict_with_exits(model, data, collate_fn=collate)
         return Candidate(model, out.logits.argmax(axis=1) == out.labels, out.exit_layer)
-    right = []
+    correct = []
     with torch.inference_mode():
         for start in range(0, len(data), 32):
             batch = collate([data[i] for i in range(start, min(start + 32, len(data)))])
             labels = batch.pop("labels")
-            right.append((model(**batch).logits.argmax(dim=1) == labels).numpy())
-    return Candidate(model, np.concatenate(right), np.full(len(data), depth))
+            correct.append((model(**batch).logits.argmax(dim=1) == labels).numpy())
+    return Candidate(model, np.concatenate(correct), np.full(len(data), depth))
 
 
 def _times(
     candidates: dict[str, Candidate], data: EncodedSplit, collate: Callable, batch_size: int, sizes: Sizes
 ) -> dict[str, list[float]]:
-    """Milliseconds of each candidate and round, over the same batches."""
+    """Return the milliseconds of each candidate and round, over the same batches."""
     batches = []
     for number in range(sizes.batches[batch_size]):
         batch = collate([data[i] for i in range(number * batch_size, (number + 1) * batch_size)])
@@ -209,7 +205,7 @@ def _table(candidates: dict[str, Candidate], times: dict[int, dict[str, list[flo
     for name, candidate in candidates.items():
         saved = [_saved(paired_ratio(t[name], t[PLAIN])) if name != PLAIN else "0%" for t in times.values()]
         mean = candidate.exit_layer.mean()
-        rows.append((name, f"{candidate.right.mean():.4f}", f"{mean:.2f}", f"{1 - mean / depth:.0%}", *saved))
+        rows.append((name, f"{candidate.correct.mean():.4f}", f"{mean:.2f}", f"{1 - mean / depth:.0%}", *saved))
     clocks = [f"wall-clock saved, batch {size}" for size in times]
     return markdown_table(("model", "accuracy", "mean exit layer", "layers saved", *clocks), rows)
 
@@ -223,7 +219,7 @@ def _records(candidates: dict[str, Candidate], times: dict[int, dict[str, list[f
         {
             "kind": "demo",
             "model": name,
-            "accuracy": float(candidate.right.mean()),
+            "accuracy": float(candidate.correct.mean()),
             "mean_exit_layer": float(candidate.exit_layer.mean()),
             "milliseconds": {size: t[name] for size, t in times.items()},
             "time_ratio": {size: asdict(paired_ratio(t[name], t[PLAIN])) for size, t in times.items()},
@@ -233,26 +229,26 @@ def _records(candidates: dict[str, Candidate], times: dict[int, dict[str, list[f
 
 
 def _level_table(candidate: Candidate, levels: Sequence[int]) -> str:
-    """Accuracy and mean exit layer of each level of difficulty."""
+    """Return a table of accuracy and mean exit layer for each level of difficulty."""
     rows = []
     for level, title in enumerate(toy.LEVEL_NAMES, start=1):
         here = np.asarray(levels) == level
-        right, layer = candidate.right[here].mean(), candidate.exit_layer[here].mean()
-        rows.append((f"{level} {title}", int(here.sum()), f"{right:.4f}", f"{layer:.2f}"))
+        accuracy, layer = candidate.correct[here].mean(), candidate.exit_layer[here].mean()
+        rows.append((f"{level} {title}", int(here.sum()), f"{accuracy:.4f}", f"{layer:.2f}"))
     return markdown_table(("difficulty", "sentences", "accuracy", "mean exit layer"), rows)
 
 
-def _ask(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Save, load as anyone would, and classify the three questions."""
+def _classify(model: Any, tokenizer: Any, folder: Path) -> str:
+    """Save the model, load it with transformers, and return a table of its answers to `SENTENCES`."""
     with written(folder):
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     classify = pipeline("text-classification", model=loaded, tokenizer=tokenizer)
     rows = []
-    for question in QUESTIONS:
-        answer = classify(question)[0]
+    for sentence in SENTENCES:
+        answer = classify(sentence)[0]
         with torch.inference_mode():
-            exit_layer = int(loaded(**tokenizer(question, return_tensors="pt")).exit_layer)
-        rows.append((question, answer["label"], f"{answer['score']:.3f}", exit_layer))
+            exit_layer = int(loaded(**tokenizer(sentence, return_tensors="pt")).exit_layer)
+        rows.append((sentence, answer["label"], f"{answer['score']:.3f}", exit_layer))
     return markdown_table(("sentence", "label", "score", "exit layer"), rows)

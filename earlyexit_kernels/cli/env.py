@@ -1,4 +1,4 @@
-"""Show versions, the machine, and which back-ends run here."""
+"""Show versions, the machine, and the back-ends that are available."""
 
 from __future__ import annotations
 
@@ -11,17 +11,13 @@ from earlyexit_kernels.backends import available_backends, resolve
 from earlyexit_kernels.tuning.report import environment, markdown_table
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the environment and the back-ends."""
     print(markdown_table(("environment", "value"), _rows(environment())))
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for kind in kinds:
         rows = [(name, reason or "usable") for name, reason in available_backends(kind).items()]
-        print(f"\nBack-ends on {kind} tensors ('auto' takes {resolve('auto', kind)!r}):\n")
+        print(f"\nBack-ends on {kind} tensors ('auto' selects {resolve('auto', kind)!r}):\n")
         print(markdown_table(("back-end", "state"), rows))
     return 0
 

@@ -1,8 +1,4 @@
-"""Sweep every criterion over trained early-exit models: choose on held-out train rows, report on the dev split.
-
-Prints tables; --output writes every point as JSON, --plot draws score against layers run. The rule that the training
-method's paper exits by stands first and is starred. Rules that skip layers are run, all others replayed from one pass.
-"""
+"""Sweep every criterion over trained early-exit models: choose on held-out train rows, report on the dev split."""
 
 from __future__ import annotations
 
@@ -15,61 +11,35 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from earlyexit_kernels.cli import arguments
 from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, loaded_from
 from earlyexit_kernels.cli.outputs import check_file, check_plot, written
-from earlyexit_kernels.cli.train import Recipe
+from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import from_dict
-from earlyexit_kernels.tasks.load import TASK_NAMES, Task, encode, load_task
+from earlyexit_kernels.tasks.load import Task, encode, load_task
 from earlyexit_kernels.tuning.grids import skip_settings
-from earlyexit_kernels.tuning.report import markdown_table, plot_tradeoff, write_json
+from earlyexit_kernels.tuning.plots import plot_tradeoff
+from earlyexit_kernels.tuning.report import device_text, environment, markdown_table, write_json
 from earlyexit_kernels.tuning.sweep import Sweep, collect_trace, sweep, sweep_skipping
 
-#: Gate value from which the layers of a model are skipped, where its method doesn't say.
+#: Gate value from which layers are skipped, for methods without a `skip_threshold`.
 SKIP_FROM = 0.5
 NEVER_SKIP = 1.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `earlyexit eval`."""
-    add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        type=arguments.path,
-        nargs="+",
-        help="folder written by `earlyexit train`, one or more",
-    )
-    add("--task", type=arguments.one_of(TASK_NAMES), help="default: the task it was trained on")
-    add(
-        "--drop",
-        type=arguments.drop,
-        default=0.0,
-        help="loss of the score allowed when choosing (default: %(default)s)",
-    )
-    add(
-        "--points",
-        type=arguments.points,
-        default=24,
-        help="settings of a criterion with a threshold, at least 8 (default: %(default)s)",
-    )
-    add("--batch-size", type=arguments.batch_size, default=32, help="(default: %(default)s)")
-    add("--output", type=arguments.path, help="JSON file to write")
-    add("--plot", type=arguments.png, help="PNG file to write; of several models, NAME-1.png and so on")
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """One model, swept.
+    """The evaluation of one model.
 
     Attributes:
-        model: the folder.
+        model: folder of the model.
         recipe: how it was trained.
-        rule: key of the criterion that its method's paper exits by.
-        result: the sweep.
-        title: what was chosen and reported on.
+        rule: name of the exit rule from the method's paper.
+        result: result of the sweep.
+        title: the splits used, in one sentence.
+        rows: number of rows of the reporting split.
+        setup: device and dtype.
     """
 
     model: Path
@@ -77,17 +47,19 @@ class Evaluation:
     rule: str
     result: Sweep
     title: str
+    rows: int
+    setup: str
 
     def records(self) -> list[dict[str, Any]]:
-        """JSON-ready records, each with the model's folder."""
+        """Return JSON-ready records, each with the folder of the model."""
         return [{"model": str(self.model), **record} for record in self.result.records()]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sweep each model, print, and write what was asked for."""
+    """Sweep each model, print the tables, and write the files asked for."""
     for folder in args.model:
         if not folder.is_dir():
-            raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {folder} isn't one")
+            raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {folder} is not one")
     recipes = [Recipe.load(folder) for folder in args.model]
     plots = _plots(args.plot, len(recipes))
     for plot in plots:
@@ -99,14 +71,15 @@ def run(args: argparse.Namespace) -> int:
     for number, (folder, recipe) in enumerate(zip(args.model, recipes, strict=True), start=1):
         found = evaluate(folder, recipe if args.task is None else replace(recipe, task=args.task), args)
         done.append(found)
-        print(f"{folder}, {method_words(recipe.method)}. {found.title}\n")
+        print(f"{folder}, {method_text(recipe.method)}. {found.title}\n")
         print(layer_table(found.result), choice_table(found.result, found.rule), sep="\n\n")
         if found.rule in found.result.points:
-            print("\n* the rule of the method's paper")
+            print("\n* exit rule from the method's paper")
         if plots:
             path = plots[number - 1]
             with written(path):
-                print(f"\nCurve: {draw(found.result, path, title=f'{found.recipe.task}, {folder.name}')}")
+                title = f"{found.recipe.task}, {folder.name}\n{found.setup}"
+                print(f"\nCurve: {draw(found.result, path, title=title, rows=found.rows)}")
         print()
     if args.output is not None:
         given = {k: _plain(v) for k, v in vars(args).items() if k != "debug"}
@@ -118,14 +91,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plots(path: Path | None, models: int) -> list[Path]:
-    """The file of each model's plot."""
+    """Return one file per model."""
     if path is None or models == 1:
         return [] if path is None else [path]
     return [path.with_stem(f"{path.stem}-{number}") for number in range(1, models + 1)]
 
 
-def method_words(method: dict[str, Any]) -> str:
-    """A training method and what was set about it, in words."""
+def method_text(method: dict[str, Any]) -> str:
+    """Describe a training method by its name and the options that differ from the defaults."""
     own = from_dict({"name": method["name"]}).to_dict()
     changed = ", ".join(f"{key} {value}" for key, value in method.items() if own[key] != value)
     return f"method {method['name']}" + (f" ({changed})" if changed else "")
@@ -138,24 +111,24 @@ def _plain(value: Any) -> Any:
 
 
 def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluation:
-    """Trace both splits, replay every criterion, and run those that skip layers where the model has gates.
+    """Trace both splits, replay every criterion and, if the model has gates, run the rules that skip layers.
 
     Raises:
-        ValueError: no early-exit model, another number of classes than the task's, or no rows held out.
+        ValueError: not an early-exit model, another number of classes than the task's, or no held-out rows.
     """
     task = load_task(recipe.task, seed=recipe.seed)
     model = load_model(folder, task)
     with loaded_from(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    _, held = recipe.part(task)
-    if not len(held):
-        raise ValueError(f"{folder} was trained without --holdout, so there are no rows to choose a threshold on")
-    passing: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": args.batch_size}
-    splits = {"tuning": held, "reporting": task.split(task.evaluation)}
-    check_max_length(recipe.max_length, tokenizer, held)
+    _, held_out = recipe.train_splits(task)
+    if not len(held_out):
+        raise ValueError(f"{folder} was trained with --holdout 0; expected held-out rows to choose thresholds on")
+    batching: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": args.batch_size}
+    splits = {"tuning": held_out, "reporting": task.split(task.evaluation)}
+    check_max_length(recipe.max_length, tokenizer, held_out)
     data = {name: encode(split, tokenizer, max_length=recipe.max_length) for name, split in splits.items()}
     check_lengths(data, model)
-    tuning, reporting = (collect_trace(model, rows, progress=name, **passing) for name, rows in data.items())
+    tuning, reporting = (collect_trace(model, rows, progress=name, **batching) for name, rows in data.items())
     result = sweep(
         tuning,
         reporting,
@@ -168,24 +141,27 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
     if "gate" in model.heads.aux_names:
         skip_from = model.objective.to_dict().get("skip_threshold", SKIP_FROM)
         group = skip_settings(tuning[0], skip_from=(skip_from, NEVER_SKIP))
-        result = sweep_skipping(model, result, group, *data.values(), progress="skipping", **passing)
+        result = sweep_skipping(model, result, group, *data.values(), progress="skipping", **batching)
     title = (
-        f"Chosen on {len(held)} held-out train rows (score lost at most {args.drop:g}), reported on the "
+        f"Chosen on {len(held_out)} held-out train rows (score loss at most {args.drop:g}), reported on the "
         f"{task.evaluation} split of {task.name} ({len(reporting[1])} rows)."
     )
-    return Evaluation(folder, recipe, model.objective.rule, result, title)
+    setup = f"{device_text(environment())}, {str(model.dtype).removeprefix('torch.')}"
+    return Evaluation(folder, recipe, model.objective.rule, result, title, len(reporting[1]), setup)
 
 
 def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
-    """The early-exit model of a folder, on the GPU where there is one.
+    """Load the early-exit model of a folder, on the GPU if there is one.
 
     Raises:
-        ValueError: the folder holds another model, or one for another number of classes.
+        ValueError: the folder contains another model, or one for another number of classes.
     """
     with loaded_from(folder):
         model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     if not isinstance(model, EarlyExitForSequenceClassification):
-        raise ValueError(f"--model: {folder} holds a {type(model).__name__} without exits; train it first")
+        raise ValueError(
+            f"--model: expected a model with exits, {folder} contains a {type(model).__name__}; train it first"
+        )
     if model.config.num_labels != task.num_labels:
         raise ValueError(
             f"--task: {task.name} has {task.num_labels} classes, the model in {folder} {model.config.num_labels}"
@@ -194,13 +170,13 @@ def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
     return model
 
 
-def setting(criterion: Criterion) -> str:
-    """A criterion's numbers in words, e.g. ``threshold 0.35``."""
+def parameter_text(criterion: Criterion) -> str:
+    """Describe the parameters of a criterion, e.g. ``threshold 0.35``."""
     words = []
     for name, value in criterion.to_dict().items():
         if isinstance(value, dict):
             inner: Any = getattr(criterion, name)
-            words.append(f"{name} {inner.name} ({setting(inner)})")
+            words.append(f"{name} {inner.name} ({parameter_text(inner)})")
         elif isinstance(value, float):
             words.append(f"{name} {value:.4g}")
         elif name != "name" and value is not None and value is not False:
@@ -209,7 +185,7 @@ def setting(criterion: Criterion) -> str:
 
 
 def layer_table(result: Sweep) -> str:
-    """Static truncation: the score of each exit alone."""
+    """Return a table of static truncation: the score of each exit alone."""
     header = ("static truncation to layer", f"{result.metric} (reporting)", "layer speed-up", "layers saved")
     rows = [
         (k, f"{scores[result.metric]:.4f}", f"{result.depth / k:.2f}", f"{1 - k / result.depth:.0%}")
@@ -219,11 +195,11 @@ def layer_table(result: Sweep) -> str:
 
 
 def choice_table(result: Sweep, rule: str | None = None) -> str:
-    """Each criterion at its chosen setting, with random exit of the same mix.
+    """Return a table of the criteria at their chosen settings, with random exit at the same exit shares.
 
     Args:
-        result: of the sweep.
-        rule: name of the criterion to put first, with a star.
+        result: result of the sweep.
+        rule: name of the criterion to list first, marked with *.
     """
     metric = result.metric
     header = (
@@ -247,12 +223,12 @@ def choice_table(result: Sweep, rule: str | None = None) -> str:
         layers = (f"{o.mean_exit_layer:.2f}", f"{o.mean_layers_run:.2f}", f"{o.layer_speed_up:.2f}")
         random = "" if o.random_exit is None else f"{o.random_exit:.4f}"
         saved = f"{o.layers_saved:.0%}"
-        rows.append((title, setting(point.criterion), f"{o.scores[metric]:.4f}", *layers, saved, random))
+        rows.append((title, parameter_text(point.criterion), f"{o.scores[metric]:.4f}", *layers, saved, random))
     return markdown_table(header, rows)
 
 
-def draw(result: Sweep, path: Path, *, title: str) -> Path:
-    """The trade-off of every criterion, with static truncation and the random exits of the first criterion."""
+def draw(result: Sweep, path: Path, *, title: str, rows: int | None = None) -> Path:
+    """Plot the trade-off of every criterion, with static truncation and random exit for the first criterion."""
     metric = result.metric
     curves = {
         name: [(p.reporting.mean_layers_run, p.reporting.scores[metric]) for p in points]
@@ -262,7 +238,7 @@ def draw(result: Sweep, path: Path, *, title: str) -> Path:
     first = next(iter(result.points))
     baselines = {
         "static truncation": [(float(k + 1), scores[metric]) for k, scores in enumerate(result.layers["reporting"])],
-        f"random exit, mix of {first}": [
+        f"random exit, shares of {first}": [
             (p.reporting.mean_layers_run, p.reporting.random_exit)
             for p in result.points[first]
             if p.reporting.random_exit is not None
@@ -276,4 +252,5 @@ def draw(result: Sweep, path: Path, *, title: str) -> Path:
         depth=result.depth,
         metric=metric,
         title=title,
+        rows=rows,
     )

@@ -1,4 +1,4 @@
-"""What a command reads: data and models are checked before the work begins, and their errors name the source."""
+"""Check the data and models that a command reads, before training or evaluation begins."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from earlyexit_kernels.tasks.sources import Split
 
 @contextmanager
 def loaded_from(source: Any) -> Iterator[None]:
-    """Name the source in the error of a load that fails.
+    """Add the source to the error of a failed load.
 
-    A broken config or weight file makes transformers raise almost any class, so all are turned into one here.
+    transformers raises almost any class for a broken config or weight file; all are converted to ValueError.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: the files do not hold what is expected.
+        ValueError: a file has invalid contents.
     """
     try:
         yield
     except OSError as error:
-        raise OSError(f"--model: {source} can't be loaded: {error}") from error
+        raise OSError(f"--model: {source} cannot be loaded: {error}") from error
     except ImportError:
         raise
     except Exception as error:
         text = str(error) if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"--model: {source} can't be loaded: {text}") from error
+        raise ValueError(f"--model: {source} cannot be loaded: {text}") from error
 
 
 def check_encoder(model: Any, info: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose encoder would start from random weights; a fresh classifier or pooler is fine.
+    """Raise if weights of the encoder would be random; a new classifier or pooler is accepted.
 
     Args:
         model: a stock classifier.
-        info: the loading info of transformers.
+        info: the loading info from transformers.
 
     Raises:
-        ValueError: weights of the encoder are missing, or have another shape than the config says.
+        ValueError: weights of the encoder are missing, or their shapes differ from the config.
     """
     fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     encoder = sorted(k for k in fresh if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k)
     if encoder:
         raise ValueError(
-            f"{len(encoder)} weight(s) of the encoder are missing or have another shape than config.json says, such as "
-            f"{encoder[0]}; expected a complete checkpoint"
+            f"expected a complete checkpoint, got one in which {len(encoder)} weight(s) of the encoder are missing or "
+            f"differ in shape from config.json, e.g. {encoder[0]}"
         )
 
 
 def check_rows(task: Task, trained: Split, evaluation: Split) -> None:
-    """Refuse data that nothing can be learned from, or that asks for what training never shows.
+    """Raise if training on these rows is useless.
 
     Args:
-        task: of the rows.
+        task: the task of the rows.
         trained: the rows to train on.
         evaluation: the rows to report on.
 
     Raises:
-        ValueError: all rows trained on have one label, or the evaluation rows have a class that the train split lacks.
+        ValueError: all train rows have one label, or evaluation rows have a class that the train split lacks.
     """
     if len(set(trained.labels)) == 1:
         raise ValueError(
@@ -82,32 +82,32 @@ def _name(task: Task, label: float) -> str:
 
 
 def check_max_length(max_length: int | None, tokenizer: Any, split: Split) -> None:
-    """Refuse a length that leaves no room for text.
+    """Raise if the length leaves no room for text.
 
     Raises:
-        ValueError: the tokenizer's special tokens take all of it.
+        ValueError: no tokens are left beside the special ones of the tokenizer.
     """
     pairs = not isinstance(split.sentences[0], str)
-    least = tokenizer.num_special_tokens_to_add(pair=pairs) + 1 + pairs
-    if max_length is not None and max_length < least:
-        raise ValueError(f"--max-length: expected at least {least} for this tokenizer and task, got {max_length}")
+    minimum = tokenizer.num_special_tokens_to_add(pair=pairs) + 1 + pairs
+    if max_length is not None and max_length < minimum:
+        raise ValueError(f"--max-length: expected at least {minimum} for this tokenizer and task, got {max_length}")
 
 
 def check_lengths(data: Mapping[str, EncodedSplit], model: EarlyExitForSequenceClassification) -> None:
-    """Refuse rows that have more tokens than the model has positions.
+    """Raise if a row has more tokens than the model has positions.
 
     Args:
-        data: the encoded rows of each split.
-        model: with exits.
+        data: split name -> encoded rows.
+        model: the early-exit model.
 
     Raises:
         ValueError: a row is too long.
     """
     longest = model.adapter.longest(model.config.backbone_config)
     for name, split in data.items():
-        most = max(len(split[row]["input_ids"]) for row in range(len(split)))
-        if most > longest:
+        length = max(len(split[row]["input_ids"]) for row in range(len(split)))
+        if length > longest:
             raise ValueError(
-                f"--max-length: a row of the {name} split has {most} tokens, the model takes at most {longest}; train "
-                f"with --max-length {longest} or less"
+                f"--max-length: a row of the {name} split has {length} tokens, the model takes at most {longest}; "
+                f"train with --max-length {longest} or less"
             )

@@ -1,4 +1,4 @@
-"""Files that a command will write: checked before the work begins, and named in the error if the write fails."""
+"""Check the files that a command will write before it begins, and name them in the error of a failed write."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from earlyexit_kernels.tuning.report import partial_file
+
 
 def check_folder(argument: str, folder: Path) -> None:
     """Create a folder if it does not exist, and check that files can be written there.
 
     Args:
-        argument: of the command line, for the message.
-        folder: to write to.
+        argument: name of the argument, for the message.
+        folder: output folder.
 
     Raises:
         OSError: the folder cannot be created or written to.
@@ -31,18 +33,41 @@ def check_folder(argument: str, folder: Path) -> None:
 
 
 def check_file(argument: str, file: Path) -> None:
-    """Check that a file can be written; missing folders are created, an existing file stays as it is.
+    """Check that `report.write_json` can write a file; missing folders are created, an existing file is not changed.
 
     Args:
-        argument: of the command line, for the message.
-        file: to write.
+        argument: name of the argument, for the message.
+        file: output file.
 
     Raises:
         OSError: it is a folder, or cannot be written.
     """
     with _refused(argument, "file", file):
-        if file.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _check_no_folder(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = partial_file(file)
+        if beside is not None:
+            with beside.open("ab"):
+                beside.unlink()
+        elif not os.access(file, os.W_OK):  # not opened: a pipe without a reader would block
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_plot(argument: str, file: Path) -> None:
+    """Check that matplotlib can write a plot; missing folders are created, an existing file is not changed.
+
+    Args:
+        argument: name of the argument, for the message.
+        file: output file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: it is a folder, or cannot be written.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError(f"{argument}: plots require matplotlib: `pip install earlyexit_kernels[plot]`")
+    with _refused(argument, "file", file):
+        _check_no_folder(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             with file.open("ab"):
@@ -51,24 +76,17 @@ def check_file(argument: str, file: Path) -> None:
             return
 
 
-def check_plot(argument: str, file: Path) -> None:
-    """`check_file` for a plot, which needs matplotlib.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
-    if find_spec("matplotlib") is None:
-        raise ImportError(f"{argument}: plots need matplotlib: `pip install earlyexit_kernels[plot]`")
-    check_file(argument, file)
+def _check_no_folder(file: Path) -> None:
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 @contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Name the file or folder in the error of a write that fails: the system's own error often names none.
+    """Add the path to the error of a failed write; errors of the system often name none.
 
     Raises:
-        OSError: whatever the system or safetensors reports, with the path.
+        OSError: the reason that the system or safetensors gives, with the path.
     """
     try:
         yield
@@ -82,7 +100,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save a tokenizer.
 
     Raises:
-        OSError: it cannot be written; the tokenizers library itself raises a bare Exception.
+        OSError: it cannot be written (the tokenizers library raises a bare Exception).
     """
     try:
         tokenizer.save_pretrained(folder)

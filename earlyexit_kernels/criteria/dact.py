@@ -1,27 +1,28 @@
-"""DACT exit.
+"""DACT exit: leave where later layers cannot change the label of the accumulated answer.
 
 DACT-BERT: Differentiable Adaptive Computation Time for an Efficient BERT Inference. Cristobal Eyzaguirre, Felipe del
 Rio, Vladimir Araujo, Alvaro Soto. NLP Power 2022, arXiv 2109.11745. With halting values h_n = 1 - lambda_n and
 y_n = softmax(z_n): p_0 = 1, a_n = y_n p_{n-1} + a_{n-1} (1 - p_{n-1}), p_n = h_n p_{n-1}. The answer of the model is
-a_L; a row leaves at the layer from which on its largest class can't change any more.
+a_L; a row leaves at the first layer from which its largest class cannot change.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import TINY, Criterion, checked_choice, checked_number, softmax
+from earlyexit_kernels.arguments import Check, choice, number
+from earlyexit_kernels.backends import constant, jit, tl
+from earlyexit_kernels.criteria.base import TINY, Criterion, softmax
 from earlyexit_kernels.criteria.softmax_step import argmax_lowest, shifted_exp
 
-BOUNDS = ("paper", "tight")
-#: By how much a bound must hold: more than float32 can err by in the layers to come.
+#: Margin by which a bound must hold, larger than the float32 error of the remaining layers.
 MARGIN = 1e-6
+STEP_MARGIN, STEP_TINY = constant(MARGIN), constant(TINY)
 
 
 @jit
@@ -40,41 +41,48 @@ def dact_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2
     top = tl.max(a, 0)
     second = tl.max(tl.where(cols == best, 0.0, a), 0)
     left = tl.cast(depth - layer, tl.float32)
-    # 1.17...e-38 is the smallest normal number, 1e-6 is MARGIN
-    kept = tl.exp(left * tl.log(tl.maximum(1.0 - p, 1.1754943508222875e-38)))
+    kept = tl.exp(left * tl.log(tl.maximum(1.0 - p, STEP_TINY)))
     lead = tl.where(p0 > 0, (1.0 + top - second) * kept - 1.0, top * kept - second - p * left)
-    return tl.log(tl.maximum(a, 1.1754943508222875e-38)), (lead > 1e-6) | ((p1 > 0) & (p <= p1))
+    return tl.log(tl.maximum(a, STEP_TINY)), (lead > STEP_MARGIN) | ((p1 > 0) & (p <= p1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dact(Criterion):
-    """Leave where the layers to come can't change the label of the accumulated answer, so that no label ever differs.
+    """Leave where the remaining layers cannot change the label of the accumulated answer.
+
+    With ``epsilon=0`` the label of a row is always the one of full depth. There is no threshold: speed is traded for
+    accuracy in training, by the weight of the ponder cost. The answer is log a_n, whose softmax is a_n.
 
     Args:
-        bound: ``"paper"``: a_top (1 - p)^d > a_second + p d, with d layers to come. ``"tight"``:
-            (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d, which is as sure, and never later since
+        bound: ``"paper"``: a_top (1 - p)^d > a_second + p d, with d remaining layers. ``"tight"``:
+            (a_top - a_second) (1 - p)^d > 1 - (1 - p)^d, which gives the same guarantee and never leaves later, since
             1 - (1 - p)^d <= p d.
-        epsilon: in [0, 1]. Above 0, also leave where p <= epsilon: faster, without the guarantee.
+        epsilon: in [0, 1]. Above 0, rows also leave where p <= epsilon: faster, but without the guarantee.
 
     Raises:
         ValueError: an argument is NaN, out of range or not one of the choices.
 
-    There is no threshold: speed is traded for accuracy in training, by the weight of the ponder cost. The answer is
-    log a_n, whose softmax is a_n.
+    Differences from the paper: strict comparison with a margin of 1e-6 on both sides, so that rounding and ties cannot
+    break the guarantee; the tight bound and `epsilon` are additions.
 
-    Differences from the paper: strict comparison with a margin of 1e-6 on both sides, so that rounding and ties can't
-    break the guarantee; the tight bound and `epsilon` are ours.
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> logits = torch.tensor([[[4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]])
+        >>> trace = ee.ExitTrace(logits, {"halting": torch.full((1, 3), 3.0)})
+        >>> ee.replay(trace, ee.criteria.Dact())[1].tolist()
+        [1]
     """
 
     bound: str = "paper"
     epsilon: float = 0.0
+    checks: ClassVar[Mapping[str, Check]] = {
+        "bound": choice("paper", "tight"),
+        "epsilon": number(low=0.0, high=1.0),
+    }
     name: ClassVar[str] = "dact"
     needs: ClassVar[str | None] = "halting"
     triton_step: ClassVar = dact_step
-
-    def __post_init__(self) -> None:
-        checked_choice("Dact", "bound", self.bound, BOUNDS)
-        object.__setattr__(self, "epsilon", checked_number("Dact", "epsilon", self.epsilon, low=0.0, high=1.0))
 
     def params(self, layer: int) -> list[float]:
         return [float(self.bound == "tight"), self.epsilon]

@@ -1,34 +1,36 @@
-"""Divergence patience.
+"""Divergence-patience exit.
 
 F-PABEE: Flexible-patience-based Early Exiting for Single-label and Multi-label Text Classification Tasks. Xiangxiang
-Gao, Wei Zhu, Jiasheng Gao, Congrui Yin. ICASSP 2023, arXiv 2305.11916: count the exits in a row whose class
-probabilities lie close to those of the exit before; leave where the count reaches the patience. This is the form that
-did best there, with the Jensen-Shannon divergence.
+Gao, Wei Zhu, Jiasheng Gao, Congrui Yin. ICASSP 2023, arXiv 2305.11916: count the consecutive exits whose class
+probabilities are close to those of the previous exit; leave where the count reaches the patience. This is the best of
+the forms in the paper, with the Jensen-Shannon divergence.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import MOST_COUNTED, TINY, ProbabilityThreshold, checked_whole, softmax
+from earlyexit_kernels.arguments import Check
+from earlyexit_kernels.backends import constant, jit, tl
+from earlyexit_kernels.criteria.base import PATIENCE, TINY, ProbabilityThreshold, softmax
 from earlyexit_kernels.criteria.softmax_step import shifted_exp
+
+STEP_TINY = constant(TINY)
 
 
 @jit
-def apart_by(d):
-    """`divergence_of` in Triton."""
+def divergence_term(d):
+    """Return f(d) of `divergence_of` in Triton."""
     d2 = d * d
     series = d2 * (1.0 + d2 * (1.0 / 6 + d2 * (1.0 / 15 + d2 * (1.0 / 28 + d2 * (1.0 / 45)))))
-    # 1.17...e-38 is the smallest normal number
-    more = (1.0 + d) * tl.log(tl.maximum(1.0 + d, 1.1754943508222875e-38))
-    less = (1.0 - d) * tl.log(tl.maximum(1.0 - d, 1.1754943508222875e-38))
+    more = (1.0 + d) * tl.log(tl.maximum(1.0 + d, STEP_TINY))
+    less = (1.0 - d) * tl.log(tl.maximum(1.0 - d, STEP_TINY))
     return tl.where(d2 < 0.0625, series, more + less)
 
 
@@ -41,7 +43,7 @@ def divergence_patience_step(z, aux, cols, classes, state, rows, live, layer, de
     q = tl.load(at, mask=mine, other=0.0)
     both = p + q
     d = tl.where(both > 0, (p - q) / tl.where(both > 0, both, 1.0), 0.0)
-    close = (0.25 * tl.sum(both * apart_by(d), 0) < p0) & (p0 > 0)
+    close = (0.25 * tl.sum(both * divergence_term(d), 0) < p0) & (p0 > 0)
     count = tl.where(close, tl.load(state, mask=live, other=0.0) + 1.0, 0.0)
     tl.debug_barrier()
     tl.store(state, count, mask=live)
@@ -50,11 +52,11 @@ def divergence_patience_step(z, aux, cols, classes, state, rows, live, layer, de
 
 
 def divergence_of(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence ``[B]`` in nats of probabilities ``[B, C]``, accurate however close they are.
+    """Return the Jensen-Shannon divergence ``[B]`` in nats of probabilities ``[B, C]``, also where they almost agree.
 
     With s = p + q and d = (p - q) / s it is the sum over the classes of s f(d) / 4, where
-    f(d) = (1 + d) log(1 + d) + (1 - d) log(1 - d). Near d = 0 the two logarithms cancel each other, so f is summed as
-    a series there, of d^2k / (k (2k - 1)).
+    f(d) = (1 + d) log(1 + d) + (1 - d) log(1 - d). Near d = 0 the two logarithms cancel, so f is computed there as the
+    series of d^2k / (k (2k - 1)).
     """
     both = p + q
     d = torch.where(both > 0, (p - q) / both, 0.0)
@@ -66,33 +68,38 @@ def divergence_of(p: Tensor, q: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DivergencePatience(ProbabilityThreshold):
-    """Leave where `patience` exits in a row hardly move the class probabilities: at layer patience + 1 or later.
+    """Leave where `patience` consecutive exits barely change the class probabilities.
+
+    The earliest such layer is patience + 1.
 
     Args:
         threshold: of the Jensen-Shannon divergence in nats, which lies in [0, log 2]; in [0, 1], or a list with one
-            for each exit before the last. Strict, so that 0 never leaves early.
+            number for each exit before the last. The comparison is strict: with 0 no row leaves early.
         patience: >= 1.
 
     Raises:
-        ValueError: a threshold is NaN or out of range, or `patience` isn't a whole number >= 1.
+        ValueError: a threshold is NaN or out of range, or `patience` is not a whole number >= 1.
 
     Differences from the paper: single-label tasks only.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.tensor([[[2.0, 0.0], [0.0, 2.0], [0.0, 2.1], [0.0, 2.1]]]))
+        >>> ee.replay(trace, ee.criteria.DivergencePatience(threshold=0.01, patience=1))[1].tolist()
+        [3]
     """
 
     patience: int
+    checks: ClassVar[Mapping[str, Check]] = {**ProbabilityThreshold.checks, "patience": PATIENCE}
     name: ClassVar[str] = "divergence_patience"
     triton_step: ClassVar = divergence_patience_step
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        patience = checked_whole("DivergencePatience", "patience", self.patience, low=1, high=MOST_COUNTED)
-        object.__setattr__(self, "patience", patience)
 
     def params(self, layer: int) -> list[float]:
         return [*super().params(layer), float(self.patience)]
 
     def initial_state(self, classes: int) -> tuple[float, ...]:
-        # nothing is close to NaN, so the first exit agrees with no exit before it
+        # no divergence from NaN is below a threshold: the first exit has no previous one
         return (0.0, *[math.nan] * classes)
 
     @staticmethod

@@ -30,12 +30,21 @@ def energy_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, 
 class Energy(ProbabilityThreshold):
     """Leave where the normalised energy of the logits, 1 / (1 + sum_c exp(z_c)), falls below a threshold.
 
+    Unlike the softmax, the energy depends on the scale of the logits.
+
     Args:
-        threshold: in [0, 1], or a list with one for each exit before the last; 0 never leaves early. Comparison is
-            strict. The energy knows the scale of the logits, which the softmax forgets.
+        threshold: in [0, 1], or a list with one number for each exit before the last. The comparison is strict: with 0
+            no row leaves early.
 
     Raises:
         ValueError: a threshold is NaN or out of range.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.tensor([[[1.0, 0.0], [4.0, 0.0], [5.0, 0.0]]]))
+        >>> ee.replay(trace, ee.criteria.Energy(threshold=0.1))[1].tolist()
+        [2]
     """
 
     name: ClassVar[str] = "energy"

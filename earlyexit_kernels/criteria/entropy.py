@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
+from earlyexit_kernels.arguments import Check, check_fields, flag, number, one_or_each
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import Criterion, Threshold, checked_threshold, entropy_nats, threshold_at
+from earlyexit_kernels.criteria.base import Criterion, Threshold, entropy_nats, threshold_at
 from earlyexit_kernels.criteria.softmax_step import entropy_nats_of
 
 
@@ -31,25 +32,32 @@ class Entropy(Criterion):
     """Leave where the entropy of the exit's class probabilities falls below a threshold.
 
     Args:
-        threshold: nats, at least 0 (or a share of log C in [0, 1] with `normalized`); 0 never leaves early. A list
-            gives one for each exit before the last. Comparison is strict, as in DeeBERT; FastBERT's batched code
-            uses <=, which differs on equality only.
-        normalized: divide by log C, as FastBERT does. Thresholds of the two scales aren't comparable.
+        threshold: in nats, at least 0 (with `normalized` a share of log C in [0, 1]), or a list with one number for
+            each exit before the last. The comparison is strict, as in DeeBERT: with 0 no row leaves early. FastBERT's
+            batched code uses <=, which differs on equality only.
+        normalized: divide by log C, as FastBERT does. Thresholds of the two scales are not comparable.
 
     Raises:
         ValueError: a threshold is NaN, infinite or out of range.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.tensor([[[1.0, 0.0], [4.0, 0.0], [5.0, 0.0]]]))
+        >>> ee.replay(trace, ee.criteria.Entropy(threshold=0.3))[1].tolist()
+        [2]
     """
 
     threshold: Threshold
     normalized: bool = False
+    checks: ClassVar[Mapping[str, Check]] = {"threshold": one_or_each(number(low=0.0)), "normalized": flag}
     name: ClassVar[str] = "entropy"
     triton_step: ClassVar = entropy_step
 
     def __post_init__(self) -> None:
-        if not isinstance(self.normalized, bool):
-            raise ValueError(f"Entropy(normalized=...): expected True or False, got {self.normalized!r}")
-        high = 1.0 if self.normalized else math.inf
-        object.__setattr__(self, "threshold", checked_threshold("Entropy", self.threshold, low=0.0, high=high))
+        super().__post_init__()
+        if self.normalized:
+            check_fields(self, {"threshold": one_or_each(number(low=0.0, high=1.0))})
 
     def params(self, layer: int) -> list[float]:
         return [threshold_at(self.threshold, layer), float(self.normalized)]

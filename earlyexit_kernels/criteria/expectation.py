@@ -1,8 +1,8 @@
 """Expected answer.
 
 PALBERT: Teaching ALBERT to Ponder. Nikita Balagansky, Daniil Gavrilov. NeurIPS 2022, arXiv 2204.03276 ("expectation"):
-all layers run, and the answer is the mean of the exits' class probabilities under the exit distribution that the
-halting head describes: weight lambda_l prod_{j<l} (1 - lambda_j) at layers l < L, and what is left at layer L.
+all layers run, and the answer is the mean of the exits' class probabilities under the exit distribution of the halting
+head: weight lambda_l prod_{j<l} (1 - lambda_j) at layers l < L, and the remaining weight at layer L.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.backends import constant, jit, tl
 from earlyexit_kernels.criteria.base import TINY, Criterion, softmax
 from earlyexit_kernels.criteria.softmax_step import shifted_exp
+
+STEP_TINY = constant(TINY)
 
 
 @jit
@@ -31,8 +33,7 @@ def expectation_step(z, aux, cols, classes, state, rows, live, layer, depth, p0,
     tl.debug_barrier()
     tl.store(state, survival * (1.0 - aux), mask=live)
     tl.store(at, mean, mask=mine)
-    # 1.17...e-38 is the smallest normal number
-    answer = tl.where(tl.cast(classes, tl.int32) > 1, tl.log(tl.maximum(mean, 1.1754943508222875e-38)), mean)
+    answer = tl.where(tl.cast(classes, tl.int32) > 1, tl.log(tl.maximum(mean, STEP_TINY)), mean)
     return answer, weight < 0
 
 
@@ -40,10 +41,19 @@ def expectation_step(z, aux, cols, classes, state, rows, live, layer, depth, p0,
 class Expectation(Criterion):
     """Run all layers and answer with the expected probabilities (for one output: the expected output).
 
-    It saves no time: a yardstick for `QExit` and `SampledExit`. The answer's softmax is the expected distribution.
+    It saves no time; it is a baseline for `QExit` and `SampledExit`. The softmax of the answer is the expected
+    distribution.
 
-    Differences from the paper's code: the last exit weighs 1 - sum_{l<L}, all that is left, so that the weights add up
-    to 1; there it weighs 1 - w_L.
+    Differences from the paper's code: the last exit has the weight 1 - sum_{l<L} w_l, so that the weights add up to 1;
+    in the code it has 1 - w_L.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.tensor([[[0.0, 9.0], [9.0, 0.0]]]), {"halting": torch.zeros(1, 2)})
+        >>> answer, exit_layer = ee.replay(trace, ee.criteria.Expectation())
+        >>> [round(p, 3) for p in answer.softmax(dim=-1)[0].tolist()], exit_layer.tolist()
+        ([0.5, 0.5], [2])
     """
 
     name: ClassVar[str] = "expectation"

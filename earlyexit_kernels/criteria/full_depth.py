@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import ANY_TASK, Criterion
+from earlyexit_kernels.criteria.base import Criterion
+from earlyexit_kernels.types import ANY_TASK
 
 
 @jit
@@ -20,7 +21,14 @@ def full_depth_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullDepth(Criterion):
-    """Every row runs all layers, and only the last exit is computed."""
+    """Run all layers for every row, and compute only the last exit.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> ee.replay(ee.ExitTrace(torch.zeros(2, 3, 2)), ee.criteria.FullDepth())[1].tolist()
+        [3, 3]
+    """
 
     name: ClassVar[str] = "full_depth"
     tasks: ClassVar[frozenset[str]] = ANY_TASK

@@ -1,19 +1,21 @@
 """Hidden-state saturation.
 
 Confident Adaptive Language Modeling. Tal Schuster et al. NeurIPS 2022, arXiv 2207.07061 ("hidden-state saturation"):
-leave at the first layer whose hidden state has a cosine of at least the threshold with the layer's before it.
+leave at the first layer whose hidden state has a cosine of at least the threshold with that of the previous layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, tl  # noqa: F401, the interpreter wants tl beside a step
-from earlyexit_kernels.criteria.base import ANY_TASK, Criterion, Threshold, checked_threshold, threshold_at
+from earlyexit_kernels.arguments import Check, number, one_or_each
+from earlyexit_kernels.backends import jit, tl  # noqa: F401, the interpreter requires tl in the module of a step
+from earlyexit_kernels.criteria.base import Criterion, Threshold, threshold_at
+from earlyexit_kernels.types import ANY_TASK
 
 
 @jit
@@ -23,28 +25,33 @@ def hidden_cosine_step(z, aux, cols, classes, state, rows, live, layer, depth, p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HiddenCosine(Criterion):
-    """Leave where a layer hardly turns the pooled hidden state; needs no training, and any task will do.
+    """Leave where a layer barely changes the direction of the pooled hidden state.
+
+    It requires no training and is defined for every task. The states are pooled as by the exits: the mean over the
+    row's tokens with ``pooling="mean"``, else the first token. Layer 1 is compared with the pooled embeddings.
 
     Args:
-        threshold: in [-1, 1], or a list with one for each exit before the last.
+        threshold: in [-1, 1], or a list with one number for each exit before the last.
 
     Raises:
         ValueError: a threshold is NaN or out of range.
 
-    The states compared are pooled as the exits pool theirs: the mean over the row's tokens with ``pooling="mean"``,
-    else the first token. Layer 1 is compared with the embeddings, pooled alike.
+    Differences from the paper: there the states of a decoder's token are compared.
 
-    Differences from the paper: it compares the states of a decoder's token.
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.zeros(1, 3, 2), {"hidden_cosine": torch.tensor([[0.1, 0.9, 0.95]])})
+        >>> ee.replay(trace, ee.criteria.HiddenCosine(threshold=0.8))[1].tolist()
+        [2]
     """
 
     threshold: Threshold
+    checks: ClassVar[Mapping[str, Check]] = {"threshold": one_or_each(number(low=-1.0, high=1.0))}
     name: ClassVar[str] = "hidden_cosine"
     needs: ClassVar[str | None] = "hidden_cosine"
     tasks: ClassVar[frozenset[str]] = ANY_TASK
     triton_step: ClassVar = hidden_cosine_step
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", checked_threshold("HiddenCosine", self.threshold, low=-1.0, high=1.0))
 
     def params(self, layer: int) -> list[float]:
         return [threshold_at(self.threshold, layer)]

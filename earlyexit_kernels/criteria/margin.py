@@ -27,13 +27,20 @@ def margin_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Margin(ProbabilityThreshold):
-    """Leave where the two largest class probabilities are far enough apart.
+    """Leave where the difference of the two largest class probabilities reaches a threshold.
 
     Args:
-        threshold: in [0, 1], or a list with one for each exit before the last.
+        threshold: of the difference, in [0, 1], or a list with one number for each exit before the last.
 
     Raises:
         ValueError: a threshold is NaN or out of range.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.tensor([[[1.0, 0.0], [4.0, 0.0], [5.0, 0.0]]]))
+        >>> ee.replay(trace, ee.criteria.Margin(threshold=0.8))[1].tolist()
+        [2]
     """
 
     name: ClassVar[str] = "margin"

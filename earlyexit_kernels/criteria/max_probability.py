@@ -28,10 +28,17 @@ class MaxProbability(ProbabilityThreshold):
     """Leave where the largest class probability reaches a threshold.
 
     Args:
-        threshold: in [0, 1], or a list with one for each exit before the last.
+        threshold: in [0, 1], or a list with one number for each exit before the last.
 
     Raises:
         ValueError: a threshold is NaN or out of range.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.tensor([[[1.0, 0.0], [4.0, 0.0], [5.0, 0.0]]]))
+        >>> ee.replay(trace, ee.criteria.MaxProbability(threshold=0.9))[1].tolist()
+        [2]
     """
 
     name: ClassVar[str] = "max_probability"

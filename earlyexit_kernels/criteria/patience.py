@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.arguments import Check, number, optional, whole
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria.base import MOST_COUNTED, Criterion, checked_number, checked_whole, lowest_argmax
+from earlyexit_kernels.criteria.base import MAX_COUNT, Criterion, lowest_argmax
 from earlyexit_kernels.criteria.softmax_step import argmax_lowest
 
 
@@ -35,32 +36,35 @@ def patience_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patience(Criterion):
-    """Leave where `patience` exits in a row agree with the one before them, so at layer patience + 1 at the earliest.
+    """Leave where `patience` consecutive exits agree with the previous one.
+
+    The earliest such layer is patience + 1.
 
     Args:
-        patience: P >= 1. PABEE's code takes 0 for "run all layers"; that is `criterion=None` here.
+        patience: P >= 1. In PABEE's code 0 means "run all layers"; that is `criterion=None` here.
         tolerance: None compares labels. A number > 0 is for regression (C = 1): exits agree where their outputs
-            differ by less; each is compared with the one right before it, so a slow drift passes.
+            differ by less. Each exit is compared with the previous one only, so a slow drift is not detected.
 
     Raises:
-        ValueError: `patience` isn't a whole number >= 1, or `tolerance` isn't a finite number > 0.
+        ValueError: `patience` is not a whole number >= 1, or `tolerance` is not a finite number > 0.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> trace = ee.ExitTrace(torch.tensor([[[2.0, 0.0], [0.0, 2.0], [0.0, 1.0], [0.0, 3.0]]]))
+        >>> ee.replay(trace, ee.criteria.Patience(patience=1))[1].tolist()
+        [3]
     """
 
     patience: int
     tolerance: float | None = None
+    checks: ClassVar[Mapping[str, Check]] = {
+        "patience": whole(low=1, high=MAX_COUNT, hint=" (criterion=None runs all layers)"),
+        "tolerance": optional(number(low=0.0, inside=True)),
+    }
     name: ClassVar[str] = "patience"
     tasks: ClassVar[frozenset[str]] = frozenset({"single_label_classification", "regression"})
     triton_step: ClassVar = patience_step
-
-    def __post_init__(self) -> None:
-        hint = " (criterion=None runs all layers)"
-        patience = checked_whole("Patience", "patience", self.patience, low=1, high=MOST_COUNTED, hint=hint)
-        object.__setattr__(self, "patience", patience)
-        if self.tolerance is not None:
-            tolerance = checked_number("Patience", "tolerance", self.tolerance, low=0.0)
-            if tolerance == 0.0:
-                raise ValueError("Patience(tolerance=...): expected a number > 0 (0 would never agree), got 0")
-            object.__setattr__(self, "tolerance", tolerance)
 
     def params(self, layer: int) -> list[float]:
         return [float(self.patience), -1.0 if self.tolerance is None else self.tolerance]
@@ -74,7 +78,7 @@ class Patience(Criterion):
         if regression == (self.tolerance is None) or regression != (classes == 1):
             cure = "leave tolerance out, for several classes"
             if regression:
-                cure = "give tolerance=..." if classes == 1 else "it compares one output, and knows no several"
+                cure = "give tolerance=..." if classes == 1 else "it supports one output only"
             raise ValueError(f"Patience(tolerance={self.tolerance}) on {problem_type} with {classes} output(s): {cure}")
 
     @staticmethod

@@ -7,7 +7,7 @@ from earlyexit_kernels.backends import jit, tl
 
 @jit
 def shifted_exp(z, cols, classes):
-    """``z - max z`` and its exponential over the classes; the maximum is at 0 even where it is +inf."""
+    """Return ``z - max z`` and its exponential over the classes; the maximum gives 0 even where it is +inf."""
     real = cols < classes
     top = tl.max(tl.where(real, z, -float("inf")), 0)
     d = tl.where(z == top, 0.0, z - top)
@@ -17,7 +17,7 @@ def shifted_exp(z, cols, classes):
 
 @jit
 def argmax_lowest(z, cols, classes):
-    """Index of the largest logit, the lowest one among ties."""
+    """Return the index of the largest logit; ties go to the lowest class."""
     real = cols < classes
     top = tl.max(tl.where(real, z, -float("inf")), 0)
     return tl.min(tl.where(real & (z == top), cols, classes), 0)
@@ -25,7 +25,7 @@ def argmax_lowest(z, cols, classes):
 
 @jit
 def entropy_nats_of(z, cols, classes):
-    """Entropy of the class probabilities in nats, with 0 log 0 = 0."""
+    """Return the entropy of the class probabilities in nats, with 0 log 0 = 0."""
     d, e = shifted_exp(z, cols, classes)
     total = tl.sum(e, 0)
     return tl.log(total) - tl.sum(tl.where(e > 0, e * d, 0.0), 0) / total

@@ -1,28 +1,28 @@
-"""Which engine `auto` takes for a batch on a GPU: a small measured table, and the reason in words."""
+"""The engine that `auto` takes for a batch on a GPU, from a table of measurements."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 ENGINES = ("auto", "eager", "graph")
-#: Name of a GPU, as torch gives it, or a part of it -> the engine that was the fastest for batches up to a number of
-#: padded tokens, ascending; the last one serves larger batches too. From benchmarks/results, by `make gpu-check`.
+#: GPU name as torch reports it, or a part of it -> the fastest engine for batches of up to a number of padded tokens,
+#: ascending; the last entry also serves larger batches. From benchmarks/results, by `make gpu-check`.
 FASTEST: dict[str, tuple[tuple[int, str], ...]] = {}
 
 
 class Choice(NamedTuple):
-    """What was chosen, an engine or a kind of layers, and why."""
+    """A chosen engine or kind of layers, and the reason."""
 
     name: str
     reason: str
 
 
 def fastest(gpu: str, rows: int, length: int) -> Choice:
-    """The engine for a batch of `rows` rows, padded to `length` tokens.
+    """Return the fastest measured engine for a batch, or ``"eager"`` for a GPU without measurements.
 
     Args:
-        gpu: its name.
-        rows, length: N and S.
+        gpu: name as torch reports it.
+        rows, length: N and S of the padded batch.
     """
     found = next((table for name, table in FASTEST.items() if name in gpu), None)
     if found is None:
@@ -39,7 +39,7 @@ class Explanation(NamedTuple):
 
     Attributes:
         engine: ``"eager"`` or ``"graph"``, and why.
-        layers: ``"family"`` or ``"fused"``, and why; a graph has kernels of its own.
+        layers: ``"family"`` or ``"fused"``, and why; the graph engine uses its own kernels instead.
         backend: of the ops.
     """
 

@@ -1,8 +1,8 @@
-"""How the loop learns how many rows are left: at once on the CPU, some layers late on CUDA.
+"""The number of live rows, as the host knows it: at once on the CPU, some layers late on CUDA.
 
-Asking a GPU stops the host until all that is queued has run, and then the GPU waits for the host. But rows only leave:
-what an exit counted some layers ago is an upper bound of what is there now, and the loop needs no more than a bound.
-So on CUDA each exit's counts are sent to host memory, where the host looks when it passes by.
+Reading from a GPU stalls the host until all queued work is done, and the GPU then waits for the host. But rows only
+leave: the count of an earlier exit is an upper bound of the rows live now, and the loop needs no more than a bound. So
+on CUDA each exit's counts are copied to pinned host memory, which the host polls.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-#: How many layers the host runs ahead of the counts it knows: with one, the GPU has a layer to run while the host
-#: launches the next, and a large batch carries the rows that have left for no more than a layer.
+#: Number of layers that the host runs ahead of the counts it knows: with one, the GPU runs a layer while the host
+#: launches the next one, and rows that have left stay in the batch for at most one layer.
 LAG = 1
-#: Looks in vain after which other threads get the interpreter, and after which the GPU is asked whether it still works:
-#: seldom, since that would break the capture of a graph in another thread.
-LOOKS, LOOKS_AT_DEVICE = 2**8, 2**16
+#: Failed polls before the thread yields the GIL, and before it checks the device for errors: rarely, since that check
+#: would break the capture of a graph in another thread.
+POLLS_PER_YIELD, POLLS_PER_DEVICE_CHECK = 2**8, 2**16
 NUMBER_BITS = 32
 LAST_EPOCH = 2**31 - 1
 
 
 class Counts(Protocol):
-    """What the loop knows of one batch.
+    """The counts of one batch.
 
     Attributes:
-        invalid: for each layer 1..L, how many rows present had logits without a meaning, as far as is known.
+        invalid: for each layer 1..L the number of present rows with invalid logits, as far as it is known.
     """
 
     invalid: list[int]
 
     def after(self, layer: int, counts: Tensor | None, bounds: tuple[int, int]) -> tuple[int, int]:
-        """How many rows, and tokens of theirs, are live after 1-based `layer` at most.
+        """Return upper bounds of the live rows and their tokens after 1-based `layer`.
 
         Args:
-            layer: the one just run.
-            counts: ``[3]`` int32 as `ops.exit_step` returns them, or None where the layer has no exit.
-            bounds: what was known before.
+            layer: the layer just run.
+            counts: ``[3]`` int32 from `ops.exit_step`, or None if the exit was not computed.
+            bounds: the previous bounds.
         """
 
     def finish(self) -> Sequence[int]:
-        """The whole of `invalid`, when the batch is through."""
+        """Return the complete `invalid` at the end of the batch."""
 
 
 class HostCounts:
-    """Counts read at once: for the CPU, where that is free, and for a loop that has to know.
+    """Counts read at once: for the CPU, where that is free, and for loops that need exact counts.
 
     Args:
         depth: L.
@@ -59,29 +59,28 @@ class HostCounts:
         self.invalid = [0] * depth
 
     def after(self, layer: int, counts: Tensor | None, bounds: tuple[int, int]) -> tuple[int, int]:
-        """As in `Counts`, exact."""
+        """Return the exact numbers, as in `Counts`."""
         if counts is None:
             return bounds
         live, tokens, self.invalid[layer - 1] = counts.tolist()
         return live, tokens
 
     def finish(self) -> list[int]:
-        """As in `Counts`."""
+        """Return `invalid`."""
         return self.invalid
 
 
-#: Host memory that no batch uses now, by kind of device and depth.
+#: Unused host memory by kind of device and depth.
 _IDLE: dict[tuple[str, int], list[Tensor]] = {}
 _EPOCHS = itertools.count()
 
 
 class LaggedCounts:
-    """Counts that arrive in pinned host memory when the device gets there; the host polls, and synchronises nowhere.
+    """Counts that the device copies to pinned host memory, which the host polls without synchronisation.
 
-    Each number is one word ``epoch << 32 | number``. Eight aligned bytes arrive whole, and each layer has its own, so
-    no look finds parts of two layers. The memory serves one batch after the other, and what the last one left there
-    would be too small a bound: its words carry another epoch. `torch.compile` is kept out: it takes memory that changes
-    by itself for a constant.
+    Each number is one word ``epoch << 32 | number``. Eight aligned bytes are copied atomically, and each layer has its
+    own words, so no poll mixes two layers. The memory is reused by later batches; the epoch tells the words of a batch
+    from stale ones. `torch.compile` is disabled, because it would treat memory that changes by itself as constant.
 
     Args:
         depth: L.
@@ -102,17 +101,17 @@ class LaggedCounts:
 
     @torch.compiler.disable
     def after(self, layer: int, counts: Tensor | None, bounds: tuple[int, int]) -> tuple[int, int]:
-        """As in `Counts`; waits until the exits up to `lag` layers ago are known."""
+        """Return the bounds, as in `Counts`; waits for the exits up to `lag` layers ago."""
         if counts is not None:
             self._send(layer, counts + self._tag)
             self._unknown.append(layer)
-        while self._unknown and (self._unknown[0] <= layer - self.lag or self._seen(self._unknown[0])):
+        while self._unknown and (self._unknown[0] <= layer - self.lag or self._arrived(self._unknown[0])):
             bounds = self._take(self._unknown.popleft())
         return bounds
 
     @torch.compiler.disable
     def finish(self) -> list[int]:
-        """As in `Counts`; waits for the last exit. Nothing is on its way to the memory then, so others may have it."""
+        """Return `invalid` after the last exit; the memory has no pending writes then and can be reused."""
         while self._unknown:
             self._take(self._unknown.popleft())
         self._idle.append(self._words)
@@ -121,43 +120,43 @@ class LaggedCounts:
     def _send(self, layer: int, words: Tensor) -> None:
         self._words[layer - 1].copy_(words, non_blocking=True)
 
-    def _seen(self, layer: int) -> list[int] | None:
-        """The numbers of a layer, if they have arrived."""
+    def _arrived(self, layer: int) -> list[int] | None:
+        """Return the numbers of a layer, or None if they have not arrived."""
         words = self._memory[layer - 1].tolist()
         if any(word >> NUMBER_BITS != self._epoch for word in words):
             return None
         return [word & (1 << NUMBER_BITS) - 1 for word in words]
 
     def _take(self, layer: int) -> tuple[int, int]:
-        """Wait for the numbers of a layer, keep the last, return the others."""
-        looks = 0
-        while (numbers := self._seen(layer)) is None:
-            looks += 1
-            if looks % LOOKS == 0:
+        """Wait for the numbers of a layer, store the third one and return the others."""
+        polls = 0
+        while (numbers := self._arrived(layer)) is None:
+            polls += 1
+            if polls % POLLS_PER_YIELD == 0:
                 time.sleep(0)
-            if looks % LOOKS_AT_DEVICE == 0 and self._stream is not None:
-                self._stream.query()  # doesn't wait, and raises what has gone wrong
+            if polls % POLLS_PER_DEVICE_CHECK == 0 and self._stream is not None:
+                self._stream.query()  # does not wait, and raises errors of the device
         live, tokens, self.invalid[layer - 1] = numbers
         return live, tokens
 
 
 def _words(idle: list[Tensor], depth: int, device: torch.device) -> Tensor:
-    """Memory for a batch's words ``[L, 3]`` int64: one that lies idle, or a new one."""
+    """Return memory for the words of a batch, ``[L, 3]`` int64: idle memory, or new."""
     try:
         return idle.pop()
     except IndexError:
-        # a tensor of inference mode couldn't be written to by a batch outside of it
+        # a batch outside of inference mode cannot write to a tensor made in it
         with torch.inference_mode(False):
             return torch.zeros(depth, 3, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
 
 @torch.compiler.disable
 def counts_for(depth: int, device: torch.device, *, exact: bool) -> Counts:
-    """What suits a device.
+    """Return the counts for a batch on a device.
 
     Args:
         depth: L.
         device: of the batch.
-        exact: the loop can't do with bounds.
+        exact: whether the loop needs exact counts.
     """
     return HostCounts(depth) if exact or device.type != "cuda" else LaggedCounts(depth, device)

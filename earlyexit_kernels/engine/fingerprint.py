@@ -1,10 +1,10 @@
 """Detects changes of modules that packed weights or CUDA graphs were built from.
 
-Version counters alone cannot do this: fused optimizers, writes through ``weight.data``, NumPy or DLPack views and
-writes in inference mode leave them as they were. So a fingerprint also holds the identity of every module and
-attribute from the backbone down, the address and layout of every parameter, and a few elements of each copied weight.
+Version counters do not suffice: fused optimizers, writes through ``weight.data``, NumPy or DLPack views, and writes in
+inference mode leave them unchanged. A fingerprint therefore also holds the identity of every module and attribute from
+the backbone down, the address and layout of every parameter, and a few elements of each copied weight.
 
-A change of elements that are not sampled, by a write that no version counter records, is not detected.
+Not detected: a change of elements that are not sampled, by a write that no version counter records.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backends import available_backends
 
-#: Elements of each copied weight that are compared: runs of neighbours, since each run costs a page of memory looked
-#: up. An optimizer step changes all of them.
+#: Number and length of the runs of neighbouring elements that are compared in each copied weight; each run costs a
+#: memory page lookup. An optimizer step changes all of them.
 RUNS, RUN = 2, 8
 #: The fractional part of the golden ratio, which spreads the runs over rows and columns.
 _STEP = 0.6180339887498949
-#: Attributes of a module that are dicts whose values are compared, even where they are empty now, or if they are not.
+#: Attributes of a module that are dicts whose values are compared: hooks even while empty, parts only if not empty.
 _HOOKS, _PARTS = ("_forward_hooks", "_forward_pre_hooks"), ("_parameters", "_buffers", "_modules")
-#: Attributes of every module that say nothing of its forward in eval mode.
+#: Attributes of every module that do not affect its forward in eval mode.
 _IGNORED = set(nn.Module().__dict__) - {*_HOOKS, *_PARTS}
 
 
 class PythonFingerprint:
-    """The reference of the compiled ``_C.Fingerprint``, used without the extension.
+    """Reference implementation of the compiled ``_C.Fingerprint``, used without the extension.
 
     Args:
         modules: compared by type.
@@ -40,7 +40,7 @@ class PythonFingerprint:
         tensors: compared by address, dtype, shape and strides.
         copied: some of `tensors`, on the CPU, compared by version counter and by the bytes of a few elements too.
         elements: flat positions of these elements, for each of `copied`.
-        kept: for the compiled one, which puts the compared objects there and has the caller hold them.
+        kept: unused here; the compiled one appends the objects that the caller must keep alive.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PythonFingerprint:
         self._samples = self._read()
 
     def is_current(self) -> bool:
-        """Whether nothing has changed since."""
+        """Return whether nothing has changed since the snapshot."""
         return (
             [type(module) for module in self._modules] == self._types
             and [len(table) for table in self._tables] == self._sizes
@@ -85,17 +85,17 @@ class PythonFingerprint:
     @torch.no_grad()
     def _read(self) -> list[bytes]:
         picked = (tensor.detach()[index] for tensor, index in self._elements)
-        # as bytes: a NaN is equal to itself
+        # compared as bytes, since NaN is not equal to itself
         return [each.reshape(-1).view(torch.uint8).numpy().tobytes() for each in picked]
 
 
 class ModuleFingerprint:
-    """Snapshot of modules, to tell later whether anything that packed weights depend on has changed.
+    """Snapshot of modules, used to detect later changes.
 
     Args:
         roots: modules to compare, with everything inside them.
-        copied: parameters inside them, on the CPU, that were copied: their contents are compared too, by version
-            counter and a few elements. The others may change in place.
+        copied: parameters inside them, on the CPU, whose contents are compared too, by version counter and a few
+            elements. The other parameters may change in place.
     """
 
     def __init__(self, roots: Sequence[nn.Module], copied: Sequence[Tensor] = ()) -> None:
@@ -105,7 +105,7 @@ class ModuleFingerprint:
         hooks = [table for names in own for name in _HOOKS if isinstance(table := names.get(name), dict)]
         parts = [table for names in own for name in _PARTS if isinstance(table := names.get(name), dict) and table]
         named = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
-        # others have no address, and are replaced rather than written to
+        # tensors of other layouts have no address; they are replaced rather than written to
         tensors = list({id(x): x for x in named if x.layout == torch.strided and not x.is_nested}.values())
         contents = list({id(x): x for x in copied}.values())
         elements = [sampled_elements(x.numel()) for x in contents]
@@ -115,7 +115,7 @@ class ModuleFingerprint:
         )
 
     def is_current(self, roots: Sequence[nn.Module]) -> bool:
-        """Whether `roots` are the same modules as before and nothing inside them has changed."""
+        """Return whether `roots` are the same modules as before and nothing inside them has changed."""
         return (
             len(roots) == len(self._roots)
             and all(map(operator.is_, roots, self._roots))
@@ -130,7 +130,7 @@ def _snapshot_class() -> Any:
 
 
 def sampled_elements(size: int) -> list[int]:
-    """Flat positions of the compared elements in a tensor of `size` elements."""
+    """Return the flat positions of the compared elements in a tensor of `size` elements."""
     starts = [int((k + 0.5) * _STEP % 1.0 * size) for k in range(RUNS)]
     return sorted({position for start in starts for position in range(start, min(start + RUN, size))})
 

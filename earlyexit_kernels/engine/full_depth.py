@@ -1,8 +1,8 @@
-"""The full-depth pass: every layer on every row, every exit kept. Training and traces run it.
+"""The full-depth pass: every layer on every row, all exits kept. Training and traces run it.
 
-Where gates train, a layer's output is mixed with its input by the row's gate value g: ``h = (1 - g) F(h) + g h``, soft,
-or with g rounded in the forward pass and its own gradient in the backward one. An exit before the last reads the
-layer's own output F(h), the last one the mixture.
+When gates are trained, the output of a layer is mixed with its input by the gate value g of the row,
+``h = (1 - g) F(h) + g h``, with g itself or with g rounded in the forward pass only (straight-through). An exit before
+the last reads the layer's own output F(h), the last one reads the mixture.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from earlyexit_kernels.types import ExitTrace, Gating
 
 
 @dataclass(frozen=True)
-class Collect:
-    """What a full-depth pass keeps beside logits.
+class TraceOptions:
+    """What a full-depth pass computes besides logits.
 
     Attributes:
-        needs: scalars to keep: ``"all"`` there are, or those that learn (``"halting"``).
-        gating: how gates mix, or None to run without them.
-        projections: ``"inputs"`` or ``"exits"``: which token projections to keep, or None.
-        balances: in the backward pass, a layer and its gate receive the average of the gradients of the exits at and
-            above it. The forward pass is the same.
+        needs: scalars to keep: ``"all"``, or those that are trained (``"halting"``).
+        gating: how gates mix, or None to run without gates.
+        projections: which token projections to keep, of the ``"inputs"`` of layers or of ``"exits"``, or None.
+        balances: in the backward pass, a layer and its gate receive the mean instead of the sum of the gradients of the
+            exits at and above it. The forward pass does not change.
     """
 
     needs: str = "all"
@@ -42,39 +42,37 @@ def trace_exits(
     batch: PackedBatch,
     layers: Sequence[Callable[..., Any]],
     heads: ExitHeads,
-    collect: Collect,
+    options: TraceOptions,
     keys: Tensor | None = None,
 ) -> ExitTrace:
     """Run a packed batch through all layers and exits, differentiable where gradients are enabled.
 
     Args:
         hidden: ``[1, T, H]`` after the embeddings.
-        batch: its rows, all of them present.
+        batch: its rows, all of them live.
         layers: L callables ``layer(hidden, None, plan=...)``.
         heads: their exits.
-        collect: what to keep.
-        keys: ``[N]`` int64 for the trace.
+        options: what to compute besides logits.
+        keys: ``[N]`` int64, stored in the trace.
     """
     plan = plan_attention(batch)
     states = PackedStates(hidden[0], batch.offsets, plan)
-    memory = heads.first_memory(states, collect.needs)
+    memory = heads.first_memory(states, options.needs)
     outputs: list[HeadOutput] = []
     gates: list[Tensor] = []
     projections: list[Tensor] = []
     for layer, run_layer in enumerate(layers, start=1):
-        before = states
-        states = own = PackedStates(first(run_layer(before.hidden[None], None, plan=plan))[0], batch.offsets, plan)
-        if collect.gating is not None:
+        before, above = states, len(layers) - layer
+        own = states = before._replace(hidden=hidden_of(run_layer(before.hidden[None], None, plan=plan))[0])
+        if options.gating is not None:
             gates.append(heads.gate(layer, before))
-            states = own._replace(hidden=mixed(before, own.hidden, gates[-1], collect.gating))
-        if collect.projections == "inputs":
+            states = mixed_by_gate(before, own, gates[-1], options.gating)
+        if options.projections == "inputs":
             projections.append(heads.project(layer, before))
-        above = len(layers) - layer
-        read = states if above == 0 else own
-        if collect.balances:
-            read = read._replace(hidden=GradientScale.apply(read.hidden, 1 / (above + 1)))
-            states = states._replace(hidden=GradientScale.apply(states.hidden, above / (above + 1)))
-        projects = collect.projections == "exits" and above > 0
+        read = own if above else states
+        if options.balances:
+            read, states = balanced(read, states, above)
+        projects = options.projections == "exits" and above > 0
         outputs.append(heads(layer, read, memory, projects=projects))
         memory = outputs[-1].memory
     projections += [o.projection for o in outputs if o.projection is not None]
@@ -90,30 +88,39 @@ def trace_exits(
     )
 
 
+def mixed_by_gate(before: PackedStates, after: PackedStates, gate: Tensor, gating: Gating) -> PackedStates:
+    """Return the output of a layer mixed with its input by the gate logits ``[B]`` of the rows."""
+    g = torch.sigmoid(gate)
+    if gating.hard:
+        g = g + ((g >= gating.threshold).to(g) - g).detach()
+    tokens = after.hidden.shape[0]
+    by_token = g.repeat_interleave(before.offsets.diff(), output_size=tokens)[:, None].to(after.hidden.dtype)
+    return after._replace(hidden=(1 - by_token) * after.hidden + by_token * before.hidden)
+
+
+def balanced(read: PackedStates, states: PackedStates, above: int) -> tuple[PackedStates, PackedStates]:
+    """Average the gradients that a layer receives from the exit that reads `read` and from the `above` later exits."""
+    return (
+        read._replace(hidden=GradientScale.apply(read.hidden, 1 / (above + 1))),
+        states._replace(hidden=GradientScale.apply(states.hidden, above / (above + 1))),
+    )
+
+
 class GradientScale(torch.autograd.Function):
-    """The identity, whose gradient is scaled."""
+    """Identity whose gradient is scaled."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        """`x` as it is."""
+        """Return `x`."""
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient of `x`."""
+        """Return the scaled gradient of `x`."""
         return gradients[0] * ctx.scale, None
 
 
-def mixed(before: PackedStates, after: Tensor, gate: Tensor, gating: Gating) -> Tensor:
-    """A layer's output ``[T, H]`` mixed with its input by the gate's logits ``[B]``; rows share theirs."""
-    g = torch.sigmoid(gate)
-    if gating.hard:
-        g = g + ((g >= gating.threshold).to(g) - g).detach()
-    by_token = g.repeat_interleave(before.offsets.diff(), output_size=after.shape[0])[:, None].to(after.dtype)
-    return (1 - by_token) * after + by_token * before.hidden
-
-
-def first(output: Any) -> Tensor:
-    """The hidden states out of what a family's layer returns."""
-    return output[0] if isinstance(output, tuple) else output
+def hidden_of(layer_output: Any) -> Tensor:
+    """Return the hidden states from the output of a family's layer, a tensor or a tuple that starts with it."""
+    return layer_output[0] if isinstance(layer_output, tuple) else layer_output

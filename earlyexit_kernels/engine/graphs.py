@@ -1,14 +1,13 @@
-"""The graph engine: the resident loop of a bucket captured once, and replayed with one launch and one synchronisation.
+"""The graph engine: one CUDA graph of the device-resident loop for each bucket of batch sizes.
 
-Each group of layers lies behind an IF node on the live count where the compiled extension has them
-(csrc/cuda/graph.cpp), and the groups of an ALBERT, which are one, in a single WHILE node; without it the graph is a
-plain one, whose kernels return at once when nothing is left to do.
+A replay costs one launch and one synchronisation. With the compiled extension each group of layers is an IF node on the
+live count (csrc/cuda/graph.cpp), and the groups of an ALBERT, which share their weights, are one WHILE node. Without it
+the graph has no nodes, and its kernels return at once when no row is live.
 """
 
 from __future__ import annotations
 
 import collections
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,35 +17,38 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import NAMESPACE, available_backends
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
+from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.locks import ForkSafeLock
 from earlyexit_kernels.engine.packing import refuse_masked_first
-from earlyexit_kernels.engine.resident import Bucket, Parts, ResidentLoop, why_not_resident
-from earlyexit_kernels.ops import MOST_ROWS
+from earlyexit_kernels.engine.resident import ModelView, ResidentLoop, resident_unsupported_reason
+from earlyexit_kernels.engine.resident_buffers import Bucket
+from earlyexit_kernels.ops.resident_exit import MAX_ROWS
 from earlyexit_kernels.types import ExitOutput
 
-#: Graphs kept for one model; the one that wasn't used for longest goes.
-MOST_GRAPHS = 16
+#: Graphs kept for one model; the least recently used one is dropped.
+MAX_GRAPHS = 16
 #: Tokens that the buffers of a bucket hold at most; a larger batch is split.
-MOST_TOKENS = 65_536
-SHORTEST = 16
+MAX_TOKENS = 65_536
+MIN_LENGTH = 16
 WARM_UPS = 2
 
 
 class CaptureError(RuntimeError):
-    """A graph can't be had for a batch; the message says why."""
+    """No graph can be captured for a batch; the message names the reason."""
 
 
 def bucket_of(rows: int, length: int) -> Bucket:
-    """The smallest bucket that holds a batch: powers of two, so that few graphs serve all batches."""
-    return Bucket(1 << (rows - 1).bit_length(), max(SHORTEST, 1 << (length - 1).bit_length()))
+    """Return the smallest bucket that holds a batch; sizes are powers of two, so that few graphs are needed."""
+    return Bucket(1 << (rows - 1).bit_length(), max(MIN_LENGTH, 1 << (length - 1).bit_length()))
 
 
-def most_rows(length: int) -> int:
-    """How many rows of a length one graph takes."""
-    return max(1, min(MOST_ROWS, MOST_TOKENS // bucket_of(1, length).length))
+def max_rows(length: int) -> int:
+    """Return the largest number of rows of a length that one graph takes."""
+    return max(1, min(MAX_ROWS, MAX_TOKENS // bucket_of(1, length).length))
 
 
 class Key(NamedTuple):
-    """What a graph is captured for; a model may move to another device, and come back."""
+    """The properties that a graph depends on."""
 
     bucket: Bucket
     backend: str
@@ -55,21 +57,21 @@ class Key(NamedTuple):
     device: torch.device
 
 
-def key_of(parts: Parts, backend: str, rows: int, length: int) -> Key:
-    """That of a batch ``[N, S]`` of one graph at most."""
-    weight = next(parts.backbone.parameters())
-    return Key(bucket_of(rows, length), backend, parts.criterion, weight.dtype, weight.device)
+def key_of(view: ModelView, backend: str, rows: int, length: int) -> Key:
+    """Return the key of a batch ``[N, S]`` that fits one graph."""
+    weight = next(view.backbone.parameters())
+    return Key(bucket_of(rows, length), backend, view.criterion, weight.dtype, weight.device)
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One graph.
+    """One captured graph.
 
     Attributes:
         loop: its buffers.
-        replay: launch it.
-        made_from: the modules it was captured on, whose addresses it holds. It copies no weight, so that a weight
-            changed in place needs no new capture.
+        replay: launches it.
+        made_from: the modules whose weights it reads by address. Weights are not copied, so a weight that changes in
+            place needs no new capture.
         results: pinned copy of the loop's counts ``[L + 1, 4]``.
     """
 
@@ -80,16 +82,14 @@ class Captured:
 
 
 class Graphs:
-    """The graphs of one model, captured when first asked for, and again when its modules or weights are replaced.
+    """The CUDA graphs of one model, captured at first use, and again after modules or weights have been replaced.
 
-    A graph holds no copy of a weight: weights that change in place are read as they are at each replay.
-
-    One batch at a time: threads take turns, on a stream of its own, so that several streams are served too. Copies and
-    pickles of the model start without.
+    One batch runs at a time, on a stream of its own; threads wait for each other. Copies and pickles of the model start
+    without graphs.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
         self._captured: collections.OrderedDict[Key, Captured] = collections.OrderedDict()
         self._refused: dict[Key, str] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -106,81 +106,58 @@ class Graphs:
             self._captured.clear()
             self._refused.clear()
 
-    def why_not(self, parts: Parts, backend: str, rows: int, length: int, *, checked: bool = True) -> str:
-        """Empty where `run` can answer a batch, as far as is known, else what stands against it. Changes nothing.
+    def unsupported_reason(
+        self, view: ModelView, backend: str, rows: int, length: int, *, check_stale: bool = True
+    ) -> str | None:
+        """Return why `run` cannot answer a batch, as far as is known without a capture, or None. Changes nothing.
 
         Args:
-            parts, backend: as for `run`.
+            view, backend: as for `run`.
             rows, length: N and S.
-            checked: look at the model even where it has a graph, which may be stale. A loop over batches leaves it to
-                `run`, which looks while the device works.
+            check_stale: check the model even if it has a graph, which may be stale. `run` does so in any case.
         """
-        most = most_rows(length)
-        for key in {key_of(parts, backend, part, length) for part in (min(rows, most), rows % most or most)}:
+        limit = max_rows(length)
+        for key in {key_of(view, backend, chunk, length) for chunk in (min(rows, limit), rows % limit or limit)}:
             captured = self._captured.get(key)
-            current = captured is not None and (not checked or captured.made_from.is_current(parts.roots))
-            if not current and (reason := self._why_not(key, parts)):
+            current = captured is not None and (not check_stale or captured.made_from.is_current(view.roots))
+            if not current and (reason := self._capture_refusal(key, view)):
                 return reason
-        return ""
+        return None
 
-    def run(
-        self,
-        parts: Parts,
-        backend: str,
-        ids: Tensor,
-        mask: Tensor | None,
-        types: Tensor | None,
-        positions: Tensor | None,
-    ) -> ExitOutput:
+    def run(self, view: ModelView, backend: str, inputs: Inputs) -> ExitOutput:
         """Answer a batch of any size.
 
         Args:
-            parts: of the model, of which `why_not_resident` has nothing to say.
-            backend: of the exits; the encoder's kernels are Triton's.
-            ids, mask, types, positions: ``[N, S]`` on the model's device, N at least 1.
+            view: of a model that `resident_unsupported_reason` supports.
+            backend: of the exits; the kernels of the encoder are always Triton's.
+            inputs: checked, on the model's device, N at least 1.
 
         Raises:
-            CaptureError: no graph can be had.
+            CaptureError: no graph can be captured.
         """
-        if torch.cuda.is_current_stream_capturing():
-            raise CaptureError("the current stream is capturing; capture model.fixed_depth() instead")
-        size = most_rows(ids.shape[1])
-        parted = [None if x is None or x.shape[0] == 1 else x.split(size) for x in (mask, types, positions)]
+        size = max_rows(inputs.length)
         with self._lock:
             outputs = [
-                self._part(
-                    parts,
-                    backend,
-                    chunk,
-                    *(
-                        x if split is None else split[number]
-                        for x, split in zip((mask, types, positions), parted, strict=True)
-                    ),
-                )
-                for number, chunk in enumerate(ids.split(size))
+                self._run_chunk(view, backend, inputs.rows_from(start, start + size))
+                for start in range(0, inputs.rows, size)
             ]
         return outputs[0] if len(outputs) == 1 else ExitOutput.cat(outputs)
 
-    def _part(self, parts: Parts, backend: str, ids: Tensor, *others: Tensor | None) -> ExitOutput:
-        n, key = ids.shape[0], key_of(parts, backend, *ids.shape)
+    def _run_chunk(self, view: ModelView, backend: str, inputs: Inputs) -> ExitOutput:
+        """Answer a batch that fits one graph."""
+        n, key = inputs.rows, key_of(view, backend, inputs.rows, inputs.length)
         if key.device not in self._streams:
             self._streams[key.device] = torch.cuda.Stream(key.device)
         stream, current = self._streams[key.device], torch.cuda.current_stream(key.device)
-        while True:
-            # before a capture too, which reads weights
-            stream.wait_stream(current)
-            captured = self._of(key, parts, stream)
-            with torch.cuda.stream(stream):
-                captured.loop.load(ids, *others)
-                captured.replay()
-                answers, exit_layer = captured.loop.answers[:n].clone(), captured.loop.exit_layer[:n].clone()
-                captured.results.copy_(captured.loop.counts, non_blocking=True)
-                done = stream.record_event()
-            # checked while the device works; the answers of a stale graph are dropped
-            if captured.made_from.is_current(parts.roots):
-                break
-            del captured
-            self._drop_stale(parts)
+        # before a capture, which reads weights
+        stream.wait_stream(current)
+        captured = self._get_or_capture(key, view, stream)
+        with torch.cuda.stream(stream):
+            captured.loop.load(inputs)
+            captured.replay()
+            answers, exit_layer = captured.loop.answers[:n].clone(), captured.loop.exit_layer[:n].clone()
+            captured.results.copy_(captured.loop.counts, non_blocking=True)
+            done = stream.record_event()
         current.wait_stream(stream)
         for x in (answers, exit_layer):
             x.record_stream(current)
@@ -190,57 +167,60 @@ class Graphs:
             refuse_masked_first(masked_first > 0)
         return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(invalid))
 
-    def _why_not(self, key: Key, parts: Parts) -> str:
+    def _capture_refusal(self, key: Key, view: ModelView) -> str | None:
+        """Return why no capture is tried, or None."""
         if key in self._refused:
             return self._refused[key]
-        reason = why_not_resident(parts, key.dtype)
-        return f"a graph can't hold this model: {reason}" if reason else ""
+        reason = resident_unsupported_reason(view, key.dtype)
+        return f"a graph does not support this model: {reason}" if reason else None
 
-    def _drop_stale(self, parts: Parts) -> None:
-        stale = [key for key, captured in self._captured.items() if not captured.made_from.is_current(parts.roots)]
+    def _drop_stale(self, view: ModelView) -> None:
+        """Drop graphs whose weights or modules have been replaced."""
+        stale = [key for key, captured in self._captured.items() if not captured.made_from.is_current(view.roots)]
         for key in stale:
             del self._captured[key]
 
-    def _of(self, key: Key, parts: Parts, stream: Any) -> Captured:
-        if key not in self._captured:
-            if reason := self._why_not(key, parts):
+    def _get_or_capture(self, key: Key, view: ModelView, stream: Any) -> Captured:
+        captured = self._captured.get(key)
+        if captured is None or not captured.made_from.is_current(view.roots):
+            self._drop_stale(view)
+            if reason := self._capture_refusal(key, view):
                 raise CaptureError(reason)
-            self._drop_stale(parts)
             try:
-                self._captured[key] = self._capture(key, parts, stream)
-            except Exception as error:  # Triton's own are no RuntimeErrors
-                said = str(error).partition("\n")[0] or type(error).__name__
-                self._refused[key] = f"capturing {key.bucket} failed: {said}"
+                captured = self._captured[key] = self._capture(key, view, stream)
+            except Exception as error:  # Triton's errors are not RuntimeErrors
+                message = str(error).partition("\n")[0] or type(error).__name__
+                self._refused[key] = f"capturing {key.bucket} failed: {message}"
                 raise CaptureError(self._refused[key]) from error
-            while len(self._captured) > MOST_GRAPHS:
+            while len(self._captured) > MAX_GRAPHS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
-        return self._captured[key]
+        return captured
 
-    def _capture(self, key: Key, parts: Parts, stream: Any) -> Captured:
+    def _capture(self, key: Key, view: ModelView, stream: Any) -> Captured:
         try:
-            return capture(parts, key.bucket, key.backend, stream)
+            return capture(view, key.bucket, key.backend, stream)
         except torch.OutOfMemoryError:
             if not self._captured:
                 raise
-            # the others have the memory, and can be captured again
+            # the other graphs hold memory and can be captured again
             self._captured.clear()
-            return capture(parts, key.bucket, key.backend, stream)
+            return capture(view, key.bucket, key.backend, stream)
 
 
 @torch.inference_mode(False)
-def capture(parts: Parts, bucket: Bucket, backend: str, stream: Any) -> Captured:
-    """Build a bucket's loop and capture it.
+def capture(view: ModelView, bucket: Bucket, backend: str, stream: Any) -> Captured:
+    """Build the loop of a bucket and capture it.
 
     Args:
-        parts: of the model.
+        view: of the model.
         bucket: the largest batch.
         backend: of the exits.
-        stream: to warm up, capture and replay on; cuBLAS keeps its workspace by stream.
+        stream: to warm up, capture and replay on; cuBLAS has one workspace per stream.
     """
-    made_from = ModuleFingerprint(parts.roots)
+    made_from = ModuleFingerprint(view.roots)
     with torch.cuda.stream(stream):
-        loop = ResidentLoop(parts, bucket, "triton", backend)
+        loop = ResidentLoop(view, bucket, "triton", backend)
         for _ in range(WARM_UPS):
             loop.launch()
         stream.synchronize()
@@ -257,10 +237,10 @@ def _plain(loop: ResidentLoop, stream: Any) -> Callable[[], None]:
 
 
 class ConditionalNodes:
-    """The nodes of a graph that the compiled extension captures; see `resident.Nodes`.
+    """Conditional nodes of a graph that the compiled extension captures; see `resident.Nodes`.
 
     Args:
-        graph: between begin and end.
+        graph: being captured.
     """
 
     def __init__(self, graph: Any) -> None:
@@ -268,19 +248,19 @@ class ConditionalNodes:
         self.handle, self.repeats = graph.handle, graph.has_switch()
 
     def when(self, handle: int, body: Callable[[], None]) -> None:
-        """An IF node."""
+        """Add an IF node."""
         self.graph.begin_if(handle)
         body()
         self.graph.end_if()
 
     def repeat(self, handle: int, body: Callable[[], None]) -> None:
-        """A WHILE node."""
+        """Add a WHILE node."""
         self.graph.begin_while(handle)
         body()
         self.graph.end_while()
 
     def take_turns(self, turn: Tensor, again: int, bodies: Sequence[Callable[[], None]]) -> None:
-        """A SWITCH node."""
+        """Add a SWITCH node."""
         chosen = self.graph.handle()
         self.graph.take_turn(turn, chosen, again, len(bodies))
         self.graph.begin_switch(chosen, len(bodies))
@@ -292,21 +272,21 @@ class ConditionalNodes:
 
 
 def _conditional(loop: ResidentLoop) -> Callable[[], None]:
-    """Capture on the current stream, with nodes for what may not have to run."""
+    """Capture on the current stream, with conditional nodes for layers that may not have to run."""
     graph = getattr(torch.classes, NAMESPACE).ConditionalGraph()
-    # as torch.cuda.graph does: what the allocator keeps for others it can't give up while it captures
+    # as torch.cuda.graph does: the allocator cannot release cached memory during a capture
     torch.cuda.empty_cache()
     try:
-        graph.begin(loop.hidden.device.index, *torch.cuda.graph_pool_handle())
+        graph.begin(loop.device.index, *torch.cuda.graph_pool_handle())
         loop.launch(ConditionalNodes(graph))
         graph.end()
     except BaseException:
-        # else the stream would go on capturing
+        # otherwise the stream would continue to capture
         graph.abandon()
         raise
     return graph.replay
 
 
 def has_conditional_nodes() -> bool:
-    """Whether the compiled extension captures graphs with nodes."""
+    """Return whether the compiled extension can capture conditional nodes."""
     return not available_backends("cuda")["cpp"]

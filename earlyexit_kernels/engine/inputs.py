@@ -1,92 +1,122 @@
-"""The model's input, checked before any work: what is wrong is said in one sentence."""
+"""The inputs of a forward pass, checked before any other work."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from earlyexit_kernels.backbones import BackboneAdapter
+from earlyexit_kernels.engine.packing import check_attention
+from earlyexit_kernels.types import INTEGER_DTYPES
 
 
-def check_inputs(
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    *,
-    device: torch.device,
-    longest: int,
-    limits: Mapping[str, int | None],
-) -> Tensor:
-    """Validate the input of a forward and return `input_ids` as int64.
+class Inputs(NamedTuple):
+    """The inputs of one batch, in the order of the arguments of `forward`.
+
+    Attributes:
+        input_ids: ``[N, S]``, int64 once checked.
+        attention_mask: ``[N, S]``, nonzero for tokens; None: all are tokens.
+        token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers; None: those of the stock model.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """S, padding included."""
+        return self.input_ids.shape[1]
+
+    def rows_from(self, start: int, stop: int) -> Inputs:
+        """Return the rows from `start` to `stop`; an input of one row for all rows stays as it is."""
+        rows = self.rows
+        return Inputs(*(x if x is None or x.shape[0] != rows else x[start:stop] for x in self))  # type: ignore[arg-type]
+
+
+def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, check_values: bool = True) -> Inputs:
+    """Check the inputs of a forward pass and return them with `input_ids` as int64.
 
     Args:
-        input_ids: ``[N, S]`` integers.
-        attention_mask: ``[N, S]``; what it says is read by `packing.pack`. Negative numbers, which masks to add to
-            scores have, and NaN are refused; checked on the CPU.
-        token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers.
-        device: of the model.
-        longest: tokens a row may have.
-        limits: argument -> how many ids its embedding has; checked on the CPU, where looking costs no synchronisation.
+        given: as passed to `forward`: tensors, None, or anything else.
+        adapter, backbone: the encoder.
+        check_values: also check that ids are within their embeddings; on the CPU only, where reading them does not
+            synchronise.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: names the argument, what was expected and what was given. Negative mask values, as in additive
+            masks, and NaN are refused on the CPU.
+        AttentionReplacedError: the backbone has another attention than the packed one.
     """
-    given = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "position_ids": position_ids,
-    }
-    for name, value in given.items():
+    check_attention(backbone.config._attn_implementation)
+    named = dict(zip(Inputs._fields, given, strict=True))
+    for name, value in named.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name}: expected a tensor [N, S], got {type(value).__name__}")
-    if input_ids is None:
+    ids, mask = given.input_ids, given.attention_mask
+    if ids is None:
         raise ValueError("input_ids: expected integers of shape [N, S], got None")
-    shape = input_ids.shape
-    if input_ids.dim() != 2:
+    shape, max_length, device = ids.shape, adapter.longest(backbone.config), backbone.device
+    if ids.dim() != 2:
         raise ValueError(f"input_ids: expected integers of shape [N, S], got shape {list(shape)}")
     if shape[0] and not shape[1]:
         raise ValueError(f"input_ids: expected at least one token a row, got shape {list(shape)}")
-    if shape[1] > longest:
-        raise ValueError(f"input_ids: a row may have {longest} tokens in this model, got {shape[1]}; truncate the text")
-    if attention_mask is not None:
-        _check_mask(attention_mask, shape)
-    for name, value in given.items():
+    if shape[1] > max_length:
+        raise ValueError(
+            f"input_ids: a row may have {max_length} tokens in this model, got {shape[1]}; truncate the text"
+        )
+    if mask is not None:
+        _check_mask(mask, shape)
+    sizes = _embedding_sizes(backbone) if check_values else {}
+    for name, value in named.items():
         if value is None:
             continue
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, the model on {device}; move one of them")
         if name != "attention_mask":
-            _check_ids(name, value, shape, limits.get(name))
-    return input_ids.long()
+            _check_ids(name, value, shape, sizes.get(name))
+    return given._replace(input_ids=ids.long())
 
 
 def refuse_other_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of stock models that an early-exit model lacks; None and False, which ask for nothing, pass.
+    """Refuse arguments of stock models that are not supported; None and False pass.
 
     Raises:
-        TypeError: naming them, and what is supported.
+        TypeError: names them and the supported ones.
     """
     asked = [name for name, value in given.items() if value is not None and value is not False]
     if asked:
         raise TypeError(
             "forward: expected input_ids, attention_mask, token_type_ids, position_ids, labels, output_all_logits or "
-            f"return_dict, got {', '.join(asked)}; an early-exit model packs token ids, and supports no embeddings, "
-            "head masks or caches given from outside. Leave them out, or pass None"
+            f"return_dict, got {', '.join(asked)}; an early-exit model packs token ids and does not take embeddings, "
+            "head masks or caches. Leave them out, or pass None"
         )
 
 
+def _embedding_sizes(backbone: Any) -> dict[str, int | None]:
+    """Return the number of embeddings for each argument that holds ids; None where it is unknown."""
+    return {
+        "input_ids": backbone.get_input_embeddings().num_embeddings,
+        "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
+        "position_ids": backbone.config.max_position_embeddings,
+    }
+
+
 def _check_mask(mask: Tensor, shape: torch.Size) -> None:
-    """Of the batch's shape, and none of those that are added to scores."""
     if mask.shape != shape:
         raise ValueError(f"attention_mask: expected the shape of input_ids {list(shape)}, got {list(mask.shape)}")
-    seen = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not seen or not mask.numel() or mask.dtype in (torch.bool, torch.uint8):
+    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not readable or not mask.numel() or mask.dtype in (torch.bool, torch.uint8):
         return
     low = float(mask.min())
     if not low >= 0:
@@ -94,14 +124,14 @@ def _check_mask(mask: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"attention_mask: expected 1 for a token and 0 for none, got {got}")
 
 
-def _check_ids(name: str, ids: Tensor, shape: torch.Size, limit: int | None) -> None:
-    """Integers of the batch's shape (or one row for all), each below `limit`."""
-    if ids.dtype not in _INTEGERS:
+def _check_ids(name: str, ids: Tensor, shape: torch.Size, size: int | None) -> None:
+    """Check for integers in [0, size), one for each token, or one row of them for all rows."""
+    if ids.dtype not in INTEGER_DTYPES:
         raise ValueError(f"{name}: expected integers, got {ids.dtype}")
     if tuple(ids.shape) not in (tuple(shape), (1, shape[1])):
         raise ValueError(f"{name}: expected the shape of input_ids {list(shape)}, got {list(ids.shape)}")
-    if limit is None or ids.device.type != "cpu" or not ids.numel():
+    if size is None or ids.device.type != "cpu" or not ids.numel():
         return
     low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= limit:
-        raise ValueError(f"{name}: expected ids in [0, {limit - 1}], got {low if low < 0 else high}")
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected ids in [0, {size - 1}], got {low if low < 0 else high}")

@@ -10,21 +10,21 @@ from torch import Tensor
 
 from earlyexit_kernels.engine.eager import invalid_message
 from earlyexit_kernels.errors import InvalidLogitsError
-from earlyexit_kernels.ops.exit_step import meaningful
+from earlyexit_kernels.ops.exit_step import valid_rows
 
 logger = logging.getLogger("earlyexit_kernels")
 
-#: Kinds of device where reading a number does not wait for a queue of kernels.
+#: Device types on which reading a number does not wait for queued kernels.
 SYNCHRONOUS_DEVICES = ("cpu",)
 #: Training passes after which counts that were left on the device are read.
 PASSES_BETWEEN_READS = 100
 
 
 class InvalidRows:
-    """The number of rows with invalid logits that a model has met, counted once for each exit.
+    """Number of rows with invalid logits, counted once for each exit.
 
-    Counts of training passes stay on the device, since reading one synchronises with it. They are read by `total`, by
-    the next call of `add`, and every `PASSES_BETWEEN_READS` passes. Counts on the CPU are read at once.
+    Counts of training passes stay on the device, since reading them synchronises. They are read by `total`, by the next
+    call of `add`, and every `PASSES_BETWEEN_READS` passes. Counts on the CPU are read at once.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class InvalidRows:
         self._passes = 0
 
     def total(self) -> int:
-        """The number so far. Synchronises with the device where counts were left there."""
+        """Return the number so far; synchronises with the device if counts were left there."""
         self._read()
         return self._total
 
@@ -52,8 +52,8 @@ class InvalidRows:
         if self._total == 0:
             where = {layer: rows for layer, rows in enumerate(by_layer, start=1) if rows}
             logger.warning(
-                "logits without a meaning (NaN, several +inf, or all -inf), rows by layer: %s. Such a row never exits "
-                "there; model.invalid_rows goes on counting. Use strict=True (model.config.strict) to raise instead",
+                "invalid logits (NaN, several +inf, or all -inf), rows by layer: %s. Such a row does not exit there; "
+                "model.invalid_rows counts further ones. Set model.config.strict = True to raise instead",
                 where,
             )
         self._total += sum(by_layer)
@@ -65,12 +65,12 @@ class InvalidRows:
         Args:
             logits: ``[N, L, C]``.
             strict: read the counts at once and raise.
-            training: the counts may be left on the device.
+            training: leave the counts on the device.
 
         Raises:
             InvalidLogitsError: there are some, and `strict` is set.
         """
-        by_layer = (~meaningful(logits.flatten(0, 1), None)).view(logits.shape[:2]).sum(0)
+        by_layer = (~valid_rows(logits.flatten(0, 1), None)).view(logits.shape[:2]).sum(0)
         if strict or not training or by_layer.device.type in SYNCHRONOUS_DEVICES:
             self.add(by_layer.tolist(), strict)
             return
@@ -82,7 +82,7 @@ class InvalidRows:
             self._read()
 
     def _read(self) -> None:
-        """Count what was left on the device."""
+        """Add the counts that were left on the device."""
         waiting, self._waiting, self._passes = self._waiting, None, 0
         if waiting is not None:
             self.add(waiting.tolist(), strict=False)

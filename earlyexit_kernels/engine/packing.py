@@ -1,12 +1,12 @@
-"""Packed tokens: padding leaves before the embeddings, and attention runs row by row over what remains.
+"""Packed batches: padding is removed before the embeddings, and attention runs within each row.
 
-`pack` turns ids and mask into tokens ``[T]`` with ``offsets [B + 1]``; `plan_attention` groups rows for the attention
-function registered with transformers under `PACKED_ATTENTION`, which a family's own layers then call.
+`pack` turns ids and mask into tokens ``[T]`` with ``offsets [B + 1]``; `plan_attention` groups the rows for the
+attention function that is registered with transformers as `PACKED_ATTENTION` and called by a family's own layers.
 
-On CUDA the lengths of the rows stay on the device. There a batch may have more room than rows and tokens: rows at the
-end own no token, and tokens at the end belong to no row. What stands in those is whatever the memory held, NaN too.
-Layers and heads treat tokens one by one, attention reads and writes only what the offsets give to a row, and exits look
-at the rows with an id: so nothing of them reaches a row.
+On CUDA the lengths of the rows stay on the device, and a batch may have more room than rows and tokens. Then the last
+rows have no tokens and the last tokens belong to no row; these hold uninitialised memory, NaN included. They affect no
+row: layers and heads treat each token separately, attention reads and writes only the tokens within the offsets, and
+exits read only rows with an id.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from transformers.masking_utils import sdpa_mask
 
 from earlyexit_kernels.errors import AttentionReplacedError
 from earlyexit_kernels.hashing import token_keys
-from earlyexit_kernels.ops import compaction_ops
+from earlyexit_kernels.ops import bare_op
 
 PACKED_ATTENTION = "earlyexit_packed"
-#: The widest heads that flash attention takes, and the number of which widths must be a multiple.
-FLASH_WIDTH = 256
-WIDTH_STEP = 8
-#: Rows share a bucket while the longest has at most this many tokens, or this factor, more than the shortest.
+#: Maximum head width of flash attention, and the number that head widths must be a multiple of.
+MAX_FLASH_WIDTH = 256
+HEAD_WIDTH_MULTIPLE = 8
+#: Rows share a bucket if the longest has at most this many tokens, or this factor, more than the shortest.
 BUCKET_SLACK_TOKENS = 8
 BUCKET_SLACK_FACTOR = 1.25
 
 
 @dataclass(frozen=True)
 class LengthBucket:
-    """Rows of similar length, attended together as ``[rows, width]``.
+    """Rows of similar length, attended together as a rectangle ``[rows, width]``.
 
     Attributes:
-        rows, width: the rectangle.
-        slots: ``[rows * width]`` packed token of each slot, or None where the packed tokens are the rectangle. A
-            filler slot holds its own row's last token, so that nothing of another row, NaN included, can reach it.
-        mask: ``[rows, 1, 1, width]`` bool, or None where every slot is a token.
-        kept: slots that are tokens, or None where all are.
+        rows, width: size of the rectangle.
+        slots: ``[rows * width]`` packed token in each slot, or None if the packed tokens are the rectangle. A filler
+            slot holds the last token of its own row, so that no value of another row, NaN included, affects it.
+        mask: ``[rows, 1, 1, width]`` bool, False for filler slots, or None without fillers.
+        kept: slots that are not fillers, or None without fillers.
     """
 
     rows: int
@@ -57,12 +57,12 @@ class LengthBucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How the rows of one packed batch are attended: in buckets, or in one call where the lengths aren't known.
+    """How the rows of a packed batch are attended: in buckets, or in one call if the lengths are on the device.
 
     Attributes:
-        buckets: the rectangles, of similar length each.
-        inverse: ``[T]`` place of each packed token among the buckets' tokens; None where they are in order.
-        offsets, longest: for the variable-length kernel; no row is longer than `longest`.
+        buckets: rectangles of rows of similar length.
+        inverse: ``[T]`` position of each packed token among the tokens of the buckets, or None if they are in order.
+        offsets, longest: arguments of the variable-length kernel; no row is longer than `longest`.
     """
 
     buckets: tuple[LengthBucket, ...] = ()
@@ -72,20 +72,20 @@ class AttentionPlan:
 
     @functools.cached_property
     def bucket_lists(self) -> tuple[list[Any], ...]:
-        """Rows, widths, slots, masks and kept of the buckets, as the fused layers want them."""
+        """Rows, widths, slots, masks and kept of the buckets, the arguments of `ops.encoder_layer`."""
         return tuple([getattr(b, name) for b in self.buckets] for name in ("rows", "width", "slots", "mask", "kept"))
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One batch without padding.
+    """A batch without padding.
 
     Attributes:
-        tokens: ``[T]`` index of each kept token in the flattened ``[N * S]`` input, or None where all are kept.
+        tokens: ``[T]`` index of each kept token in the flattened ``[N * S]`` input, or None if all are kept.
         offsets: ``[B + 1]`` int32.
-        row_ids: ``[B]`` int32, request row of each row present; -1 where it has left.
-        lengths: tokens of each row, or None where the host doesn't know them, which is on CUDA.
-        longest: no row has more tokens.
+        row_ids: ``[B]`` int32, request row of each row, -1 for a row that has left.
+        lengths: tokens of each row, or None on CUDA, where the host does not know them.
+        longest: upper bound of the lengths.
     """
 
     tokens: Tensor | None
@@ -95,13 +95,13 @@ class PackedBatch:
     longest: int
 
     def take(self, values: Tensor) -> Tensor:
-        """Pick the kept tokens of ``[N, S]`` integers as ``[1, T]`` int64."""
+        """Return the kept tokens of ``[N, S]`` integers as ``[1, T]`` int64."""
         flat = values.reshape(-1).long()
         return (flat if self.tokens is None else flat[self.tokens])[None]
 
 
 class PackedStates(NamedTuple):
-    """Hidden states ``[T, H]`` of packed rows, their offsets ``[B + 1]`` and the attention over them."""
+    """Hidden states ``[T, H]`` of packed rows, their offsets ``[B + 1]`` and attention plan; a `types.RowStates`."""
 
     hidden: Tensor
     offsets: Tensor
@@ -109,49 +109,49 @@ class PackedStates(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """As in `RowStates`, like what follows."""
+        """B."""
         return self.offsets.shape[0] - 1
 
     def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
-        """Of tokens ``[T, F]``."""
+        """Return one vector ``[B, F]`` per row of tokens ``[T, F]``, as in `RowStates`."""
         if pooling == "mean":
             return torch.segment_reduce(tokens.float(), "mean", offsets=self.offsets.long(), axis=0)
         return tokens.index_select(0, self.offsets[:-1])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        """Of ``[T, heads, D]``."""
+        """Return attention within each row, over and to ``[T, heads, D]``."""
         return attend_by_plan(query, key, value, self.plan, None, dropout)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor | None, *, first_token: bool = False) -> PackedBatch:
-    """Drop the padding of a batch.
+    """Remove the padding of a batch.
 
-    On CUDA a mask costs one synchronisation, before anything else is in the queue: the products of all layers are
-    launched for a number of tokens that only the mask tells, and running them over the padding would cost more.
+    On CUDA a mask costs one synchronisation, before other work is queued: the host needs the number of tokens to launch
+    the products of the layers, and running them on the padding would cost more.
 
     Args:
         input_ids: ``[N, S]``, N and S at least 1.
-        attention_mask: ``[N, S]``, nonzero for tokens to keep, holes allowed. A row without any keeps its first token:
-            its answer is finite and touches no other row, and means nothing.
-        first_token: refuse a row that has tokens, but not its first.
+        attention_mask: ``[N, S]``, nonzero for tokens to keep; holes are supported. A row without tokens keeps its
+            first one: its answer is finite but meaningless, and does not affect other rows.
+        first_token: refuse a row whose first token is masked while others are kept.
 
     Raises:
-        ValueError: such a row.
+        ValueError: such a row, with `first_token`.
     """
     n, s = input_ids.shape
     device = input_ids.device
-    seen = device.type != "cuda"
+    on_host = device.type != "cuda"
     if attention_mask is not None:
-        packed = (_pack_on_host if seen else _pack_on_device)(attention_mask != 0, first_token)
+        packed = (_pack_on_host if on_host else _pack_on_device)(attention_mask != 0, first_token)
         if packed is not None:
             return packed
     offsets = torch.arange(0, n * s + 1, s, dtype=torch.int32, device=device)
     row_ids = torch.arange(n, dtype=torch.int32, device=device)
-    return PackedBatch(None, offsets, row_ids, (s,) * n if seen else None, s)
+    return PackedBatch(None, offsets, row_ids, (s,) * n if on_host else None, s)
 
 
 def _pack_on_host(keep: Tensor, first_token: bool) -> PackedBatch | None:
-    """Pack by a mask ``[N, S]`` bool, which is **changed**; None where it keeps everything."""
+    """Pack by a mask ``[N, S]`` bool, which is **changed**; return None if it keeps all tokens."""
     n, s = keep.shape
     if bool(keep.all()):
         return None
@@ -168,7 +168,7 @@ def _pack_on_host(keep: Tensor, first_token: bool) -> PackedBatch | None:
 
 
 def _pack_on_device(keep: Tensor, first_token: bool) -> PackedBatch | None:
-    """`_pack_on_host` with one look at the device, and the lengths left there."""
+    """`_pack_on_host` with one synchronisation, which leaves the lengths on the device."""
     n, s = keep.shape
     first, empty = keep[:, 0], ~keep.any(dim=1)
     masked_first = ~(first | empty).all()
@@ -181,7 +181,7 @@ def _pack_on_device(keep: Tensor, first_token: bool) -> PackedBatch | None:
     offsets = torch.zeros(n + 1, dtype=torch.int32, device=keep.device)
     offsets[1:] = counts.cumsum(0)
     flat = keep.flatten()
-    # each token's index goes to its place, the indices of the padding to a spare place behind
+    # the index of each token goes to its place, those of the padding to a spare place at the end
     place = (flat.cumsum(0) - 1).masked_fill(~flat, tokens)
     index = torch.empty(tokens + 1, dtype=torch.int64, device=keep.device)
     index.scatter_(0, place, torch.arange(n * s, device=keep.device))
@@ -190,7 +190,7 @@ def _pack_on_device(keep: Tensor, first_token: bool) -> PackedBatch | None:
 
 
 def refuse_masked_first(refused: bool) -> None:
-    """Raise ValueError where a row has tokens, but not its first, which the exits read."""
+    """Raise ValueError if the first token of a row is masked, which the exits read."""
     if refused:
         raise ValueError(
             "attention_mask: the first token of a row is masked, but these exits read it; pad on the right, or convert "
@@ -199,7 +199,7 @@ def refuse_masked_first(refused: bool) -> None:
 
 
 def row_keys(ids: Tensor, offsets: Tensor) -> Tensor:
-    """A number ``[N]`` int64 for each row that depends on its kept tokens and their order alone.
+    """Return a hash ``[N]`` int64 of each row, which depends only on its kept tokens and their order.
 
     Args:
         ids: packed token ids ``[1, T]`` int64.
@@ -214,22 +214,23 @@ def row_keys(ids: Tensor, offsets: Tensor) -> Tensor:
     return sums[ends[1:]] - sums[ends[:-1]]
 
 
-def shrink(
+def compact_batch(
     batch: PackedBatch, hidden: Tensor, live: int, tokens: int, backend: str
 ) -> tuple[PackedBatch, Tensor, Tensor]:
-    """Move the live rows together, in order, into a second buffer.
+    """Copy the live rows, in order, into a smaller buffer.
 
     Args:
-        batch, hidden: the rows present and their tokens ``[1, T, H]``.
-        live, tokens: how many rows are live and how many tokens they have; or what they were before some rows left,
-            where the lengths aren't known: the room for those remains behind, without an owner. No such row's place
-            lies beyond the tokens, since each that left had one at least.
+        batch, hidden: the rows and their tokens ``[1, T, H]``.
+        live, tokens: number of live rows and of their tokens. If the host does not know the lengths, these are upper
+            bounds; the surplus rows have id -1 and no tokens. Their offsets are within `tokens`, since each row that
+            left had at least one.
         backend: of the ops.
 
     Returns:
-        The smaller batch, its tokens ``[1, tokens, H]``, and the place ``[live]`` int32 each row had, -1 for none.
+        The smaller batch, its tokens ``[1, tokens, H]``, and the old index ``[live]`` int32 of each row, -1 for none.
     """
-    compact, gather_rows = compaction_ops(backend, hidden.device.type)
+    device = hidden.device.type
+    compact, gather_rows = bare_op("compact", backend, device), bare_op("gather_rows", backend, device)
     row_ids, offsets, source = compact(batch.row_ids, batch.offsets)
     row_ids, offsets, source = row_ids[:live], offsets[: live + 1], source[:live]
     out = hidden.new_empty(1, tokens, hidden.shape[2])
@@ -238,26 +239,26 @@ def shrink(
     return PackedBatch(None, offsets, row_ids, lengths, batch.longest), out, source
 
 
-def put_back(
+def scatter_rows(
     part: PackedBatch, part_hidden: Tensor, source: Tensor, batch: PackedBatch, hidden: Tensor, backend: str
 ) -> None:
-    """Write the tokens and row ids of a part of the rows to the places they came from.
+    """Copy the tokens and row ids of some rows back to their positions in the whole batch.
 
     Args:
-        part, part_hidden, source: as `shrink` gave them; row ids may have become -1 since.
+        part, part_hidden, source: from `compact_batch`; row ids may have become -1 since.
         batch, hidden: all rows and their tokens ``[1, T, H]``. **Changed.**
         backend: of the ops.
     """
     place = torch.full_like(batch.row_ids, -1)
     index = source.long()
     place[index] = torch.arange(source.shape[0], dtype=torch.int32, device=source.device)
-    gather_rows = compaction_ops(backend, hidden.device.type)[1]
+    gather_rows = bare_op("gather_rows", backend, hidden.device.type)
     gather_rows(part_hidden[0].contiguous(), part.offsets, place, batch.offsets, hidden[0])
     batch.row_ids[index] = part.row_ids
 
 
 def plan_attention(batch: PackedBatch) -> AttentionPlan:
-    """Group the rows of a batch for attention; done once a batch and once a compaction, not once a layer."""
+    """Group the rows of a batch for attention: once per batch and compaction, not per layer."""
     lengths, device = batch.lengths, batch.offsets.device
     if lengths is None:
         return AttentionPlan(offsets=batch.offsets, longest=batch.longest)
@@ -281,7 +282,7 @@ def plan_attention(batch: PackedBatch) -> AttentionPlan:
 
 
 def _bucket(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[LengthBucket, np.ndarray]:
-    """A bucket of rows with these first tokens and lengths, ascending, and its tokens in order."""
+    """Return a bucket of rows with these first tokens and ascending lengths, and its tokens in order."""
     rows, width = len(lengths), int(lengths[-1])
     column = np.arange(width)
     slots = (starts[:, None] + np.minimum(column, lengths[:, None] - 1)).ravel()
@@ -305,17 +306,17 @@ def packed_attention(
     plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered with transformers; without a plan it is the stock sdpa.
+    """Attention function registered with transformers; without a plan it is the stock sdpa.
 
     Args:
-        query, key, value: ``[1, heads, T, D]`` over packed tokens.
-        plan: which tokens form a row; handed down by the engine through the layers' keyword arguments.
+        query, key, value: ``[1, heads, T, D]`` of packed tokens.
+        plan: which tokens form a row; the engine passes it through the keyword arguments of the layers.
 
     Returns:
-        ``[1, T, heads, D]`` and no attention weights.
+        ``[1, T, heads, D]``, and None for the attention weights.
 
     Raises:
-        ValueError: with a plan, a mask or another keyword argument is given; its effect isn't implemented.
+        ValueError: a plan together with a mask or another keyword argument, which are not implemented.
     """
     if plan is None:
         return sdpa_attention_forward(
@@ -332,7 +333,7 @@ def packed_attention(
 def attend_by_plan(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float | None, dropout: float
 ) -> Tensor:
-    """Attention within the rows of packed tokens, over and to ``[T, heads, D]``."""
+    """Return attention within the rows of packed tokens, over and to ``[T, heads, D]``."""
     if plan.offsets is not None:
         return _varlen(q, k, v, plan, scaling, dropout)
     parts = []
@@ -347,17 +348,17 @@ def attend_by_plan(
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float | None, dropout: float) -> Tensor:
-    """Variable-length attention on CUDA, ``[T, heads, D]``: flash attention, or the memory-efficient one for what that
-    doesn't take.
+    """Variable-length attention on CUDA, ``[T, heads, D]``: flash attention, or else memory-efficient attention.
 
-    Both by their aten names: the public face of the one lacks dropout, and the other has none. Both pass over rows
-    without tokens, and leave tokens behind the last row as the memory was.
+    Both are called by their private aten names. `torch.nn.attention.varlen.varlen_attn` calls the same flash kernel but
+    has no dropout, which training needs, and no float32; there is no public function for the memory-efficient kernel.
+    Both kernels skip rows without tokens and do not write tokens after the last row.
     """
     width, ends = q.shape[-1], (plan.offsets, plan.offsets, plan.longest, plan.longest, dropout)
     scale = width**-0.5 if scaling is None else scaling
-    if width % WIDTH_STEP:
-        q, k, v = (F.pad(x, (0, -width % WIDTH_STEP)) for x in (q, k, v))
-    if q.dtype != torch.float32 and q.shape[-1] <= FLASH_WIDTH:
+    if width % HEAD_WIDTH_MULTIPLE:
+        q, k, v = (F.pad(x, (0, -width % HEAD_WIDTH_MULTIPLE)) for x in (q, k, v))
+    if q.dtype != torch.float32 and q.shape[-1] <= MAX_FLASH_WIDTH:
         out = torch.ops.aten._flash_attention_forward(q, k, v, *ends, False, False, scale=scale)[0]
     else:
         learns = any(x.requires_grad for x in (q, k, v))
@@ -367,15 +368,17 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scaling: float
 
 
 def check_attention(attention: str) -> None:
-    """Raise AttentionReplacedError where a backbone's attention isn't ours any more."""
+    """Raise AttentionReplacedError if the attention of a backbone is no longer `packed_attention`."""
     if attention != PACKED_ATTENTION:
         raise AttentionReplacedError(
-            f"the backbone's attention is {attention!r}, expected {PACKED_ATTENTION!r}; under another one the rows of "
-            "a batch attend to each other. Convert the model again"
+            f"expected the backbone's attention to be {PACKED_ATTENTION!r}, got {attention!r}, under which the rows of "
+            "a batch would attend to each other. If it was set by set_attn_implementation, set it back; if "
+            "model.backbone is a stock encoder now, put that encoder into the stock classifier and convert it with "
+            "to_early_exit"
         )
 
 
 def register_attention() -> None:
-    """Tell transformers of `packed_attention`, in the mask table too: a name absent there gets no padding mask."""
+    """Register `packed_attention` with transformers, also for masks: an unregistered name gets no padding mask."""
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

@@ -1,9 +1,9 @@
-"""The loop of which the host reads nothing: static buffers, and kernels that find the live count on the device.
+"""The resident loop: static buffers, and kernels that read the live count on the device, so the host reads nothing.
 
-    ids, mask -> pack -> embeddings -> [ layer -> exit -> settle -> move ] x L -> answers, in request order
+    ids, mask -> pack -> embeddings -> [ layer -> exit -> plan -> move ] x L -> answers, in request order
 
-Every shape is that of a bucket, so the launches are the same whatever the batch holds, and a CUDA graph can hold them
-all. Hidden states have two sides (see `ops.resident_exit`); scratch starts at token 0 of the side that is live.
+All shapes are those of a bucket, so the launches do not depend on the batch and a CUDA graph can hold them. The buffer
+of hidden states has two sides (see `ops.resident_exit`); other activations start at token 0.
 """
 
 from __future__ import annotations
@@ -19,54 +19,33 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, column_positions
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.engine.fused_layers import LayerWeights, hooked, why_not_all
+from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
+from earlyexit_kernels.engine.fused_layers import LayerWeights, hooked, layers_unsupported_reason
+from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.packing import AttentionPlan, PackedStates
+from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
 from earlyexit_kernels.heads import ExitHeads
-from earlyexit_kernels.ops import (
-    GATHER_ROWS_OPS,
-    PACK_TOKENS_OPS,
-    RESIDENT_EXITS,
-    first_tokens_linear,
-    rows_add_norm,
-    rows_attention,
-    rows_linear,
-)
-from earlyexit_kernels.types import read_aux
+from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_add_norm, rows_attention, rows_linear
+from earlyexit_kernels.ops.checks import FLOATS
+from earlyexit_kernels.ops.exit_call import ResidentExitCall
 
-#: Tokens of a tile: rows move together where fewer tiles would be left.
-TILE = 128
-#: Rows that exits of more than a linear are given at a time, in every bucket: a library's products round by their size.
+#: Tokens per tile: rows are compacted if that leaves fewer tiles.
+TILE_TOKENS = 128
+#: Rows per call of exits that torch modules compute, in every bucket: a library's products round depending on the size.
 EXIT_ROWS = 128
-#: Activations of a dense module in an exit that the kernels have.
+#: Activations of a dense module in an exit that the kernels support.
 DENSE_ACTIVATIONS = ("gelu", "relu", "tanh")
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """What the buffers of a loop hold at most.
-
-    Attributes:
-        rows, length: R and S.
-    """
-
-    rows: int
-    length: int
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.rows * self.length
-
-
 @dataclass(frozen=True)
-class Parts:
-    """The parts of a model that the loop runs.
+class ModelView:
+    """What a loop needs of a model.
 
     Attributes:
         adapter, backbone: the encoder.
         heads: its exits.
-        criterion: who may leave.
+        criterion: decides which rows leave.
         classes: C.
     """
 
@@ -78,7 +57,7 @@ class Parts:
 
     @property
     def roots(self) -> tuple[nn.Module, nn.Module]:
-        """The modules whose weights the loop reads."""
+        """The modules whose weights are read."""
         return self.backbone, self.heads
 
     @property
@@ -87,164 +66,197 @@ class Parts:
         return self.adapter.layers(self.backbone)  # type: ignore[return-value]
 
 
-def why_not_resident(parts: Parts, dtype: torch.dtype) -> str:
-    """Empty where `ResidentLoop` can run a model, else what stands against it."""
-    rule, shape = parts.criterion.exit_rule, parts.heads.config
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"its kernels know float32, float16 and bfloat16, the model is {dtype}"
-    if parts.criterion.skip_from is not None:
-        return f"criterion {parts.criterion.name!r} skips layers, and the host has to know who runs one"
+def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | None:
+    """Return why `ResidentLoop` cannot run a model of this dtype, or None if it can."""
+    rule, shape = view.criterion.exit_rule, view.heads.config
+    if dtype not in FLOATS:
+        return f"its kernels support float32, float16 and bfloat16, the model is {dtype}"
+    if view.criterion.skip_from is not None:
+        return f"criterion {view.criterion.name!r} skips layers, which the host decides"
     if rule.uses_keys:
-        return f"criterion {rule.name!r} draws by a row's tokens, which are hashed with help of the host"
+        return f"criterion {rule.name!r} draws by a row's tokens, whose hash needs the host"
     if shape.form != "linear":
         return "the exits attend to all tokens of a row"
     if shape.pooling == "mean" and (rule.needs is not None or shape.has_dense):
-        return "the exits average the tokens for more than a linear"
+        return "the exits apply more than a linear layer to the mean of the tokens"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
-        return f"the activation of the exits is {shape.activation!r}, known are {DENSE_ACTIVATIONS}"
-    return why_not_all(parts.adapter, parts.layers) or _why_not_modules((parts.backbone, parts.heads), dtype)
+        return f"the activation of the exits is {shape.activation!r}, supported are {DENSE_ACTIVATIONS}"
+    return layers_unsupported_reason(view.adapter, view.layers) or _unsupported_module(view.roots, dtype)
 
 
-def _why_not_modules(tops: Sequence[nn.Module], dtype: torch.dtype) -> str:
-    """Empty where nothing about modules is lost in launches that know their weights alone."""
-    modules = [module for top in tops for module in top.modules()]
+def _unsupported_module(roots: Sequence[nn.Module], dtype: torch.dtype) -> str | None:
+    """Return why launches that know only the weights of these modules would compute something else, or None."""
+    modules = [module for root in roots for module in root.modules()]
     for module in modules:
         if hooked(module):
-            return f"a module ({type(module).__name__}) has a forward hook, which would run once a graph"
+            return f"a module ({type(module).__name__}) has a forward hook, which would run once per capture"
     weights = [x for module in modules for x in module.parameters(recurse=False)]
     if not all(x.is_contiguous() for x in weights):
-        return "some weights aren't contiguous; a graph reads weights in place"
+        return "some weights are not contiguous; a graph reads weights in place"
     others = {x.dtype for x in weights} - {dtype}
-    return f"its kernels want weights of one dtype, {dtype}, some are {sorted(map(str, others))}" if others else ""
+    return f"its kernels require weights of one dtype, {dtype}, some are {sorted(map(str, others))}" if others else None
 
 
 class Nodes(Protocol):
-    """What a CUDA graph runs or not by itself. A handle is a number that kernels set and nodes go by."""
+    """Conditional nodes of a CUDA graph. A handle is a number that kernels set and nodes test."""
 
     @property
     def repeats(self) -> bool:
-        """Whether `repeat` and `take_turns` can be had."""
+        """Whether `repeat` and `take_turns` are supported."""
 
     def handle(self, first: int = 0) -> int:
-        """A new one, which starts with `first` at each replay."""
+        """Return a new handle, which is set to `first` at the start of each replay."""
 
     def when(self, handle: int, body: Callable[[], None]) -> None:
-        """Run `body` where the handle isn't 0."""
+        """Run `body` if the handle is not 0."""
 
     def repeat(self, handle: int, body: Callable[[], None]) -> None:
-        """Run `body` as long as the handle isn't 0."""
+        """Run `body` while the handle is not 0."""
 
     def take_turns(self, turn: Tensor, again: int, bodies: Sequence[Callable[[], None]]) -> None:
-        """Run the body of this `turn`, count that ``[1]`` int32 up, and set `again` to whether there are more."""
+        """Run body number `turn`, increment `turn` ``[1]`` int32, and set `again` to whether bodies remain."""
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """Exits of a dense module on the first token and a last linear, computed by `ops.first_tokens_linear`.
+
+    Attributes:
+        heads: the exits.
+        features: ``[R, F]`` buffer.
+        backend: of the op.
+    """
+
+    heads: ExitHeads
+    features: Tensor
+    backend: str
+
+    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
+        dense, out = self.heads.dense_exit(layer)
+        first_tokens_linear(
+            states.hidden, dense.weight, dense.bias, states.offsets, row_ids, self.features,
+            activation=self.heads.config.activation, backend=self.backend,
+        )  # fmt: skip
+        return ExitInputs(self.features, out.weight, out.bias, None, None, "none")
+
+
+@dataclass(frozen=True)
+class ChunkedSource:
+    """Exits that torch modules compute from the first tokens, on `EXIT_ROWS` rows per call."""
+
+    source: ModuleSource
+
+    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
+        rows = row_ids.shape[0]
+        extra = -rows % EXIT_ROWS
+        row_ids, offsets = F.pad(row_ids, (0, extra), value=-1), F.pad(_readable(states).offsets, (0, extra))
+        parts: list[Any] = []
+        for start in range(0, rows, EXIT_ROWS):
+            own = states._replace(offsets=offsets[start : start + EXIT_ROWS + 1])
+            parts.append(self.source(layer, own, row_ids[start : start + EXIT_ROWS]))
+        hidden, aux = (torch.cat([getattr(part, name) for part in parts])[:rows] for name in ("hidden", "aux"))
+        return parts[0]._replace(hidden=hidden, aux=aux)
+
+
+def _readable(states: PackedStates) -> PackedStates:
+    """Return states in which every row has a first token to read; rows without tokens read any."""
+    return states._replace(offsets=states.offsets.clamp(max=states.hidden.shape[0] - 1))
 
 
 class ResidentLoop:
     """The buffers of one bucket, and the launches that fill them.
 
-    `load` copies a batch in, `launch` runs it, `answers`, `exit_layer` and `counts` hold what came out; none of them
-    waits for the device.
+    `load` copies a batch in and `launch` runs it; then `answers`, `exit_layer` and `counts` hold the results. None of
+    them synchronises with the device.
 
     Args:
-        parts: of the model, of which `why_not_resident` has nothing to say.
-        bucket: the largest batch.
+        view: of a model that `resident_unsupported_reason` supports.
+        bucket: maximum size of a batch.
         backend: of the ops.
         exit_backend: of the exits; only ``"cpp"`` sets conditional handles.
 
     Attributes:
-        answers: ``[R, C]`` float32.
-        exit_layer: ``[R]`` int64.
-        counts: ``[L + 1, 4]`` int32: of the input the rows, their tokens, the rows whose first token is masked though
-            they have others, and the tokens again; then of each exit what `ops.resident_exit` leaves.
-        groups: the layers from one exit to the next; each group but the first may be put behind a node.
+        counts: ``[L + 1, 4]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
+            `ops.resident_exit`.
+        groups: the layers from one exit to the next; each group but the first can be put behind a conditional node.
     """
 
-    # outside of inference mode a tensor made in it can't be written to
+    # tensors made in inference mode could not be written to outside of it
     @torch.inference_mode(False)
-    def __init__(self, parts: Parts, bucket: Bucket, backend: str, exit_backend: str) -> None:
-        self.parts, self.bucket, self.backend = parts, bucket, backend
-        self.pack = PACK_TOKENS_OPS[backend]
-        self.exit, self.move = RESIDENT_EXITS[exit_backend], GATHER_ROWS_OPS[exit_backend]
-        config = parts.backbone.config
-        weight = next(parts.backbone.parameters())
-        device, dtype, width = weight.device, weight.dtype, config.hidden_size
-        self.depth = len(parts.layers)
-        made = {
-            layer: [LayerWeights.of(part, parts.adapter.names, config.num_attention_heads) for part in each]
-            for layer, each in ((layer, parts.adapter.parts(layer)) for layer in parts.layers)
-        }
-        self.weights = [made[layer] for layer in parts.layers]
-        # launches know addresses: a graph reads them even where a parameter has been given other memory since
-        self.held = [x.detach() for module in (parts.backbone, parts.heads) for x in module.parameters()]
-        inner = max(own.inner.weight.shape[0] for each in self.weights for own in each)
-
-        def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        rows, tokens = bucket.rows, bucket.tokens
-        self.batch = ints(5)
-        shape = (rows, bucket.length)
-        self.ids, self.mask, self.positions, self.types = (ints(*shape, dtype=torch.int64) for _ in range(4))
-        self.found, self.tokens = ints(2, rows), ints(3, tokens, dtype=torch.int64)
-        self.offsets, self.old_offsets = ints(rows + 1), ints(rows + 1)
-        self.row_ids, self.source = ints(rows), ints(rows)
-        self.hidden = floats(2 * tokens, width)
-        self.qkv, self.context, self.middle, self.inner = (
-            floats(tokens, size) for size in (3 * width, width, width, inner)
+    def __init__(self, view: ModelView, bucket: Bucket, backend: str, exit_backend: str) -> None:
+        self.view, self.bucket, self.backend = view, bucket, backend
+        weight = next(view.backbone.parameters())
+        self.device = weight.device
+        self.rule, self.depth = view.criterion.exit_rule, len(view.layers)
+        self.pack = bare_op("pack_tokens", backend, self.device.type)
+        self.exit = bare_op("resident_exit", exit_backend, self.device.type)
+        self.move = bare_op("gather_rows", exit_backend, self.device.type)
+        self.weights = _layer_weights(view)
+        self.widen = view.adapter.widen(view.backbone)
+        # launches hold addresses: a graph reads them even after a parameter was given other memory
+        self.held = [x.detach() for module in view.roots for x in module.parameters()]
+        self.batch, self.rows = BatchBuffers.new(bucket, self.device), RowBuffers.new(bucket, self.device)
+        self.activations = Activations.new(
+            bucket,
+            width=view.backbone.config.hidden_size,
+            inner=max(own.inner.weight.shape[0] for each in self.weights for own in each),
+            features=view.heads.features_size,
+            dtype=weight.dtype,
+            device=weight.device,
         )
-        self.features = floats(rows, parts.heads.features_size)
-        self.widen = parts.adapter.widen(parts.backbone)
-        self.first_state = parts.criterion.exit_rule.new_state(rows, device, parts.classes)
-        self.state = self.first_state.clone()
-        self.answers = torch.zeros(rows, parts.classes, dtype=torch.float32, device=device)
-        self.exit_layer = ints(rows, dtype=torch.int64)
-        self.counts = ints(self.depth + 1, 4)
-        rule = parts.criterion.exit_rule
-        due = [layer for layer in range(1, self.depth + 1) if rule.is_due(layer, self.depth)]
-        self.groups = [range(after + 1, layer + 1) for after, layer in zip((0, *due), due, strict=False)]
-        self.turn = ints(1)
-        self.linear = None if self._needs else parts.heads.linear_exits(dtype)
-        self.memory: dict[str, Tensor] = {}
+        self.request = RequestExits.new(
+            self.rule, rows=bucket.rows, classes=view.classes, depth=self.depth, device=self.device
+        )
+        self.first_state = self.request.state.clone()
+        self.counts = torch.zeros(self.depth + 1, 4, dtype=torch.int32, device=self.device)
+        self.turn = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.groups = _groups(self.rule, self.depth)
+        self.source = self._kernel_source()
+
+    @property
+    def answers(self) -> Tensor:
+        """``[R, C]`` float32."""
+        return self.request.answers
+
+    @property
+    def exit_layer(self) -> Tensor:
+        """``[R]`` int64."""
+        return self.request.exit_layer
 
     @property
     def pools_first(self) -> bool:
-        """Whether the exits read each row's first token."""
-        return self.parts.heads.config.pooling != "mean"
-
-    @property
-    def _needs(self) -> str | None:
-        return self.parts.criterion.exit_rule.needs
-
-    def load(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, positions: Tensor | None) -> None:
-        """Copy a batch of at most the bucket's size in, ``[N, S]`` each as in the model's forward."""
-        n, s = ids.shape
-        adapter = self.parts.adapter
-        if positions is None and adapter.positions is not column_positions:
-            positions = adapter.positions(self.parts.backbone, ids)
-        given = [x is not None for x in (mask, positions, types)]
-        sizes = torch.tensor([n, s, *given], dtype=torch.int32, pin_memory=ids.is_cuda)
-        self.batch.copy_(sizes, non_blocking=True)
-        self.ids[:n, :s] = ids
-        if mask is not None:
-            torch.ne(mask.expand(ids.shape), 0, out=self.mask[:n, :s])
-        for own, x in ((self.positions, positions), (self.types, types)):
-            if x is not None:
-                own[:n, :s] = x.expand(ids.shape)
+        """Whether the exits read the first token of each row."""
+        return self.view.heads.config.pooling != "mean"
 
     @property
     def is_one_group(self) -> bool:
-        """Whether all groups run the same weights equally often, as in an ALBERT whose layers are one."""
+        """Whether all groups run the same weights equally often, as in an ALBERT with one group of layers."""
         same = all(each is self.weights[0] for each in self.weights)
         return same and len({len(group) for group in self.groups}) == 1 < len(self.groups)
 
+    def load(self, inputs: Inputs) -> None:
+        """Copy a batch, at most as large as the bucket, into the buffers."""
+        ids, mask, types, positions = inputs
+        n, s = ids.shape
+        adapter, batch = self.view.adapter, self.batch
+        if positions is None and adapter.positions is not column_positions:
+            positions = adapter.positions(self.view.backbone, ids)
+        given = [x is not None for x in (mask, positions, types)]
+        size = torch.tensor([n, s, *given], dtype=torch.int32, pin_memory=ids.is_cuda)
+        batch.size.copy_(size, non_blocking=True)
+        batch.ids[:n, :s] = ids
+        if mask is not None:
+            torch.ne(mask.expand(ids.shape), 0, out=batch.mask[:n, :s])
+        for own, x in ((batch.positions, positions), (batch.types, types)):
+            if x is not None:
+                own[:n, :s] = x.expand(ids.shape)
+
     def launch(self, nodes: Nodes | None = None) -> None:
-        """Run all layers on what is loaded.
+        """Run all layers on the loaded batch.
 
         Args:
-            nodes: of the graph that captures this. Groups of layers run only where rows are left: each but the first
-                in a node of its own, or all in one that repeats, where they are the same.
+            nodes: of the graph that captures this. Groups of layers then run only while rows are live: each but the
+                first in a node of its own, or all in one node that repeats if they are the same.
         """
         with torch.no_grad():
             self._begin()
@@ -262,15 +274,15 @@ class ResidentLoop:
                 handle = after
 
     def _run(self, group: range, handle: int) -> None:
-        """Layers and the exit behind them, which sets a handle to whether rows are left."""
+        """Run a group of layers and its exit, which sets a handle to whether rows are live."""
         self._encode_all(group)
         self._leave(group[-1], handle)
 
     def _repeat(self, nodes: Nodes) -> None:
-        """All groups as the turns of one loop; only the exits differ."""
+        """Run all groups as the turns of one loop; only the exits differ."""
         again = nodes.handle(1)
         *early, last = self.groups
-        # after the last turn there is none whatever its exit finds
+        # no turn follows the last one, whatever its exit counts
         exits = [*(partial(self._leave, group[-1], again) for group in early), partial(self._leave, last[-1], 0)]
 
         def body() -> None:
@@ -281,98 +293,85 @@ class ResidentLoop:
         nodes.repeat(again, body)
 
     def _begin(self) -> None:
-        """Pack, embed, and put the state of the rows back to what it is before layer 1."""
+        """Pack and embed the tokens, and reset the state of the rows."""
+        batch, rows, view = self.batch, self.rows, self.view
         self.counts.zero_()
         self.pack(
-            self.batch, self.ids, self.mask, self.positions, self.types,
-            self.found, self.row_ids, self.offsets, self.tokens, self.counts[0],
+            batch.size, batch.ids, batch.mask, batch.positions, batch.types,
+            rows.found, rows.row_ids, rows.offsets, rows.tokens, self.counts[0],
         )  # fmt: skip
-        ids, positions, types = self.tokens[:, None]
-        embedded = self.parts.adapter.embed(self.parts.backbone, ids, positions, types)[0]
-        first_side = self.hidden[: self.bucket.tokens]
+        ids, positions, types = rows.tokens[:, None]
+        embedded = view.adapter.embed(view.backbone, ids, positions, types)[0]
+        first_side = self.activations.hidden[: self.bucket.tokens]
         if self.widen is None:
             first_side.copy_(embedded)
         else:
             weight, bias = self.widen.weight, self.widen.bias
-            rows_linear(embedded, weight, bias, self.offsets, first_side, backend=self.backend)
-        self.state.copy_(self.first_state)
-        self.memory = {}
-        if self._needs is not None:
-            before = self.parts.heads.first_memory(self._states(), self._needs)
-            # a last, spare row takes what rows that have left would write
-            self.memory = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in before.items()}
+            rows_linear(embedded, weight, bias, rows.offsets, first_side, backend=self.backend)
+        self.request.state.copy_(self.first_state)
+        if self.rule.needs is not None:
+            memory = ExitMemory(view.heads.first_memory(_readable(self._states()), self.rule.needs))
+            self.source = ChunkedSource(ModuleSource(view.heads, self.rule.needs, memory))
 
     def _encode_all(self, group: range) -> None:
-        for own in (own for layer in group for own in self.weights[layer - 1]):
-            self._encode(own)
+        for layer in group:
+            for own in self.weights[layer - 1]:
+                self._encode(own)
 
     def _encode(self, own: LayerWeights) -> None:
-        """One encoder layer, on the side that is live."""
+        """Run one encoder layer on the live side."""
         kind, variant = own.activation
         activation = _GELU[variant] if kind == "gelu" else kind
-        offsets, backend, size = self.offsets, self.backend, own.inner.weight.shape[0]
-        inner = self.inner.view(-1)[: self.bucket.tokens * size].view(-1, size)
+        x, rows, backend, size = self.activations, self.rows, self.backend, own.inner.weight.shape[0]
+        offsets, inner = rows.offsets, x.inner.view(-1)[: self.bucket.tokens * size].view(-1, size)
         weights, biases = zip(*own.projections, strict=True)
-        rows_linear(self.hidden, weights, biases, offsets, self.qkv, absolute=True, backend=backend)
-        rows_attention(self.qkv, offsets, self.row_ids, own.heads, self.bucket.length, self.context, backend=backend)
-        rows_linear(self.context, *own.attention_out, offsets, self.middle, backend=backend)
+        rows_linear(x.hidden, weights, biases, offsets, x.qkv, absolute=True, backend=backend)
+        rows_attention(x.qkv, offsets, rows.row_ids, own.heads, self.bucket.length, x.context, backend=backend)
+        rows_linear(x.context, *own.attention_out, offsets, x.middle, backend=backend)
         rows_add_norm(
-            self.middle, self.hidden, *own.attention_norm, own.eps[0], offsets, self.context,
+            x.middle, x.hidden, *own.attention_norm, own.eps[0], offsets, x.context,
             residual_absolute=True, backend=backend,
         )  # fmt: skip
-        rows_linear(self.context, *own.inner, offsets, inner, activation=activation, backend=backend)
-        rows_linear(inner, *own.outer, offsets, self.middle, backend=backend)
-        rows_add_norm(
-            self.middle, self.context, *own.norm, own.eps[1], offsets, self.hidden,
-            out_absolute=True, backend=backend,
-        )  # fmt: skip
+        rows_linear(x.context, *own.inner, offsets, inner, activation=activation, backend=backend)
+        rows_linear(inner, *own.outer, offsets, x.middle, backend=backend)
+        rows_add_norm(x.middle, x.context, *own.norm, own.eps[1], offsets, x.hidden, out_absolute=True, backend=backend)
 
     def _leave(self, layer: int, handle: int) -> None:
-        """The exit of a layer, and the moves it makes worth their price."""
-        rule = self.parts.criterion.exit_rule
-        features, weight, bias, aux, pooling = self._head(layer)
+        """Run the exit of a layer, and move the live rows as planned."""
+        rows, hidden = self.rows, self.activations.hidden
+        inputs = self.source(layer, self._states(), rows.row_ids)
+        call = self.request.call(layer, inputs, rows.row_ids, rows.offsets)._asdict()
         self.exit(
-            features, weight, bias, None, aux, self.row_ids, self.offsets, self.old_offsets, self.source,
-            self.counts[layer], self.state, self.answers, self.exit_layer, rule.name, rule.params(layer), pooling,
-            layer, self.depth, TILE, self.bucket.tokens, handle,
+            *ResidentExitCall(
+                **call, old_offsets=rows.old_offsets, source=rows.source, counts=self.counts[layer], tile=TILE_TOKENS,
+                capacity=self.bucket.tokens, handle=handle,
+            )
         )  # fmt: skip
         if layer < self.depth:
-            self.move(self.hidden, self.old_offsets, self.source, self.offsets, self.hidden)
+            self.move(hidden, rows.old_offsets, rows.source, rows.offsets, hidden)
 
-    def _head(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, str]:
-        """What the exit reads, its last linear, the scalar its rule wants, and how it pools."""
-        if self.linear is not None:
-            return self.hidden, *self.linear.weights[layer - 1], None, self.linear.pooling
-        heads, needs = self.parts.heads, self._needs
-        if needs is None:
-            dense, out = heads.dense_exit(layer)
-            first_tokens_linear(
-                self.hidden, dense.weight, dense.bias, self.offsets, self.row_ids, self.features,
-                activation=heads.config.activation, backend=self.backend,
-            )  # fmt: skip
-            return self.features, out.weight, out.bias, None, "none"
-        return *self._exit_of_modules(layer, needs), "none"
-
-    def _exit_of_modules(self, layer: int, needs: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The features, linear and scalar of an exit that torch's own modules compute."""
-        rows = self.bucket.rows
-        extra = -rows % EXIT_ROWS
-        slots = F.pad(torch.where(self.row_ids < 0, rows, self.row_ids).long(), (0, extra), value=rows)
-        hidden, offsets, plan = self._states()
-        offsets = F.pad(offsets, (0, extra))
-        exits = []
-        for start in range(0, rows, EXIT_ROWS):
-            own = slots[start : start + EXIT_ROWS]
-            states = PackedStates(hidden, offsets[start : start + EXIT_ROWS + 1], plan)
-            memory = {name: x.index_select(0, own) for name, x in self.memory.items()}
-            features, weight, bias, aux, memory = self.parts.heads.fused(layer, states, memory, needs)
-            for name, x in memory.items():
-                self.memory[name].index_copy_(0, own, x.to(self.memory[name].dtype))
-            assert aux is not None
-            exits.append((features, read_aux(aux, needs)))
-        features, scalars = (torch.cat(x)[:rows] for x in zip(*exits, strict=True))
-        return features, weight, bias, scalars
+    def _kernel_source(self) -> ExitSource:
+        """Return the source of exits that the kernels compute; `_begin` replaces it for a rule that needs a scalar."""
+        heads, x = self.view.heads, self.activations
+        linear = heads.linear_exits(x.hidden.dtype)
+        return DenseSource(heads, x.features, self.backend) if linear is None else LinearSource(linear)
 
     def _states(self) -> PackedStates:
-        """The live side for exits that pool the first token; an absent row, which owns none, reads any."""
-        return PackedStates(self.hidden, self.offsets.clamp(max=self.hidden.shape[0] - 1), AttentionPlan())
+        return PackedStates(self.activations.hidden, self.rows.offsets, AttentionPlan())
+
+
+def _layer_weights(view: ModelView) -> list[list[LayerWeights]]:
+    """Return the weights of each layer, one list per distinct layer; a layer of ALBERT may have several parts."""
+    names, heads = view.adapter.names, view.backbone.config.num_attention_heads
+    layers = view.layers
+    made = {
+        layer: [LayerWeights.of(part, names, heads) for part in view.adapter.parts(layer)]
+        for layer in dict.fromkeys(layers)
+    }
+    return [made[layer] for layer in layers]
+
+
+def _groups(rule: Criterion, depth: int) -> list[range]:
+    """Return the layers from one due exit to the next."""
+    due = [layer for layer in range(1, depth + 1) if rule.is_due(layer, depth)]
+    return [range(after + 1, layer + 1) for after, layer in zip((0, *due), due, strict=False)]

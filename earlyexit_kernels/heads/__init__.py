@@ -1,10 +1,10 @@
-"""Exit heads: what turns the hidden states after a layer into the logits of its exit, and the scalars beside them."""
+"""Exit heads: modules that map the hidden states after a layer to the logits and scalars of its exit."""
 
 from __future__ import annotations
 
 from earlyexit_kernels.heads.bank import ExitHeads, FusedExit, HeadOutput, LinearExits, exit_logits
 from earlyexit_kernels.heads.config import HeadConfig
-from earlyexit_kernels.heads.halting import HaltingHead, StartsAt
+from earlyexit_kernels.heads.halting import HaltingHead, LinearWithInitialBias
 
 __all__ = [
     "ExitHeads",
@@ -13,6 +13,6 @@ __all__ = [
     "HeadConfig",
     "HeadOutput",
     "LinearExits",
-    "StartsAt",
+    "LinearWithInitialBias",
     "exit_logits",
 ]

@@ -1,4 +1,4 @@
-"""Small networks over a row's tokens: attention exits, skip gates, and projections for contrastive training.
+"""Small networks on the tokens of a row: attention exits, skip gates, and projections for contrastive training.
 
 FastBERT: a Self-distilling BERT with Adaptive Inference Time. Weijie Liu et al. ACL 2020, arXiv 2004.02178 (exits).
 SmartBERT: A Promotion of Dynamic Early Exiting Mechanism for Accelerating BERT Inference. Boren Hu et al. IJCAI 2023,
@@ -15,10 +15,13 @@ from earlyexit_kernels.types import RowStates
 
 
 class TokenAttention(nn.Module):
-    """Narrow every token, then self-attention inside each row; no residual, no norm, no output projection.
+    """Project each token to a smaller width, then apply self-attention within each row.
+
+    There is no residual, norm or output projection.
 
     Args:
-        size, width: H and W.
+        size: H, width of the tokens.
+        width: W, width of the attention.
         heads: of the attention.
         dropout: of the attention, in training.
     """
@@ -30,7 +33,7 @@ class TokenAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, states: RowStates) -> tuple[Tensor, Tensor]:
-        """Narrowed tokens and what each attended to, both ``[..., W]``."""
+        """Return the projected tokens and the output of the attention, both ``[..., W]``."""
         narrow = torch.tanh(self.narrow(states.hidden))
         q, k, v = (part(narrow).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
         attended = states.attend(q, k, v, self.dropout if self.training else 0.0)
@@ -38,11 +41,14 @@ class TokenAttention(nn.Module):
 
 
 class AttentionFeatures(nn.Module):
-    """An exit up to its last linear: attention, pooling, dense, tanh.
+    """Exit without its last linear: attention, pooling, dense, tanh.
 
     Args:
-        size, width, heads, dropout: as in `TokenAttention`.
-        pooling: None or ``"first"`` for the first token, ``"mean"``.
+        size: H, width of the tokens.
+        width: W, width of the features.
+        heads: of the attention.
+        dropout: of the attention, in training.
+        pooling: None or ``"first"`` for the first token, or ``"mean"``.
     """
 
     def __init__(self, size: int, width: int, heads: int, dropout: float, pooling: str | None) -> None:
@@ -52,17 +58,20 @@ class AttentionFeatures(nn.Module):
         self.dense = nn.Linear(width, width)
 
     def forward(self, states: RowStates) -> tuple[Tensor, Tensor]:
-        """Features ``[B, W]``, and the narrowed tokens ``[..., W]``."""
+        """Return features ``[B, W]`` and the projected tokens ``[..., W]``."""
         narrow, attended = self.attention(states)
         pooled = states.pool(attended, self.pooling).to(attended.dtype)
         return torch.tanh(self.dense(pooled)), narrow
 
 
 class SkipGate(nn.Module):
-    """The gate before a layer: from the layer's input, the logit of the probability to skip it.
+    """Gate before a layer: map the layer's input to the logit of the probability to skip the layer.
 
     Args:
-        size, width, dropout, pooling: as in `AttentionFeatures`.
+        size: H, width of the tokens.
+        width: W, width of the attention.
+        dropout: of the attention, in training.
+        pooling: None or ``"first"`` for the first token, or ``"mean"``.
     """
 
     def __init__(self, size: int, width: int, dropout: float, pooling: str | None) -> None:
@@ -72,17 +81,18 @@ class SkipGate(nn.Module):
         self.out = nn.Linear(width, 1)
 
     def forward(self, states: RowStates) -> Tensor:
-        """Logits ``[B]`` of g."""
+        """Return the gate logits ``[B]``."""
         _, attended = self.attention(states)
         pooled = states.pool(attended, self.pooling).to(attended.dtype)
         return self.out(pooled)[:, 0]
 
 
 class Projection(nn.Module):
-    """Tokens ``[T, F]`` to what contrastive training compares, ``[T, P]``: linear, norm, tanh, linear.
+    """Project tokens ``[T, F]`` to ``[T, P]`` for contrastive training: linear, norm, tanh, linear.
 
     Args:
-        size, width: F and P.
+        size: F.
+        width: P.
     """
 
     def __init__(self, size: int, width: int) -> None:
@@ -92,5 +102,5 @@ class Projection(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The projections."""
+        """Return the projections ``[T, P]``."""
         return self.out(torch.tanh(self.norm(self.narrow(tokens))))

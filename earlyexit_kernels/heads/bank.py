@@ -1,4 +1,4 @@
-"""The exits of all layers, and what stands beside them: halting, uncertainty, gates, projections."""
+"""Exits of all layers, with their halting and uncertainty outputs, skip gates and projections."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from earlyexit_kernels.heads.attention import AttentionFeatures, Projection, SkipGate
-from earlyexit_kernels.heads.config import HeadConfig
+from earlyexit_kernels.heads.config import HeadConfig, bank_sizes
 from earlyexit_kernels.heads.halting import HaltingHead
 from earlyexit_kernels.types import RowStates
 
-#: Module of the bank -> the part that a training phase names; a module missing here belongs to the exit of its layer.
+#: Bank of modules -> the part of the model in a training phase; other banks belong to the exit of each layer.
 PARTS_OF_BANK = {
     "halting": "halting",
     "uncertainty": "uncertainty",
@@ -26,14 +26,14 @@ PARTS_OF_BANK = {
 
 
 class LinearExits(NamedTuple):
-    """All exits where each is one linear on the pooled hidden state: how to pool, and weight and bias by layer."""
+    """Exits that are one linear each on the pooled hidden state: the pooling, and weight and bias by layer."""
 
     pooling: str
     weights: list[tuple[Tensor, Tensor]]
 
 
 class FusedExit(NamedTuple):
-    """One exit up to its last linear: a vector ``[B, F]`` for each row, that linear, the raw scalar, the memory."""
+    """One exit without its last linear: features ``[B, F]``, that linear's weight and bias, raw scalar, memory."""
 
     features: Tensor
     weight: Tensor
@@ -43,7 +43,7 @@ class FusedExit(NamedTuple):
 
 
 class HeadOutput(NamedTuple):
-    """One exit whole: logits ``[B, C]``, raw scalars ``[B]`` by name, memory ``[B, F]`` by name, projections."""
+    """Output of one exit: logits ``[B, C]``, raw scalars ``[B]`` by name, memory ``[B, F]`` by name, projections."""
 
     logits: Tensor
     aux: dict[str, Tensor]
@@ -52,59 +52,53 @@ class HeadOutput(NamedTuple):
 
 
 class ExitHeads(nn.Module):
-    """The exits of all L layers.
+    """Exits of all L layers.
 
-    What an exit has to know of the one before it is *memory*, tensors ``[B, F]`` by name: ``"features"`` for halting
-    outputs that compare, ``"pooled"`` for the cosine of successive pooled states.
+    The *memory* is what an exit reads of the previous one, tensors ``[B, F]`` by name: ``"features"`` for halting
+    outputs that compare features, ``"pooled"`` for the cosine of successive pooled states.
 
     Args:
-        config: shape of the heads.
-        hidden_size, classes, depth: H, C and L.
+        config: of the heads.
+        hidden_size: H.
+        classes: C.
+        depth: L.
     """
 
     def __init__(self, config: HeadConfig, hidden_size: int, classes: int, depth: int) -> None:
         super().__init__()
         self.config, self.depth = config, depth
-        exits = 1 if config.shared_exit else depth
         width, dropout, pooling = config.width, config.dropout, config.pooling
-        attends = config.form == "attention"
-        size = self.features_size = width if attends else hidden_size
-        denses = 0 if not config.has_dense else exits if config.exit_dense == "own" else 1
-        self.dense = nn.ModuleList(nn.Linear(size, size) for _ in range(denses))
+        attention = (width, config.attention_heads, dropout, pooling)
+        halting = (config.halting_layers, config.halting_input, config.halting_bias)
+        size = self.features_size = width if config.form == "attention" else hidden_size
+        sizes = bank_sizes(config, depth)
+        self.dense = _bank(sizes.dense, nn.Linear, size, size)
         self.activation = ACT2FN[config.activation]
-        self.attention = nn.ModuleList(
-            AttentionFeatures(hidden_size, width, config.attention_heads, dropout, pooling)
-            for _ in range(exits if attends else 0)
-        )
-        self.out = nn.ModuleList(nn.Linear(size, classes) for _ in range(exits))
-        haltings = 0 if not config.halting else 1 if config.halting_shared else depth
-        self.halting = nn.ModuleList(
-            HaltingHead(size, config.halting_layers, config.halting_input, config.halting_bias) for _ in range(haltings)
-        )
-        self.uncertainty = nn.ModuleList(nn.Linear(size, 1) for _ in range(int(config.uncertainty)))
-        self.gates = nn.ModuleList(
-            SkipGate(hidden_size, width, dropout, pooling) for _ in range(depth if config.gates else 0)
-        )
-        self.projectors = nn.ModuleList(Projection(hidden_size, width) for _ in range(depth if config.contrast else 0))
-        self.contrast = nn.ModuleList(Projection(width, width) for _ in range(depth - 1 if config.contrast else 0))
+        self.attention = _bank(sizes.attention, AttentionFeatures, hidden_size, *attention)
+        self.out = _bank(sizes.out, nn.Linear, size, classes)
+        self.halting = _bank(sizes.halting, HaltingHead, size, *halting)
+        self.uncertainty = _bank(sizes.uncertainty, nn.Linear, size, 1)
+        self.gates = _bank(sizes.gates, SkipGate, hidden_size, width, dropout, pooling)
+        self.projectors = _bank(sizes.projectors, Projection, hidden_size, width)
+        self.contrast = _bank(sizes.contrast, Projection, width, width)
 
     @property
     def aux_names(self) -> tuple[str, ...]:
-        """Scalars a criterion may read from these heads."""
+        """Names of the scalars that a criterion can read from these heads."""
         optional = {"halting": self.halting, "uncertainty": self.uncertainty, "gate": self.gates}
         return ("hidden_cosine", *(name for name, bank in optional.items() if len(bank)))
 
     def part_of(self, name: str) -> str:
-        """The part of a model, as training phases name them, that a parameter of this module belongs to.
+        """Return the part of the model, as in `PhaseSpec.trains`, that a parameter of this module belongs to.
 
         Args:
-            name: dotted, relative to this module.
+            name: dotted name of the parameter, relative to this module.
 
         Raises:
             ValueError: not a parameter of an exit.
         """
         bank, _, rest = name.partition(".")
-        while rest and bank not in self._modules:  # what a wrapper puts before: "modules_to_save.default." of PEFT
+        while rest and bank not in self._modules:  # prefix of a wrapper, as "modules_to_save.default." of PEFT
             bank, _, rest = rest.partition(".")
         if bank not in self._modules:
             raise ValueError(f"part_of: expected the name of a parameter of an exit, got {name!r}")
@@ -116,15 +110,15 @@ class ExitHeads(nn.Module):
         return "last_exit" if int(rest.partition(".")[0]) == len(modules) - 1 else "early_exits"
 
     def check_beside(self, weight: Tensor) -> None:
-        """Check that these heads can read the hidden states of a backbone.
+        """Check that the dtype and device of the heads fit those of the backbone.
 
         A linear on pooled states may have another dtype; modules that read the states themselves may not.
 
         Args:
-            weight: of the backbone's embeddings, as an example of its dtype and device.
+            weight: of the backbone's embeddings, for its dtype and device.
 
         Raises:
-            ValueError: they can't.
+            ValueError: they do not fit.
         """
         last = self.out[-1]._parameters.get("weight")
         bank = self.dense if len(self.dense) else self.attention if len(self.attention) else self.gates
@@ -135,16 +129,16 @@ class ExitHeads(nn.Module):
             found: Any = last if moved else reader
             raise ValueError(
                 f"the exits are {found.dtype} on {found.device}, the backbone {weight.dtype} on {weight.device}; "
-                "convert both with model.to(...), model.half() or model.float() of the early-exit model: on the stock "
-                "model they move the shared encoder alone"
+                "convert both with model.to(...), model.half() or model.float() of the early-exit model; on the stock "
+                "model these methods convert the shared encoder only"
             )
 
     def first_memory(self, states: RowStates, needs: str | None) -> dict[str, Tensor]:
-        """The memory before layer 1.
+        """Return the memory before layer 1.
 
         Args:
             states: tokens after the embeddings.
-            needs: the scalar that will be read, or None.
+            needs: the scalar that will be read, ``"all"``, or None.
         """
         memory = {}
         if self.config.remembers and needs in ("halting", "all"):
@@ -156,18 +150,18 @@ class ExitHeads(nn.Module):
     def forward(
         self, layer: int, states: RowStates, memory: Mapping[str, Tensor], *, projects: bool = False
     ) -> HeadOutput:
-        """The exit after 1-based `layer`, differentiable, with dropout in training.
+        """Compute the exit after a layer, differentiably, with dropout in training.
 
         Args:
             layer: 1-based.
-            states: the tokens after it.
-            memory: of the layer before, `first_memory` at the first.
-            projects: compute the exit's token projections too.
+            states: the tokens after the layer.
+            memory: of the previous layer; `first_memory` at the first one.
+            projects: also compute the exit's token projections.
         """
         features, narrow = self._features(layer, states)
         new_memory = self._new_memory(memory, features, states)
         aux = {name: self._scalar(name, layer, features, memory, new_memory) for name in self._scalars(memory)}
-        projection = _at(self.contrast, layer)(narrow) if projects else None
+        projection = _module_for(layer, self.contrast)(narrow) if projects else None
         out = self._last_linear(layer)
         if self.training:
             logits = out(self._drop(features.to(out.weight.dtype), out))
@@ -175,9 +169,9 @@ class ExitHeads(nn.Module):
         return HeadOutput(exit_logits(features, out.weight, out.bias), aux, new_memory, projection)
 
     def linear_exits(self, dtype: torch.dtype) -> LinearExits | None:
-        """The exits as plain linears on hidden states of this dtype, or None where they are more than that.
+        """Return the exits as linears on hidden states of this dtype, or None where they have other modules too.
 
-        Looked up once a batch: at one row a batch, looking modules up at every layer shows in the latency.
+        Called once for each batch: for batches of one row, the module look-up at every layer increases the latency.
         """
         if self.config.pooling is None or self.config.form != "linear":
             return None
@@ -186,57 +180,58 @@ class ExitHeads(nn.Module):
         return LinearExits(self.config.pooling, weights) if weights[0][0].dtype == dtype else None
 
     def dense_exit(self, layer: int) -> tuple[nn.Linear, nn.Linear]:
-        """The dense module and the last linear of the exit after 1-based `layer`, where it is first token and these."""
-        return _at(self.dense, layer), self._last_linear(layer)
+        """Return the dense module and last linear of the exit after 1-based `layer`, for the family's form of exits."""
+        return _module_for(layer, self.dense), self._last_linear(layer)
 
     def fused(self, layer: int, states: RowStates, memory: Mapping[str, Tensor], needs: str | None) -> FusedExit:
-        """The exit after 1-based `layer` for inference, its last linear left to the fused op.
+        """Compute the exit after a layer for inference, except its last linear, which the fused op computes.
 
         Args:
-            states: the tokens after it.
-            memory: of the layer before.
-            needs: the scalar the criterion reads; nothing else is computed.
+            layer: 1-based.
+            states: the tokens after the layer.
+            memory: of the previous layer.
+            needs: the scalar that the criterion reads, or None; other scalars are not computed.
         """
         out = self._last_linear(layer)
         features, _ = self._features(layer, states)
         new_memory = self._new_memory(memory, features, states)
         aux = None if needs is None else self._scalar(needs, layer, features, memory, new_memory)
-        # a mean is float32: narrowing it would answer otherwise than the full pass does
+        # a mean is float32: rounding it to the dtype of the weight would differ from the full-depth pass
         dtype = torch.promote_types(features.dtype, out.weight.dtype)
         weight, bias = out.weight.to(dtype).contiguous(), out.bias.to(dtype)
         return FusedExit(features.to(dtype), weight, bias, aux, new_memory)
 
     def gate(self, layer: int, states: RowStates) -> Tensor:
-        """Logits ``[B]`` of the probability to skip 1-based `layer`, from its input."""
+        """Return the logits ``[B]`` of the probability to skip 1-based `layer`, from its input."""
         return self.gates[layer - 1](states)
 
     def project(self, layer: int, states: RowStates) -> Tensor:
-        """Projections ``[T, P]`` of the input of 1-based `layer`."""
+        """Return the projections ``[T, P]`` of the input of 1-based `layer`."""
         return self.projectors[layer - 1](states.hidden)
 
     def _last_linear(self, layer: int) -> nn.Linear:
-        """The last linear of the exit after 1-based `layer`, whose weight inference reads without calling it.
+        """Return the last linear of the exit after 1-based `layer`; inference reads its weight without calling it.
 
         Raises:
-            TypeError: it has been replaced by something else.
+            TypeError: it has been replaced by another kind of module.
         """
-        out = _at(self.out, layer)
+        out = _module_for(layer, self.out)
         if not isinstance(out, nn.Linear):
             raise TypeError(
                 f"the exit after layer {layer}: expected torch.nn.Linear, got {type(out).__module__}."
-                f"{type(out).__name__}; leave the exits as they are: quantize model.backbone alone, and give PEFT "
-                "modules_to_save=['heads'] to train them, or merge its adapters"
+                f"{type(out).__name__}; do not replace modules of the exits: quantize model.backbone only, and give "
+                "PEFT modules_to_save=['heads'] to train them, or merge its adapters"
             )
         return out
 
     def _features(self, layer: int, states: RowStates) -> tuple[Tensor, Tensor | None]:
-        """What the last linear reads ``[B, F]``, and the narrowed tokens of an attention exit."""
+        """Return the input of the last linear ``[B, F]``, and the projected tokens of an attention exit."""
         if len(self.attention):
-            return _at(self.attention, layer)(states)
+            return _module_for(layer, self.attention)(states)
         pooled = states.pool(states.hidden, self.config.pooling)
         if not len(self.dense):
             return pooled.to(states.hidden.dtype) if self.training else pooled, None
-        dense = _at(self.dense, layer)
+        dense = _module_for(layer, self.dense)
         x = self._drop(pooled, dense) if self.config.dropout_before_dense else pooled
         return self.activation(dense(x)), None
 
@@ -247,11 +242,11 @@ class ExitHeads(nn.Module):
         return new
 
     def _drop(self, x: Tensor, reader: nn.Module) -> Tensor:
-        """Dropout before a module, unless that is frozen or evaluated."""
+        """Apply dropout before a module, unless that module is in eval mode."""
         return F.dropout(x, self.config.dropout, reader.training)
 
     def _scalars(self, memory: Mapping[str, Tensor]) -> list[str]:
-        """Scalars that a full pass keeps: what learns, and the cosine where the memory for it is kept."""
+        """Return the scalars of a full-depth pass: the learned ones, and the cosine if the memory has pooled states."""
         names = [name for name in self.aux_names if name != "gate"]
         return [name for name in names if name != "hidden_cosine" or "pooled" in memory]
 
@@ -263,7 +258,7 @@ class ExitHeads(nn.Module):
         if name == "uncertainty":
             linear: Any = self.uncertainty[0]
             return linear(self._drop(features.to(linear.weight.dtype), linear))[:, 0]
-        head = _at(self.halting, layer)
+        head = _module_for(layer, self.halting)
         previous = memory.get("features")
         dtype = head.out.weight.dtype
         x = head.inputs(features.to(dtype), None if previous is None else previous.to(dtype))
@@ -271,11 +266,15 @@ class ExitHeads(nn.Module):
 
 
 def exit_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The last linear in float32, as in the fused op: a half-precision one can overflow."""
+    """Return the last linear in float32, as in the fused op: in half precision it can overflow."""
     with torch.autocast(features.device.type, enabled=False):
         return F.linear(features.float(), weight.float(), bias.float())
 
 
-def _at(bank: nn.ModuleList, layer: int) -> Any:
-    """The module of 1-based `layer`: its own, or the only one there is."""
+def _bank(count: int, module: type[nn.Module], *arguments: Any) -> nn.ModuleList:
+    return nn.ModuleList(module(*arguments) for _ in range(count))
+
+
+def _module_for(layer: int, bank: nn.ModuleList) -> Any:
+    """Return the module of 1-based `layer`: its own, or the one that all layers share."""
     return bank[0] if len(bank) == 1 else bank[layer - 1]

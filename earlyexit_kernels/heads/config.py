@@ -1,64 +1,69 @@
-"""The shape of a model's exit heads, saved with it."""
+"""Configuration of a model's exit heads, saved with the model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.activations import ACT2FN
 
-POOLINGS = (None, "first", "mean")
-#: Field -> its allowed values.
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "pooling": POOLINGS,
-    "form": ("linear", "attention"),
-    "exit_dense": ("shared", "own"),
-    "halting_input": ("single", "concat", "diff"),
+from earlyexit_kernels.arguments import Check, check_fields, choice, flag, number, whole
+
+#: Check of each field, but of `activation`, which is a name of the table of transformers.
+CHECKS: dict[str, Check] = {
+    "pooling": choice(None, "first", "mean"),
+    "form": choice("linear", "attention"),
+    "exit_dense": choice("shared", "own"),
+    "halting_input": choice("single", "concat", "diff"),
+    **dict.fromkeys(("width", "attention_heads", "halting_layers"), whole(low=1)),
+    **dict.fromkeys(
+        ("dropout_before_dense", "shared_exit", "halting", "halting_shared", "uncertainty", "gates", "contrast"), flag
+    ),
+    "dropout": number(low=0.0, high=1.0),
+    "halting_bias": number(),
 }
-AT_LEAST_ONE = ("width", "attention_heads", "halting_layers")
-FLAGS = ("dropout_before_dense", "shared_exit", "halting", "halting_shared", "uncertainty", "gates", "contrast")
-NUMBERS = ("dropout", "halting_bias")
 #: Attention heads of a gate.
 GATE_HEADS = 2
-#: Field -> the condition on the shape under which it says anything.
+#: Field -> whether it has an effect on heads of this configuration; fields that are missing here always have.
 CONDITIONS: dict[str, Callable[[HeadConfig], bool]] = {
-    "exit_dense": lambda shape: shape.has_dense,
-    "width": lambda shape: shape.form == "attention" or shape.gates,
-    "attention_heads": lambda shape: shape.form == "attention",
-    # where a halting output starts doesn't change what it is
-    "halting_bias": lambda shape: False,
+    "exit_dense": lambda config: config.has_dense,
+    "width": lambda config: config.form == "attention" or config.gates,
+    "attention_heads": lambda config: config.form == "attention",
+    # an initial value is no part of the shape
+    "halting_bias": lambda config: False,
 }
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Shape of the exit heads, saved with the model.
+    """Configuration of the exit heads, saved with the model.
 
     Attributes:
-        pooling: None for the family's own form (first token, dense, activation, dropout, linear), ``"first"`` or
-            ``"mean"`` for a linear on the pooled hidden state. An attention exit pools what it has attended to.
-        activation: after the dense module, a name of transformers' table; unused without one.
+        pooling: None for the form of the family's own head (first token, dense, activation, dropout, linear),
+            ``"first"`` or ``"mean"`` for a linear on the pooled hidden state. An attention exit pools the output of its
+            attention.
+        activation: after the dense module, a name in the table of transformers; unused without a dense module.
         dropout: probability before the linear, in training.
-        dropout_before_dense: the RoBERTa family and ELECTRA drop out there too.
-        form: ``"linear"``, or ``"attention"``: every token narrowed to `width`, self-attention inside the row, pooled,
+        dropout_before_dense: whether dropout is also applied before the dense module, as in RoBERTa and ELECTRA.
+        form: ``"linear"``, or ``"attention"``: each token projected to `width`, self-attention within the row, pooling,
             dense, linear.
-        width, attention_heads: of attention exits; gates and contrast projections have the same width.
-        exit_dense: with ``pooling=None``, one dense module for all exits (``"shared"``) or each its ``"own"``.
+        width: of attention exits, gates and contrast projections.
+        attention_heads: of attention exits.
+        exit_dense: with ``pooling=None``, one dense module for all exits (``"shared"``) or one for each (``"own"``).
         shared_exit: one exit for all layers.
         halting: add a halting output.
-        halting_input: it reads the exit's features (``"single"``), these and those of the exit before (``"concat"``),
-            or their difference (``"diff"``).
+        halting_input: the halting output reads the exit's features (``"single"``), these and those of the previous exit
+            (``"concat"``), or their difference (``"diff"``).
         halting_layers: 1 for one linear, n >= 2 for n hidden tanh layers before it.
         halting_shared: one halting output for all layers.
-        halting_bias: its bias at the start.
+        halting_bias: initial bias of the halting output.
         uncertainty: add an uncertainty output, one for all layers.
         gates: add a gate before each layer, which may skip it.
-        contrast: add the token projections that contrastive training compares.
+        contrast: add the token projections for contrastive training.
 
     Raises:
-        ValueError: a value that isn't allowed.
+        ValueError: a value that is not allowed.
     """
 
     pooling: str | None = None
@@ -80,57 +85,44 @@ class HeadConfig:
     contrast: bool = False
 
     def __post_init__(self) -> None:
-        for field, allowed in CHOICES.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}: expected one of {allowed}, got {getattr(self, field)!r}")
-        for field in AT_LEAST_ONE:
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field}: expected a whole number of at least 1, got {value!r}")
-        for field in FLAGS:
-            if not isinstance(getattr(self, field), bool):
-                raise ValueError(f"{field}: expected True or False, got {getattr(self, field)!r}")
-        for field in NUMBERS:
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"{field}: expected a number, got {value!r}")
-        if not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout: expected a probability, got {self.dropout!r}")
-        if not math.isfinite(self.halting_bias):
-            raise ValueError(f"halting_bias: expected a finite number, got {self.halting_bias!r}")
+        check_fields(self, CHECKS)
         if not isinstance(self.activation, str) or self.activation not in ACT2FN:
-            raise ValueError(f"activation: expected one of {sorted(ACT2FN)}, got {self.activation!r}")
+            raise ValueError(f"HeadConfig(activation=...): expected one of {sorted(ACT2FN)}, got {self.activation!r}")
         attentions = (self.attention_heads,) * (self.form == "attention") + (GATE_HEADS,) * self.gates
         for heads in attentions:
             if self.width % heads:
-                raise ValueError(f"width: expected a multiple of the {heads} attention heads, got {self.width}")
+                raise ValueError(
+                    f"HeadConfig(width=...): expected a multiple of the {heads} attention heads, got {self.width}"
+                )
         if self.contrast and self.form != "attention":
-            raise ValueError("contrast=True: expected form='attention', whose token features it projects, got 'linear'")
+            raise ValueError(
+                "HeadConfig(contrast=True): expected form='attention', whose token features it projects, got 'linear'"
+            )
 
     @property
     def has_dense(self) -> bool:
-        """Whether a dense module at full width stands before the linear."""
+        """Whether the exits have a dense module of full width before the linear."""
         return self.form == "linear" and self.pooling is None
 
     @property
     def remembers(self) -> bool:
-        """Whether the halting output reads the features of the exit before."""
+        """Whether the halting output reads the features of the previous exit."""
         return self.halting and self.halting_input != "single"
 
     def matters(self, field: str) -> bool:
-        """Whether a field says anything about heads of this shape."""
-        return CONDITIONS.get(field, lambda shape: True)(self)
+        """Return whether a field has an effect on heads of this configuration."""
+        return CONDITIONS.get(field, lambda config: True)(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data; `from_dict` reads it back."""
+        """Return the configuration as JSON-ready data, which `from_dict` reads back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HeadConfig:
-        """Build the shape from the data of `to_dict`.
+        """Build the configuration from the data of `to_dict`.
 
         Raises:
-            ValueError: an unknown setting, or a value that isn't allowed.
+            ValueError: an unknown setting, or a value that is not allowed.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(data) - set(known))
@@ -140,3 +132,31 @@ class HeadConfig:
                 "written them, install that one"
             )
         return cls(**data)
+
+
+class BankSizes(NamedTuple):
+    """Number of modules of each kind: none, one that all layers share, or one for each layer."""
+
+    dense: int
+    attention: int
+    out: int
+    halting: int
+    uncertainty: int
+    gates: int
+    projectors: int
+    contrast: int
+
+
+def bank_sizes(config: HeadConfig, depth: int) -> BankSizes:
+    """Return how many modules of each kind the exits of `depth` layers have."""
+    exits = 1 if config.shared_exit else depth
+    return BankSizes(
+        dense=config.has_dense * (exits if config.exit_dense == "own" else 1),
+        attention=exits if config.form == "attention" else 0,
+        out=exits,
+        halting=config.halting * (1 if config.halting_shared else depth),
+        uncertainty=int(config.uncertainty),
+        gates=config.gates * depth,
+        projectors=config.contrast * depth,
+        contrast=config.contrast * (depth - 1),
+    )

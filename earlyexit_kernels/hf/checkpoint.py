@@ -1,23 +1,28 @@
-"""A model's files: a save is whole or absent, and a load reads nothing but checked safetensors files of one save."""
+"""Saving and loading a model: all files of a save or none, and only checked safetensors files of one save."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from earlyexit_kernels.engine.packing import PACKED_ATTENTION
-from earlyexit_kernels.hf.execution import ATTENTION_IS_FIXED
 from earlyexit_kernels.hf.loading import check_loaded, check_one_save, corrupt_files, record_digest
 from earlyexit_kernels.hf.saving import check_finished, saved_whole
 from earlyexit_kernels.hf.weight_files import check_finite, check_floating, find_weights, read_headers
 
+ATTENTION_IS_FIXED = (
+    "attn_implementation cannot be chosen: an early-exit model packs the rows of a batch, and only its own attention "
+    f"({PACKED_ATTENTION!r}) keeps them apart"
+)
+
 
 class Checkpointed(PreTrainedModel):
-    """Base of the model: `save_pretrained` and `from_pretrained`."""
+    """Base class of the model that overrides how transformers saves and loads its files, and nothing else."""
 
     def save_pretrained(
         self,
@@ -29,23 +34,23 @@ class Checkpointed(PreTrainedModel):
         variant: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save the model, criterion and thresholds included: the folder gets all files of the save, or none.
+        """Save the model with its criterion; the folder gets all files of the save, or none.
 
-        They are written to a temporary folder inside `save_directory` and moved into place together. If the process is
-        killed during these moves, `from_pretrained` refuses the folder and says how to finish the save. Other files of
-        the folder are kept. The disk needs room for the old weights and the new ones. A save with
+        The files are written to a temporary folder inside `save_directory` and then moved. If the process is killed
+        during the moves, `from_pretrained` refuses the folder and names the command that finishes the save. Other files
+        of the folder are kept. The disk must have room for the old weights and the new ones. A save with
         ``distributed_checkpoint=True``, which several processes write, goes straight to the folder.
 
         Args:
             save_directory: created if it does not exist.
             is_main_process: False writes nothing.
-            state_dict: weights to save instead of the model's own.
-            push_to_hub: upload the files too, once they are in the folder.
+            state_dict: weights to save instead of those of the model.
+            push_to_hub: also upload the files after the save.
             max_shard_size, variant, kwargs: as in transformers.
 
         Raises:
             ValueError: a weight is NaN or infinite; nothing is saved.
-            OSError: the files cannot be written.
+            OSError: the files cannot be written, or `save_directory` is a file.
         """
         options = {"max_shard_size": max_shard_size, "variant": variant, **kwargs}
         if not is_main_process or kwargs.get("distributed_checkpoint"):
@@ -77,25 +82,24 @@ class Checkpointed(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load a saved model, criterion and thresholds included; safetensors files only.
+        """Load a saved model with its criterion, from safetensors files only.
 
         Args:
             pretrained_model_name_or_path: folder or hub name.
-            allow_new_heads: accept a checkpoint that lacks weights of the exits, which are then freshly initialised.
+            allow_new_heads: accept a checkpoint without weights of the exits, which are then randomly initialised.
             output_loading_info: return ``(model, info)``.
-            args, kwargs: as in transformers, but for `attn_implementation` and `use_safetensors=False`, which are
-                refused.
+            args, kwargs: as in transformers; `attn_implementation` and `use_safetensors=False` are refused.
 
         Raises:
             MissingHeadsError: the checkpoint lacks weights.
             ValueError: `attn_implementation` or `use_safetensors=False` was given, or an index of weights names a file
                 that is not a safetensors file in the same folder.
-            RuntimeError: a file is corrupt, the files are of different saves, or a weight has another shape, a dtype
-                that is not floating, or no place.
+            RuntimeError: a file is corrupt, the files are of different saves, or a weight has an unexpected name or
+                shape, or a dtype that is not floating-point.
         """
         config: Any = kwargs.get("config")
-        chosen = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
-        if chosen not in (None, PACKED_ATTENTION):
+        attention = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+        if attention not in (None, PACKED_ATTENTION):
             raise ValueError(ATTENTION_IS_FIXED)
         if not kwargs.pop("use_safetensors", True):
             raise ValueError("use_safetensors=False: pickled weights are never read; convert them to safetensors")
@@ -105,7 +109,7 @@ class Checkpointed(PreTrainedModel):
             check_finished(os.path.join(source, kwargs.get("subfolder") or ""))
             tensors = read_headers(find_weights(source, kwargs))
             check_floating(tensors)
-        # mismatches are refused below, in words that name the file
+        # shapes that differ are refused by check_loaded, which names the file
         kwargs["ignore_mismatched_sizes"] = True
         try:
             model, info = super().from_pretrained(
@@ -117,3 +121,12 @@ class Checkpointed(PreTrainedModel):
         if not allow_new_heads:
             check_one_save(source, tensors, kwargs)
         return (model, info) if output_loading_info else model
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        tensors = read_headers(find_weights(working_dir, {}))
+        record_digest(Path(working_dir), tensors)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse another attention, since packed rows require the packed one."""
+        raise ValueError(ATTENTION_IS_FIXED)

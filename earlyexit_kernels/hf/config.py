@@ -1,4 +1,4 @@
-"""The configuration saved with an early-exit model: the backbone's own config, the heads, and the exit criterion."""
+"""The configuration of an early-exit model: the config of its backbone, its heads and its exit criterion."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from earlyexit_kernels.criteria import Criterion, from_dict
 from earlyexit_kernels.hf import limits
 
 FORMAT_VERSION = 1
-#: Entry -> what it must be where it is given, in words and as a test.
+#: Entry -> the expected kind of value, in words, and a test for it; a missing entry or None passes.
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "id2label": ("a dict of names by number", lambda v: isinstance(v, dict) and all(str(k).isdecimal() for k in v)),
     "label2id": ("a dict of numbers by name", lambda v: isinstance(v, dict)),
@@ -29,8 +29,8 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("an activation of transformers", lambda v: callable(v) or (isinstance(v, str) and v in ACT2FN)),
     ),
 }
-#: Entries of a backbone's config, by all their names, that change answers and that no weight's shape shows.
-SHOWN_BY_NO_WEIGHT = (
+#: Required entries of a backbone's config, by all their names: they change answers and do not follow from the weights.
+REQUIRED_OF_BACKBONE = (
     ("num_attention_heads", "n_heads"),
     ("num_hidden_layers", "n_layers"),
     ("hidden_act", "activation"),
@@ -49,15 +49,27 @@ class EarlyExitConfig(PretrainedConfig):
 
     Args:
         backbone_config: config of the encoder, or its dict; it is copied.
-        method: training method, a name of the objectives table or data of `Objective.to_dict`.
+        method: name of a training method, or data of `Objective.to_dict`.
         criterion: data of `Criterion.to_dict`, or None for full depth.
         heads: data of `HeadConfig.to_dict`.
-        strict: raise on logits without a meaning.
+        strict: raise on invalid logits (NaN, several +inf, or all -inf).
         format_version: of the saved files.
 
     Raises:
         ValueError: an unknown format version or criterion, a backbone that is not a supported encoder, or sizes above
-            the bounds of `earlyexit_kernels.hf.limits`.
+            the limits of `earlyexit_kernels.hf.limits`.
+
+    Example:
+
+        >>> from earlyexit_kernels import EarlyExitConfig, criteria
+        >>> from transformers import BertConfig
+        >>> encoder = BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> rule = criteria.Entropy(threshold=0.3)
+        >>> config = EarlyExitConfig(backbone_config=encoder, criterion=rule.to_dict(), num_labels=3)
+        >>> config.exit_criterion() == rule
+        True
+        >>> config.backbone_config.num_hidden_layers, config.method
+        (3, 'joint')
     """
 
     model_type = "early-exit"
@@ -74,7 +86,7 @@ class EarlyExitConfig(PretrainedConfig):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        # of the file only: a config in memory may be saved beside other weights
+        # an entry of the file only: a config in memory may be saved with other weights
         kwargs.pop("weights_digest", None)
         if format_version != FORMAT_VERSION:
             raise ValueError(
@@ -106,11 +118,11 @@ class EarlyExitConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the data of a file.
+        """Build a config from the data of a file.
 
         Raises:
-            ValueError: an early-exit config without a format version, or a backbone's config without an entry that no
-                weight's shape shows: the family's default would take its place.
+            ValueError: the data has no format version, or the config of the backbone lacks an entry of
+                `REQUIRED_OF_BACKBONE`, which the default of the family would replace.
         """
         if "backbone_config" in config_dict and "format_version" not in config_dict:
             raise ValueError(
@@ -121,12 +133,12 @@ class EarlyExitConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def exit_criterion(self) -> Criterion:
-        """The criterion, built."""
+        """Return the exit criterion."""
         return from_dict(self.criterion)
 
 
 def _check_complete(backbone: Any) -> None:
-    """Refuse the data of a backbone's config without an entry of `SHOWN_BY_NO_WEIGHT` that its family has.
+    """Refuse the config of a backbone without an entry of `REQUIRED_OF_BACKBONE` that its family has.
 
     Raises:
         ValueError: names the entry.
@@ -135,7 +147,7 @@ def _check_complete(backbone: Any) -> None:
     if not isinstance(name, str) or name not in BACKBONES or name not in CONFIG_MAPPING:
         return  # refused when the config is built
     family = CONFIG_MAPPING[name]()
-    for names in SHOWN_BY_NO_WEIGHT:
+    for names in REQUIRED_OF_BACKBONE:
         if any(hasattr(family, name) for name in names) and not any(name in backbone for name in names):
             raise ValueError(
                 f"backbone_config: expected an entry {names[0]!r}, got none; copy config.json again from where the "
@@ -144,7 +156,7 @@ def _check_complete(backbone: Any) -> None:
 
 
 def _encoder_config(config: Any) -> Any:
-    """The config of an encoder, from that or its dict, with what the packed layers cannot do refused.
+    """Return the config of an encoder, given as such or as a dict, after checks.
 
     Raises:
         ValueError: not the config of a supported encoder.
@@ -171,17 +183,17 @@ def _encoder_config(config: Any) -> Any:
 
 
 def _refuse_outputs(where: str, data: Mapping[str, Any]) -> None:
-    """Refuse a config that asks for what `forward` refuses to return."""
+    """Refuse a config that requests outputs that `forward` does not support."""
     for name in NEVER_RETURNED:
         if data.get(name):
             raise ValueError(
-                f"{where}{name}={data[name]!r} isn't available: rows leave on the way, so there is no full set to "
-                "return; set it to False, and call model.backbone for them"
+                f"{where}{name}={data[name]!r} is not supported: rows leave at different layers, so there is no full "
+                "set to return; set it to False, and call model.backbone instead"
             )
 
 
 def _check_kinds(where: str, data: Mapping[str, Any]) -> None:
-    """Refuse entries of a kind that transformers would take apart without a look at it.
+    """Refuse values that transformers would use without a check.
 
     Raises:
         ValueError: names the entry, its value and what is expected.
@@ -192,20 +204,15 @@ def _check_kinds(where: str, data: Mapping[str, Any]) -> None:
 
 
 def check_encoder(config: Any) -> None:
-    """Refuse settings of an encoder that packed tokens do not have.
+    """Refuse settings of an encoder that packed tokens do not support.
 
     Raises:
         ValueError: names the setting.
     """
     if (getattr(config, "chunk_size_feed_forward", 0) or 0) > 0:
-        raise ValueError("chunk_size_feed_forward > 0 isn't supported: packed tokens have no sequence axis to chunk")
+        raise ValueError("chunk_size_feed_forward > 0 is not supported: packed tokens have no sequence axis to chunk")
     for name in ("is_decoder", "add_cross_attention"):
         if getattr(config, name, False):
             raise ValueError(
                 f"expected an encoder, got one with {name}=True, which attends to other tokens than an encoder"
             )
-
-
-def default_problem_type(num_labels: int) -> str:
-    """What transformers takes a model with that many outputs for, where its config doesn't say."""
-    return "regression" if num_labels == 1 else "single_label_classification"

@@ -1,4 +1,4 @@
-"""Conversion: from a Hugging Face sequence classifier to one with exits, around the same encoder parameters."""
+"""Conversion of a stock sequence classifier to an early-exit model that shares its encoder parameters."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from earlyexit_kernels.backbones import BackboneAdapter, StockHead, adapter_of
 from earlyexit_kernels.criteria import Criterion, from_dict
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
-from earlyexit_kernels.hf.config import EarlyExitConfig, check_encoder, default_problem_type
+from earlyexit_kernels.hf.config import EarlyExitConfig, check_encoder
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import Objective, objective_of
+from earlyexit_kernels.types import default_problem_type
 
 
 def to_early_exit(
@@ -25,28 +26,38 @@ def to_early_exit(
     halting: bool = False,
     strict: bool = False,
 ) -> EarlyExitForSequenceClassification:
-    """Give a Hugging Face sequence classifier an exit after every layer.
+    """Convert a sequence classifier of transformers to one with an exit after every layer.
 
-    The new model has modules and a config of its own around the *same* encoder parameters, so training one trains both,
-    and ``.half()`` or ``.to()`` on one moves both. The instance given is otherwise left as it was; hooks and adapters
-    put on it later aren't seen.
+    The new model has modules and a config of its own, but the *same* encoder parameters: training one trains both, and
+    ``.half()`` or ``.to()`` on one moves both. The given instance is otherwise unchanged; hooks and adapters that are
+    added to it later have no effect on the new model.
 
     Args:
         hf_model: a ``...ForSequenceClassification`` instance of a supported family.
-        method: training method, a name for the paper's own settings, or one of `earlyexit_kernels.objectives`, such
-            as ``Palbert(beta=0.1)``. It brings the exits it trains: halting outputs, gates, attention exits.
-        criterion: who may leave where. None is full depth, or the method's own answer where that is another one: DACT's
-            accumulated one, and SmartBERT's with gates that skip. `set_criterion` changes it later.
-        pooling: None for the family's own head at every exit (each starts as a copy of the stock head, and all share
-            one dense module, or have their own where the method wants that), ``"first"`` or ``"mean"`` for a fresh
-            linear on the pooled hidden state (the last one starts from the stock output layer where the shapes allow).
-        halting: add a halting output to a method that has none of its own and doesn't train it: for experiments.
-        strict: raise on logits without a meaning.
+        method: training method: a name, for the settings of the paper, or one of `earlyexit_kernels.objectives`, such
+            as ``Palbert(beta=0.1)``. It determines the exits: halting heads, gates, attention exits.
+        criterion: exit criterion. Default: full depth, or the method's own inference rule if it differs (DACT's
+            accumulated answer, SmartBERT's skip gates). `set_criterion` changes it later.
+        pooling: None: each exit has the head of the family and starts as a copy of the stock head; its dense module is
+            shared or its own, as the method requires. ``"first"`` or ``"mean"``: a new linear on the pooled hidden
+            state; the last one starts as a copy of the stock output layer if the shapes agree.
+        halting: add an untrained halting head (for experiments).
+        strict: raise on invalid logits (NaN, several +inf, or all -inf).
 
     Raises:
-        ValueError: an unsupported family, an unknown method or pooling, a criterion that doesn't fit, or
+        ValueError: an unsupported family, an unknown method or pooling, a criterion that does not fit,
             ``chunk_size_feed_forward > 0``, or a decoder.
         TypeError: not a sequence classifier.
+
+    Example:
+
+        >>> import earlyexit_kernels as ee
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> stock = BertForSequenceClassification(BertConfig(**sizes))
+        >>> model = ee.to_early_exit(stock, method="palbert", criterion=ee.criteria.QExit(q=0.5))
+        >>> model.depth, model.heads.aux_names
+        (3, ('hidden_cosine', 'halting'))
     """
     adapter, base, names = _parts(hf_model)
     config: Any = hf_model.config
@@ -85,7 +96,7 @@ def to_early_exit(
 
 
 def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
-    """The adapter of a stock classifier, its encoder, and its modules by name.
+    """Return the adapter of a stock classifier, its encoder, and its modules by name.
 
     Raises:
         ValueError: an unsupported family or setting.
@@ -105,8 +116,8 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
     config: Any = hf_model.config
     if config.model_type == EarlyExitConfig.model_type:
         raise ValueError(
-            "to_early_exit: the model has exits already; set_criterion changes who leaves, and another method "
-            "needs the stock model"
+            "to_early_exit: the model already has exits; change its criterion with set_criterion, or convert the stock "
+            "model for another method"
         )
     adapter = adapter_of(config.model_type)
     base = getattr(hf_model, adapter.base, None)
@@ -128,12 +139,12 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
 
 
 def _short(thing: Any) -> str:
-    """What came, for a message: the type of a module, whose repr has a line for each of its parts."""
+    """Describe a value for a message; the repr of a module would have a line for each submodule."""
     return type(thing).__name__ if isinstance(thing, nn.Module) else repr(thing)
 
 
 def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead) -> None:
-    """Copy the stock head's dense module and its output layer into the exits, where shapes allow."""
+    """Copy the dense module and the output layer of the stock head into the exits, if the shapes agree."""
     for dense in heads.dense:
         dense.load_state_dict(names[stock.dense].state_dict())
     own = heads.out if len(heads.dense) else heads.out[-1:]

@@ -1,297 +1,346 @@
-"""What a model keeps of how it runs: the back-end of the ops, the kind of encoder layers, when rows move together."""
+"""How a model runs its batches: back-end of the ops, engine, kind of encoder layers, compaction."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from earlyexit_kernels import backends
-from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.criteria import resolve_backend
+from earlyexit_kernels.engine import eager
 from earlyexit_kernels.engine.choice import ENGINES, Choice, Explanation, fastest
-from earlyexit_kernels.engine.fused_layers import FusedLayers, why_not_onednn
+from earlyexit_kernels.engine.embedding import embed_rows
+from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
+from earlyexit_kernels.engine.fused_layers import FusedLayers, onednn_unsupported_reason
 from earlyexit_kernels.engine.graphs import CaptureError, Graphs
-from earlyexit_kernels.engine.packing import PACKED_ATTENTION
-from earlyexit_kernels.engine.resident import Parts
+from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.invalid import InvalidRows
+from earlyexit_kernels.engine.replay import replay
+from earlyexit_kernels.engine.resident import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.types import ExitOutput
+from earlyexit_kernels.types import ExitOutput, ExitTrace
 
 logger = logging.getLogger("earlyexit_kernels")
 
-LAYERS = ("auto", "family", "fused")
-IN_TRAINING = "the model is in train mode, where every row runs all layers; call model.eval()"
-ATTENTION_IS_FIXED = (
-    "attn_implementation can't be chosen: an early-exit model packs the rows of a batch, and only its own attention "
-    f"({PACKED_ATTENTION!r}) keeps them apart"
-)
+LAYER_KINDS = ("auto", "family", "fused")
+REQUESTED = "it was requested"
 
 
-class RuntimeChoices(PreTrainedModel):
-    """Base of the model, which brings `backbone`, its `adapter`, `heads` and the criterion."""
+class Execution:
+    """The execution options of one model, its packed weights and its CUDA graphs.
 
-    backbone: Any
-    adapter: Any
-    heads: Any
-    _criterion: Any
-    compaction = "auto"
-    _backend = "auto"
-    _layers = "auto"
-    _engine = "auto"
-    #: What was said of a choice, so that it is said once.
-    _said = ""
+    Methods take a view of the model with the criterion of the pass, so that another thread can set a criterion during a
+    pass. Copies and pickles keep the options and start without packed weights and graphs.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._fused = FusedLayers()
-        self._graphs = Graphs()
-        self._said_of_engine: set[str] = set()
+    Args:
+        layer_macs: multiply-adds of one encoder layer on one token.
+
+    Attributes:
+        fused: packed weights of fused layers.
+        graphs: captured CUDA graphs.
+        invalid: count of rows with invalid logits.
+        logged: messages about automatic choices and fallbacks, each of which is logged once.
+    """
+
+    def __init__(self, layer_macs: int) -> None:
+        self.fused = FusedLayers()
+        self.graphs = Graphs()
+        self.invalid = InvalidRows()
+        self.logged: set[str] = set()
+        self._layer_macs = layer_macs
+        self._backend = self._engine = self._layers = self._compaction = "auto"
 
     @property
-    def backend(self) -> str:
-        """The back-end of the ops on this model's device; a float64 model runs on torch alone."""
-        return self._resolved(self._backend)
+    def compaction(self) -> str:
+        """When live rows are moved together: ``"auto"``, ``"always"`` or ``"never"``."""
+        return self._compaction
 
-    def _resolved(self, backend: str) -> str:
-        name = backends.resolve(backend, self.device.type)
-        if self.dtype == torch.float64 and backend not in ("auto", "torch"):
-            raise BackendUnavailableError(
-                f"backend {backend!r} can't run a float64 model; use 'auto' or 'torch', or call model.float()"
-            )
-        return "torch" if self.dtype == torch.float64 else name
+    @compaction.setter
+    def compaction(self, compaction: str) -> None:
+        _check_option("compaction", compaction, eager.COMPACTIONS)
+        self._compaction = compaction
 
-    def set_backend(self, backend: str) -> None:
-        """Choose the back-end of the ops: ``"auto"``, ``"torch"``, ``"triton"`` or ``"cpp"``.
+    def backend(self, view: ModelView) -> str:
+        """Return the back-end of the ops on the device of a model.
 
         Raises:
-            ValueError: an unknown name.
-            BackendUnavailableError: it can't run on this model's device, or in float64.
+            BackendUnavailableError: the requested one cannot run there or in float64, or does not implement the
+                criterion.
         """
-        self._resolved(backend)
+        return _resolved(self._backend, view)
+
+    def check_criterion(self, view: ModelView) -> None:
+        """Refuse a criterion that the requested back-end does not implement."""
+        if self._backend != "auto":
+            _resolved(self._backend, view)
+
+    def set_backend(self, view: ModelView, backend: str) -> None:
+        """Choose the back-end; see the model's method."""
+        _resolved(backend, view)
         self._backend = backend
 
-    @property
-    def parts(self) -> Parts:
-        """What the resident loop of the graph engine runs."""
-        return self._parts_with(self._criterion)
-
-    def _parts_with(self, rule: Criterion) -> Parts:
-        return Parts(self.adapter, self.backbone, self.heads, rule, self.config.num_labels)
-
-    def set_engine(self, engine: str) -> None:
-        """Choose how eval mode runs a batch.
-
-        Args:
-            engine: ``"eager"``: layer by layer, on any device. ``"graph"``: a CUDA graph for each size of batch,
-                captured when first met, that asks the host nothing until the batch is answered; what it can't hold runs
-                eagerly, which is said once. ``"auto"``: the faster one by a measured table, `explain` tells.
-
-        Raises:
-            ValueError: an unknown name.
-            BackendUnavailableError: ``"graph"``, and this model isn't on a CUDA device, or Triton is missing.
-        """
-        if engine not in ENGINES:
-            raise ValueError(f"engine: expected one of {ENGINES}, got {engine!r}")
-        kind = self.device.type
-        if engine == "graph" and kind != "cuda":
-            raise BackendUnavailableError(f"engine 'graph' runs on CUDA, the model is on {kind!r}; move it first")
+    def set_engine(self, view: ModelView, engine: str) -> None:
+        """Choose the engine; see the model's method."""
+        _check_option("engine", engine, ENGINES)
         if engine == "graph":
+            kind = view.backbone.device.type
+            if kind != "cuda":
+                raise BackendUnavailableError(f"engine 'graph' runs on CUDA, the model is on {kind!r}; move it first")
             backends.resolve("triton", kind)
         self._engine = engine
-        self._graphs.forget()
+        self.graphs.forget()
 
-    def engine_for(self, rows: int, length: int, *, parts: Parts | None = None, checked: bool = False) -> Choice:
-        """The engine that eval mode takes for ``[N, S]``, and why.
-
-        Args:
-            rows, length: N and S.
-            parts: with the criterion of the pass; default: of the model as it is now.
-            checked: as for `Graphs.why_not`.
-        """
-        engine = self._engine
-        if engine == "eager":
-            return Choice("eager", "it was asked for")
-        if self.device.type != "cuda":
-            return Choice("eager", "graphs are for CUDA")
-        if torch.is_autocast_enabled("cuda"):
-            return Choice("eager", "a graph's kernels know no autocast")
-        choice = Choice("graph", "it was asked for")
-        if engine == "auto":
-            choice = fastest(torch.cuda.get_device_name(self.device), rows, length)
-        if choice.name == "graph" and (reason := self._why_no_graph(parts or self.parts, rows, length, checked)):
-            return Choice("eager", reason)
-        return choice
-
-    def _why_no_graph(self, parts: Parts, rows: int, length: int, checked: bool) -> str:
-        if missing := backends.available_backends("cuda")["triton"]:
-            return f"a graph's kernels are Triton's: {missing}"
-        if self.backend == "torch":
-            return "back-end 'torch' reads counts from the device, which a graph can't"
-        return self._graphs.why_not(parts, self.backend, rows, length, checked=checked)
-
-    def explain(self, input_ids: torch.Tensor, **batch: Any) -> Explanation:
-        """Tell how the model would run a batch as it is now, and why. Changes nothing.
-
-        Args:
-            input_ids: ``[N, S]``.
-            batch: the other inputs, which don't matter here.
-
-        Raises:
-            ValueError: ids of another shape.
-        """
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
-            got = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-            raise ValueError(f"explain: expected input_ids of shape [N, S], got {got}")
-        if self.training:
-            return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend)
-        reason = self._why_not_fused()
-        asked = "they were asked for" if self._layers == "fused" else "they can be had and are faster"
-        layers = Choice("family", reason) if reason else Choice("fused", asked)
-        return Explanation(self.engine_for(*input_ids.shape, checked=True), layers, self.backend)
-
-    @torch.compiler.disable
-    def from_graph(
-        self, ids: torch.Tensor, *others: torch.Tensor | None, rule: Criterion | None = None
-    ) -> ExitOutput | None:
-        """The answers to a batch from a CUDA graph, or None where it has to run eagerly.
-
-        Each reason for that is said once, and so is what ``"auto"`` chose.
-
-        Args:
-            ids: ``[N, S]`` int64.
-            others: attention_mask, token_type_ids and position_ids, as for the model.
-            rule: the criterion of the pass; default: the model's.
-
-        Raises:
-            RuntimeError: within somebody's capture, which could hold neither.
-        """
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "the current stream is capturing a CUDA graph, and what a batch runs hangs on its data; capture "
-                "model.fixed_depth() instead"
-            )
-        if not ids.numel():
-            return None
-        parts = self.parts if rule is None else self._parts_with(rule)
-        choice = self.engine_for(*ids.shape, parts=parts)
-        if self._engine == "auto" and self.device.type == "cuda":
-            self._say_of_engine(logging.INFO, f"engine 'auto' chose {choice.name!r}: {choice.reason}")
-        if choice.name == "graph":
-            try:
-                return self._graphs.run(parts, self.backend, ids, *others)
-            except CaptureError as error:
-                self._say_of_engine(logging.WARNING, f"engine {self._engine!r} fell back to 'eager': {error}")
-        elif self._engine == "graph":
-            self._say_of_engine(logging.WARNING, f"engine 'graph' fell back to 'eager': {choice.reason}")
-        return None
-
-    def _say_of_engine(self, level: int, message: str) -> None:
-        """Once each."""
-        if message not in self._said_of_engine:
-            self._said_of_engine.add(message)
-            logger.log(level, "%s", message)
-
-    @property
-    def layer_kind(self) -> str:
-        """Which encoder layers a batch in eval mode runs now: ``"fused"``, or the family's own, ``"family"``."""
-        return "family" if self._why_not_fused() else "fused"
-
-    def set_layers(self, layers: str) -> None:
-        """Choose the encoder layers of eval mode; training always runs the family's own.
-
-        Args:
-            layers: ``"family"``: its own. ``"fused"``: the same numbers, up to rounding, in fewer steps, on the CPU,
-                from packed copies of the weights, which take about as much memory again. The copies are made at the
-                first batch and again when a weight has changed; `refresh` tells which changes are detected.
-                ``"auto"``: fused where they can be had. Under autocast and `torch.compile` the family's own run
-                whatever was chosen.
-
-        Raises:
-            ValueError: an unknown name.
-            BackendUnavailableError: ``"fused"``, and this model can't have them.
-        """
-        if layers not in LAYERS:
-            raise ValueError(f"layers: expected one of {LAYERS}, got {layers!r}")
+    def set_layers(self, view: ModelView, layers: str) -> None:
+        """Choose the kind of encoder layers; see the model's method."""
+        _check_option("layers", layers, LAYER_KINDS)
         before, self._layers = self._layers, layers
-        self._fused.forget()
+        self.fused.forget()
         try:
-            self._why_not_fused()
+            self.layer_kind(view)
         except BackendUnavailableError:
             self._layers = before
             raise
 
     def refresh(self) -> None:
-        """Drop packed copies of weights and CUDA graphs; the next batch makes them again.
+        """Drop packed weights and CUDA graphs."""
+        self.fused.forget()
+        self.graphs.forget()
 
-        Needed only after a change that no check detects. Before each batch the model compares its modules, their
-        attributes, the address of each weight, and of each copied weight the version counter and a few elements: that
-        detects optimizer steps, loaded states, and replaced modules and tensors. It misses a write to other elements
-        than those, through something that leaves the version counter alone: ``weight.data``, a NumPy or DLPack view,
-        or inference mode.
-        """
-        self._fused.forget()
-        self._graphs.forget()
+    def explain(self, view: ModelView, rows: int, length: int) -> Explanation:
+        """Return how a batch ``[N, S]`` would run in eval mode. Changes nothing."""
+        layers = self.layer_kind(view)
+        return Explanation(self.choose_engine(view, rows, length, check_stale=True), layers, self.backend(view))
 
-    def train(self, mode: bool = True) -> Any:
-        """As in torch; packed copies of weights and graphs are dropped, since the weights will change."""
-        if mode:
-            self.refresh()
-        return super().train(mode)
+    @torch.no_grad()
+    def run(self, view: ModelView, inputs: Inputs, *, strict: bool) -> ExitOutput:
+        """Answer a batch; rows leave where the criterion says so.
 
-    def inference_layers(self) -> Sequence[Callable[..., Any]]:
-        """The L encoder layers of a pass in eval mode, ``layer(hidden, None, plan=...)``.
+        Args:
+            view: of the model.
+            inputs: checked.
+            strict: raise on invalid logits.
 
         Raises:
-            BackendUnavailableError: fused layers were asked for and can't be had any more.
+            InvalidLogitsError: there are some, and `strict` is set.
         """
-        fused, reason = self._fused_layers()
-        if self._layers == "auto" and self._said != (said := reason or "fused"):
-            self._said = said
-            self._announce(reason)
-        return self.adapter.layers(self.backbone) if fused is None else fused
+        result = self.run_graph(view, inputs) if inputs.input_ids.is_cuda else None
+        if result is None:
+            result = self._run_eagerly(view, inputs, strict) if inputs.rows else _no_answers(view)
+        self.invalid.add(result.invalid_rows, strict)
+        return result
 
-    def _announce(self, reason: str) -> None:
-        """Say once what 'auto' chose, as a warning where something is missing."""
+    def _run_eagerly(self, view: ModelView, inputs: Inputs, strict: bool) -> ExitOutput:
+        hidden, batch, keys = embed_rows(view, inputs, with_keys=view.criterion.exit_rule.uses_keys)
+        options = eager.RunOptions(
+            backend=self.backend(view), compaction=self._compaction, strict=strict, layer_macs=self._layer_macs
+        )
+        layers = self.encoder_layers(view)
+        return eager.run(hidden, batch, layers, view.heads, view.criterion, view.classes, options, keys)
+
+    @torch.no_grad()
+    def run_full_depth(self, view: ModelView, inputs: Inputs, *, strict: bool, problem_type: str) -> ExitOutput:
+        """Run every layer on every row; the answers are those of the criterion.
+
+        Args:
+            view, inputs, strict, problem_type: as for `trace`.
+        """
+        trace = self.trace(view, inputs, TraceOptions(), strict=strict, problem_type=problem_type)
+        answers, exit_layer = replay(trace, view.criterion, problem_type=problem_type, backend=self._backend)
+        return full_depth_output(trace, answers, exit_layer)
+
+    def trace(
+        self,
+        view: ModelView,
+        inputs: Inputs,
+        options: TraceOptions,
+        *,
+        strict: bool,
+        problem_type: str,
+        training: bool = False,
+    ) -> ExitTrace:
+        """Run every layer and exit on every row.
+
+        Args:
+            view: of the model.
+            inputs: checked.
+            options: what to keep.
+            strict: raise on invalid logits.
+            problem_type: of the model.
+            training: run the layers of the family. Otherwise those of eval mode run, and rows that a replay can draw
+                random numbers for get keys.
+
+        Raises:
+            ValueError: the criterion skips layers, and this is not training.
+            InvalidLogitsError: there are invalid logits, and `strict` is set.
+        """
+        if not training and view.criterion.skip_from is not None:
+            raise ValueError(
+                f"criterion {view.criterion.name!r} skips layers, which changes all later hidden states, so a "
+                "full-depth pass does not contain its answers. Run the model, or choose another criterion for the "
+                "trace (None is full depth)"
+            )
+        with_keys = not training and "halting" in view.heads.aux_names
+        if not inputs.rows:
+            return _no_exits(view, problem_type, with_keys=with_keys, training=training)
+        hidden, batch, keys = embed_rows(view, inputs, with_keys=with_keys)
+        layers = view.layers if training else self.encoder_layers(view)
+        trace = trace_exits(hidden, batch, layers, view.heads, options, keys)
+        self.invalid.add_pass(trace.logits, strict, training=training)
+        return dataclasses.replace(trace, problem_type=problem_type)
+
+    @torch.compiler.disable
+    def run_graph(self, view: ModelView, inputs: Inputs) -> ExitOutput | None:
+        """Answer a batch by a CUDA graph, or return None where it must run eagerly; each reason is logged once.
+
+        Raises:
+            RuntimeError: the current stream is capturing a graph, which cannot hold either engine.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the current stream is capturing a CUDA graph, but the work per batch is data-dependent; capture "
+                "model.fixed_depth() instead"
+            )
+        if not inputs.rows:
+            return None
+        choice = self.choose_engine(view, inputs.rows, inputs.length)
+        if self._engine == "auto":
+            self._log_once(logging.INFO, f"engine 'auto' chose {choice.name!r}: {choice.reason}")
+        if choice.name == "graph":
+            try:
+                return self.graphs.run(view, self.backend(view), inputs)
+            except CaptureError as error:
+                self._log_once(logging.WARNING, f"engine {self._engine!r} fell back to 'eager': {error}")
+        elif self._engine == "graph":
+            self._log_once(logging.WARNING, f"engine 'graph' fell back to 'eager': {choice.reason}")
+        return None
+
+    def choose_engine(self, view: ModelView, rows: int, length: int, *, check_stale: bool = False) -> Choice:
+        """Return the engine for a batch ``[N, S]`` and the reason.
+
+        Args:
+            view: of the model.
+            rows, length: N and S.
+            check_stale: as for `Graphs.unsupported_reason`.
+        """
+        if self._engine == "eager":
+            return Choice("eager", REQUESTED)
+        if view.backbone.device.type != "cuda":
+            return Choice("eager", "graphs require CUDA")
+        if torch.is_autocast_enabled("cuda"):
+            return Choice("eager", "the kernels of a graph do not support autocast")
+        choice = Choice("graph", REQUESTED)
+        if self._engine == "auto":
+            choice = fastest(torch.cuda.get_device_name(view.backbone.device), rows, length)
+        if choice.name == "graph" and (reason := self._graph_unsupported_reason(view, rows, length, check_stale)):
+            return Choice("eager", reason)
+        return choice
+
+    def _graph_unsupported_reason(self, view: ModelView, rows: int, length: int, check_stale: bool) -> str | None:
+        if missing := backends.available_backends("cuda")["triton"]:
+            return f"a graph requires Triton's kernels: {missing}"
+        backend = self.backend(view)
+        if backend == "torch":
+            return "back-end 'torch' reads counts from the device, which a graph cannot do"
+        return self.graphs.unsupported_reason(view, backend, rows, length, check_stale=check_stale)
+
+    def layer_kind(self, view: ModelView) -> Choice:
+        """Return the kind of encoder layers of the next batch, ``"fused"`` or ``"family"``, and why. Packs nothing."""
+        _, reason = self._fused_layers(view, pack=False)
         if reason:
-            logger.info("layers 'auto' chose 'family': %s", reason)
-            return
-        missing = why_not_onednn(self.dtype)
-        level = logging.WARNING if missing and self.dtype == torch.float32 else logging.INFO
-        logger.log(level, "layers 'auto' chose 'fused'%s", f" with torch's own products: {missing}" if missing else "")
+            return Choice("family", reason)
+        return Choice("fused", REQUESTED if self._layers == "fused" else "they are supported and faster")
 
-    def _fused_layers(self) -> tuple[Sequence[Callable[..., Any]] | None, str]:
-        """The fused layers, or None and why not."""
-        if reason := self._why_not_asked():
-            return None, reason
-        fused, reason = self._fused.of(self.adapter, self.backbone)
-        self._refuse_fused(reason)
-        return fused, reason
+    def encoder_layers(self, view: ModelView) -> Sequence[Callable[..., Any]]:
+        """Return the L encoder layers of eval mode, ``layer(hidden, None, plan=...)``.
 
-    def _why_not_fused(self) -> str:
-        """Empty where the next batch runs fused layers, else why not; packs nothing."""
-        if reason := self._why_not_asked():
-            return reason
-        reason = self._fused.why_not(self.adapter, self.backbone)
-        self._refuse_fused(reason)
-        return reason
+        Raises:
+            BackendUnavailableError: fused layers were requested and are no longer supported.
+        """
+        fused, reason = self._fused_layers(view, pack=True)
+        if self._layers == "auto" and (reason or "fused") not in self.logged:
+            self.logged.add(reason or "fused")
+            _log_layers(view, reason)
+        return view.layers if fused is None else fused
 
-    def _why_not_asked(self) -> str:
-        """What stands against fused layers whatever the layers are."""
+    def _fused_layers(self, view: ModelView, *, pack: bool) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
+        """Return the fused layers, if `pack` is set, and the reason against them or None.
+
+        Raises:
+            BackendUnavailableError: they were requested and are not supported.
+        """
         if self._layers == "family":
-            return "they were asked for"
+            return None, REQUESTED
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return "autocast or torch.compile is at work"
-        kind = self.device.type
-        reason = "" if kind == "cpu" else f"fused layers run on the CPU, the model is on {kind!r}"
-        self._refuse_fused(reason)
-        return reason
-
-    def _refuse_fused(self, reason: str) -> None:
+            return None, "autocast or torch.compile is active"
+        layers, reason = None, None
+        if (kind := view.backbone.device.type) != "cpu":
+            reason = f"fused layers run on the CPU, the model is on {kind!r}"
+        elif pack:
+            layers, reason = self.fused.get_or_pack(view.adapter, view.backbone)
+        else:
+            reason = self.fused.unsupported_reason(view.adapter, view.backbone)
         if reason and self._layers == "fused":
-            raise BackendUnavailableError(f"layers 'fused' can't run here: {reason}; use 'auto' or 'family'")
+            raise BackendUnavailableError(f"layers 'fused' cannot run here: {reason}; use 'auto' or 'family'")
+        return layers, reason
 
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: packed rows need the packed attention."""
-        raise ValueError(ATTENTION_IS_FIXED)
+    def _log_once(self, level: int, message: str) -> None:
+        if message not in self.logged:
+            self.logged.add(message)
+            logger.log(level, "%s", message)
+
+
+def full_depth_output(trace: ExitTrace, answers: Tensor | None = None, exit_layer: Tensor | None = None) -> ExitOutput:
+    """Return the output of a full-depth pass; by default the last exit answers every row."""
+    rows, depth, _ = trace.logits.shape
+    depths = torch.full((rows,), depth, dtype=torch.int64, device=trace.logits.device)
+    answers = trace.logits[:, -1] if answers is None else answers
+    return ExitOutput(answers, depths if exit_layer is None else exit_layer, depths.clone(), (), trace)
+
+
+def _check_option(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {options}, got {value!r}")
+
+
+def _resolved(backend: str, view: ModelView) -> str:
+    """Return the back-end that a name stands for on a model's device; a float64 model runs on torch only."""
+    name = resolve_backend(view.criterion.exit_rule.name, backend, view.backbone.device.type)
+    is_float64 = view.backbone.dtype == torch.float64
+    if is_float64 and backend not in ("auto", "torch"):
+        raise BackendUnavailableError(
+            f"backend {backend!r} does not support a float64 model; use 'auto' or 'torch', or call model.float()"
+        )
+    return "torch" if is_float64 else name
+
+
+def _log_layers(view: ModelView, reason: str | None) -> None:
+    """Log which layers 'auto' chose, as a warning if an optional part is missing."""
+    if reason:
+        logger.info("layers 'auto' chose 'family': %s", reason)
+        return
+    dtype = view.backbone.dtype
+    missing = onednn_unsupported_reason(dtype)
+    level = logging.WARNING if missing and dtype == torch.float32 else logging.INFO
+    logger.log(level, "layers 'auto' chose 'fused'%s", f" with torch's own products: {missing}" if missing else "")
+
+
+def _no_answers(view: ModelView) -> ExitOutput:
+    """Return the answers to a batch without rows."""
+    device = view.backbone.device
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return ExitOutput(torch.zeros(0, view.classes, device=device, dtype=torch.float32), none, none.clone())
+
+
+def _no_exits(view: ModelView, problem_type: str, *, with_keys: bool, training: bool) -> ExitTrace:
+    """Return the trace of a batch without rows."""
+    device, depth = view.backbone.device, len(view.layers)
+    aux = {name: torch.zeros(0, depth, device=device) for name in view.heads.aux_names if name != "gate"}
+    dtype = view.backbone.dtype if training else torch.float32
+    keys = torch.zeros(0, dtype=torch.int64, device=device) if with_keys else None
+    logits = torch.zeros(0, depth, view.classes, device=device, dtype=dtype)
+    return ExitTrace(logits, aux, keys, problem_type=problem_type)

@@ -1,4 +1,4 @@
-"""The labels of a batch, checked against the task before any loss is computed."""
+"""Checks of the labels of a batch against the task."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.objectives.base import IGNORED
+from earlyexit_kernels.types import INTEGER_DTYPES
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_REAL = (*_INTEGERS, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REAL = (*INTEGER_DTYPES, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_labels(labels: Tensor, problem_type: str, rows: int, classes: int) -> Tensor:
-    """Validate the labels of N rows, and return them as the task losses expect them.
+    """Check the labels of N rows and return them in the form that the task losses expect.
 
-    Values are checked on the CPU only, where reading them costs no synchronisation; on CUDA a class out of range fails
-    in the assertion of torch's own cross entropy.
+    Values are checked on the CPU only, where reading them does not synchronise; on CUDA a class out of range fails an
+    assertion in torch's cross entropy.
 
     Args:
         labels: integers ``[N]`` for single_label_classification, ``[N, C]`` in [0, 1] for multi_label_classification,
@@ -37,7 +37,7 @@ def check_labels(labels: Tensor, problem_type: str, rows: int, classes: int) -> 
             f"labels: expected shape {list(shapes[0])} for {problem_type} of {rows} rows and {classes} classes, got "
             f"{list(labels.shape)}"
         )
-    if labels.dtype not in (_INTEGERS if single else _REAL):
+    if labels.dtype not in (INTEGER_DTYPES if single else _REAL):
         expected = "integers" if single else "numbers"
         raise ValueError(f"labels: expected {expected} for {problem_type}, got {labels.dtype}")
     if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
-"""Bounds on the sizes that a config may ask for, checked before anything of that size is built.
+"""Limits on the sizes in a config, checked before modules of these sizes are built.
 
-They lie far above any published encoder. Without them a config from an untrusted source could keep a process busy for
-minutes, or take all its memory.
+They are far above any published encoder. Without them a config from an untrusted source could keep a process busy for
+minutes or exhaust its memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ MAX_VOCABULARY = 10_000_000
 MAX_POSITIONS = 10_000_000
 MAX_LABELS = 1_000_000
 MAX_HALTING_LAYERS = 32
-#: Of the encoder as a whole; the largest of a supported family, XLM-RoBERTa XXL, has 10.7 billion.
+#: Parameters of the whole encoder; the largest one of a supported family, XLM-RoBERTa XXL, has 10.7 billion.
 MAX_PARAMETERS = 20_000_000_000
 
-#: Entry of a backbone's config -> its bound; families have different names for one size.
+#: Entry of a backbone's config -> its limit; families name the same size differently.
 BACKBONE = {
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_hidden_groups", "inner_group_num"), MAX_LAYERS),
     **dict.fromkeys(("hidden_size", "dim", "embedding_size"), MAX_WIDTH),
@@ -35,15 +35,15 @@ HEADS = {"width": MAX_WIDTH, "attention_heads": MAX_ATTENTION_HEADS, "halting_la
 
 
 def check_sizes(where: str, data: Mapping[str, Any], bounds: Mapping[str, int]) -> None:
-    """Refuse sizes that are not whole numbers from 1 to their bound; entries that are missing or None pass.
+    """Refuse sizes that are not whole numbers from 1 to their limit; missing entries and None pass.
 
     Args:
-        where: begins the message.
+        where: beginning of the message.
         data: of a config.
         bounds: entry -> largest value.
 
     Raises:
-        ValueError: names the entry, its value and the bound.
+        ValueError: names the entry, its value and the limit.
     """
     for name, most in bounds.items():
         value = data.get(name)
@@ -54,22 +54,27 @@ def check_sizes(where: str, data: Mapping[str, Any], bounds: Mapping[str, int]) 
 
 
 def check_backbone_sizes(config: Any) -> None:
-    """Refuse a backbone's config with a size out of bounds, or with too many parameters.
+    """Refuse a backbone's config with a size above its limit, or with too many parameters.
 
     Raises:
-        ValueError: names what is out of bounds.
+        ValueError: names the size.
     """
     check_sizes("backbone_config.", {name: getattr(config, name, None) for name in BACKBONE}, BACKBONE)
-    width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
     layers = config.num_hidden_layers
     if getattr(config, "num_hidden_groups", None):
         layers = config.num_hidden_groups * config.inner_group_num
     rows = config.vocab_size + config.max_position_embeddings
-    parameters = layers * (4 * width * width + 2 * width * inner)
-    parameters += rows * (getattr(config, "embedding_size", None) or width)
+    parameters = layers * linear_weights_per_layer(config)
+    parameters += rows * (getattr(config, "embedding_size", None) or config.hidden_size)
     if parameters > MAX_PARAMETERS:
         raise ValueError(
             f"backbone_config: expected an encoder of at most {MAX_PARAMETERS:,} parameters, its sizes give "
             f"{parameters:,}; do not trust this checkpoint"
         )
+
+
+def linear_weights_per_layer(config: Any) -> int:
+    """Return the number of weights in the linears of one encoder layer, which is its multiply-adds per token."""
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
+    return 4 * width * width + 2 * width * inner

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold: every weight, in place, in whole safetensors files of the same save as its config."""
+"""Checks of a checkpoint: all weights are present, in complete safetensors files of the same save as the config."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ DIGEST = "weights_digest"
 def check_loaded(
     info: Mapping[str, Any], source: Any, tensors: Mapping[str, StoredTensor], *, allow_new_heads: bool
 ) -> None:
-    """Raise where transformers had to make weights up, or to leave some out.
+    """Refuse a load in which transformers initialised missing weights or ignored some of the checkpoint.
 
     Args:
         info: the loading info of transformers.
         source: of the checkpoint, for the message.
-        tensors: what its files hold, for the message.
-        allow_new_heads: accept missing weights of the exits, which are then freshly initialised.
+        tensors: tensors in its files, for the message.
+        allow_new_heads: accept missing weights of the exits, which are then randomly initialised.
 
     Raises:
         MissingHeadsError: the checkpoint lacks weights.
-        RuntimeError: weights have another shape, or no place in the model.
+        RuntimeError: weights have another shape, or are not part of the model.
     """
     missing = sorted(info["missing_keys"])
     encoder = [name for name in missing if not name.startswith("heads.")]
     if encoder:
         raise MissingHeadsError(
-            f"the checkpoint {str(source)!r} lacks {_listed(encoder)} of the encoder, which would be random numbers; "
+            f"the checkpoint {str(source)!r} lacks {_listed(encoder)} of the encoder, which would be random; "
             "copy the whole checkpoint again, or save the model again"
         )
     if missing and not allow_new_heads:
         raise MissingHeadsError(
-            f"the checkpoint {str(source)!r} lacks {_listed(missing)}, which would be random numbers. Train and save "
+            f"the checkpoint {str(source)!r} lacks {_listed(missing)}, which would be random. Train and save "
             "the model, or pass allow_new_heads=True to start with fresh ones"
         )
     mismatched = [
@@ -50,8 +50,8 @@ def check_loaded(
         for key, found, expected in sorted(info["mismatched_keys"])
     ]
     wrong = {
-        "have another shape than the config says": mismatched,
-        "have no place in the model the config describes": sorted(info["unexpected_keys"]),
+        "have another shape than in the config": mismatched,
+        "are not part of the model in the config": sorted(info["unexpected_keys"]),
     }
     for problem, keys in wrong.items():
         if keys:
@@ -62,7 +62,7 @@ def check_loaded(
 
 
 def record_digest(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write the digest of the weights into the config saved beside them."""
+    """Write the digest of the weights into the config saved with them."""
     path = folder / CONFIG
     if tensors and path.is_file():
         data = {**json.loads(path.read_text(encoding="utf-8")), DIGEST: digest(tensors)}
@@ -70,12 +70,12 @@ def record_digest(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def check_one_save(source: Any, tensors: Mapping[str, StoredTensor], arguments: Mapping[str, Any]) -> None:
-    """Raise where config and weights are of different saves; a config without a digest is accepted.
+    """Refuse a config and weights of different saves; a config without a digest is accepted.
 
     Args:
         source: folder or hub name.
-        tensors: what the files of weights hold.
-        arguments: of `from_pretrained`. A variant has a config in common with other weights, and is not checked.
+        tensors: tensors in the files of weights.
+        arguments: of `from_pretrained`. A variant shares its config with other weights and is not checked.
 
     Raises:
         RuntimeError: the weights are not those that the config was saved with.
@@ -104,7 +104,7 @@ def _listed(keys: list[str]) -> str:
 
 
 def corrupt_files(source: Any) -> str:
-    """Names of the safetensors files in a local folder that can't be opened, or the source's own name."""
+    """Return the names of the corrupt safetensors files in a local folder, or the name of the source."""
     folder = Path(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else None
     broken = []
     for path in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():

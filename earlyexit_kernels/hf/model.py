@@ -1,62 +1,63 @@
-"""The Hugging Face face: a sequence classifier with an exit after every layer, over any supported backbone."""
+"""A sequence classifier of transformers with an exit after every layer, over any supported backbone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, initialization
-from transformers.utils import ModelOutput
 
 from earlyexit_kernels.backbones import adapter_of, check_parts
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
-from earlyexit_kernels.engine import eager, full_depth
+from earlyexit_kernels.engine.choice import Choice, Explanation
 from earlyexit_kernels.engine.fixed_depth import FixedDepth
-from earlyexit_kernels.engine.inputs import check_inputs, refuse_other_arguments
-from earlyexit_kernels.engine.invalid import InvalidRows
-from earlyexit_kernels.engine.packing import PACKED_ATTENTION, PackedBatch, check_attention, pack, row_keys
-from earlyexit_kernels.engine.replay import replay
-from earlyexit_kernels.heads import ExitHeads, HeadConfig, StartsAt
+from earlyexit_kernels.engine.full_depth import TraceOptions
+from earlyexit_kernels.engine.inputs import Inputs, check_inputs, refuse_other_arguments
+from earlyexit_kernels.engine.packing import PACKED_ATTENTION
+from earlyexit_kernels.engine.resident import ModelView
+from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
 from earlyexit_kernels.hf.checkpoint import Checkpointed
 from earlyexit_kernels.hf.config import EarlyExitConfig
-from earlyexit_kernels.hf.execution import RuntimeChoices
+from earlyexit_kernels.hf.execution import Execution, full_depth_output
 from earlyexit_kernels.hf.labels import check_labels
-from earlyexit_kernels.hf.phase_state import PhasedTraining
-from earlyexit_kernels.objectives import mean_task_loss, objective_of
-from earlyexit_kernels.types import ExitOutput, ExitTrace
+from earlyexit_kernels.hf.limits import linear_weights_per_layer
+from earlyexit_kernels.hf.output import EarlyExitOutput
+from earlyexit_kernels.hf.phase_state import PhaseState
+from earlyexit_kernels.objectives import Objective, PhaseSpec, mean_task_loss, objective_of
+from earlyexit_kernels.types import ExitTrace, default_problem_type
 
-_Inputs: TypeAlias = tuple[Tensor | None, ...]
-
-
-@dataclass
-class EarlyExitOutput(ModelOutput):
-    """What the model returns, in request order.
-
-    Attributes:
-        loss: scalar; in train mode the method's objective, in eval mode the task loss of `logits`.
-        logits: ``[N, C]``, float32 in eval mode whatever the model's dtype; its softmax is the answer.
-        exit_layer: ``[N]`` int64, 1-based depth of the answering head.
-        layers_run: ``[N]`` int64, layers computed for the row.
-        all_logits: ``[N, L, C]`` in train mode or with `output_all_logits=True`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    exit_layer: Tensor | None = None
-    layers_run: Tensor | None = None
-    all_logits: Tensor | None = None
+IN_TRAINING = "the model is in train mode, where every row runs all layers; call model.eval()"
 
 
-class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeChoices):
-    """A sequence classifier whose rows leave at the exit that is sure of them, at any batch size.
+class EarlyExitForSequenceClassification(Checkpointed):
+    """Sequence classifier with an exit after every layer; each row of a batch leaves as soon as the criterion allows.
 
-    Built by `to_early_exit`, or by ``AutoModelForSequenceClassification.from_pretrained`` of a saved one.
+    Built by `to_early_exit`, or by ``AutoModelForSequenceClassification.from_pretrained`` from a saved one.
 
     Args:
-        config: with the backbone's own config inside.
+        config: with the config of the backbone inside.
         backbone: the encoder; default: built from the config.
+
+    Attributes:
+        execution: how batches run: options, packed weights, CUDA graphs.
+        phase_state: training method, current phase and the parameters it has frozen.
+
+    Example:
+
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> from transformers import BertConfig
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> config = ee.EarlyExitConfig(backbone_config=BertConfig(vocab_size=50, **sizes))
+        >>> model = ee.EarlyExitForSequenceClassification(config).eval()
+        >>> model.set_criterion(ee.criteria.MaxProbability(threshold=0.4))  # every row of two classes passes this
+        >>> output = model(input_ids=torch.tensor([[2, 7, 3], [2, 9, 3]]))
+        >>> output.exit_layer.tolist(), tuple(output.logits.shape)
+        ([1, 1], (2, 2))
+        >>> model.set_criterion(None)
+        >>> model(input_ids=torch.tensor([[2, 7, 3], [2, 9, 3]])).exit_layer.tolist()
+        [3, 3]
     """
 
     config_class = EarlyExitConfig
@@ -72,8 +73,8 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         encoder: Any = config.backbone_config
         if encoder is None:
             raise ValueError(
-                "the config has no backbone_config, so this is no early-exit checkpoint; load a stock one with "
-                "AutoModelForSequenceClassification and give it exits with to_early_exit"
+                "the config has no backbone_config, so this is not an early-exit checkpoint; load a stock one with "
+                "AutoModelForSequenceClassification and convert it with to_early_exit"
             )
         self.adapter = adapter_of(encoder.model_type)
         if backbone is None:
@@ -87,31 +88,33 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig.from_dict(config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self._invalid = InvalidRows()
-        self._layer_macs = _layer_macs(encoder)
+        self.execution = Execution(linear_weights_per_layer(encoder))
+        self.phase_state = PhaseState()
         self.set_objective(objective_of(config.method))
         self.set_criterion(config.exit_criterion())
         self.post_init()
 
     @property
-    def criterion(self) -> Criterion | None:
-        """The exit criterion in force; None is full depth."""
-        return None if isinstance(rule := self._criterion, FullDepth) else rule
+    def problem_type(self) -> str:
+        """The task, as in transformers; never None."""
+        config: Any = self.config
+        return config.problem_type or default_problem_type(config.num_labels)
 
     @property
-    def invalid_rows(self) -> int:
-        """Rows met so far with logits without a meaning, once for each exit; after training, reading synchronises."""
-        return self._invalid.total()
+    def criterion(self) -> Criterion | None:
+        """The current exit criterion; None: full depth."""
+        return None if isinstance(rule := self._criterion, FullDepth) else rule
 
     def set_criterion(self, criterion: Criterion | None) -> None:
-        """Choose who may leave where; it is saved with the model. A forward pass under way keeps the one before.
+        """Choose the exit criterion, which is saved with the model. A forward pass under way keeps the previous one.
 
         Args:
-            criterion: a rule of `earlyexit_kernels.criteria`, or None for full depth.
+            criterion: one of `earlyexit_kernels.criteria`, or None for full depth.
 
         Raises:
             TypeError: not a criterion.
-            ValueError: the heads lack what it needs, or it has no meaning for this task.
+            ValueError: it does not fit the heads or the task.
+            BackendUnavailableError: the chosen back-end does not implement it.
         """
         if criterion is not None and not isinstance(criterion, Criterion):
             raise TypeError(f"criterion: expected one of earlyexit_kernels.criteria or None, got {criterion!r}")
@@ -120,13 +123,142 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         check_fits(
             rule, depth=self.depth, classes=config.num_labels, problem_type=self.problem_type, aux=self.heads.aux_names
         )
+        self.execution.check_criterion(self.view(rule))
         self._criterion = rule
         config.criterion = None if isinstance(rule, FullDepth) else rule.to_dict()
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, on the backbone, whose config is the one saved; the stock model keeps its embeddings."""
-        backbone: Any = self.backbone
-        return backbone.resize_token_embeddings(*args, **kwargs)
+    @property
+    def invalid_rows(self) -> int:
+        """Number of rows with invalid logits so far, once for each exit; reading it after training synchronises."""
+        return self.execution.invalid.total()
+
+    @property
+    def backend(self) -> str:
+        """The back-end of the ops on the device of this model; a float64 model runs on torch only."""
+        return self.execution.backend(self.view())
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the back-end of the ops.
+
+        Args:
+            backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"cpp"``.
+
+        Raises:
+            ValueError: an unknown name.
+            BackendUnavailableError: it cannot run on the device of this model or in float64, or does not implement the
+                criterion.
+        """
+        self.execution.set_backend(self.view(), backend)
+
+    def set_engine(self, engine: str) -> None:
+        """Choose the engine that runs a batch in eval mode.
+
+        Args:
+            engine: ``"eager"``: layer by layer, on any device. ``"graph"``: one CUDA graph for each bucket of batch
+                sizes, captured at first use, which does not synchronise until the batch is answered; batches that a
+                graph does not support run eagerly, which is logged once. ``"auto"``: the faster one by a table of
+                measurements; see `explain`.
+
+        Raises:
+            ValueError: an unknown name.
+            BackendUnavailableError: ``"graph"``, and the model is not on a CUDA device, or Triton is missing.
+        """
+        self.execution.set_engine(self.view(), engine)
+
+    @property
+    def layer_kind(self) -> str:
+        """The kind of encoder layers of the next batch in eval mode, ``"fused"`` or ``"family"``."""
+        return self.execution.layer_kind(self.view()).name
+
+    def set_layers(self, layers: str) -> None:
+        """Choose the encoder layers of eval mode; training always runs those of the family.
+
+        Args:
+            layers: ``"family"``: the layers of transformers. ``"fused"``: the same function, up to rounding, in fewer
+                steps, on the CPU, from packed copies of the weights, which take about as much memory again. The copies
+                are made at the first batch, and again after a change of the weights; see `refresh`. ``"auto"``: fused
+                where they are supported. Under autocast and `torch.compile` those of the family always run.
+
+        Raises:
+            ValueError: an unknown name.
+            BackendUnavailableError: ``"fused"``, and this model does not support them.
+        """
+        self.execution.set_layers(self.view(), layers)
+
+    @property
+    def compaction(self) -> str:
+        """When live rows are moved together: ``"auto"`` (when it pays), ``"always"`` (at every exit) or ``"never"``."""
+        return self.execution.compaction
+
+    @compaction.setter
+    def compaction(self, compaction: str) -> None:
+        self.execution.compaction = compaction
+
+    def explain(self, input_ids: Tensor, **batch: Any) -> Explanation:
+        """Return how the model would run a batch now, and why. Changes nothing.
+
+        Args:
+            input_ids: ``[N, S]``.
+            batch: the other inputs, which have no influence here.
+
+        Raises:
+            ValueError: `input_ids` has another shape.
+        """
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise ValueError(f"explain: expected input_ids of shape [N, S], got {got}")
+        if self.training:
+            return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend)
+        return self.execution.explain(self.view(), *input_ids.shape)
+
+    def refresh(self) -> None:
+        """Drop packed copies of weights and CUDA graphs; the next batch makes them again.
+
+        Needed only after a change that is not detected. Before each batch the model compares its modules, their
+        attributes, the address of each weight, and of each copied weight the version counter and a few elements. This
+        detects optimizer steps, loaded states, and replaced modules and tensors. It does not detect a write to other
+        elements through ``weight.data``, a NumPy or DLPack view, or in inference mode.
+        """
+        self.execution.refresh()
+
+    def view(self, criterion: Criterion | None = None) -> ModelView:
+        """Return the parts of the model that a batch needs.
+
+        Args:
+            criterion: of the pass; default: the current one.
+        """
+        config: Any = self.config
+        rule = self._criterion if criterion is None else criterion
+        return ModelView(self.adapter, self.backbone, self.heads, rule, config.num_labels)
+
+    @property
+    def objective(self) -> Objective:
+        """The training method."""
+        return self.phase_state.objective
+
+    def set_objective(self, objective: Objective) -> None:
+        """Choose the training method, which is saved with the model.
+
+        Raises:
+            ValueError: it does not fit the heads or the task.
+        """
+        self.phase_state.set_objective(self, objective)
+        config: Any = self.config
+        config.method = objective.to_dict()
+
+    @property
+    def phase(self) -> PhaseSpec | None:
+        """The current training phase; None before `earlyexit_kernels.phases` has entered one."""
+        return self.phase_state.spec
+
+    def train(self, mode: bool = True) -> Any:
+        """Set train or eval mode; train mode drops packed weights and graphs, and keeps frozen modules in eval mode."""
+        if mode:
+            self.refresh()
+        super().train(mode)
+        if mode:
+            self.phase_state.rest()
+        return self
 
     def forward(
         self,
@@ -146,39 +278,43 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
         Args:
             input_ids: ``[N, S]`` integers.
             attention_mask: ``[N, S]``, nonzero for tokens, holes allowed; default: all are tokens.
-            token_type_ids, position_ids: ``[N, S]`` integers; default: as the stock model computes them.
+            token_type_ids, position_ids: ``[N, S]`` integers; default: those of the stock model.
             labels: ``[N]``, or ``[N, C]`` for several labels a row.
-            output_all_logits: run every layer on every row and return the logits of every exit; the answers are those
-                of the criterion all the same. Refused under a criterion that skips layers.
-            output_hidden_states, output_attentions: refused, since rows leave on the way; default: the config's.
-            return_dict: False for a tuple.
-            others: further arguments of stock models, None each.
+            output_all_logits: also return the logits of every exit, for which every layer runs on every row; the
+                answers remain those of the criterion. Not supported by a criterion that skips layers.
+            output_hidden_states, output_attentions: not supported; default: those of the config.
+            return_dict: False returns a tuple.
+            others: further arguments of stock models; must be None or False.
 
         Raises:
             ValueError: input or labels of a wrong shape, dtype, value, length or padding side.
-            TypeError: an argument that isn't supported, `inputs_embeds` for instance.
-            InvalidLogitsError: logits without a meaning, in a strict model.
-            AttentionReplacedError: somebody set another attention on the backbone.
+            TypeError: an unsupported argument, such as `inputs_embeds`.
+            InvalidLogitsError: invalid logits in a strict model.
+            AttentionReplacedError: the attention of the backbone has been changed.
         """
         config: Any = self.config
-        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if wanted or (config.output_attentions if output_attentions is None else output_attentions):
+        hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if hidden_states or (config.output_attentions if output_attentions is None else output_attentions):
             raise ValueError(
-                "output_hidden_states and output_attentions aren't available: rows leave on the way, so there is no "
-                "full set to return; call model.backbone for them"
+                "output_hidden_states and output_attentions are not supported: rows leave at different layers, so "
+                "there is no full set to return; call model.backbone instead"
             )
         refuse_other_arguments(others)
-        if labels is not None and isinstance(input_ids, Tensor):
-            labels = check_labels(labels, self.problem_type, input_ids.shape[0], self.config.num_labels)
-        # read once: another thread may set a criterion before this pass ends
-        inputs, rule = (input_ids, attention_mask, token_type_ids, position_ids), self._criterion
+        inputs = self._checked(Inputs(input_ids, attention_mask, token_type_ids, position_ids))  # type: ignore[arg-type]
+        if labels is not None:
+            labels = check_labels(labels, self.problem_type, inputs.rows, config.num_labels)
+        # one view for the pass: another thread may set a criterion before it ends
+        view, task, strict = self.view(), self.problem_type, bool(config.strict)
         if self.training:
-            trace = self._trace(inputs, self.training_collect(), rule)
-            loss = self.training_loss(trace, labels)
-            result = self._full_depth(trace, trace.logits[:, -1])
+            options = self.phase_state.trace_options(task)
+            trace = self.execution.trace(view, inputs, options, strict=strict, problem_type=task, training=True)
+            loss, result = self.phase_state.loss(self.heads, trace, labels, task), full_depth_output(trace)
         else:
-            result = self._traced_answers(inputs, rule) if output_all_logits else self._answers(inputs, rule)
-            loss = None if labels is None else mean_task_loss(result.logits, labels, self.problem_type)
+            if output_all_logits:
+                result = self.execution.run_full_depth(view, inputs, strict=strict, problem_type=task)
+            else:
+                result = self.execution.run(view, inputs, strict=strict)
+            loss = None if labels is None else mean_task_loss(result.logits, labels, task)
         output = EarlyExitOutput(
             loss=loss,
             logits=result.logits,
@@ -190,163 +326,64 @@ class EarlyExitForSequenceClassification(Checkpointed, PhasedTraining, RuntimeCh
 
     @torch.no_grad()
     def trace(self, **batch: Tensor) -> ExitTrace:
-        """The outputs of every exit on a batch, from one full-depth pass; `replay` sweeps criteria over it.
+        """Return the outputs of every exit on a batch, from one full-depth pass, for `replay`.
 
         Args:
             batch: as for `forward`; labels are ignored.
 
         Raises:
-            RuntimeError: the model is in train mode, where dropout would colour the trace.
+            RuntimeError: the model is in train mode, in which dropout would change the outputs.
             ValueError: an unknown input, or the criterion skips layers.
         """
         if self.training:
             raise RuntimeError("trace: expected the model in eval mode, got train mode; call model.eval() first")
-        inputs = {k: v for k, v in batch.items() if k != "labels" and v is not None}
-        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-        unknown = sorted(set(inputs) - set(names))
+        given = {k: v for k, v in batch.items() if k != "labels" and v is not None}
+        unknown = sorted(set(given) - set(Inputs._fields))
         if unknown:
-            raise ValueError(f"trace: expected inputs among {names}, got {unknown}")
-        return self._trace(tuple(inputs.get(n) for n in names), full_depth.Collect(), self._criterion)
+            raise ValueError(f"trace: expected inputs among {Inputs._fields}, got {unknown}")
+        inputs, strict = self._checked(Inputs(**{"input_ids": None, **given})), bool(self.config.strict)  # type: ignore
+        return self.execution.trace(self.view(), inputs, TraceOptions(), strict=strict, problem_type=self.problem_type)
 
     def fixed_depth(self) -> FixedDepth:
-        """This model for `torch.compile(fullgraph=True)`, `torch.export` and capture in a CUDA graph.
+        """Return a module of this model for `torch.compile(fullgraph=True)`, `torch.export` and CUDA graph capture.
 
-        It shares the parameters, and answers by the criterion now in force, but every row runs every layer: see
+        It shares the parameters and answers by the current criterion, but runs every layer on every row; see
         `earlyexit_kernels.engine.fixed_depth`.
 
         Raises:
             RuntimeError: the model is in train mode.
-            ValueError: the model is strict, which asks for a look at the logits.
+            ValueError: the model is strict, which requires reading the logits.
         """
         if self.config.strict:
             raise ValueError(
-                "fixed_depth: strict=True looks at the logits of every exit, which ends a graph; set "
+                "fixed_depth: strict=True reads the logits of every exit, which ends a graph; set "
                 "model.config.strict = False"
             )
         return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
 
-    @torch.no_grad()
-    def _answers(self, inputs: _Inputs, rule: Criterion) -> ExitOutput:
-        """Rows leave where the criterion says so."""
-        if (
-            self.device.type == "cuda"
-            and (result := self.from_graph(self._checked(inputs), *inputs[1:], rule=rule)) is not None
-        ):
-            self._invalid.add(result.invalid_rows, bool(self.config.strict))
-            return result
-        packed = self._packed(inputs, rule.exit_rule.uses_keys)
-        if packed is None:
-            return self._full_depth(self._no_rows())
-        hidden, batch, keys = packed
-        settings = eager.Settings(
-            backend=self.backend,
-            compaction=self.compaction,
-            strict=bool(self.config.strict),
-            layer_macs=self._layer_macs,
-        )
-        layers, classes = self.inference_layers(), self.config.num_labels
-        result = eager.run(hidden, batch, layers, self.heads, rule, classes, settings, keys)
-        self._invalid.add(result.invalid_rows, bool(self.config.strict))
-        return result
-
-    @torch.no_grad()
-    def _traced_answers(self, inputs: _Inputs, rule: Criterion) -> ExitOutput:
-        """Every layer runs on every row; the answers are the criterion's all the same."""
-        trace = self._trace(inputs, full_depth.Collect(), rule)
-        answers, exit_layer = replay(trace, rule, problem_type=self.problem_type, backend=self._backend)
-        return self._full_depth(trace, answers, exit_layer)
-
-    def _trace(self, inputs: _Inputs, collect: full_depth.Collect, rule: Criterion) -> ExitTrace:
-        if not self.training and rule.skip_from is not None:
+    def _checked(self, given: Inputs) -> Inputs:
+        """Check the inputs of a pass, and that the backbone still fits the exits."""
+        layers = len(self.adapter.layers(self.backbone))
+        if layers != self.depth:
             raise ValueError(
-                f"criterion {rule.name!r} skips layers, which changes all later hidden states: no pass "
-                "through all layers holds its answers. Run the model, or choose another criterion (None is full depth) "
-                "for the trace"
-            )
-        packed = self._packed(inputs, self._wants_keys())
-        if packed is None:
-            return self._no_rows()
-        hidden, batch, keys = packed
-        layers = self.adapter.layers(self.backbone) if self.training else self.inference_layers()
-        trace = full_depth.trace_exits(hidden, batch, layers, self.heads, collect, keys)
-        self._invalid.add_pass(trace.logits, bool(self.config.strict), training=self.training)
-        return replace(trace, problem_type=self.problem_type)
-
-    def _full_depth(
-        self, trace: ExitTrace, answers: Tensor | None = None, exit_layer: Tensor | None = None
-    ) -> ExitOutput:
-        """What a pass through all layers returns; by default the last exit answers."""
-        rows = trace.logits.shape[0]
-        depths = torch.full((rows,), self.depth, dtype=torch.int64, device=trace.logits.device)
-        answers = trace.logits[:, -1] if answers is None else answers
-        return ExitOutput(answers, depths if exit_layer is None else exit_layer, depths.clone(), (), trace)
-
-    def _checked(self, inputs: _Inputs) -> Tensor:
-        """The input's ids ``[N, S]`` int64, with everything checked."""
-        backbone: Any = self.backbone
-        check_attention(backbone.config._attn_implementation)
-        if (layers := len(self.adapter.layers(backbone))) != self.depth:
-            raise ValueError(
-                f"the backbone has {layers} layers, the model exits for {self.depth}; change the layers of the stock "
+                f"the backbone has {layers} layers, the model has {self.depth} exits; change the layers of the stock "
                 "model and its config.num_hidden_layers before to_early_exit"
             )
-        embeddings = backbone.get_input_embeddings()
-        self.heads.check_beside(embeddings.weight)
-        input_ids, attention_mask, token_type_ids, position_ids = inputs
-        return check_inputs(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            device=self.device,
-            longest=self.adapter.longest(backbone.config),
-            limits={
-                "input_ids": embeddings.num_embeddings,
-                "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
-                "position_ids": backbone.config.max_position_embeddings,
-            },
-        )
+        backbone: Any = self.backbone
+        self.heads.check_beside(backbone.get_input_embeddings().weight)
+        return check_inputs(given, self.adapter, backbone)
 
-    def _packed(self, inputs: _Inputs, with_keys: bool) -> tuple[Tensor, PackedBatch, Tensor | None] | None:
-        """Checked, packed and embedded: hidden ``[1, T, H]``, the rows, their keys; None for an empty batch."""
-        ids, backbone = self._checked(inputs), self.backbone
-        _, attention_mask, token_type_ids, position_ids = inputs
-        if ids.shape[0] == 0:
-            return None
-        batch = pack(ids, attention_mask, first_token=self.heads.config.pooling != "mean")
-        if position_ids is None:
-            position_ids = self.adapter.positions(backbone, ids)
-        types = torch.zeros_like(ids) if token_type_ids is None else token_type_ids
-        tokens = batch.take(ids)
-        hidden = self.adapter.first_states(
-            backbone, tokens, batch.take(position_ids.expand(ids.shape)), batch.take(types.expand(ids.shape))
-        )
-        return hidden, batch, row_keys(tokens, batch.offsets) if with_keys else None
-
-    def _wants_keys(self) -> bool:
-        """Whether a trace keeps the rows' keys: for a rule that draws, in a replay."""
-        return not self.training and "halting" in self.heads.aux_names
-
-    def _no_rows(self) -> ExitTrace:
-        device, classes = self.device, self.config.num_labels
-        names = [n for n in self.heads.aux_names if n != "gate"]
-        aux = {n: torch.zeros(0, self.depth, device=device) for n in names}
-        dtype = self.dtype if self.training else torch.float32
-        keys = torch.zeros(0, dtype=torch.int64, device=device) if self._wants_keys() else None
-        logits = torch.zeros(0, self.depth, classes, device=device, dtype=dtype)
-        return ExitTrace(logits, aux, keys, problem_type=self.problem_type)
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resize the embeddings of the backbone, as in transformers; those of the stock model keep their size."""
+        backbone: Any = self.backbone
+        return backbone.resize_token_embeddings(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, StartsAt):
-            initialization.constant_(module.bias, module.first_bias)
+        if isinstance(module, LinearWithInitialBias):
+            initialization.constant_(module.bias, module.initial_bias)
 
 
 def early_exit_model_in(module: nn.Module) -> EarlyExitForSequenceClassification | None:
-    """The early-exit model that a module is or wraps, as DistributedDataParallel and PEFT do; None without one."""
+    """Return the early-exit model that a module is or wraps, as DistributedDataParallel and PEFT do, or None."""
     return next((m for m in module.modules() if isinstance(m, EarlyExitForSequenceClassification)), None)
-
-
-def _layer_macs(config: Any) -> int:
-    width, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return 4 * width * width + 2 * width * inner

@@ -1,4 +1,4 @@
-"""Answers and exits over a whole data set."""
+"""Predictions and exit layers over a data set."""
 
 from __future__ import annotations
 
@@ -19,13 +19,22 @@ _LABELS = ("labels", "label")
 
 @dataclass(frozen=True)
 class ExitPredictions:
-    """Answers over a data set, in its order.
+    """Predictions over a data set, in its order.
 
     Attributes:
         logits: ``[N, C]`` float32.
-        exit_layer: ``[N]`` int64, 1-based depth of the answering head.
-        layers_run: ``[N]`` int64.
-        labels: ``[N]`` or ``[N, C]``, or None where the data set has none.
+        exit_layer: ``[N]`` int64, 1-based layer of the exit that answered.
+        layers_run: ``[N]`` int64, number of layers computed for the row.
+        labels: ``[N]`` or ``[N, C]``, or None if the data set has none.
+
+    Example:
+
+        >>> import numpy as np
+        >>> from earlyexit_kernels import ExitPredictions
+        >>> exits = np.array([1, 3])
+        >>> found = ExitPredictions(np.array([[2.0, 0.0], [0.0, 1.0]]), exits, exits, np.array([0, 0]))
+        >>> float((found.logits.argmax(axis=1) == found.labels).mean()), float(found.layers_run.mean())
+        (0.5, 2.0)
     """
 
     logits: np.ndarray
@@ -41,21 +50,33 @@ def predict_with_exits(
     batch_size: int = 32,
     collate_fn: Callable[[list[Any]], Mapping[str, Tensor]] | None = None,
 ) -> ExitPredictions:
-    """Run an early-exit model over a data set in eval mode, keeping exit layers, which ``Trainer.predict`` drops.
+    """Run an early-exit model over a data set in eval mode and keep exit layers, which ``Trainer.predict`` drops.
 
     Args:
-        model_or_trainer: the model, alone or wrapped as PEFT does, or a Trainer, whose collator and evaluation batch
+        model_or_trainer: the model, which may be wrapped as by PEFT, or a Trainer, whose collator and evaluation batch
             size are then used.
-        dataset: items are mappings with `input_ids` and, where present, `attention_mask`, `token_type_ids`,
-            `position_ids`, `labels`.
-        batch_size: of a bare model.
-        collate_fn: of a bare model; default: pad on the right with the backbone's pad token.
+        dataset: items are mappings with `input_ids` and optionally `attention_mask`, `token_type_ids`, `position_ids`,
+            `labels`.
+        batch_size: without a Trainer.
+        collate_fn: without a Trainer; default: pad on the right with the pad token of the backbone.
 
     Returns:
-        The predictions of the whole data set, in every process where a Trainer runs several.
+        The predictions of the whole data set, in every process of a distributed Trainer.
 
     Raises:
-        TypeError: neither an early-exit model nor a Trainer around one.
+        TypeError: neither an early-exit model nor a Trainer of one.
+
+    Example:
+
+        >>> import earlyexit_kernels as ee
+        >>> from transformers import BertConfig
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> model = ee.EarlyExitForSequenceClassification(ee.EarlyExitConfig(backbone_config=BertConfig(**sizes)))
+        >>> model.set_criterion(ee.criteria.MaxProbability(threshold=0.4))  # two classes always pass this
+        >>> rows = [{"input_ids": [101, 7, 102], "label": 1}, {"input_ids": [101, 102], "label": 0}]
+        >>> found = ee.predict_with_exits(model, rows)
+        >>> found.logits.shape, found.exit_layer.tolist(), found.labels.tolist()
+        ((2, 2), [1, 1], [1, 0])
     """
     is_trainer = hasattr(model_or_trainer, "get_test_dataloader")
     given = model_or_trainer.model if is_trainer else model_or_trainer
@@ -86,7 +107,7 @@ def _as_they_are(tensors: Any) -> Any:
 
 
 def _predict(model: EarlyExitForSequenceClassification, loader: Any, gather: Callable[[Any], Any]) -> ExitPredictions:
-    """Run over the batches; `gather` brings the rows of all processes together."""
+    """Run over the batches; `gather` collects the rows of all processes."""
     parts: list[tuple[np.ndarray, ...]] = []
     labels: list[np.ndarray] = []
     with torch.inference_mode():

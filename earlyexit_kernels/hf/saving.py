@@ -1,8 +1,8 @@
-"""Save several files as one: all of them reach a folder, or none, whatever ends the process.
+"""Atomic saves: all files of a save reach a folder or none, even if the process is killed.
 
-The files are first written to a temporary folder inside the target, so that both lie on one file system. A rename of
-that folder makes the save valid; then each file is moved to its place. If the process ends between these moves,
-`check_finished` refuses the target until `finish_save` or another save has completed them.
+The files are first written to a temporary folder inside the target, on the same file system. A rename of that folder
+makes the save valid; then each file is moved into place. If the process ends between these moves, `check_finished`
+refuses the target until `finish_save` or another save has completed them.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ WEIGHTS = re.compile(
     r"model(?P<variant>\.[^./]+?)?(-\d{5}-of-\d{5})?\.safetensors"
     r"|model\.safetensors\.index(?P<index_variant>\.[^./]+)?\.json"
 )
-#: Raised by `flock` where a file system has no locks; two processes that save there at once are then not kept apart.
+#: Errors of `flock` on file systems without locks, where two processes that save at once are not kept apart.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 
 
 class UnfinishedSaveError(OSError):
-    """A save is valid, but not all of its files could be moved to their places; none of them is lost."""
+    """A save is valid, but not all of its files could be moved into place; none of them is lost."""
 
 
 @contextmanager
 def saved_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Collect the files of one save in a temporary folder, and move them into `folder` together.
+    """Collect the files of one save in a temporary folder, then move them all into `folder`.
 
     Other files of the folder are kept, except weights of an earlier save that the new weights replace. If the body of
-    the ``with`` statement raises, the folder stays as it was.
+    the ``with`` statement raises, the folder is unchanged.
 
     Args:
         folder: created if it does not exist.
@@ -50,15 +50,17 @@ def saved_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
         The temporary folder to write to.
 
     Raises:
-        OSError: the files cannot be written.
+        OSError: the files cannot be written, or `folder` is a file.
     """
     target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"save: expected a folder, got the file {target}; choose another name, or remove it")
     target.mkdir(parents=True, exist_ok=True)
     with ExitStack() as cleanup:
         with _locked(target):
             staged = Path(tempfile.mkdtemp(prefix=STAGING, dir=target))
             cleanup.callback(shutil.rmtree, staged, ignore_errors=True)
-            # held until the end, so that no other process takes the folder for an abandoned one
+            # held until the end, so that no other process removes the folder as an abandoned one
             cleanup.enter_context(_locked(staged))
             _remove_abandoned(target, staged)
         (staged / FILES).mkdir()
@@ -74,7 +76,7 @@ def saved_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def finish_save(folder: str | os.PathLike[str]) -> None:
-    """Move the remaining files of an interrupted save to their places; nothing happens where no save was interrupted.
+    """Move the remaining files of an interrupted save into place; does nothing if no save was interrupted.
 
     Raises:
         OSError: a file cannot be moved or removed.
@@ -84,7 +86,7 @@ def finish_save(folder: str | os.PathLike[str]) -> None:
 
 
 def check_finished(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder in which a save is unfinished, whose files may belong to two saves.
+    """Refuse a folder with an unfinished save, whose files may belong to two saves.
 
     Raises:
         RuntimeError: a save is unfinished; the message says how to finish it.
@@ -97,14 +99,14 @@ def check_finished(folder: str | os.PathLike[str]) -> None:
 
 
 def save_or_rescue(folder: Path, *savers: Callable[[Path], Any]) -> None:
-    """Save what took long to compute: in `folder`, or else in a new folder among the system's temporary files.
+    """Save to `folder`, or, if that fails, to a new folder in the system's temporary directory.
 
     Args:
         folder: gets all files, or none.
         savers: each writes some of the files to the folder it is given.
 
     Raises:
-        OSError: the files are not in `folder`; the message says where they are instead, or that they are nowhere.
+        OSError: the files are not in `folder`; the message says where they are, or that they are lost.
     """
 
     def save(place: Path) -> None:
@@ -147,7 +149,7 @@ def _cure(folder: str | os.PathLike[str]) -> str:
 
 
 def _complete(target: Path) -> None:
-    """Move the files of a valid save to their places. It may be interrupted and repeated at any point."""
+    """Move the files of a valid save into place. May be interrupted and repeated at any point."""
     if not (target / UNFINISHED).is_dir():
         return
     try:
@@ -159,7 +161,7 @@ def _complete(target: Path) -> None:
 def _move_into_place(target: Path, unfinished: Path) -> None:
     replaced = unfinished / REPLACED
     if replaced.is_file():
-        # listed before the first move: afterwards old weights and new ones could not be told apart
+        # listed before the first move: afterwards old and new weights could not be distinguished
         for name in json.loads(replaced.read_text(encoding="utf-8")):
             if WEIGHTS.fullmatch(name):
                 (target / name).unlink(missing_ok=True)
@@ -175,7 +177,7 @@ def _move_into_place(target: Path, unfinished: Path) -> None:
 
 
 def _replaced_weights(target: Path, files: Path) -> list[str]:
-    """Names of weights in the target that a load would mix with the new ones, or prefer to them."""
+    """Return the names of weights in the target that a load would read in place of or together with the new ones."""
     new = {path.name: _variant(path.name) for path in files.iterdir() if WEIGHTS.fullmatch(path.name)}
     old = (path.name for path in target.iterdir() if WEIGHTS.fullmatch(path.name))
     return sorted(name for name in old if name not in new and _variant(name) in new.values())
@@ -187,7 +189,7 @@ def _variant(name: str) -> str:
 
 
 def _remove_abandoned(target: Path, own: Path) -> None:
-    """Remove temporary folders of processes that have ended: their locks are free."""
+    """Remove temporary folders of processes that have ended, whose locks are free."""
     for path in target.glob(f"{STAGING}*"):
         if path == own or not path.is_dir():
             continue
@@ -211,7 +213,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, operation: int) -> bool:
-    """Whether the lock was taken."""
+    """Return whether the lock was acquired."""
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:

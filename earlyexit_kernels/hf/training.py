@@ -1,4 +1,4 @@
-"""Training a method phase by phase, each phase one run of transformers' Trainer."""
+"""Training in phases, each of which is one run of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
+from earlyexit_kernels.arguments import number, optional
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, early_exit_model_in
+from earlyexit_kernels.hf.phase_state import part_of
 from earlyexit_kernels.objectives import Objective, PhaseSpec, objective_of
-from earlyexit_kernels.objectives.arguments import number, optional
 
-#: What a training argument that is a number may be, by its name.
+#: Numeric training argument -> its check.
 NUMBERS = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"), number(low=0.0)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), number(low=0.0, high=1.0)),
@@ -23,23 +24,35 @@ NUMBERS = {
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells the model where training stands, before every step; methods that change on the way read it."""
+    """Passes the step and the epoch to the model before every step, for methods that change during training."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Pass the step and the epoch on, through whatever wraps the model."""
+        """Pass on the step and the epoch; the model may be wrapped."""
         inner = early_exit_model_in(model)
         if inner is None:
             raise TypeError(f"ProgressCallback: expected an early-exit model, got {type(model).__name__}")
-        inner.set_progress(state.global_step, state.epoch)
+        inner.phase_state.set_progress(state.global_step, state.epoch)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of the Trainer, for the model that `phases` was given.
+    """One training phase of a model, created by `phases`.
 
     Attributes:
-        number: from 1.
-        spec: what learns, and the paper's epochs and learning rate.
+        number: counted from 1.
+        spec: the parts of the model that learn, and the epochs and learning rate of the paper.
+        model: the early-exit model.
+
+    Example:
+
+        >>> import earlyexit_kernels as ee
+        >>> from transformers import BertConfig
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> config = ee.EarlyExitConfig(backbone_config=BertConfig(**sizes))
+        >>> model = ee.EarlyExitForSequenceClassification(config)
+        >>> (phase,) = ee.phases(model)  # method "joint" has one phase
+        >>> phase.number, phase.name, phase.spec.epochs
+        (1, 'joint', 5.0)
     """
 
     number: int
@@ -48,14 +61,14 @@ class Phase:
 
     @property
     def name(self) -> str:
-        """The phase's name, ``"backbone"`` or ``"exits"`` for instance."""
+        """The name of the phase, for example ``"backbone"`` or ``"exits"``."""
         return self.spec.name
 
     def args(self, base: TrainingArguments, **changes: Any) -> TrainingArguments:
-        """The arguments of this phase's Trainer: `base` with a checkpoint folder of its own below ``output_dir``.
+        """Return the arguments of this phase's Trainer: `base` with a checkpoint folder of its own in ``output_dir``.
 
         Args:
-            base: left as it is.
+            base: not changed.
             changes: fields to set, such as ``num_train_epochs=phase.spec.epochs``.
 
         Raises:
@@ -72,20 +85,22 @@ class Phase:
         return args
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Callbacks for the Trainer: methods that alternate, or go from soft to hard gates, count steps with them."""
+        """Return the callbacks of the Trainer, which methods that change during training require."""
         return [ProgressCallback()]
 
     def optimizer(
         self, args: TrainingArguments, *, head_lr: float | None = None, halting_lr: float | None = None
     ) -> torch.optim.Optimizer:
-        """AdamW over what this phase trains, for ``Trainer(optimizers=(phase.optimizer(args), None))``.
+        """Return AdamW for the parameters of this phase, for ``Trainer(optimizers=(phase.optimizer(args), None))``.
 
-        Biases and norms don't decay, as in the Trainer's own; nor do halting heads where the paper says so.
+        Biases and norms have no weight decay, as in the Trainer's default optimizer; nor have halting heads if the
+        paper says so.
 
         Args:
-            args: `learning_rate` (of the encoder), `weight_decay` and Adam's numbers.
-            head_lr: of everything but the encoder; fresh exits learn slowly at an encoder's rate. Default: the same.
-            halting_lr: of halting heads. Default: `head_lr`.
+            args: `learning_rate` (of the encoder), `weight_decay` and the settings of Adam.
+            head_lr: learning rate of all other parameters; new exits learn slowly at the rate of an encoder. Default:
+                `learning_rate`.
+            halting_lr: learning rate of halting heads. Default: `head_lr`.
 
         Raises:
             ValueError: a rate, or another number, is negative or not finite.
@@ -100,7 +115,7 @@ class Phase:
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            part = self.model.part_of(name)
+            part = part_of(self.model, name)
             decays = parameter.dim() > 1 and (part != "halting" or halting_decays)
             key = (rates.get(part, head_lr), args.weight_decay if decays else 0.0)
             groups.setdefault(key, []).append(parameter)
@@ -110,29 +125,43 @@ class Phase:
 
 
 def _check_numbers(where: str, args: TrainingArguments) -> None:
-    """Refuse rates and other numbers with which training can only spoil the weights."""
+    """Refuse training arguments that are negative or not finite."""
     for name, check in NUMBERS.items():
         check(f"{where}({name}=...)", getattr(args, name))
 
 
 def phases(model: EarlyExitForSequenceClassification, method: str | Objective | None = None) -> Iterator[Phase]:
-    """Go through the phases of a training method; while one is the current, its parts learn and the rest is frozen.
+    """Iterate over the phases of a training method; only the parts of the current phase learn, the others are frozen.
 
-    Build a Trainer for each, inside of the loop, since `requires_grad` must be set before it is built::
+    Build the Trainer of each phase inside the loop, after `requires_grad` has been set::
 
         for phase in ee.phases(model):
             Trainer(model, args=phase.args(base), callbacks=phase.callbacks(), train_dataset=train_set).train()
 
-    To go on in the middle of a phase, ``continue`` over the finished ones and call
-    ``train(resume_from_checkpoint=True)``: a phase's checkpoints hold the whole model.
+    To resume in the middle of a phase, ``continue`` over the finished ones and call
+    ``train(resume_from_checkpoint=True)``: the checkpoints of a phase hold the whole model.
 
     Args:
         model: the early-exit model.
         method: default: the one it was converted with.
 
+    Yields:
+        The phases; each is the current one of the model until the next.
+
     Raises:
-        TypeError: no early-exit model.
-        ValueError: the heads lack what the method trains, or it has no meaning for the task.
+        TypeError: not an early-exit model.
+        ValueError: the method does not fit the heads or the task.
+
+    Example:
+
+        >>> import earlyexit_kernels as ee
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> model = ee.to_early_exit(BertForSequenceClassification(BertConfig(**sizes)), method="deebert")
+        >>> for phase in ee.phases(model):
+        ...     print(phase.number, phase.name, next(model.backbone.parameters()).requires_grad)
+        1 backbone True
+        2 exits False
     """
     if not isinstance(model, EarlyExitForSequenceClassification):
         raise TypeError(
@@ -144,7 +173,7 @@ def phases(model: EarlyExitForSequenceClassification, method: str | Objective | 
     specs = model.objective.phases
     try:
         for number, spec in enumerate(specs, start=1):
-            model.enter_phase(number - 1)
+            model.phase_state.enter(model, number - 1)
             yield Phase(number, spec, model)
     finally:
-        model.enter_phase(0 if len(specs) == 1 else None)
+        model.phase_state.enter(model, 0 if len(specs) == 1 else None)

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint: which ones they are, what their headers say, and a digest of their tensors."""
+"""The safetensors files of a checkpoint: their names, their headers, and a digest of their tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-#: Types that weights may have, as safetensors names them.
+#: Supported dtypes of weights, as safetensors names them.
 FLOATING = ("F64", "F32", "F16", "BF16")
-#: Of a tensor longer than two of these, the digest reads one at each end: every training step changes both.
+#: Bytes that the digest reads at each end of a longer tensor; every training step changes both ends.
 SAMPLE_BYTES = 32 * 1024
-#: Arguments of `from_pretrained` that say where its files are.
+#: Arguments of `from_pretrained` that locate its files.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -27,10 +27,10 @@ class StoredTensor:
     """One tensor in a safetensors file.
 
     Attributes:
-        file: that holds it.
+        file: path of the file.
         dtype: as safetensors names it, such as ``"F32"``.
         shape: of the tensor.
-        begin, end: its bytes in the file.
+        begin, end: byte offsets in the file.
     """
 
     file: Path
@@ -41,7 +41,7 @@ class StoredTensor:
 
 
 def find_file(source: Any, name: str, arguments: Mapping[str, Any]) -> Path | None:
-    """The local path of a file of a checkpoint, downloaded if necessary, or None if there is no such file."""
+    """Return the local path of a file of a checkpoint, downloaded if necessary, or None if there is no such file."""
     found = cached_file(
         os.fspath(source),
         name,
@@ -53,7 +53,7 @@ def find_file(source: Any, name: str, arguments: Mapping[str, Any]) -> Path | No
 
 
 def find_weights(source: Any, arguments: Mapping[str, Any]) -> list[Path]:
-    """The files that `from_pretrained` is going to read the weights from; none where it will find none either.
+    """Return the files from which `from_pretrained` will read the weights; an empty list if it will find none.
 
     Args:
         source: folder, file or hub name.
@@ -86,16 +86,16 @@ def find_weights(source: Any, arguments: Mapping[str, Any]) -> list[Path]:
 
 
 def _with_variant(name: str, variant: str | None) -> str:
-    """The name that transformers gives to the files of a variant."""
+    """Return the file name of a variant, as transformers forms it."""
     stem, dot, ending = name.rpartition(".")
     return f"{stem}.{variant}{dot}{ending}" if variant else name
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The files an index names. They are checked by name: the hub's cache has links to files elsewhere in their place.
+    """Return the files named by an index. Only names are checked, since the files in the hub's cache are links.
 
     Raises:
-        ValueError: it is not an index, or names a file that is not a safetensors file in the same folder.
+        ValueError: not an index, or it names a file that is not a safetensors file in the same folder.
     """
     try:
         data = json.loads(index.read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """What the files hold, by the names of the tensors.
+    """Return the tensors in safetensors files by name.
 
     Raises:
         RuntimeError: a file is corrupt or cut short.
@@ -140,7 +140,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def check_floating(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse weights that are not floating-point numbers, which a load would convert as if they were.
+    """Refuse weights with a dtype that is not floating-point, which a load would convert without a warning.
 
     Raises:
         RuntimeError: names the tensor and its file.
@@ -154,7 +154,7 @@ def check_floating(tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def check_finite(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse to keep weights that are NaN or infinite.
+    """Refuse weights that are NaN or infinite.
 
     Raises:
         ValueError: names the tensor.
@@ -172,7 +172,7 @@ def check_finite(tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def digest(tensors: Mapping[str, StoredTensor]) -> str:
-    """A digest of names, dtypes, shapes and values, of long tensors the first and last values, in whatever files."""
+    """Return a digest of names, dtypes, shapes and values (of long tensors the first and last ones)."""
     result = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         result.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())

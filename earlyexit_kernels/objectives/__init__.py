@@ -1,12 +1,11 @@
-"""Training objectives: one paper per file, listed here and nowhere else."""
+"""Training methods: one paper per file, listed in the table below."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from earlyexit_kernels.objectives.base import (
-    CLASSIFICATION,
     PARTS,
     Objective,
     PhaseSpec,
@@ -23,6 +22,7 @@ from earlyexit_kernels.objectives.fastbert import Fastbert
 from earlyexit_kernels.objectives.joint import Joint
 from earlyexit_kernels.objectives.palbert import Palbert
 from earlyexit_kernels.objectives.smartbert import Smartbert
+from earlyexit_kernels.types import CLASSIFICATION
 
 __all__ = [
     "OBJECTIVES",
@@ -43,9 +43,11 @@ __all__ = [
     "from_dict",
     "mean_task_loss",
     "objective_of",
+    "register",
     "task_loss",
 ]
 
+#: All training methods by name; `register` adds to it.
 OBJECTIVES: dict[str, type[Objective]] = {
     "joint": Joint,
     "pabee": Joint,
@@ -59,16 +61,78 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+_Class = TypeVar("_Class", bound=type[Objective])
+
+
+def register(cls: _Class) -> _Class:
+    """Make a training method from outside the package usable by name, in saved models and when they are loaded.
+
+    Args:
+        cls: a frozen dataclass that extends `Objective` and implements `loss`.
+
+    Returns:
+        The class, so that `register` can be used as a decorator.
+
+    Raises:
+        TypeError: not a subclass of `Objective`.
+        ValueError: a part of the class is missing, or another class has its name.
+
+    Example:
+        >>> import dataclasses
+        >>> from typing import ClassVar
+        >>> import earlyexit_kernels as ee
+        >>> @ee.objectives.register
+        ... @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class LastExit(ee.objectives.Objective):
+        ...     name: ClassVar[str] = "last_exit"
+        ...     rule: ClassVar[str] = "entropy"
+        ...
+        ...     def loss(self, trace, labels, step):
+        ...         return ee.objectives.mean_task_loss(trace.logits[:, -1], labels, step.problem_type)
+        >>> ee.objectives.objective_of("last_exit")
+        LastExit()
+        >>> _ = ee.objectives.OBJECTIVES.pop("last_exit")  # forget it again
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise TypeError(f"register: expected a subclass of earlyexit_kernels.objectives.Objective, got {cls!r}")
+    name = getattr(cls, "name", None)
+    parameters = vars(cls).get("__dataclass_params__")
+    wanted = {
+        "a frozen dataclass": parameters is not None and parameters.frozen,
+        "a class attribute `name: ClassVar[str]`": isinstance(name, str) and name.isidentifier(),
+        "a class attribute `rule: ClassVar[str]`": isinstance(getattr(cls, "rule", None), str),
+        "a method loss(self, trace, labels, step)": cls.loss is not Objective.loss,
+    }
+    missing = [part for part, there in wanted.items() if not there]
+    if missing:
+        raise ValueError(f"register({cls.__name__}): expected {missing[0]}, got none")
+    known = OBJECTIVES.setdefault(cls.name, cls)
+    if known is not cls:
+        raise ValueError(
+            f"register({cls.__name__}): the name {name!r} belongs to {known.__module__}.{known.__qualname__}; give the "
+            "class another name"
+        )
+    return cls
+
+
 def from_dict(data: Mapping[str, Any]) -> Objective:
     """Build an objective from the data of `Objective.to_dict`.
 
     Raises:
-        ValueError: an unknown name, or arguments the method doesn't take.
+        ValueError: an unknown name, or arguments that the method does not take.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.from_dict({"name": "joint", "equilibrium": True})
+        Joint(equilibrium=True)
     """
     arguments = dict(data)
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in OBJECTIVES:
-        raise ValueError(f"method: expected one of {sorted(OBJECTIVES)}, got {name!r}")
+        raise ValueError(
+            f"method: expected one of {sorted(OBJECTIVES)}, got {name!r}; for a method of another package, import the "
+            "module that registers it with earlyexit_kernels.objectives.register"
+        )
     try:
         return OBJECTIVES[name](**arguments)
     except TypeError as error:
@@ -76,13 +140,18 @@ def from_dict(data: Mapping[str, Any]) -> Objective:
 
 
 def objective_of(method: str | Mapping[str, Any] | Objective) -> Objective:
-    """The objective of a training method.
+    """Return the objective of a training method.
 
     Args:
-        method: a name of the table, for the paper's own settings; data of `Objective.to_dict`; or an objective.
+        method: a name of the table, for the settings of the paper; data of `Objective.to_dict`; or an objective.
 
     Raises:
-        ValueError: an unknown name, or arguments the method doesn't take.
+        ValueError: an unknown name, or arguments that the method does not take.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.objective_of("pabee")
+        Joint(equilibrium=False)
     """
     if isinstance(method, Objective):
         return method
@@ -92,15 +161,19 @@ def objective_of(method: str | Mapping[str, Any] | Objective) -> Objective:
 
 
 def check_task(objective: Objective, problem_type: str, classes: int) -> None:
-    """Refuse a training method where it has no meaning.
+    """Check that a training method is defined for a task.
 
     Args:
         objective: the method.
-        problem_type: the model's, as in transformers.
-        classes: C of the exits.
+        problem_type: of the model, as in transformers.
+        classes: number of outputs C.
 
     Raises:
-        ValueError: the method isn't defined for the problem type, or compares classes and there is one only.
+        ValueError: the method is not defined for the problem type, or compares classes and there is only one.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.check_task(ee.objectives.Joint(), "regression", 1)
     """
     if problem_type not in objective.tasks:
         able = sorted(name for name, cls in OBJECTIVES.items() if problem_type in cls.tasks)

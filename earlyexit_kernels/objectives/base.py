@@ -1,4 +1,4 @@
-"""What a training objective is: phases and a loss over the exits; and the task loss every one of them is made of."""
+"""Base class of the training objectives, and the task losses that they share."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, number
-from earlyexit_kernels.types import ExitTrace, Gating
+from earlyexit_kernels.arguments import Check, check_fields, choice, number
+from earlyexit_kernels.types import ANY_TASK, ExitTrace, Gating
 
 #: Parts of a model that a phase may train.
 PARTS = ("backbone", "dense", "early_exits", "last_exit", "halting", "uncertainty", "gates", "projectors")
-#: What learns first in the methods of two phases, and the two phases' indices.
+#: Parts that learn in the first phase of two-phase methods, and the indices of the two phases.
 ENCODER = frozenset({"backbone", "dense", "last_exit"})
 BACKBONE, EXITS = 0, 1
-#: What a phase may ask to have projected, token by token.
-PROJECTIONS = (None, "inputs", "exits")
-CLASSIFICATION = frozenset({"single_label_classification"})
-ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
+#: Checks of a phase's fields: `projections` are the token projections that its loss may read.
+PHASE_CHECKS: dict[str, Check] = {
+    "epochs": number(low=0.0),
+    "lr": number(low=0.0),
+    "projections": choice(None, "inputs", "exits"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,15 +32,21 @@ class PhaseSpec:
 
     Attributes:
         name: of the phase.
-        trains: the parts of the model that learn, out of `PARTS`; the others are frozen.
-        epochs, lr: the paper's own.
-        projections: which token projections the loss reads: ``"inputs"`` (of each layer's input, by projectors of
-            their own), ``"exits"`` (of each early exit's own features), or None.
+        trains: the parts of the model that learn, a subset of `PARTS`; the others are frozen.
+        epochs: number of epochs in the paper.
+        lr: learning rate in the paper.
+        projections: the token projections that the loss reads: ``"inputs"`` (of each layer's input), ``"exits"`` (of
+            each early exit's features), or None.
         needs_labels: whether the loss reads labels.
-        balances: each layer receives the average of the gradients of the exits above it, not their sum.
+        balances: whether each layer receives the average of the gradients of the exits above it instead of their sum.
 
     Raises:
         ValueError: an unknown part or kind of projection, or a number that is negative or not finite.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.PhaseSpec(name="exits", trains={"early_exits"}, epochs=2, lr=1e-4).epochs
+        2.0
     """
 
     name: str
@@ -51,24 +59,26 @@ class PhaseSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trains", frozenset(self.trains))
-        for name in ("epochs", "lr"):
-            object.__setattr__(self, name, number(low=0.0)(f"PhaseSpec({name}=...)", getattr(self, name)))
+        check_fields(self, PHASE_CHECKS)
         unknown = sorted(self.trains - set(PARTS))
         if unknown:
             raise ValueError(f"PhaseSpec(trains=...): expected parts among {PARTS}, got {unknown}")
-        if self.projections not in PROJECTIONS:
-            raise ValueError(f"PhaseSpec(projections=...): expected one of {PROJECTIONS}, got {self.projections!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingStep:
-    """Where in the training a batch stands.
+    """Position of a batch in the training.
 
     Attributes:
         problem_type: as in transformers.
         phase: 0-based index into the objective's phases.
-        step: optimiser steps done in this phase, or None where nobody counts.
-        epoch: epochs done in this phase, fractions included, or None where nobody counts.
+        step: number of optimiser steps done in this phase, or None if it is unknown.
+        epoch: number of epochs done in this phase, with fractions, or None if it is unknown.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.TrainingStep(problem_type="regression").phase
+        0
     """
 
     problem_type: str
@@ -79,17 +89,25 @@ class TrainingStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Base of the training methods; a subclass is one file and one paper.
+    """Base class of the training methods.
+
+    A subclass is a frozen dataclass with keyword-only fields that implements `loss`, and `phases`, `head_changes`,
+    `answering` and `gating` where they differ from the defaults.
 
     Class attributes:
         name: key of the objectives table and of the saved config.
-        tasks: problem types the method has a meaning for.
-        rule: the exit rule the paper trains for, a key of the criteria table.
+        tasks: problem types that the method is defined for.
+        rule: the exit rule that the paper trains for, a key of the criteria table.
         halting_weight_decay: whether weight decay applies to the halting heads.
-        checks: what each argument may be, by its name.
+        checks: check of each field, by name.
 
     Raises:
         ValueError: an argument out of range.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> isinstance(ee.objectives.Joint(), ee.objectives.Objective)
+        True
     """
 
     name: ClassVar[str]
@@ -99,44 +117,44 @@ class Objective:
     checks: ClassVar[Mapping[str, Check]] = {}
 
     def __post_init__(self) -> None:
-        for name, check in self.checks.items():
-            object.__setattr__(self, name, check(f"{type(self).__name__}({name}=...)", getattr(self, name)))
+        check_fields(self, self.checks)
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:
-        """The trainer's runs, in order."""
+        """The runs of the trainer, in order."""
         return (PhaseSpec(name=self.name),)
 
     def head_changes(self, shares_layers: bool) -> dict[str, Any]:
-        """What this paper's exits have that the family's plain ones lack, as changes to `HeadConfig`.
+        """Return the fields of `HeadConfig` in which the exits of this method differ from the family's plain ones.
 
         Args:
-            shares_layers: the backbone is one layer used many times, as in ALBERT.
+            shares_layers: whether the backbone uses one layer several times, as ALBERT does.
         """
         return {}
 
     def answering(self) -> dict[str, Any] | None:
-        """Data of the criterion by which a model trained so answers where none is chosen.
+        """Return the data of the default criterion of a model trained by this method.
 
-        None is the last exit at full depth. A method whose answer is another one says which.
+        None is the last exit at full depth; a method that defines another answer returns its criterion.
         """
         return None
 
     def gating(self, step: TrainingStep) -> Gating | None:
-        """How gates mix a layer's output with its input; None for a method without gates.
+        """Return how gates mix a layer's output with its input; None for a method without gates.
 
         Raises:
-            ValueError: it changes on the way, and `step` doesn't say where training stands.
+            ValueError: it changes during training, and `step` lacks the position.
         """
         return None
 
     def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
-        """The scalar loss of a batch, float32, or float64 where the logits are.
+        """Return the scalar loss of a batch, in float64 where the logits are float64, else in float32.
 
         Args:
-            trace: of train mode: logits ``[N, L, C]``, raw aux ``[N, L]``, projections and offsets where asked for.
-            labels: ``[N]`` or ``[N, C]``; a row of class -100 carries no loss. None where the phase needs none.
-            step: where in the training the batch stands.
+            trace: in train mode: logits ``[N, L, C]``, raw scalars ``[N, L]``, and the projections and offsets that the
+                phase requires.
+            labels: ``[N]`` or ``[N, C]``; a row of class -100 has no loss. None where the phase requires none.
+            step: position of the batch in the training.
 
         Raises:
             ValueError: the trace or the step lacks what the method reads.
@@ -144,14 +162,14 @@ class Objective:
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
-        """The objective as JSON-ready data; `objectives.from_dict` reads it back."""
+        """Return the objective as JSON-ready data, which `objectives.from_dict` reads back."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
 
     def aux(self, trace: ExitTrace, name: str) -> Tensor:
-        """The raw scalars ``[N, L]`` the method trains on.
+        """Return raw scalars ``[N, L]`` of the trace.
 
         Raises:
-            ValueError: the heads don't produce them.
+            ValueError: the heads do not produce them.
         """
         if name not in trace.aux:
             raise ValueError(
@@ -162,12 +180,12 @@ class Objective:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """`x` for a loss: float64 stays, anything else becomes float32."""
+    """Return `x` in float64 if it is float64, else in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def columns(labels: Tensor) -> Tensor:
-    """Labels ``[N]`` or ``[N, C]`` as ``[N, 1]`` or ``[N, C]``."""
+    """Return labels ``[N]`` as ``[N, 1]``, and labels ``[N, C]`` unchanged."""
     return labels[:, None] if labels.dim() == 1 else labels
 
 
@@ -183,7 +201,7 @@ def _binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=-1)
 
 
-#: Label of a row without one, as in torch's cross entropy.
+#: Class that marks a row without a label, as in torch's cross entropy.
 IGNORED = -100
 
 TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -194,15 +212,21 @@ TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """Loss of each row ``[N]`` of one exit's logits ``[N, C]``: MSE, cross entropy or binary cross entropy.
+    """Return the loss of each row ``[N]``: squared error, cross entropy or binary cross entropy.
 
     Args:
-        logits: ``[N, C]``.
-        labels: ``[N]``, or ``[N, C]`` where the task has several.
+        logits: of one exit, ``[N, C]``.
+        labels: ``[N]``, or ``[N, C]`` where a row has several.
         problem_type: as in transformers.
 
     Raises:
         ValueError: an unknown problem type.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.task_loss(torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, 1.0]), "regression").tolist()
+        [0.0, 4.0]
     """
     if problem_type not in TASK_LOSSES:
         raise ValueError(f"problem_type: expected one of {sorted(TASK_LOSSES)}, got {problem_type!r}")
@@ -210,12 +234,20 @@ def task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
 
 
 def mean_task_loss(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """Mean of `task_loss` over the rows that have a label: as in stock models, class -100 means none."""
+    """Return the mean of `task_loss` over the rows with a label; as in stock models, class -100 means none.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> logits, labels = torch.zeros(2, 2), torch.tensor([0, -100])
+        >>> round(ee.objectives.mean_task_loss(logits, labels, "single_label_classification").item(), 4)
+        0.6931
+    """
     return row_mean(task_loss(logits, labels, problem_type), labelled(labels, problem_type, logits))
 
 
 def exit_losses(logits: Tensor, labels: Tensor | None, problem_type: str) -> Tensor:
-    """`task_loss` of each row at each of some exits: ``[N, M]`` of logits ``[N, M, C]``; M may be 0.
+    """Return the `task_loss` of each row at each of M exits, ``[N, M]`` for logits ``[N, M, C]``; M may be 0.
 
     Raises:
         ValueError: no labels, or an unknown problem type.
@@ -227,26 +259,30 @@ def exit_losses(logits: Tensor, labels: Tensor | None, problem_type: str) -> Ten
 
 
 def needed(labels: Tensor | None) -> Tensor:
-    """The labels, or ValueError where there are none."""
+    """Return the labels.
+
+    Raises:
+        ValueError: there are none.
+    """
     if labels is None:
         raise ValueError("labels: this phase of the method needs them, got None; give labels=... with the batch")
     return labels
 
 
 def labelled(labels: Tensor | None, problem_type: str, logits: Tensor) -> Tensor:
-    """Which rows of ``[N, ...]`` logits carry a loss, ``[N]`` bool; without labels all do."""
+    """Return which rows have a loss, ``[N]`` bool; without labels all of them."""
     if labels is None or problem_type != "single_label_classification":
         return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
     return labels.to(logits.device).view(-1) != IGNORED
 
 
 def row_mean(values: Tensor, rows: Tensor, *, everywhere: bool = False) -> Tensor:
-    """Mean of values ``[N, ...]`` over the rows that count; 0 where there are none.
+    """Return the mean of values over some rows; 0 where there are none.
 
     Args:
         values: ``[N, ...]``.
-        rows: ``[N]`` bool.
-        everywhere: over the rows of all processes of a distributed run.
+        rows: the rows that count, ``[N]`` bool.
+        everywhere: average over the rows of all processes of a distributed run.
     """
     total = values.masked_fill(~rows.view(-1, *[1] * (values.dim() - 1)), 0.0).sum(dim=0)
     count = rows.sum().to(values.dtype)
@@ -256,10 +292,16 @@ def row_mean(values: Tensor, rows: Tensor, *, everywhere: bool = False) -> Tenso
 
 
 def distributed_mean(x: Tensor) -> Tensor:
-    """The mean of `x` over the processes of a distributed run, gradients included; `x` itself in a single one.
+    """Return the mean of `x` over the processes of a distributed run, differentiably; `x` itself in a single process.
 
-    For a loss that isn't linear in its rows: each process must compute it from the numbers of the whole batch. Under
-    DistributedDataParallel, which averages the gradients of the processes, they equal those of one process.
+    A loss that is not linear in its rows must be computed from the numbers of the whole batch in each process. Under
+    DistributedDataParallel, which averages the gradients of the processes, they then equal those of one process.
+
+    Example:
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.distributed_mean(torch.tensor(2.0)).item()
+        2.0
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):

@@ -1,4 +1,4 @@
-"""Training the last exit and all exits in turn, and a head that learns when to go on.
+"""BERxiT: train the last exit and all exits alternately, and a head that predicts the uncertainty of an exit.
 
 BERxiT: Early Exiting for BERT with Better Fine-Tuning and Extension to Regression. Ji Xin, Raphael Tang, Yaoliang Yu,
 Jimmy Lin. EACL 2021, 2021.eacl-main.8; its exits are those of DeeBERT, arXiv 2004.12993. Even steps minimise L_L, odd
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, choice, flag, number
+from earlyexit_kernels.arguments import Check, choice, flag, number
 from earlyexit_kernels.objectives.base import (
     BACKBONE,
     ENCODER,
@@ -32,23 +32,28 @@ from earlyexit_kernels.types import ExitTrace
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Berxit(Objective):
-    """Task losses by a strategy, and the squared error of the uncertainty, averaged over layers and rows.
+    """Task losses by a strategy, plus the squared error of the uncertainty, averaged over layers and rows.
 
-    One label of several, or regression; for several labels a row there is no such thing as wrong. Three epochs at
-    2e-5, as in the paper.
+    For single-label classification and regression; the uncertainty has no target for several labels per row. Three
+    epochs at 2e-5, as in the paper. The target of the uncertainty is 1 - 1[argmax z_l = y], or tanh |z_l - y| for
+    regression (several outputs: their mean), without a gradient; u_l itself has a gradient into all parts that the
+    phase trains.
 
     Args:
-        strategy: ``"alternating"``: even optimiser steps (from 0) L_L, odd ones all exits; ``"two_stage"``: as
-            DeeBERT, the uncertainty with the early exits; ``"joint"``: all exits at every step.
-        odd_includes_last: odd steps sum over l <= L, as the paper; False: l < L, as its code's LTE variant.
-        learned_weight: of the uncertainty's loss, at least 0.
+        strategy: ``"alternating"``: L_L at even optimiser steps (from 0), all exits at odd ones; ``"two_stage"``: as
+            DeeBERT, with the uncertainty trained beside the early exits; ``"joint"``: all exits at every step.
+        odd_includes_last: odd steps sum over l <= L, as in the paper; False: l < L, as in the LTE variant of its code.
+        learned_weight: weight of the uncertainty's loss, at least 0.
 
     Raises:
         ValueError: an argument out of range.
 
-    The target is 1 - 1[argmax z_l = y], or tanh |z_l - y| for regression (several outputs: their mean), without a
-    gradient; u_l has one into whatever the phase trains. Difference from the public code: u_L reads the exit whose
-    answer it is fitted to, not an untrained one.
+    Differences from the public code: u_L reads the exit whose answer it is fitted to, not an untrained one.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.Berxit(strategy="joint").phases[0].name
+        'joint'
     """
 
     strategy: str = "alternating"
@@ -85,7 +90,7 @@ class Berxit(Objective):
         return row_mean(losses, labelled(labels, step.problem_type, trace.logits))
 
     def _exits(self, depth: int, step: TrainingStep) -> tuple[slice, bool]:
-        """The exits whose losses count at this step, and whether the uncertainty learns."""
+        """Return the exits whose losses count at this step, and whether the uncertainty learns."""
         early, last, every = slice(0, depth - 1), slice(depth - 1, depth), slice(0, depth)
         if self.strategy == "two_stage":
             return (last, False) if step.phase == BACKBONE else (early, True)
@@ -94,14 +99,14 @@ class Berxit(Objective):
         if step.step is None:
             raise ValueError(
                 "Berxit(strategy='alternating') needs the number of optimiser steps done, got None; give the Trainer "
-                "callbacks=phase.callbacks(), which counts them, or take another strategy"
+                "callbacks=phase.callbacks(), which counts them, or choose another strategy"
             )
         odd = every if self.odd_includes_last else early
         return (last if step.step % 2 == 0 else odd), True
 
 
 def wrongness(logits: Tensor, labels: Tensor, problem_type: str) -> Tensor:
-    """What the uncertainty is fitted to, ``[N, L]`` of logits ``[N, L, C]``, without a gradient."""
+    """Return the target of the uncertainty, ``[N, L]`` for logits ``[N, L, C]``, without a gradient."""
     z, y = at_least_float32(logits.detach()), columns(labels.to(logits.device))
     if problem_type == "regression":
         return (z - y[:, None].to(z)).abs().mean(dim=-1).tanh()

@@ -1,4 +1,4 @@
-"""Training exits that mix their answers until the answer is certain to stand.
+"""DACT-BERT: train exits that accumulate a mixed answer.
 
 DACT-BERT: Differentiable Adaptive Computation Time for an Efficient BERT Inference. Cristobal Eyzaguirre, Felipe del
 Rio, Vladimir Araujo, Alvaro Soto. NLP Power! at ACL 2022, arXiv 2109.11745: with y_n = softmax z_n, p_0 = 1 and
@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, flag, number
+from earlyexit_kernels.arguments import Check, flag, number
 from earlyexit_kernels.objectives.base import (
-    CLASSIFICATION,
     Objective,
     PhaseSpec,
     TrainingStep,
@@ -27,30 +26,36 @@ from earlyexit_kernels.objectives.base import (
     needed,
     row_mean,
 )
-from earlyexit_kernels.types import ExitTrace
+from earlyexit_kernels.types import CLASSIFICATION, ExitTrace
 
-#: What a_N of the right class is held at, from below.
+#: Minimum of a_N of the right class in the log loss.
 SMALLEST = 1e-8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dact(Objective):
-    """Log loss of the mixed answer a_N, and a price on every layer whose answer is still open.
+    """Log loss of the mixed answer a_N, plus a ponder cost for each layer whose answer is not final.
 
-    Classification only. The paper trades accuracy for speed here, through `ponder`: one model for each point. It starts
-    from an encoder already fine-tuned on the task; three epochs at 2e-5 are ours.
+    For single-label classification. The paper trades accuracy for speed through `ponder`: one model for each point. It
+    starts from an encoder that is already fine-tuned on the task; three epochs at 2e-5 are the choice of this package.
 
     Args:
-        ponder: tau, the price, at least 0; the paper's values couldn't be verified, its code's lie in 1e-3..5e-2.
-        include_last: p_N, which never touches the answer, is priced too, as in the formula.
-        shared: all layers share one exit and one halting output; the paper leaves it open.
-        halting_bias: first bias of the halting logit s, where lambda = sigmoid(s) = 1 - h; -2.2 is h = 0.9. Around
-            h = 0.5 the deep exits hardly learn, as p_n shrinks like 0.5^n.
+        ponder: tau, weight of the ponder cost, at least 0; the values of the paper could not be verified, those of its
+            code are in 1e-3..5e-2.
+        include_last: whether p_N, which has no effect on the answer, is part of the cost, as in the formula.
+        shared: whether all layers share one exit and one halting output; the paper does not define it.
+        halting_bias: initial bias of the halting logit s, where lambda = sigmoid(s) = 1 - h; -2.2 is h = 0.9. Around
+            h = 0.5 the deep exits barely learn, since p_n decreases like 0.5^n.
 
     Raises:
         ValueError: an argument out of range.
 
-    Differences from the code of DACT for images, which the paper extends: no constant 1 in the price.
+    Differences from the code of DACT for images, which the paper extends: no constant 1 in the ponder cost.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.Dact(ponder=0.05).answering()
+        {'name': 'dact'}
     """
 
     ponder: float = 0.01
@@ -94,7 +99,7 @@ class Dact(Objective):
 
 
 def mixed_answer(y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """a_N ``[N, C]`` and p ``[N, L]`` of class probabilities ``[N, L, C]`` and halting logits ``[N, L]``."""
+    """Return a_N ``[N, C]`` and p ``[N, L]`` for class probabilities ``[N, L, C]`` and halting logits ``[N, L]``."""
     p = F.logsigmoid(-s).cumsum(dim=1).exp()
     a = y[:, 0]
     for n in range(1, y.shape[1]):

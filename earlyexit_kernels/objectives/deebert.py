@@ -1,7 +1,7 @@
-"""Training in two stages: the encoder and its last exit first, then the exits before it.
+"""DeeBERT: train the encoder and the last exit first, then the early exits.
 
 DeeBERT: Dynamic Early Exiting for Accelerating BERT Inference. Ji Xin, Raphael Tang, Jaejun Lee, Yaoliang Yu, Jimmy
-Lin. ACL 2020, arXiv 2004.12993: L_L over everything but the early exits, then sum_{l<L} L_l over these alone.
+Lin. ACL 2020, arXiv 2004.12993: L_L for all parts but the early exits, then sum_{l<L} L_l for the early exits only.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ from earlyexit_kernels.types import ExitTrace
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Deebert(Objective):
-    """Two phases of three epochs each at 2e-5 (the paper's RoBERTa takes ten): ``"backbone"``, then ``"exits"``.
+    """Two phases of three epochs each at 2e-5 (ten for RoBERTa in the paper): ``"backbone"``, then ``"exits"``.
 
-    Any task. Each exit has a dense module of its own, which starts as a copy of the pooler; that of an early exit
-    belongs to the exit, not to the part "dense". Our last exit is the ordinary classifier: the public code builds one
-    more there, never trains it, and lets it answer.
+    For any task. Each exit has its own dense module, initialised as a copy of the pooler; that of an early exit belongs
+    to the part "early_exits", not to "dense".
+
+    Differences from the public code: the last exit is the ordinary classifier; the code adds another exit there, which
+    is never trained and gives the answer.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> [phase.name for phase in ee.objectives.Deebert().phases]
+        ['backbone', 'exits']
     """
 
     name: ClassVar[str] = "deebert"

@@ -1,4 +1,4 @@
-"""Training exits to be right and to differ from each other.
+"""Ensemble of internal classifiers: train exits to be accurate and to differ from each other.
 
 Early Exiting with Ensemble Internal Classifiers. Tianxiang Sun et al. 2021, arXiv 2105.13792, eq. 14:
 L = sum_i CE(p_i, y) - lambda sum_{i>=2} min_{j<i} CE(p_i, p_j), with CE(p_i, p_j) = -sum_k p_j(k) log p_i(k).
@@ -13,9 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, choice, flag, number, optional
+from earlyexit_kernels.arguments import Check, choice, flag, number, optional
 from earlyexit_kernels.objectives.base import (
-    CLASSIFICATION,
     Objective,
     PhaseSpec,
     TrainingStep,
@@ -24,26 +23,31 @@ from earlyexit_kernels.objectives.base import (
     labelled,
     row_mean,
 )
-from earlyexit_kernels.types import ExitTrace
+from earlyexit_kernels.types import CLASSIFICATION, ExitTrace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ensemble(Objective):
-    """Sum of the exits' cross entropies, less each exit's distance to the nearest exit before it.
+    """Sum of the exits' cross entropies, minus each exit's distance to the nearest previous exit.
 
-    Classification only: the paper defines no distance for regression. Three epochs at 2e-5; the paper's own
-    settings, its grid of lambda among them, couldn't be verified.
+    For single-label classification: the paper defines no distance for regression. Three epochs at 2e-5; the settings of
+    the paper, including its grid of lambda, could not be verified.
 
     Args:
         diversity: lambda in [0, 1].
-        min_over: ``"sample"`` finds each row its own nearest exit; ``"batch"`` compares means over the batch (of all
-            processes), as a third party's code does. The formula leaves it open.
-        detach_target: no gradient into the earlier exit's p_j.
+        min_over: ``"sample"`` takes the minimum for each row; ``"batch"`` compares means over the batch (of all
+            processes), as a third-party implementation does. The formula does not define it.
+        detach_target: no gradient into p_j of the previous exit.
         skip_last: no distance for the last exit.
-        cap: upper limit of each distance, or None. The objective has no lower bound without it.
+        cap: maximum of each distance, or None. Without it the objective has no lower bound.
 
     Raises:
         ValueError: an argument out of range.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.Ensemble(diversity=0.2).rule
+        'voting'
     """
 
     diversity: float = 0.1
@@ -76,7 +80,7 @@ class Ensemble(Objective):
         return right - self.diversity * torch.stack(apart).sum() if apart else right
 
     def _nearest(self, distances: Tensor, rows: Tensor) -> Tensor:
-        """The smallest of an exit's distances ``[N, J]`` to those before it, as a mean over the rows that count."""
+        """Return the minimum of the distances ``[N, J]`` to previous exits, as a mean over the rows that count."""
         if self.min_over == "sample":
             return row_mean(self._capped(distances.min(dim=1).values), rows)
         return self._capped(row_mean(distances, rows, everywhere=True).min())
@@ -86,5 +90,5 @@ class Ensemble(Objective):
 
 
 def cross_entropies(log_p: Tensor, targets: Tensor) -> Tensor:
-    """CE(p, t_j) ``[N, J]`` of log p ``[N, C]`` and soft targets ``[N, J, C]``."""
+    """Return CE(p, t_j) ``[N, J]`` for log p ``[N, C]`` and soft targets ``[N, J, C]``."""
     return -(targets * log_p[:, None]).sum(dim=-1)

@@ -1,7 +1,7 @@
-"""Training early exits to answer as the last one does, without labels.
+"""FastBERT: distil the last exit into the early exits, without labels.
 
 FastBERT: a Self-distilling BERT with Adaptive Inference Time. Weijie Liu et al. ACL 2020, arXiv 2004.02178: L_L
-over the encoder and the teacher, the last exit; then sum_{l<L} KL of teacher and student l, over the students alone.
+for the encoder and the last exit, the teacher; then sum_{l<L} KL of teacher and student l, for the students only.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, choice
+from earlyexit_kernels.arguments import Check, choice
 from earlyexit_kernels.objectives.base import (
     BACKBONE,
-    CLASSIFICATION,
     ENCODER,
     Objective,
     PhaseSpec,
@@ -25,23 +24,27 @@ from earlyexit_kernels.objectives.base import (
     labelled,
     row_mean,
 )
-from earlyexit_kernels.types import ExitTrace
+from earlyexit_kernels.types import CLASSIFICATION, ExitTrace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fastbert(Objective):
     """Two phases: ``"backbone"`` (3 epochs at 2e-5), then ``"exits"`` (5 epochs at 2e-4), which needs no labels.
 
-    Classification only. Exits are attention heads of width 128.
+    For single-label classification. Exits are attention heads of width 128. In the second phase, rows of class -100 are
+    excluded if labels are given; without labels every row counts.
 
     Args:
-        kl: ``"teacher_student"`` is KL(teacher || student), as the public code; ``"student_teacher"`` the reverse, as
-            the paper's eq. 6 may mean. Temperature 1; the teacher gets no gradient.
+        kl: ``"teacher_student"`` is KL(teacher || student), as in the public code; ``"student_teacher"`` is the
+            reverse, as the paper's eq. 6 can be read. The temperature is 1; the teacher has no gradient.
 
     Raises:
         ValueError: an unknown direction.
 
-    In the second phase, rows of class -100 are left out where labels are given; without labels every row counts.
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.Fastbert().phases[1].needs_labels
+        False
     """
 
     kl: str = "teacher_student"

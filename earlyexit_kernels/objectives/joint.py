@@ -4,7 +4,7 @@ BERT Loses Patience: Fast and Robust Inference with Early Exit. Wangchunshu Zhou
 eq. 6 (after Kaya et al. 2019, arXiv 1810.07052): L = sum_j j L_j / sum_j j.
 
 Towards Efficient NLP: A Standard Evaluation and A Strong Baseline (ElasticBERT). Xiangyang Liu et al. NAACL 2022, arXiv
-2110.07038: gradient equilibrium (after Li et al. 2019, arXiv 1908.06281), a layer's gradient is the average over exits.
+2110.07038: gradient equilibrium (after Li et al. 2019, arXiv 1908.06281): a layer's gradient is the average over exits.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, flag
+from earlyexit_kernels.arguments import Check, flag
 from earlyexit_kernels.objectives.base import Objective, PhaseSpec, TrainingStep, exit_losses, labelled, row_mean
 from earlyexit_kernels.types import ExitTrace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Joint(Objective):
-    """Average of the exits' mean losses, exit j with weight j / (1 + ... + L); one phase, everything learns.
+    """Average of the exits' mean losses, exit j with weight j / (1 + ... + L), in one phase that trains all parts.
 
-    Any task. Five epochs at 2e-5, as in the paper's scripts.
+    For any task. Five epochs at 2e-5, as in the scripts of the paper.
 
     Args:
-        equilibrium: ElasticBERT's gradient equilibrium: a layer receives the average of the gradients of the exits at
-            and above it, where plain joint training sums them. The loss and the exits' own gradients stay the same.
+        equilibrium: use ElasticBERT's gradient equilibrium: a layer receives the average of the gradients of the exits
+            at and above it instead of their sum. The loss and the gradients of the exits themselves do not change.
 
     Raises:
-        ValueError: `equilibrium` isn't True or False.
+        ValueError: `equilibrium` is not True or False.
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.Joint(equilibrium=True).phases[0].balances
+        True
     """
 
     equilibrium: bool = False

@@ -1,8 +1,9 @@
-"""Training to ponder: the expected loss of a row that leaves at random, and a prior on where.
+"""PALBERT: minimise the expected loss of a row that leaves at a random layer, with a prior on that layer.
 
 PALBERT: Teaching ALBERT to Ponder. Nikita Balagansky, Daniil Gavrilov. NeurIPS 2022, arXiv 2204.03276 (after PonderNet,
-Andrea Banino et al. 2021, arXiv 2107.05407). With halting probabilities lambda_l = sigmoid(s_l) the chance of leaving
-at layer l is q_l = lambda_l prod_{j<l} (1 - lambda_j); the loss is sum_l q_l L_l + beta KL of q and a geometric prior.
+Andrea Banino et al. 2021, arXiv 2107.05407). With halting probabilities lambda_l = sigmoid(s_l) the probability
+to leave at layer l is q_l = lambda_l prod_{j<l} (1 - lambda_j); the loss is sum_l q_l L_l + beta KL of q and a
+geometric prior.
 """
 
 from __future__ import annotations
@@ -16,35 +17,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, choice, flag, number, whole
+from earlyexit_kernels.arguments import Check, choice, flag, number, whole
 from earlyexit_kernels.objectives.base import Objective, PhaseSpec, TrainingStep, exit_losses, labelled, row_mean
 from earlyexit_kernels.types import ExitTrace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Palbert(Objective):
-    """Expected task loss over the exits, and beta times the divergence from a truncated geometric prior.
+    """Expected task loss over the exits, plus beta times the divergence from a truncated geometric prior.
 
-    Any task. At most 25 epochs at 1e-5, as in the public code, which stops early: give the Trainer its
+    For any task. At most 25 epochs at 1e-5, as in the public code, which uses early stopping: give the Trainer its
     EarlyStoppingCallback.
 
     Args:
         beta: weight of the divergence, at least 0.
-        prior: lambda_p in (0, 1), the prior's chance of leaving at a layer; what is left over falls to the last one.
-        kl: ``"prior_posterior"`` is KL(prior || q), what the public code computes; ``"posterior_prior"`` is
-            KL(q || prior), as the paper writes it.
-        close_tail: the last layer takes all mass left, so that q sums to 1; False as the public code, where
-            lambda_L counts and mass is lost.
-        halting_input: what the halting head reads of the pooled vectors r_l: ``"concat"`` [r_l; r_{l-1}], ``"diff"``
-            r_l - r_{l-1} (the public code's default), ``"single"`` r_l (PonderNet).
-        halting_layers: 1 is one linear; n >= 2 is n hidden layers with tanh and a linear, as the public code counts.
+        prior: lambda_p in (0, 1), the prior's probability to leave at a layer; the last layer has the remaining mass.
+        kl: ``"prior_posterior"`` is KL(prior || q), as in the public code; ``"posterior_prior"`` is KL(q || prior), as
+            in the paper.
+        close_tail: whether the last layer has all remaining mass, so that q sums to 1; False as in the public code,
+            where lambda_L counts and mass is lost.
+        halting_input: input of the halting head, from the pooled vectors r_l: ``"concat"`` [r_l; r_{l-1}], ``"diff"``
+            r_l - r_{l-1} (the default of the public code), ``"single"`` r_l (PonderNet).
+        halting_layers: 1 is one linear; n >= 2 is n hidden layers with tanh and a linear, as in the public code.
 
     Raises:
         ValueError: an argument out of range.
 
-    Differences from the public code: all in log space, so nothing is cut off where a row has almost surely left (there
-    such a layer gets the constant 0.05 / L and no gradient). One halting head serves all layers, as there; one exit
-    does so only where layers are shared (ALBERT): a family with layers of its own keeps a linear for each exit.
+    Differences from the public code: computed in log space, without the code's constant 0.05 / L, which has no
+    gradient, at layers that a row has almost surely left before. One halting head serves all layers, as in the code;
+    one exit serves all layers only where the backbone shares its layers (ALBERT).
+
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.Palbert(beta=1).head_changes(shares_layers=False)["halting_layers"]
+        3
     """
 
     beta: float = 0.5
@@ -92,7 +98,7 @@ class Palbert(Objective):
 
 
 def log_posterior(s: Tensor, *, close_tail: bool) -> Tensor:
-    """log q ``[N, L]`` of halting logits ``[N, L]``; with `close_tail` the last layer takes all that is left."""
+    """Return log q ``[N, L]`` for halting logits ``[N, L]``; see `Palbert` for `close_tail`."""
     stay = F.logsigmoid(-s).cumsum(dim=1)
     before = torch.cat((torch.zeros_like(stay[:, :1]), stay[:, :-1]), dim=1)
     leave = F.logsigmoid(s)
@@ -102,7 +108,7 @@ def log_posterior(s: Tensor, *, close_tail: bool) -> Tensor:
 
 
 def log_prior(prior: float, depth: int) -> Tensor:
-    """log g ``[L]`` float64 of the geometric prior whose last layer takes all that is left."""
+    """Return log g ``[L]`` float64 of the geometric prior, whose last layer has the remaining mass."""
     log_g = torch.arange(depth, dtype=torch.float64) * math.log1p(-prior)
     log_g[:-1] += math.log(prior)
     return log_g

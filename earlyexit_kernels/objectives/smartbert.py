@@ -1,9 +1,9 @@
-"""Training gates that skip layers, and exits that know what skipping does.
+"""SmartBERT: train gates that skip layers, then exits on the gated layers.
 
 SmartBERT: A Promotion of Dynamic Early Exiting Mechanism for Accelerating BERT Inference. Boren Hu, Yun Zhu, Jiacheng
 Li, Siliang Tang. IJCAI 2023, arXiv 2303.09266. With g_l the probability of skipping layer l:
-(1 - eta1) (L_L + lambda / sum_l mean g_l) + eta1 sum_l InfoNCE(l, l+1) over encoder, gates and last exit; then
-(1 - eta2) sum_{l<L} L_l + eta2 / (L - 2) sum_l InfoNCE(l, l+1) over the early exits.
+(1 - eta1) (L_L + lambda / sum_l mean g_l) + eta1 sum_l InfoNCE(l, l+1) for encoder, gates and last exit; then
+(1 - eta2) sum_{l<L} L_l + eta2 / (L - 2) sum_l InfoNCE(l, l+1) for the early exits.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.objectives.arguments import Check, choice, flag, number
+from earlyexit_kernels.arguments import Check, choice, flag, number
 from earlyexit_kernels.objectives.base import (
     BACKBONE,
-    CLASSIFICATION,
     ENCODER,
     EXITS,
     Objective,
@@ -31,9 +30,9 @@ from earlyexit_kernels.objectives.base import (
     labelled,
     row_mean,
 )
-from earlyexit_kernels.types import ExitTrace, Gating
+from earlyexit_kernels.types import CLASSIFICATION, ExitTrace, Gating
 
-#: Added to sum g, so that gates all shut cost much, not infinitely much.
+#: Added to sum g, so that the penalty is finite if all gates are 0.
 SMALLEST = 1e-6
 
 
@@ -41,27 +40,35 @@ SMALLEST = 1e-6
 class Smartbert(Objective):
     """Two phases at 2e-5: ``"backbone"`` (5 epochs), then ``"exits"`` (4 epochs) with hard gates.
 
-    Classification only. Exits are attention heads of width 128. Fields that name a phase are the two phases' own.
+    For single-label classification. Exits are attention heads of width 128. The gate term reads the soft g of the rows
+    of all processes, also under hard gates. The first phase contrasts the inputs of the layers (the embeddings' output
+    included, h_L not), the second the features of the early exits.
 
     Args:
-        gate_weight: lambda, at least 0. It rewards skipping; there is no target rate.
+        gate_weight: lambda, at least 0, the reward of skipping; there is no target rate.
         gate_penalty: ``"reciprocal"`` is lambda / sum_l mean g_l; ``"linear"`` is lambda sum_l mean (1 - g_l).
         skip_threshold: s in [0, 1]; a hard gate skips where g >= s.
-        soft_epochs: of the first phase, with layers mixed by g; after them, and in the second phase, by 1[g >= s]
-            with the gradient of g. The paper's 3 are of 5 epochs: a shorter phase wants fewer, or gates never harden.
-        contrast_backbone, contrast_exits: eta1 and eta2, in [0, 1]; at 0 nothing is projected.
-        temperature_backbone, temperature_exits: of the similarities, above 0.
-        positive_backbone, positive_exits: the positive stands in its own denominator too.
+        soft_epochs: epochs of the first phase in which layers are mixed by g; afterwards, and in the second phase, by
+            1[g >= s] with the gradient of g. The paper has 3 of 5 epochs: a shorter phase requires fewer, or gates
+            never become hard.
+        contrast_backbone: eta1 of the first phase, in [0, 1]; with 0 nothing is projected.
+        contrast_exits: eta2 of the second phase, in [0, 1]; with 0 nothing is projected.
+        temperature_backbone: of the similarities in the first phase, above 0.
+        temperature_exits: of the similarities in the second phase, above 0.
+        positive_backbone: whether the positive is part of its own denominator in the first phase.
+        positive_exits: whether the positive is part of its own denominator in the second phase.
 
     Raises:
         ValueError: an argument out of range.
 
-    The gate term reads the soft g, of the rows of all processes, under hard gates too. In the first phase layers'
-    inputs are contrasted, the embeddings' output among them and h_L not; in the second the early exits' features.
+    Differences from the public code: a token is compared with the tokens of its own sequence only (there padding tokens
+    are anchors and negatives); the mean is over the tokens of a sequence, then over sequences; the last pair of the
+    second phase counts (the loop there ends before it). A sequence of one token has no negatives, and the loss 0.
 
-    Differences from the public code: a token meets the real tokens of its own sequence only (padding tokens are anchors
-    and negatives there); the mean goes over the tokens of a sequence, then over sequences; the last pair of the second
-    phase counts (the loop there stops one early). A sequence of one token has no negatives, and a loss of 0.
+    Example:
+        >>> import earlyexit_kernels as ee
+        >>> ee.objectives.Smartbert().head_changes(shares_layers=False)["gates"]
+        True
     """
 
     gate_weight: float = 0.04
@@ -141,7 +148,7 @@ class Smartbert(Objective):
         return (1 - weight) * right + weight * row_mean(pairs, rows)
 
     def _gate_term(self, g: Tensor, rows: Tensor) -> Tensor:
-        # the last column tells whether any row counts: without one there is no loss either
+        # the last column is 0 where no row counts, and then the loss is 0
         *means, counts = row_mean(F.pad(g, (0, 1), value=1.0), rows, everywhere=True)
         mean = torch.stack(means)
         term = (1 - mean).sum() if self.gate_penalty == "linear" else 1 / (mean.sum() + SMALLEST)
@@ -149,23 +156,23 @@ class Smartbert(Objective):
 
 
 def contrasts(trace: ExitTrace, *, temperature: float, positive: bool) -> Tensor:
-    """InfoNCE of neighbouring projections inside each sequence, ``[N, M - 1]``, the mean over its tokens.
+    """Return the InfoNCE loss of successive projections within each sequence, ``[N, M - 1]``, the mean over tokens.
 
-    Token t of projection m is to be nearest, by cosine, to token t of projection m + 1 among the tokens of its
-    sequence.
+    The positive of token t of projection m is token t of projection m + 1; the negatives are the other tokens of the
+    sequence. Similarities are cosines.
 
     Args:
         trace: projections ``[M, T, P]`` and offsets ``[N + 1]``.
         temperature: of the cosines.
-        positive: whether token t stands in its own denominator.
+        positive: whether the positive is part of its own denominator.
 
     Raises:
         ValueError: the trace has no projections.
     """
     if trace.projections is None or trace.offsets is None:
         raise ValueError(
-            "method 'smartbert' contrasts token projections, and the trace has none; train it phase by phase, so that "
-            "the model makes those of the phase"
+            "method 'smartbert' reads token projections, and the trace has none; train it phase by phase, so that the "
+            "model computes those of the phase"
         )
     starts, lengths = trace.offsets[:-1].long(), trace.offsets.diff().long()
     longest = int(lengths.max()) if len(lengths) else 0
@@ -182,8 +189,8 @@ def contrasts(trace: ExitTrace, *, temperature: float, positive: bool) -> Tensor
 
 
 def _info_nce(a: Tensor, b: Tensor, allowed: Tensor, temperature: float) -> Tensor:
-    """-log of the share of token t of `b` among those `allowed`, for each token t of `a` ``[N, S, P]``: ``[N, S]``."""
+    """Return the loss ``[N, S]`` of each token t of `a` ``[N, S, P]``: -log of the share of token t of `b`."""
     scores = a @ b.transpose(1, 2) / temperature
-    # finite, as a row without an allowed token would have no gradient but NaN
+    # a finite minimum: a row without allowed tokens would have NaN gradients
     others = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).logsumexp(dim=2)
     return others - scores.diagonal(dim1=1, dim2=2)

@@ -1,27 +1,31 @@
-"""The fused ops, for people who write their own loop."""
+"""The fused ops, for custom inference loops.
 
-from earlyexit_kernels.ops.compact import GATHER_ROWS_OPS, compact, compaction_ops, gather_rows
-from earlyexit_kernels.ops.encoder_layer import ENCODER_LAYERS
-from earlyexit_kernels.ops.exit_step import exit_step, exit_step_op
+Each function checks its arguments and runs on the back-end that is asked for; `bare_op` returns an op without checks.
+"""
+
+from earlyexit_kernels.ops.compact import compact, gather_rows
+from earlyexit_kernels.ops.encoder_layer import EncoderWeights, encoder_layer
+from earlyexit_kernels.ops.exit_call import ExitCall
+from earlyexit_kernels.ops.exit_step import exit_step
 from earlyexit_kernels.ops.first_tokens_linear import first_tokens_linear
-from earlyexit_kernels.ops.pack_tokens import PACK_TOKENS_OPS
-from earlyexit_kernels.ops.resident_exit import MOST_ROWS, RESIDENT_EXITS
+from earlyexit_kernels.ops.pack_tokens import pack_tokens
+from earlyexit_kernels.ops.resident_exit import resident_exit
 from earlyexit_kernels.ops.rows_add_norm import rows_add_norm
 from earlyexit_kernels.ops.rows_attention import rows_attention
 from earlyexit_kernels.ops.rows_linear import rows_linear
+from earlyexit_kernels.ops.schema import bare_op
 
 __all__ = [
-    "ENCODER_LAYERS",
-    "GATHER_ROWS_OPS",
-    "MOST_ROWS",
-    "PACK_TOKENS_OPS",
-    "RESIDENT_EXITS",
+    "EncoderWeights",
+    "ExitCall",
+    "bare_op",
     "compact",
-    "compaction_ops",
+    "encoder_layer",
     "exit_step",
-    "exit_step_op",
     "first_tokens_linear",
     "gather_rows",
+    "pack_tokens",
+    "resident_exit",
     "rows_add_norm",
     "rows_attention",
     "rows_linear",

@@ -1,4 +1,4 @@
-"""Activations of the linear ops, as torch functions and as Triton device functions handed to a kernel as constexpr."""
+"""Activations of the linear ops, as torch functions and as Triton device functions passed to kernels as constexpr."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gelu(x):
 
 @jit
 def gelu_tanh(x):
-    """``x (1 + tanh u) / 2`` is ``x / (1 + exp -2u)``, which cancels nowhere."""
+    """``x (1 + tanh u) / 2`` as ``x / (1 + exp(-2 u))``, which avoids cancellation."""
     return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
@@ -37,7 +37,7 @@ def relu(x):
 
 @jit
 def tanh(x):
-    """By the exponential function, and by its series where that would cancel."""
+    """The exponential form, and the series near 0, where that form cancels."""
     y = x * x
     series = 1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835))))
     return tl.where(y < 0.0625, x * series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
@@ -45,11 +45,11 @@ def tanh(x):
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation, of float32 values.
+    """An activation of float32 values.
 
     Attributes:
-        reference: in torch.
-        device: in Triton.
+        reference: torch function.
+        device: Triton function.
     """
 
     reference: Callable[[Tensor], Tensor]

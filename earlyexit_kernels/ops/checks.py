@@ -1,4 +1,4 @@
-"""The ops' input checks: what was expected, what came, what to do."""
+"""Input checks of the ops. Each message says what was expected, what was given and what to do."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 INT32 = (torch.int32,)
 INT64 = (torch.int64,)
-#: What a copy takes, which computes nothing.
+#: Dtypes of ops that only copy.
 COPIED = (*FLOATS, torch.float64)
 MAX_INT32 = torch.iinfo(torch.int32).max
 
+#: Decorator of the checks: they read values and addresses, which a graph of torch.compile cannot hold. The op itself
+#: stays in the graph.
+not_traced = torch.compiler.disable
+
 
 def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None) -> None:
-    """Raise ValueError where a row of the request is present twice, or a row present lies outside of the request.
+    """Raise ValueError if row ids on the CPU repeat, or exceed the number of requests.
 
-    For CPU tensors, like the other checks of values: on CUDA they would cost a synchronisation.
+    Like all checks of values this one is for the CPU only; on CUDA it would synchronise with the device.
 
     Args:
         op: for the message.
-        row_ids: ``[B]``; negative ids are rows that have left.
+        row_ids: ``[B]``; negative for rows that have left.
         requests: N, or None for any number.
     """
-    # numpy takes a fraction of the time of torch on a few numbers
+    # numpy is several times as fast as torch on a few numbers
     ids = row_ids.numpy()
     present = ids[ids >= 0]
     if not present.size:
@@ -39,18 +43,18 @@ def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None) -> None:
     same = present[1:] == present[:-1]
     if same.any():
         raise ValueError(
-            f"{op}: expected row_ids that differ from each other, got {present[1:][same][0]} more than once; "
+            f"{op}: expected distinct row_ids, got {present[1:][same][0]} more than once; "
             "set the ids of rows that have left to -1"
         )
 
 
 def check_offsets(op: str, offsets: Tensor, *, tokens: int | None, name: str = "offsets") -> None:
-    """Raise ValueError where offsets ``[B + 1]`` on the CPU are empty, decrease or pass the last token.
+    """Raise ValueError if offsets ``[B + 1]`` on the CPU are empty, decrease or exceed the number of tokens.
 
     Args:
         op, name: for the message.
         offsets: int32.
-        tokens: of the buffer, or None for any number.
+        tokens: size of the buffer, or None for any.
     """
     if not offsets.numel():
         raise ValueError(f"{op}: expected {name} of shape [R + 1], got [0]; for no rows pass one offset")
@@ -58,29 +62,31 @@ def check_offsets(op: str, offsets: Tensor, *, tokens: int | None, name: str = "
     start, end = int(ends[0]), int(ends[-1])
     # compared and not subtracted: a difference of int32 can wrap
     if start < 0 or (tokens is not None and end > tokens) or (ends[1:] < ends[:-1]).any():
-        most = "" if tokens is None else f" to at most {tokens} tokens"
+        limit = "" if tokens is None else f" to at most {tokens} tokens"
         step = min([0, *offsets.long().diff().tolist()])
         raise ValueError(
-            f"{op}: expected {name} that never decrease, from 0 or above{most}, got {start} to {end} with steps down "
-            f"to {step}; pass cumulative lengths"
+            f"{op}: expected non-decreasing {name} from 0 or above{limit}, got {start} to {end} with a minimum step of "
+            f"{step}; pass cumulative lengths"
         )
 
 
 def check_no_empty_row(op: str, row_ids: Tensor, offsets: Tensor) -> None:
-    """Raise ValueError where a row present, on the CPU, has no token."""
+    """Raise ValueError if a present row on the CPU has no token."""
     ends = offsets.numpy()
     if ((row_ids.numpy() >= 0) & (ends[1:] == ends[:-1])).any():
-        raise ValueError(f"{op}: expected a token in every row present, got an empty one; set its row id to -1")
+        raise ValueError(
+            f"{op}: expected at least one token in every present row, got an empty row; set its row id to -1"
+        )
 
 
 def check_moves(op: str, offsets: Tensor, source: Tensor, new_offsets: Tensor) -> None:
-    """Raise ValueError where a row of `source`, on the CPU, isn't one of `offsets` or changes its length.
+    """Raise ValueError if a row of `source` on the CPU does not exist or changes its length.
 
     Args:
         op: for the message.
-        offsets: ``[B + 1]`` that never decrease.
+        offsets: ``[B + 1]``, non-decreasing.
         source: ``[B2]``; negative for no row.
-        new_offsets: ``[B2 + 1]`` that never decrease.
+        new_offsets: ``[B2 + 1]``, non-decreasing.
     """
     ends, new_ends, rows = offsets.numpy(), new_offsets.numpy(), source.numpy()
     moved = rows >= 0
@@ -100,14 +106,14 @@ def check_moves(op: str, offsets: Tensor, source: Tensor, new_offsets: Tensor) -
 
 
 def check_present(op: str, offsets: Tensor, row_ids: Tensor | None, *, capacity: int, device: torch.device) -> None:
-    """Raise ValueError where offsets ``[R + 1]`` don't say which tokens of two sides are present.
+    """Raise ValueError if offsets ``[R + 1]`` are invalid for a buffer of two sides.
 
     Args:
         op: for the message.
-        offsets: int32; their values are looked at on the CPU only.
+        offsets: int32; the values are checked on the CPU only.
         row_ids: ``[R]``, or None.
-        capacity: T, tokens of a side.
-        device: where the op's other tensors are.
+        capacity: T, tokens of one side.
+        device: of the op's other tensors.
     """
     rows = None
     if row_ids is not None:
@@ -119,15 +125,15 @@ def check_present(op: str, offsets: Tensor, row_ids: Tensor | None, *, capacity:
     check_offsets(op, offsets, tokens=2 * capacity)
     present = int(offsets[-1]) - int(offsets[0])
     if present > capacity:
-        raise ValueError(f"{op}: expected at most {capacity} tokens present, got {present}; take larger buffers")
+        raise ValueError(f"{op}: expected at most {capacity} present tokens, got {present}; use larger buffers")
 
 
 def check_apart(op: str, written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:
-    """Raise ValueError where a tensor that is written overlaps another one of the call in memory.
+    """Raise ValueError if a written tensor shares memory with another tensor of the call.
 
     Args:
         op: for the message.
-        written, read: name -> contiguous tensor, or None where it is not given.
+        written, read: name -> contiguous tensor, or None if it is not given.
     """
     spans: list[tuple[int, int, str]] = []
     for k, (name, tensor) in enumerate((*written.items(), *read.items())):
@@ -143,13 +149,13 @@ def check_apart(op: str, written: Mapping[str, Tensor | None], read: Mapping[str
 
 
 def check_row_count(op: str, rows: int) -> None:
-    """Raise ValueError where an int32 can't count the rows present."""
+    """Raise ValueError if int32 cannot count the rows."""
     if rows > MAX_INT32:
         raise ValueError(f"{op}: expected at most {MAX_INT32} rows, got {rows}; split the batch")
 
 
 def check_whole(op: str, **arguments: Any) -> None:
-    """Raise TypeError where an argument isn't a whole number, ValueError where an int32 can't hold it."""
+    """Raise TypeError if an argument is not a whole number, ValueError if int32 cannot hold it."""
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{op}: expected {name} to be a whole number, got {value!r}")
@@ -167,15 +173,15 @@ def check_tensor(
     written: bool = False,
     device: torch.device | None = None,
 ) -> None:
-    """Raise ValueError where `tensor` isn't what `op` takes.
+    """Raise TypeError or ValueError if an argument is not a tensor that `op` supports.
 
     Args:
         op, name: for the message.
-        tensor: of any type.
+        tensor: the argument.
         shape: sizes, None for any.
-        dtypes: allowed.
-        written: the op writes into it, so it has to be contiguous itself.
-        device: where the op's other tensors are.
+        dtypes: supported dtypes.
+        written: whether the op writes the tensor, which then must be contiguous.
+        device: of the op's other tensors, or None for any.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")

@@ -1,17 +1,14 @@
-"""Compaction: the rows still live move together, in order, and their tokens into a second buffer.
+"""Compaction of the live rows: `compact` plans it, `gather_rows` copies their tokens into a second buffer.
 
-`compact` plans (new row ids, new offsets, where each row came from), `gather_rows` copies. Criterion state, answers and
-exit layers stay where they are: they are indexed by the request's rows.
+The state of the criterion, answers and exit layers are indexed by request row and do not move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, resolve, tl
+from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.checks import (
     COPIED,
     INT32,
@@ -21,8 +18,9 @@ from earlyexit_kernels.ops.checks import (
     check_row_count,
     check_row_ids,
     check_tensor,
+    not_traced,
 )
-from earlyexit_kernels.ops.schema import COMPACT, GATHER_ROWS, define
+from earlyexit_kernels.ops.schema import COMPACT, GATHER_ROWS, bare_op, define
 
 BLOCK_ROWS = 1024
 BLOCK_WIDTH = 256
@@ -38,7 +36,7 @@ def compact_kernel(
     present,  # B
     BLOCK: tl.constexpr,
 ):
-    """A stable exclusive scan of rows and tokens; one program walks the batch block by block."""
+    """Stable exclusive scan of rows and tokens by one program, block by block."""
     rows_done = present * 0
     tokens_done = present * 0
     start = present * 0
@@ -86,7 +84,7 @@ def gather_rows_kernel(
     width,  # H
     BLOCK: tl.constexpr,
 ):
-    """One program for each new row and slice of the width; it walks the row's tokens."""
+    """One program per new row and slice of the width, which loops over the tokens of the row."""
     j = tl.program_id(0).to(tl.int64)
     i = tl.load(source + j).to(tl.int64)
     if i >= 0:
@@ -134,65 +132,102 @@ def _fake_compact(row_ids, offsets):
     return torch.empty_like(row_ids), torch.empty_like(offsets), torch.empty_like(row_ids)
 
 
-_COMPACT = define(
-    "compact", COMPACT, fake=_fake_compact, implementations={"torch": compact_torch, "triton": compact_triton}
+define(
+    "compact",
+    COMPACT,
+    implementations={"torch": compact_torch, "triton": compact_triton},
+    fake=_fake_compact,
+    compiled_for=("cpu", "cuda"),
 )
-GATHER_ROWS_OPS = define(
+define(
     "gather_rows",
     GATHER_ROWS,
     implementations={"torch": gather_rows_torch, "triton": gather_rows_triton},
+    compiled_for=("cpu", "cuda"),
 )
 
 
 def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    """Plan a stable compaction of the rows still live.
+    """Plan a stable compaction of the live rows.
 
     Args:
-        row_ids: ``[B]`` int32, -1 for a row that has left; the others differ from each other.
-        offsets: ``[B + 1]`` int32 that never decrease, from 0 or above. On CUDA ids and offsets are trusted, since
-            looking would cost a synchronisation.
+        row_ids: ``[B]`` int32, distinct, -1 for a row that has left.
+        offsets: ``[B + 1]`` int32, non-negative and non-decreasing. On CUDA the values of ids and offsets are not
+            checked, which would synchronise.
         backend: as in `exit_step`.
 
     Returns:
-        new row ids ``[B]`` (live ones first, in order, then -1), new offsets ``[B + 1]`` (live segments back to back,
-        constant after them), source ``[B]`` (the old index of each new row, -1 after them); all int32.
+        new row ids ``[B]`` (the live ones in order, then -1), new offsets ``[B + 1]`` (lengths of the live rows, then
+        constant) and source ``[B]`` (old index of each new row, then -1); all int32.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit; on the CPU also a row id that stands twice, and offsets that
-            decrease.
-        BackendUnavailableError: `backend` can't run here.
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not match; on the CPU also repeated row ids and decreasing offsets.
+        BackendUnavailableError: `backend` cannot run here.
+
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> row_ids = torch.tensor([0, -1, 2], dtype=torch.int32)
+    >>> offsets = torch.tensor([0, 2, 5, 6], dtype=torch.int32)
+    >>> new_ids, new_offsets, source = ee.ops.compact(row_ids, offsets)
+    >>> new_ids.tolist(), new_offsets.tolist(), source.tolist()
+    ([0, 2, -1], [0, 2, 3, 3], [0, 2, -1])
     """
-    check_tensor("compact", "row_ids", row_ids, (None,), INT32)
-    check_tensor("compact", "offsets", offsets, (row_ids.shape[0] + 1,), INT32, device=row_ids.device)
-    check_row_count("compact", row_ids.shape[0])
+    row_ids, offsets = _checked_compact("compact", row_ids, offsets)
+    return bare_op("compact", backend, row_ids.device.type)(row_ids, offsets)
+
+
+@not_traced
+def _checked_compact(op: str, row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    check_tensor(op, "row_ids", row_ids, (None,), INT32)
+    check_tensor(op, "offsets", offsets, (row_ids.shape[0] + 1,), INT32, device=row_ids.device)
+    check_row_count(op, row_ids.shape[0])
     if row_ids.device.type == "cpu":
-        check_row_ids("compact", row_ids, requests=None)
-        check_offsets("compact", offsets, tokens=None)
-    return _COMPACT[resolve(backend, row_ids.device.type)](row_ids.contiguous(), offsets.contiguous())
+        check_row_ids(op, row_ids, requests=None)
+        check_offsets(op, offsets, tokens=None)
+    return row_ids.contiguous(), offsets.contiguous()
 
 
 def gather_rows(
     hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor, *, backend: str = "auto"
 ) -> None:
-    """Copy the tokens of the rows named by `source` into a second buffer.
+    """Copy the tokens of the rows in `source` into a second buffer.
 
     Args:
         hidden: ``[T, H]`` packed tokens; float32, float16, bfloat16 or float64.
-        offsets: ``[B + 1]`` int32 of `hidden`, which never decrease.
-        source: ``[B2]`` int32, the index in `hidden` of each new row, -1 for none.
-        new_offsets: ``[B2 + 1]`` int32 of `out`, which never decrease and give a row its length in `offsets`. On CUDA
-            these three are trusted, since looking would cost a synchronisation.
-        out: ``[T2, H]``, dtype of `hidden`, apart from it in memory; T2 at least the live tokens. **Changed** where a
-            row has a source; the rest isn't, which is how a part of the rows is put back among the others.
+        offsets: ``[B + 1]`` int32 of `hidden`, non-decreasing.
+        source: ``[B2]`` int32, index in `hidden` of each new row, -1 for none.
+        new_offsets: ``[B2 + 1]`` int32 of `out`, non-decreasing; each row keeps its length. On CUDA the values of
+            `offsets`, `source` and `new_offsets` are not checked, which would synchronise.
+        out: ``[T2, H]``, dtype of `hidden`, not overlapping it; T2 is at least the number of copied tokens. **Changed**
+            for the rows with a source; other tokens keep their values.
         backend: as in `exit_step`.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit, or `out` overlaps another tensor; on the CPU also a source or
-            offsets that name no row or no token, or change a row's length.
-        BackendUnavailableError: `backend` can't run here.
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not match, or `out` overlaps another tensor; on the CPU also a source
+            or offsets that are out of range or change the length of a row.
+        BackendUnavailableError: `backend` cannot run here.
+
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> hidden = torch.arange(6.0)[:, None]
+    >>> offsets, new_offsets = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2, 5, 6], [0, 2, 3, 3]))
+    >>> source, out = torch.tensor([0, 2, -1], dtype=torch.int32), torch.zeros(3, 1)
+    >>> ee.ops.gather_rows(hidden, offsets, source, new_offsets, out)
+    >>> out[:, 0].tolist()
+    [0.0, 1.0, 5.0]
     """
-    op, device = "gather_rows", hidden.device if isinstance(hidden, Tensor) else None
+    read = _checked_gather("gather_rows", hidden, offsets, source, new_offsets, out)
+    bare_op("gather_rows", backend, out.device.type)(*read, out)
+
+
+@not_traced
+def _checked_gather(
+    op: str, hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor
+) -> tuple[Tensor, ...]:
     check_tensor(op, "hidden", hidden, (None, None), COPIED)
+    device = hidden.device
     check_tensor(op, "out", out, (None, hidden.shape[1]), (hidden.dtype,), written=True, device=device)
     check_tensor(op, "offsets", offsets, (None,), INT32, device=device)
     check_tensor(op, "source", source, (None,), INT32, device=device)
@@ -200,24 +235,8 @@ def gather_rows(
     hidden, offsets, source, new_offsets = (x.contiguous() for x in (hidden, offsets, source, new_offsets))
     named = {"hidden": hidden, "offsets": offsets, "source": source, "new_offsets": new_offsets}
     check_apart(op, {"out": out}, named)
-    if hidden.device.type == "cpu":
+    if device.type == "cpu":
         check_offsets(op, offsets, tokens=hidden.shape[0])
         check_offsets(op, new_offsets, tokens=out.shape[0], name="new_offsets")
         check_moves(op, offsets, source, new_offsets)
-    GATHER_ROWS_OPS[resolve(backend, hidden.device.type)](hidden, offsets, source, new_offsets, out)
-
-
-def compaction_ops(
-    backend: str, device: str
-) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., None]]:
-    """The bare `compact` and `gather_rows` of a back-end, for a loop that calls them with input it has made itself.
-
-    Args:
-        backend: ``"auto"`` or a name.
-        device: kind of device, ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        BackendUnavailableError: `backend` can't run there.
-    """
-    name = resolve(backend, device)
-    return _COMPACT[name], GATHER_ROWS_OPS[name]
+    return hidden, offsets, source, new_offsets

@@ -1,24 +1,23 @@
-"""One exit of one layer, fused: pool, linear head, decision, and the answers of the rows that leave.
+"""One fused exit: pooling, linear head, decision, and the answers of the rows that leave.
 
-The skeleton is the same in every back-end: load a row, compute its logits, let the criterion's step decide, write the
-answer and the layer to the row's place in the request. Adding a criterion adds no op.
+Every back-end does the same per row: compute its logits, let the criterion's step decide, and if the row leaves write
+its answer and layer to its place in the request. A new criterion needs no new op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, resolve, tl
-from earlyexit_kernels.criteria import RULES, Criterion
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.criteria import Criterion, resolve_backend, rule_named
 from earlyexit_kernels.criteria.base import MAX_PARAMS
-from earlyexit_kernels.ops.exit_checks import check_call, exit_rule_of
-from earlyexit_kernels.ops.schema import EXIT_STEP, define
+from earlyexit_kernels.ops.exit_call import ExitCall
+from earlyexit_kernels.ops.exit_checks import checked_call, exit_rule_of
+from earlyexit_kernels.ops.schema import EXIT_STEP, bare_op, define
 
-#: Weights of the head that a Triton program holds at a time.
-TILE = 8192
+#: Maximum number of head weights that a Triton program holds at a time.
+MAX_HELD_WEIGHTS = 8192
 
 
 @jit
@@ -50,7 +49,7 @@ def exit_step_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program a row, so that its reduction order knows nothing of the batch."""
+    """One program per row, so that the order of its sums does not depend on the batch."""
     i = tl.program_id(0).to(tl.int64)
     n = tl.load(row_ids + i).to(tl.int64)
     if n >= 0:
@@ -100,7 +99,7 @@ def exit_step_kernel(
         leave = leave & valid
         if IS_LAST:
             leave = valid | (wrong > 0)
-        # a scalar flag can't be combined with a block's mask in the interpreter; a limit can
+        # the interpreter cannot combine a scalar flag with the mask of a block, but a limit works
         tl.store(answers + n * classes + cols, answer, mask=cols < tl.where(leave, classes, 0))
         tl.store(exit_layer + n, tl.cast(layer, tl.int64), mask=leave)
         tl.store(row_ids + i, -1, mask=leave)
@@ -109,60 +108,45 @@ def exit_step_kernel(
         tl.atomic_add(counts + 2, 1, mask=wrong > 0)
 
 
-def exit_step_triton(
-    hidden: Tensor | None,
-    offsets: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    aux: Tensor | None,
-    row_ids: Tensor,
-    state: Tensor,
-    answers: Tensor,
-    exit_layer: Tensor,
-    criterion: str,
-    params: Sequence[float],
-    pooling: str,
-    layer: int,
-    depth: int,
-) -> Tensor:
-    """Launch `exit_step_kernel`, one program for each row present."""
+def exit_step_triton(call: ExitCall) -> Tensor:
+    """Launch `exit_step_kernel` with one program per row."""
+    row_ids, answers = call.row_ids, call.answers
     counts = torch.zeros(3, dtype=torch.int32, device=row_ids.device)
     rows, classes = answers.shape
     if row_ids.numel() == 0:
         return counts
-    x = logits if hidden is None else hidden
+    x = call.logits if call.hidden is None else call.hidden
     assert x is not None
-    p0, p1, p2 = (*params, *[0.0] * (MAX_PARAMS - len(params)))
-    rule = RULES[criterion]
+    p0, p1, p2 = (*call.params, *[0.0] * (MAX_PARAMS - len(call.params)))
+    rule = rule_named(call.criterion)
     block_c = max(2, 1 << (classes - 1).bit_length())
     exit_step_kernel[(row_ids.numel(),)](
         x,
-        row_ids if offsets is None else offsets,
-        x if weight is None else weight,
-        x if bias is None else bias,
-        row_ids if aux is None else aux,
+        row_ids if call.offsets is None else call.offsets,
+        x if call.weight is None else call.weight,
+        x if call.bias is None else call.bias,
+        row_ids if call.aux is None else call.aux,
         row_ids,
-        state,
+        call.state,
         answers,
-        exit_layer,
+        call.exit_layer,
         counts,
         rows,
         x.shape[1],
         classes,
-        layer,
-        depth,
+        call.layer,
+        call.depth,
         p0,
         p1,
         p2,
         STEP=rule.triton_step,
-        POOLING=pooling,
-        HAS_OFFSETS=offsets is not None,
-        HAS_AUX=aux is not None and rule.needs is not None,
-        FROM_LOGITS=hidden is None,
-        IS_LAST=layer == depth,
+        POOLING=call.pooling,
+        HAS_OFFSETS=call.offsets is not None,
+        HAS_AUX=call.aux is not None and rule.needs is not None,
+        FROM_LOGITS=call.hidden is None,
+        IS_LAST=call.layer == call.depth,
         BLOCK_C=block_c,
-        BLOCK_H=max(16, min(128, TILE // block_c)),
+        BLOCK_H=max(16, min(128, MAX_HELD_WEIGHTS // block_c)),
         enable_fp_fusion=False,
     )
     return counts
@@ -171,7 +155,7 @@ def exit_step_triton(
 def reference_logits(
     hidden: Tensor, offsets: Tensor | None, weight: Tensor, bias: Tensor, pooling: str, present: Tensor
 ) -> Tensor:
-    """Pool the rows present and apply the linear head in float32, in a reduction order that ignores the batch."""
+    """Pool the present rows and apply the linear head in float32; the order of sums does not depend on the batch."""
     if pooling == "none" or offsets is None:
         pooled = hidden[present].float()
     elif pooling == "first":
@@ -181,56 +165,42 @@ def reference_logits(
     return (pooled[:, None, :] * weight.float()).sum(dim=-1) + bias.float()
 
 
-def meaningful(z: Tensor, aux: Tensor | None) -> Tensor:
-    """Rows of ``[B, C]`` whose softmax exists: no NaN, at most one +inf, not all -inf, and no NaN in `aux`."""
+def valid_rows(z: Tensor, aux: Tensor | None) -> Tensor:
+    """Return which rows of logits ``[B, C]`` are valid: no NaN, at most one +inf, not all -inf, and no NaN in `aux`."""
     valid = ~z.isnan().any(dim=-1) & ((z == torch.inf).sum(dim=-1) < 2) & (z > -torch.inf).any(dim=-1)
     return valid if aux is None else valid & ~aux.isnan()
 
 
 @torch.no_grad()
-def exit_step_torch(
-    hidden: Tensor | None,
-    offsets: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logits: Tensor | None,
-    aux: Tensor | None,
-    row_ids: Tensor,
-    state: Tensor,
-    answers: Tensor,
-    exit_layer: Tensor,
-    criterion: str,
-    params: Sequence[float],
-    pooling: str,
-    layer: int,
-    depth: int,
-) -> Tensor:
-    """The same in torch, the reference of the other back-ends."""
+def exit_step_torch(call: ExitCall) -> Tensor:
+    """`exit_step` in torch, the reference of the other back-ends."""
+    row_ids, state, layer = call.row_ids, call.state, call.layer
     present = row_ids >= 0
-    if logits is None:
-        assert hidden is not None and weight is not None and bias is not None
-        z = weight.new_zeros(row_ids.numel(), weight.shape[0], dtype=torch.float32)
-        z[present] = reference_logits(hidden, offsets, weight, bias, pooling, present)
+    if call.logits is None:
+        assert call.hidden is not None and call.weight is not None and call.bias is not None
+        z = call.weight.new_zeros(row_ids.numel(), call.weight.shape[0], dtype=torch.float32)
+        z[present] = reference_logits(call.hidden, call.offsets, call.weight, call.bias, call.pooling, present)
     else:
-        z = logits.float().clone()
-    rule = RULES[criterion]
-    aux = aux if rule.needs is not None else None
-    valid = meaningful(z, aux)
+        z = call.logits.float().clone()
+    rule = rule_named(call.criterion)
+    aux = call.aux if rule.needs is not None else None
+    valid = valid_rows(z, aux)
     decided = (present & valid).nonzero()[:, 0]
     rows = row_ids[decided].long()
+    own_aux = None if aux is None else aux[decided].float()
     answer, leave, new_state = rule.rule(
-        z[decided], None if aux is None else aux[decided].float(), state.index_select(1, rows), layer, depth, params
+        z[decided], own_aux, state.index_select(1, rows), layer, call.depth, call.params
     )
     state.index_copy_(1, rows, new_state)
     z[decided] = answer
-    gone = present & (layer == depth)
+    gone = present & (layer == call.depth)
     gone[decided] |= leave
     rows = row_ids[gone].long()
-    answers[rows] = z[gone]
-    exit_layer[rows] = layer
+    call.answers[rows] = z[gone]
+    call.exit_layer[rows] = layer
     row_ids[gone] = -1
     staying = present & ~gone
-    tokens = torch.ones_like(row_ids) if offsets is None else offsets.diff()
+    tokens = torch.ones_like(row_ids) if call.offsets is None else call.offsets.diff()
     counted = (staying.sum(), tokens[staying].sum(), (present & ~valid).sum())
     return torch.stack(counted).to(torch.int32)
 
@@ -239,24 +209,14 @@ def _fake(hidden, offsets, weight, bias, logits, aux, row_ids, *rest):
     return row_ids.new_empty(3)
 
 
-_EXIT_STEP = define(
-    "exit_step", EXIT_STEP, fake=_fake, implementations={"torch": exit_step_torch, "triton": exit_step_triton}
+define(
+    "exit_step",
+    EXIT_STEP,
+    implementations={"torch": exit_step_torch, "triton": exit_step_triton},
+    call=ExitCall,
+    fake=_fake,
+    compiled_for=("cpu", "cuda"),
 )
-
-
-def exit_step_op(backend: str, device: str) -> Callable[..., Tensor]:
-    """The bare op of a back-end, for a loop that calls it at every layer with input it has made itself.
-
-    The price of `exit_step`'s checks shows at one row a batch. Arguments are positional, in the order of the schema.
-
-    Args:
-        backend: ``"auto"`` or a name.
-        device: kind of device, ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        BackendUnavailableError: `backend` can't run there.
-    """
-    return _EXIT_STEP[resolve(backend, device)]
 
 
 def exit_step(
@@ -279,55 +239,58 @@ def exit_step(
 ) -> Tensor:
     """Decide at one layer which rows leave, and write their answers.
 
-    Give either `hidden` with `weight` and `bias` (the linear head is fused) or ready `logits`.
+    Pass either `hidden` with `weight` and `bias` (the linear head is fused) or `logits`.
+
+    All arithmetic is float32 and ties go to the lowest class. The result of a row does not depend on the other rows,
+    bit for bit.
 
     Args:
-        criterion: its `exit_rule` decides, with the numbers of `params(layer)`.
+        criterion: its `exit_rule` decides, with the parameters `params(layer)`.
         layer, depth: 1-based layer and number of layers; at `depth` every row leaves.
-        row_ids: ``[B]`` int32, the request row of each row present, no row twice, and -1 for a row that has left.
-            **Changed**: -1 is written where a row leaves. On CUDA ids and offsets are trusted, since looking would cost
-            a synchronisation.
+        row_ids: ``[B]`` int32, index of each row in the request, distinct, -1 for a row that has left. **Changed**: set
+            to -1 where a row leaves. On CUDA the values of ids and offsets are not checked, which would synchronise.
         state: ``[K, N]`` float32 from `criterion.new_state`. **Changed.**
-        answers: ``[N, C]`` float32, by request row. **Changed** for the rows that leave.
-        exit_layer: ``[N]`` int64, by request row. **Changed** likewise.
-        hidden: ``[T, H]`` packed tokens, or ``[B, H]`` with `pooling="none"`; float32, float16 or bfloat16.
-        offsets: ``[B + 1]`` int32 that never decrease, row i holds the tokens ``offsets[i]`` to ``offsets[i + 1]``.
+        answers: ``[N, C]`` float32, indexed by request row. **Changed** for the rows that leave.
+        exit_layer: ``[N]`` int64, indexed by request row. **Changed** for the rows that leave.
+        hidden: ``[T, H]`` packed tokens, or ``[B, H]`` with ``pooling="none"``; float32, float16 or bfloat16.
+        offsets: ``[B + 1]`` int32, non-decreasing; row i has the tokens from ``offsets[i]`` up to ``offsets[i + 1]``.
+            Default: one token per row.
         weight, bias: ``[C, H]`` and ``[C]``, dtype of `hidden`.
-        logits: ``[B, C]``, in place of `hidden`, `weight` and `bias`.
-        aux: ``[B]`` float32, the scalar the criterion needs.
+        logits: ``[B, C]`` float32, float16 or bfloat16, instead of `hidden`, `weight` and `bias`.
+        aux: ``[B]`` float32, the scalar that the criterion needs.
         pooling: ``"first"`` token, ``"mean"`` of the tokens, or ``"none"``.
         backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"cpp"``.
 
     Returns:
-        counts ``[3]`` int32: rows still live, their tokens, and rows present whose logits had no meaning (NaN, several
-        +inf, all -inf): such a row stays and keeps its state.
+        counts ``[3]`` int32: live rows, their tokens, and present rows with invalid logits (NaN, several +inf or all
+        -inf), which stay and keep their state.
 
     Raises:
-        TypeError: an argument that has to be a tensor or a whole number isn't one.
-        ValueError: shapes, dtypes or devices don't fit, a tensor that is written overlaps another one in memory, or the
-            criterion isn't one that the back-ends know; on the CPU also ids and offsets as above.
-        BackendUnavailableError: `backend` can't run here.
+        TypeError: an argument is not a tensor or not a whole number where one is required.
+        ValueError: shapes, dtypes or devices do not match, a tensor that is written shares memory with another one, or
+            no back-end implements the criterion; on the CPU also invalid ids and offsets.
+        BackendUnavailableError: `backend` cannot run here, or does not implement a registered criterion.
 
-    All arithmetic is float32 and ties go to the lowest class. A row's bits depend on nothing but the row.
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> rule = ee.criteria.MaxProbability(threshold=0.9)
+    >>> row_ids = torch.arange(2, dtype=torch.int32)
+    >>> state = rule.new_state(2, torch.device("cpu"), 2)
+    >>> answers, exit_layer = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    >>> logits = torch.tensor([[4.0, 0.0], [0.1, 0.0]])
+    >>> counts = ee.ops.exit_step(
+    ...     criterion=rule, layer=1, depth=3, row_ids=row_ids, state=state, answers=answers, exit_layer=exit_layer,
+    ...     logits=logits,
+    ... )
+    >>> counts.tolist(), row_ids.tolist(), exit_layer.tolist()
+    ([1, 1, 0], [-1, 1], [1, 0])
     """
-    rule = exit_rule_of(criterion)
-    tensors, params = check_call(
-        rule,
-        layer,
-        depth,
-        pooling,
-        {
-            "hidden": hidden,
-            "offsets": offsets,
-            "weight": weight,
-            "bias": bias,
-            "logits": logits,
-            "aux": aux,
-            "row_ids": row_ids,
-            "state": state,
-            "answers": answers,
-            "exit_layer": exit_layer,
-        },
-    )
-    op = _EXIT_STEP[resolve(backend, row_ids.device.type)]
-    return op(*tensors.values(), rule.name, params, pooling if logits is None else "none", layer, depth)
+    op = "exit_step"
+    rule = exit_rule_of(op, criterion)
+    call = ExitCall(
+        hidden, offsets, weight, bias, logits, aux, row_ids, state, answers, exit_layer,
+        rule.name, (), pooling, layer, depth,
+    )  # fmt: skip
+    call = checked_call(op, rule, call)
+    device = row_ids.device.type
+    return bare_op(op, resolve_backend(rule.name, backend, device), device)(*call)

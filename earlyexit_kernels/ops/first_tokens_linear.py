@@ -1,14 +1,21 @@
-"""A linear layer over the first token of each row present: the dense module of a pooler."""
+"""Linear layer on the first token of each present row: the dense module of a pooler."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, resolve, tl
+from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_no_empty_row, check_present, check_tensor
-from earlyexit_kernels.ops.schema import FIRST_TOKENS_LINEAR, PYTHON_BACK_ENDS, define
+from earlyexit_kernels.ops.checks import (
+    FLOATS,
+    check_apart,
+    check_no_empty_row,
+    check_present,
+    check_tensor,
+    not_traced,
+)
+from earlyexit_kernels.ops.schema import FIRST_TOKENS_LINEAR, bare_op, define
 from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, tiles_for
 
 
@@ -28,7 +35,7 @@ def first_tokens_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program a tile; where all its rows have left it has nothing to do."""
+    """One program per tile, which returns at once if all its rows have left."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     present = tl.load(row_ids + row, mask=row < rows, other=-1) >= 0
     if tl.sum(present.to(tl.int32), 0) > 0:
@@ -80,16 +87,15 @@ def first_tokens_linear_triton(
 def first_tokens_linear_torch(
     hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, row_ids: Tensor, out: Tensor, activation: str
 ) -> None:
-    """`first_tokens_linear` in torch, the reference of the other back-end."""
+    """`first_tokens_linear` in torch, the reference of the Triton back-end."""
     present = row_ids >= 0
     out[present] = product_torch(hidden[offsets[:-1][present]], weight, bias, activation).to(out.dtype)
 
 
-_FIRST_TOKENS_LINEAR = define(
+define(
     "first_tokens_linear",
     FIRST_TOKENS_LINEAR,
     implementations={"torch": first_tokens_linear_torch, "triton": first_tokens_linear_triton},
-    back_ends=PYTHON_BACK_ENDS,
 )
 
 
@@ -104,35 +110,57 @@ def first_tokens_linear(
     activation: str = "none",
     backend: str = "auto",
 ) -> None:
-    """Write ``f(x W^T + b)`` of the first token of each row present.
+    """Write ``f(x W^T + b)`` of the first token of each present row, with the arithmetic of `rows_linear`.
 
     Args:
         hidden: ``[2 T, K]``; float32, float16 or bfloat16.
         weight, bias: ``[N, K]`` and ``[N]``, dtype of `hidden`.
-        offsets: ``[R + 1]`` int32; row i starts at ``hidden[offsets[i]]``.
-        row_ids: ``[R]`` int32, -1 where a row has left or there is none. On CUDA they and the offsets are trusted,
-            since looking would cost a synchronisation.
-        out: ``[R, N]``, dtype of `hidden`, apart from it in memory. **Changed** for the rows present.
+        offsets: ``[R + 1]`` int32, non-decreasing; row i starts at ``hidden[offsets[i]]``.
+        row_ids: ``[R]`` int32, -1 for a row that has left or does not exist. On CUDA the values of ids and offsets are
+            not checked, which would synchronise.
+        out: ``[R, N]``, dtype of `hidden`, not overlapping it. **Changed** for the present rows.
         activation, backend: as in `rows_linear`.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit.
-        BackendUnavailableError: `backend` can't run here.
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not match, or `out` overlaps another tensor; on the CPU also a present
+            row without tokens.
+        BackendUnavailableError: `backend` cannot run here.
 
-    The arithmetic is that of `rows_linear`, and so are the bits of a row.
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> hidden = torch.tensor([[1.0], [2.0], [3.0], [0.0], [0.0], [0.0]])
+    >>> offsets, row_ids = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    >>> out = torch.zeros(2, 1)
+    >>> ee.ops.first_tokens_linear(hidden, torch.tensor([[10.0]]), torch.tensor([1.0]), offsets, row_ids, out)
+    >>> out[:, 0].tolist()
+    [11.0, 31.0]
     """
     op = "first_tokens_linear"
+    read = _checked(op, hidden, weight, bias, offsets, row_ids, out, activation)
+    bare_op(op, backend, out.device.type)(*read, out, activation)
+
+
+@not_traced
+def _checked(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor,
+    out: Tensor,
+    activation: str,
+) -> tuple[Tensor, ...]:
     check_tensor(op, "hidden", hidden, (None, None), FLOATS)
     device = hidden.device
     check_product(op, hidden, weight, bias, activation)
     check_present(op, offsets, row_ids, capacity=hidden.shape[0] // 2, device=device)
-    wanted = (row_ids.shape[0], weight.shape[0])
-    check_tensor(op, "out", out, wanted, (hidden.dtype,), written=True, device=device)
+    shape = (row_ids.shape[0], weight.shape[0])
+    check_tensor(op, "out", out, shape, (hidden.dtype,), written=True, device=device)
     if device.type == "cpu":
         check_no_empty_row(op, row_ids, offsets)
     hidden, weight, bias, offsets, row_ids = (x.contiguous() for x in (hidden, weight, bias, offsets, row_ids))
     read = {"hidden": hidden, "weight": weight, "bias": bias, "offsets": offsets, "row_ids": row_ids}
     check_apart(op, {"out": out}, read)
-    _FIRST_TOKENS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        hidden, weight, bias, offsets, row_ids, out, activation
-    )
+    return hidden, weight, bias, offsets, row_ids

@@ -1,8 +1,8 @@
-"""The tokens of a batch, packed on the device: padding is left out, and the host reads nothing.
+"""Packing of the tokens of a batch on the device, without synchronisation.
 
-    ids [R, S] -> ids [T] of the tokens kept, their positions and types, offsets [R + 1] and row ids [R]
+    ids [R, S] -> ids [T] of the kept tokens, their positions and types, offsets [R + 1] and row ids [R]
 
-A row without any token keeps its first, as in `packing.pack`. What lies beyond the tokens kept stays as it was.
+A row without any token keeps its first one, as in `packing.pack`. The buffer beyond the kept tokens is not written.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.ops.schema import PACK_TOKENS, PYTHON_BACK_ENDS, define
+from earlyexit_kernels.ops.checks import INT32, INT64, check_apart, check_tensor, not_traced
+from earlyexit_kernels.ops.schema import PACK_TOKENS, bare_op, define
 
-#: Columns that a program looks at together.
-MOST_COLUMNS = 1024
+#: Maximum number of columns per step of a program.
+MAX_COLUMNS = 1024
 
 
 @jit
 def kept_tokens(batch, mask, c, row, width):
-    """Which columns of a row are tokens to keep, as 0 and 1."""
+    """Return which columns of a row are kept, as 0 and 1."""
     inside = c < tl.load(batch + 1)
     given = tl.load(batch + 2)
     value = tl.load(mask + row.to(tl.int64) * width + c, mask=inside, other=0)
@@ -35,7 +36,7 @@ def count_tokens_kernel(
     width,  # S
     BLOCK: tl.constexpr,
 ):
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0)
     end = tl.where(row < tl.load(batch), tl.load(batch + 1), 0)
     i = tl.arange(0, BLOCK)
@@ -69,7 +70,7 @@ def pack_tokens_kernel(
     BLOCK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """One program a row, which adds up the rows before it."""
+    """One program per row, which sums the lengths of the rows before it."""
     row = tl.program_id(0)
     real = tl.load(batch)
     end = tl.where(row < real, tl.load(batch + 1), 0)
@@ -119,7 +120,7 @@ def pack_tokens_triton(
 ) -> None:
     """Launch `count_tokens_kernel` and `pack_tokens_kernel`."""
     rows, width = ids.shape
-    block = min(MOST_COLUMNS, 1 << (width - 1).bit_length())
+    block = min(MAX_COLUMNS, 1 << (width - 1).bit_length())
     warps = max(1, min(4, block // 128))
     count_tokens_kernel[(rows,)](batch, mask, found, rows, width, BLOCK=block, num_warps=warps)
     pack_tokens_kernel[(rows,)](
@@ -140,7 +141,7 @@ def pack_tokens_torch(
     tokens: Tensor,
     counts: Tensor,
 ) -> None:
-    """The same in torch, the reference of the other back-end; it reads the batch's size."""
+    """`pack_tokens` in torch, the reference of the Triton back-end; synchronises to read the size of the batch."""
     n, s, has_mask, has_positions, has_types = batch.tolist()
     rows = torch.arange(ids.shape[0], device=ids.device)
     keep = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
@@ -157,14 +158,88 @@ def pack_tokens_torch(
     counts.copy_(torch.stack((batch[0], kept, ((found[0, :n] > 0) & (found[1, :n] == 0)).sum(), kept)))
 
 
-#: Back-end -> op. Its arguments, in order: batch ``[5]`` int32, which holds the rows and the longest of them, and
-#: whether there is a mask, positions and types; ids, mask, positions and types ``[R, S]`` int64, of which only what the
-#: batch has is read (positions by column and type 0 where there are none); then what is written: found ``[2, R]``,
-#: row_ids ``[R]`` (-1 where there is no row), offsets ``[R + 1]``, tokens ``[3, T]`` int64 (ids, positions, types), and
-#: counts ``[4]``: rows, their tokens, rows whose first token is masked though they have others, their tokens again.
-PACK_TOKENS_OPS = define(
-    "pack_tokens",
-    PACK_TOKENS,
-    implementations={"torch": pack_tokens_torch, "triton": pack_tokens_triton},
-    back_ends=PYTHON_BACK_ENDS,
-)
+define("pack_tokens", PACK_TOKENS, implementations={"torch": pack_tokens_torch, "triton": pack_tokens_triton})
+
+
+def pack_tokens(
+    *,
+    batch: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    found: Tensor,
+    row_ids: Tensor,
+    offsets: Tensor,
+    tokens: Tensor,
+    counts: Tensor,
+    backend: str = "auto",
+) -> None:
+    """Pack the tokens of a batch into buffers of fixed size, without synchronisation on CUDA.
+
+    Args:
+        batch: ``[5]`` int32: number of rows N <= R, padded length <= S, and whether there are a mask, positions and
+            types (0 or 1).
+        ids, mask, positions, types: ``[R, S]`` int64, of which the first N rows are read. A nonzero mask keeps a token;
+            without a mask all are kept, without positions they are the columns, without types the type is 0.
+        found: ``[2, R]`` int32. **Changed** to the kept tokens of each row, and whether its first token is one of them.
+        row_ids: ``[R]`` int32. **Changed** to 0 .. N - 1, then -1.
+        offsets: ``[R + 1]`` int32. **Changed** to those of the packed rows.
+        tokens: ``[3, T]`` int64, T at least R S. **Changed**: ids, positions and types of the packed tokens, first.
+        counts: ``[4]`` int32. **Changed** to the number of rows, their tokens, the rows whose first token is masked
+            though others are not, and their tokens again.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not match, a tensor that is written is not contiguous or shares memory
+            with another one; on the CPU also a batch larger than the buffers.
+        BackendUnavailableError: `backend` cannot run here.
+
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> ids, mask = torch.tensor([[7, 8, 9], [4, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    >>> ints = lambda *shape: torch.zeros(shape, dtype=torch.int32)
+    >>> found, row_ids, offsets, counts = ints(2, 2), ints(2), ints(3), ints(4)
+    >>> tokens, unused = torch.zeros(3, 6, dtype=torch.int64), torch.zeros_like(ids)
+    >>> ee.ops.pack_tokens(
+    ...     batch=torch.tensor([2, 3, 1, 0, 0], dtype=torch.int32), ids=ids, mask=mask, positions=unused, types=unused,
+    ...     found=found, row_ids=row_ids, offsets=offsets, tokens=tokens, counts=counts,
+    ... )
+    >>> tokens[0, :4].tolist(), offsets.tolist(), counts.tolist()
+    ([7, 8, 9, 4], [0, 3, 4], [2, 4, 0, 4])
+    """
+    op = "pack_tokens"
+    inputs = _checked(
+        op,
+        {"batch": batch, "ids": ids, "mask": mask, "positions": positions, "types": types},
+        {"found": found, "row_ids": row_ids, "offsets": offsets, "tokens": tokens, "counts": counts},
+    )
+    bare_op(op, backend, ids.device.type)(*inputs, found, row_ids, offsets, tokens, counts)
+
+
+@not_traced
+def _checked(op: str, read: dict[str, Tensor], written: dict[str, Tensor]) -> list[Tensor]:
+    ids = read["ids"]
+    check_tensor(op, "ids", ids, (None, None), INT64)
+    (rows, width), device = ids.shape, ids.device
+    check_tensor(op, "batch", read["batch"], (5,), INT32, device=device)
+    for name in ("mask", "positions", "types"):
+        check_tensor(op, name, read[name], (rows, width), INT64, device=device)
+    for name, shape, dtypes in (
+        ("found", (2, rows), INT32),
+        ("row_ids", (rows,), INT32),
+        ("offsets", (rows + 1,), INT32),
+        ("tokens", (3, None), INT64),
+        ("counts", (4,), INT32),
+    ):
+        check_tensor(op, name, written[name], shape, dtypes, written=True, device=device)
+    if (capacity := written["tokens"].shape[1]) < rows * width:
+        raise ValueError(f"{op}: expected tokens [3, T] with T >= {rows * width}, got T {capacity}")
+    if device.type == "cpu":
+        n, s = read["batch"][:2].tolist()
+        if not (0 <= n <= rows and 0 <= s <= width):
+            raise ValueError(f"{op}: expected a batch of at most {rows} rows of {width} tokens, got {n} of {s}")
+    contiguous = {name: tensor.contiguous() for name, tensor in read.items()}
+    check_apart(op, written, contiguous)
+    return list(contiguous.values())

@@ -1,25 +1,37 @@
-"""One exit of a loop of which the host reads nothing: `exit_step`, and then what becomes of the rows, on the device.
+"""One exit of a loop without synchronisation: `exit_step`, followed by the compaction plan, on the device.
 
-Hidden states lie in a flat buffer of two sides of T tokens each, and the offsets, which count from its beginning, say
-which side is live. After the decision the rows still live are planned onto the other side, in order, where that makes
-fewer tiles of tokens to compute; `gather_rows` then moves them. Either way the number of tokens present is on the
-device, ``offsets[-1] - offsets[0]``, and every kernel of the next layer reads it there.
+Hidden states lie in a flat buffer of two sides of T tokens each. The offsets count from the beginning of the buffer and
+so tell which side is live. After the decision, the live rows are planned onto the other side, in order, if that leaves
+fewer tiles of tokens to compute; `gather_rows` then moves them. The number of present tokens stays on the device as
+``offsets[-1] - offsets[0]``, where every kernel of the next layer reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.ops.checks import FLOATS, check_tensor
+from earlyexit_kernels.criteria import Criterion, resolve_backend
+from earlyexit_kernels.ops.checks import (
+    FLOATS,
+    INT32,
+    MAX_INT32,
+    check_apart,
+    check_present,
+    check_tensor,
+    check_whole,
+    not_traced,
+)
+from earlyexit_kernels.ops.exit_call import ExitCall, ResidentExitCall
+from earlyexit_kernels.ops.exit_checks import READ, WRITTEN, checked_call, exit_rule_of
 from earlyexit_kernels.ops.exit_step import exit_step_torch, exit_step_triton
-from earlyexit_kernels.ops.schema import RESIDENT_EXIT, define
+from earlyexit_kernels.ops.schema import RESIDENT_EXIT, bare_op, define
 
-#: Rows that one program settles; a larger batch is split before.
-MOST_ROWS = 1024
+#: Maximum number of rows, which one program plans.
+MAX_ROWS = 1024
 
 
 @jit
@@ -35,7 +47,7 @@ def settle_rows_kernel(
     tile,
     BLOCK: tl.constexpr,
 ):
-    """One program. Everything is loaded before the scans, whose barriers keep the stores after all of it."""
+    """One program. It loads everything before the scans, whose barriers order all stores after the loads."""
     i = tl.arange(0, BLOCK)
     inside = i < rows
     n = tl.load(row_ids + i, mask=inside, other=-1)
@@ -101,7 +113,7 @@ def settle_rows_torch(
     capacity: int,
     tile: int,
 ) -> None:
-    """`settle_rows_kernel` in torch, without reading anything on the host."""
+    """`settle_rows_kernel` in torch, without synchronisation."""
     rows = row_ids.numel()
     live = row_ids >= 0
     order = torch.argsort(~live, stable=True)
@@ -119,59 +131,137 @@ def settle_rows_torch(
     counts.copy_(torch.stack((live.sum(), live_tokens, found[2], torch.where(moves, live_tokens, present))))
 
 
-def _two_steps(step: Callable[..., Tensor], settle: Callable[..., None], whole: bool) -> Callable[..., None]:
-    """The op as a decision and a settling, two launches; `whole`: the decision wants offsets that start at 0."""
+def _two_launches(
+    decide: Callable[[ExitCall], Tensor], settle: Callable[..., None], *, from_zero: bool
+) -> Callable[[ResidentExitCall], None]:
+    """Return the op as a decision and a plan; `from_zero`: the decision requires offsets that start at 0."""
 
-    def run(
-        hidden: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        logits: Tensor | None,
-        aux: Tensor | None,
-        row_ids: Tensor,
-        offsets: Tensor,
-        old_offsets: Tensor,
-        source: Tensor,
-        counts: Tensor,
-        state: Tensor,
-        answers: Tensor,
-        exit_layer: Tensor,
-        criterion: str,
-        params: Sequence[float],
-        pooling: str,
-        layer: int,
-        depth: int,
-        tile: int,
-        capacity: int,
-        handle: int,
-    ) -> None:
-        if handle:
-            raise ValueError(f"resident_exit: only back-end 'cpp' sets a graph's handle, got {handle}; pass 0")
-        if tile < 1:
-            raise ValueError(f"resident_exit: expected a tile of 1 token or more, got {tile}")
-        read = offsets
-        if hidden is not None and pooling != "none":
-            check_tensor("resident_exit", "hidden", hidden, (2 * capacity, None), FLOATS)
-            if whole:
-                hidden, read = hidden[offsets[0] : offsets[-1]], offsets - offsets[0]
-        rows = (row_ids, state, answers, exit_layer)
-        found = step(hidden, read, weight, bias, logits, aux, *rows, criterion, params, pooling, layer, depth)
-        settle(row_ids, offsets, old_offsets, source, found, counts, capacity, tile)
+    def run(call: ResidentExitCall) -> None:
+        if call.handle:
+            raise ValueError(f"resident_exit: only back-end 'cpp' sets a graph's handle, got {call.handle}; pass 0")
+        if call.tile < 1:
+            raise ValueError(f"resident_exit: expected tile >= 1 token, got {call.tile}")
+        exit_call, offsets = call.exit_call, call.offsets
+        if call.hidden is not None and call.pooling != "none":
+            check_tensor("resident_exit", "hidden", call.hidden, (2 * call.capacity, None), FLOATS)
+            if from_zero:
+                live = call.hidden[offsets[0] : offsets[-1]]
+                exit_call = exit_call._replace(hidden=live, offsets=offsets - offsets[0])
+        found = decide(exit_call)
+        settle(call.row_ids, offsets, call.old_offsets, call.source, found, call.counts, call.capacity, call.tile)
 
     return run
 
 
-#: Back-end -> op; ``cpp`` is one launch, on CUDA alone. Its arguments, in order: hidden ``[2 T, H]``, or the features
-#: ``[R, F]`` of the exit with pooling "none", and its weight and bias; or None for these and logits ``[R, C]``; aux;
-#: row_ids ``[R]``, offsets ``[R + 1]``; old_offsets ``[R + 1]`` and source ``[R]``, which tell gather_rows what moves
-#: from where; counts ``[4]``: rows live, their tokens, rows without a meaningful answer, tokens present from now on;
-#: state, answers, exit_layer, criterion, params, pooling, layer and depth as in exit_step; tokens of a tile; T; and the
-#: conditional handle of a CUDA graph that gets whether rows are live, 0 for none.
-RESIDENT_EXITS = define(
+define(
     "resident_exit",
     RESIDENT_EXIT,
     implementations={
-        "torch": _two_steps(exit_step_torch, settle_rows_torch, True),
-        "triton": _two_steps(exit_step_triton, settle_rows_triton, False),
+        "torch": _two_launches(exit_step_torch, settle_rows_torch, from_zero=True),
+        "triton": _two_launches(exit_step_triton, settle_rows_triton, from_zero=False),
     },
+    call=ResidentExitCall,
+    compiled_for=("cuda",),
 )
+
+
+def resident_exit(
+    *,
+    criterion: Criterion,
+    layer: int,
+    depth: int,
+    row_ids: Tensor,
+    offsets: Tensor,
+    old_offsets: Tensor,
+    source: Tensor,
+    counts: Tensor,
+    state: Tensor,
+    answers: Tensor,
+    exit_layer: Tensor,
+    capacity: int,
+    tile: int,
+    hidden: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    logits: Tensor | None = None,
+    aux: Tensor | None = None,
+    pooling: str = "first",
+    handle: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Decide at one layer which rows leave, and plan where the live rows move, without synchronisation on CUDA.
+
+    Rows move only if the live tokens need fewer tiles than the present ones. `old_offsets`, `source` and `offsets` are
+    then the arguments of the bare op `gather_rows`, which moves the tokens to the other side of the same buffer.
+
+    Args:
+        criterion, layer, depth, state, answers, exit_layer, weight, bias, aux: as in `exit_step`.
+        row_ids: ``[R]`` int32, as in `exit_step`, R at most 1024. **Changed**: -1 where a row leaves, and moved.
+        offsets: ``[R + 1]`` int32, non-decreasing; row i has the tokens from ``offsets[i]`` up to ``offsets[i + 1]`` of
+            the buffer of two sides. On CUDA the values of ids and offsets are not checked, which would synchronise.
+            **Changed** to those after the move.
+        old_offsets: ``[R + 1]`` int32. **Changed** to the offsets before the move, if rows move.
+        source: ``[R]`` int32. **Changed** to the old index of each moved row, -1 for none.
+        counts: ``[4]`` int32. **Changed** to the live rows, their tokens, the present rows with invalid logits, and the
+            tokens present after the move.
+        capacity: T, tokens of one side.
+        tile: tokens per tile, at least 1.
+        hidden: ``[2 T, H]`` tokens, or ``[R, F]`` features with ``pooling="none"``; float32, float16 or bfloat16.
+        logits: ``[R, C]`` float32, float16 or bfloat16, instead of `hidden`, `weight` and `bias`.
+        pooling: ``"first"`` token, ``"mean"`` of the tokens, or ``"none"``.
+        handle: conditional handle of a CUDA graph, which is set to whether rows are live, or 0 for none; back-end
+            ``"cpp"`` only.
+        backend: ``"auto"``, ``"torch"``, ``"triton"``, or on CUDA ``"cpp"``, which needs one launch.
+
+    Raises:
+        TypeError: an argument is not a tensor or not a whole number where one is required.
+        ValueError: as in `exit_step`, or `capacity`, `tile` or `handle` are out of range.
+        BackendUnavailableError: `backend` cannot run here.
+
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> rule = ee.criteria.MaxProbability(threshold=0.9)
+    >>> ints = lambda *values: torch.tensor(values, dtype=torch.int32)
+    >>> row_ids, source, counts = ints(0, 1), ints(0, 0), ints(0, 0, 0, 0)
+    >>> offsets, old_offsets = ints(0, 2, 3), ints(0, 0, 0)
+    >>> state = rule.new_state(2, torch.device("cpu"), 2)
+    >>> answers, exit_layer = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    >>> ee.ops.resident_exit(
+    ...     criterion=rule, layer=1, depth=3, row_ids=row_ids, offsets=offsets, old_offsets=old_offsets, source=source,
+    ...     counts=counts, state=state, answers=answers, exit_layer=exit_layer, capacity=4, tile=1,
+    ...     logits=torch.tensor([[4.0, 0.0], [0.1, 0.0]]),
+    ... )
+    >>> counts.tolist(), row_ids.tolist(), offsets.tolist(), source.tolist()
+    ([1, 1, 0, 1], [1, -1], [4, 5, 5], [1, -1])
+    """
+    op = "resident_exit"
+    rule = exit_rule_of(op, criterion)
+    call = ResidentExitCall(
+        hidden, weight, bias, logits, aux, row_ids, offsets, old_offsets, source, counts, state, answers, exit_layer,
+        rule.name, (), pooling, layer, depth, tile, capacity, handle,
+    )  # fmt: skip
+    call = _checked(op, rule, call)
+    device = row_ids.device.type
+    if backend == "auto" and device == "cpu":
+        backend = "torch"  # the extension has this op on CUDA only
+    bare_op(op, resolve_backend(rule.name, backend, device), device)(*call)
+
+
+@not_traced
+def _checked(op: str, rule: Criterion, call: ResidentExitCall) -> ResidentExitCall:
+    check_whole(op, capacity=call.capacity, tile=call.tile)
+    if not 0 <= call.capacity <= MAX_INT32 // 2 or call.tile < 1:
+        raise ValueError(f"{op}: expected capacity >= 0 and tile >= 1 token, got {call.capacity} and {call.tile}")
+    exit_call = checked_call(op, rule, call.exit_call)
+    rows, device = call.row_ids.shape[0], call.row_ids.device
+    if rows > MAX_ROWS:
+        raise ValueError(f"{op}: expected at most {MAX_ROWS} rows, got {rows}; split the batch")
+    check_present(op, call.offsets, call.row_ids, capacity=call.capacity, device=device)
+    planned = {"offsets": rows + 1, "old_offsets": rows + 1, "source": rows, "counts": 4}
+    for name, size in planned.items():
+        check_tensor(op, name, getattr(call, name), (size,), INT32, written=True, device=device)
+    if call.hidden is not None and call.pooling != "none":
+        check_tensor(op, "hidden", call.hidden, (2 * call.capacity, None), FLOATS, device=device)
+    read = {name: getattr(exit_call, name) for name in READ if name != "offsets"}
+    check_apart(op, {name: getattr(call, name) for name in (*planned, *WRITTEN)}, read)
+    return call._replace(**read, params=exit_call.params, pooling=exit_call.pooling)

@@ -1,4 +1,4 @@
-"""Residual and layer norm of the tokens present, whose number only the device knows."""
+"""Residual and layer norm of the present tokens, whose number only the device knows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, resolve, tl
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor
-from earlyexit_kernels.ops.schema import PYTHON_BACK_ENDS, ROWS_ADD_NORM, define
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, not_traced
+from earlyexit_kernels.ops.schema import ROWS_ADD_NORM, bare_op, define
 
-#: Values of a token for each warp that shares it, and warps at most.
-WARP_WIDTH, MOST_WARPS = 256, 8
+#: Values of a token per warp, and the maximum number of warps.
+WARP_WIDTH, MAX_WARPS = 256, 8
 
 
 @jit
@@ -29,7 +29,7 @@ def rows_add_norm_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token, which holds all of it."""
+    """One program per token."""
     token = tl.program_id(0).to(tl.int64)
     first = tl.load(offsets)
     if token < tl.load(offsets + rows) - first:
@@ -61,7 +61,7 @@ def rows_add_norm_triton(
     residual_absolute: bool,
     out_absolute: bool,
 ) -> None:
-    """Launch `rows_add_norm_kernel`, a program for each token there can be."""
+    """Launch `rows_add_norm_kernel` with one program per token of the capacity."""
     capacity, width = x.shape
     block = 1 << (width - 1).bit_length()
     if x.numel():
@@ -78,7 +78,7 @@ def rows_add_norm_triton(
             OUT_ABSOLUTE=out_absolute,
             H=width,
             BLOCK=block,
-            num_warps=max(1, min(MOST_WARPS, block // WARP_WIDTH)),
+            num_warps=max(1, min(MAX_WARPS, block // WARP_WIDTH)),
             enable_fp_fusion=False,
         )
 
@@ -95,7 +95,7 @@ def rows_add_norm_torch(
     residual_absolute: bool,
     out_absolute: bool,
 ) -> None:
-    """`rows_add_norm` in torch, the reference of the other back-end; it reads the count."""
+    """`rows_add_norm` in torch, the reference of the Triton back-end; synchronises to read the token count."""
     first, end = int(offsets[0]), int(offsets[-1])
     absolute, relative = slice(first, end), slice(0, end - first)
     source, target = (absolute if there else relative for there in (residual_absolute, out_absolute))
@@ -103,12 +103,7 @@ def rows_add_norm_torch(
     out[target] = F.layer_norm(y, x.shape[1:], weight.float(), bias.float(), eps).to(out.dtype)
 
 
-_ROWS_ADD_NORM = define(
-    "rows_add_norm",
-    ROWS_ADD_NORM,
-    implementations={"torch": rows_add_norm_torch, "triton": rows_add_norm_triton},
-    back_ends=PYTHON_BACK_ENDS,
-)
+define("rows_add_norm", ROWS_ADD_NORM, implementations={"torch": rows_add_norm_torch, "triton": rows_add_norm_triton})
 
 
 def rows_add_norm(
@@ -124,42 +119,65 @@ def rows_add_norm(
     out_absolute: bool = False,
     backend: str = "auto",
 ) -> None:
-    """Write ``layer_norm(x + residual)`` of the tokens present, ``offsets[-1] - offsets[0]`` of them.
+    """Write ``layer_norm(x + residual)`` of the present tokens, the first ``offsets[-1] - offsets[0]`` of `x`.
+
+    Sum, mean and variance are float32. With Triton the result of a token does not depend on other tokens, bit for bit.
 
     Args:
-        x: ``[T, H]``, the tokens present first; float32, float16 or bfloat16.
-        residual: ``[T, H]`` likewise, or with `residual_absolute` ``[2 T, H]``, where they start at ``offsets[0]``.
+        x: ``[T, H]``, the present tokens first; float32, float16 or bfloat16, like all tensors but `offsets`.
+        residual: ``[T, H]``, the present tokens first; with `residual_absolute` ``[2 T, H]``, from ``offsets[0]`` on.
         weight, bias: ``[H]``, of the norm.
         eps: of the norm.
-        offsets: ``[R + 1]`` int32. On CUDA they are trusted, since looking would cost a synchronisation.
-        out: as `residual`, with `out_absolute`; it may be `x` or `residual` itself, where a token has the same place
-            in both. **Changed** for the tokens present.
+        offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, which would synchronise.
+        out: shaped like `residual`, with `out_absolute`; it may be `x` or `residual` itself if a token has the same
+            position in both. **Changed** for the present tokens.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit.
-        BackendUnavailableError: `backend` can't run here.
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not match, or `out` overlaps another tensor.
+        BackendUnavailableError: `backend` cannot run here.
 
-    All tensors but `offsets` have the dtype of `x`; sum, mean and variance are float32. In triton a token is one
-    program's, so its bits depend on nothing but the token.
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> x, residual, out = torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]), torch.zeros(1, 2)
+    >>> offsets = torch.tensor([0, 1], dtype=torch.int32)
+    >>> ee.ops.rows_add_norm(x, residual, torch.ones(2), torch.zeros(2), 0.0, offsets, out)
+    >>> out.tolist()
+    [[-1.0, 1.0]]
     """
     op = "rows_add_norm"
+    absolute = residual_absolute, out_absolute
+    x, residual, weight, bias, offsets = _checked(op, x, residual, weight, bias, offsets, out, absolute)
+    bare_op(op, backend, x.device.type)(x, residual, weight, bias, eps, offsets, out, *absolute)
+
+
+@not_traced
+def _checked(
+    op: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    absolute: tuple[bool, bool],
+) -> tuple[Tensor, ...]:
     check_tensor(op, "x", x, (None, None), FLOATS)
     (capacity, width), device = x.shape, x.device
+    residual_rows, out_rows = (2 * capacity if each else capacity for each in absolute)
     for name, tensor, shape in (
-        ("residual", residual, (2 * capacity if residual_absolute else capacity, width)),
+        ("residual", residual, (residual_rows, width)),
         ("weight", weight, (width,)),
         ("bias", bias, (width,)),
-        ("out", out, (2 * capacity if out_absolute else capacity, width)),
+        ("out", out, (out_rows, width)),
     ):
         check_tensor(op, name, tensor, shape, (x.dtype,), written=name == "out", device=device)
     check_present(op, offsets, None, capacity=capacity, device=device)
     x, residual, weight, bias, offsets = (tensor.contiguous() for tensor in (x, residual, weight, bias, offsets))
     read = {"weight": weight, "bias": bias, "offsets": offsets}
-    for name, tensor, absolute in (("x", x, False), ("residual", residual, residual_absolute)):
-        if tensor.data_ptr() != out.data_ptr() or absolute != out_absolute:
+    for name, tensor, is_absolute in (("x", x, False), ("residual", residual, absolute[0])):
+        if tensor.data_ptr() != out.data_ptr() or is_absolute != absolute[1]:
             read[name] = tensor
     check_apart(op, {"out": out}, read)
-    _ROWS_ADD_NORM[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        x, residual, weight, bias, eps, offsets, out, residual_absolute, out_absolute
-    )
+    return x, residual, weight, bias, offsets

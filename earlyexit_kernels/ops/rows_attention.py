@@ -1,4 +1,4 @@
-"""Attention within each row, over packed tokens whose rows only the device knows."""
+"""Attention within each row of packed tokens whose number only the device knows."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.backends import TRITON_INTERPRETED, jit, resolve, tl
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, check_whole
-from earlyexit_kernels.ops.schema import PYTHON_BACK_ENDS, ROWS_ATTENTION, define
+from earlyexit_kernels.backends import TRITON_INTERPRETED, jit, tl
+from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, check_whole, not_traced
+from earlyexit_kernels.ops.schema import ROWS_ATTENTION, bare_op, define
 
-#: Bytes of an element -> queries of a program, keys that it looks at together, its warps, and the stages of its loop:
-#: the same for every longest row. Unmeasured. More float32 than this doesn't fit into registers.
+#: Bytes per element -> queries per program, keys per step, warps, and pipeline stages; the same for every maximum
+#: length. Unmeasured. Larger float32 blocks do not fit into registers.
 BLOCKS = {2: (64, 64, 4, 2), 4: (32, 32, 8, 2)}
 
 
@@ -31,7 +31,7 @@ def rows_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program for each row, head and block of queries; it walks the row's keys from the first one."""
+    """One program per row, head and block of queries, which loops over the keys of the row from the first one."""
     row = tl.program_id(0)
     top = tl.program_id(2) * BLOCK_M
     first = tl.load(offsets + row)
@@ -94,7 +94,7 @@ def rows_attention_triton(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: 
 
 @torch.no_grad()
 def rows_attention_torch(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: int, longest: int, out: Tensor) -> None:
-    """`rows_attention` in torch, row by row, the reference of the other back-end."""
+    """`rows_attention` in torch, row by row, the reference of the Triton back-end."""
     start, *ends = offsets.tolist()
     token = 0
     for row_id, end in zip(row_ids.tolist(), ends, strict=True):
@@ -105,39 +105,57 @@ def rows_attention_torch(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: i
             out[part] = y.transpose(0, 1).flatten(1).to(out.dtype)
 
 
-_ROWS_ATTENTION = define(
+define(
     "rows_attention",
     ROWS_ATTENTION,
     implementations={"torch": rows_attention_torch, "triton": rows_attention_triton},
-    back_ends=PYTHON_BACK_ENDS,
 )
 
 
 def rows_attention(
     qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: int, longest: int, out: Tensor, *, backend: str = "auto"
 ) -> None:
-    """Write ``softmax(q k^T / sqrt(D)) v`` within each row present; D is H / heads.
+    """Write ``softmax(q k^T / sqrt(D)) v`` within each present row, with D = H / heads.
+
+    Logits and softmax are float32, without TF32; Triton rounds the probabilities to the dtype of `qkv` before they are
+    multiplied by the values. Keys are summed in blocks of one size from the first token of the row on, so that the
+    result does not depend on other rows, bit for bit.
 
     Args:
-        qkv: ``[T, 3 H]``, query, key and value of each token, those of row i from ``offsets[i] - offsets[0]`` on.
-            float32, float16 or bfloat16.
-        offsets: ``[R + 1]`` int32.
-        row_ids: ``[R]`` int32, -1 where a row has left or there is none. On CUDA they and the offsets are trusted,
-            since looking would cost a synchronisation.
-        heads: divides H.
-        longest: tokens of the longest row there can be; a longer one isn't finished.
-        out: ``[T, H]``, dtype of `qkv`, apart from it in memory. **Changed** for the tokens of the rows present.
+        qkv: ``[T, 3 H]``, query, key and value of each token; row i starts at ``offsets[i] - offsets[0]``. float32,
+            float16 or bfloat16.
+        offsets: ``[R + 1]`` int32, non-decreasing.
+        row_ids: ``[R]`` int32, -1 for a row that has left or does not exist. On CUDA the values of ids and offsets are
+            not checked, which would synchronise.
+        heads: number of heads, a divisor of H.
+        longest: maximum number of tokens of a row; longer rows are computed in part.
+        out: ``[T, H]``, dtype of `qkv`, not overlapping it. **Changed** for the tokens of the present rows.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit.
-        BackendUnavailableError: `backend` can't run here.
+        TypeError: an argument is not a tensor, or not a whole number where one is required.
+        ValueError: shapes, dtypes or devices do not match, `out` overlaps another tensor, or `heads` does not divide H;
+            on the CPU also a row longer than `longest`.
+        BackendUnavailableError: `backend` cannot run here.
 
-    Logits and softmax are float32, without TF32; in triton probabilities are rounded to the dtype of `qkv` before they
-    meet the values. A token's keys come in one order, in blocks of one size counted from its row's first token, so its
-    bits depend on nothing but the row. Nothing of another row is read.
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> qkv = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 3.0], [0.0, 0.0, 5.0]])
+    >>> offsets, row_ids = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    >>> out = torch.zeros(3, 1)
+    >>> ee.ops.rows_attention(qkv, offsets, row_ids, heads=1, longest=2, out=out)
+    >>> out[:, 0].tolist()
+    [2.0, 2.0, 5.0]
     """
     op = "rows_attention"
+    qkv, offsets, row_ids = _checked(op, qkv, offsets, row_ids, heads, longest, out)
+    bare_op(op, backend, out.device.type)(qkv, offsets, row_ids, heads, longest, out)
+
+
+@not_traced
+def _checked(
+    op: str, qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: int, longest: int, out: Tensor
+) -> tuple[Tensor, ...]:
     check_tensor(op, "out", out, (None, None), FLOATS, written=True)
     (capacity, width), device = out.shape, out.device
     check_tensor(op, "qkv", qkv, (capacity, 3 * width), (out.dtype,), device=device)
@@ -146,15 +164,11 @@ def rows_attention(
     if heads < 1 or width % heads:
         raise ValueError(f"{op}: expected heads to divide {width}, the width of out, got {heads}")
     if device.type == "cpu" and row_ids.numel():
-        _check_longest(offsets.diff()[row_ids >= 0], longest)
+        lengths = offsets.diff()[row_ids >= 0]
+        if lengths.numel() and int(lengths.max()) > longest:
+            raise ValueError(
+                f"{op}: expected rows of at most {longest} tokens, got {int(lengths.max())}; pass the maximum length"
+            )
     qkv, offsets, row_ids = qkv.contiguous(), offsets.contiguous(), row_ids.contiguous()
     check_apart(op, {"out": out}, {"qkv": qkv, "offsets": offsets, "row_ids": row_ids})
-    _ROWS_ATTENTION[resolve(backend, device.type, PYTHON_BACK_ENDS)](qkv, offsets, row_ids, heads, longest, out)
-
-
-def _check_longest(lengths: Tensor, longest: int) -> None:
-    if lengths.numel() and int(lengths.max()) > longest:
-        raise ValueError(
-            f"rows_attention: expected rows of at most {longest} tokens, got one of {int(lengths.max())}; "
-            "pass the longest there can be"
-        )
+    return qkv, offsets, row_ids

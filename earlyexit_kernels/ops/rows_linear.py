@@ -1,4 +1,4 @@
-"""A linear layer over the tokens present, whose number only the device knows."""
+"""Linear layer on the present tokens, whose number only the device knows."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, resolve, tl
+from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor
-from earlyexit_kernels.ops.schema import PYTHON_BACK_ENDS, ROWS_LINEAR, define
+from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, not_traced
+from earlyexit_kernels.ops.schema import ROWS_LINEAR, bare_op, define
 from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, resident_programs, tiles_for
 
-#: Tiles of rows that take turns at the same columns, so that those of the weight are still in the cache.
+#: Tiles of rows that are computed in turn for the same columns, whose weights are then still in the cache.
 GROUP = 8
-#: Weights that one call takes: query, key and value.
+#: Maximum number of weights of a call: query, key and value.
 MAX_WEIGHTS = 3
 
 
@@ -43,7 +43,7 @@ def rows_linear_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """As many programs as the device holds at a time; they walk the tiles of the tokens present."""
+    """Persistent programs, as many as the device holds at a time, which loop over the tiles of the present tokens."""
     first = tl.load(offsets)
     present = tl.load(offsets + rows) - first
     high = tl.cdiv(present, BLOCK_M)
@@ -96,12 +96,12 @@ def rows_linear_triton(
     activation: str,
     absolute: bool,
 ) -> None:
-    """Launch `rows_linear_kernel`; tiles and programs follow from the capacity, never from the count."""
+    """Launch `rows_linear_kernel`; tiles and programs depend on the capacity, not on the token count."""
     (capacity, columns), rows = out.shape, offsets.numel() - 1
     n, k = weights[0].shape
     tiles = tiles_for(out.dtype, capacity, columns)
     programs = resident_programs(tiles, capacity, columns, out.device)
-    # the kernel names each weight; those it has no use for are the first one again
+    # the kernel has three pairs of arguments; unused ones are the first pair again
     pairs = [*zip(weights, biases, strict=True)] + [(weights[0], biases[0])] * (MAX_WEIGHTS - len(weights))
     if programs:
         rows_linear_kernel[(programs,)](
@@ -130,19 +130,14 @@ def rows_linear_torch(
     activation: str,
     absolute: bool,
 ) -> None:
-    """`rows_linear` in torch, the reference of the other back-end; it reads the count."""
+    """`rows_linear` in torch, the reference of the Triton back-end; synchronises to read the token count."""
     first, end = int(offsets[0]), int(offsets[-1])
     tokens = x[first:end] if absolute else x[: end - first]
     products = [product_torch(tokens, *each, activation) for each in zip(weights, biases, strict=True)]
     out[: end - first] = torch.cat(products, dim=1).to(out.dtype)
 
 
-_ROWS_LINEAR = define(
-    "rows_linear",
-    ROWS_LINEAR,
-    implementations={"torch": rows_linear_torch, "triton": rows_linear_triton},
-    back_ends=PYTHON_BACK_ENDS,
-)
+define("rows_linear", ROWS_LINEAR, implementations={"torch": rows_linear_torch, "triton": rows_linear_triton})
 
 
 def rows_linear(
@@ -156,30 +151,47 @@ def rows_linear(
     absolute: bool = False,
     backend: str = "auto",
 ) -> None:
-    """Write ``f(x W^T + b)`` of the tokens present, ``offsets[-1] - offsets[0]`` of them.
+    """Write ``f(x W^T + b)`` of the present tokens, ``offsets[-1] - offsets[0]`` of them.
+
+    Sums, bias and activation are float32, without TF32. Triton adds each sum over K in one order, whatever T, the token
+    count and the position of the token, so that the result of a token does not depend on other tokens, bit for bit.
+    Rounding in torch depends on the number of tokens. Tokens of `x` that are not present are not read.
 
     Args:
-        x: ``[T, K]``, the tokens present first; with `absolute` ``[2 T, K]``, and they start at ``offsets[0]``.
-            float32, float16 or bfloat16.
-        weight, bias: ``[N, K]`` and ``[N]``, dtype of `x`; or as many of each, at most `MAX_WEIGHTS` and of one shape,
-            whose products are written side by side. The weights are read where they are, never copied together.
-        offsets: ``[R + 1]`` int32. On CUDA they are trusted, since looking would cost a synchronisation.
-        out: ``[T, N]`` (``[T, 3 N]`` for three weights), dtype of `x`, apart from it in memory. **Changed** for the
-            tokens present, the first ones.
+        x: ``[T, K]``, the present tokens first; with `absolute` ``[2 T, K]``, the present tokens from ``offsets[0]``
+            on. float32, float16 or bfloat16.
+        weight, bias: ``[N, K]`` and ``[N]``, dtype of `x`; or up to `MAX_WEIGHTS` of each in one shape, whose products
+            are written side by side. The weights are not copied.
+        offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, which would synchronise.
+        out: ``[T, N]`` (``[T, 3 N]`` with three weights), dtype of `x`, not overlapping it. **Changed** for the present
+            tokens, which it holds first.
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"tanh"``.
-        absolute: where `x` starts.
+        absolute: whether the present tokens of `x` start at ``offsets[0]``.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit.
-        BackendUnavailableError: `backend` can't run here.
+        TypeError: an argument is not a tensor.
+        ValueError: shapes, dtypes or devices do not match, or `out` overlaps another tensor.
+        BackendUnavailableError: `backend` cannot run here.
 
-    Sums, bias and activation are float32, without TF32. In triton each sum runs over K in one order, whatever T, the
-    count and the token's place, so a token's bits depend on nothing but the token; torch's products round with their
-    row count. Nothing of `x` beyond the tokens present is read.
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> x, out = torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1)
+    >>> offsets = torch.tensor([0, 1, 2], dtype=torch.int32)
+    >>> ee.ops.rows_linear(x, torch.tensor([[2.0]]), torch.tensor([1.0]), offsets, out)
+    >>> out[:, 0].tolist()
+    [3.0, 5.0, 0.0]
     """
     op = "rows_linear"
-    weights, biases = _several(op, "weight", weight), _several(op, "bias", bias)
+    x, weights, biases, offsets = _checked(op, x, weight, bias, offsets, out, activation, absolute)
+    bare_op(op, backend, out.device.type)(x, weights, biases, offsets, out, activation, absolute)
+
+
+@not_traced
+def _checked(
+    op: str, x: Tensor, weight: Any, bias: Any, offsets: Tensor, out: Tensor, activation: str, absolute: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    weights, biases = _tensors(op, "weight", weight), _tensors(op, "bias", bias)
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(weights) != len(biases):
         raise ValueError(
             f"{op}: expected 1 to {MAX_WEIGHTS} weights and as many biases, got {len(weights)} and {len(biases)}"
@@ -198,14 +210,13 @@ def rows_linear(
     named = {f"weight[{k}]": tensor for k, tensor in enumerate(weights)}
     named |= {f"bias[{k}]": tensor for k, tensor in enumerate(biases)}
     check_apart(op, {"out": out}, {"x": x, "offsets": offsets, **named})
-    _ROWS_LINEAR[resolve(backend, device.type, PYTHON_BACK_ENDS)](
-        x, weights, biases, offsets, out, activation, absolute
-    )
+    return x, weights, biases, offsets
 
 
-def _several(op: str, name: str, given: Any) -> list[Tensor]:
+def _tensors(op: str, name: str, given: Any) -> list[Tensor]:
+    """Return one tensor, or a list or tuple of tensors, as a list."""
     if isinstance(given, Tensor):
         return [given]
     if isinstance(given, (list, tuple)) and all(isinstance(each, Tensor) for each in given):
         return list(given)
-    raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}; several are a list of tensors")
+    raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}; pass several as a list")

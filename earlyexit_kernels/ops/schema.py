@@ -1,25 +1,25 @@
-"""The ops' schemas, one string each for all back-ends, and how an implementation joins them.
+"""Schemas of the ops, one string per op for all back-ends, and the registration of their implementations.
 
-One dispatch key holds one implementation, so each back-end has its own op name: ``earlyexit_kernels::exit_step_torch``,
+A dispatch key holds one implementation, so each back-end has its own op: ``earlyexit_kernels::exit_step_torch``,
 ``..._triton``, ``..._cpp``. The compiled extension registers its ``_cpp`` kernels itself.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from earlyexit_kernels.backends import BACKENDS, NAMESPACE
+from earlyexit_kernels.backends import NAMESPACE, resolve
 
 EXIT_STEP = (
     "(Tensor? hidden, Tensor? offsets, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, "
     "Tensor(a!) row_ids, Tensor(b!) state, Tensor(c!) answers, Tensor(d!) exit_layer, "
     "str criterion, float[] params, str pooling, int layer, int depth) -> Tensor"
 )
-#: exit_step and what follows it in a loop that the host doesn't watch.
+#: exit_step followed by the compaction plan, for a loop without synchronisation.
 RESIDENT_EXIT = (
     "(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, Tensor(a!) row_ids, "
     "Tensor(b!) offsets, Tensor(c!) old_offsets, Tensor(d!) source, Tensor(e!) counts, Tensor(f!) state, "
@@ -49,11 +49,12 @@ ROWS_ADD_NORM = (
     "bool residual_absolute, bool out_absolute) -> ()"
 )
 
-#: Back-ends of an op that has no compiled kernel.
-PYTHON_BACK_ENDS = ("torch", "triton")
-
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _DISPATCH_KEYS = {"torch": ("CompositeExplicitAutograd",), "triton": ("CPU", "CUDA")}
+#: Op -> back-end -> callable.
+_OPS: dict[str, dict[str, Callable[..., Any]]] = {}
+#: Op -> kinds of device that its compiled kernel supports.
+_COMPILED_FOR: dict[str, tuple[str, ...]] = {}
 
 
 def _returns_nothing(*arguments: Any) -> None:
@@ -61,7 +62,7 @@ def _returns_nothing(*arguments: Any) -> None:
 
 
 def on_its_device(launch: Callable) -> Callable:
-    """A launcher that runs where its first tensor is: Triton takes the current device, wherever the tensors are."""
+    """Return `launch` on the device of its first tensor argument; Triton launches on the current device."""
 
     @functools.wraps(launch)
     def run(*arguments: Any) -> Any:
@@ -71,33 +72,68 @@ def on_its_device(launch: Callable) -> Callable:
     return run
 
 
+def _named(launch: Callable, call: Callable | None) -> Callable:
+    return launch if call is None else lambda *arguments: launch(call(*arguments))
+
+
 def define(
     op: str,
     schema: str,
     *,
-    fake: Callable = _returns_nothing,
     implementations: Mapping[str, Callable],
-    back_ends: Sequence[str] = BACKENDS,
-) -> dict[str, Any]:
-    """Define `op` for its back-ends and attach its Python implementations.
+    call: Callable | None = None,
+    fake: Callable = _returns_nothing,
+    compiled_for: tuple[str, ...] = (),
+) -> None:
+    """Define `op` for its back-ends and register its Python implementations.
 
     Args:
-        op: name without the back-end's suffix.
-        schema: arguments and returns, mutation declared.
-        fake: shapes and dtypes of the returns, on fake tensors; default: of an op that returns nothing.
-        implementations: Python function by back-end; ``cpp`` registers its own.
-        back_ends: that have the op.
-
-    Returns:
-        The callable op of each back-end.
+        op: name without the suffix of the back-end.
+        schema: arguments and returns, with mutation declared.
+        implementations: back-end -> Python function, in the order of `BACKENDS`; ``cpp`` registers its own.
+        call: named tuple of the arguments, which the Python functions take as one. Default: they take all arguments.
+        fake: shapes and dtypes of the returns on fake tensors. Default: an op that returns nothing.
+        compiled_for: kinds of device for which the compiled extension has a kernel.
     """
-    ops = {}
-    for backend in back_ends:
+    _COMPILED_FOR[op], _OPS[op] = compiled_for, {}
+    for backend in (*implementations, *(("cpp",) if compiled_for else ())):
         name = f"{op}_{backend}"
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         for key in _DISPATCH_KEYS.get(backend, ()):
-            launch = implementations[backend]
+            launch = _named(implementations[backend], call)
             _LIBRARY.impl(name, on_its_device(launch) if key == "CUDA" else launch, key)
-        ops[backend] = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return ops
+        _OPS[op][backend] = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def bare_op(op: str, backend: str, device: str) -> Callable[..., Any]:
+    """Return an op of a back-end without the input checks of its public function.
+
+    For loops that call an op at every layer on tensors that they have made themselves. Invalid arguments are undefined
+    behaviour. The arguments are those of the op's schema, by position or by name.
+
+    Args:
+        op: name of a function of `earlyexit_kernels.ops`.
+        backend: ``"auto"`` or the name of a back-end.
+        device: kind of device, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: the op does not exist, or does not have this back-end on this kind of device.
+        BackendUnavailableError: the back-end cannot run here.
+
+    >>> import torch
+    >>> import earlyexit_kernels as ee
+    >>> plan = ee.ops.bare_op("compact", "torch", "cpu")
+    >>> row_ids, offsets = torch.tensor([-1, 1], dtype=torch.int32), torch.tensor([0, 2, 5], dtype=torch.int32)
+    >>> [x.tolist() for x in plan(row_ids, offsets)]
+    [[1, -1], [0, 3, 3], [1, -1]]
+    """
+    if op not in _OPS:
+        raise ValueError(f"bare_op: expected op to be one of {sorted(_OPS)}, got {op!r}")
+    return _OPS[op][resolve(backend, device, _back_ends(op, device))]
+
+
+def _back_ends(op: str, device: str) -> tuple[str, ...]:
+    """Return the back-ends that have `op` on a kind of device."""
+    names = tuple(_OPS[op])
+    return names if device in _COMPILED_FOR[op] else tuple(name for name in names if name != "cpp")

@@ -1,4 +1,4 @@
-"""``f(x W^T + b)`` tile by tile, which the linear ops share: one tile, its size, and the reference in torch."""
+"""``f(x W^T + b)`` by tiles, shared by the linear ops: one tile, its size, and the reference in torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from earlyexit_kernels.ops.checks import check_tensor
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut up.
+    """Tile sizes of a matrix product.
 
     Attributes:
-        rows, columns: of a tile.
-        depth: terms of a sum that are added at a time.
-        warps, stages: of a program.
-        resident: programs that a multiprocessor holds at a time.
+        rows, columns: size of a tile.
+        depth: terms of a sum per step.
+        warps, stages: per program.
+        resident: programs per multiprocessor.
     """
 
     rows: int
@@ -33,27 +33,27 @@ class Tiles:
     resident: int
 
     def count(self, rows: int, columns: int) -> int:
-        """Tiles of an output of this size."""
+        """Return the number of tiles of an output."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of a launch of `product_tile`; contracted or not, its epilogue has to round the same in every size."""
+        """Launch options of `product_tile`, without FMA contraction, so that all sizes round the same."""
         blocks = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": self.depth}
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
 
-#: (bytes of an element, whether the capacity has many tiles) -> tiles. Unmeasured. 64 rows for each four warps are what
-#: Hopper's matrix units take at a time; the depth is one for each dtype, so that every size adds in the same order.
+#: (bytes per element, whether the capacity is large) -> tiles. Unmeasured. 64 rows per four warps match Hopper's matrix
+#: units; the depth is the same for all sizes of a dtype, so that all add in the same order.
 TILES = {
     (2, False): Tiles(64, 64, 64, warps=4, stages=4, resident=3),
     (2, True): Tiles(128, 128, 64, warps=8, stages=3, resident=1),
     (4, False): Tiles(64, 64, 16, warps=4, stages=3, resident=4),
     (4, True): Tiles(128, 128, 16, warps=8, stages=3, resident=1),
 }
-#: Large tiles from this many on: two for each multiprocessor of an H100.
-MANY = 264
-#: Stands for the multiprocessors of a GPU in the interpreter.
+#: Minimum number of large tiles for which they are used: two per multiprocessor of an H100.
+MIN_LARGE_TILES = 264
+#: Number of multiprocessors assumed in the interpreter.
 INTERPRETED_PROCESSORS = 3
 
 
@@ -75,7 +75,7 @@ def product_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Each sum runs over K from its beginning, BLOCK_K terms at a time, wherever its tile lies."""
+    """Every sum runs over K from its beginning, BLOCK_K terms per step, whatever the position of the tile."""
     n = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     in_rows = present[:, None]
@@ -98,13 +98,13 @@ def product_tile(
 
 
 def tiles_for(dtype: torch.dtype, capacity: int, columns: int) -> Tiles:
-    """The tiles of a product of up to `capacity` rows."""
-    many = TILES[dtype.itemsize, True].count(capacity, columns) >= MANY
+    """Return the tiles for a product of up to `capacity` rows."""
+    many = TILES[dtype.itemsize, True].count(capacity, columns) >= MIN_LARGE_TILES
     return TILES[dtype.itemsize, many]
 
 
 def resident_programs(tiles: Tiles, capacity: int, columns: int, device: torch.device) -> int:
-    """Programs that walk the tiles of up to `capacity` rows together: as many as there is work or room for."""
+    """Return the number of persistent programs for up to `capacity` rows, limited by the tiles and the device."""
     processors = INTERPRETED_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -112,12 +112,12 @@ def resident_programs(tiles: Tiles, capacity: int, columns: int, device: torch.d
 
 
 def product_torch(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    """``f(x W^T + b)`` in float32, the reference of `product_tile`."""
+    """Return ``f(x W^T + b)`` in float32, the reference of `product_tile`."""
     return ACTIVATIONS[activation].reference(F.linear(x.float(), weight.float(), bias.float()))
 
 
 def check_product(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> None:
-    """Raise ValueError where weight, bias and activation of `op` don't fit ``x [*, K]``."""
+    """Raise ValueError if weight, bias or activation of `op` do not match ``x [*, K]``."""
     check_tensor(op, "weight", weight, (None, x.shape[-1]), (x.dtype,), device=x.device)
     check_tensor(op, "bias", bias, (weight.shape[0],), (x.dtype,), device=x.device)
     if activation not in ACTIVATIONS:

@@ -1,16 +1,16 @@
 """Text classification tasks: the generated one, a folder of TSV files, or the Hugging Face hub.
 
-A folder, named by the variable EARLYEXIT_DATA, holds ``<task>/{train,dev,test}.tsv``: UTF-8, one header row, TAB
-separated without quoting, columns ``idx label sentence`` or ``idx label sentence1 sentence2``; the label is an integer
-class, a number for a regression task, and -1 where it is hidden. Without the variable the same tasks come from the hub
-through `datasets` (extra ``train``).
+The environment variable EARLYEXIT_DATA names a folder with ``<task>/{train,dev,test}.tsv``: UTF-8, one header row,
+tab-separated without quoting, columns ``idx label sentence`` or ``idx label sentence1 sentence2``. A label is an
+integer class, a number for a regression task, or -1 if hidden. Without the variable, the same tasks are loaded from the
+hub with `datasets` (extra ``train``).
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from earlyexit_kernels.tasks import toy
-from earlyexit_kernels.tasks.sources import DATA_VARIABLE, ENTRIES, HIDDEN, Split, read_folder, read_hub
+from earlyexit_kernels.tasks.sources import DATA_VARIABLE, HIDDEN, TASK_INFOS, Split, read_folder, read_hub
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Task:
     """A text classification task.
 
     Attributes:
-        name: as `load_task` takes it.
-        splits: by name: ``"train"``, ``"dev"``, ``"test"``, as far as the source has them.
-        label_names: of the C classes; one name for a regression task.
-        metrics: names in `metrics.METRICS`; the first one decides.
+        name: argument of `load_task`.
+        splits: ``"train"``, ``"dev"`` and ``"test"`` -> rows; without the splits that the source lacks.
+        label_names: names of the C classes; one name for a regression task.
+        metrics: names in `metrics.METRICS`; the first is the deciding metric.
         problem_type: as in transformers.
-        source: where the rows come from, for messages and reports.
+        source: origin of the rows, for messages and reports.
     """
 
     name: str
@@ -43,19 +43,19 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """C, the width of the logits."""
+        """Number of classes C, the width of the logits."""
         return len(self.label_names)
 
     @property
     def metric(self) -> str:
-        """The metric that decides."""
+        """The deciding metric."""
         return self.metrics[0]
 
     def split(self, name: str) -> Split:
-        """A split with visible labels.
+        """Return a split with visible labels.
 
         Raises:
-            ValueError: the task lacks the split, or it has no rows, or its labels are hidden.
+            ValueError: the split is missing or empty, or its labels are hidden.
         """
         if name not in self.splits:
             raise ValueError(f"task {self.name!r} has no {name!r} split in {self.source}; it has {list(self.splits)}")
@@ -64,44 +64,45 @@ class Task:
             raise ValueError(f"the {name!r} split of task {self.name!r} in {self.source} has no rows")
         if any(label == HIDDEN for label in split.labels):
             raise ValueError(
-                f"the labels of the {name!r} split of task {self.name!r} are hidden (-1), so nothing can be trained or "
-                f"measured on it; splits: {list(self.splits)}"
+                f"the labels of the {name!r} split of task {self.name!r} are hidden (-1), so it cannot be trained or "
+                f"evaluated on; splits: {list(self.splits)}"
             )
         return split
 
     @property
     def evaluation(self) -> str:
-        """Name of the split to report on: dev, or test where there is no dev (TREC)."""
+        """Name of the split to report on: dev, or test if there is no dev split (TREC)."""
         return "dev" if "dev" in self.splits else "test"
 
 
-TASK_NAMES = ("toy", *ENTRIES)
+TASK_NAMES = ("toy", *TASK_INFOS)
 
 
-def load_task(name: str, *, seed: int = 0) -> Task:
+def load_task(name: str, *, seed: int = 0, ask_hub: Callable[[], str] | None = None) -> Task:
     """Load a task by name.
 
     Args:
-        name: ``"toy"``, or a task of `TASK_NAMES`, read from the folder named by EARLYEXIT_DATA if that is set, else
-            from the hub.
-        seed: of the generated task; the others ignore it.
+        name: one of `TASK_NAMES`; ``"toy"`` is generated, the others are read from the folder EARLYEXIT_DATA if the
+            variable is set, else from the hub.
+        seed: seed of the generated task; ignored for the others.
+        ask_hub: as for `hub.offline_if_unreachable`.
 
     Raises:
-        ValueError: an unknown name, or a file that isn't in the format.
-        FileNotFoundError: the folder lacks the task.
-        ImportError: the hub is needed and `datasets` isn't installed.
-        ConnectionError: the hub can't be reached or refuses.
+        ValueError: the name is unknown, or a file has another format.
+        FileNotFoundError: the folder does not have the task.
+        ImportError: the hub is required and `datasets` is not installed.
+        ConnectionError: the hub cannot be reached or refuses the request.
     """
     if name == "toy":
         return _toy_task(seed)
-    if name not in ENTRIES:
+    if name not in TASK_INFOS:
         raise ValueError(f"task: expected one of {list(TASK_NAMES)}, got {name!r}")
-    entry, folder = ENTRIES[name], os.environ.get(DATA_VARIABLE)
+    info, folder = TASK_INFOS[name], os.environ.get(DATA_VARIABLE)
     if folder:
         splits, source = read_folder(name, Path(folder)), f"{DATA_VARIABLE}={folder}"
     else:
-        splits, source = read_hub(name), f"hub {entry.hub[0]}"
-    return Task(name, splits, entry.label_names, entry.metrics, entry.problem_type, source)
+        splits, source = read_hub(name, ask_hub=ask_hub), f"hub {info.hub[0]}"
+    return Task(name, splits, info.label_names, info.metrics, info.problem_type, source)
 
 
 def _toy_task(seed: int) -> Task:
@@ -110,7 +111,7 @@ def _toy_task(seed: int) -> Task:
 
 
 def toy_splits(*, seed: int = 0, **rows: int) -> dict[str, Split]:
-    """The generated task's splits; arguments as for `toy.write_splits`."""
+    """Return the splits of the generated task; arguments as for `toy.write_splits`."""
     written = toy.write_splits(seed=seed, **rows)
     return {
         name: Split([s.text for s in sentences], [s.label for s in sentences], [s.level for s in sentences])
@@ -119,18 +120,18 @@ def toy_splits(*, seed: int = 0, **rows: int) -> dict[str, Split]:
 
 
 def holdout(split: Split, rows: int, *, seed: int = 0) -> tuple[Split, Split]:
-    """Part a split in two, the same way for the same seed on every machine.
+    """Split off held-out rows; the same seed gives the same rows on every machine.
 
     Args:
         split: N rows.
-        rows: rows to hold out, in ``[0, N)``.
-        seed: of the draw.
+        rows: number of rows to hold out, in ``[0, N)``.
+        seed: random seed.
 
     Returns:
-        the rest, in drawn order, and the rows held out.
+        the remaining rows, in drawn order, and the held-out rows.
 
     Raises:
-        ValueError: more rows asked for than the split can give.
+        ValueError: `rows` is out of range.
     """
     if not 0 <= rows < len(split):
         raise ValueError(f"holdout: expected rows in [0, {len(split) - 1}], got {rows}")
@@ -141,7 +142,7 @@ def holdout(split: Split, rows: int, *, seed: int = 0) -> tuple[Split, Split]:
 
 
 class EncodedSplit(Dataset):
-    """Token ids of a split, unpadded: pad with `transformers.DataCollatorWithPadding`."""
+    """Token ids of a split, without padding (pad with `transformers.DataCollatorWithPadding`)."""
 
     def __init__(self, encodings: Mapping[str, Sequence[Sequence[int]]], labels: Sequence[float]) -> None:
         self._encodings = encodings
@@ -159,8 +160,8 @@ def encode(split: Split, tokenizer: Any, *, max_length: int | None = None) -> En
 
     Args:
         split: N texts or pairs.
-        tokenizer: of transformers.
-        max_length: longer rows are cut to it; default: the tokenizer's own limit.
+        tokenizer: a tokenizer from transformers.
+        max_length: maximum tokens per row; longer rows are truncated (default: the limit of the tokenizer).
 
     Returns:
         N dicts of the tokenizer's outputs and ``labels``, without padding.

@@ -1,23 +1,22 @@
-"""A generated sentence task of graded difficulty, its tokenizer and its small model: what `earlyexit demo` runs on.
+"""Generate the sentence task of `earlyexit demo`, with its tokenizer and its small model.
 
-Every sentence is a review in small English; the label says whether its *main* clause is positive (1) or negative (0).
-Five levels, each adding something that has to be combined with what was there:
+Every sentence is a short review; the label is 1 if its *main* clause is positive and 0 if it is negative. There are
+five levels of difficulty:
 
     1 plain      the plot of the film was really brilliant .                          the evaluative word decides
-    2 negated    the plot of the film was not brilliant .                             one inverter flips it
-    3 contrast   although the plot was dull , the cast was brilliant .                the main clause wins
-    4 mixed      the plot was clever , but the cast was hardly brilliant .            ... and clauses may be negated
-    5 reported   nobody believes that the cast was never dull , although the ...      ... and a report may deny it all
+    2 negated    the plot of the film was not brilliant .                             a negation inverts it
+    3 contrast   although the plot was dull , the cast was brilliant .                the main clause decides
+    4 mixed      the plot was clever , but the cast was hardly brilliant .            clauses may be negated
+    5 reported   nobody believes that the cast was never dull , although the ...      a report may deny the clause
 
-The concessive clause (after `although`, or before `but`) is a distractor of the opposite label: its words must not
-count, and where it stands is known from the connective alone. Within the main clause the label is a parity: the
-polarity of its word, flipped by a negation and flipped again by a report that denies it. So a model reads level 1 off
-its embeddings, while the others take layers: find the clause, leave the other out, count the flips.
+The concessive clause (after `although`, or before `but`) is a distractor with the opposite label; only the connective
+marks it. The label of the main clause is a parity: the polarity of its word, inverted by a negation and inverted again
+by a report that denies it. Level 1 can be classified from the embeddings; the others require several layers.
 
-The train split is a curriculum: in their given order its rows start with level 1 and let one level in after the other.
-A small model trained from scratch for under a minute learns nothing from a parity that comes too early.
+The train split is a curriculum: its rows start with level 1 and the other levels are added one by one. A small model
+trained from scratch for less than a minute does not learn a parity that is presented too early.
 
-Everything is drawn with `random.Random(seed).random()`, whose sequence Python promises to keep between versions.
+All draws use `random.Random(seed).random()`, whose sequence is stable between versions of Python.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ LABEL_NAMES = ("negative", "positive")
 LEVEL_NAMES = ("plain", "negated", "contrast", "mixed", "reported")
 #: Relative frequency of the levels 1 to 5.
 LEVEL_SHARES = (30, 20, 20, 15, 15)
-#: Where in the train split, as a share of it, the levels 1 to 5 come in.
+#: Position in the train split, as a share of its rows, from which the levels 1 to 5 occur.
 LEVEL_STARTS = (0.0, 0.06, 0.15, 0.28, 0.42)
 TRAIN_ROWS, DEV_ROWS, TEST_ROWS = 32_000, 1_500, 1_500
 
@@ -52,10 +51,10 @@ MANNERS = "really quite truly simply rather very utterly frankly".split()
 NEGATIONS = ("not", "never", "hardly", "by no means")
 AFFIRMATIONS = ("everyone agrees that", "it is clear that", "the critic proved that", "i believe that")
 DENIALS = ("nobody believes that", "it is false that", "the critic was wrong that", "i doubt that")
-#: Where the concessive clause {c} and the main clause {m} stand.
+#: Sentences with a concessive clause {c} and a main clause {m}.
 CONTRASTS = ("{c} , but {m}", "although {c} , {m}", "{m} , although {c}", "{c} ; still , {m}", "{m} , even if {c}")
 
-#: Which of (main, concessive) clause may be negated in sentences of a level that has both; all equally likely.
+#: Level -> whether the (main, concessive) clauses are negated; equally likely alternatives.
 _NEGATED_CLAUSES = {
     3: ((False, False),),
     4: ((True, False), (False, True), (True, True)),
@@ -67,7 +66,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 @dataclass(frozen=True)
 class Sentence:
-    """One generated sentence: its text, its label (0 or 1) and its level of difficulty (1 to 5)."""
+    """A generated sentence with its label (0 or 1) and its level of difficulty (1 to 5)."""
 
     text: str
     label: int
@@ -75,7 +74,7 @@ class Sentence:
 
 
 class _Writer:
-    """Draws clauses and sentences from one generator."""
+    """Draw clauses and sentences from one random generator."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
@@ -91,7 +90,7 @@ class _Writer:
         return next(level for level in range(1, 6) if mark < sum(LEVEL_SHARES[:level]))
 
     def clause(self, label: int, *, negated: bool, reported: bool) -> str:
-        """A clause that means `label` once its negation and its report are counted."""
+        """Return a clause with this label after its negation and its report are applied."""
         denied = reported and self.chance(0.5)
         subject = f"the {self.pick(ASPECTS)}" + (f" of the {self.pick(THINGS)}" if self.chance(0.4) else "")
         manner = self.pick(NEGATIONS) if negated else self.pick(MANNERS) if self.chance(0.5) else ""
@@ -112,19 +111,20 @@ class _Writer:
 def write_splits(
     *, seed: int = 0, train_rows: int = TRAIN_ROWS, dev_rows: int = DEV_ROWS, test_rows: int = TEST_ROWS
 ) -> dict[str, list[Sentence]]:
-    """Write the splits ``"train"``, ``"dev"`` and ``"test"``; no sentence occurs twice.
+    """Generate the splits ``"train"``, ``"dev"`` and ``"test"``; all sentences are different.
 
     Args:
-        seed: of everything drawn.
-        train_rows: in the order of the curriculum, easy levels first.
-        dev_rows, test_rows: all levels mixed.
+        seed: random seed.
+        train_rows: number of train rows, in the order of the curriculum.
+        dev_rows, test_rows: number of rows, of all levels.
 
     Raises:
-        ValueError: a negative number of rows, or more than 100,000 together (level 1 knows some 20,000 sentences).
+        ValueError: a number of rows is negative, or there are more than 100,000 in total (level 1 has about 20,000
+            different sentences).
     """
     sizes = {"dev": dev_rows, "test": test_rows, "train": train_rows}
     if min(sizes.values()) < 0 or sum(sizes.values()) > 100_000:
-        raise ValueError(f"write_splits: expected rows >= 0 and at most 100000 together, got {sizes}")
+        raise ValueError(f"write_splits: expected rows >= 0 and at most 100000 in total, got {sizes}")
     writer = _Writer(seed)
     seen: set[str] = set()
     splits: dict[str, list[Sentence]] = {}
@@ -141,14 +141,14 @@ def write_splits(
 
 
 def vocabulary() -> list[str]:
-    """Every token of the task, special ones first."""
+    """Return all tokens of the task, special tokens first."""
     phrases = [*NEGATIONS, *AFFIRMATIONS, *DENIALS, *(c.format(m="", c="") for c in CONTRASTS), "the of was ."]
     words = [*WORDS[POSITIVE], *WORDS[NEGATIVE], *ASPECTS, *THINGS, *MANNERS, *" ".join(phrases).split()]
     return [*SPECIAL_TOKENS, *dict.fromkeys(words)]
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `vocabulary`: lower case, split at white space and punctuation, [CLS] ... [SEP]."""
+    """Return a word-level tokenizer over `vocabulary`: lower case, split at white space and punctuation."""
     tokens = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -167,12 +167,12 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy_model(seed: int = 0, *, layers: int = 6, hidden: int = 128) -> BertForSequenceClassification:
-    """A small BERT with fresh weights for this task.
+    """Return a small BERT with random weights for this task.
 
     Args:
-        seed: of the weights; torch's global generator is left as it was.
-        layers: L.
-        hidden: H, a multiple of 4.
+        seed: seed of the weights; the global generator of torch is not changed.
+        layers: number of layers L.
+        hidden: width H, a multiple of 4.
     """
     config = BertConfig(
         vocab_size=len(vocabulary()),
@@ -183,7 +183,7 @@ def toy_model(seed: int = 0, *, layers: int = 6, hidden: int = 128) -> BertForSe
         max_position_embeddings=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.05,  # BERT's 0.02 is meant for width 768; narrow layers start too quiet with it
+        initializer_range=0.05,  # BERT's 0.02 is for width 768 and too small for narrow layers
         num_labels=len(LABEL_NAMES),
         id2label=dict(enumerate(LABEL_NAMES)),
         label2id={name: i for i, name in enumerate(LABEL_NAMES)},

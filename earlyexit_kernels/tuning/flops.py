@@ -1,17 +1,17 @@
-"""Multiply-adds of an early-exit model, row by row, with everything an exit costs.
+"""Count the multiply-adds of an early-exit model per row, including exits and gates.
 
-Counted are matrix products, one multiply-add being two of the FLOPs that torch's `FlopCounterMode` reports:
+Matrix products are counted; one multiply-add is two of the FLOPs that torch's `FlopCounterMode` reports. For a row of S
+tokens, width H, C classes and exits of width W:
 
-- the encoder: every linear of a layer on every token, and attention's two products, ``2 S H`` a token; a projection of
-  the embeddings where the family has one;
-- each exit the row met: a linear on the pooled state ``H C``; the family's head ``H H + H C``; an attention exit
-  ``S (H W + 3 W W + 2 S W) + W W + W C``; and of the scalars beside it the one that the rule reads: halting (its hidden
-  layers and its linear) or uncertainty;
-- each gate the row met, skipped layers included: ``S (H W + 3 W W + 2 S W) + W``.
+- encoder: every linear of a layer on every token, and the two products of attention, ``2 S H`` per token; the
+  projection of the embeddings, if the family has one;
+- each exit computed: a linear on the pooled state ``H C``, the head of the family ``H H + H C``, or an attention exit
+  ``S (H W + 3 W W + 2 S W) + W W + W C``; and the scalar that the rule reads: halting (its hidden layers and its
+  linear) or uncertainty;
+- each gate computed, also those of skipped layers: ``S (H W + 3 W W + 2 S W) + W``.
 
-Not counted: what multiplies no matrix (look-ups, norms, activations, pooling, cosines, the decision itself), and what a
-row doesn't need but its batch may do for it (slots that fill an attention bucket, rows that have left and are still
-carried along).
+Not counted: operations other than matrix products (look-ups, norms, activations, pooling, cosines, the decision), and
+work that depends on the batch (empty slots of an attention bucket, rows that have left but are not yet removed).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class RowMacs:
     """Multiply-adds of each row, ``[N]`` int64 each.
 
     Attributes:
-        encoder: embeddings' projection and the layers run.
-        exits: every exit met, its scalar included.
-        gates: every gate met.
+        encoder: projection of the embeddings and the layers run.
+        exits: exits computed, with their scalars.
+        gates: gates computed.
     """
 
     encoder: Tensor
@@ -43,7 +43,7 @@ class RowMacs:
 
     @property
     def total(self) -> Tensor:
-        """All of it, ``[N]``."""
+        """Sum of encoder, exits and gates, ``[N]``."""
         return self.encoder + self.exits + self.gates
 
 
@@ -55,55 +55,67 @@ def row_macs(
     *,
     criterion: Criterion | None = None,
 ) -> RowMacs:
-    """What each row of a data set cost.
+    """Count the multiply-adds of each row of a data set.
 
-    Without a gate a row meets the exits 1 to `exit_layer` that the rule has computed (full depth: the last one alone).
-    With a `SkipGate` it meets the gates of layers 1 to `exit_layer`, an exit only where it ran the layer, and the last
-    exit if it came so far. `layers_run` doesn't say *which* layers ran: a row that came to the last exit and skipped
-    something is counted as if the last layer had been among the skipped ones, which is one exit too many if it wasn't.
+    Without gates, exits 1 to `exit_layer` are computed, as far as the rule reads them (full depth: the last one only).
+    With a `SkipGate`, the gates of layers 1 to `exit_layer` are computed, and the exits of the layers that ran. The
+    last exit is computed for every row that reaches it. `layers_run` does not tell *which* layers ran: if a row reached
+    the last exit and skipped a layer, the last layer is assumed to be skipped; one exit too many is counted otherwise.
 
     Args:
-        model: whose layers and heads are counted.
-        lengths: ``[N]`` tokens of each row, marks included, padding not.
-        exit_layer: ``[N]``, 1-based, as the model or `replay` gives it.
-        layers_run: ``[N]``; default: `exit_layer`.
-        criterion: the rule that gave them; default: the model's own.
+        model: the model whose layers and heads are counted.
+        lengths: ``[N]`` tokens of each row, with special tokens, without padding.
+        exit_layer: ``[N]``, 1-based, as from the model or `replay`.
+        layers_run: ``[N]`` (default: `exit_layer`).
+        criterion: the criterion of that run (default: the criterion of the model).
 
     Raises:
-        ValueError: numbers that don't fit each other or the model's depth.
+        ValueError: the numbers contradict each other or the depth of the model.
     """
     rule = criterion or model.criterion or FullDepth()
     skips = rule.skip_from is not None
-    s, left = (torch.as_tensor(values, dtype=torch.int64) for values in (lengths, exit_layer))
-    ran = left if layers_run is None else torch.as_tensor(layers_run, dtype=torch.int64)
-    _check(s, left, ran, model.depth, skips)
-    due = torch.tensor([0, *(rule.exit_rule.is_due(k, model.depth) for k in range(1, model.depth + 1))]).cumsum(0)
-    last = left == model.depth
-    # where nothing was skipped, one of the layers run was the last
-    before_last = ran - (last & (ran == left)).long()
-    exits = torch.minimum(before_last, due[left - last.long()]) + last
+    tokens, left_at = (torch.as_tensor(values, dtype=torch.int64) for values in (lengths, exit_layer))
+    ran = left_at if layers_run is None else torch.as_tensor(layers_run, dtype=torch.int64)
+    _check(tokens, left_at, ran, model.depth, skips)
+    exits = _exits_computed(left_at, ran, [rule.exit_rule.is_due(k, model.depth) for k in range(1, model.depth + 1)])
     return RowMacs(
-        encoder=encoder_macs(model, s, ran),
-        exits=exits * exit_macs(model, s, rule.exit_rule.needs),
-        gates=left * gate_macs(model, s) if skips else torch.zeros_like(left),
+        encoder=encoder_macs(model, tokens, ran),
+        exits=exits * exit_macs(model, tokens, rule.exit_rule.needs),
+        gates=left_at * gate_macs(model, tokens) if skips else torch.zeros_like(left_at),
     )
+
+
+def _exits_computed(exit_layer: Tensor, layers_run: Tensor, due: Sequence[bool]) -> Tensor:
+    """Return the number of exits ``[N]`` computed for each row.
+
+    Args:
+        exit_layer, layers_run: ``[N]`` int64.
+        due: whether the rule reads exit k, for k = 1..L.
+    """
+    depth = len(due)
+    layers = torch.arange(1, depth + 1)
+    reads_early = (layers <= exit_layer[:, None]) & torch.tensor(due) & (layers < depth)  # [N, L]
+    reaches_last = exit_layer == depth
+    runs_last = reaches_last & (layers_run == exit_layer)
+    early_layers_run = layers_run - runs_last.long()
+    return torch.minimum(reads_early.sum(1), early_layers_run) + reaches_last.long()
 
 
 def encoder_macs(
     model: EarlyExitForSequenceClassification, lengths: Tensor, layers_run: Tensor | int | None = None
 ) -> Tensor:
-    """Multiply-adds ``[N]`` of the embeddings' projection and of some layers, by default all of them: no exit, no gate.
+    """Return the multiply-adds ``[N]`` of the embedding projection and the layers, without exits and gates.
 
     Args:
-        model: its backbone is counted.
+        model: the model whose backbone is counted.
         lengths: ``[N]`` int64 tokens of each row.
-        layers_run: ``[N]`` int64, or one number for all rows.
+        layers_run: ``[N]`` int64, or one number for all rows (default: all layers).
     """
     layers: Any = model.adapter.layers(model.backbone)
     layer: nn.Module = layers[0]
     inside = {id(linear) for each in layers for linear in _linears(each)}
     embedding = sum(linear.weight.numel() for linear in _linears(model.backbone) if id(linear) not in inside)
-    # a step of ALBERT may be a group of several layers, each with an attention of its own
+    # one step of ALBERT may be a group of several layers, each with its own attention
     config: Any = model.config
     attentions = getattr(config.backbone_config, "inner_group_num", 1)
     per_token = sum(linear.weight.numel() for linear in _linears(layer))
@@ -112,12 +124,12 @@ def encoder_macs(
 
 
 def exit_macs(model: EarlyExitForSequenceClassification, lengths: Tensor, needs: str | None = None) -> Tensor:
-    """Multiply-adds ``[N]`` of one exit.
+    """Return the multiply-adds ``[N]`` of one exit.
 
     Args:
-        model: its heads are counted.
+        model: the model whose heads are counted.
         lengths: ``[N]`` int64 tokens of each row.
-        needs: the scalar computed with it, or None.
+        needs: name of the scalar computed with it, or None.
     """
     heads = model.heads
     modules: list[nn.Module] = [heads.out[0], *heads.dense[:1]]
@@ -132,7 +144,7 @@ def exit_macs(model: EarlyExitForSequenceClassification, lengths: Tensor, needs:
 
 
 def gate_macs(model: EarlyExitForSequenceClassification, lengths: Tensor) -> Tensor:
-    """Multiply-adds ``[N]`` of one gate on rows of `lengths` ``[N]`` tokens."""
+    """Return the multiply-adds ``[N]`` of one gate on rows of `lengths` ``[N]`` tokens."""
     gate: Any = model.heads.gates[0]
     return _attention_macs(gate.attention, lengths) + gate.out.weight.numel()
 
@@ -149,11 +161,11 @@ def _linears(module: nn.Module) -> Iterable[nn.Linear]:
 def _check(lengths: Tensor, exit_layer: Tensor, layers_run: Tensor, depth: int, skips: bool) -> None:
     if not lengths.shape == exit_layer.shape == layers_run.shape or lengths.dim() != 1:
         shapes = [list(x.shape) for x in (lengths, exit_layer, layers_run)]
-        raise ValueError(f"row_macs: expected lengths, exit_layer and layers_run [N] of one N, got {shapes}")
+        raise ValueError(f"row_macs: expected lengths, exit_layer and layers_run [N] of one length N, got {shapes}")
     if bool(((exit_layer < 1) | (exit_layer > depth) | (layers_run < 0) | (layers_run > exit_layer)).any()):
         raise ValueError(f"row_macs: expected 1 <= exit_layer <= {depth} and 0 <= layers_run <= exit_layer")
     if not skips and not torch.equal(exit_layer, layers_run):
         raise ValueError(
-            "row_macs: rows ran fewer layers than their exit layer, but the criterion skips none; give the SkipGate "
-            "that gave these numbers as criterion=..."
+            "row_macs: expected layers_run == exit_layer for a criterion that skips no layers, got fewer layers run; "
+            "pass the SkipGate of that run as criterion=..."
         )

@@ -1,8 +1,8 @@
-"""The settings of each criterion that a sweep tries, laid out over the scores of a tuning trace; one line a rule.
+"""Settings of each criterion for a sweep, computed from the scores of a tuning trace.
 
-Thresholds are laid near quantiles of what the rule compares with them, over the exits that may leave early: about equal
-shares of the scores lie between two of them, so that the curve is evenly covered whatever the model. None equals a
-score. Rules without a threshold have the few settings there are.
+Thresholds are near quantiles of the numbers that the rule compares with them, at the exits before the last: about equal
+shares of the scores are between two thresholds, so that the curve is evenly covered for any model. No threshold equals
+a score. Rules without a threshold have a few settings.
 """
 
 from __future__ import annotations
@@ -18,46 +18,48 @@ from torch import Tensor
 
 from earlyexit_kernels import criteria
 from earlyexit_kernels.criteria import RULES, Criterion
-from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
+from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace, default_problem_type
 
 #: ``(trace, points) -> settings``.
 Grid: TypeAlias = Callable[[ExitTrace, int], "Iterable[Criterion]"]
 
 SEEDS = (0, 1, 2)
-#: PALBERT's own q, always tried.
+#: q in the paper of PALBERT, always included.
 PAPER_Q = 0.5
-#: Layers in a row that a patient threshold is tried with.
+#: Numbers of consecutive exits for the rules with a threshold and a patience.
 PATIENCES = (1, 2, 3)
-#: Exponents of the layer in voting. With 1 the first exit's own vote is unanimous, so that every row leaves there.
+#: Exponents of the layer in voting, without 1: there the first vote is unanimous and every row leaves at layer 1.
 GAMMAS = (0.0, 0.25, 0.5, 0.75)
-#: Fewest settings that make a curve.
-FEWEST_POINTS = 8
-#: By how much scores differ at least that a threshold is laid between: several times what float32 tells apart at 1, or
-#: at a score above 1.
+#: Minimum number of settings of a curve.
+MIN_POINTS = 8
+#: Minimum difference of two scores with a threshold between them, relative to scores above 1: several times the
+#: resolution of float32 at 1.
 RESOLUTION = 1e-6
-#: Fewest thresholds at each value of a rule's second number.
-FEWEST = 4
+#: Minimum number of thresholds for each value of a rule's second parameter.
+MIN_THRESHOLDS = 4
 
 
 def settings(
     trace: ExitTrace, *, points: int = 24, problem_type: str | None = None
 ) -> dict[str, tuple[Criterion, ...]]:
-    """The criteria that have a meaning on a trace, each at several settings.
+    """Return the criteria of the package that fit a trace, each with several settings.
 
     Args:
         trace: of the tuning split.
-        points: settings of a criterion with a threshold, about; patience, for one, has its own L - 1.
-        problem_type: as in transformers; default: regression with one output, else one label of several.
+        points: approximate number of settings of a criterion with a threshold; patience has L - 1.
+        problem_type: as in transformers; default: regression with one output, else single-label classification.
+
+    Returns:
+        Name of the criterion -> its settings. Registered criteria are not included.
 
     Raises:
-        ValueError: fewer than `FEWEST_POINTS`, or fewer than two exits.
+        ValueError: fewer than `MIN_POINTS` points, or fewer than two exits.
     """
-    if points < FEWEST_POINTS or trace.depth < 2:
+    if points < MIN_POINTS or trace.depth < 2:
         raise ValueError(
-            f"settings: expected points >= {FEWEST_POINTS} and a trace of at least 2 exits, got {points} and "
-            f"{trace.depth}"
+            f"settings: expected points >= {MIN_POINTS} and a trace of at least 2 exits, got {points} and {trace.depth}"
         )
-    task = problem_type or ("regression" if trace.logits.shape[2] == 1 else "single_label_classification")
+    task = problem_type or default_problem_type(trace.logits.shape[2])
     return {
         name: fitting
         for name, grid in GRIDS.items()
@@ -69,12 +71,12 @@ def settings(
 def skip_settings(
     trace: ExitTrace, *, skip_from: Sequence[float] = (0.5, 1.0), points: int = 8
 ) -> tuple[Criterion, ...]:
-    """Settings of `SkipGate` around `Entropy`, to be run and not replayed: skips change all later hidden states.
+    """Return settings of `SkipGate` with `Entropy`; they cannot be replayed, since skips change later hidden states.
 
     Args:
-        trace: of the tuning split, every layer run; it only lays the entropies out.
-        skip_from: gate values from which a layer is skipped; 1 is never, unless a gate rounds to 1.
-        points: entropy thresholds at each of them, the first one 0, where no row leaves early.
+        trace: of the tuning split at full depth, for the thresholds of the entropy.
+        skip_from: gate values from which a layer is skipped; with 1 none is, unless a gate rounds to 1.
+        points: number of entropy thresholds for each of them; the first one is 0, with which no row leaves early.
     """
     entropies = _thresholds(_entropy(_log_probabilities(trace)), points - 1, low=0.0)
     thresholds = [0.0, *entropies]
@@ -86,7 +88,7 @@ def skip_settings(
 
 
 def _may_fit(rule: type[Criterion], trace: ExitTrace, problem_type: str) -> bool:
-    """Whether a rule reads only what the trace has, so that a grid can be laid out."""
+    """Return whether a trace has the scalars and keys that a rule reads."""
     has_keys = trace.keys is not None or not rule.uses_keys
     return problem_type in rule.tasks and (rule.needs is None or rule.needs in trace.aux) and has_keys
 
@@ -101,32 +103,32 @@ def _fits(rule: Criterion, trace: ExitTrace, problem_type: str) -> bool:
 
 
 def _log_probabilities(trace: ExitTrace) -> Tensor:
-    """Log of the class probabilities at the exits that may leave early, ``[N, L - 1, C]`` float64."""
+    """Return the log of the class probabilities at the exits before the last, ``[N, L - 1, C]`` float64."""
     return trace.logits[:, :-1].double().log_softmax(dim=-1)
 
 
 def _aux(trace: ExitTrace, name: str) -> Tensor:
-    """A scalar as a rule reads it, at the exits that may leave early, ``[N, L - 1]`` float64."""
+    """Return a scalar as a rule reads it, at the exits before the last, ``[N, L - 1]`` float64."""
     return AUX_ACTIVATIONS[name](trace.aux[name][:, :-1].double())
 
 
 def _entropy(log_p: Tensor) -> Tensor:
-    """Entropy in nats over the last axis."""
+    """Return the entropy in nats over the last axis."""
     return torch.special.entr(log_p.exp()).sum(dim=-1)
 
 
 def _divergence(log_p: Tensor) -> Tensor:
-    """Jensen-Shannon divergence in nats of successive exits, ``[N, L - 2]`` of ``[N, L - 1, C]``."""
+    """Return the Jensen-Shannon divergence in nats of successive exits, ``[N, L - 2]`` for ``[N, L - 1, C]``."""
     first, second = log_p[:, :-1].exp(), log_p[:, 1:].exp()
     middle = torch.special.entr((first + second) / 2).sum(dim=-1)
     return middle - (_entropy(log_p[:, :-1]) + _entropy(log_p[:, 1:])) / 2
 
 
 def _thresholds(scores: Tensor, points: int, *, low: float = -math.inf, high: float = math.inf) -> list[float]:
-    """Distinct numbers in ``[low, high]``, ascending, between which about equal shares of the scores lie.
+    """Return distinct numbers in ``[low, high]``, ascending, with about equal shares of the scores between them.
 
-    Each is halfway between two scores that differ by more than `RESOLUTION`, or beyond all scores: a score that equals
-    a threshold would leave the decision to rounding.
+    Each one is halfway between two scores that differ by more than `RESOLUTION`, or beyond all scores: if a score
+    equalled a threshold, rounding would decide.
     """
     known = np.sort(scores[scores.isfinite()].numpy(), axis=None)
     if not known.size:
@@ -134,7 +136,7 @@ def _thresholds(scores: Tensor, points: int, *, low: float = -math.inf, high: fl
     step = RESOLUTION * max(abs(known[0]), abs(known[-1]), 1.0) * 4 + (known[-1] - known[0]) / 50
     ends = [x if math.isfinite(x) else y for x, y in ((low, known[0] - step), (high, known[-1] + step))]
     below, above = np.concatenate(([ends[0]], known)), np.concatenate((known, [ends[1]]))
-    # a cut is the number of scores below the threshold
+    # a cut: number of scores below the threshold
     cuts = np.flatnonzero(above - below > RESOLUTION * np.maximum(np.abs(above), 1.0))
     if not cuts.size:
         return []
@@ -146,8 +148,8 @@ def _thresholds(scores: Tensor, points: int, *, low: float = -math.inf, high: fl
 
 
 def _shares(points: int, parts: int) -> int:
-    """Thresholds at each of `parts` values of a second number."""
-    return max(FEWEST, points // parts)
+    """Return the number of thresholds for each of `parts` values of a second parameter."""
+    return max(MIN_THRESHOLDS, points // parts)
 
 
 def _entropies(trace: ExitTrace, points: int) -> Iterable[Criterion]:
@@ -194,9 +196,9 @@ def _votings(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     layers = torch.arange(1, trace.depth, dtype=torch.float64)
     for gamma in GAMMAS:
         scores = (most / layers**gamma).flatten()
-        # up to 1, the score of every first vote, all rows leave at layer 1; gamma 0 says that once
+        # with thresholds up to 1, the score of the first vote, all rows leave at layer 1; gamma 0 covers that
         some = _thresholds(scores[scores > 1], _shares(points, len(GAMMAS)), low=1.0)
-        # numbers of votes are whole, so that a threshold that equals one is exact
+        # numbers of votes are whole, so a threshold that equals one is exact
         values = scores.unique().tolist() if gamma == 0 else some
         yield from (criteria.Voting(threshold=t, gamma=gamma) for t in values)
 
@@ -234,7 +236,7 @@ def _energies(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     return [criteria.Energy(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
 
 
-#: Every rule of `RULES` that has something to set; full depth has not.
+#: Grids of all rules of `RULES` but full depth, which has no settings.
 GRIDS: dict[str, Grid] = {
     "entropy": _entropies,
     "max_probability": _max_probabilities,

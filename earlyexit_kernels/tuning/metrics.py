@@ -1,6 +1,6 @@
-"""Scores of text classification tasks, as plain numpy functions of predictions and labels; listed in `METRICS`.
+"""Metrics of text classification tasks; listed in `METRICS`.
 
-A prediction is a class index ``[N]``, or a number ``[N]`` for a regression task. Higher is better for every metric.
+Predictions and labels are class indices ``[N]``, or numbers ``[N]`` for a regression task. Higher is better.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def _arrays(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Share of rows whose class is right."""
+    """Return the share of correct rows."""
     predicted, truth = _arrays(predictions, labels)
     return float((predicted == truth).mean())
 
 
 def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Matthews correlation of two classes (0 and 1), in [-1, 1]; 0 where one side is constant."""
+    """Return the Matthews correlation of classes 0 and 1, in [-1, 1]; 0 if predictions or labels are constant."""
     predicted, truth = _arrays(predictions, labels)
     if not (np.isin(predicted, (0, 1)).all() and np.isin(truth, (0, 1)).all()):
         raise ValueError("matthews: expected classes 0 and 1 only")
@@ -36,15 +36,15 @@ def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Harmonic mean of precision and recall of class 1; 0 where nothing is right."""
+    """Return the harmonic mean of precision and recall of class 1; 0 without true positives."""
     predicted, truth = _arrays(predictions, labels)
-    hits = float(((predicted == 1) & (truth == 1)).sum())
-    named = float((predicted == 1).sum() + (truth == 1).sum())
-    return 2 * hits / named if named else 0.0
+    true_positives = float(((predicted == 1) & (truth == 1)).sum())
+    positives = float((predicted == 1).sum() + (truth == 1).sum())
+    return 2 * true_positives / positives if positives else 0.0
 
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Linear correlation, in [-1, 1]; 0 where one side is constant."""
+    """Return the linear correlation, in [-1, 1]; 0 if predictions or labels are constant."""
     predicted, truth = _arrays(predictions, labels)
     predicted, truth = predicted - predicted.mean(), truth - truth.mean()
     scale = float(np.sqrt((predicted**2).sum() * (truth**2).sum()))
@@ -52,13 +52,13 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Linear correlation of the ranks; tied values share their mean rank."""
+    """Return the linear correlation of the ranks; tied values get their mean rank."""
     predicted, truth = _arrays(predictions, labels)
     return pearson(_ranks(predicted), _ranks(truth))
 
 
 def _ranks(values: NDArray) -> NDArray:
-    """Ranks from 1, ``[N]``; a run of ties gets the mean of the places it takes up."""
+    """Return 1-based ranks ``[N]``; tied values get their mean rank."""
     _, group, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return (last - (count - 1) / 2)[group]
@@ -74,15 +74,15 @@ METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
 
 
 def predictions_of(logits: NDArray) -> NDArray:
-    """The answers in logits ``[N, C]``: the class of the largest (lowest among ties), or the number itself if C = 1."""
+    """Return the predictions ``[N]`` of logits ``[N, C]``: the first largest class, or the logit itself if C = 1."""
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
 
 
 def score(metrics: Sequence[str], logits: NDArray, labels: ArrayLike) -> dict[str, float]:
-    """Every named metric of logits ``[N, C]`` against labels ``[N]``.
+    """Return the named metrics of logits ``[N, C]`` against labels ``[N]``.
 
     Raises:
-        ValueError: an unknown metric, or shapes that don't fit.
+        ValueError: a metric is unknown, or the shapes do not fit.
     """
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:

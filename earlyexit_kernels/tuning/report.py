@@ -1,8 +1,7 @@
-"""How measurements leave the package: the environment they were made in, JSON, markdown tables and plots."""
+"""Report measurements: the environment, JSON files and markdown tables."""
 
 from __future__ import annotations
 
-import bisect
 import json
 import math
 import os
@@ -13,16 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-_Points: TypeAlias = Sequence[tuple[float, float]]
 _PACKAGES = ("earlyexit_kernels", "torch", "transformers", "triton", "accelerate", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to judge a measurement: machine, versions, threads, commit. JSON-ready."""
+    """Return JSON-ready facts about the machine, the versions of packages, the threads and the commit."""
     cuda = torch.cuda.is_available()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -37,6 +35,12 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "flush_denormal": _flushes_denormals(),
     }
+
+
+def device_text(facts: Mapping[str, Any]) -> str:
+    """Return the device of an `environment` for titles, e.g. ``"AMD EPYC, 2 threads"`` or the names of the GPUs."""
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    return ", ".join(facts["gpus"]) or f"{facts['cpu']}, {threads}"
 
 
 def _cpu_name() -> str:
@@ -54,11 +58,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this file lies in, with ``+`` where it has uncommitted changes, but for results and texts.
+    """Return the commit of the checkout that contains this file.
 
-    Outside of one, or without git, what EARLYEXIT_COMMIT says, or None.
+    A ``+`` marks uncommitted changes other than to results and texts. Outside of a checkout or without git, return the
+    value of EARLYEXIT_COMMIT, or None.
     """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return os.environ.get("EARLYEXIT_COMMIT")
     try:
@@ -76,7 +81,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _flushes_denormals() -> bool:
-    """Whether the CPU rounds denormal numbers to zero, as `torch.set_flush_denormal(True)` asks."""
+    """Return whether the CPU flushes denormal numbers to zero, as after `torch.set_flush_denormal(True)`."""
     return bool((torch.full((1,), 1e-30) * 1e-10 == 0).item())
 
 
@@ -84,28 +89,33 @@ def write_json(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]
     """Write ``{"environment": ..., **fields, "records": [...]}``; infinities and NaN become null.
 
     Args:
-        path: of the file; missing folders are made.
+        path: output file; missing folders are created.
         records: JSON-ready data.
-        fields: further top-level entries, e.g. the command's arguments.
+        fields: further top-level entries, e.g. the arguments of the command.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     document = _finite({"environment": environment(), **fields, "records": list(records)})
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    if target.exists() and not target.is_file():
-        # a device or a pipe, which a rename would replace by a file
+    beside = partial_file(target)
+    if beside is None:
         target.write_text(text, encoding="utf-8")
-        return target
-    # whole or not at all: a file cut off would take what was measured before along
-    place = target.resolve()
-    beside = place.with_name(f"{place.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(place)
+    else:  # renamed when complete, so that an interrupted write does not destroy earlier results
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(target.resolve())
     return target
 
 
+def partial_file(target: Path) -> Path | None:
+    """Return the file that `write_json` writes first and then renames; None for a device or pipe, written directly."""
+    if target.exists() and not target.is_file():
+        return None
+    file = target.resolve()
+    return file.with_name(f"{file.name}.part")
+
+
 def _finite(value: Any) -> Any:
-    """The same data without numbers that JSON lacks."""
+    """Replace infinities and NaN, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -114,19 +124,19 @@ def _finite(value: Any) -> Any:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A markdown table that also reads well as plain text: columns padded, numbers to the right.
+    """Return a markdown table with padded columns and numbers aligned right, readable as plain text too.
 
     Args:
-        header: one title a column.
-        rows: cells, turned into text with `str`; give numbers their digits first.
+        header: one title per column.
+        rows: cells, converted with `str`; format numbers first.
 
     Raises:
-        ValueError: a row of another length than the header.
+        ValueError: a row has another length than the header.
     """
     body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     wrong = [row for row in body if len(row) != len(header)]
     if wrong:
-        raise ValueError(f"markdown_table: expected {len(header)} cells a row, got {wrong[0]}")
+        raise ValueError(f"markdown_table: expected {len(header)} cells per row, got {wrong[0]}")
     columns = list(zip(header, *body, strict=True))
     widths = [max(3, *map(len, column)) for column in columns]
     right = [bool(body) and all(_is_number(cell) for cell in column[1:]) for column in columns]
@@ -141,96 +151,3 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _is_number(cell: str) -> bool:
     return cell[:1].isdigit() or cell[:1] in "+-." or cell == ""
-
-
-def plot_tradeoff(
-    path: str | os.PathLike[str],
-    curves: Mapping[str, _Points],
-    *,
-    baselines: Mapping[str, _Points],
-    chosen: Mapping[str, tuple[float, float]],
-    depth: int,
-    metric: str,
-    title: str,
-) -> Path:
-    """Draw score against the mean number of layers run.
-
-    Args:
-        path: of the PNG; missing folders are made.
-        curves: criterion -> points (mean layers run, score), drawn in order of the first.
-        baselines: the same, drawn dashed.
-        chosen: criterion -> its chosen point, drawn as a ring.
-        depth: L.
-        metric: name of the score.
-        title: of the plot.
-
-    Raises:
-        ImportError: matplotlib isn't installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: `pip install earlyexit_kernels[plot]`") from error
-    figure = Figure(figsize=(8.0, 5.0), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": "none"}
-    for number, (name, points) in enumerate(baselines.items()):
-        axes.plot(*_columns(points), color=_GREYS[number % len(_GREYS)], linestyle="--", marker="x", label=name)
-    for number, (names, points) in enumerate(_merged(curves)):
-        color, marker = f"C{number}", _MARKERS[number % len(_MARKERS)]
-        axes.plot(*_columns(points), color=color, marker=marker, markersize=4, label=" = ".join(names))
-        for x, y in {chosen[name] for name in names if name in chosen}:
-            axes.plot([x], [y], color=color, **ring)
-    if chosen:
-        axes.plot([], [], color="black", label="chosen on the tuning split", **ring)
-    axes.set(xlabel=f"mean layers run (of {depth})", ylabel=metric, title=title)
-    axes.set_xlim(right=depth + 0.2)
-    axes.set_xticks(range(1, depth + 1))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize="small")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target)
-    return target
-
-
-def _columns(points: _Points) -> tuple[list[float], list[float]]:
-    ordered = sorted(points)
-    return [x for x, _ in ordered], [y for _, y in ordered]
-
-
-def _merged(curves: Mapping[str, _Points]) -> list[tuple[list[str], _Points]]:
-    """Curves that coincide, as one with several names: with two classes all confidence rules are the same."""
-    merged: list[tuple[list[str], _Points]] = []
-    for name, points in curves.items():
-        for names, others in merged:
-            if _coincide(points, others):
-                names.append(name)
-                break
-        else:
-            merged.append(([name], points))
-    return merged
-
-
-def _coincide(first: _Points, second: _Points, *, tolerance: float = 0.005) -> bool:
-    """Whether two curves span the same costs and differ by less than a line's width of the score's range."""
-    (x1, y1), (x2, y2) = _columns(first), _columns(second)
-    if max(abs(x1[0] - x2[0]), abs(x1[-1] - x2[-1])) > 0.05:
-        return False
-    gaps = [abs(_height(x1, y1, x) - _height(x2, y2, x)) for x in {*x1, *x2}]
-    return max(gaps) <= tolerance * (max(*y1, *y2) - min(*y1, *y2))
-
-
-def _height(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Linear interpolation; the end values beyond the ends."""
-    right = bisect.bisect_left(xs, x)
-    if right in (0, len(xs)):
-        return ys[min(right, len(xs) - 1)]
-    share = (x - xs[right - 1]) / (xs[right] - xs[right - 1])
-    return ys[right - 1] + share * (ys[right] - ys[right - 1])
-
-
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # ten colours, so that 70 curves differ
-_GREYS = ("0.35", "0.6")

@@ -1,14 +1,15 @@
-"""What each criterion would give at every setting, from one full-depth pass over a tuning and a reporting split.
+"""Evaluate criteria at many settings, from one full-depth pass over a tuning and a reporting split.
 
-Settings are laid out (`grids`) and chosen on the tuning split; every number to be quoted comes from the reporting
-split. Cost is counted in layers: with m layers run in the mean, of L, the *layer speed-up* is L / m and the *layers
-saved* are 1 - m / L. Where no layer is skipped, m is the mean exit layer. Wall-clock is a matter of measuring
-(`timing`), not of this file.
+A *setting* is a criterion with values for its parameters. Settings are generated (`grids`) and chosen on the tuning
+split; results to quote come from the reporting split. The cost is counted in layers: if m of L layers are run on
+average, the *layer speed-up* is L / m and the *layers saved* are 1 - m / L. Without skipped layers, m is the mean exit
+layer. For wall-clock time, see `timing`.
 
-A rule that skips layers can't be replayed: `sweep_skipping` runs the model once for each of its settings.
+Rules that skip layers cannot be replayed; `sweep_skipping` runs the model once per setting.
 
-Baselines: *static truncation* answers every row at exit k, and *random exit* keeps a criterion's share of rows per
-layer but draws which rows leave where. A criterion that doesn't beat the second one chooses no better than chance.
+Baselines: *static truncation* answers every row at exit k; *random exit* keeps the share of rows that a criterion lets
+leave at each layer, but draws these rows at random. A criterion no better than random exit selects rows no better than
+chance.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.tuning.metrics import predictions_of, score
 from earlyexit_kernels.types import ExitTrace
 
-#: Random exits drawn where a metric isn't a mean over rows, so that no closed form holds.
+#: Number of random draws for metrics that are not a mean over rows and so have no closed form.
 RANDOM_DRAWS = 100
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A criterion at one setting, on one split.
+    """Result of one setting on one split.
 
     Attributes:
         scores: metric -> value.
-        mean_exit_layer: 1-based depth of the answering exit, in the mean.
-        mean_layers_run: m; less than `mean_exit_layer` where layers are skipped, otherwise the same.
+        mean_exit_layer: mean 1-based layer of the answering exit.
+        mean_layers_run: m; less than `mean_exit_layer` if layers are skipped, else equal.
         layer_speed_up: L / m.
         layers_saved: 1 - m / L.
         exit_shares: share of the rows that leave at each layer 1..L.
-        random_exit: value of the deciding metric expected when rows are drawn at random into the same shares; None
-            where layers are skipped, since what other exits would have said isn't known.
+        random_exit: expected value of the deciding metric for random exit at the same shares; None if layers are
+            skipped, because the answers of the other exits are then unknown.
     """
 
     scores: dict[str, float]
@@ -62,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Point:
-    """A criterion at one setting, on both splits."""
+    """Results of one setting on both splits."""
 
     criterion: Criterion
     tuning: Outcome
@@ -84,13 +85,14 @@ class Sweep:
     """The result of `sweep`.
 
     Attributes:
-        metric: the one that decides.
-        depth: L.
-        drop: loss allowed on the tuning split when choosing.
-        layers: for each split, the scores of static truncation to k = 1..L layers; the last one is full depth.
+        metric: the deciding metric.
+        depth: number of layers L.
+        drop: maximum score loss allowed on the tuning split.
+        layers: split -> scores of static truncation to k = 1..L layers; the last one is full depth.
         points: criterion name -> its settings, fastest first on the reporting split.
-        oracle: reporting rows right at some exit, as a share (classification only).
-        overthinking: reporting rows right at some exit but wrong at the last, as a share (classification only).
+        oracle: share of the reporting rows that some exit answers correctly (classification only).
+        overthinking: share of the reporting rows that some exit answers correctly but the last does not (classification
+            only).
     """
 
     metric: str
@@ -102,11 +104,11 @@ class Sweep:
     overthinking: float | None = None
 
     def chosen(self, name: str) -> Point | None:
-        """The setting chosen for a criterion, or None where none keeps the score."""
+        """Return the chosen setting of a criterion, or None if every setting loses more than `drop`."""
         return next((point for point in self.points[name] if point.chosen), None)
 
     def records(self) -> list[dict[str, Any]]:
-        """JSON-ready records: one for each truncation and each point, and one of the rows' limits."""
+        """Return JSON-ready records: one per truncation, one per point, and one with the oracle shares."""
         truncations = [
             {"kind": "static_truncation", "layer": k + 1, **{split: scores[k] for split, scores in self.layers.items()}}
             for k in range(self.depth)
@@ -120,17 +122,17 @@ class Sweep:
 def collect_trace(
     model: Any, dataset: Any, *, collate_fn: Callable, batch_size: int = 32, progress: str | None = None
 ) -> tuple[ExitTrace, NDArray]:
-    """Run every layer over a data set, whatever criterion is in force.
+    """Run all layers over a data set and collect the outputs of every exit; the criterion of the model is ignored.
 
     Args:
-        model: an early-exit model; left in eval mode with the criterion it had.
-        dataset: dicts with ``labels``, as from `tasks.encode`.
-        collate_fn: pads a list of them, e.g. `transformers.DataCollatorWithPadding`.
-        batch_size: rows a pass.
-        progress: title of a progress bar; None shows none.
+        model: an early-exit model; left in eval mode, with its criterion unchanged.
+        dataset: dicts with ``labels``, as from `tasks.load.encode`.
+        collate_fn: pads a list of rows, e.g. `transformers.DataCollatorWithPadding`.
+        batch_size: rows per batch.
+        progress: title of a progress bar, or None for none.
 
     Returns:
-        the exits, float32 on the CPU, and the labels ``[N]``.
+        the trace, float32 on the CPU, and the labels ``[N]``.
     """
     model.eval()
     traces, labels = [], []
@@ -147,7 +149,7 @@ def collect_trace(
 
 @contextmanager
 def _without_criterion(model: Any) -> Iterator[None]:
-    """Full depth for a while: one that skips layers would refuse to be traced."""
+    """Remove the criterion within the block: models with a rule that skips layers cannot be traced."""
     before = model.criterion
     model.set_criterion(None)
     try:
@@ -157,21 +159,21 @@ def _without_criterion(model: Any) -> Iterator[None]:
 
 
 def _at_layer(trace: ExitTrace, exit_layer: NDArray) -> NDArray:
-    """Logits ``[N, C]`` of the exits named by 1-based layers ``[N]``."""
+    """Return the logits ``[N, C]`` of each row's exit at the 1-based layers ``[N]``."""
     return trace.logits.numpy()[np.arange(len(exit_layer)), exit_layer - 1]
 
 
 def random_exit(trace: ExitTrace, labels: ArrayLike, shares: Sequence[float], *, metric: str = "accuracy") -> float:
-    """Expected score when a share of the rows, drawn at random, answers at each layer.
+    """Return the expected score if the rows that leave at each layer are drawn at random.
 
-    Accuracy is a mean over rows, so its expectation is exactly ``sum_k share_k * accuracy_k``. Other metrics aren't:
-    they are averaged over `RANDOM_DRAWS` seeded draws.
+    Accuracy is a mean over rows; its expectation is ``sum_k share_k * accuracy_k``. Other metrics are averaged over
+    `RANDOM_DRAWS` seeded draws.
 
     Args:
         trace: N rows, L exits.
         labels: ``[N]``.
-        shares: L numbers that sum to 1.
-        metric: a name of `metrics.METRICS`.
+        shares: share of rows for each of the L layers; they sum to 1.
+        metric: name in `metrics.METRICS`.
     """
     if metric == "accuracy":
         return float(np.dot(shares, [layer[metric] for layer in truncations(trace, labels, metrics=(metric,))]))
@@ -184,7 +186,7 @@ def random_exit(trace: ExitTrace, labels: ArrayLike, shares: Sequence[float], *,
 
 
 def truncations(trace: ExitTrace, labels: ArrayLike, *, metrics: Sequence[str]) -> tuple[dict[str, float], ...]:
-    """Scores of each exit alone: what a model cut to its first k = 1..L layers would reach with that exit."""
+    """Return the scores of each exit alone, i.e. of the model truncated to its first k = 1..L layers."""
     return tuple(score(metrics, trace.logits[:, k].numpy(), labels) for k in range(trace.depth))
 
 
@@ -196,7 +198,7 @@ def outcome(
     metrics: Sequence[str],
     problem_type: str | None = None,
 ) -> Outcome:
-    """Replay a criterion over a trace and score it; ``metrics[0]`` decides."""
+    """Replay a criterion over a trace and score it; ``metrics[0]`` is the deciding metric."""
     logits, exit_layer = replay(trace, criterion, problem_type=problem_type)
     layers = exit_layer.numpy()
     found = _outcome(score(metrics, logits.numpy(), labels), layers, layers, trace.depth)
@@ -217,28 +219,36 @@ def _outcome(scores: dict[str, float], exit_layer: NDArray, layers_run: NDArray,
     )
 
 
-def choose(outcomes: Sequence[Outcome], full_depth: float, *, metric: str, drop: float = 0.0) -> int | None:
-    """Index of the fastest outcome that loses at most `drop` against full depth, the better one among equally fast.
+def fastest_within_drop(
+    outcomes: Sequence[Outcome], full_depth: float, *, metric: str, drop: float = 0.0
+) -> int | None:
+    """Return the index of the fastest outcome that loses at most `drop`; ties go to the higher score.
+
+    Args:
+        outcomes: outcomes on the tuning split.
+        full_depth: score of full depth.
+        metric: name of the score.
+        drop: maximum loss of that score.
 
     Returns:
-        the index, or None where every outcome loses more.
+        the index, or None if every outcome loses more.
     """
     kept = [i for i, o in enumerate(outcomes) if o.scores[metric] >= full_depth - drop - 1e-9]
     return min(kept, key=lambda i: (outcomes[i].mean_layers_run, -outcomes[i].scores[metric]), default=None)
 
 
-def nearest(points: Sequence[Point], speed_up: float) -> Point:
-    """The point whose layer speed-up on the tuning split lies nearest to a given one, the better among equally near.
+def nearest_speed_up(points: Sequence[Point], speed_up: float) -> Point:
+    """Return the point with the layer speed-up on the tuning split nearest to `speed_up`; ties go to the higher score.
 
     Args:
-        points: of one criterion, at least one.
-        speed_up: the layer speed-up wanted, at least 1. How near the point comes, on either split, stands in it.
+        points: points of one criterion, at least one.
+        speed_up: layer speed-up, at least 1.
 
     Raises:
         ValueError: no point was given.
     """
     if not points:
-        raise ValueError("nearest: expected at least one point, got none")
+        raise ValueError("nearest_speed_up: expected at least one point, got none")
     metric = next(iter(points[0].tuning.scores))
     return min(points, key=lambda p: (abs(p.tuning.layer_speed_up - speed_up), -p.tuning.scores[metric]))
 
@@ -253,18 +263,18 @@ def sweep(
     problem_type: str | None = None,
     progress: str | None = None,
 ) -> Sweep:
-    """Try every criterion at every setting, choose on the tuning split and report on the other.
+    """Evaluate every criterion at all its settings on both splits, and choose one setting each on the tuning split.
 
     Args:
         tuning, reporting: trace and labels ``[N]`` of each split, as from `collect_trace`.
-        metrics: names of `metrics.METRICS`; the first decides.
-        drop: loss of that metric against full depth that a choice may cost on the tuning split, at least 0.
-        points: settings of a criterion with a threshold.
-        problem_type: as in transformers; default: regression with one output, else one label of several.
-        progress: title of a progress bar; None shows none.
+        metrics: names in `metrics.METRICS`; the first is the deciding metric.
+        drop: maximum score loss against full depth allowed on the tuning split, at least 0.
+        points: number of thresholds to try per criterion.
+        problem_type: as in transformers (default: regression for one output, else single-label classification).
+        progress: title of a progress bar, or None for none.
 
     Raises:
-        ValueError: splits of different shape, or an argument out of range.
+        ValueError: the splits have different shapes, or an argument is out of range.
     """
     if tuning[0].logits.shape[1:] != reporting[0].logits.shape[1:]:
         shapes = [list(split[0].logits.shape) for split in (tuning, reporting)]
@@ -278,21 +288,21 @@ def sweep(
     full = layers["tuning"][-1][metrics[0]]
     with tqdm(total=sum(map(len, groups.values())), desc=progress, disable=progress is None, leave=False) as bar:
         for name, group in groups.items():
-            listed = []
+            evaluated = []
             for criterion in group:
                 on_tuning, on_reporting = (
                     outcome(*split, criterion, metrics=metrics, problem_type=problem_type) for split in splits.values()
                 )
-                listed.append(Point(criterion, on_tuning, on_reporting))
+                evaluated.append(Point(criterion, on_tuning, on_reporting))
                 bar.update()
-            found[name] = _with_choice(listed, full, metric=metrics[0], drop=drop)
-    return Sweep(metrics[0], tuning[0].depth, drop, layers, found, *_limits(*reporting))
+            found[name] = _with_choice(evaluated, full, metric=metrics[0], drop=drop)
+    return Sweep(metrics[0], tuning[0].depth, drop, layers, found, *_oracle_shares(*reporting))
 
 
-def _with_choice(listed: Sequence[Point], full_depth: float, *, metric: str, drop: float) -> tuple[Point, ...]:
-    """The points of a criterion, fastest first on the reporting split, with the chosen one marked."""
-    best = choose([point.tuning for point in listed], full_depth, metric=metric, drop=drop)
-    marked = [replace(point, chosen=number == best) for number, point in enumerate(listed)]
+def _with_choice(points: Sequence[Point], full_depth: float, *, metric: str, drop: float) -> tuple[Point, ...]:
+    """Mark the chosen point of a criterion, and sort by speed on the reporting split, fastest first."""
+    best = fastest_within_drop([point.tuning for point in points], full_depth, metric=metric, drop=drop)
+    marked = [replace(point, chosen=number == best) for number, point in enumerate(points)]
     return tuple(sorted(marked, key=lambda point: point.reporting.mean_layers_run))
 
 
@@ -307,19 +317,19 @@ def sweep_skipping(
     batch_size: int = 32,
     progress: str | None = None,
 ) -> Sweep:
-    """Add rules that skip layers to a sweep, by running the model over both splits at each setting.
+    """Add a rule that skips layers to a sweep, by running the model over both splits at each setting.
 
     Args:
-        model: with gates; its own criterion is put back at the end.
-        result: the sweep of the same splits by replay.
-        criteria: the settings, all of one kind, as from `grids.skip_settings`.
-        tuning, reporting: the splits' data sets, dicts with ``labels``.
-        collate_fn: pads a list of them.
-        batch_size: rows a pass.
-        progress: title of a progress bar; None shows none.
+        model: a model with gates; its criterion is restored at the end.
+        result: sweep of the same splits by replay.
+        criteria: settings of one rule, as from `grids.skip_settings`.
+        tuning, reporting: data sets of the splits, dicts with ``labels``.
+        collate_fn: pads a list of rows.
+        batch_size: rows per batch.
+        progress: title of a progress bar, or None for none.
 
     Returns:
-        the sweep with one more group of points, chosen against full depth without skips as the others are.
+        the sweep with the points of this rule, chosen like the others against full depth without skipped layers.
 
     Raises:
         ValueError: the model has no gates.
@@ -331,17 +341,17 @@ def sweep_skipping(
         scores = score(tuple(full_depth), out.logits, np.asarray(out.labels))
         return _outcome(scores, out.exit_layer, out.layers_run, result.depth)
 
-    listed = []
+    evaluated = []
     with _without_criterion(model):
         for criterion in tqdm(criteria, desc=progress, disable=progress is None, leave=False):
             model.set_criterion(criterion)
-            listed.append(Point(criterion, run(tuning), run(reporting)))
-    points = _with_choice(listed, full_depth[result.metric], metric=result.metric, drop=result.drop)
+            evaluated.append(Point(criterion, run(tuning), run(reporting)))
+    points = _with_choice(evaluated, full_depth[result.metric], metric=result.metric, drop=result.drop)
     return replace(result, points={**result.points, criteria[0].name: points})
 
 
-def _limits(trace: ExitTrace, labels: ArrayLike) -> tuple[float | None, float | None]:
-    """Shares of rows right at some exit, and right at some exit but wrong at the last; None for regression."""
+def _oracle_shares(trace: ExitTrace, labels: ArrayLike) -> tuple[float | None, float | None]:
+    """Return `Sweep.oracle` and `Sweep.overthinking`."""
     if trace.logits.shape[2] == 1:
         return None, None
     by_layer = [predictions_of(trace.logits[:, k].numpy()) == np.asarray(labels) for k in range(trace.depth)]

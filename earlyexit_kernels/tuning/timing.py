@@ -1,4 +1,4 @@
-"""Wall-clock comparisons that survive a noisy machine: alternatives take turns, and are compared round by round."""
+"""Compare wall-clock times on a noisy machine: alternatives take turns and are compared round by round."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of one alternative over that of another, from rounds in which both ran.
+    """Ratio of the times of two alternatives, from rounds in which both ran.
 
     Attributes:
-        median: of the per-round ratios; 0.5 means half the time.
-        low, high: their 0.2 and 0.8 quantiles.
+        median: median of the per-round ratios; 0.5 means half the time.
+        low, high: 0.2 and 0.8 quantiles of the per-round ratios.
     """
 
     median: float
@@ -27,11 +27,11 @@ class Ratio:
 
     @property
     def saved(self) -> float:
-        """Share of the time saved, 1 - median; negative where it got slower."""
+        """Share of the time saved, 1 - median; negative if slower."""
         return 1.0 - self.median
 
     def fields(self) -> dict[str, float]:
-        """As a record of a measurement holds it: ratio, ratio_low and ratio_high, to four places."""
+        """Return ratio, ratio_low and ratio_high for a JSON record, rounded to four places."""
         values = {"ratio": self.median, "ratio_low": self.low, "ratio_high": self.high}
         return {name: round(value, 4) for name, value in values.items()}
 
@@ -50,25 +50,25 @@ def interleave(
     seed: int = 0,
     progress: str | None = None,
 ) -> dict[str, list[float]]:
-    """Time alternatives in rounds: every round calls each of them once, in an order drawn anew.
+    """Time alternatives in rounds: every round calls each of them once, in random order.
 
-    A slow spell of the machine then hits all of them alike, and cancels in `paired_ratio`.
+    A slow phase of the machine then affects all of them alike and cancels in `paired_ratio`.
 
     Args:
-        alternatives: name -> what to time, called without arguments.
-        repeats: timed rounds.
-        warmup: untimed rounds before them.
+        alternatives: name -> function to time, called without arguments.
+        repeats: number of timed rounds.
+        warmup: number of untimed rounds before them.
         sync: waits for work queued on a device, e.g. `torch.cuda.synchronize`; called before each clock reading.
-        prepare: called with an alternative's name before each of its calls, untimed: restores what the call changes.
-        clock: makes a call and gives its milliseconds, e.g. by a device's events; default: the wall clock, with `sync`.
-        seed: of the orders.
-        progress: title of a progress bar; None shows none.
+        prepare: called with the name of an alternative before each of its calls, untimed.
+        clock: runs a function and returns its milliseconds, e.g. from device events (default: wall clock with `sync`).
+        seed: seed of the random order.
+        progress: title of a progress bar, or None for none.
 
     Returns:
         name -> milliseconds of each round; the lists share their indices.
 
     Raises:
-        ValueError: nothing to time, or no repeats.
+        ValueError: no alternatives, or no rounds.
     """
     if not alternatives or repeats < 1 or warmup < 0:
         raise ValueError(
@@ -100,10 +100,10 @@ def _milliseconds(call: Callable[[], Any], sync: Callable[[], None] | None) -> f
 
 
 def quantiles(values: Sequence[float], at: Sequence[float] = (0.2, 0.5, 0.8)) -> tuple[float, ...]:
-    """Quantiles of some numbers, linear between neighbours.
+    """Return quantiles, with linear interpolation.
 
     Raises:
-        ValueError: no numbers.
+        ValueError: `values` is empty.
     """
     if not len(values):
         raise ValueError("quantiles: expected at least one number, got none")
@@ -111,7 +111,7 @@ def quantiles(values: Sequence[float], at: Sequence[float] = (0.2, 0.5, 0.8)) ->
 
 
 def paired_ratio(times: Sequence[float], baseline: Sequence[float]) -> Ratio:
-    """Compare two alternatives of one `interleave` call, round by round.
+    """Compare the times of two alternatives from one `interleave` call, round by round.
 
     Raises:
         ValueError: the lists differ in length or are empty.

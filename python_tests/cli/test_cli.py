@@ -1,9 +1,8 @@
-"""The command line: mistakes end in one line and exit code 2, and the commands do what they say on a tiny model."""
+"""The command line: errors are one line with exit code 2, and the commands work on a tiny model."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,25 +10,26 @@ import torch
 from support.commands import error_of
 from transformers import AutoModelForSequenceClassification
 
+from earlyexit_cli import build_parser, main
 from earlyexit_kernels import EarlyExitForSequenceClassification
-from earlyexit_kernels.cli import demo, main
-from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli import demo, train
+from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.objectives import OBJECTIVES
-from earlyexit_kernels.tasks import load, toy
+from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.load import load_task
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 
 
 @pytest.fixture(autouse=True)
 def denormals_as_before():
-    """Commands flush denormals for speed; other tests count on them."""
+    """Restore denormals, which commands flush; other tests depend on them."""
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with a stock model and its tokenizer."""
+    """Folder with a stock model of three layers and its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     toy.toy_model(0, layers=3, hidden=16).save_pretrained(folder)
     toy.toy_tokenizer().save_pretrained(folder)
@@ -38,7 +38,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """A folder written by `earlyexit train`."""
+    """Folder written by `earlyexit train`."""
     folder = tmp_path_factory.mktemp("trained")
     arguments = ["train", "--model", base, "--task", "toy", "--output", str(folder), "--train-rows", "96"]
     method = ["--method", "palbert", "--set", "beta=0.25", "--set", "kl=posterior_prior"]
@@ -46,31 +46,25 @@ def trained(base, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def small_task(monkeypatch):
-    """The generated task with few rows."""
-    monkeypatch.setattr(load, "toy_splits", partial(load.toy_splits, train_rows=96, dev_rows=24, test_rows=0))
-
-
 def train_few(base: str, folder: Path, *arguments: str) -> Recipe:
-    """Train on 32 rows of `small_task`, holding 24 out."""
+    """Train on 32 rows of `small_task`, with 24 held out."""
     rows = ["--train-rows", "32", "--holdout", "24", "--batch-size", "16"]
     assert main(["train", "--model", base, "--task", "toy", "--output", str(folder), *rows, *arguments]) == 0
     return Recipe.load(folder)
 
 
-def test_unknown_task_is_one_line(capsys, base, tmp_path):
+def test_unknown_task_is_refused(capsys, base, tmp_path):
     message = error_of(capsys, ["train", "--model", base, "--task", "sst3", "--output", str(tmp_path)])
     assert "expected one of" in message and "'sst3'" in message
 
 
-def test_missing_data_folder_is_one_line(capsys, base, tmp_path, monkeypatch):
+def test_missing_data_folder_is_refused(capsys, base, tmp_path, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "nowhere"))
     message = error_of(capsys, ["train", "--model", base, "--task", "sst2", "--output", str(tmp_path)])
     assert str(tmp_path / "nowhere") in message
 
 
-def test_missing_model_folder_is_one_line(capsys, tmp_path):
+def test_missing_model_folder_is_refused(capsys, tmp_path):
     assert "expected a folder written by `earlyexit train`" in error_of(
         capsys, ["eval", "--model", str(tmp_path / "x")]
     )
@@ -81,10 +75,17 @@ def test_missing_model_folder_is_one_line(capsys, tmp_path):
 
 def test_too_many_rows_are_refused_before_training(capsys, base, tmp_path):
     arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--train-rows", "31500"]
-    assert "has 32000 train rows for both together" in error_of(capsys, arguments)
+    message = error_of(capsys, arguments)
+    assert "--train-rows 31500 and --holdout 1000" in message and "has 32000 rows in total" in message
 
 
-def test_unknown_method_is_one_line(capsys, base, tmp_path):
+def test_too_large_holdout_is_refused_without_naming_train_rows(capsys, base, tmp_path, small_task):
+    arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--holdout", "96"]
+    message = error_of(capsys, arguments)
+    assert "error: --holdout 96: expected fewer rows" in message and "None" not in message
+
+
+def test_unknown_method_is_refused(capsys, base, tmp_path):
     arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--method", "magic"]
     assert "'magic'" in error_of(capsys, arguments)
 
@@ -92,21 +93,21 @@ def test_unknown_method_is_one_line(capsys, base, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--set", "pondering=1"], "with a setting of 'dact', ponder, include_last, "),
+        (["--set", "pondering=1"], "with an option of 'dact', ponder, include_last, "),
         (["--set", "ponder"], "--set ponder: expected KEY=VALUE"),
         (["--set", "name=joint"], "--set name=joint: expected KEY=VALUE"),
         (["--set", "ponder=-1"], "Dact(ponder=...): expected a finite number at least 0, got -1"),
         (["--set", "ponder=much"], "got 'much'"),
         (["--epochs", "1", "2"], "--epochs: expected one number, or one for each of the 1 phases of 'dact'"),
-        (["--lr", "0"], "--lr: expected a finite number above 0 and at most 1, got '0'"),
+        (["--lr", "0"], "--lr: expected a finite number in (0, 1), got 0.0"),
     ],
 )
-def test_a_wrong_setting_is_one_line(capsys, base, tmp_path, arguments, words):
+def test_invalid_option_of_method_is_refused(capsys, base, tmp_path, arguments, words):
     argv = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--method", "dact", *arguments]
     assert words in error_of(capsys, argv)
 
 
-def test_a_method_without_a_meaning_for_the_task_is_refused_before_training(capsys, base, tmp_path, monkeypatch):
+def test_method_that_does_not_support_the_task_is_refused_before_training(capsys, base, tmp_path, monkeypatch):
     (tmp_path / "stsb").mkdir()
     lines = "".join(f"{i}\t{i % 6}\ta .\tb .\n" for i in range(9))
     for split in ("train", "dev"):
@@ -117,12 +118,12 @@ def test_a_method_without_a_meaning_for_the_task_is_refused_before_training(caps
     assert "'ensemble' is defined for" in message and "berxit" in message
 
 
-def test_debug_shows_the_traceback(tmp_path):
+def test_debug_raises_the_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["--debug", "eval", "--model", str(tmp_path)])
 
 
-def test_a_command_is_required(capsys):
+def test_command_is_required_and_help_lists_commands(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
@@ -133,7 +134,7 @@ def test_a_command_is_required(capsys):
     assert all(name in out for name in ("demo", "train", "eval", "env"))
 
 
-def test_env_names_versions_and_backends(capsys):
+def test_env_shows_versions_and_backends(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and all(name in out for name in ("torch", "triton", "cpp", "usable"))
@@ -150,8 +151,8 @@ def test_train_saves_model_tokenizer_and_recipe(trained):
     assert recipe.method == model.objective.to_dict() and model.criterion is None
     rates = {"lr": 1e-3, "head_lr": 1e-3, "halting_lr": 1e-3}
     assert recipe.phases == [{"name": "ponder", "epochs": 1.0, **rates}]
-    rows, held = recipe.part(load_task("toy", seed=3))
-    assert len(rows) == 96 and len(held) == 64 and not set(rows.sentences) & set(held.sentences)
+    rows, held_out = recipe.train_splits(load_task("toy", seed=3))
+    assert len(rows) == 96 and len(held_out) == 64 and not set(rows.sentences) & set(held_out.sentences)
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
@@ -160,20 +161,25 @@ def test_every_method_trains_and_saves(base, tmp_path, small_task, method):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, local_files_only=True)
     assert [phase["name"] for phase in recipe.phases] == [spec.name for spec in model.objective.phases]
     assert recipe.method == model.objective.to_dict() and len(recipe.scores) == 3
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "no folders of phases are left"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "folders of phases are left"
 
 
-def test_phases_have_their_own_epochs_and_rates(base, tmp_path, small_task, capsys):
+def test_phases_have_separate_epochs_and_rates(base, tmp_path, small_task, capsys):
     numbers = ["--epochs", "1", "2", "--lr", "1e-3", "1e-4", "--head-lr", "same"]
     recipe = train_few(base, tmp_path / "given", "--method", "fastbert", *numbers)
     assert [(p["epochs"], p["lr"], p["head_lr"]) for p in recipe.phases] == [(1.0, 1e-3, 1e-3), (2.0, 1e-4, 1e-4)]
     assert "Phase 2 of 2: exits, epochs 2, lr 0.0001, head_lr 0.0001" in capsys.readouterr().out
-    recipe = train_few(base, tmp_path / "papers", "--method", "fastbert", "--halting-lr", "1e-4")
-    assert [(p["epochs"], p["lr"], p["head_lr"]) for p in recipe.phases] == [(3.0, 2e-5, 1e-3), (5.0, 2e-4, 1e-3)]
-    assert {p["halting_lr"] for p in recipe.phases} == {1e-4}
 
 
-def test_eval_of_several_models_marks_each_papers_rule(base, tmp_path, small_task, capsys):
+def test_phases_have_the_epochs_and_rates_of_the_method_by_default():
+    required = ["--model", "base", "--task", "toy", "--output", "out"]
+    args = build_parser().parse_args(["train", *required, "--method", "fastbert", "--halting-lr", "1e-4"])
+    plans = train.phase_plans(train.objective_from(args.method, args.set), args)
+    assert [(p["epochs"], p["lr"], p["head_lr"]) for p in plans] == [(3.0, 2e-5, 1e-3), (5.0, 2e-4, 1e-3)]
+    assert {p["halting_lr"] for p in plans} == {1e-4}
+
+
+def test_eval_of_several_models_marks_rule_of_each_method(base, tmp_path, small_task, capsys):
     pytest.importorskip("matplotlib")
     folders = [tmp_path / "gates", tmp_path / "ponder"]
     train_few(base, folders[0], "--method", "smartbert", "--epochs", "1", "--set", "skip_threshold=0.9")
@@ -214,7 +220,7 @@ def test_eval_reports_what_train_stored(trained, tmp_path, capsys):
     assert curve.read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_refuses_a_task_of_other_classes(trained, capsys, tmp_path, monkeypatch):
+def test_eval_refuses_task_with_other_classes(trained, capsys, tmp_path, monkeypatch):
     (tmp_path / "trec").mkdir()
     lines = "".join(f"{i}\t{i % 6}\twhat ?\n" for i in range(200))
     (tmp_path / "trec" / "train.tsv").write_text(f"idx\tlabel\tsentence\n{lines}", encoding="utf-8")
@@ -222,27 +228,27 @@ def test_eval_refuses_a_task_of_other_classes(trained, capsys, tmp_path, monkeyp
     assert "trec has 6 classes" in error_of(capsys, ["eval", "--model", str(trained), "--task", "trec"])
 
 
-def test_a_damaged_recipe_is_named(trained, tmp_path, capsys):
+def test_damaged_recipe_is_refused(trained, tmp_path, capsys):
     (tmp_path / RECIPE_FILE).write_text('{"task": "toy"}', encoding="utf-8")
-    assert "isn't a recipe" in error_of(capsys, ["eval", "--model", str(tmp_path)])
+    assert "is not a recipe" in error_of(capsys, ["eval", "--model", str(tmp_path)])
 
 
-def test_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
+def test_demo_runs_and_writes_results(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     sizes = demo.Sizes(train_rows=64, rows=40, rounds=1, batches={1: 1, 32: 1})
     monkeypatch.setattr(demo, "QUICK", sizes)
     assert main(["demo", "--quick", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert all(question in out for question in demo.QUESTIONS) and "patience 2" in out and "5 reported" in out
+    assert all(sentence in out for sentence in demo.SENTENCES) and "patience 2" in out and "5 reported" in out
     records = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))["records"]
     plain, full = (r for r in records if r.get("model") in (demo.PLAIN, "full depth"))
     assert plain["accuracy"] == full["accuracy"] and plain["time_ratio"]["1"]["median"] == 1.0
     assert (tmp_path / "curve.png").is_file() and (tmp_path / "model" / "config.json").is_file()
 
 
-def test_a_tokenizer_that_does_not_know_the_text_is_refused(tmp_path, capsys):
+def test_tokenizer_that_does_not_fit_the_text_is_refused(tmp_path, capsys, small_task):
     toy.toy_model(layers=2, hidden=16).save_pretrained(tmp_path / "stock")
-    code = main(["train", "--model", str(tmp_path / "stock"), "--task", "toy", "--output", str(tmp_path / "out")])
-    assert code == 2
-    assert "doesn't know" in capsys.readouterr().err
+    arguments = ["--task", "toy", "--holdout", "24", "--output", str(tmp_path / "out")]
+    message = error_of(capsys, ["train", "--model", str(tmp_path / "stock"), *arguments])
+    assert "tokens are unknown to the tokenizer" in message
     assert not (tmp_path / "out").exists()

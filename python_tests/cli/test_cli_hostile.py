@@ -1,4 +1,4 @@
-"""Hostile options, data, models and disks: one line on stderr and exit code 2, before any training or evaluation."""
+"""Invalid options, data, models and outputs: one line on stderr and exit code 2, before training or evaluation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.commands import error_of, exit_code
 
+from earlyexit_cli import build_parser, main
 from earlyexit_kernels import to_early_exit
-from earlyexit_kernels.cli import env, evaluate, main, train
-from earlyexit_kernels.cli.outputs import written
-from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli import env, evaluate, train
+from earlyexit_kernels.cli.outputs import check_file, written
+from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
+from earlyexit_kernels.tuning.report import write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REQUIRED = {
@@ -27,8 +29,8 @@ REQUIRED = {
     "env": [],
 }
 NUMBERS = ["nan", "inf", "-1", "x", ""]
-#: Command -> option -> values that it must refuse.
-HOSTILE = {
+#: Command -> option -> values that must be refused.
+INVALID = {
     "train": {
         "--model": ["", " "],
         "--task": ["", "sst3"],
@@ -62,25 +64,25 @@ HOSTILE = {
 
 @pytest.fixture(autouse=True)
 def denormals_as_before():
-    """Commands flush denormals for speed; other tests count on them."""
+    """Restore denormals, which commands flush; other tests depend on them."""
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch):
-    """Nothing here may get as far as training or a trace."""
+    """Fail a test that starts training or evaluation."""
 
-    def began(*arguments, **named):
-        pytest.fail("the work began")
+    def start(*arguments, **named):
+        pytest.fail("work started")
 
     for module, name in ((train, "_train_phase"), (train, "collect_trace"), (evaluate, "collect_trace")):
-        monkeypatch.setattr(module, name, began)
+        monkeypatch.setattr(module, name, start)
 
 
 @pytest.fixture
 def trained(tmp_path, small_task):
-    """A folder as `earlyexit train` writes it, without the training."""
+    """Folder as written by `earlyexit train`, without training."""
     folder = tmp_path / "trained"
     to_early_exit(toy.toy_model(0, layers=2, hidden=16)).save_pretrained(folder)
     toy.toy_tokenizer().save_pretrained(folder)
@@ -90,24 +92,24 @@ def trained(tmp_path, small_task):
 
 
 @pytest.mark.parametrize(
-    ("command", "option"), [(command, option) for command, options in HOSTILE.items() for option in options]
+    ("command", "option"), [(command, option) for command, options in INVALID.items() for option in options]
 )
-def test_a_value_out_of_range_is_refused(capsys, command, option):
-    for value in HOSTILE[command][option]:
+def test_value_out_of_range_is_refused(capsys, command, option):
+    for value in INVALID[command][option]:
         message = error_of(capsys, [command, *REQUIRED[command], f"{option}={value}"])
         assert option in message and len(message) < 500, value
 
 
-def test_every_option_is_tried():
-    parser = main.__globals__["build_parser"]()
+def test_every_option_has_invalid_values():
+    parser = build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
-    tried = {name: set(options) | {"--help", "-h", "--set", "--quick"} for name, options in HOSTILE.items()}
+    tried = {name: set(options) | {"--help", "-h", "--set", "--quick"} for name, options in INVALID.items()}
     for name, command in commands.items():
         assert {option for action in command._actions for option in action.option_strings} <= tried[name]
 
 
 @pytest.mark.parametrize("text", ["beta", "=1", "beta=", "beta=[[1]]", f"beta={'9' * 5000}", f"beta={'[' * 9000}"])
-def test_a_hostile_setting_is_refused(capsys, text):
+def test_invalid_method_option_is_refused(capsys, text):
     message = error_of(capsys, ["train", *REQUIRED["train"], "--method", "palbert", "--set", text])
     assert "beta" in message or "--set" in message
 
@@ -118,7 +120,7 @@ def test_a_hostile_setting_is_refused(capsys, text):
 HEADER, PAIR = "idx\tlabel\tsentence\n", "idx\tlabel\tsentence1\tsentence2\n"
 ROWS = "".join(f"{i}\t{i % 2}\tthe plot was dull .\n" for i in range(40))
 PAIRS = "".join(f"{i}\t{i % 6}\tthe plot\twas dull .\n" for i in range(40))
-#: Task, train.tsv, dev.tsv, and what the error names.
+#: Task, train.tsv, dev.tsv, and words of the error.
 DATA = {
     "empty train": ("sst2", "", HEADER + ROWS, ["train.tsv, line 1", "expected a header"]),
     "train header only": ("sst2", HEADER, HEADER + ROWS, ["train.tsv, line 2", "at least one row"]),
@@ -147,7 +149,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_data_are_checked_before_training(capsys, base, tmp_path, monkeypatch, case):
+def test_invalid_data_are_refused_before_training(capsys, base, tmp_path, monkeypatch, case):
     task, train_rows, dev_rows, words = DATA[case]
     (tmp_path / task).mkdir()
     for name, rows in (("train", train_rows), ("dev", dev_rows)):
@@ -161,10 +163,10 @@ def test_data_are_checked_before_training(capsys, base, tmp_path, monkeypatch, c
     assert not output.exists()
 
 
-def test_a_length_that_does_not_fit_is_refused(capsys, base, tmp_path, monkeypatch):
+def test_max_length_that_does_not_fit_is_refused(capsys, base, tmp_path, monkeypatch):
     (tmp_path / "sst2").mkdir()
     for name in ("train", "dev"):
-        long = "40\t1\t" + "the plot was dull . " * 40_000  # more than csv's 128 kB a field
+        long = "40\t1\t" + "the plot was dull . " * 7_000  # longer than the field limit of csv, 128 kB
         (tmp_path / "sst2" / f"{name}.tsv").write_text(f"{HEADER}{ROWS}{long}\n", encoding="utf-8")
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     arguments = ["train", "--model", str(base), "--task", "sst2", "--output", str(tmp_path / "out"), "--holdout", "0"]
@@ -172,7 +174,7 @@ def test_a_length_that_does_not_fit_is_refused(capsys, base, tmp_path, monkeypat
     assert "--max-length: expected at least 3 for this tokenizer" in message
     message = error_of(capsys, [*arguments, "--max-length", "128"])
     assert "a row of the train split has 128 tokens, the model takes at most 64" in message
-    with pytest.raises(pytest.fail.Exception, match="the work began"):
+    with pytest.raises(pytest.fail.Exception, match="work started"):
         main([*arguments, "--max-length", "64"])
 
 
@@ -187,7 +189,7 @@ def _config(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-#: What happens to a folder.
+#: Damage to the folder of a model.
 BROKEN = {
     "truncated weights": lambda folder: _truncate(folder / WEIGHTS),
     "empty weights": lambda folder: (folder / WEIGHTS).write_bytes(b""),
@@ -201,7 +203,7 @@ BROKEN = {
 }
 BROKEN_EXITS = {
     "criterion a list": lambda folder: _config(folder / CONFIG, criterion=[]),
-    "criterion a word": lambda folder: _config(folder / CONFIG, criterion="entropy"),
+    "criterion a string": lambda folder: _config(folder / CONFIG, criterion="entropy"),
     "unknown heads": lambda folder: _config(folder / CONFIG, heads={"size": 3}),
     "no backbone": lambda folder: _config(folder / CONFIG, backbone_config={}),
     "backbone a number": lambda folder: _config(folder / CONFIG, backbone_config=3),
@@ -211,13 +213,13 @@ BROKEN_EXITS = {
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *BROKEN_EXITS])
-def test_a_broken_model_is_named_by_eval(capsys, trained, case):
+def test_eval_names_broken_model(capsys, trained, case):
     {**BROKEN, **BROKEN_EXITS}[case](trained)
     assert str(trained) in error_of(capsys, ["eval", "--model", str(trained)])
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_model_is_named_by_train(capsys, base, small_task, tmp_path, case):
+def test_train_names_broken_model(capsys, base, small_task, tmp_path, case):
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in base.iterdir():
@@ -228,7 +230,7 @@ def test_a_broken_model_is_named_by_train(capsys, base, small_task, tmp_path, ca
     assert str(folder) in message or case == "config of a decoder"
 
 
-def test_an_encoder_of_random_weights_is_refused(capsys, base, small_task, tmp_path):
+def test_checkpoint_without_an_encoder_weight_is_refused(capsys, base, small_task, tmp_path):
     toy.toy_tokenizer().save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_bytes((base / CONFIG).read_bytes())
     weights = load_file(base / WEIGHTS)
@@ -239,7 +241,7 @@ def test_an_encoder_of_random_weights_is_refused(capsys, base, small_task, tmp_p
     assert "1 weight(s) of the encoder" in message and "layer.1.output.dense.weight" in message
 
 
-def test_a_model_that_is_a_file_is_refused(capsys, base, small_task, tmp_path):
+def test_model_that_is_a_file_is_refused(capsys, base, small_task, tmp_path):
     arguments = ["--task", "toy", "--output", str(tmp_path / "out"), "--holdout", "24"]
     assert "is a file" in error_of(capsys, ["train", "--model", str(base / CONFIG), *arguments])
 
@@ -257,26 +259,27 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_broken_recipe_is_named(capsys, trained, name):
+def test_broken_recipe_is_refused(capsys, trained, name):
     path = trained / RECIPE_FILE
     before = path.read_text()
     for value in RECIPES[name]:
         path.write_text(json.dumps({**json.loads(before), name: value}))
         message = error_of(capsys, ["eval", "--model", str(trained)])
-        assert RECIPE_FILE in message or "rows for both together" in message or "--max-length" in message, value
+        words = (RECIPE_FILE, "rows to train on and to hold out", "--max-length")
+        assert any(word in message for word in words), value
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"3", b"{", b"\xff\xfe{}", b"[" * 90_000, b'{"task": "toy"}'])
-def test_a_file_that_is_no_recipe_is_named(capsys, trained, text):
+def test_file_that_is_not_a_recipe_is_refused(capsys, trained, text):
     (trained / RECIPE_FILE).write_bytes(text)
-    assert "isn't a recipe" in error_of(capsys, ["eval", "--model", str(trained)])
+    assert "is not a recipe" in error_of(capsys, ["eval", "--model", str(trained)])
 
 
 # files to write
 
 
 @pytest.mark.parametrize("option", ["--output", "--plot"])
-def test_files_of_eval_are_checked_before_it(capsys, trained, tmp_path, option):
+def test_eval_checks_output_files_first(capsys, trained, tmp_path, option):
     pytest.importorskip("matplotlib")
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
@@ -285,8 +288,31 @@ def test_files_of_eval_are_checked_before_it(capsys, trained, tmp_path, option):
         assert option in message and str(path.parent) in message
 
 
+def test_check_file_accepts_what_write_json_can_write(tmp_path):
+    """`write_json` writes a new file beside the target and renames it, so the target itself may be read-only."""
+    file, link = tmp_path / "file.json", tmp_path / "link.json"
+    file.write_text("old")
+    file.chmod(0o400)
+    link.symlink_to(file)
+    for target in (file, link, tmp_path / "new" / "file.json", tmp_path / f"{'x' * 250}"):
+        check_file("--output", target)
+    assert file.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["file.json", "link.json", "new"]
+    check_file("--output", Path("/dev/null"))
+
+
+def test_check_file_refuses_what_write_json_cannot_write(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "file.part").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "file")
+    for target in (tmp_path / "file", tmp_path / "link", tmp_path / f"{'x' * 251}"):
+        with pytest.raises(OSError, match="--output: expected a file that can be written to"):
+            check_file("--output", target)
+        with pytest.raises(OSError):
+            write_json(target, [])
+
+
 @pytest.mark.parametrize("command", ["train", "demo"])
-def test_folders_are_checked_before_the_work(capsys, base, small_task, tmp_path, command):
+def test_output_folder_is_checked_first(capsys, base, small_task, tmp_path, command):
     (tmp_path / "file").touch()
     arguments = ["--model", str(base), "--task", "toy", "--holdout", "24"] if command == "train" else ["--quick"]
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -294,7 +320,7 @@ def test_folders_are_checked_before_the_work(capsys, base, small_task, tmp_path,
         assert "--output: expected a folder that can be written to" in message and str(folder) in message
 
 
-def test_a_full_disk_names_the_folder(capsys, base, small_task, tmp_path, monkeypatch):
+def test_full_disk_names_the_folder(capsys, base, small_task, tmp_path, monkeypatch):
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -308,7 +334,7 @@ def test_a_full_disk_names_the_folder(capsys, base, small_task, tmp_path, monkey
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), SafetensorError("I/O error"), OSError("I/O error")])
-def test_a_failed_write_names_its_path(error):
+def test_failed_write_names_its_path(error):
     with pytest.raises(OSError, match=r"^model could not be written: I/O error$"), written(Path("model")):
         raise error
 
@@ -317,14 +343,14 @@ def test_a_failed_write_names_its_path(error):
 
 
 @pytest.mark.parametrize("error", [TypeError("wrong"), RuntimeError("wrong"), KeyError("wrong"), AssertionError()])
-def test_a_fault_of_the_program_shows_its_traceback(monkeypatch, error):
+def test_bug_shows_its_traceback(monkeypatch, error):
     monkeypatch.setattr(env, "run", _raising(error))
     with pytest.raises(type(error)):
         main(["env"])
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 2), (OSError(), 2)])
-def test_other_errors_have_an_exit_code_and_a_line(capsys, monkeypatch, error, code):
+def test_other_errors_have_exit_code_and_one_line(capsys, monkeypatch, error, code):
     monkeypatch.setattr(env, "run", _raising(error))
     assert exit_code(["env"]) == code
     lines = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""What `earlyexit train` leaves when its save fails."""
+"""Failed saves of `earlyexit train`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from earlyexit_cli import main
 from earlyexit_kernels import EarlyExitForSequenceClassification
-from earlyexit_kernels.cli import main, train
-from earlyexit_kernels.cli.train import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli import train
+from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.tasks import load, toy
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """Arguments that train on a few rows, and the folder they save in; temporary files go to ``tmp_path/temporary``."""
+    """Arguments that train on a few rows, and the output folder; temporary files go to ``tmp_path/temporary``."""
     toy.toy_model(0, layers=2, hidden=16).save_pretrained(tmp_path / "base")
     toy.toy_tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "temporary").mkdir()
@@ -33,7 +34,7 @@ def command(tmp_path, monkeypatch):
     torch.set_flush_denormal(False)
 
 
-def test_a_full_disk_does_not_lose_the_model(command, capsys, monkeypatch, tmp_path):
+def test_full_disk_does_not_lose_the_model(command, capsys, monkeypatch, tmp_path):
     arguments, output = command
 
     def save(tensors, path, **options):
@@ -55,7 +56,7 @@ def test_a_full_disk_does_not_lose_the_model(command, capsys, monkeypatch, tmp_p
     assert Recipe.load(rescued).seed == 1 and AutoTokenizer.from_pretrained(rescued).vocab_size
 
 
-def test_weights_that_diverged_end_in_one_line(command, capsys, monkeypatch):
+def test_diverged_weights_are_refused(command, capsys, monkeypatch):
     arguments, output = command
 
     def diverge(phase, *_):

@@ -1,20 +1,19 @@
-"""The rules as objects: what their constructors refuse, what is saved, and where they apply."""
+"""Criteria as objects: invalid arguments, saved forms, and checks against heads and tasks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 
-import numpy as np
 import pytest
 import torch
+from support.criterion_cases import CASES
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import (
     CRITERIA,
+    RULES,
     Dact,
-    DivergencePatience,
     Energy,
     Entropy,
     Expectation,
@@ -32,117 +31,16 @@ from earlyexit_kernels.criteria import (
     check_fits,
     from_dict,
 )
-from earlyexit_kernels.criteria.base import ANY_TASK
+from earlyexit_kernels.types import ANY_TASK
 
-SAVED = [
-    (FullDepth(), {"name": "full_depth"}),
-    (Entropy(threshold=0.3), {"name": "entropy", "threshold": 0.3, "normalized": False}),
-    (Entropy(threshold=(1, 0.5), normalized=True), {"name": "entropy", "threshold": [1.0, 0.5], "normalized": True}),
-    (MaxProbability(threshold=[0.9]), {"name": "max_probability", "threshold": [0.9]}),
-    (Margin(threshold=0), {"name": "margin", "threshold": 0.0}),
-    (Patience(patience=3), {"name": "patience", "patience": 3, "tolerance": None}),
-    (Patience(patience=1, tolerance=0.1), {"name": "patience", "patience": 1, "tolerance": 0.1}),
-    (QExit(q=np.float64(0.5)), {"name": "q_exit", "q": 0.5}),
-    (SampledExit(seed=np.int64(7)), {"name": "sampled_exit", "seed": 7}),
-    (Expectation(), {"name": "expectation"}),
-    (Voting(threshold=3), {"name": "voting", "threshold": 3.0, "gamma": 0.0, "final": "vote"}),
-    (
-        Voting(threshold=0.8, gamma=1, final="last"),
-        {"name": "voting", "threshold": 0.8, "gamma": 1.0, "final": "last"},
-    ),
-    (Dact(), {"name": "dact", "bound": "paper", "epsilon": 0.0}),
-    (Dact(bound="tight", epsilon=0.1), {"name": "dact", "bound": "tight", "epsilon": 0.1}),
-    (Learned(threshold=[0.1, 0]), {"name": "learned", "threshold": [0.1, 0.0]}),
-    (
-        PatientConfidence(threshold=0.5, patience=2),
-        {"name": "patient_confidence", "threshold": 0.5, "patience": 2},
-    ),
-    (
-        DivergencePatience(threshold=[0.1], patience=1),
-        {"name": "divergence_patience", "threshold": [0.1], "patience": 1},
-    ),
-    (HiddenCosine(threshold=-1), {"name": "hidden_cosine", "threshold": -1.0}),
-    (Energy(threshold=0.2), {"name": "energy", "threshold": 0.2}),
-    (
-        SkipGate(threshold=0.5, exit=Entropy(threshold=[0.1, 0.2])),
-        {
-            "name": "skip_gate",
-            "threshold": 0.5,
-            "exit": {"name": "entropy", "threshold": [0.1, 0.2], "normalized": False},
-        },
-    ),
-]
-CRITERION = [c for c, _ in SAVED]
-
-#: constructor, arguments, and what the message has to say: the argument, what came, what is allowed.
-REFUSED = [
-    (Entropy, {"threshold": math.nan}, ("threshold", "nan", "finite number")),
-    (Entropy, {"threshold": math.inf}, ("threshold", "inf", "finite number")),
-    (Entropy, {"threshold": 10**400}, ("threshold", "finite number")),
-    (Entropy, {"threshold": -0.1}, ("threshold", "-0.1", "at least 0")),
-    (Entropy, {"threshold": 1.5, "normalized": True}, ("threshold", "1.5", "[0, 1]")),
-    (Entropy, {"threshold": "low"}, ("threshold", "'low'", "finite number")),
-    (Entropy, {"threshold": None}, ("threshold", "None", "finite number")),
-    (Entropy, {"threshold": True}, ("threshold", "True", "finite number")),
-    (Entropy, {"threshold": [0.1, math.nan]}, ("threshold", "nan", "finite number")),
-    (Entropy, {"threshold": [0.1, -1]}, ("threshold", "-1", "at least 0")),
-    (Entropy, {"threshold": [[0.1]]}, ("threshold", "[0.1]", "finite number")),
-    (Entropy, {"threshold": 0.1, "normalized": 1}, ("normalized", "1", "True or False")),
-    (MaxProbability, {"threshold": 1.01}, ("threshold", "1.01", "[0, 1]")),
-    (MaxProbability, {"threshold": -0.01}, ("threshold", "-0.01", "[0, 1]")),
-    (MaxProbability, {"threshold": math.nan}, ("threshold", "nan", "finite number")),
-    (MaxProbability, {"threshold": [0.5, 2]}, ("threshold", "2", "[0, 1]")),
-    (Margin, {"threshold": 1.01}, ("threshold", "1.01", "[0, 1]")),
-    (Margin, {"threshold": -math.inf}, ("threshold", "-inf", "finite number")),
-    (Patience, {"patience": 0}, ("patience", "0", "whole number in [1,", "criterion=None")),
-    (Patience, {"patience": -2}, ("patience", "-2", "whole number in [1,")),
-    (Patience, {"patience": 1.5}, ("patience", "1.5", "whole number")),
-    (Patience, {"patience": True}, ("patience", "True", "whole number")),
-    (Patience, {"patience": None}, ("patience", "None", "whole number")),
-    (Patience, {"patience": 1, "tolerance": 0}, ("tolerance", "0", "> 0")),
-    (Patience, {"patience": 1, "tolerance": -0.5}, ("tolerance", "-0.5", "at least 0")),
-    (Patience, {"patience": 1, "tolerance": math.nan}, ("tolerance", "nan", "finite number")),
-    (Patience, {"patience": 1, "tolerance": math.inf}, ("tolerance", "inf", "finite number")),
-    (QExit, {"q": -0.1}, ("q", "-0.1", "[0, 1]")),
-    (QExit, {"q": 1.1}, ("q", "1.1", "[0, 1]")),
-    (QExit, {"q": math.nan}, ("q", "nan", "finite number")),
-    (QExit, {"q": [0.5]}, ("q", "[0.5]", "finite number")),
-    (SampledExit, {"seed": -1}, ("seed", "-1", "whole number in [0,")),
-    (SampledExit, {"seed": 2**63}, ("seed", str(2**63), "whole number in [0,")),
-    (SampledExit, {"seed": 0.5}, ("seed", "0.5", "whole number")),
-    (SampledExit, {"seed": None}, ("seed", "None", "whole number")),
-    (Voting, {"threshold": -1}, ("threshold", "-1", "at least 0")),
-    (Voting, {"threshold": math.nan}, ("threshold", "nan", "finite number")),
-    (Voting, {"threshold": [1, 2]}, ("threshold", "[1, 2]", "finite number")),
-    (Voting, {"threshold": 1, "gamma": 1.1}, ("gamma", "1.1", "[0, 1]")),
-    (Voting, {"threshold": 1, "gamma": -0.1}, ("gamma", "-0.1", "[0, 1]")),
-    (Voting, {"threshold": 1, "final": "first"}, ("final", "'first'", "'vote', 'last'")),
-    (Dact, {"bound": "loose"}, ("bound", "'loose'", "'paper', 'tight'")),
-    (Dact, {"bound": None}, ("bound", "None", "'paper', 'tight'")),
-    (Dact, {"bound": ["paper"]}, ("bound", "['paper']", "'paper', 'tight'")),
-    (Dact, {"epsilon": 1.5}, ("epsilon", "1.5", "[0, 1]")),
-    (Dact, {"epsilon": math.nan}, ("epsilon", "nan", "finite number")),
-    (Learned, {"threshold": 1.01}, ("threshold", "1.01", "[0, 1]")),
-    (PatientConfidence, {"threshold": -0.1, "patience": 1}, ("threshold", "-0.1", "[0, 1]")),
-    (PatientConfidence, {"threshold": 0.1, "patience": 0}, ("patience", "0", "whole number in [1,")),
-    (DivergencePatience, {"threshold": 1.1, "patience": 1}, ("threshold", "1.1", "[0, 1]")),
-    (DivergencePatience, {"threshold": 0.1, "patience": 1.0}, ("patience", "1.0", "whole number in [1,")),
-    (HiddenCosine, {"threshold": 1.01}, ("threshold", "1.01", "[-1, 1]")),
-    (HiddenCosine, {"threshold": [0, -1.5]}, ("threshold", "-1.5", "[-1, 1]")),
-    (Energy, {"threshold": -0.1}, ("threshold", "-0.1", "[0, 1]")),
-    (SkipGate, {"threshold": 1.5, "exit": Entropy(threshold=0.1)}, ("threshold", "1.5", "[0, 1]")),
-    (SkipGate, {"threshold": 0.5, "exit": None}, ("exit", "None", "Entropy(...)")),
-    (SkipGate, {"threshold": 0.5, "exit": "entropy"}, ("exit", "'entropy'", "Entropy(...)")),
-    (
-        SkipGate,
-        {"threshold": 0.5, "exit": SkipGate(threshold=0.1, exit=FullDepth())},
-        ("exit", "SkipGate(threshold=0.1", "decides at an exit"),
-    ),
-]
+SAVED = [(criterion, {"name": name, **data}) for name, case in CASES.items() for criterion, data in case.saved]
+CRITERION = [criterion for criterion, _ in SAVED]
+#: Class, constructor arguments, and words of the error message: the argument, the value and what is allowed.
+REFUSED = [(CRITERIA[name], arguments, words) for name, case in CASES.items() for arguments, words in case.refused]
 
 
 @pytest.mark.parametrize(("cls", "arguments", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", None))
-def test_constructor_refuses(cls, arguments, words):
+def test_constructor_refuses_invalid_arguments(cls, arguments, words):
     with pytest.raises(ValueError) as caught:
         cls(**arguments)
     message = str(caught.value)
@@ -159,7 +57,7 @@ def test_arguments_are_keyword_only_and_required(cls):
 
 
 @pytest.mark.parametrize("criterion", CRITERION, ids=str)
-def test_cannot_be_changed(criterion):
+def test_criteria_are_immutable(criterion):
     for field in dataclasses.fields(criterion):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(criterion, field.name, 0.1)
@@ -175,7 +73,7 @@ def test_a_list_of_thresholds_is_copied():
     assert criterion.threshold == (0.1, 0.2)
 
 
-def test_the_ends_of_each_range_are_allowed():
+def test_range_ends_are_allowed():
     for value in (0, 1, 0.0, 1.0):
         assert Entropy(threshold=value, normalized=True).threshold == float(value)
         assert (
@@ -193,11 +91,21 @@ def test_saved_and_read_back(criterion, data):
     assert again.to_dict() == data
 
 
-def test_every_criterion_of_the_table_is_saved_somewhere_above():
-    assert {type(c) for c in CRITERION} == set(CRITERIA.values())
+def test_every_criterion_has_a_case():
+    assert list(CASES) == list(CRITERIA)
+    assert all(case.saved and (case.refused or not fields(name)) for name, case in CASES.items())
+    assert all(
+        case.decide and case.draw and case.spreading and name in case.settings
+        for name, case in CASES.items()
+        if name in RULES
+    )
 
 
-def test_no_data_is_full_depth():
+def fields(name):
+    return dataclasses.fields(CRITERIA[name])
+
+
+def test_none_is_full_depth():
     assert from_dict(None) == FullDepth()
 
 
@@ -215,7 +123,7 @@ def test_no_data_is_full_depth():
     ],
     ids=str,
 )
-def test_data_that_is_refused(data, words):
+def test_from_dict_refuses_invalid_data(data, words):
     kept = dict(data)
     with pytest.raises(ValueError) as caught:
         from_dict(data)
@@ -227,7 +135,7 @@ def checked(criterion, *, depth=4, classes=3, problem_type="single_label_classif
     check_fits(criterion, depth=depth, classes=classes, problem_type=problem_type, aux=aux)
 
 
-def test_fits_a_classifier():
+def test_check_fits_accepts():
     for criterion in (FullDepth(), Entropy(threshold=[0.1, 0.2, 0.3]), Patience(patience=9), Margin(threshold=0.5)):
         checked(criterion)
     checked(QExit(q=0.5), aux=("halting",))
@@ -295,24 +203,24 @@ def test_fits_a_classifier():
     ],
     ids=str,
 )
-def test_check_refuses(criterion, given, words):
+def test_check_fits_refuses(criterion, given, words):
     with pytest.raises(ValueError) as caught:
         checked(criterion, **given)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_the_threshold_of_each_layer():
+def test_thresholds_by_layer():
     criterion = Entropy(threshold=[0.1, 0.2, 0.3])
     assert [criterion.params(layer)[0] for layer in (1, 2, 3)] == [0.1, 0.2, 0.3]
     assert criterion.params(4)[0] in criterion.threshold
 
 
 @pytest.mark.parametrize("cls", [Entropy, MaxProbability, Margin, Energy])
-def test_a_model_of_one_layer_takes_an_empty_list(cls):
+def test_one_layer_allows_an_empty_threshold_list(cls):
     assert ee.replay(ee.ExitTrace(torch.randn(2, 1, 3)), cls(threshold=[]))[1].tolist() == [1, 1]
 
 
-def test_the_state_has_the_request_behind_each_number():
+def test_initial_state_shapes_and_values():
     state = Patience(patience=1).new_state(5, torch.device("cpu"), 3)
     assert state.shape == (2, 5) and state.is_contiguous() and state.dtype == torch.float32
     assert state[0].isnan().all() and (state[1] == 0).all()
@@ -322,7 +230,7 @@ def test_the_state_has_the_request_behind_each_number():
     assert Dact().new_state(1, torch.device("cpu"), 2).tolist() == [[1.0], [0.0], [0.0]]
 
 
-def test_a_criterion_around_another_one():
+def test_skip_gate_wraps_an_exit_rule():
     gate = SkipGate(threshold=0.5, exit=Entropy(threshold=0.1))
     assert gate.skip_from == 0.5 and gate.exit_rule == Entropy(threshold=0.1)
     assert gate.exit_rule.skip_from is None and gate.exit_rule.exit_rule == gate.exit_rule

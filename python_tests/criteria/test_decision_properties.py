@@ -1,4 +1,4 @@
-"""What holds for the rules on any logits: monotone in their settings, blind to the company, sound on bad input."""
+"""Properties of the rules on any logits: monotonicity, independence of the batch, and invalid input."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SHARE = st.floats(0, 1)
 
 
 def scalars(draw_halting) -> dict:
-    """Every scalar a rule may need, from one array of numbers in (0, 1); a row's key is its number."""
+    """Return all scalars that rules read, from one array of numbers in (0, 1); the key of a row is its number."""
     cosine = draw_halting * 2 - 1
     return {
         "halting": draw_halting,
@@ -108,8 +108,8 @@ def test_votes_are_monotone(logits, a, b, x, y):
 
 
 @given(LOGITS, HALTING)
-def test_never_is_full_depth(logits, halting):
-    """The settings that never trigger answer with the last exit, as no criterion at all does."""
+def test_settings_that_never_leave_equal_full_depth(logits, halting):
+    """Settings that never let a row leave give the answers of no criterion."""
     trace = trace_of(logits, **scalars(halting))
     for criterion in (
         None,
@@ -133,7 +133,7 @@ def test_never_is_full_depth(logits, halting):
 
 
 def first_with_meaning(logits) -> list[int]:
-    """The first layer of each row whose logits have a softmax; the last one if there is none."""
+    """Return the first layer of each row with valid logits, or the last layer if there is none."""
     layers = []
     for row in logits:
         fine = [not np.isnan(z).any() and (z == np.inf).sum() < 2 and (z > -np.inf).any() for z in row]
@@ -142,7 +142,7 @@ def first_with_meaning(logits) -> list[int]:
 
 
 @given(HOSTILE)
-def test_rules_that_always_trigger_wait_for_logits_with_a_meaning(logits):
+def test_rules_that_always_leave_wait_for_valid_logits(logits):
     numbers = scalars(np.full((ROWS, DEPTH), 0.5))
     for criterion in (
         Entropy(threshold=9.0),
@@ -158,7 +158,7 @@ def test_rules_that_always_trigger_wait_for_logits_with_a_meaning(logits):
 
 
 @given(HOSTILE, hnp.arrays(np.float32, (ROWS, DEPTH), elements=st.sampled_from([0.0, 0.1, 0.5, 1.0, math.nan])), SHARE)
-def test_hostile_numbers_never_crash(logits, halting, x):
+def test_extreme_logits_do_not_raise(logits, halting, x):
     trace = trace_of(logits, **scalars(halting))
     for criterion in (
         Entropy(threshold=x),
@@ -181,8 +181,8 @@ def test_hostile_numbers_never_crash(logits, halting, x):
 
 
 @given(HOSTILE, hnp.arrays(np.float32, (ROWS, DEPTH), elements=st.sampled_from([0.0, 0.5, 1.0, math.nan])))
-def test_hostile_numbers_never_spoil_an_answer_of_several_exits(logits, halting):
-    """A row whose layer of leaving has a meaning gets a distribution, whatever the layers before were."""
+def test_extreme_logits_do_not_invalidate_combined_answers(logits, halting):
+    """A row that leaves at valid logits gets a distribution, whatever the logits of previous layers are."""
     for criterion in (Expectation(), Voting(threshold=2), Dact(), Dact(bound="tight", epsilon=0.1)):
         answers, exit_layer = ee.replay(trace_of(logits, **scalars(halting)), criterion)
         for n, layer in enumerate(exit_layer.tolist()):
@@ -196,7 +196,7 @@ def test_hostile_numbers_never_spoil_an_answer_of_several_exits(logits, halting)
 
 
 @pytest.mark.parametrize("criterion", [QExit(q=0.5), SampledExit(seed=0), Dact(epsilon=0.5)], ids=str)
-def test_a_halting_probability_without_meaning_waits(backend, criterion):
+def test_invalid_halting_probability_keeps_the_row(backend, criterion):
     halting = [[math.nan, 0.9, 0.9], [0.9, 0.9, 0.9], [math.nan] * 3]
     if isinstance(criterion, SampledExit):
         halting = np.where(np.isnan(halting), math.nan, 1.0)
@@ -205,7 +205,7 @@ def test_a_halting_probability_without_meaning_waits(backend, criterion):
 
 
 @given(HOSTILE, HALTING, st.permutations(range(ROWS)), SHARE)
-def test_the_order_of_rows_does_not_matter(logits, halting, order, x):
+def test_row_order_does_not_matter(logits, halting, order, x):
     trace = trace_of(logits, **scalars(halting))
     order = list(order)
     aux = {name: values[order] for name, values in trace.aux.items()}

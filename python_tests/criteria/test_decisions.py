@@ -1,4 +1,4 @@
-"""What the rules decide: worked examples of their papers' formulae."""
+"""Decisions of the rules: worked examples of the formulas in their papers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from earlyexit_kernels.criteria import (
 
 
 @pytest.mark.parametrize(("q", "layer"), [(0.5, 3), (0.27, 2), (0.75, 4), (0.0, 1), (1.0, 4), (0.09, 1), (0.63, 3)])
-def test_q_exit_of_four_halting_probabilities(backend, q, layer):
+def test_q_exit_quantiles(backend, q, layer):
     """lambda = .1 .2 .5 .3 has the cdf .1 .28 .64 .748."""
     logits = torch.arange(8.0).reshape(1, 4, 2)
     assert exit_layers(logits, QExit(q=q), halting=[[0.1, 0.2, 0.5, 0.3]], backend=backend) == [layer]
 
 
-def test_q_exit_is_strict_but_for_zero(backend):
-    """A cdf of exactly q stays; q = 0 leaves at layer 1 even where nothing halts."""
+def test_q_exit_is_strict_except_for_zero(backend):
+    """A row with a cdf of exactly q stays; with q = 0 it leaves at layer 1 even if all halting probabilities are 0."""
     logits = torch.zeros(1, 3, 2)
     assert exit_layers(logits, QExit(q=0.5), halting=[[0.5, 0.5, 0.5]], backend=backend) == [2]
     assert exit_layers(logits, QExit(q=0.0), halting=[[0.0, 0.0, 0.0]], backend=backend) == [1]
@@ -49,15 +49,15 @@ def test_patience_over_labels(backend, labels, patience, layer):
     assert exit_layers(labelled(labels), Patience(patience=patience), backend=backend) == [layer]
 
 
-def test_patience_compares_a_value_with_the_one_right_before_it(backend):
-    """A slow drift passes; the step of exactly the tolerance doesn't."""
+def test_patience_compares_a_value_with_the_previous_one(backend):
+    """A slow drift counts as agreement; a step of exactly the tolerance does not."""
     values = torch.tensor([[0.0, 1.0, 1.5, 2.0, 2.25], [0.0, 0.25, 0.5, 9.0, 9.0], [0.0, 0.5, 1.0, 1.5, 2.0]])
     assert exit_layers(values[..., None], Patience(patience=2, tolerance=0.5), backend=backend) == [5, 3, 5]
     assert exit_layers(values[..., None], Patience(patience=1, tolerance=0.51), backend=backend) == [3, 2, 2]
 
 
 def with_entropy(share) -> float:
-    """The larger of two probabilities whose entropy is this share of log 2, by bisection."""
+    """Return the larger of two probabilities whose entropy is this share of log 2, by bisection."""
     low, high = 0.5, 1.0
     for _ in range(60):
         p = (low + high) / 2
@@ -66,13 +66,13 @@ def with_entropy(share) -> float:
 
 
 @pytest.mark.parametrize(("patience", "layer"), [(1, 1), (2, 4), (3, 4)])
-def test_patient_confidence_over_four_entropies(backend, patience, layer):
-    """Shares .3 .6 .2 .1 of log 2 below .5: one at layer 1, two in a row at layer 4."""
+def test_patient_confidence_counts_consecutive_exits(backend, patience, layer):
+    """Shares .3 .6 .2 .1 of log 2 with threshold .5: one confident exit at layer 1, two consecutive ones at layer 4."""
     logits = logits_of(*[(p, 1 - p) for p in map(with_entropy, (0.3, 0.6, 0.2, 0.1))])
     assert exit_layers(logits, PatientConfidence(threshold=0.5, patience=patience), backend=backend) == [layer]
 
 
-def test_patient_confidence_does_not_ask_for_one_label(backend):
+def test_patient_confidence_does_not_compare_labels(backend):
     logits = logits_of((0.99, 0.01), (0.01, 0.99), (0.5, 0.5))
     assert exit_layers(logits, PatientConfidence(threshold=0.5, patience=2), backend=backend) == [2]
     assert exit_layers(logits, PatientConfidence(threshold=[0.1, 0.01], patience=1), backend=backend) == [1]
@@ -89,7 +89,7 @@ def test_divergence_of_two_distributions(backend):
 
 
 def test_divergence_patience_counts_from_the_second_exit(backend):
-    """Equal exits agree at any threshold above 0; the first has none before it, and one jump starts the count anew."""
+    """Equal exits agree at any threshold above 0; the first has no previous exit, and a jump resets the count."""
     still = labelled([0, 0, 0, 0, 0])
     jump = labelled([0, 0, 1, 1, 1])
     for patience in (1, 2, 3):
@@ -116,8 +116,8 @@ def test_hidden_cosine_is_not_strict(backend):
         assert exit_layers(torch.zeros(1, 4, 1), rule, cosine=cosine, backend=backend) == [layer]
 
 
-def test_energy_knows_the_scale_of_the_logits(backend):
-    """sum exp = 3 gives 1 / 4, 12 gives 1 / 13; equal softmax, other energy. Strict; an infinite logit has none."""
+def test_energy_depends_on_the_scale_of_the_logits(backend):
+    """sum exp = 3 gives 1 / 4, 12 gives 1 / 13: equal softmax, different energy. Strict; an infinite logit gives 0."""
     logits = torch.tensor([[[1.0, 2.0], [4.0, 8.0], [2.0, 4.0]]]).log()
     for threshold, layer in ((0.2501, 1), (0.2499, 2), (0.0768, 3), (0.0, 3)):
         assert exit_layers(logits, Energy(threshold=threshold), backend=backend) == [layer]
@@ -133,7 +133,7 @@ def test_energy_knows_the_scale_of_the_logits(backend):
     (MaxProbability(threshold=0.90001), MaxProbability(threshold=0.89999)),
     (Margin(threshold=0.80001), Margin(threshold=0.79999)),
 ], ids=str)  # fmt: skip
-def test_scores_of_nine_to_one(backend, below, above):
+def test_scores_of_probabilities_nine_to_one(backend, below, above):
     """p = (.9, .1): entropy .325083 nats, .468996 of log 2, largest probability .9, margin .8."""
     logits = torch.tensor([[[0.9, 0.1], [0.5, 0.5]]]).log()
     assert exit_layers(logits, below, backend=backend) == [2]
@@ -151,7 +151,7 @@ def test_entropy_is_strict_and_probabilities_are_not(backend):
     assert exit_layers(sure, Margin(threshold=1.0), backend=backend) == [1]
 
 
-def test_one_infinite_logit_dominates(backend):
+def test_one_infinite_logit_leaves_at_layer_1(backend):
     logits = torch.tensor([[[1.0, math.inf, 3.0]] * 2])
     for criterion in (
         Entropy(threshold=1e-6),
@@ -166,7 +166,7 @@ def test_one_infinite_logit_dominates(backend):
 
 @pytest.mark.parametrize("classes", [2, 3, 17])
 def test_ties_go_to_the_lowest_class(backend, classes):
-    """After a tie of classes a < b, the label a continues it and b doesn't; signs of zero make no difference."""
+    """After a tie of classes a < b, the label a agrees and b does not; the sign of zero does not matter."""
     for a, b in [(0, 1), (0, classes - 1), (classes - 2, classes - 1)]:
         tie = torch.full((classes,), -1.0)
         tie[a], tie[b] = -0.0, 0.0

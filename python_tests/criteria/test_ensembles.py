@@ -1,4 +1,4 @@
-"""The rules that draw on several exits at once: votes, DACT's bound, the exit distribution sampled and averaged."""
+"""Rules that combine several exits: voting, DACT, and the sampled and expected exit distribution."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ EXITS = [0.1, 0.18, 0.36, 0.36]
 
 
 def replayed(trace, criterion, backend="auto") -> tuple[np.ndarray, list[int]]:
-    """Probabilities ``[N, C]`` of the answers, and exit layers."""
+    """Return the probabilities ``[N, C]`` of the answers, and the exit layers."""
     answers, exit_layer = ee.replay(trace, criterion, backend=backend)
     return answers.double().softmax(dim=1).numpy(), exit_layer.tolist()
 
 
 @pytest.mark.parametrize(("threshold", "layer", "label"), [(1, 1, 0), (2, 3, 0), (3, 4, 0), (4, 4, 0)])
-def test_votes_of_four_labels(backend, threshold, layer, label):
+def test_voting_counts_labels(backend, threshold, layer, label):
     """Labels 0 1 0 0: two votes at layer 3, three at layer 4."""
     answer, exit_layer = replayed(trace_of(labelled([0, 1, 0, 0])), Voting(threshold=threshold), backend)
     assert exit_layer == [layer] and answer.argmax(axis=1).tolist() == [label]
@@ -35,33 +35,33 @@ def test_votes_of_four_labels(backend, threshold, layer, label):
 @pytest.mark.parametrize(("labels", "winner"), [
     ([0, 1], 1), ([1, 0], 0), ([0, 1, 1, 0], 0), ([2, 1, 0, 0, 1, 2], 2), ([2, 2, 1, 0, 1], 1), ([1, 2, 0], 0),
 ])  # fmt: skip
-def test_the_most_recent_vote_breaks_a_tie(backend, labels, winner):
+def test_voting_ties_go_to_the_most_recent_vote(backend, labels, winner):
     answer, exit_layer = replayed(trace_of(labelled(labels, 3)), Voting(threshold=9), backend)
     assert exit_layer == [len(labels)] and answer.argmax(axis=1).tolist() == [winner]
 
 
-def test_the_answer_is_the_smoothed_share_of_the_votes(backend):
+def test_voting_answers_with_the_smoothed_share(backend):
     """Labels 0 1 0 0 of three classes: votes 3 1 0, smoothed 4.5 2 1 of 7.5."""
     answers, _ = ee.replay(trace_of(labelled([0, 1, 0, 0], 3)), Voting(threshold=3), backend=backend)
     assert answers[0].exp().tolist() == pytest.approx([4.5 / 7.5, 2 / 7.5, 1 / 7.5], abs=1e-6)
     assert answers[0].exp().sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_votes_are_weighed_against_the_depth(backend):
+def test_voting_normalises_by_depth(backend):
     """Shares of labels 0 1 0 0 0: 1, 1/2, 2/3, 3/4, 4/5; over the root of the depth: 1, .71, 1.15, 1.5, 1.79."""
     trace = trace_of(labelled([0, 1, 0, 0, 0]))
     for threshold, gamma, layer in ((1.0, 1.0, 1), (1.1, 0.5, 3), (1.2, 0.5, 4), (1.6, 0.5, 5), (9, 0.5, 5)):
         assert replayed(trace, Voting(threshold=threshold, gamma=gamma), backend)[1] == [layer]
 
 
-def test_a_product_that_rounds_up_asks_for_no_vote_more():
-    """In floating point 0.07 * 100 and 0.55 * 100 lie a little above 7 and 55."""
+def test_voting_threshold_ignores_rounding():
+    """In floating point 0.07 * 100 and 0.55 * 100 are slightly above 7 and 55."""
     assert 0.07 * 100 > 7 and 0.55 * 100 > 55
     assert [Voting(threshold=share, gamma=1.0).params(100)[0] for share in (0.07, 0.55, 0.551)] == [7, 55, 56]
     assert Voting(threshold=1e300).params(3)[0] == 4096
 
 
-def test_the_last_exit_may_answer_for_rows_that_reach_it(backend):
+def test_voting_can_answer_with_the_last_exit(backend):
     logits = labelled([1, 1, 0]) * 3 - 1
     answers, exit_layer = ee.replay(trace_of(logits), Voting(threshold=4, final="last"), backend=backend)
     assert torch.equal(answers, logits[:, 2]) and exit_layer.tolist() == [3]
@@ -69,8 +69,8 @@ def test_the_last_exit_may_answer_for_rows_that_reach_it(backend):
     assert early.argmax(axis=1).tolist() == [1] and exit_layer == [2]
 
 
-def test_votes_are_exact_at_the_greatest_depth():
-    """4095 layers that vote in turn: 2048 votes for class 0, which has the last word too."""
+def test_voting_is_exact_at_the_maximum_depth():
+    """4095 layers that vote alternately: 2048 votes for class 0, which also has the last vote."""
     labels = [layer % 2 for layer in range(4095)]
     answer, exit_layer = replayed(trace_of(labelled(labels)), Voting(threshold=2048))
     assert exit_layer == [4095] and answer[0].tolist() == pytest.approx([2049.5 / 4097.5, 2048 / 4097.5], abs=1e-7)
@@ -81,7 +81,7 @@ DACT_HALTING = [[0.7, 0.5, 0.5, 0.5]]
 
 
 @pytest.mark.parametrize("bound", ["paper", "tight"])
-def test_dact_stops_at_the_third_of_four_layers(backend, bound):
+def test_dact_worked_example(backend, bound):
     """h = .3 .5 .5 .5: .5230875 > .5095 at layer 3, where a = (.5655, .4345)."""
     trace = trace_of(DACT_LOGITS, halting=DACT_HALTING)
     answer, exit_layer = replayed(trace, Dact(bound=bound), backend)
@@ -90,21 +90,21 @@ def test_dact_stops_at_the_third_of_four_layers(backend, bound):
 
 
 @pytest.mark.parametrize(("depth", "a"), [(1, (0.6, 0.4)), (2, (0.63, 0.37))])
-def test_dact_accumulates(backend, depth, a):
+def test_dact_accumulates_answers(backend, depth, a):
     trace = trace_of(DACT_LOGITS[:, :depth], halting=np.array(DACT_HALTING)[:, :depth])
     answers, _ = ee.replay(trace, Dact(), backend=backend)
     assert answers[0].exp().tolist() == pytest.approx(a, abs=1e-6)
 
 
-def test_dact_leaves_early_where_little_may_change(backend):
-    """p = .3 .15 .075: below epsilon at layers 1, 2, 3; .2058 < 1.3 and .455175 < .67 say no before layer 3."""
+def test_dact_epsilon(backend):
+    """p = .3 .15 .075: below epsilon at layers 1, 2, 3; bounds .2058 < 1.3 and .455175 < .67 fail before layer 3."""
     trace = trace_of(DACT_LOGITS, halting=DACT_HALTING)
     for epsilon, layer in ((0.31, 1), (0.29, 2), (0.16, 2), (0.14, 3), (1.0, 1)):
         assert replayed(trace, Dact(epsilon=epsilon), backend)[1] == [layer]
 
 
-def test_dact_at_a_layer_that_halts_for_good(backend):
-    """p = 0: nothing that follows counts, unless two classes tie and no label is decided."""
+def test_dact_with_halting_probability_1(backend):
+    """With p = 0 later layers have no weight; the row stays only if two classes tie."""
     halting = [[1.0, 0.5, 0.5]] * 2
     logits = torch.tensor([[[1.0, 0.0]] + [[0.0, 5.0]] * 2, [[1.0, 1.0]] + [[0.0, 5.0]] * 2])
     for bound in ("paper", "tight"):
@@ -129,7 +129,7 @@ def hard_traces(rows, depth, classes, g) -> tuple[np.ndarray, np.ndarray]:
 
 
 def full_depth_answer(logits, halting) -> np.ndarray:
-    """a_L ``[N, C]`` in float64."""
+    """Return a_L ``[N, C]`` in float64."""
     z = logits.astype(np.float64)
     y = np.exp(z - z.max(axis=2, keepdims=True))
     y /= y.sum(axis=2, keepdims=True)
@@ -142,7 +142,7 @@ def full_depth_answer(logits, halting) -> np.ndarray:
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_dact_never_changes_a_label(backend):
-    """20,000 traces: the label a row leaves with is the one it has at full depth; the tight bound is never later."""
+    """In 20,000 traces the label of a row equals that of full depth, and the tight bound never leaves later."""
     if ee.available_backends("cpu")[backend]:
         pytest.skip(ee.available_backends("cpu")[backend])
     g = np.random.default_rng(7)
@@ -166,8 +166,8 @@ def test_dact_never_changes_a_label(backend):
     assert 5_000 < early["paper"] < early["tight"], "the traces should let many rows leave early"
 
 
-def test_the_expected_answer_weighs_every_exit(backend):
-    """The exits' distribution is .1 .18 .36, and .36 left for the last."""
+def test_expectation_weights_all_exits(backend):
+    """The exit distribution is .1 .18 .36, and .36 remains for the last exit."""
     p = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.7, 0.3]])
     answers, exit_layer = ee.replay(trace_of(np.log(p)[None], halting=HALTING), Expectation(), backend=backend)
     assert exit_layer.tolist() == [4]
@@ -177,7 +177,7 @@ def test_the_expected_answer_weighs_every_exit(backend):
     assert answers.item() == pytest.approx(0.1 - 0.36 + 1.44 + 0.18, abs=1e-6)
 
 
-def test_an_expected_probability_of_zero_has_a_finite_logarithm(backend):
+def test_expectation_of_zero_has_a_finite_logarithm(backend):
     logits = torch.tensor([[[0.0, -math.inf], [200.0, 0.0]]])
     answers, _ = ee.replay(trace_of(logits, halting=[[0.5, 0.5]]), Expectation(), backend=backend)
     assert answers.isfinite().all() and answers.exp()[0].tolist() == pytest.approx([1.0, 0.0])
@@ -200,14 +200,14 @@ KEYS = {
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("seed", [0, 1, 42, 2**63 - 1])
 def test_sampled_exits_follow_the_exit_distribution(keys, seed):
-    """Pearson's chi-square with 3 degrees of freedom; 21.1 is passed once in 10,000 times."""
+    """Pearson's chi-square with 3 degrees of freedom exceeds 21.1 once in 10,000 times."""
     rows = 20_000
     seen = np.bincount(draws(seed, KEYS[keys](rows)), minlength=5)[1:]
     wanted = np.array(EXITS) * rows
     assert ((seen - wanted) ** 2 / wanted).sum() < 21.1
 
 
-def test_a_row_draws_the_same_in_any_batch(backend):
+def test_sampled_exit_does_not_depend_on_the_batch(backend):
     keys = KEYS["hashes"](24)
     together = draws(3, keys, backend=backend)
     assert len(set(together.tolist())) > 2
@@ -216,7 +216,7 @@ def test_a_row_draws_the_same_in_any_batch(backend):
     assert [draws(3, keys[i : i + 1], backend=backend)[0] for i in range(6)] == together[:6].tolist()
 
 
-def test_another_seed_draws_anew():
+def test_sampled_exit_depends_on_the_seed():
     keys = np.arange(5000)
     first, second = draws(0, keys), draws(1, keys)
     agree = (first == second).mean()
@@ -229,14 +229,14 @@ def uniforms(seeds, keys) -> np.ndarray:
     return np.stack([SampledExit(seed=s).new_state(len(keys), device, 2, keys)[1].double().numpy() for s in seeds])
 
 
-def test_the_uniform_numbers_are_splitmix64():
+def test_uniform_numbers_are_splitmix64():
     keys = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
     for seed in (0, 1, 2**62 + 5):
         assert uniforms([seed], keys)[0].tolist() == [oracle.uniform(seed, key) for key in keys]
 
 
-def test_the_uniform_numbers_fill_their_range_for_keys_and_seeds_in_a_row():
-    """64 bins over 64 seeds by 1024 keys, whole and by rows and columns; neighbours know nothing of each other."""
+def test_uniform_numbers_of_consecutive_keys_and_seeds_are_independent():
+    """64 bins over 64 seeds and 1024 keys, in total, by rows and by columns; neighbours are uncorrelated."""
     u = uniforms(range(64), np.arange(1024))
     assert u.min() >= 0 and u.max() < 1
     for numbers in (u, u[:1], u[7:8], u[:, :16], u[:, 512:528]):
@@ -247,9 +247,9 @@ def test_the_uniform_numbers_fill_their_range_for_keys_and_seeds_in_a_row():
         assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.02
 
 
-def test_a_draw_needs_the_keys_of_the_rows():
+def test_sampled_exit_requires_keys():
     trace = trace_of(np.zeros((2, 4, 2)), halting=HALTING * 2)
-    with pytest.raises(ValueError, match=r"'sampled_exit'.*got keys=None; take the trace from model.trace"):
+    with pytest.raises(ValueError, match=r"'sampled_exit'.*got keys=None; use a trace of model.trace"):
         ee.replay(trace, SampledExit(seed=0))
     for keys, got in ((torch.zeros(3).long(), r"\[3\] torch.int64"), (torch.zeros(2), r"\[2\] torch.float32")):
         with pytest.raises(ValueError, match=r"'sampled_exit': expected keys \[2\] int64, got " + got):

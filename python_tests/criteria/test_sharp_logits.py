@@ -1,4 +1,4 @@
-"""Logits that differ by all of float32, and exits that hardly differ: decisions against oracles of more digits."""
+"""Extreme logits and almost equal exits: decisions compared with high-precision references."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARP = [
 
 
 def step(criterion, z, backend, layer=1, depth=3, **changed):
-    """One exit of rows that are all present; the arguments after it."""
+    """Run one exit for rows that are all present, and return its arguments."""
     z = torch.tensor(z) if isinstance(z, list) else z
     rows = {"row_ids": torch.arange(len(z), dtype=torch.int32), **memory(criterion, *z.shape)} | changed
     exit_step(criterion=criterion, layer=layer, depth=depth, logits=z, backend=backend, **rows)
@@ -43,17 +43,17 @@ def step(criterion, z, backend, layer=1, depth=3, **changed):
     ],
     ids=lambda criterion: criterion.name,
 )
-def test_the_one_infinite_logit_has_all_the_probability(backend, criterion):
+def test_one_infinite_logit_has_probability_1(backend, criterion):
     rows = step(criterion, SHARP, backend, aux=torch.ones(len(SHARP)) if criterion.needs else None)
     assert rows["exit_layer"].tolist() == [1] * len(SHARP)
 
 
-def test_the_mean_of_the_exits_counts_it_as_1(backend):
+def test_expectation_of_an_infinite_logit(backend):
     rows = step(criteria.Expectation(), SHARP, backend, depth=1, aux=torch.ones(len(SHARP)))
     assert rows["answers"].softmax(dim=-1).round(decimals=6).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
 
 
-def test_two_exits_that_are_sure_of_one_class_do_not_differ(backend):
+def test_divergence_of_equal_infinite_logits_is_zero(backend):
     rule = criteria.DivergencePatience(threshold=1e-30, patience=1)
     finite = [[90.0, -90.0, -90.0], [-90.0, 90.0, -90.0], [-90.0, -90.0, 90.0], [-90.0, -90.0, 90.0]]
     rows = step(rule, SHARP, backend)
@@ -63,7 +63,7 @@ def test_two_exits_that_are_sure_of_one_class_do_not_differ(backend):
 
 
 def divergence(p, q) -> Decimal:
-    """Jensen-Shannon divergence in nats from its definition, with 60 digits; `p` and `q` as float32 holds them."""
+    """Return the Jensen-Shannon divergence in nats from its definition, with 60 digits, of float32 `p` and `q`."""
     with decimal.localcontext() as context:
         context.prec = 60
         total = Decimal(0)
@@ -75,8 +75,8 @@ def divergence(p, q) -> Decimal:
 
 @pytest.mark.parametrize("apart", [1.0, 0.6, 0.3, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 @pytest.mark.parametrize("classes", [2, 3, 17])
-def test_the_divergence_of_exits_that_hardly_differ(backend, apart, classes):
-    """The decision turns within 1e-4 of the true divergence, and where rounding of p tells, of what that leaves."""
+def test_small_divergences_are_accurate(backend, apart, classes):
+    """The decision changes within 1e-4 of the true divergence, or within the error that rounding of p allows."""
     generator, rows = torch.Generator().manual_seed(classes), 1 if backend == "triton" else 6
     z = torch.randn(rows, classes, generator=generator)
     rule = criteria.DivergencePatience(threshold=1.0, patience=9)
@@ -92,8 +92,8 @@ def test_the_divergence_of_exits_that_hardly_differ(backend, apart, classes):
             assert bool(state[0, 0]) == close, (row, true, share)
 
 
-def test_the_divergence_of_exits_that_share_no_class(backend):
-    """It is log 2, its largest."""
+def test_divergence_of_disjoint_exits_is_log_2(backend):
+    """It is log 2, the maximum."""
     z = torch.tensor([[200.0, -200.0]])
     for threshold, close in ((math.log(2) - 1e-6, False), (math.log(2) + 1e-6, True)):
         rule = criteria.DivergencePatience(threshold=threshold, patience=9)

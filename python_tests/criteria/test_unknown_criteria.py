@@ -1,4 +1,4 @@
-"""Criteria that the back-ends don't know are refused where they are chosen, with what is supported."""
+"""Unregistered criteria are refused where they are set, with the names of the supported ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from earlyexit_kernels.ops import exit_step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(Criterion):
-    """A rule of somebody's own."""
+    """A rule with its own name."""
 
     name: ClassVar[str] = "mine"
 
@@ -31,13 +31,13 @@ class Nameless(Mine):
 
 
 class Taken(Mine):
-    """A name of the table on another decision."""
+    """A rule with the name of another one and its own decision."""
 
     name = "entropy"
 
 
 class Redecided(Entropy):
-    """A rule of the table with another decision, which no back-end would run."""
+    """A subclass with another decision, which no back-end implements."""
 
     @staticmethod
     def rule(z, aux, state, layer, depth, params):
@@ -45,7 +45,7 @@ class Redecided(Entropy):
 
 
 class Halved(Entropy):
-    """A rule of the table with other numbers, which the back-ends run as it is."""
+    """A subclass with other parameters, which all back-ends can run."""
 
     def params(self, layer):
         threshold, normalized = super().params(layer)
@@ -53,7 +53,7 @@ class Halved(Entropy):
 
 
 UNKNOWN = [Mine(), Nameless(), Taken(), Redecided(threshold=0.5)]
-WORDS = r"criterion {}: expected one of earlyexit_kernels.criteria \(.*Entropy.*SkipGate.*\), .* got a class with"
+WORDS = r"criterion {}: expected a class of earlyexit_kernels.criteria \(.*Entropy.*SkipGate.*\), .*criteria.register"
 
 
 def call(rule, backend):
@@ -70,13 +70,13 @@ def call(rule, backend):
 
 
 @pytest.mark.parametrize("rule", UNKNOWN, ids=lambda rule: type(rule).__name__)
-def test_an_op_refuses_them(backend, rule):
+def test_ops_refuse_unregistered_classes(backend, rule):
     with pytest.raises(ValueError, match=WORDS.format(type(rule).__name__)):
         call(rule, backend)
 
 
 @pytest.mark.parametrize("rule", UNKNOWN, ids=lambda rule: type(rule).__name__)
-def test_a_model_and_a_replay_refuse_them(rule):
+def test_models_and_replay_refuse_unregistered_classes(rule):
     model = early_exit()
     batch = batch_for(model)
     trace, before = model.trace(**batch), model(**batch).logits
@@ -88,12 +88,12 @@ def test_a_model_and_a_replay_refuse_them(rule):
     assert model.criterion is None and torch.equal(model(**batch).logits, before)
 
 
-def test_a_subclass_that_keeps_the_decision_is_taken(backend):
+def test_subclasses_that_keep_the_decision_are_accepted(backend):
     torch.manual_seed(1)
     halved = call(Halved(threshold=1.9), backend)
     torch.manual_seed(1)
     assert halved == call(Entropy(threshold=0.95), backend)
 
 
-def test_all_that_the_package_has_are_known():
+def test_all_criteria_of_the_package_are_known():
     assert all(ee.criteria.check_known(object.__new__(rule)) is None for rule in CRITERIA.values())

@@ -1,4 +1,4 @@
-"""The CUDA sources compile, for cards that aren't here and, with a few stub lines, against a torch without CUDA."""
+"""Compilation of the CUDA sources, without a GPU and with any build of torch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from support import cuda_emulation
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 CARDS = ("sm_80", "sm_90", "sm_100")
-#: Kernels in each file, counted once for every dtype or word they are made for.
+#: File -> number of kernels, counting every dtype or word type.
 KERNELS = {"compact": 5, "exit_step": 3, "resident_exit": 3, "take_turn": 1}
-#: The header that only a torch with CUDA has.
+#: Header that a build of torch without CUDA lacks.
 GENERATED = Path("c10/cuda/impl/cuda_cmake_macros.h")
 
 
 @pytest.fixture(scope="module")
 def setup() -> dict:
-    """What setup.py defines, without what it does."""
+    """The definitions of setup.py, without running the setup."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **arguments: None)
         patch.setattr(sys, "argv", ["setup.py"])
@@ -45,44 +45,48 @@ def run(*command) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_toolkit_without_if_nodes_is_refused(setup, monkeypatch):
-    room, torch_12 = setup["why_no_cuda"].__globals__, SimpleNamespace(version=SimpleNamespace(cuda="12.8"))
-    monkeypatch.setitem(room, "find_toolkit", lambda: Path("cuda"))
-    for version, said in (("12.3", "IF nodes begin with 12.4"), ("12.10", ""), ("13.0", "torch of CUDA 12.8")):
-        monkeypatch.setitem(room, "toolkit_version", lambda home, version=version: version)
-        assert said in (reason := setup["why_no_cuda"](torch_12)) and bool(reason) == bool(said)
+def test_toolkit_without_if_nodes_is_refused(setup, monkeypatch):
+    unsupported_reason, torch_12 = (
+        setup["cuda_unsupported_reason"],
+        SimpleNamespace(version=SimpleNamespace(cuda="12.8")),
+    )
+    monkeypatch.setitem(unsupported_reason.__globals__, "find_toolkit", lambda: Path("cuda"))
+    for version, words in (("12.3", "IF nodes require 12.4"), ("12.10", None), ("13.0", "torch has CUDA 12.8")):
+        monkeypatch.setitem(unsupported_reason.__globals__, "toolkit_version", lambda home, version=version: version)
+        reason = unsupported_reason(torch_12)
+        assert reason is None if words is None else words in reason
 
 
-def test_every_kernel_file_is_compiled_here():
+def test_every_kernel_file_is_tested():
     assert {path.stem for path in CUDA.glob("*.cu")} == set(KERNELS)
 
 
-def test_every_card_finds_code_in_what_is_built(setup):
-    """That of its own major version and of no later minor one, or PTX of an earlier version."""
+def test_build_supports_every_card(setup):
+    """By code of the same major and no later minor version, or by PTX of an earlier version."""
     built = [re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", entry).groups() for entry in setup["CUDA_ARCHITECTURES"].split(";")]
     built = [((int(major), int(minor)), ptx) for major, minor, ptx in built]
     for card in CARDS:
-        mine = int(card[3:-1]), int(card[-1])
-        earlier = [(made, ptx) for made, ptx in built if made <= mine]
-        assert any(ptx or made[0] == mine[0] for made, ptx in earlier), card
+        major, minor = int(card[3:-1]), int(card[-1])
+        earlier = [(version, ptx) for version, ptx in built if version <= (major, minor)]
+        assert any(ptx or version[0] == major for version, ptx in earlier), card
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_without_spills(setup, toolkit, tmp_path, name):
-    """One call for all cards; a stack would mean that something of a thread lives in slow memory."""
+    """A stack frame or spills would put variables of a thread into slow memory."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
     nvcc = toolkit / "bin" / "nvcc"
-    known = run(nvcc, "--list-gpu-code").split()
-    cards = [card for card in CARDS if card in known]
+    supported = run(nvcc, "--list-gpu-code").split()
+    cards = [card for card in CARDS if card in supported]
     assert "sm_90" in cards
     targets = [f"-gencode=arch={card.replace('sm', 'compute')},code={card}" for card in cards]
     flags = ["-std=c++17", *setup["NVCC_FLAGS"], *COMMON_NVCC_FLAGS, "--threads=0", "-Xptxas=-v"]
-    said = run(nvcc, "-c", CUDA / f"{name}.cu", "-o", tmp_path / "kernels.o", *flags, *targets)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert frames == [("0", "0", "0")] * (KERNELS[name] * len(cards)), said
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", said)]
-    assert max(registers) <= 64, "two blocks of 512 threads, or eight of 128, no longer fit on a multiprocessor"
+    log = run(nvcc, "-c", CUDA / f"{name}.cu", "-o", tmp_path / "kernels.o", *flags, *targets)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert frames == [("0", "0", "0")] * (KERNELS[name] * len(cards)), log
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    assert max(registers) <= 64, "two blocks of 512 threads, or eight of 128, do not fit on a multiprocessor"
 
 
 def test_bindings_compile(setup, toolkit, tmp_path):

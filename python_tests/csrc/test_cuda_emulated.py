@@ -1,23 +1,23 @@
-"""The CUDA ops, run thread by thread on the CPU by `support.cuda_emulation`, without a GPU."""
+"""The CUDA ops, emulated on the CPU thread by thread by `support.cuda_emulation`."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 
 import pytest
 import torch
 from ops import test_compact as compaction
 from ops import test_exit_step as steps
 from support import cuda_emulation, oracle
-from support.exit_step_cases import DEPTH, DTYPES, RULES, SOURCES, Case, build, memory
+from support.exit_step_cases import DEPTH, DTYPES, SETTINGS, SOURCES, Case, build, memory
 
 from earlyexit_kernels.criteria import Entropy, FullDepth, Patience
 from earlyexit_kernels.ops import compact, exit_step, gather_rows
+from earlyexit_kernels.ops import schema as op_schemas
 from earlyexit_kernels.ops.schema import COMPACT, EXIT_STEP, GATHER_ROWS, RESIDENT_EXIT
 
 SCHEMAS = {"exit_step": EXIT_STEP, "resident_exit": RESIDENT_EXIT, "compact": COMPACT, "gather_rows": GATHER_ROWS}
-#: The name under which the public functions find the emulated ops: torch is what can run anywhere.
+#: Back-end name under which the emulated ops replace the real ones; torch is always available.
 BACKEND = "torch"
 
 
@@ -36,20 +36,15 @@ def ops(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def in_place_of_torch(ops, monkeypatch):
-    """Let the public functions, and the tests of other files that call them, run the emulated ops."""
-    for module, table, name in (
-        ("exit_step", "_EXIT_STEP", "exit_step"),
-        ("compact", "_COMPACT", "compact"),
-        ("compact", "GATHER_ROWS_OPS", "gather_rows"),
-    ):
-        module = importlib.import_module(f"earlyexit_kernels.ops.{module}")
-        monkeypatch.setitem(getattr(module, table), BACKEND, ops[name])
+    """Let the public functions, and the tests of other files, call the emulated ops."""
+    for name in ("exit_step", "compact", "gather_rows"):
+        monkeypatch.setitem(op_schemas._OPS[name], BACKEND, ops[name])
 
 
-#: Every rule on both kinds of input, and every kind of input and class count on one rule.
+#: Every rule on both kinds of input, and one rule on every kind of input and number of classes.
 CASES = [
-    Case(name, source, dtype, 33, 3 if 3 in RULES[name].classes else 1)
-    for name in RULES
+    Case(name, source, dtype, 33, 3 if 3 in SETTINGS[name].classes else 1)
+    for name in SETTINGS
     for source, dtype in (("mean", torch.float32), ("logits", torch.float16))
 ]
 CASES += [Case("entropy", source, dtype, b, c) for source in SOURCES for dtype in DTYPES for b, c in ((1, 2), (7, 17))]
@@ -58,17 +53,17 @@ CASES += [Case("q_exit", source, torch.float32, 0, 3) for source in SOURCES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_oracle(case, count_flips):
+def test_equals_oracle(case, count_flips):
     steps.follow(BACKEND, case, count_flips)
 
 
 @pytest.mark.parametrize(("name", "source"), [("dact", "mean"), ("q_exit", "first"), ("entropy", "logits")])
-def test_a_row_has_the_same_bits_in_any_company(name, source):
-    steps.test_a_row_has_the_same_bits_in_any_company(BACKEND, name, source)
+def test_bits_of_a_row_do_not_depend_on_the_batch(name, source):
+    steps.test_bits_of_a_row_do_not_depend_on_the_batch(BACKEND, name, source)
 
 
 def head(width, dtype, pooling, lengths=(3, 1, 70, 12), classes=3, shift=0):
-    """Arguments of exit_step over rows of these lengths, hidden states and weights `shift` values off alignment."""
+    """Return arguments of exit_step for rows of these lengths; hidden states and weights are misaligned by `shift`."""
     g = torch.Generator().manual_seed(width)
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     hidden, weight = (
@@ -86,8 +81,8 @@ def head(width, dtype, pooling, lengths=(3, 1, 70, 12), classes=3, shift=0):
     }
 
 
-def answers_at_once(given, **changed) -> torch.Tensor:
-    """The logits of every row: at the last layer all of them leave."""
+def answers_at_last_layer(given, **changed) -> torch.Tensor:
+    """Run the only layer, at which all rows leave, and return their logits."""
     rows, classes = len(given["row_ids"]), given["weight"].shape[0]
     held = memory(FullDepth(), rows, classes)
     exit_step(criterion=FullDepth(), layer=1, depth=1, backend=BACKEND, **{**given, **changed}, **held)
@@ -98,16 +93,16 @@ def answers_at_once(given, **changed) -> torch.Tensor:
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("width", [1, 3, 24, 768, 4104])
 def test_widths_and_alignment(width, pooling, dtype):
-    """4104 values of two bytes are one pack more than the threads of a block."""
+    """4104 two-byte values are one pack more than a block has threads."""
     given = head(width, dtype, pooling)
     hidden, weight, bias = (given[name].double() for name in ("hidden", "weight", "bias"))
     rows = hidden.split(given["offsets"].diff().tolist())
     pooled = torch.stack([row.mean(dim=0) if pooling == "mean" else row[0] for row in rows])
-    answers = answers_at_once(given)
+    answers = answers_at_last_layer(given)
     torch.testing.assert_close(answers.double(), pooled @ weight.T + bias, rtol=1e-5, atol=1e-5)
     for changed in ({"hidden": head(width, dtype, pooling, shift=1)["hidden"]}, head(width, dtype, pooling, shift=1)):
         given["row_ids"] = torch.arange(4, dtype=torch.int32)
-        assert torch.equal(answers_at_once(given, **changed), answers), "alignment changes a row's bits"
+        assert torch.equal(answers_at_last_layer(given, **changed), answers), "bits depend on the alignment"
 
 
 @pytest.mark.parametrize("classes", [6000, 6100])
@@ -126,12 +121,12 @@ def test_classes_beyond_shared_memory(classes):
         backend=BACKEND,
         **held,
     )
-    gone = entropy < threshold
-    assert gone.any() and counts.tolist() == [int((~gone).sum())] * 2 + [0]
-    assert torch.equal(row_ids < 0, gone) and torch.equal(held["answers"][gone], logits[gone])
+    left = entropy < threshold
+    assert left.any() and counts.tolist() == [int((~left).sum())] * 2 + [0]
+    assert torch.equal(row_ids < 0, left) and torch.equal(held["answers"][left], logits[left])
 
 
-def test_a_large_batch_is_one_launch():
+def test_large_batch():
     rows = 1500
     logits, held = torch.randn(rows, 2), memory(FullDepth(), rows, 2)
     logits[::7] = torch.nan
@@ -178,7 +173,7 @@ def test_gather_rows_at_any_alignment(shift):
 
 
 def resident(criterion, lengths, capacity, side, rows, requests, classes) -> dict:
-    """The buffers of a bucket with room for `rows`, some of them absent, on one of its two sides."""
+    """Return the buffers of a bucket with capacity for `rows` rows, on one of its two sides."""
     offsets = torch.full((rows + 1,), sum(lengths), dtype=torch.int32)
     offsets[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
     row_ids = torch.full((rows,), -1, dtype=torch.int32)
@@ -193,8 +188,8 @@ def resident(criterion, lengths, capacity, side, rows, requests, classes) -> dic
     }
 
 
-def settled(row_ids, offsets, invalid, tile, capacity) -> dict[str, list[int]]:
-    """What is left after the decisions, worked out row by row."""
+def expected_after_exit(row_ids, offsets, invalid, tile, capacity) -> dict[str, list[int]]:
+    """Compute the expected buffers after the decisions, row by row."""
     live = [i for i, n in enumerate(row_ids) if n >= 0]
     tokens = sum(offsets[i + 1] - offsets[i] for i in live)
     present = offsets[-1] - offsets[0]
@@ -232,7 +227,7 @@ def call_resident(op, given, criterion, layer, *, tile, capacity, depth=DEPTH, h
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("tile", [1, 16, 64])
 @pytest.mark.parametrize(("rows", "present"), [(1, 1), (8, 5), (33, 33), (1024, 300), (1100, 1100)])
-def test_resident_exit_settles(ops, rows, present, tile, side):
+def test_resident_exit_compacts(ops, rows, present, tile, side):
     g = torch.Generator().manual_seed(rows + tile)
     lengths = torch.randint(1, 6, (present,), generator=g).tolist()
     capacity, criterion = sum(lengths) + 9, Entropy(threshold=0.6)
@@ -252,7 +247,7 @@ def test_resident_exit_settles(ops, rows, present, tile, side):
         backend=BACKEND,
         **held,
     )
-    want = settled(row_ids.tolist(), offsets.tolist(), int(counts[2]), tile, capacity)
+    want = expected_after_exit(row_ids.tolist(), offsets.tolist(), int(counts[2]), tile, capacity)
     handle = condition.data_ptr()
     call_resident(ops["resident_exit"], given, criterion, 1, logits=logits, tile=tile, capacity=capacity, handle=handle)
     assert {name: given[name].tolist() for name in want} == want
@@ -262,10 +257,10 @@ def test_resident_exit_settles(ops, rows, present, tile, side):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", ["patience_1", "q_exit", "dact"])
-def test_resident_loop_answers_as_exit_step(ops, name, source):
-    """All layers over two sides of one buffer, rows moving as they leave."""
+def test_resident_loop_matches_exit_step(ops, name, source):
+    """Run all layers over two sides of one buffer, with compaction."""
     batch = build(Case(name, source, torch.float32, 33, 3))
-    criterion, everyone = RULES[name].build(3), torch.arange(33)
+    criterion, everyone = SETTINGS[name].build(3), torch.arange(33)
     answers, exit_layer = steps.finish(BACKEND, name, batch.layers, everyone)
     lengths = batch.layers[0]["offsets"].diff().tolist() if source != "logits" else [2] * 33
     capacity = sum(lengths)
@@ -302,7 +297,7 @@ def source_pooling(source) -> str:
     return "none" if source == "logits" else source
 
 
-REFUSED = {
+INVALID = {
     "old_offsets": ({"old_offsets": torch.zeros(2).int()}, {}, ("old_offsets", "[3]", "got int32 [2]")),
     "source": ({"source": torch.zeros(2)}, {}, ("source", "int32 [2]", "got float32")),
     "counts": ({"counts": torch.zeros(3).int()}, {}, ("counts", "[4]", "got int32 [3]")),
@@ -313,9 +308,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", INVALID)
 def test_resident_exit_refuses(ops, name):
-    tensors, numbers, words = REFUSED[name]
+    tensors, numbers, words = INVALID[name]
     criterion = Patience(patience=1)
     given = resident(criterion, [2, 2], 4, 0, 2, 3, 3)
     inputs = {"hidden": torch.randn(8, 8), "weight": torch.randn(3, 8), "bias": torch.randn(3), "pooling": "first"}
@@ -325,23 +320,23 @@ def test_resident_exit_refuses(ops, name):
     assert all(word in str(caught.value) for word in ("resident_exit_cpp: ", *words)), str(caught.value)
 
 
-def test_a_buffer_that_overlaps_itself_in_part_is_refused(ops):
+def test_partially_overlapping_buffers_are_refused(ops):
     hidden, offsets, source = torch.zeros(4, 2), torch.tensor([0, 1]).int(), torch.zeros(1).int()
     with pytest.raises(ValueError, match="share no memory"):
         ops["gather_rows"](hidden[:3], offsets, source, offsets, hidden[1:])
 
 
-def test_turns_are_taken_one_by_one(ops):
+def test_take_turn_counts_turns(ops):
     turn, chosen, again = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
-    seen = []
+    results = []
     for _ in range(3):
         ops["take_turn"](*(ctypes.c_void_p(x.data_ptr()) for x in (turn, chosen, again)), 3)
-        seen.append((chosen.item(), again.item()))
-    assert seen == [(0, 1), (1, 1), (2, 0)]
+        results.append((chosen.item(), again.item()))
+    assert results == [(0, 1), (1, 1), (2, 0)]
 
 
-def test_hidden_states_without_a_number_are_refused(ops):
-    """Their weight has no memory, which the kernel takes for ready logits."""
+def test_hidden_of_width_zero_is_refused(ops):
+    """The weight would be a null pointer, which stands for given logits in the kernel."""
     held, criterion = memory(FullDepth(), 2, 3), FullDepth()
     row_ids, empty = torch.arange(2).int(), (torch.zeros(2, 0), None, torch.zeros(3, 0), torch.zeros(3), None, None)
     with pytest.raises(ValueError, match=r"exit_step_cpp: expected hidden .* got \[2, 0\]"):

@@ -1,4 +1,4 @@
-"""A row's answer and exit do not depend on who shares its batch, nor on how the batch is compacted.
+"""The answer and exit of a row do not depend on the other rows of its batch, nor on compaction.
 
 A row may decide otherwise only where its score lies within the rounding of library matrix products of where the
 decision turns; the tests ask a full-depth trace with noise of that size, count such flips and show them.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support.backends import backend_params
-from support.leaving_models import LENGTHS, OF_EACH_KIND, SETTINGS, setting
+from support.leaving_models import LENGTHS, OF_EACH_KIND, setting
 from support.models import DEPTH, VOCABULARY, entropies, parameter_set
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import criteria
+from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.engine import eager
 
 FAMILIES = ("bert", "roberta", "albert")
@@ -25,14 +25,10 @@ CASES = [
     pytest.param(family, name, backend.values[0], marks=backend.marks)
     for backend in backend_params()
     for family in FAMILIES
-    for name in SETTINGS
+    for name in RULES
     if (family == "bert", name in OF_EACH_KIND).count(True) >= (2 if "triton" in backend.values else 1)
 ]
 every_case = pytest.mark.parametrize(("family", "criterion", "backend"), CASES, indirect=["backend"])
-
-
-def test_every_rule_is_among_them():
-    assert set(SETTINGS) == set(criteria.RULES)
 
 
 def rows(batch, index):
@@ -40,7 +36,7 @@ def rows(batch, index):
 
 
 def near_a_turn(trace, criterion, row):
-    """Whether noise of the size of that rounding moves the exit that a row of the trace leaves at."""
+    """Return whether noise of the size of that rounding changes the exit layer of a row of the trace."""
     generator = torch.Generator().manual_seed(row)
 
     def noisy(x):
@@ -52,7 +48,7 @@ def near_a_turn(trace, criterion, row):
 
 
 def flips(trace, criterion, got, expected):
-    """Rows that left elsewhere, each allowed by its score; every other row has the same label and close logits."""
+    """Return the number of rows with another exit layer, which must be near a threshold; all others must be equal."""
     count = 0
     for row in range(len(expected.exit_layer)):
         exits = got.exit_layer[row].item(), expected.exit_layer[row].item()
@@ -89,7 +85,7 @@ def test_one_row_at_a_time(family, backend, criterion, count_flips):
 
 
 @every_case
-def test_shuffled_and_regrouped(family, backend, criterion, count_flips):
+def test_shuffled_and_regrouped_rows(family, backend, criterion, count_flips):
     model, batch, trace = setting(family, backend, criterion)
     expected = model(**batch)
     n, found = len(expected.exit_layer), 0
@@ -109,10 +105,10 @@ def test_shuffled_and_regrouped(family, backend, criterion, count_flips):
     ("family", "criterion", "pooling"),
     [
         *((family, "entropy", pooling) for family in FAMILIES for pooling in (None, "first", "mean")),
-        *(("bert", name, None) for name in SETTINGS if name != "entropy"),
+        *(("bert", name, None) for name in RULES if name != "entropy"),
     ],
 )
-def test_beside_a_poisoned_and_an_empty_row(family, criterion, pooling, backend, count_flips):
+def test_rows_beside_invalid_and_empty_rows(family, criterion, pooling, backend, count_flips):
     model, batch, trace = setting(family, backend, criterion, pooling=pooling)
     expected = model(**batch)
     n = len(expected.exit_layer)
@@ -132,16 +128,16 @@ def test_beside_a_poisoned_and_an_empty_row(family, criterion, pooling, backend,
 
 @every_case
 @pytest.mark.parametrize("pooling", [None, "mean"])
-def test_compaction_changes_nothing(family, pooling, criterion, backend, monkeypatch):
+def test_compaction_does_not_change_results(family, pooling, criterion, backend, monkeypatch):
     model, batch, _ = setting(family, backend, criterion, pooling=pooling)
     shrunk = []
-    shrink = eager.shrink
+    compact_batch = eager.compact_batch
 
     def watched(batch, hidden, live, tokens, backend):
         shrunk.append((len(batch.lengths), live))
-        return shrink(batch, hidden, live, tokens, backend)
+        return compact_batch(batch, hidden, live, tokens, backend)
 
-    monkeypatch.setattr(eager, "shrink", watched)
+    monkeypatch.setattr(eager, "compact_batch", watched)
     # the rule is made for models of a real size; on this one it now says yes where half of the tokens have left
     monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
     monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
@@ -168,8 +164,8 @@ def test_back_ends_agree(family, backend, criterion, count_flips):
 
 
 @pytest.mark.parametrize("compaction", COMPACTIONS)
-def test_last_row_leaves_first(backend, compaction):
-    """The row at the end of the batch is the first to go, then the one before it."""
+def test_rows_leave_from_the_end_of_the_batch(backend, compaction):
+    """The last row leaves first, then the one before it."""
     model, batch, _ = setting("bert", backend)
     model.compaction = compaction
     order = model(**batch).exit_layer.argsort(descending=True, stable=True)
@@ -180,7 +176,7 @@ def test_last_row_leaves_first(backend, compaction):
 
 
 @pytest.mark.parametrize("compaction", COMPACTIONS)
-def test_one_row_and_no_row(backend, compaction):
+def test_batches_of_one_row_and_no_row(backend, compaction):
     model, batch, _ = setting("bert", backend)
     model.compaction = compaction
     expected = model(**batch)
@@ -204,8 +200,8 @@ def test_all_rows_leave_together(backend, compaction, threshold):
     assert (out.logits - trace.logits[:, layer - 1]).abs().max() <= TOLERANCE
 
 
-def test_flip_check_sees_a_flip():
-    """The check itself: a row that left elsewhere without a reason fails it, one at the threshold is counted."""
+def test_flip_check_finds_a_flip():
+    """A row with another exit layer fails the check, one at the threshold is counted."""
     logits = torch.zeros(1, DEPTH, 3)
     logits[..., 0] = 2.0
     score = entropies(logits)[0, 1].item()
@@ -218,6 +214,6 @@ def test_flip_check_sees_a_flip():
         flips(ee.ExitTrace(logits), far, one, other)
 
 
-def test_an_unknown_compaction_is_refused():
+def test_unknown_compaction_is_refused():
     with pytest.raises(ValueError, match=r"compaction: expected one of \('auto', 'always', 'never'\), got 'alwys'"):
-        eager.Settings(compaction="alwys")
+        eager.RunOptions(compaction="alwys")

@@ -1,4 +1,4 @@
-"""Settings changed while another thread runs the model: each forward answers by one setting from start to end."""
+"""Criteria set while another thread runs the model: each forward pass uses one criterion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.models import early_exit, ragged
 
 from earlyexit_kernels.criteria import Entropy, MaxProbability, Patience, QExit, SampledExit, SkipGate
 
-#: Method of the heads -> criteria among which a thread switches; only some of them draw, halt or skip layers.
+#: Training method -> criteria that a thread sets in turn; some draw random numbers, halt or skip layers.
 RULES = {
     "palbert": (None, Entropy(threshold=0.9), SampledExit(seed=3), QExit(q=0.6), Patience(patience=1)),
     "smartbert": (None, MaxProbability(threshold=0.5), SkipGate(threshold=0.5, exit=Entropy(threshold=0.9))),
@@ -19,7 +19,7 @@ RULES = {
 
 
 def answer(model, batch, all_logits):
-    """The answers and exit layers of a forward pass."""
+    """Return the answers and exit layers of a forward pass."""
     out = model(**batch, output_all_logits=all_logits)
     return out.logits, out.exit_layer
 
@@ -30,7 +30,7 @@ def same(left, right) -> bool:
 
 @pytest.mark.parametrize("all_logits", [False, True])
 @pytest.mark.parametrize("method", RULES)
-def test_a_criterion_set_during_a_forward_is_used_by_the_next_one(method, all_logits):
+def test_criterion_set_during_a_pass_is_used_by_the_next(method, all_logits):
     model, batch = early_exit(method=method), ragged()
     embeddings = model.backbone.embeddings.word_embeddings
     for before, after in itertools.permutations(RULES[method], 2):
@@ -45,7 +45,7 @@ def test_a_criterion_set_during_a_forward_is_used_by_the_next_one(method, all_lo
 
 
 @pytest.mark.parametrize("method", RULES)
-def test_each_answer_is_of_one_criterion_while_a_thread_sets_others(method):
+def test_each_pass_uses_one_criterion(method):
     model, batch, rules = early_exit(method=method), ragged(), RULES[method]
     expected = []
     for rule in rules:
@@ -81,8 +81,8 @@ def test_each_answer_is_of_one_criterion_while_a_thread_sets_others(method):
     assert not any(thread.is_alive() for thread in (setter, *callers)) and wrong == []
 
 
-def test_the_public_criterion_is_read_once():
-    """Full depth is None to the caller, whatever another thread sets between two reads."""
+def test_public_criterion_is_read_once():
+    """Full depth is None, even if another thread sets a criterion between two reads."""
     model = early_exit()
     reads = []
 

@@ -1,9 +1,8 @@
-"""Counts that arrive late: the bounds themselves, and the whole loop on them against the loop on exact counts."""
+"""Counts that arrive late: the bounds, and the whole loop with bounds against the loop with exact counts."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import itertools
 import math
 from collections import deque
@@ -12,14 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import reference_networks
-from support.leaving_models import HEADS, LENGTHS, SETTINGS, setting
+from support.leaving_models import HEADS, LENGTHS, setting
 from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, varied_entropy
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine import counts, eager, packing
+from earlyexit_kernels.criteria import RULES
+from earlyexit_kernels.engine import counts, eager, embedding, packing
 from earlyexit_kernels.engine.counts import HostCounts, LaggedCounts, counts_for
+from earlyexit_kernels.engine.inputs import Inputs
 
-models_room = importlib.import_module("earlyexit_kernels.hf.model")
 CPU = torch.device("cpu")
 POISON = VOCABULARY - 1
 NAN = float("nan")
@@ -59,7 +59,7 @@ class Late(LaggedCounts):
 # the bounds
 
 
-def test_a_bound_is_the_newest_that_has_arrived():
+def test_bounds_are_the_latest_arrived_counts():
     late = Late(4, CPU)
     assert late.after(1, numbers(7, 50, 0), (9, 60)) == (9, 60)
     assert late.after(2, numbers(5, 30, 2), (9, 60)) == (7, 50)
@@ -68,8 +68,8 @@ def test_a_bound_is_the_newest_that_has_arrived():
     assert late.finish() == [0, 2, 0, 1]
 
 
-def test_a_bound_is_taken_as_soon_as_it_is_there():
-    """What arrives without delay, as on CPU tensors, is exact whatever the lag; only waiting depends on that."""
+def test_counts_without_delay_are_exact():
+    """Counts that arrive at once, as on the CPU, are exact for every lag."""
     prompt = LaggedCounts(3, CPU)
     prompt.lag = 9
     exact = HostCounts(3)
@@ -78,7 +78,7 @@ def test_a_bound_is_taken_as_soon_as_it_is_there():
     assert prompt.finish() == exact.finish() == [1, 0, 0]
 
 
-def test_what_the_batch_before_left_is_no_bound():
+def test_stale_words_are_ignored():
     first = LaggedCounts(3, CPU)
     for layer in (1, 2, 3):
         first.after(layer, numbers(1, 2, 3), (9, 60))
@@ -92,7 +92,7 @@ def test_what_the_batch_before_left_is_no_bound():
     assert second.finish() == [0, 0, 0]
 
 
-def test_a_part_of_the_numbers_is_no_bound():
+def test_partial_words_are_ignored():
     late = Late(2, CPU, lag=math.inf, delay=math.inf)
     late.after(1, numbers(4, 20, 0), (9, 60))
     _, words = late.sent[0]
@@ -102,7 +102,7 @@ def test_a_part_of_the_numbers_is_no_bound():
     assert late.after(2, None, (9, 60)) == (4, 20)
 
 
-def test_memory_in_use_or_left_behind_by_a_batch_that_failed_is_nobody_elses():
+def test_memory_in_use_is_not_shared():
     depth = 77
     broken, other = LaggedCounts(depth, CPU), LaggedCounts(depth, CPU)
     assert broken._words is not other._words
@@ -112,7 +112,7 @@ def test_memory_in_use_or_left_behind_by_a_batch_that_failed_is_nobody_elses():
     assert later[0]._words is other._words and later[1]._words is not broken._words
 
 
-def test_epochs_start_again_before_they_leave_the_word(monkeypatch):
+def test_epochs_wrap_within_the_word(monkeypatch):
     monkeypatch.setattr(counts, "_EPOCHS", itertools.count(counts.LAST_EPOCH - 1))
     largest = 2**31 - 1
     for epoch in (counts.LAST_EPOCH, 1):
@@ -122,7 +122,7 @@ def test_epochs_start_again_before_they_leave_the_word(monkeypatch):
         assert batch.finish() == [5, 0]
 
 
-def test_memory_made_in_inference_mode_serves_outside_of_it():
+def test_memory_from_inference_mode_is_reused_outside_of_it():
     depth = 78
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
@@ -131,13 +131,13 @@ def test_memory_made_in_inference_mode_serves_outside_of_it():
             batch.finish()
 
 
-def test_memory_is_the_hosts_whatever_the_default_device():
+def test_memory_ignores_the_default_device():
     with torch.device("meta"):
         batch = LaggedCounts(79, CPU)
     assert batch.after(1, numbers(3, 9, 0), (4, 12)) == (3, 9)
 
 
-def test_a_fault_of_the_device_ends_the_wait():
+def test_device_errors_end_the_wait():
     class Broken:
         def query(self):
             raise RuntimeError("an illegal memory access")
@@ -148,7 +148,7 @@ def test_a_fault_of_the_device_ends_the_wait():
         late.after(1, numbers(1, 1, 0), (2, 2))
 
 
-def test_who_gets_which():
+def test_counts_for():
     assert isinstance(counts_for(4, CPU, exact=False), HostCounts)
     assert isinstance(counts_for(4, torch.device("cuda"), exact=True), HostCounts)
 
@@ -157,7 +157,7 @@ def test_who_gets_which():
 
 
 def exact_linear(x, weight, bias=None):
-    """A linear whose rows don't round with their number."""
+    """A linear whose rounding does not depend on the number of rows."""
     y = (x.unsqueeze(-2) * weight).sum(-1)
     return y if bias is None else y + bias
 
@@ -168,14 +168,14 @@ def as_on_cuda(monkeypatch):
     Returns a function that chooses the counts, and a list of how many tokens without a row each compaction left.
     """
     spare = []
-    shrink, pack = eager.shrink, models_room.pack
+    compact_batch, pack = eager.compact_batch, embedding.pack
 
     def unknown_lengths(*arguments, **options):
         batch = pack(*arguments, **options)
         return dataclasses.replace(batch, lengths=None, longest=max(batch.lengths))
 
     def into_full_memory(*arguments):
-        batch, hidden, source = shrink(*arguments)
+        batch, hidden, source = compact_batch(*arguments)
         end = int(batch.offsets[-1])
         hidden[0, end:] = NAN
         spare.append(hidden.shape[1] - end)
@@ -187,8 +187,8 @@ def as_on_cuda(monkeypatch):
 
     monkeypatch.setattr(F, "linear", exact_linear)
     monkeypatch.setattr(packing, "_varlen", reference_networks.attended_by_row)
-    monkeypatch.setattr(models_room, "pack", unknown_lengths)
-    monkeypatch.setattr(eager, "shrink", into_full_memory)
+    monkeypatch.setattr(embedding, "pack", unknown_lengths)
+    monkeypatch.setattr(eager, "compact_batch", into_full_memory)
     # half of the tokens gone is enough for 'auto' on a model as small as this one
     monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
     monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
@@ -197,7 +197,7 @@ def as_on_cuda(monkeypatch):
 
 def answers(model, batch, compaction):
     model.compaction = compaction
-    return model._answers((batch["input_ids"], batch["attention_mask"], None, None), model._criterion)
+    return model.execution.run(model.view(), Inputs(batch["input_ids"], batch["attention_mask"]), strict=False)
 
 
 def same(got, expected):
@@ -209,18 +209,18 @@ def same(got, expected):
 
 
 def with_poison(batch):
-    """The batch with a row of NaN before and behind the others."""
+    """The batch with a row of NaN before and after the others."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     row = torch.full_like(ids[:1], POISON)
     return {"input_ids": torch.cat([row, ids, row]), "attention_mask": torch.cat([mask[1:2], mask, mask[:1]])}
 
 
 @pytest.mark.parametrize(("lag", "delay"), ARRIVALS)
-@pytest.mark.parametrize("criterion", SETTINGS)
-def test_bounds_answer_as_exact_counts_do(criterion, lag, delay, monkeypatch):
-    """Bit by bit: logits, exits, layers run and invalid counts, with rows of NaN at both ends, and of a row alone."""
+@pytest.mark.parametrize("criterion", RULES)
+def test_bounds_and_exact_counts_give_equal_results(criterion, lag, delay, monkeypatch):
+    """Equal bits of all results, with NaN rows at both ends, and for a single row."""
     model, batch, _ = setting("bert", "auto", criterion)
-    monkeypatch.setattr(model, "_layers", "family")
+    monkeypatch.setattr(model.execution, "_layers", "family")
     choose, spare = as_on_cuda(monkeypatch)
     parts = with_poison(batch), batch, {name: values[1:2] for name, values in batch.items()}
     with parameter_set(model.get_input_embeddings().weight, POISON, NAN):
@@ -233,10 +233,10 @@ def test_bounds_answer_as_exact_counts_do(criterion, lag, delay, monkeypatch):
     assert any(spare) or lag != 1 or len(expected[1].exit_layer.unique()) < 3, "no bound was one too many"
 
 
-def test_every_back_end_takes_bounds(backend, monkeypatch):
-    """Kernels that meet rows without a token and tokens without a row; all tokens are moved at each exit."""
+def test_every_back_end_supports_bounds(backend, monkeypatch):
+    """Kernels run on rows without tokens and tokens without rows; all tokens are moved at each exit."""
     model, batch, _ = setting("bert", backend)
-    monkeypatch.setattr(model, "_layers", "family")
+    monkeypatch.setattr(model.execution, "_layers", "family")
     choose, spare = as_on_cuda(monkeypatch)
     expected = answers(model, batch, "never")
     choose(1, 1)
@@ -245,7 +245,7 @@ def test_every_back_end_takes_bounds(backend, monkeypatch):
 
 
 def leaving(arguments, family="bert", kind="right"):
-    """A model with these heads and a batch whose rows leave by turns."""
+    """A model with these heads and a batch whose rows leave at different layers."""
     model = early_exit(family, **arguments)
     model.set_criterion(None)
     batch = batch_for(model, kind, lengths=LENGTHS)
@@ -256,7 +256,7 @@ def leaving(arguments, family="bert", kind="right"):
 
 @pytest.mark.parametrize("kind", ["full", "right", "holes"])
 @pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
-def test_all_heads_take_bounds(arguments, kind, monkeypatch):
+def test_all_heads_support_bounds(arguments, kind, monkeypatch):
     model, batch = leaving(arguments, kind=kind)
     rules = [model.criterion, ee.criteria.HiddenCosine(threshold=0.9)]
     rules += [ee.criteria.QExit(q=0.5)] * ("halting" in model.heads.aux_names)
@@ -269,8 +269,8 @@ def test_all_heads_take_bounds(arguments, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("layer", [1, 3, DEPTH])
-def test_a_strict_model_names_the_layer(layer, monkeypatch):
-    """It says so when it knows, which is never later than at the end."""
+def test_strict_model_names_the_layer(layer, monkeypatch):
+    """At the end of the batch at the latest."""
     model, batch = leaving({"strict": True})
     model.set_criterion(None if layer == DEPTH else ee.criteria.Entropy(threshold=0.0))
     choose, _ = as_on_cuda(monkeypatch)
@@ -282,7 +282,7 @@ def test_a_strict_model_names_the_layer(layer, monkeypatch):
     assert torch.isfinite(model(**batch).logits).all()
 
 
-def test_the_loop_ends_a_layer_late_at_most(monkeypatch):
+def test_loop_runs_at_most_one_extra_layer(monkeypatch):
     model, batch = leaving({})
     model.set_criterion(ee.criteria.Entropy(threshold=100.0))
     choose, _ = as_on_cuda(monkeypatch)
@@ -295,8 +295,8 @@ def test_the_loop_ends_a_layer_late_at_most(monkeypatch):
         assert model(**batch).exit_layer.tolist() == [1] * len(LENGTHS) and len(run) == layers
 
 
-def test_gates_have_exact_counts(monkeypatch):
-    """Rows that skip are found by the host: such a loop can't do with bounds, wherever it runs."""
+def test_gates_use_exact_counts(monkeypatch):
+    """The host selects the rows that skip, so bounds are not enough on any device."""
     asked = []
 
     def watched(depth, device, exact):

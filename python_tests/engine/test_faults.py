@@ -1,4 +1,4 @@
-"""What must never happen: faults of numbers, settings and surroundings, and what happens instead."""
+"""Faults: invalid logits, invalid settings, interruptions, threads, missing parts of the environment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = [3, 5, 8, 9, 10, 11, 12, 14]
 
 
 def leaving_at(layer):
-    """An entropy rule by which every row with meaningful logits leaves at `layer`."""
+    """Return an entropy rule by which every row with valid logits leaves at `layer`."""
     return Entropy(threshold=[0.0] * (layer - 1) + [100.0] * (DEPTH - layer))
 
 
@@ -39,11 +39,11 @@ def warnings_of(caplog):
     return [r for r in caplog.records if r.name == "earlyexit_kernels" and r.levelno >= logging.WARNING]
 
 
-# 1 to 3: numbers without a meaning
+# invalid numbers
 
 
 @pytest.mark.parametrize("compaction", ["always", "never"])
-def test_nan_at_a_head_never_exits_there(caplog, compaction):
+def test_row_with_nan_does_not_exit_there(caplog, compaction):
     model, batch = early_exit(criterion=leaving_at(2)), ragged()
     model.compaction = compaction
     assert model(**batch).exit_layer.tolist() == [2] * 4
@@ -53,12 +53,12 @@ def test_nan_at_a_head_never_exits_there(caplog, compaction):
             assert out.exit_layer.tolist() == [3] * 4 and torch.isfinite(out.logits).all()
             assert model.invalid_rows == 4 * calls
     assert len(warnings_of(caplog)) == 1
-    assert "{2: 4}" in warnings_of(caplog)[0].getMessage() and "strict=True" in warnings_of(caplog)[0].getMessage()
+    assert "{2: 4}" in warnings_of(caplog)[0].getMessage() and "strict = True" in warnings_of(caplog)[0].getMessage()
     assert model(**batch).exit_layer.tolist() == [2] * 4 and model.invalid_rows == 8
 
 
 @pytest.mark.parametrize("layer", [1, 3, 4])
-def test_nan_raises_with_the_layer_in_a_strict_model(layer):
+def test_strict_model_raises_with_the_layer(layer):
     model, batch = early_exit(criterion=leaving_at(4), strict=True), ragged()
     expected = model(**batch)
     refusal = pytest.raises(ee.InvalidLogitsError, match=rf"4 row\(s\).*at layer {layer} of 4.*strict=False")
@@ -67,7 +67,7 @@ def test_nan_raises_with_the_layer_in_a_strict_model(layer):
     assert torch.equal(model(**batch).logits, expected.logits)
 
 
-def test_nan_rows_of_a_batch_are_counted_alone():
+def test_only_rows_with_nan_are_counted():
     model = early_exit(criterion=leaving_at(3))
     batch = ragged()
     batch["input_ids"][2, 1] = VOCABULARY - 1
@@ -75,11 +75,11 @@ def test_nan_rows_of_a_batch_are_counted_alone():
         out = model(**batch)
     assert out.exit_layer.tolist() == [3, 3, 4, 3]
     assert out.logits[2].isnan().all() and torch.isfinite(out.logits[[0, 1, 3]]).all()
-    assert model.invalid_rows == 4, "one row, at each of the four exits"
+    assert model.invalid_rows == 4, "one row at each of four exits"
 
 
-def test_training_leaves_the_counts_on_the_device(monkeypatch, caplog):
-    """On a device with a queue nothing is read at each step, but every 100 steps, on request and in eval mode."""
+def test_training_counts_stay_on_the_device(monkeypatch, caplog):
+    """On an asynchronous device counts are read every 100 steps, on request and in eval mode only."""
     monkeypatch.setattr(invalid, "SYNCHRONOUS_DEVICES", ())
     monkeypatch.setattr(invalid, "PASSES_BETWEEN_READS", 3)
     reads, tolist = [], torch.Tensor.tolist
@@ -98,10 +98,10 @@ def test_training_leaves_the_counts_on_the_device(monkeypatch, caplog):
         model(**batch)
     model.eval()
     model(**batch)
-    assert model._invalid._waiting is None and model.invalid_rows == 24 and len(warnings_of(caplog)) == 1
+    assert model.execution.invalid._waiting is None and model.invalid_rows == 24 and len(warnings_of(caplog)) == 1
 
 
-def test_a_strict_model_refuses_at_the_step(monkeypatch):
+def test_strict_model_raises_at_the_training_step(monkeypatch):
     monkeypatch.setattr(invalid, "SYNCHRONOUS_DEVICES", ())
     model = early_exit(strict=True).train()
     refusal = pytest.raises(ee.InvalidLogitsError, match=r"4 row\(s\).*at layer 2 of 4")
@@ -110,14 +110,14 @@ def test_a_strict_model_refuses_at_the_step(monkeypatch):
 
 
 @pytest.mark.parametrize("criterion", [None, leaving_at(4), Patience(patience=3), QExit(q=1.0)])
-def test_nan_at_the_last_head_is_returned(criterion):
+def test_nan_at_the_last_exit_is_returned(criterion):
     model = early_exit(criterion=criterion, halting=True)
     with parameter_set(model.heads.out[-1].bias, slice(None), NAN):
         out = model(**ragged())
     assert out.exit_layer.tolist() == [DEPTH] * 4 and out.logits.isnan().all()
 
 
-def test_nan_halting_never_exits_and_keeps_its_state():
+def test_nan_halting_does_not_exit_and_keeps_its_state():
     model, batch = early_exit(criterion=QExit(q=0.3), halting=True), ragged()
     with torch.no_grad():
         for head in model.heads.halting:
@@ -125,7 +125,7 @@ def test_nan_halting_never_exits_and_keeps_its_state():
             head.out.bias.fill_(math.log(0.2 / 0.8))
     assert model(**batch).exit_layer.tolist() == [2] * 4, "1 - .8 ** 2 = .36"
     with parameter_set(model.heads.halting[1].out.bias, 0, NAN):
-        assert model(**batch).exit_layer.tolist() == [3] * 4, "layer 2 counts for nothing"
+        assert model(**batch).exit_layer.tolist() == [3] * 4, "layer 2 is ignored"
 
 
 @pytest.mark.parametrize("criterion", [Entropy(threshold=0.1), MaxProbability(threshold=0.99), Margin(threshold=0.99)])
@@ -139,7 +139,7 @@ def test_one_infinite_logit_dominates(criterion):
 
 
 @pytest.mark.parametrize("value", [(INF, INF, 0.0), (-INF, -INF, -INF)])
-def test_infinities_that_cancel_are_the_nan_rule(value):
+def test_several_infinities_are_invalid(value):
     model, batch = early_exit(criterion=leaving_at(1)), ragged()
     with parameter_set(model.heads.out[0].bias, slice(None), torch.tensor(value)):
         out = model(**batch)
@@ -147,7 +147,7 @@ def test_infinities_that_cancel_are_the_nan_rule(value):
 
 
 def test_zero_probabilities():
-    """p underflows to 0, and 0 log 0 is 0: the entropy is 0, below any threshold."""
+    """p underflows to 0 and 0 log 0 = 0, so the entropy is 0, below every threshold."""
     model, batch = early_exit(criterion=Entropy(threshold=1e-6)), ragged()
     for value in (torch.tensor([0.0, 1e4, -1e4]), torch.tensor([0.0, 1e4, -INF])):
         with parameter_set(model.heads.out[0].bias, slice(None), value):
@@ -157,7 +157,7 @@ def test_zero_probabilities():
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_half_precision_overflow(everything):
-    """Logits beyond fp16 are finite in float32: the decision is right, and the answer still has a softmax."""
+    """Logits above the fp16 range are finite in float32: the decision is correct and the answer has a softmax."""
     model, batch = early_exit(criterion=Entropy(threshold=[0.0, 1e-3, 0.0])).half(), ragged()
     with torch.no_grad():
         model.heads.dense[0].bias.fill_(20.0)
@@ -168,7 +168,7 @@ def test_half_precision_overflow(everything):
     assert out.logits.argmax(-1).tolist() == [1] * 4
 
 
-# 6 and 7: settings without a meaning
+# invalid settings
 
 SOFTMAX_RULES = [Entropy(threshold=0.5), MaxProbability(threshold=0.5), Margin(threshold=0.5)]
 
@@ -195,7 +195,7 @@ def test_softmax_rules_need_classes(rule):
         ({}, QExit(q=0.5), r"needs heads with a 'halting' output.*method='palbert'"),
     ],
 )
-def test_rule_that_does_not_fit(sizes, rule, message):
+def test_criterion_that_does_not_fit_is_refused(sizes, rule, message):
     with pytest.raises(ValueError, match=message):
         ee.to_early_exit(stock(**sizes), criterion=rule)
 
@@ -221,29 +221,29 @@ def test_rule_that_does_not_fit(sizes, rule, message):
         (lambda: QExit(q=NAN), "q"),
     ],
 )
-def test_number_out_of_range_names_the_argument(build, argument):
+def test_number_out_of_range_is_named(build, argument):
     with pytest.raises(ValueError, match=rf"\({argument}=.*\): expected .*got"):
         build()
 
 
 @pytest.mark.parametrize("rule", [Entropy, MaxProbability, Margin])
 @pytest.mark.parametrize("length", [0, 2, 4])
-def test_threshold_list_of_another_length(rule, length):
+def test_threshold_list_of_wrong_length_is_refused(rule, length):
     with pytest.raises(ValueError, match=f"threshold of criterion .*each of the 3 exits before the last, got {length}"):
         early_exit(criterion=rule(threshold=[0.5] * length))
 
 
-def test_one_layer_and_no_exit_before_it():
+def test_model_with_one_layer():
     model = ee.to_early_exit(stock(num_hidden_layers=1), criterion=Entropy(threshold=[]))
     assert model(**ragged()).exit_layer.tolist() == [1] * 4
 
 
-# 11 and 12: interrupted, and many at once
+# interruptions and threads
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 @pytest.mark.parametrize("compaction", ["always", "never"])
-def test_next_call_after_an_exception_is_right(error, compaction):
+def test_call_after_an_exception(error, compaction):
     model, batch = early_exit(), ragged(lengths=ROWS)
     model.compaction = compaction
     model.set_criterion(varied_entropy(model.trace(**batch)))
@@ -285,7 +285,7 @@ def test_many_threads_on_one_model():
     assert not any(thread.is_alive() for thread in threads) and wrong == []
 
 
-# 15 and 16: surroundings
+# environment
 
 WITHOUT = """
 import logging, sys
@@ -302,12 +302,12 @@ for _ in range(3):
     assert model(**ragged()).logits.shape == (4, 3)
 assert model.backend == "torch"
 chosen = [message for message in records if "chose 'torch'" in message]
-assert len(chosen) == 1 and "not 'cpp': the extension isn't built" in chosen[0], records
+assert len(chosen) == 1 and "not 'cpp': the extension is not built" in chosen[0], records
 for name, cure in (("triton", "install triton"), ("cpp", "make build")):
     try:
         model.set_backend(name)
     except ee.BackendUnavailableError as error:
-        assert f"backend '{name}' can't run on cpu tensors" in str(error) and cure in str(error), error
+        assert f"backend '{name}' cannot run on cpu tensors" in str(error) and cure in str(error), error
     else:
         raise AssertionError(f"{name} was accepted")
 assert model.backend == "torch"
@@ -316,7 +316,7 @@ print("fine")
 
 
 def test_without_triton_and_extension():
-    """The import works and prints nothing."""
+    """The import succeeds and prints nothing."""
     assert run_python(WITHOUT).split() == ["fine"]
 
 
@@ -330,8 +330,8 @@ def test_remote_code_is_not_run(tmp_path):
     assert type(model) is ee.EarlyExitForSequenceClassification and not (tmp_path / "ran").exists()
 
 
-def test_encoder_without_exits_is_untouched_by_a_fault():
-    """A fault in the early-exit model leaves the model it was made from as it was."""
+def test_stock_model_is_unaffected_by_a_fault():
+    """An error in the early-exit model does not change the stock model it was made from."""
     base = stock()
     model, batch = ee.to_early_exit(base, strict=True), ragged()
     expected = encoder_of(base)(**batch).last_hidden_state

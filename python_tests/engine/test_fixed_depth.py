@@ -1,4 +1,4 @@
-"""The masked full-depth mode: the model's answers and exit layers, on padded rows that run every layer."""
+"""The fixed-depth mode against the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from support.models import FAMILIES, batch_for, early_exit, parameter_set, varied_entropy
-from support.rule_models import LENGTHS, NEVER_EARLY, RULES, TOLERANCE, agree, part_of, ruled
+from support.rule_models import LENGTHS, NEVER_EARLY, RULES, TOLERANCE, assert_same_answers, model_for_rule, part_of
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import CRITERIA
@@ -17,61 +17,61 @@ from earlyexit_kernels.engine.packing import pack, row_keys
 # answers
 
 
-def test_the_rules_are_all_there():
-    assert {rule.name for rule in RULES.values()} == set(CRITERIA)
+def test_every_rule_is_tested():
+    assert set(RULES.values()) == set(CRITERIA)
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("name", RULES)
-def test_answers_are_the_models(name, pooling):
-    model, batch = ruled(name, pooling=pooling)
+def test_equals_the_model(name, pooling):
+    model, batch = model_for_rule(name, pooling=pooling)
     expected = model(**batch)
     assert name in NEVER_EARLY or len(expected.exit_layer.unique()) >= 2
     fixed = model.fixed_depth()
-    agree(fixed(**batch), expected)
+    assert_same_answers(fixed(**batch), expected)
     for kind in ("right", "full"):
         other = batch_for(model, kind, lengths=LENGTHS, seed=1)
-        agree(fixed(**other), model(**other))
-    agree(fixed(batch["input_ids"]), model(batch["input_ids"]))
+        assert_same_answers(fixed(**other), model(**other))
+    assert_same_answers(fixed(batch["input_ids"]), model(batch["input_ids"]))
 
 
 @pytest.mark.parametrize("pooling", [None, "first", "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_of_a_family(family, pooling):
+def test_equals_the_model_of_every_family(family, pooling):
     model = early_exit(family, pooling=pooling)
     batch = batch_for(model, lengths=LENGTHS)
     model.set_criterion(varied_entropy(model.trace(**batch)))
     fixed = model.fixed_depth()
     assert len(model(**batch).exit_layer.unique()) == model.depth
-    agree(fixed(**batch), model(**batch))
+    assert_same_answers(fixed(**batch), model(**batch))
     for kind in ("holes", "real_ids_masked", "pad_ids_attended", *(["left"] if pooling == "mean" else [])):
         other = batch_for(model, kind, lengths=LENGTHS)
-        agree(fixed(**other), model(**other))
+        assert_same_answers(fixed(**other), model(**other))
     ids = batch["input_ids"]
     types = (torch.arange(ids.shape[1]) > 6).long().expand(ids.shape)
     positions = torch.arange(ids.shape[1]).expand(ids.shape) * 2 + 3
     for given in ({"token_type_ids": types}, {"position_ids": positions}, {"position_ids": positions[:1]}):
         if family == "distilbert" or ("token_type_ids" in given and family not in ("bert", "albert", "electra")):
             continue
-        agree(fixed(**batch, **given), model(**batch, **given))
+        assert_same_answers(fixed(**batch, **given), model(**batch, **given))
         assert not torch.equal(fixed(**batch, **given)[0], fixed(**batch)[0])
 
 
 @pytest.mark.parametrize("family", ["roberta", "camembert"])
-def test_left_padding_reads_the_first_token_that_is_not_masked(family):
-    """Where positions are counted from the ids, that is the answer of the same rows padded on the right."""
-    model, right = ruled("entropy", family, kind="right")
+def test_left_padding_reads_the_first_unmasked_token(family):
+    """For families that count positions from the ids, equal to the same rows padded on the right."""
+    model, right = model_for_rule("entropy", family, kind="right")
     lengths = right["attention_mask"].sum(1).tolist()
     left = {name: torch.full_like(values, 1 if name == "input_ids" else 0) for name, values in right.items()}
     for row, length in enumerate(lengths):
         for name, values in right.items():
             left[name][row, -length:] = values[row, :length]
-    agree(model.fixed_depth()(**left), model(**right))
+    assert_same_answers(model.fixed_depth()(**left), model(**right))
 
 
 @pytest.mark.parametrize("kind", ["full", "right", "holes"])
-def test_keys_are_those_of_packed_rows(kind):
-    _, batch = ruled("sampled_exit", kind=kind)
+def test_keys_equal_those_of_packed_rows(kind):
+    _, batch = model_for_rule("sampled_exit", kind=kind)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     mask[3] = 0
     packed = pack(ids, mask)
@@ -82,21 +82,21 @@ def test_keys_are_those_of_packed_rows(kind):
 
 
 @pytest.mark.parametrize("name", ["entropy", "sampled_exit", "skip_gate"])
-def test_few_rows_and_rows_without_tokens(name):
-    model, batch = ruled(name)
+def test_small_batches_and_rows_without_tokens(name):
+    model, batch = model_for_rule(name)
     fixed = model.fixed_depth()
     for rows in (slice(2, 3), slice(0, 0)):
-        agree(fixed(**part_of(batch, rows)), model(**part_of(batch, rows)))
-    agree(fixed(**part_of(batch, slice(0, 4), 1)), model(**part_of(batch, slice(0, 4), 1)))
+        assert_same_answers(fixed(**part_of(batch, rows)), model(**part_of(batch, rows)))
+    assert_same_answers(fixed(**part_of(batch, slice(0, 4), 1)), model(**part_of(batch, slice(0, 4), 1)))
     batch["attention_mask"][1] = 0
-    agree(fixed(**batch), model(**batch))
+    assert_same_answers(fixed(**batch), model(**batch))
     nothing = torch.zeros(0, 0, dtype=torch.long)
-    agree(fixed(nothing, nothing), model(nothing, nothing))
+    assert_same_answers(fixed(nothing, nothing), model(nothing, nothing))
 
 
 @pytest.mark.parametrize("name", ["entropy", "patience", "voting", "skip_gate"])
-def test_logits_without_a_meaning_stay_with_their_row(name):
-    model, batch = ruled(name)
+def test_invalid_logits_do_not_affect_other_rows(name):
+    model, batch = model_for_rule(name)
     clean = model(**batch)
     poison = 118
     batch["input_ids"][2] = poison
@@ -112,20 +112,20 @@ def test_logits_without_a_meaning_stay_with_their_row(name):
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("name", ["entropy", "skip_gate"])
-def test_what_is_masked_cannot_touch_a_row(name, pooling):
-    """Not even tokens whose embedding is NaN."""
-    model, batch = ruled(name, pooling=pooling)
+def test_masked_tokens_do_not_affect_a_row(name, pooling):
+    """Even if their embedding is NaN."""
+    model, batch = model_for_rule(name, pooling=pooling)
     expected = model(**batch)
     masked = batch["attention_mask"] == 0
     batch["input_ids"][masked] = 118
     with parameter_set(model.get_input_embeddings().weight, 118, float("nan")):
-        agree(model.fixed_depth()(**batch), expected)
+        assert_same_answers(model.fixed_depth()(**batch), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["full_depth", "expectation"])
 def test_half_precision(name, dtype):
-    model, batch = ruled(name, pooling="mean")
+    model, batch = model_for_rule(name, pooling="mean")
     model.to(dtype)
     logits, exit_layer = model.fixed_depth()(**batch)
     expected = model(**batch)
@@ -134,7 +134,7 @@ def test_half_precision(name, dtype):
 
 
 def test_autocast():
-    model, batch = ruled("full_depth")
+    model, batch = model_for_rule("full_depth")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, _ = model.fixed_depth()(**batch)
     assert logits.dtype == torch.float32 and 0 < (logits - model(**batch).logits).abs().max() < 0.5
@@ -143,8 +143,8 @@ def test_autocast():
 # around the module
 
 
-def test_shares_the_parameters_and_leaves_the_model_alone():
-    model, batch = ruled()
+def test_shares_the_parameters_and_does_not_change_the_model():
+    model, batch = model_for_rule()
     before, config, expected = dict(model.state_dict()), model.config.to_dict(), model(**batch)
     fixed = model.fixed_depth()
     fixed(**batch)
@@ -156,16 +156,16 @@ def test_shares_the_parameters_and_leaves_the_model_alone():
     assert torch.equal(again.logits, expected.logits) and torch.equal(again.exit_layer, expected.exit_layer)
 
 
-def test_keeps_the_criterion_it_was_made_under():
-    model, batch = ruled()
+def test_keeps_its_criterion():
+    model, batch = model_for_rule()
     fixed, expected = model.fixed_depth(), model(**batch)
     model.set_criterion(None)
-    agree(fixed(**batch), expected)
+    assert_same_answers(fixed(**batch), expected)
     assert model.fixed_depth()(**batch)[1].eq(model.depth).all()
 
 
 def test_deepcopy_is_independent():
-    model, batch = ruled()
+    model, batch = model_for_rule()
     fixed = model.fixed_depth()
     twin = copy.deepcopy(fixed)
     with torch.no_grad():
@@ -174,14 +174,14 @@ def test_deepcopy_is_independent():
     assert twin(**batch)[0].abs().sum() > 0 and fixed(**batch)[0].abs().sum() == 0
 
 
-def test_answers_carry_no_gradient():
-    model, batch = ruled()
+def test_answers_have_no_gradient():
+    model, batch = model_for_rule()
     with torch.enable_grad():
         assert not model.fixed_depth()(**batch)[0].requires_grad
 
 
 def test_train_mode_is_refused():
-    model, batch = ruled()
+    model, batch = model_for_rule()
     fixed = model.fixed_depth()
     message = r"expected the model in eval mode, got train mode; call model.eval\(\) first"
     model.train()
@@ -189,23 +189,23 @@ def test_train_mode_is_refused():
         with pytest.raises(RuntimeError, match=message):
             call()
     model.eval()
-    agree(fixed(**batch), model(**batch))
+    assert_same_answers(fixed(**batch), model(**batch))
     with pytest.raises(RuntimeError, match=message):
         fixed.train()(**batch)
-    agree(fixed.eval()(**batch), model.eval()(**batch))
+    assert_same_answers(fixed.eval()(**batch), model.eval()(**batch))
 
 
-def test_a_strict_model_is_refused():
-    model, _ = ruled(strict=True)
-    with pytest.raises(ValueError, match=r"strict=True looks at the logits .*config\.strict = False"):
+def test_strict_model_is_refused():
+    model, _ = model_for_rule(strict=True)
+    with pytest.raises(ValueError, match=r"strict=True reads the logits .*config\.strict = False"):
         model.fixed_depth()
 
 
-def test_another_attention_is_caught():
-    model, batch = ruled()
+def test_replaced_attention_is_refused():
+    model, batch = model_for_rule()
     fixed = model.fixed_depth()
     model.backbone.set_attn_implementation("eager")
-    with pytest.raises(ee.AttentionReplacedError, match="attention is 'eager', expected 'earlyexit_packed'"):
+    with pytest.raises(ee.AttentionReplacedError, match="attention to be 'earlyexit_packed', got 'eager'"):
         fixed(**batch)
 
 
@@ -224,7 +224,7 @@ IDS = torch.full((2, 5), 7)
         ({"input_ids": IDS.to("meta")}, "input_ids is on meta, the model on cpu"),
     ],
 )
-def test_wrong_input_is_refused(batch, message):
-    model, _ = ruled()
+def test_invalid_input_is_refused(batch, message):
+    model, _ = model_for_rule()
     with pytest.raises(ValueError, match=message):
         model.fixed_depth()(**batch)

@@ -1,4 +1,4 @@
-"""The masked full-depth mode as a graph that nothing in the data can break: compiled, exported, captured."""
+"""The fixed-depth mode compiled, exported and captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from support.models import FAMILIES, batch_for, run_python
-from support.rule_models import RULES, agree, part_of, ruled
+from support.rule_models import RULES, assert_same_answers, model_for_rule, part_of
 from torch.export import Dim
 
 from earlyexit_kernels.criteria import CRITERIA
@@ -22,43 +22,43 @@ def no_old_graphs():
 
 @pytest.mark.parametrize(("name", "family"), list(zip(CRITERIA, itertools.cycle(FAMILIES))))
 def test_compiles_without_graph_breaks(name, family, no_old_graphs):
-    """And without another compilation for every batch size and length."""
-    model, batch = ruled(name, family, num_hidden_layers=2)
+    """One compilation serves all batch sizes and lengths."""
+    model, batch = model_for_rule(name, family, num_hidden_layers=2)
     compiled = torch.compile(model.fixed_depth(), fullgraph=True, dynamic=True, backend="eager")
-    agree(compiled(**batch), model(**batch))
+    assert_same_answers(compiled(**batch), model(**batch))
     part = part_of(batch, slice(4, 10), 11)
     with torch.compiler.set_stance("fail_on_recompile"):
-        agree(compiled(**part), model(**part))
+        assert_same_answers(compiled(**part), model(**part))
 
 
-def test_compiles_for_sizes_as_they_come(no_old_graphs):
-    """The first size alone, the second for all others."""
-    model, batch = ruled("sampled_exit", num_hidden_layers=2)
+def test_compiles_twice_with_automatic_dynamic_shapes(no_old_graphs):
+    """Once for the first size, and once for all others."""
+    model, batch = model_for_rule("sampled_exit", num_hidden_layers=2)
     compiled = torch.compile(model.fixed_depth(), fullgraph=True, backend="eager")
     for rows, longest in ((slice(0, 16), 20), (slice(2, 9), 15)):
         part = part_of(batch, rows, longest)
-        agree(compiled(**part), model(**part))
+        assert_same_answers(compiled(**part), model(**part))
     part = part_of(batch, slice(4, 10), 11)
     with torch.compiler.set_stance("fail_on_recompile"):
-        agree(compiled(**part), model(**part))
+        assert_same_answers(compiled(**part), model(**part))
 
 
 @pytest.mark.slow
-def test_compiles_with_the_inductor(no_old_graphs):
-    model, batch = ruled("sampled_exit", num_hidden_layers=2, pooling="mean")
+def test_compiles_with_inductor(no_old_graphs):
+    model, batch = model_for_rule("sampled_exit", num_hidden_layers=2, pooling="mean")
     compiled = torch.compile(model.fixed_depth(), fullgraph=True)
-    agree(compiled(**batch), model(**batch))
+    assert_same_answers(compiled(**batch), model(**batch))
 
 
 def exported(model, batch):
-    """The program of a model for any batch size and length."""
+    """Export a model for all batch sizes and lengths."""
     rows, tokens = Dim("rows"), Dim("tokens", max=model.config.backbone_config.max_position_embeddings - 2)
     sizes = {name: {0: rows, 1: tokens} for name in batch}
     return torch.export.export(model.fixed_depth(), (), dict(batch), dynamic_shapes=sizes)
 
 
 def ops_of(program):
-    """Names of the ops of a program, those of its regions included."""
+    """Return the names of the ops of a program, including its subgraphs."""
     graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
     return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
 
@@ -75,9 +75,9 @@ def ops_of(program):
         ("camembert", "dact"),
     ],
 )
-def test_exports_at_every_size(family, name):
-    """The program is made of torch's own ops, and holds no constant, which a run on a GPU would copy there."""
-    model, batch = ruled(name, family, num_hidden_layers=3)
+def test_exports_with_dynamic_shapes(family, name):
+    """The program contains only torch ops and no constants, which would be copied to the GPU at every run."""
+    model, batch = model_for_rule(name, family, num_hidden_layers=3)
     program = exported(model, batch)
     assert set(program.constants) <= {buffer for buffer, _ in model.named_buffers()}
     assert not any("earlyexit" in op for op in ops_of(program))
@@ -85,12 +85,12 @@ def test_exports_at_every_size(family, name):
     for lengths in ([7, 30, 12], [9], [1, 1]):
         other = batch_for(model, lengths=lengths, seed=2)
         answers = run(**other)
-        agree(answers, model(**other))
+        assert_same_answers(answers, model(**other))
         assert not answers[0].requires_grad
 
 
-def test_what_is_exported_without_gradients_answers_without():
-    model, batch = ruled("entropy", "bert", num_hidden_layers=2)
+def test_program_exported_without_gradients():
+    model, batch = model_for_rule("entropy", "bert", num_hidden_layers=2)
     with torch.no_grad():
         program = exported(model, batch).module()
     assert not program(**batch)[0].requires_grad
@@ -107,21 +107,21 @@ torch.save(torch.export.load(folder + "/fixed.pt2").module()(**batch), folder + 
 """
 
 
-def test_a_saved_program_needs_nothing_but_torch(tmp_path):
-    model, batch = ruled("sampled_exit", num_hidden_layers=2)
+def test_saved_program_needs_only_torch(tmp_path):
+    model, batch = model_for_rule("sampled_exit", num_hidden_layers=2)
     torch.export.save(exported(model, batch), tmp_path / "fixed.pt2")
     other = batch_for(model, lengths=[7, 30, 12])
     torch.save(other, tmp_path / "batch.pt")
     run_python(PROGRAM, str(tmp_path))
-    agree(torch.load(tmp_path / "answers.pt", weights_only=True), model(**other))
+    assert_same_answers(torch.load(tmp_path / "answers.pt", weights_only=True), model(**other))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", RULES)
-def test_is_captured_in_a_cuda_graph(name, dtype):
-    model, batch = ruled(name)
+def test_cuda_graph_capture(name, dtype):
+    model, batch = model_for_rule(name)
     model.to("cuda", dtype)
     fixed = model.fixed_depth()
     first, second = ({k: v.cuda() for k, v in part_of(batch, rows).items()} for rows in (slice(0, 8), slice(8, 16)))

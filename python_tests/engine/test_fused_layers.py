@@ -1,4 +1,4 @@
-"""Fused encoder layers give the family's own numbers, follow every change of a weight, and say why they can't run."""
+"""Fused encoder layers: equality with the family's layers, changes of weights, and unsupported layers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.engine import fused_layers
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.hf import execution
-from earlyexit_kernels.ops import ENCODER_LAYERS
+from earlyexit_kernels.ops import bare_op
 
-#: Which products a run takes: all packed by oneDNN, the activation in them too, all torch's own, and small ones packed.
+#: Kinds of products: all packed by oneDNN, with fused activation, all of torch, and only small ones packed.
 PRODUCTS = {
     "packed": fused_layers.Products(math.inf, with_activation=False),
     "with activation": fused_layers.Products(math.inf, with_activation=True),
@@ -33,7 +33,7 @@ PRODUCTS = {
 
 
 def pair(family="bert", **sizes):
-    """One model twice on the same weights, with the family's layers and with fused ones."""
+    """Return two models on the same weights, with the family's layers and with fused ones."""
     base = stock(family, **sizes)
     models = [ee.to_early_exit(base) for _ in range(2)]
     for model, kind in zip(models, ("family", "fused"), strict=True):
@@ -48,14 +48,14 @@ def assert_alike(own, fused, batch, *, atol=2e-5, rtol=1e-4) -> None:
 
 @pytest.fixture(params=PRODUCTS)
 def products(request, monkeypatch):
-    reason = fused_layers.why_not_onednn(torch.float32)
+    reason = fused_layers.onednn_unsupported_reason(torch.float32)
     if reason and request.param != "torch":
         pytest.skip(reason)
     monkeypatch.setattr(fused_layers, "PRODUCTS", dict.fromkeys(fused_layers.PRODUCTS, PRODUCTS[request.param]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_and_product(family, products):
+def test_families_and_products(family, products):
     own, fused = pair(family)
     for kind in ATTENDED:
         batch = batch_for(own, kind)
@@ -70,7 +70,7 @@ def test_every_family_and_product(family, products):
 
 @pytest.fixture(params=("torch", "cpp"))
 def op(request, monkeypatch):
-    """Both back-ends of the op."""
+    """The back-ends of the op."""
     reason = ee.available_backends("cpu")[request.param]
     if reason:
         pytest.skip(reason)
@@ -80,20 +80,20 @@ def op(request, monkeypatch):
     return request.param
 
 
-def test_both_backends(op, products):
+def test_backends(op, products):
     own, fused = pair()
-    assert fused.inference_layers()[0].run is ENCODER_LAYERS[op]
+    assert fused.execution.encoder_layers(fused.view())[0].run is bare_op("encoder_layer", op, "cpu")
     for kind in ATTENDED:
         assert_alike(own, fused, batch_for(own, kind))
 
 
-def test_the_op_refuses_lists_that_do_not_fit():
+def test_op_refuses_lists_of_wrong_length():
     if ee.available_backends("cpu")["cpp"]:
         pytest.skip(ee.available_backends("cpu")["cpp"])
     model = ee.to_early_exit(stock())
-    layer, x = model.inference_layers()[0], torch.randn(6, 64)
+    layer, x = model.execution.encoder_layers(model.view())[0], torch.randn(6, 64)
     own, plan = layer.weights, ([1], [6], [None], [None], [None], None)
-    run = functools.partial(ENCODER_LAYERS["cpp"], x)
+    run = functools.partial(bare_op("encoder_layer", "cpp", "cpu"), x)
     weights, rest = layer.tensors, (own.eps, own.heads, *own.activation, False)
     assert run(weights, [], *rest, *plan).shape == x.shape
     with pytest.raises(ValueError, match="expected 12 weights, got 11"):
@@ -112,10 +112,10 @@ def test_activations(activation, products):
     assert_alike(own, fused, batch_for(own))
 
 
-def test_groups_of_several_layers(products):
+def test_layers_shared_by_groups(products):
     own, fused = pair("albert", inner_group_num=2)
     assert_alike(own, fused, batch_for(own))
-    assert len({id(layer) for layer in fused.inference_layers()}) == 2, "a group is packed once"
+    assert len({id(layer) for layer in fused.execution.encoder_layers(fused.view())}) == 2, "each group is packed once"
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.15), (torch.float16, 2e-2), (torch.float64, 1e-10)])
@@ -123,8 +123,8 @@ def test_other_dtypes(dtype, atol):
     own, fused = pair()
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    assert fused.inference_layers()[0].tensors[0].dtype == dtype
-    # traces are float32, so double layers agree to float32's last digit
+    assert fused.execution.encoder_layers(fused.view())[0].tensors[0].dtype == dtype
+    # traces are float32, so float64 layers agree up to float32 rounding
     assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
     assert torch.isfinite(fused(**batch).logits).all()
 
@@ -167,7 +167,7 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_changed_weight_is_seen(change):
+def test_changed_weight_is_detected(change):
     own, fused = pair()
     batch = batch_for(own)
     before = fused.trace(**batch).logits
@@ -179,7 +179,7 @@ def test_a_changed_weight_is_seen(change):
     assert not torch.allclose(fused.trace(**batch).logits, before, atol=1e-3)
 
 
-def test_what_autograd_does_not_see_calls_for_set_layers():
+def test_undetected_change_requires_set_layers():
     own, fused = pair()
     batch = batch_for(own)
     fused.trace(**batch)
@@ -188,21 +188,21 @@ def test_what_autograd_does_not_see_calls_for_set_layers():
     assert_alike(own, fused, batch)
 
 
-def test_training_drops_the_copies_and_runs_the_own_layers():
+def test_train_mode_drops_the_copies_and_runs_family_layers():
     model = ee.to_early_exit(stock(), pooling="first")
     batch = batch_for(model)
     model(**batch)
-    assert model._fused._packed is not None
+    assert model.execution.fused._packed is not None
     model.train()
-    assert model._fused._packed is None
+    assert model.execution.fused._packed is None
     out = model(**batch, labels=torch.zeros(4, dtype=torch.long))
     out.loss.backward()
     assert model.backbone.encoder.layer[0].output.dense.weight.grad is not None
-    assert model._fused._packed is None
+    assert model.execution.fused._packed is None
 
 
 class Adapted(nn.Linear):
-    """As a library for adapters puts in the place of a linear."""
+    """A linear with an adapter, as adapter libraries insert it."""
 
 
 def an_adapted_linear(layer) -> None:
@@ -235,10 +235,10 @@ def a_scripted_linear(layer) -> None:
 
 OWN_WAYS = {
     a_scripted_linear: "output.dense (RecursiveScriptModule) has a forward hook",
-    an_adapted_linear: "query (Adapted) isn't a plain Linear",
-    a_linear_without_bias: "output.dense (Linear) isn't a plain Linear with weight and bias",
-    a_module_more: "output.adapter (Linear) isn't known",
-    another_activation: "intermediate.intermediate_act_fn (SiLU) is none of the activations",
+    an_adapted_linear: "query (Adapted) is not a plain Linear",
+    a_linear_without_bias: "output.dense (Linear) is not a plain Linear with weight and bias",
+    a_module_more: "output.adapter (Linear) is not supported",
+    another_activation: "intermediate.intermediate_act_fn (SiLU) is not one of the activations",
     a_hook: "attention.output.dense (Linear) has a forward hook",
     another_forward: "output (BertOutput) has a forward hook",
 }
@@ -246,8 +246,8 @@ OWN_WAYS = {
 
 @pytest.mark.parametrize("change", OWN_WAYS, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("packed", [False, True], ids=["before", "after"])
-def test_a_layer_of_its_own_ways_runs_itself(change, packed, caplog):
-    """Whether it is changed before or after packing: 'auto' runs the family's layers, 'fused' says why it can't."""
+def test_unsupported_layer_runs_unfused(change, packed, caplog):
+    """Changed before or after packing: 'auto' runs the family's layers, 'fused' raises with the reason."""
     model = ee.to_early_exit(stock(), pooling="first")
     batch = batch_for(model)
     if packed:
@@ -267,15 +267,15 @@ def test_a_layer_of_its_own_ways_runs_itself(change, packed, caplog):
     assert model.layer_kind == "family"
 
 
-def test_a_scripted_class_in_the_place_of_a_linear_runs_itself():
-    """Its tables of parameters are not dicts."""
+def test_scripted_linear_runs_unfused():
+    """The parameter tables of a scripted module are not dicts."""
     model = ee.to_early_exit(stock(), pooling="first")
     layer = model.backbone.encoder.layer[0]
     layer.output.dense = torch.utils.mkldnn.MkldnnLinear(layer.output.dense, torch.float)
     assert "output.dense (MkldnnLinear)" in model.explain(**batch_for(model)).layers.reason
 
 
-def test_a_layer_changed_under_fused_is_an_error_not_a_wrong_answer():
+def test_change_to_an_unsupported_layer_raises_under_fused():
     model = ee.to_early_exit(stock(), pooling="first")
     model.set_layers("fused")
     model(**batch_for(model))
@@ -284,18 +284,18 @@ def test_a_layer_changed_under_fused_is_an_error_not_a_wrong_answer():
         model(**batch_for(model))
 
 
-def test_unknown_name():
+def test_unknown_kind_is_refused():
     model = ee.to_early_exit(stock(), pooling="first")
     with pytest.raises(ValueError, match=r"expected one of \('auto', 'family', 'fused'\), got 'fast'"):
         model.set_layers("fast")
 
 
 def test_without_onednn(monkeypatch, caplog):
-    """Torch's own products take over, and 'auto' says so once."""
+    """Products of torch are used instead, and 'auto' logs this once."""
     for room in (fused_layers, execution):
-        monkeypatch.setattr(room, "why_not_onednn", lambda dtype: "no such names")
+        monkeypatch.setattr(room, "onednn_unsupported_reason", lambda dtype: "no such names")
     own, fused = pair()
-    assert not fused.inference_layers()[0].packed
+    assert not fused.execution.encoder_layers(fused.view())[0].packed
     assert_alike(own, fused, batch_for(own))
     model = ee.to_early_exit(stock(), pooling="first")
     with caplog.at_level(logging.INFO, "earlyexit_kernels"):
@@ -305,25 +305,25 @@ def test_without_onednn(monkeypatch, caplog):
     assert len(said) == 1 and said[0].levelno == logging.WARNING
 
 
-def test_the_probe_of_onednn(monkeypatch):
+def test_onednn_unsupported_reason(monkeypatch):
     ops = torch.ops.mkldnn
-    assert fused_layers.why_not_onednn(torch.float16)
+    assert fused_layers.onednn_unsupported_reason(torch.float16)
 
     class Gone:
         def __getattr__(self, name):
             raise AttributeError(f"no {name}")
 
     own, fused = pair()
-    fused._fused.forget()
-    fused_layers.why_not_onednn.cache_clear()
+    fused.execution.fused.forget()
+    fused_layers.onednn_unsupported_reason.cache_clear()
     monkeypatch.setattr(torch.ops, "mkldnn", Gone())
-    assert "lacks what this needs" in fused_layers.why_not_onednn(torch.float32)
+    assert "lacks the required" in fused_layers.onednn_unsupported_reason(torch.float32)
     assert_alike(own, fused, batch_for(own))
     monkeypatch.setattr(torch.ops, "mkldnn", ops)
-    fused_layers.why_not_onednn.cache_clear()
+    fused_layers.onednn_unsupported_reason.cache_clear()
 
 
-def test_autocast_and_cuda_have_the_own_layers():
+def test_autocast_and_other_devices_run_family_layers():
     model = ee.to_early_exit(stock(), pooling="first")
     with torch.autocast("cpu", torch.bfloat16):
         assert model.layer_kind == "family"
@@ -331,12 +331,12 @@ def test_autocast_and_cuda_have_the_own_layers():
     assert model.to("meta").layer_kind == "family"
 
 
-def test_copies_start_without_and_agree(tmp_path):
+def test_copies_start_unpacked_and_agree(tmp_path):
     model = ee.to_early_exit(stock(), pooling="first", criterion=Entropy(threshold=0.9))
     batch = batch_for(model)
     expected = model(**batch).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin._fused._packed is None
+        assert twin.execution.fused._packed is None
         assert torch.equal(twin(**batch).logits, expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)(**batch).logits, expected)
@@ -347,12 +347,12 @@ def test_threads_agree():
     batch = batch_for(model)
     expected = model(**batch).logits
     for _ in range(5):
-        model._fused.forget()
+        model.execution.fused.forget()
         with ThreadPoolExecutor(4) as pool:
             assert all(torch.equal(out.logits, expected) for out in pool.map(lambda _: model(**batch), range(8)))
 
 
-def test_a_part_is_packed_once(monkeypatch):
+def test_layer_is_packed_once(monkeypatch):
     packed = []
     of = fused_layers.FusedLayer.of
     monkeypatch.setattr(fused_layers.FusedLayer, "of", staticmethod(lambda *a: packed.append(a) or of(*a)))
@@ -360,4 +360,4 @@ def test_a_part_is_packed_once(monkeypatch):
     for _ in range(3):
         model(**batch_for(model))
     assert len(packed) == DEPTH
-    assert dataclasses.is_dataclass(model.inference_layers()[0])
+    assert dataclasses.is_dataclass(model.execution.encoder_layers(model.view())[0])

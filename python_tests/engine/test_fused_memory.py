@@ -1,4 +1,4 @@
-"""What fused layers keep in oneDNN's cache: one product for each weight and token count, however many batches run."""
+"""Products that fused layers keep in oneDNN's cache: one for each weight and token count."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from support.models import python_environment
 
-from earlyexit_kernels.engine.fused_layers import why_not_onednn
+from earlyexit_kernels.engine.fused_layers import onednn_unsupported_reason
 
 COUNTS = range(2, 14)
 PRODUCTS = 4
-#: Products that `why_not_onednn` tries.
+#: Number of products that `onednn_unsupported_reason` computes.
 TRIED = 2
-#: Runs one row of each length, three times over; oneDNN prints a line for each product that it creates.
+#: Runs one row of each length, three times; oneDNN prints a line for each product that it creates.
 PROGRAM = f"""
 import torch
 from support.models import early_exit
@@ -30,21 +30,21 @@ with torch.inference_mode():
 
 
 def created(**variables: str) -> list[int]:
-    """Products that each of the three rounds creates."""
+    """Return the number of products created in each of the three rounds."""
     environment = python_environment(ONEDNN_VERBOSE="profile_create", **variables)
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     rounds = done.stdout.split("round\n")
     if "create:cache_" not in done.stdout:
-        pytest.skip("this build of oneDNN doesn't report what it creates")
+        pytest.skip("this build of oneDNN does not report created products")
     return [
         sum("create:cache_miss" in line and ",inner_product," in line for line in lines.splitlines())
         for lines in rounds[:3]
     ]
 
 
-@pytest.mark.skipif(bool(why_not_onednn(torch.float32)), reason="oneDNN's packed products can't be had here")
-def test_products_are_kept_by_token_count_and_capacity_limits_them():
+@pytest.mark.skipif(bool(onednn_unsupported_reason(torch.float32)), reason="oneDNN's packed products are not available")
+def test_products_are_cached_by_token_count_up_to_the_capacity():
     first, *later = created()
     assert 0 < first <= PRODUCTS * len(COUNTS) + TRIED and later == [0, 0]
     limited = created(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8")

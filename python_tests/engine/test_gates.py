@@ -1,4 +1,4 @@
-"""Layers that rows skip: at inference against a plain loop over single rows, in training against a plain mixture."""
+"""Skipped layers: inference against a plain loop over single rows, training against a plain mixture."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
 FAMILIES = ("bert", "roberta", "albert")
 SKIP_FROM = 0.5
 TOLERANCE = 1e-5
-#: A gate's bias that shuts or opens it whatever it reads.
+#: Bias with which a gate is open or closed for all inputs.
 SHUT, OPEN = -50.0, 50.0
 
 
-class World:
+class GatedModel:
     """A model with gates, the stock model around the same parameters, and a batch as single rows without padding."""
 
     def __init__(self, family="bert", *, pooling=None, rows=16, **arguments):
@@ -87,7 +87,7 @@ class World:
 
 
 def split(values, share):
-    """A number between two of some values, about this share of them below it, as far from both as can be."""
+    """A number in the middle between two of the values, with about this share of the values below it."""
     ordered = sorted(values)
     wanted = max(round(share * len(ordered)), 1)
     near = [k for k in (wanted - 1, wanted, wanted + 1) if 0 < k < len(ordered)]
@@ -141,14 +141,14 @@ def skipping(exit):
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_a_plain_loop(family, pooling, backend):
-    world = World(family, pooling=pooling, rows=8 if backend == "triton" else 16)
-    rule = world.balance()
-    world.model.set_backend(backend)
-    world.model.set_criterion(skipping(rule))
-    expected = world.alone(by_entropy(rule))
+    gated = GatedModel(family, pooling=pooling, rows=8 if backend == "triton" else 16)
+    rule = gated.balance()
+    gated.model.set_backend(backend)
+    gated.model.set_criterion(skipping(rule))
+    expected = gated.alone(by_entropy(rule))
     _, exit_layer, layers_run = expected
     assert len(exit_layer.unique()) >= 3 and (layers_run < exit_layer).sum() >= 3 and layers_run.max() >= 2
-    agrees(world.model(**world.batch), expected)
+    agrees(gated.model(**gated.batch), expected)
 
 
 @pytest.mark.parametrize(
@@ -162,109 +162,111 @@ def test_equals_a_plain_loop(family, pooling, backend):
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_exit_rules_equal_a_plain_loop(family, rule, loop):
-    """What a rule remembers is of the layers that ran."""
-    world = World(family)
-    world.balance(runs=0.75)
-    world.model.set_criterion(skipping(rule))
-    expected = world.alone(loop)
+    """The state of a rule depends only on the layers that ran."""
+    gated = GatedModel(family)
+    gated.balance(runs=0.75)
+    gated.model.set_criterion(skipping(rule))
+    expected = gated.alone(loop)
     assert len(expected[1].unique()) >= (1 if rule == FullDepth() else 2) and len(expected[2].unique()) >= 2
-    agrees(world.model(**world.batch), expected)
+    agrees(gated.model(**gated.batch), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_is_the_same_in_any_company(family, monkeypatch):
-    """Alone, in batches of 2 to 16, in another order, and however the batch is compacted."""
+def test_rows_do_not_depend_on_the_batch(family, monkeypatch):
+    """Alone, in batches of 2 to 16, in another order, and with every compaction."""
     monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
     monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
-    world = World(family)
-    world.model.set_criterion(skipping(world.balance()))
-    whole = world.model(**world.batch)
+    gated = GatedModel(family)
+    gated.model.set_criterion(skipping(gated.balance()))
+    whole = gated.model(**gated.batch)
     n = len(LENGTHS)
     for compaction in ("always", "never", "auto"):
-        world.model.compaction = compaction
+        gated.model.compaction = compaction
         for size in (1, 2, 5, 11, 16):
             order = torch.randperm(n, generator=torch.Generator().manual_seed(size))
             for part in order.split(size):
-                out = world.model(**{name: values[part] for name, values in world.batch.items()})
+                out = gated.model(**{name: values[part] for name, values in gated.batch.items()})
                 agrees(out, (whole.logits[part], whole.exit_layer[part], whole.layers_run[part]))
 
 
 @pytest.mark.parametrize("compaction", ["always", "never"])
-def test_gates_that_are_all_open_or_all_shut(compaction):
-    """All rows skip a layer; nobody skips any; the last layer is skipped; all are."""
-    world = World()
-    world.model.compaction = compaction
-    rule = world.balance()
+def test_gates_all_open_or_all_closed(compaction):
+    """All rows skip one layer, none, the last one, or all."""
+    gated = GatedModel()
+    gated.model.compaction = compaction
+    rule = gated.balance()
     for opened in ({2}, set(), {DEPTH}, {1, DEPTH}, {1, 2, 3, 4}):
         for layer in range(1, DEPTH + 1):
-            world.set_gate(layer, OPEN if layer in opened else SHUT)
+            gated.set_gate(layer, OPEN if layer in opened else SHUT)
         for exit, loop in ((rule, by_entropy(rule)), (FullDepth(), never)):
-            world.model.set_criterion(skipping(exit))
-            out = world.model(**world.batch)
-            agrees(out, world.alone(loop))
+            gated.model.set_criterion(skipping(exit))
+            out = gated.model(**gated.batch)
+            agrees(out, gated.alone(loop))
             assert not set(out.exit_layer.tolist()) & (opened - {DEPTH})
             passed = torch.tensor([len([k for k in opened if k <= layer]) for layer in out.exit_layer.tolist()])
             assert torch.equal(out.layers_run, out.exit_layer - passed)
 
 
-def test_nobody_skips_is_the_rule_alone():
-    world = World()
-    rule = world.balance()
+def test_without_skips_equals_the_exit_rule():
+    gated = GatedModel()
+    rule = gated.balance()
     for layer in range(1, DEPTH + 1):
-        world.set_gate(layer, SHUT)
-    world.model.set_criterion(skipping(rule))
-    gated = world.model(**world.batch)
-    world.model.set_criterion(rule)
-    plain = world.model(**world.batch)
-    assert torch.equal(gated.exit_layer, plain.exit_layer) and torch.equal(gated.layers_run, plain.layers_run)
-    assert (gated.logits - plain.logits).abs().max() < TOLERANCE and len(plain.exit_layer.unique()) >= 3
+        gated.set_gate(layer, SHUT)
+    gated.model.set_criterion(skipping(rule))
+    skipping_none = gated.model(**gated.batch)
+    gated.model.set_criterion(rule)
+    plain = gated.model(**gated.batch)
+    assert torch.equal(skipping_none.exit_layer, plain.exit_layer) and torch.equal(
+        skipping_none.layers_run, plain.layers_run
+    )
+    assert (skipping_none.logits - plain.logits).abs().max() < TOLERANCE and len(plain.exit_layer.unique()) >= 3
 
 
-def test_all_layers_skipped_answers_from_the_embeddings():
-    world = World()
+def test_all_layers_skipped():
+    gated = GatedModel()
     for layer in range(1, DEPTH + 1):
-        world.set_gate(layer, OPEN)
-    out = world.model(**world.batch)
-    none = world.model(**{name: values[:0] for name, values in world.batch.items()})
+        gated.set_gate(layer, OPEN)
+    out = gated.model(**gated.batch)
+    none = gated.model(**{name: values[:0] for name, values in gated.batch.items()})
     assert none.logits.shape == (0, 3) and none.layers_run.shape == none.exit_layer.shape == (0,)
     with torch.no_grad():
-        expected = torch.cat([world.exit(DEPTH, reference_networks.embedded(world.base, ids)) for ids in world.ids])
+        expected = torch.cat([gated.exit(DEPTH, reference_networks.embedded(gated.base, ids)) for ids in gated.ids])
     assert out.exit_layer.tolist() == [DEPTH] * len(LENGTHS) and out.layers_run.tolist() == [0] * len(LENGTHS)
     assert (out.logits - expected).abs().max() < TOLERANCE
 
 
-def test_a_threshold_is_reached_from_it_on():
-    """sigmoid(0) is one half: at s = 1/2 the layer is skipped, above it runs."""
-    world = World()
-    for gate in world.heads.gates:
+def test_gate_value_equal_to_the_threshold_skips():
+    """sigmoid(0) = 0.5: the layer is skipped at threshold 0.5, and runs above."""
+    gated = GatedModel()
+    for gate in gated.heads.gates:
         with torch.no_grad():
             gate.out.weight.zero_()
             gate.out.bias.zero_()
     for threshold, layers_run in ((0.5, 0), (0.51, DEPTH), (0.0, 0), (1.0, DEPTH)):
-        world.model.set_criterion(SkipGate(threshold=threshold, exit=FullDepth()))
-        assert world.model(**world.batch).layers_run.tolist() == [layers_run] * len(LENGTHS)
+        gated.model.set_criterion(SkipGate(threshold=threshold, exit=FullDepth()))
+        assert gated.model(**gated.batch).layers_run.tolist() == [layers_run] * len(LENGTHS)
 
 
-def test_a_gate_without_a_meaning_runs_its_layer():
-    world = World()
+def test_nan_gate_runs_the_layer():
+    gated = GatedModel()
     for layer, bias in enumerate((OPEN, float("nan"), OPEN, OPEN), start=1):
-        world.set_gate(layer, bias)
-    world.model.set_criterion(skipping(Entropy(threshold=0.0)))
-    out = world.model(**world.batch)
+        gated.set_gate(layer, bias)
+    gated.model.set_criterion(skipping(Entropy(threshold=0.0)))
+    out = gated.model(**gated.batch)
     assert out.layers_run.tolist() == [1] * len(LENGTHS)
-    agrees(out, world.alone(never))
+    agrees(out, gated.alone(never))
 
 
-def test_a_poisoned_row_runs_everything_and_touches_nobody():
-    world = World()
-    world.model.set_criterion(skipping(world.balance()))
-    expected = world.model(**world.batch)
+def test_nan_row_runs_all_layers_and_does_not_affect_others():
+    gated = GatedModel()
+    gated.model.set_criterion(skipping(gated.balance()))
+    expected = gated.model(**gated.batch)
     poison = 119
-    ids = torch.cat([torch.full_like(world.batch["input_ids"][:1], poison), world.batch["input_ids"]])
-    mask = torch.cat([world.batch["attention_mask"][1:2], world.batch["attention_mask"]])
+    ids = torch.cat([torch.full_like(gated.batch["input_ids"][:1], poison), gated.batch["input_ids"]])
+    mask = torch.cat([gated.batch["attention_mask"][1:2], gated.batch["attention_mask"]])
     with torch.no_grad():
-        world.model.get_input_embeddings().weight[poison] = float("nan")
-    out = world.model(input_ids=ids, attention_mask=mask)
+        gated.model.get_input_embeddings().weight[poison] = float("nan")
+    out = gated.model(input_ids=ids, attention_mask=mask)
     assert (out.exit_layer[0], out.layers_run[0]) == (DEPTH, DEPTH) and out.logits[0].isnan().all()
     for got, wanted in ((out.exit_layer, expected.exit_layer), (out.layers_run, expected.layers_run)):
         assert torch.equal(got[1:], wanted)
@@ -272,30 +274,30 @@ def test_a_poisoned_row_runs_everything_and_touches_nobody():
 
 
 @pytest.mark.parametrize("compaction", ["always", "never"])
-def test_state_is_not_touched_at_layers_that_are_skipped(compaction):
-    """Patience compares the labels of layers 1 and 3 where all rows skip layer 2, and counts no skip as agreement."""
-    world = World()
-    world.balance()
-    world.model.compaction = compaction
+def test_skipped_layers_do_not_change_the_state(compaction):
+    """If all rows skip layer 2, patience compares the labels of layers 1 and 3, and does not count the skip."""
+    gated = GatedModel()
+    gated.balance()
+    gated.model.compaction = compaction
     for layer, bias in enumerate((SHUT, OPEN, SHUT, SHUT), start=1):
-        world.set_gate(layer, bias)
-    world.model.set_criterion(skipping(Patience(patience=1)))
-    expected = world.alone(by_patience(1))
+        gated.set_gate(layer, bias)
+    gated.model.set_criterion(skipping(Patience(patience=1)))
+    expected = gated.alone(by_patience(1))
     assert set(expected[1].tolist()) == {3, 4}
-    agrees(world.model(**world.batch), expected)
+    agrees(gated.model(**gated.batch), expected)
 
 
-def test_the_chance_to_go_on_stays_at_layers_that_are_skipped():
+def test_skipped_layers_do_not_change_the_halting_probability():
     """A halting probability of 0.4 at each layer passes q = 0.6 at the second one that ran."""
-    world = World(halting=True)
+    gated = GatedModel(halting=True)
     for layer, bias in enumerate((SHUT, OPEN, SHUT, SHUT), start=1):
-        world.set_gate(layer, bias)
+        gated.set_gate(layer, bias)
     with torch.no_grad():
-        for head in world.heads.halting:
+        for head in gated.heads.halting:
             head.out.weight.zero_()
             head.out.bias.fill_(torch.tensor(0.4).logit())
-    world.model.set_criterion(skipping(QExit(q=0.6)))
-    out = world.model(**world.batch)
+    gated.model.set_criterion(skipping(QExit(q=0.6)))
+    out = gated.model(**gated.batch)
     assert out.exit_layer.tolist() == [3] * len(LENGTHS) and out.layers_run.tolist() == [2] * len(LENGTHS)
 
 
@@ -307,25 +309,25 @@ def test_the_chance_to_go_on_stays_at_layers_that_are_skipped():
         pytest.param(lambda model, batch: ee.replay(ee.ExitTrace(torch.zeros(2, 4, 3)), model.criterion), id="replay"),
     ],
 )
-def test_a_full_pass_is_refused(full_pass):
-    """Skips change what all later layers read: no full pass tells what rows that skip would have done."""
-    world = World(rows=2)
-    world.model.set_criterion(skipping(Entropy(threshold=0.3)))
+def test_full_depth_pass_is_refused(full_pass):
+    """Skips change the input of all later layers, so a full-depth pass does not contain their results."""
+    gated = GatedModel(rows=2)
+    gated.model.set_criterion(skipping(Entropy(threshold=0.3)))
     with pytest.raises(
-        ValueError, match=r"can't be replayed, since a layer that a row|changes all later hidden states"
+        ValueError, match=r"cannot be replayed, since a layer that a row|changes all later hidden states"
     ):
-        full_pass(world.model, world.batch)
-    world.model.set_criterion(None)
-    assert world.model.trace(**world.batch).logits.shape == (2, DEPTH, 3)
+        full_pass(gated.model, gated.batch)
+    gated.model.set_criterion(None)
+    assert gated.model.trace(**gated.batch).logits.shape == (2, DEPTH, 3)
 
 
-def test_a_model_without_gates_refuses_to_skip():
+def test_model_without_gates_is_refused():
     with pytest.raises(ValueError, match="needs heads with a 'gate' output"):
         ee.to_early_exit(stock(), criterion=skipping(Entropy(threshold=0.3)))
 
 
 class HardGate(torch.autograd.Function):
-    """1 from the threshold on, else 0; backwards as if it were the number itself."""
+    """1 from the threshold on, else 0; the gradient is that of the identity."""
 
     @staticmethod
     def forward(ctx, g):
@@ -336,17 +338,17 @@ class HardGate(torch.autograd.Function):
         return gradient
 
 
-def plain_exits(world, hard):
-    """Logits ``[N, L, C]`` and gate logits ``[N, L]`` of rows that mix by their gates, one row at a time."""
+def plain_exits(gated, hard):
+    """Return logits ``[N, L, C]`` and gate logits ``[N, L]`` of rows mixed by their gates, one row at a time."""
     exits, gates = [], []
-    for ids in world.ids:
-        h, row, opened = reference_networks.embedded(world.base, ids), [], []
-        for layer, run in enumerate(world.layers, start=1):
-            own, g = run(h), world.gate(layer, h)
+    for ids in gated.ids:
+        h, row, opened = reference_networks.embedded(gated.base, ids), [], []
+        for layer, run in enumerate(gated.layers, start=1):
+            own, g = run(h), gated.gate(layer, h)
             opened.append(g)
             share = HardGate.apply(g) if hard else g
             h = (1 - share) * own + share * h
-            row.append(world.exit(layer, h if layer == DEPTH else own))
+            row.append(gated.exit(layer, h if layer == DEPTH else own))
         exits.append(torch.stack(row, dim=1))
         gates.append(torch.stack(opened, dim=1))
     return torch.cat(exits), torch.cat(gates)
@@ -355,26 +357,26 @@ def plain_exits(world, hard):
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("epoch", [0.0, 2.9, 3.0], ids=["soft", "soft to the end", "hard"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_mixes_as_a_plain_loop_does(family, epoch, pooling):
-    """Soft by g up to epoch 3, then by 1[g >= s] with the gradient of g."""
-    world = World(family, pooling=pooling, rows=6)
-    world.balance()
-    world.model.train()
-    world.base.train()
-    world.model.enter_phase(0)
-    world.model.set_progress(5, epoch)
+def test_training_equals_a_plain_loop(family, epoch, pooling):
+    """Soft gates g up to epoch 3, then 1[g >= s] with the gradient of g."""
+    gated = GatedModel(family, pooling=pooling, rows=6)
+    gated.balance()
+    gated.model.train()
+    gated.base.train()
+    gated.model.phase_state.enter(gated.model, 0)
+    gated.model.phase_state.set_progress(5, epoch)
     weights = torch.randn(6, DEPTH, 3, generator=torch.Generator().manual_seed(2))
 
     def gradients(logits):
-        world.model.zero_grad()
+        gated.model.zero_grad()
         (logits * weights).sum().backward()
-        return {name: p.grad.clone() for name, p in world.model.named_parameters() if p.grad is not None}
+        return {name: p.grad.clone() for name, p in gated.model.named_parameters() if p.grad is not None}
 
     hard = epoch >= 3
-    wanted, gates = plain_exits(world, hard)
+    wanted, gates = plain_exits(gated, hard)
     assert ((gates >= SKIP_FROM).any(0) & (gates < SKIP_FROM).any(0)).any()
     expected = gradients(wanted)
-    got = world.model(**world.batch).all_logits
+    got = gated.model(**gated.batch).all_logits
     assert (got - wanted).abs().max() < TOLERANCE
     found = gradients(got)
     assert {name for name, value in found.items() if value.abs().max() > 0} >= set(expected)
@@ -385,14 +387,14 @@ def test_training_mixes_as_a_plain_loop_does(family, epoch, pooling):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hard_training_and_inference_go_the_same_way(family):
-    """The last exit of a hard pass answers as the model with the gates alone does."""
-    world = World(family)
-    world.balance()
-    world.model.set_criterion(skipping(FullDepth()))
-    expected = world.model(**world.batch)
+def test_hard_training_equals_inference(family):
+    """The last exit of a hard pass equals the model with gates and without early exit."""
+    gated = GatedModel(family)
+    gated.balance()
+    gated.model.set_criterion(skipping(FullDepth()))
+    expected = gated.model(**gated.batch)
     assert len(expected.layers_run.unique()) >= 2
-    world.model.train()
-    world.model.enter_phase(1)
-    got = world.model(**world.batch)
+    gated.model.train()
+    gated.model.phase_state.enter(gated.model, 1)
+    got = gated.model(**gated.batch)
     assert (got.logits - expected.logits).abs().max() < TOLERANCE

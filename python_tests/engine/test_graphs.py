@@ -1,8 +1,9 @@
-"""The bookkeeping of the graph engine, with captures that are plain runs of the loop: no GPU is needed for it."""
+"""The cache of the graph engine, with captures replaced by runs of the loop, so that no GPU is required."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import pickle
 from functools import partial
@@ -16,9 +17,11 @@ from earlyexit_kernels import backends
 from earlyexit_kernels.criteria import Entropy, Patience
 from earlyexit_kernels.engine import choice, graphs
 from earlyexit_kernels.engine.choice import Choice
-from earlyexit_kernels.engine.graphs import CaptureError, ConditionalNodes, Graphs, most_rows
-from earlyexit_kernels.engine.resident import Bucket
+from earlyexit_kernels.engine.graphs import CaptureError, ConditionalNodes, Graphs, max_rows
+from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.resident_buffers import Bucket
 from earlyexit_kernels.errors import BackendUnavailableError
+from earlyexit_kernels.hf.execution import Execution
 
 
 @pytest.fixture
@@ -27,7 +30,11 @@ def model():
 
 
 def run(runner: Graphs, model, batch):
-    return runner.run(model.parts, "torch", batch["input_ids"], batch.get("attention_mask"), None, None)
+    return runner.run(model.view(), "torch", Inputs(**batch))
+
+
+def run_graph(model, ids):
+    return model.execution.run_graph(model.view(), Inputs(ids))
 
 
 def assert_as_eager(out, model, batch) -> None:
@@ -36,7 +43,7 @@ def assert_as_eager(out, model, batch) -> None:
     torch.testing.assert_close(out.logits, expected.logits, atol=2e-5, rtol=1e-4)
 
 
-def test_a_graph_is_captured_once_a_bucket(captures, model):
+def test_one_capture_per_bucket(captures, model):
     runner = Graphs()
     for lengths in [(17, 3, 9), (20, 4, 4, 4), (17,), (18,), (5, 6, 30)]:
         batch = batch_for(model, lengths=lengths)
@@ -47,18 +54,18 @@ def test_a_graph_is_captured_once_a_bucket(captures, model):
     assert len(captures) == 3
 
 
-def test_a_large_batch_is_split(captures, model, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_TOKENS", 64)
-    assert (most_rows(17), most_rows(16), most_rows(64)) == (2, 4, 1)
+def test_large_batch_is_split(captures, model, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 64)
+    assert (max_rows(17), max_rows(16), max_rows(64)) == (2, 4, 1)
     batch = batch_for(model, lengths=(17, 3, 9, 12, 6))
     out = run(Graphs(), model, batch)
     assert_as_eager(out, model, batch)
     assert captures == [Bucket(2, 32), Bucket(1, 32)] and len(out.invalid_rows) == model.depth
-    assert most_rows(100) == 1
+    assert max_rows(100) == 1
 
 
-def test_the_graph_unused_for_longest_goes(captures, model, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+def test_least_recently_used_graph_is_dropped(captures, model, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     runner, batches = (
         Graphs(),
         [batch_for(model, lengths=lengths) for lengths in [(5,), (5, 5), (5,), (40,), (5,), (5, 5)]],
@@ -68,7 +75,7 @@ def test_the_graph_unused_for_longest_goes(captures, model, monkeypatch):
     assert captures == [Bucket(1, 16), Bucket(2, 16), Bucket(1, 64), Bucket(2, 16)]
 
 
-def test_other_weights_and_criteria_have_graphs_of_their_own(captures, model):
+def test_replaced_weights_and_other_criteria_need_a_capture(captures, model):
     runner, batch = Graphs(), batch_for(model)
     run(runner, model, batch)
     value = model.backbone.encoder.layer[1].attention.self.value
@@ -82,7 +89,7 @@ def test_other_weights_and_criteria_have_graphs_of_their_own(captures, model):
     assert len(captures) == 4
 
 
-def test_a_graph_made_in_one_mode_of_autograd_serves_in_every_other(captures, model):
+def test_graph_is_used_in_every_autograd_mode(captures, model):
     runner, batch = Graphs(), batch_for(model)
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
@@ -92,7 +99,7 @@ def test_a_graph_made_in_one_mode_of_autograd_serves_in_every_other(captures, mo
     assert len(captures) == 1
 
 
-def test_the_memory_a_graph_reads_is_there_while_it_can_be_replayed(captures, model):
+def test_graph_keeps_the_weights_it_reads_alive(captures, model):
     runner, batch = Graphs(), batch_for(model)
     run(runner, model, batch)
     for module in (model.backbone.embeddings.word_embeddings, model.heads.out[0]):
@@ -100,16 +107,16 @@ def test_the_memory_a_graph_reads_is_there_while_it_can_be_replayed(captures, mo
         module.weight.data = module.weight.data.clone()
         assert not before.expired()
         run(runner, model, batch)
-        assert before.expired(), "another graph has been captured, and nothing reads this any more"
+        assert before.expired(), "the stale graph has been dropped"
     assert len(captures) == 3
 
 
 class TritonError(Exception):
-    """As Triton's own, which is no RuntimeError."""
+    """Like the errors of Triton, which are not RuntimeErrors."""
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, TritonError])
-def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, monkeypatch, kind):
+def test_failed_capture_is_reported_and_not_repeated(captures, model, monkeypatch, kind):
     tried = []
 
     def fails(*args):
@@ -124,7 +131,7 @@ def test_what_cannot_be_captured_is_said_and_not_tried_again(captures, model, mo
     assert len(tried) == 1
 
 
-def test_other_graphs_make_room_for_one_that_lacks_memory(captures, model, monkeypatch):
+def test_graphs_are_dropped_when_a_capture_runs_out_of_memory(captures, model, monkeypatch):
     runner, makes = Graphs(), graphs.capture
     run(runner, model, batch_for(model, lengths=(5,)))
 
@@ -138,18 +145,18 @@ def test_other_graphs_make_room_for_one_that_lacks_memory(captures, model, monke
     assert captures == [Bucket(1, 16), Bucket(4, 32)] and len(runner._captured) == 1
 
 
-def test_a_capture_waits_for_what_the_caller_did_to_the_weights(captures, model):
+def test_capture_waits_for_the_stream_of_the_caller(captures, model):
     torch.cuda.current_stream(None).wait_stream = lambda other: captures.append("wait")
     run(Graphs(), model, batch_for(model))
     assert captures[:2] == ["wait", Bucket(4, 32)]
 
 
-def test_another_device_has_graphs_of_its_own(model):
-    here, there = (graphs.key_of(each.parts, "triton", 3, 17) for each in (model, copy.deepcopy(model).to("meta")))
+def test_key_contains_the_device(model):
+    here, there = (graphs.key_of(each.view(), "triton", 3, 17) for each in (model, copy.deepcopy(model).to("meta")))
     assert here.device.type == "cpu" and there == here._replace(device=torch.device("meta"))
 
 
-def test_graphs_of_weights_that_are_others_go_before_a_capture(captures, model):
+def test_stale_graphs_are_dropped_before_a_capture(captures, model):
     runner = Graphs()
     for lengths in [(17, 3, 9), (17,), (17, 3)]:
         run(runner, model, batch_for(model, lengths=lengths))
@@ -157,20 +164,30 @@ def test_graphs_of_weights_that_are_others_go_before_a_capture(captures, model):
     assert [key.bucket for key in runner._captured] == [Bucket(2, 32)]
 
 
-def test_training_drops_the_graphs(captures, model):
-    """Optimizers may write through `weight.data`, which leaves no trace."""
-    run(model._graphs, model, batch_for(model))
+def test_stale_graph_is_not_replayed(captures, model):
+    runner, batch = Graphs(), batch_for(model)
+    run(runner, model, batch)
+    ((key, captured),) = runner._captured.items()
+    runner._captured[key] = dataclasses.replace(captured, replay=lambda: pytest.fail("a stale graph was replayed"))
+    model.heads.out[0] = torch.nn.Linear(64, 3)
+    assert_as_eager(run(runner, model, batch), model, batch)
+    assert len(captures) == 2
+
+
+def test_train_mode_drops_the_graphs(captures, model):
+    """Optimizers may write through `weight.data`, which is not detected."""
+    run(model.execution.graphs, model, batch_for(model))
     model.train().eval()
-    assert not model._graphs._captured
+    assert not model.execution.graphs._captured
 
 
-def test_a_capture_of_the_users_own_is_left_alone(captures, model, monkeypatch):
+def test_model_refuses_to_run_in_a_capture(captures, model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(CaptureError, match="fixed_depth"):
-        run(Graphs(), model, batch_for(model))
+    with pytest.raises(RuntimeError, match=r"data-dependent; capture model\.fixed_depth\(\) instead"):
+        run_graph(model, batch_for(model)["input_ids"])
 
 
-def test_nodes_are_opened_and_closed_around_their_bodies():
+def test_conditional_nodes_enclose_their_bodies():
     said = []
 
     class Graph:
@@ -200,44 +217,48 @@ def test_nodes_are_opened_and_closed_around_their_bodies():
 
 
 def test_copies_start_without_graphs(model):
-    model._graphs._refused["key"] = "a reason"
-    assert copy.deepcopy(model)._graphs._refused == {} == pickle.loads(pickle.dumps(model._graphs))._refused
+    model.execution.graphs._refused["key"] = "a reason"
+    assert (
+        copy.deepcopy(model).execution.graphs._refused
+        == {}
+        == pickle.loads(pickle.dumps(model.execution.graphs))._refused
+    )
 
 
-def test_the_engine_is_chosen_and_explained(model, caplog, monkeypatch):
+def test_engine_is_chosen_and_explained(model, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     text = str(model.explain(**batch_for(model)))
-    assert "engine 'eager': graphs are for CUDA" in text and "layers 'fused'" in text
+    assert "engine 'eager': graphs require CUDA" in text and "layers 'fused'" in text
     model.set_engine("eager")
-    assert model.explain(**batch_for(model)).engine.reason == "it was asked for"
+    assert model.explain(**batch_for(model)).engine.reason == "it was requested"
     with pytest.raises(ValueError, match="engine: expected one of"):
         model.set_engine("lazy")
     with pytest.raises(BackendUnavailableError, match="runs on CUDA, the model is on 'cpu'"):
         model.set_engine("graph")
-    model._engine = "graph"
+    model.execution._engine = "graph"
     ids = batch_for(model)["input_ids"]
     with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
-        assert [model.from_graph(ids) for _ in range(2)] == [None, None] and model.from_graph(ids[:0]) is None
-    assert caplog.messages == ["engine 'graph' fell back to 'eager': graphs are for CUDA"]
+        assert [run_graph(model, ids) for _ in range(2)] == [None, None] and run_graph(model, ids[:0]) is None
+    assert caplog.messages == ["engine 'graph' fell back to 'eager': graphs require CUDA"]
     with pytest.raises(ValueError, match=r"expected input_ids of shape \[N, S\], got \[17\]"):
         model.explain(ids[0])
     with pytest.raises(ValueError, match=r"expected input_ids of shape \[N, S\], got list"):
         model.explain([[1]])
     model.set_layers("fused")
-    assert model.explain(ids).layers == ("fused", "they were asked for")
+    assert model.explain(ids).layers == ("fused", "it was requested")
     assert "train mode" in model.train().explain(ids).layers.reason
 
 
-def test_what_auto_does_is_said_once(on_cuda, caplog, monkeypatch):
+def test_choices_of_auto_are_logged_once(on_cuda, caplog, monkeypatch):
     model, batch = on_cuda
-    model._engine = "auto"
+    model.execution._engine = "auto"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     with caplog.at_level(logging.INFO, "earlyexit_kernels"):
-        assert [model.from_graph(batch["input_ids"], None, None, None) for _ in range(2)] == [None] * 2
+        assert [run_graph(model, batch["input_ids"]) for _ in range(2)] == [None] * 2
         monkeypatch.setitem(choice.FASTEST, "A GPU", ((10**6, "graph"),))
         monkeypatch.setattr(Graphs, "run", _no_memory)
-        assert [model.from_graph(batch["input_ids"], None, None, None) for _ in range(2)] == [None] * 2
+        assert [run_graph(model, batch["input_ids"]) for _ in range(2)] == [None] * 2
     assert caplog.messages == [
         "engine 'auto' chose 'eager': no measurement of A GPU is in the table",
         "engine 'auto' chose 'graph': it was the fastest on A GPU up to 1000000 padded tokens a batch",
@@ -251,72 +272,73 @@ def _no_memory(*_):
 
 @pytest.fixture
 def on_cuda(model, monkeypatch):
-    """The model says that it is on a GPU, and its graph engine was asked for."""
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    monkeypatch.setattr(type(model), "backend", "triton")
+    """A model that reports a CUDA device, with the graph engine requested."""
+    monkeypatch.setattr(type(model.backbone), "device", torch.device("cuda"))
+    monkeypatch.setattr(Execution, "backend", lambda *_: "triton")
     monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": ""})
-    model._engine = "graph"
+    model.execution._engine = "graph"
     return model, batch_for(model)
 
 
-def test_what_stands_against_a_graph_is_explained(on_cuda, monkeypatch):
+def test_reason_against_a_graph_is_explained(on_cuda, monkeypatch):
     model, batch = on_cuda
-    assert model.explain(**batch).engine == ("graph", "it was asked for")
-    model._graphs._refused[graphs.key_of(model.parts, "triton", *batch["input_ids"].shape)] = "capturing failed"
+    assert model.explain(**batch).engine == ("graph", "it was requested")
+    key = graphs.key_of(model.view(), "triton", *batch["input_ids"].shape)
+    model.execution.graphs._refused[key] = "capturing failed"
     assert model.explain(**batch).engine == ("eager", "capturing failed")
     assert model.explain(batch["input_ids"][:1]).engine.name == "graph", "another bucket"
-    monkeypatch.setattr(graphs, "MOST_TOKENS", 128)
-    assert model.explain(batch["input_ids"].repeat(3, 1)).engine.reason == "capturing failed", "a part of the batch"
-    monkeypatch.setattr(type(model), "backend", "torch")
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 128)
+    assert model.explain(batch["input_ids"].repeat(3, 1)).engine.reason == "capturing failed", "one chunk of the batch"
+    monkeypatch.setattr(Execution, "backend", lambda *_: "torch")
     assert "back-end 'torch' reads counts" in model.explain(batch["input_ids"][:1]).engine.reason
     monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": "it is missing"})
     assert "it is missing" in model.explain(batch["input_ids"][:1]).engine.reason
 
 
-def test_what_has_a_graph_is_not_looked_at_again(captures, on_cuda, monkeypatch):
-    """At one row a batch that look takes as long as the batch; `explain` takes it, and `run` sees what has changed."""
+def test_model_with_a_graph_is_not_checked_twice(captures, on_cuda, monkeypatch):
+    """For a batch of one row the check takes as long as the batch; `explain` does it, and `run` detects changes."""
     model, batch = on_cuda
-    key = graphs.key_of(model.parts, "triton", *batch["input_ids"].shape)
-    run(model._graphs, model, batch)
-    ((other, captured),) = model._graphs._captured.items()
-    model._graphs._captured[key] = captured
+    key = graphs.key_of(model.view(), "triton", *batch["input_ids"].shape)
+    run(model.execution.graphs, model, batch)
+    ((other, captured),) = model.execution.graphs._captured.items()
+    model.execution.graphs._captured[key] = captured
     looks = []
-    monkeypatch.setattr(graphs, "why_not_resident", lambda *_: looks.append(1) or "no more")
-    assert model.engine_for(*batch["input_ids"].shape).name == "graph" and not looks
+    monkeypatch.setattr(graphs, "resident_unsupported_reason", lambda *_: looks.append(1) or "no more")
+    assert model.execution.choose_engine(model.view(), *batch["input_ids"].shape).name == "graph" and not looks
     model.backbone.encoder.layer[0].register_forward_hook(lambda *_: None)
     assert "no more" in model.explain(**batch).engine.reason and looks
-    model._graphs._captured[other] = captured
+    model.execution.graphs._captured[other] = captured
     with pytest.raises(CaptureError, match="no more"):
-        run(model._graphs, model, batch)
+        run(model.execution.graphs, model, batch)
 
 
-def test_a_model_answers_from_its_graphs(captures, model, monkeypatch):
+def test_run_graph_answers_like_forward(captures, model, monkeypatch):
     batch = batch_for(model)
     batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape)
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
     expected = model(**batch)
-    monkeypatch.setattr(type(model), "engine_for", lambda self, rows, length, **_: Choice("graph", "a test"))
-    monkeypatch.setattr(type(model), "backend", "torch")
-    got = model.from_graph(*(batch[name] for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids")))
+    monkeypatch.setattr(Execution, "choose_engine", lambda *_: Choice("graph", "a test"))
+    monkeypatch.setattr(Execution, "backend", lambda *_: "torch")
+    got = model.execution.run_graph(model.view(), Inputs(**batch))
     assert torch.equal(got.exit_layer, expected.exit_layer) and captures == [Bucket(4, 32)]
     torch.testing.assert_close(got.logits, expected.logits, atol=2e-5, rtol=1e-4)
 
 
-def test_a_compiled_caller_runs_it_as_it_is(captures, on_cuda, monkeypatch):
+def test_run_graph_is_not_compiled(captures, on_cuda, monkeypatch):
     model, batch = on_cuda
-    key = graphs.key_of(model.parts, "torch", *batch["input_ids"].shape)
+    key = graphs.key_of(model.view(), "torch", *batch["input_ids"].shape)
     monkeypatch.setattr(graphs, "key_of", lambda *_: key)
     traced = []
     compiled = torch.compile(
-        lambda ids: model.from_graph(ids, None, None, None).exit_layer + 0,
+        lambda ids: run_graph(model, ids).exit_layer + 0,
         backend=lambda graph, _: (traced.append(graph), graph.forward)[1],
     )
     for ids in (batch["input_ids"], batch["input_ids"].flip(0)):
-        assert torch.equal(compiled(ids), model.from_graph(ids, None, None, None).exit_layer)
-    assert captures == [Bucket(4, 32)] and len(traced) == 1, "what is behind the addition alone"
+        assert torch.equal(compiled(ids), run_graph(model, ids).exit_layer)
+    assert captures == [Bucket(4, 32)] and len(traced) == 1, "only the addition is compiled"
 
 
-def test_the_table_of_the_fastest(monkeypatch):
+def test_table_of_fastest_engines(monkeypatch):
     monkeypatch.setattr(choice, "FASTEST", {"H200": ((4096, "graph"), (8192, "eager"))})
     fastest = choice.fastest
     assert [fastest("NVIDIA H200", 32, s).name for s in (128, 129, 4096)] == ["graph", "eager", "eager"]

@@ -1,4 +1,4 @@
-"""Requests: nothing to read, the wrong thing to read, and the right thing in an unusual form."""
+"""Inputs: empty batches, invalid arguments, and valid ones in unusual forms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from support.models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, ragg
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import QExit
+from earlyexit_kernels.engine.inputs import Inputs
 
-# nothing to read
+# empty inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -19,12 +20,20 @@ def test_empty_batch(family, pooling):
     batch = {name: value[:0] for name, value in batch_for(model).items()}
     out = model(**batch)
     assert out.logits.shape == (0, CLASSES) and out.exit_layer.shape == out.layers_run.shape == (0,)
-    assert out.logits.dtype == torch.float32 and out.exit_layer.dtype == torch.int64
+    assert out.logits.dtype == torch.float32 and out.exit_layer.dtype == torch.int64 and out.all_logits is None
     assert model(**batch, output_all_logits=True).all_logits.shape == (0, DEPTH, CLASSES)
     assert model(input_ids=torch.zeros(0, 0, dtype=torch.long)).logits.shape == (0, CLASSES)
     trace = model.trace(**batch)
     assert trace.logits.shape == (0, DEPTH, CLASSES) and trace.aux["halting"].shape == (0, DEPTH)
     assert ee.replay(trace, model.criterion)[1].shape == (0,)
+
+
+def test_rows_of_inputs_share_broadcast_positions():
+    inputs = Inputs(torch.arange(12).view(4, 3), None, torch.ones(4, 3), torch.arange(3)[None])
+    part = inputs.rows_from(1, 3)
+    assert (part.rows, part.length) == (2, 3) and torch.equal(part.input_ids, inputs.input_ids[1:3])
+    assert part.attention_mask is None and part.token_type_ids.shape == (2, 3)
+    assert part.position_ids is inputs.position_ids
 
 
 def test_rows_without_tokens_are_refused():
@@ -34,7 +43,7 @@ def test_rows_without_tokens_are_refused():
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_padding_row_is_finite_and_alone(family, pooling):
+def test_row_of_padding_only_is_finite_and_does_not_affect_others(family, pooling):
     model = early_exit(family, pooling=pooling)
     batch = batch_for(model)
     expected = model(**batch).logits
@@ -46,7 +55,7 @@ def test_all_padding_row_is_finite_and_alone(family, pooling):
     assert torch.isfinite(model(**batch).logits).all()
 
 
-# the wrong thing
+# invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -70,7 +79,7 @@ def test_all_padding_row_is_finite_and_alone(family, pooling):
         ({"position_ids": torch.full((2, 5), -1)}, r"position_ids: expected .*got -1"),
     ],
 )
-def test_wrong_input_is_named(inputs, message):
+def test_invalid_input_is_named(inputs, message):
     ids = torch.ones(2, 5, dtype=torch.long) if inputs and "input_ids" not in inputs else None
     model = early_exit()
     for call in (model, model.trace):
@@ -79,20 +88,20 @@ def test_wrong_input_is_named(inputs, message):
 
 
 @pytest.mark.parametrize("argument", ["input_ids", "attention_mask"])
-def test_list_instead_of_a_tensor(argument):
+def test_list_is_refused(argument):
     batch = ragged()
     batch[argument] = batch[argument].tolist()
     with pytest.raises((TypeError, ValueError), match=f"{argument}: expected .*list"):
         early_exit()(**batch)
 
 
-def test_longest_row_is_accepted():
+def test_row_of_maximum_length():
     base = stock()
     ids = torch.full((1, 70), 9)
     assert (ee.to_early_exit(base)(input_ids=ids).logits - base(input_ids=ids).logits).abs().max() < 1e-5
 
 
-def test_too_long_where_positions_start_after_the_pad_token():
+def test_maximum_length_of_roberta():
     model = early_exit("roberta")
     assert model(input_ids=torch.full((1, 68), 9)).logits.shape == (1, CLASSES)
     with pytest.raises(ValueError, match="a row may have 68 tokens in this model, got 69; truncate"):
@@ -100,7 +109,7 @@ def test_too_long_where_positions_start_after_the_pad_token():
 
 
 @pytest.mark.parametrize("argument", ["input_ids", "attention_mask", "token_type_ids", "position_ids"])
-def test_mixed_devices_are_both_named(argument):
+def test_inputs_on_another_device_are_refused(argument):
     batch = ragged("full")
     batch |= {"token_type_ids": torch.zeros_like(batch["input_ids"]), "position_ids": torch.arange(17).expand(4, -1)}
     batch[argument] = batch[argument].to("meta")
@@ -109,7 +118,7 @@ def test_mixed_devices_are_both_named(argument):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
-def test_any_integers(dtype):
+def test_integer_dtypes(dtype):
     model, batch = early_exit(), ragged()
     batch |= {"token_type_ids": torch.ones_like(batch["input_ids"]), "position_ids": torch.arange(17).expand(4, -1)}
     got = model(**{name: value.to(dtype) for name, value in batch.items()})
@@ -128,7 +137,7 @@ def test_strided_and_expanded_inputs():
     assert (model(**one).logits - expected.logits[:1]).abs().max() < 1e-5
 
 
-# what an early-exit model can't give or read
+# unsupported outputs and masks
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
@@ -136,14 +145,14 @@ def test_strided_and_expanded_inputs():
 def test_hidden_states_and_attentions_are_refused(asked, training):
     model, batch = early_exit(), ragged()
     model.train(training)
-    with pytest.raises(ValueError, match=r"rows leave on the way.*model\.backbone"):
+    with pytest.raises(ValueError, match=r"rows leave at different layers.*model\.backbone"):
         model(**batch, **{asked: True})
     assert model(**batch, **{asked: False}).logits.shape == (4, CLASSES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pooling", [None, "first"])
-def test_left_padding_is_refused_where_the_first_token_is_read(family, pooling):
+def test_left_padding_is_refused_unless_pooling_is_mean(family, pooling):
     model = early_exit(family, pooling=pooling)
     with pytest.raises(ValueError, match="pad on the right, or convert with pooling='mean'"):
         model(**batch_for(model, "left"))
@@ -154,21 +163,21 @@ def test_left_padding_is_refused_where_the_first_token_is_read(family, pooling):
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 17, 17), (4, 17, 17), (1, 17), (4, 16), (17,)])
-def test_mask_of_another_shape_is_refused(shape):
+def test_mask_of_wrong_shape_is_refused(shape):
     model = early_exit()
     with pytest.raises(ValueError, match=r"attention_mask: expected the shape of input_ids \[4, 17\], got"):
         model(input_ids=ragged()["input_ids"], attention_mask=torch.ones(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float32, torch.uint8])
-def test_mask_of_another_dtype(dtype):
+def test_mask_dtypes(dtype):
     model, batch = early_exit(), ragged()
     expected = model(**batch)
     out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"].to(dtype))
     assert torch.equal(out.logits, expected.logits) and torch.equal(out.exit_layer, expected.exit_layer)
 
 
-def test_masks_to_add_to_scores_are_refused():
+def test_additive_masks_are_refused():
     model, batch = early_exit(pooling="mean"), ragged()
     with pytest.raises(ValueError, match="attention_mask: expected 1 for a token and 0 for none, got negative numbers"):
         model(input_ids=batch["input_ids"], attention_mask=(batch["attention_mask"] - 1.0) * 1e4)

@@ -1,4 +1,4 @@
-"""At full depth the packed model is the stock model: its logits, and its hidden states under left padding."""
+"""Parity with the stock model at full depth: logits, and hidden states under left padding."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_unusual_sizes(family, sizes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_mask_and_with_types_and_positions(family):
+def test_token_types_and_positions_without_a_mask(family):
     base = stock(family)
     model = ee.to_early_exit(base)
     ids = batch_for(base, "full")["input_ids"]
@@ -108,7 +108,7 @@ def test_mean_pooling_is_the_mean_of_attended_tokens(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_attention_without_a_plan_is_sdpa(family):
-    """`model.backbone` called by itself is the stock encoder, padding mask included."""
+    """`model.backbone` alone computes the stock encoder, padding mask included."""
     base = stock(family)
     model = ee.to_early_exit(base)
     for kind in ("right", "left", "holes"):

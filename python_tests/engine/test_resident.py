@@ -1,4 +1,4 @@
-"""The resident loop answers as the eager engine does, whatever its buffers held before and whoever shares the batch."""
+"""The resident loop against the eager engine, in buffers of arbitrary contents."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from support.models import ATTENDED, FAMILIES, batch_for, early_exit
 
 from earlyexit_kernels.criteria import Dact, Entropy, Expectation, FullDepth, HiddenCosine, Patience, QExit, Voting
 from earlyexit_kernels.engine.graphs import bucket_of
-from earlyexit_kernels.engine.resident import Bucket, ResidentLoop, why_not_resident
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
+from earlyexit_kernels.engine.resident_buffers import Bucket
 
 
 @pytest.fixture(params=backend_params(("torch", "triton")))
@@ -20,22 +20,22 @@ def backend(request) -> str:
 
 
 def loop_for(model, bucket, backend, *, poison=False) -> ResidentLoop:
-    loop = ResidentLoop(model.parts, bucket, backend, backend)
+    loop = ResidentLoop(model.view(), bucket, backend, backend)
     if poison:
-        for buffer in (loop.hidden, loop.qkv, loop.context, loop.middle, loop.inner, loop.features, loop.answers):
+        for buffer in (*vars(loop.activations).values(), loop.answers):
             buffer.fill_(torch.nan)
     return loop
 
 
 def answers(loop, batch):
-    loop.load(*(batch.get(name) for name in INPUTS))
+    loop.load(Inputs(**batch))
     loop.launch()
     n = batch["input_ids"].shape[0]
     return loop.answers[:n].clone(), loop.exit_layer[:n].clone()
 
 
 def splitting(model, batch) -> Entropy:
-    """A threshold that half of the rows are below at the first exit, away from all scores."""
+    """An entropy threshold at which half of the rows leave at the first exit, away from all scores."""
     logits = model.trace(**batch).logits
     entropies = torch.distributions.Categorical(logits=logits).entropy()
     first, scores = entropies[:, 0].sort().values, entropies.flatten().sort().values
@@ -44,8 +44,8 @@ def splitting(model, batch) -> Entropy:
     return Entropy(threshold=float((middle + above) / 2))
 
 
-class Played:
-    """The nodes of a graph, obeyed by the host. Only the CUDA op sets handles, so the loop's exit is wrapped.
+class HostNodes:
+    """Conditional nodes run by the host. Only the CUDA op sets handles, so the exit of the loop is wrapped.
 
     Attributes:
         said: the nodes met.
@@ -136,7 +136,7 @@ def test_rules_and_heads(name, backend):
     assert_as_eager(model, loop_for(model, Bucket(4, 32), backend, poison=True), batch)
 
 
-def test_a_loop_serves_batch_after_batch(backend):
+def test_successive_batches(backend):
     model = early_exit("bert", pooling="first", criterion=Patience(patience=1))
     loop = loop_for(model, Bucket(4, 32), backend)
     for lengths in [(17, 3, 9, 12), (1, 2), (6,), (30, 4, 4, 29)][: 2 if backend == "triton" else 4]:
@@ -144,7 +144,7 @@ def test_a_loop_serves_batch_after_batch(backend):
 
 
 @pytest.mark.parametrize("built", [{"method": "palbert"}, {"pooling": "first"}], ids=["halting", "hidden cosine"])
-def test_exits_of_modules_take_as_many_rows_in_every_bucket(built, monkeypatch):
+def test_module_exits_use_chunks_of_one_size(built, monkeypatch):
     monkeypatch.setattr("earlyexit_kernels.engine.resident.EXIT_ROWS", 3)
     rule = QExit(q=0.6) if "method" in built else HiddenCosine(threshold=0.97)
     model = early_exit("bert", criterion=rule, **built)
@@ -153,7 +153,7 @@ def test_exits_of_modules_take_as_many_rows_in_every_bucket(built, monkeypatch):
     for lengths, rows in [((17, 3, 9, 12), 4), ((5,), 1), ((4, 9, 2, 6, 6, 3, 8), 8)]:
         loop = loop_for(model, Bucket(rows, 32), "torch", poison=True)
         batch = batch_for(model, lengths=lengths)
-        loop.load(*(batch.get(name) for name in INPUTS))
+        loop.load(Inputs(**batch))
         loop.launch()
         assert set(seen) == {3}
         seen.clear()
@@ -161,7 +161,7 @@ def test_exits_of_modules_take_as_many_rows_in_every_bucket(built, monkeypatch):
         seen.clear()
 
 
-def test_a_row_answers_alike_alone_and_among_others(backend):
+def test_rows_do_not_depend_on_the_batch(backend):
     # identical bits are a GPU's promise: here both back-ends multiply by a library, which rounds by the number of rows
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model)
@@ -173,7 +173,7 @@ def test_a_row_answers_alike_alone_and_among_others(backend):
         assert own[1][0] == exit_layer[row]
 
 
-def test_rows_without_tokens_or_meaning(backend):
+def test_rows_without_tokens_and_invalid_rows(backend):
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model)
     batch["attention_mask"][2] = 0
@@ -196,29 +196,29 @@ def test_types_and_positions(backend):
     assert_as_eager(model, loop, batch)
 
 
-def test_groups_of_layers_lie_behind_nodes():
+def test_groups_of_layers_are_conditional():
     model = early_exit("bert", pooling="first", criterion=FullDepth())
     assert loop_for(model, Bucket(1, 16), "torch").groups == [range(1, 5)]
     model.set_criterion(Entropy(threshold=0.7))
     loop = loop_for(model, Bucket(4, 32), "torch")
     assert loop.groups == [range(k, k + 1) for k in (1, 2, 3, 4)]
-    nodes = Played(loop)
-    loop.load(*(batch_for(model).get(name) for name in INPUTS))
+    nodes = HostNodes(loop)
+    loop.load(Inputs(**batch_for(model)))
     loop.launch(nodes)
     deepest = int(loop.exit_layer.max())
     assert nodes.said == ["when"] * 3 and nodes.ran == deepest - 1, "the first group always runs"
 
 
 @pytest.mark.parametrize("threshold", [0.0, None, 2.0])
-def test_layers_that_are_one_are_turns_of_a_loop(threshold):
+def test_equal_groups_are_one_loop(threshold):
     model = early_exit("albert", pooling="first", num_hidden_groups=1)
     batch = batch_for(model)
     model.set_criterion(splitting(model, batch) if threshold is None else Entropy(threshold=threshold))
     loop = loop_for(model, Bucket(4, 32), "torch")
     assert loop.is_one_group
-    nodes = Played(loop)
+    nodes = HostNodes(loop)
     for _ in range(2):
-        loop.load(*(batch.get(name) for name in INPUTS))
+        loop.load(Inputs(**batch))
         loop.launch(nodes)
         out = model(**batch)
         assert torch.equal(loop.exit_layer, out.exit_layer)
@@ -229,7 +229,7 @@ def test_layers_that_are_one_are_turns_of_a_loop(threshold):
     assert nodes.said[2:] == ["when"] * 3
 
 
-def test_layers_that_differ_are_no_turns():
+def test_different_groups_are_no_loop():
     assert not loop_for(early_exit("albert", pooling="first"), Bucket(4, 32), "torch").is_one_group
     model = early_exit("albert", pooling="first", num_hidden_groups=1)
     model.set_criterion(Entropy(threshold=0.7))
@@ -249,27 +249,27 @@ def test_layers_that_differ_are_no_turns():
     [
         ({"method": "smartbert"}, "skips layers"),
         ({"method": "fastbert"}, "attend to all tokens"),
-        ({"method": "palbert", "pooling": "mean", "criterion": QExit(q=0.5)}, "average the tokens"),
+        ({"method": "palbert", "pooling": "mean", "criterion": QExit(q=0.5)}, "mean of the tokens"),
     ],
 )
-def test_what_it_cannot_hold_is_said(arguments, reason):
-    assert reason in why_not_resident(early_exit("bert", **arguments).parts, torch.float32)
+def test_unsupported_model(arguments, reason):
+    assert reason in resident_unsupported_reason(early_exit("bert", **arguments).view(), torch.float32)
 
 
-def test_more_that_it_cannot_hold():
+def test_unsupported_modules():
     model = early_exit("bert", pooling="first")
-    assert why_not_resident(model.parts, torch.float32) == ""
-    assert "float64" in why_not_resident(model.parts, torch.float64)
+    assert resident_unsupported_reason(model.view(), torch.float32) is None
+    assert "float64" in resident_unsupported_reason(model.view(), torch.float64)
     for module in (model.backbone.encoder.layer[1], model.backbone.embeddings.LayerNorm, model.heads.out[0]):
         hook = module.register_forward_hook(lambda *_: None)
-        assert "forward hook" in why_not_resident(model.parts, torch.float32)
+        assert "forward hook" in resident_unsupported_reason(model.view(), torch.float32)
         hook.remove()
     model.heads.half()
-    assert "torch.float32, some are ['torch.float16']" in why_not_resident(model.parts, torch.float32)
+    assert "torch.float32, some are ['torch.float16']" in resident_unsupported_reason(model.view(), torch.float32)
 
 
-def test_memory_that_launches_know_stays_theirs():
-    """A graph of weights that have gone elsewhere is replayed before that is seen."""
+def test_weights_of_launches_are_kept():
+    """A graph may be replayed once after its weights were moved, before that is detected."""
     model = early_exit("bert", pooling="first")
     loop = loop_for(model, Bucket(1, 16), "torch")
     before = [x.data_ptr() for part in (model.backbone, model.heads) for x in part.parameters()]
@@ -277,7 +277,7 @@ def test_memory_that_launches_know_stays_theirs():
     assert [x.data_ptr() for x in loop.held] == before
 
 
-def test_the_default_dtype_is_not_the_answers(backend):
+def test_answers_ignore_the_default_dtype(backend):
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model)
     expected = model(**batch)

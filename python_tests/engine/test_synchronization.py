@@ -7,33 +7,30 @@ where they are forbidden. Counts and lengths are as on CUDA.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
-from support.leaving_models import HEADS, LENGTHS, SETTINGS, setting
+from support.leaving_models import HEADS, LENGTHS, setting
 from support.models import early_exit, ragged
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine import eager, packing
+from earlyexit_kernels.criteria import RULES
+from earlyexit_kernels.engine import eager, embedding, inputs, packing
 from earlyexit_kernels.engine.counts import HostCounts
-
-models_room = importlib.import_module("earlyexit_kernels.hf.model")
-inputs_room = importlib.import_module("earlyexit_kernels.engine.inputs")
 
 
 class FromHost(TorchFunctionMode):
-    """Refuses what copies numbers from the host to the device and waits for it, which fake tensors don't mind."""
+    """Refuses synchronising copies from the host to the device, which fake tensors allow."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.cpu), function
         return function(*args, **(kwargs or {}))
 
 
-class Told:
-    """Counts for tensors that hold no numbers: what a batch might have said."""
+class ScriptedCounts:
+    """Scripted counts for fake tensors."""
 
     def __init__(self, depth, bounds):
         self.invalid, self.bounds = [0] * depth, bounds
@@ -50,26 +47,26 @@ class Told:
 BOUNDS = [(3, 15), (2, 10), (2, 10), (1, 5)]
 
 
-def run_without_numbers(model, monkeypatch, tell=lambda depth: Told(depth, BOUNDS), mask=None):
-    """Run a model on tensors without numbers: a look at them raises. Returns rows and tokens after each compaction."""
+def run_without_numbers(model, monkeypatch, tell=lambda depth: ScriptedCounts(depth, BOUNDS), mask=None):
+    """Run a model on fake tensors, where reading values raises. Returns rows and tokens after each compaction."""
     met = []
-    pack, shrink = models_room.pack, eager.shrink
+    pack, compact_batch = embedding.pack, eager.compact_batch
 
     def unknown_lengths(*arguments, **options):
         return dataclasses.replace(pack(*arguments, **options), lengths=None)
 
     def watched(*arguments):
         met.append(tuple(arguments[2:4]))
-        return shrink(*arguments)
+        return compact_batch(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(models_room, "pack", unknown_lengths)
-        patch.setattr(eager, "shrink", watched)
+        patch.setattr(embedding, "pack", unknown_lengths)
+        patch.setattr(eager, "compact_batch", watched)
         patch.setattr(eager, "counts_for", lambda depth, device, exact: tell(depth))
-        patch.setattr(model, "_layers", "family")
+        patch.setattr(model.execution, "_layers", "family")
         patch.setattr(model, "compaction", "always")
         # ids are trusted on CUDA, and tensors without numbers have no address to tell them apart by
-        patch.setattr(inputs_room, "_check_ids", lambda *_: None)
+        patch.setattr(inputs, "_check_ids", lambda *_: None)
         patch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, FromHost():
             ids = mode.from_tensor(torch.zeros(3, 5, dtype=torch.int64))
@@ -78,16 +75,16 @@ def run_without_numbers(model, monkeypatch, tell=lambda depth: Told(depth, BOUND
     return met
 
 
-@pytest.mark.parametrize("criterion", SETTINGS)
-def test_no_rule_looks_at_data(criterion, monkeypatch):
+@pytest.mark.parametrize("criterion", RULES)
+def test_rules_do_not_synchronize(criterion, monkeypatch):
     model, _, _ = setting("bert", "auto", criterion)
     assert run_without_numbers(model, monkeypatch) == [(2, 10)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
-def test_no_head_looks_at_data(arguments, dtype, monkeypatch):
-    """In half precision too, where attention is another kernel."""
+def test_heads_do_not_synchronize(arguments, dtype, monkeypatch):
+    """Also in half precision, which uses another attention kernel."""
     model = early_exit("bert", **arguments).to(dtype)
     for rule in (ee.criteria.Entropy(threshold=0.5), ee.criteria.HiddenCosine(threshold=0.5)):
         model.set_criterion(rule)
@@ -98,18 +95,18 @@ def test_no_head_looks_at_data(arguments, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert", "electra", "distilbert"])
-def test_no_family_looks_at_data(family, monkeypatch):
+def test_families_do_not_synchronize(family, monkeypatch):
     model = early_exit(family, criterion=ee.criteria.Patience(patience=1))
     assert run_without_numbers(model, monkeypatch) == [(2, 10)]
 
 
 @pytest.mark.parametrize(
     ("tell", "mask"),
-    [(HostCounts, None), (lambda depth: Told(depth, BOUNDS), torch.ones(3, 5, dtype=torch.int64))],
+    [(HostCounts, None), (lambda depth: ScriptedCounts(depth, BOUNDS), torch.ones(3, 5, dtype=torch.int64))],
     ids=["exact counts", "a mask"],
 )
-def test_a_look_is_seen(tell, mask, monkeypatch):
-    """What does look raises: so the tests above would."""
+def test_synchronization_is_found(tell, mask, monkeypatch):
+    """Reading values raises in this setup, so the tests above can fail."""
     model = early_exit(criterion=ee.criteria.Patience(patience=1))
     with pytest.raises(DataDependentOutputException):
         run_without_numbers(model, monkeypatch, tell, mask)
@@ -118,8 +115,8 @@ def test_a_look_is_seen(tell, mask, monkeypatch):
 # packing
 
 
-class Looks(TorchFunctionMode):
-    """Counts what would make the host wait for the device."""
+class SynchronizationCounter(TorchFunctionMode):
+    """Counts the calls that would synchronise with the device."""
 
     WAIT = (
         *(torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__index__),
@@ -139,7 +136,7 @@ class Looks(TorchFunctionMode):
 @pytest.mark.parametrize(
     "kind", ["full", "right", "left", "holes", "real_ids_masked", "nothing", "one row", "one token"]
 )
-def test_packing_on_the_device_is_packing_on_the_host_in_one_look(kind):
+def test_packing_on_the_device_synchronizes_once(kind):
     shapes = {"one row": (6,), "one token": (1, 1)}
     usual = kind in ("nothing", *shapes)
     mask = ragged("right" if usual else kind, lengths=shapes.get(kind, LENGTHS))["attention_mask"]
@@ -148,9 +145,9 @@ def test_packing_on_the_device_is_packing_on_the_host_in_one_look(kind):
     if kind == "one row":
         mask[:, 4:] = 0
     expected = packing._pack_on_host(mask != 0, False)
-    with Looks() as looks:
+    with SynchronizationCounter() as counter:
         got = packing._pack_on_device(mask != 0, False)
-    assert looks.seen == ["tolist"]
+    assert counter.seen == ["tolist"]
     if expected is None:
         assert got is None and mask.all()
         return
@@ -161,7 +158,7 @@ def test_packing_on_the_device_is_packing_on_the_host_in_one_look(kind):
 
 
 @pytest.mark.parametrize("pack", [packing._pack_on_host, packing._pack_on_device])
-def test_packing_refuses_a_masked_first_token_where_it_is_read(pack):
+def test_packing_refuses_a_masked_first_token(pack):
     left = ragged("left")["attention_mask"] != 0
     with pytest.raises(ValueError, match="the first token of a row is masked"):
         pack(left.clone(), True)
@@ -171,8 +168,8 @@ def test_packing_refuses_a_masked_first_token_where_it_is_read(pack):
     assert pack(empty.clone(), True).offsets.diff()[2] == 1, "a row without tokens is let through"
 
 
-def test_other_widths_than_the_kernels_take_are_padded(monkeypatch):
-    """Heads of 20 are attended as heads of 24 at the scale of 20, and wide ones go to the kernel that takes them."""
+def test_attention_pads_head_widths(monkeypatch):
+    """Heads of width 20 are padded to 24 at the scale of 20, and wide ones use the other kernel."""
     met = []
 
     def kernel(name):

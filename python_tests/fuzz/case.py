@@ -1,4 +1,4 @@
-"""One case of a target: its random numbers, and what it can report."""
+"""One case of a target: its random numbers and its errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class WrongError(AssertionError):
-    """A valid call gave a result that the oracle does not give."""
+    """The result of a valid call differs from that of the oracle."""
 
 
 class AcceptedError(AssertionError):
@@ -20,16 +20,16 @@ class AcceptedError(AssertionError):
 
 
 class Case:
-    """The random numbers of one case, and the number of calls it has made of the package.
+    """Random numbers of one case, and a counter of its calls of the package.
 
     Args:
         target: name of the target.
-        seed: of the whole run.
-        number: of the case.
+        seed: seed of the run.
+        number: number of the case.
 
     Attributes:
-        calls: of the package, so far.
-        note: what the case has spoiled, for messages.
+        calls: number of calls of the package so far.
+        note: what the case has changed, for messages.
     """
 
     def __init__(self, target: str, seed: int, number: int) -> None:
@@ -39,21 +39,21 @@ class Case:
         self.note = ""
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         return self.draw.random() < probability
 
     def choice(self, values: Sequence[T]) -> T:
-        """One of `values`, all equally likely."""
+        """Return one of `values`, all equally likely."""
         return self.draw.choice(values)
 
     def integer(self, low: int, high: int) -> int:
-        """A whole number in ``[low, high]``."""
+        """Return a whole number in ``[low, high]``."""
         return self.draw.randint(low, high)
 
     def uniform(self, low: float, high: float) -> float:
-        """A number in ``[low, high]``."""
+        """Return a number in ``[low, high]``."""
         return self.draw.uniform(low, high)
 
     def normal(self, *shape: int) -> np.ndarray:
-        """Standard normal numbers, float32."""
+        """Return standard normal numbers, float32."""
         return self.arrays.standard_normal(shape, dtype=np.float32)

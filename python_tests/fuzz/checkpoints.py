@@ -1,7 +1,7 @@
-"""Target `checkpoints`: a damaged checkpoint is refused with a documented error, or answers as the undamaged one.
+"""Target `checkpoints`: damaged checkpoints are refused with a documented error, or give the answers of the intact one.
 
-Where a field of the config was changed to another sane value, the config says so, and other answers are right. Changed
-bytes of weights can be noticed only where the config holds a digest of them.
+Other answers are allowed if a field of the config was changed to another valid value. Changed bytes of weights can be
+detected only if the config has a digest of them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fuzz.case import AcceptedError, Case
 
 REFUSED = (ValueError, RuntimeError, OSError)
 WEIGHTS = "model.safetensors"
-#: Values that no field of a config may have, or that are out of any sane range.
-NONSENSE = (
+#: Values that are invalid, or out of range, for most fields of a config.
+INVALID = (
     None,
     "x",
     "",
@@ -56,7 +56,7 @@ SPECS: tuple[dict[str, Any], ...] = (
 
 @functools.cache
 def originals() -> tuple[Path, ...]:
-    """Folders with undamaged checkpoints."""
+    """Return folders of intact checkpoints."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-checkpoints-"))
     folders = []
     for k, spec in enumerate(SPECS):
@@ -67,7 +67,7 @@ def originals() -> tuple[Path, ...]:
 
 @functools.cache
 def answers(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and exit layers of an undamaged checkpoint."""
+    """Return logits and exit layers of an intact checkpoint."""
     return answer(EarlyExitForSequenceClassification.from_pretrained(folder))
 
 
@@ -78,18 +78,18 @@ def answer(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prepare() -> None:
-    """Save and load once, before any worker is forked."""
+    """Save and load once, before workers are forked."""
     for folder in originals():
         answers(folder)
 
 
 def run(case: Case) -> None:
-    """One damaged copy, loaded."""
+    """Load one damaged copy."""
     original = case.choice(originals())
     with tempfile.TemporaryDirectory(prefix="fuzz-damaged-") as name:
         folder = Path(name) / "model"
         shutil.copytree(original, folder)
-        told, excuse = case.choice(list(DAMAGE.values()))(case, folder)
+        damage, allowed = case.choice(list(DAMAGE.values()))(case, folder)
         case.calls += 1
         try:
             model = EarlyExitForSequenceClassification.from_pretrained(folder, local_files_only=True)
@@ -100,20 +100,20 @@ def run(case: Case) -> None:
         same = got[0].shape == logits.shape and torch.equal(got[1], exit_layer)
         if same and torch.allclose(got[0], logits, rtol=1e-5, atol=1e-5):
             return
-        if excuse is None or not excuse(model):
-            raise AcceptedError(f"checkpoint with {told}: loaded, with other answers")
+        if allowed is None or not allowed(model):
+            raise AcceptedError(f"checkpoint with {damage}: loaded, with other answers")
 
 
 Damaged = tuple[str, "Callable[[Any], bool] | None"]
 
 
 def without_digest(model: Any) -> bool:
-    """Whether the config holds nothing that could tell changed weights."""
+    """Return whether the config has no digest of the weights."""
     return not any("digest" in key or "sha" in key for key in model.config.to_dict())
 
 
 def _bytes(case: Case, folder: Path) -> Damaged:
-    """Bytes of the weights' file flipped: of its header, or of the numbers."""
+    """Flip bits in the header or in the numbers of the weights file."""
     path = folder / WEIGHTS
     data = bytearray(path.read_bytes())
     header = 8 + struct.unpack("<Q", data[:8])[0]
@@ -122,7 +122,7 @@ def _bytes(case: Case, folder: Path) -> Damaged:
         at = case.integer(0, header - 1) if in_header else case.integer(header, len(data) - 1)
         data[at] ^= 1 << case.integer(0, 7)
     path.write_bytes(data)
-    # a name or an offset that is changed is noticed; numbers are, only by a digest
+    # changed names and offsets are detected; changed numbers only with a digest
     return f"flipped bits in the {'header' if in_header else 'numbers'}", without_digest
 
 
@@ -146,11 +146,11 @@ def _config_bytes(case: Case, folder: Path) -> Damaged:
         after = json.loads(data)
     except ValueError:
         return "bytes of config.json changed", None
-    return "bytes of config.json changed", lambda model: sane(before, after) or lost_criterion(before, after)
+    return "bytes of config.json changed", lambda model: plausible(before, after) or lost_criterion(before, after)
 
 
 def _field(case: Case, folder: Path) -> Damaged:
-    """A field of the config removed, or with a hostile value."""
+    """Remove a field of the config, or set an invalid value."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     before = json.loads(path.read_text())
@@ -165,24 +165,24 @@ def _field(case: Case, folder: Path) -> Damaged:
     if removed:
         del at[name]
     else:
-        at[name] = case.choice(NONSENSE)
+        at[name] = case.choice(INVALID)
     path.write_text(json.dumps(config))
     what = "removed" if removed else f"= {json.dumps(at[name])}"
     return (
         f"config.{'.'.join(names)} {what}",
-        lambda model: lost_criterion(before, config) if removed else sane(before, config),
+        lambda model: lost_criterion(before, config) if removed else plausible(before, config),
     )
 
 
 def lost_criterion(before: Any, after: Any) -> bool:
-    """Whether the config has no criterion any more and is otherwise as before: then every layer runs."""
+    """Return whether only the criterion was removed; the model then runs every layer."""
     return "criterion" not in after and all(after.get(k) == v for k, v in before.items() if k != "criterion")
 
 
-def sane(before: Any, after: Any) -> bool:
-    """Whether every changed value is of the kind and within reach of the old one, so that the config says what runs."""
+def plausible(before: Any, after: Any) -> bool:
+    """Return whether every changed value is valid for its field, so that other answers are correct."""
     if isinstance(before, dict) and isinstance(after, dict):
-        return set(before) == set(after) and all(sane(before[key], after[key]) for key in before)
+        return set(before) == set(after) and all(plausible(before[key], after[key]) for key in before)
     if isinstance(before, bool) or isinstance(after, bool):
         return isinstance(after, bool)
     if isinstance(before, (int, float)) and isinstance(after, (int, float)):
@@ -191,7 +191,7 @@ def sane(before: Any, after: Any) -> bool:
 
 
 def _tensor(case: Case, folder: Path) -> Damaged:
-    """A tensor of another dtype, shape or name; missing; or twice."""
+    """Change dtype, shape or name of a tensor, remove it, or add a copy."""
     path = folder / WEIGHTS
     state = load_file(path)
     name = case.choice(sorted(state))
@@ -214,7 +214,7 @@ def _tensor(case: Case, folder: Path) -> Damaged:
 
 
 def _index(case: Case, folder: Path) -> Damaged:
-    """An index that names a pickle, a file outside of the folder, or none that exists."""
+    """Write an index that names a pickle, a file outside of the folder, or a missing file."""
     path = folder / WEIGHTS
     state = load_file(path)
     other = {name: tensor + 1 for name, tensor in state.items()}
@@ -232,13 +232,13 @@ def _index(case: Case, folder: Path) -> Damaged:
         save_file(dict(list(state.items())[:-1]), path, metadata={"format": "pt"})
     index: Any = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(state, named)}
     if kind == "nonsense":
-        index = case.choice(NONSENSE)
+        index = case.choice(INVALID)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return f"an index ({kind})", None
 
 
 def _pickle(case: Case, folder: Path) -> Damaged:
-    """Pickled weights in place of, or beside, the safetensors file."""
+    """Write pickled weights instead of, or in addition to, the safetensors file."""
     state = {name: tensor + 1 for name, tensor in load_file(folder / WEIGHTS).items()}
     if case.chance(0.5):
         (folder / WEIGHTS).unlink()
@@ -247,7 +247,7 @@ def _pickle(case: Case, folder: Path) -> Damaged:
 
 
 def _no_file(case: Case, folder: Path) -> Damaged:
-    """A file missing, a folder in its place, or no file that may be read."""
+    """Remove a file, or replace it by a folder or a dangling link."""
     path = folder / case.choice((WEIGHTS, "config.json"))
     path.unlink()
     if case.chance(0.5):

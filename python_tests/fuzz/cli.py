@@ -1,7 +1,7 @@
-"""Target `cli`: hostile command lines and files for `earlyexit`: exit code 0 and a sound result, or 2 and one line.
+"""Target `cli`: invalid arguments and files for `earlyexit` give exit code 0 and a valid result, or 2 and one line.
 
-Runs in the worker's process. A command with a value that makes no sense must be refused; one with sane values must
-succeed; for values in between either is right. None may end in a traceback.
+Runs in the process of the worker. Invalid values must be refused, valid values must succeed, and both are correct for
+questionable values. No command may end in a traceback.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-from earlyexit_kernels.cli import demo, main
-from earlyexit_kernels.cli.train import RECIPE_FILE
+from earlyexit_cli import main
+from earlyexit_kernels.cli import demo
+from earlyexit_kernels.cli.recipe import RECIPE_FILE
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 from fuzz.case import AcceptedError, Case, WrongError
 from fuzz.worker import CONTEXT
 
-#: Values by what they deserve: True for success, False for a refusal, None for either.
+#: Value -> expected result: True for success, False for refusal, None for either.
 Values = dict[str, "bool | None"]
 POSITIVE: Values = {"0": False, "-1": False, "nan": False, "inf": False, "-inf": False, "1e400": False, "x": False}
 WHOLE: Values = {
@@ -68,12 +69,12 @@ DEMO: dict[str, Values] = {
     "--seed": {"-1": None, "x": False, "1.5": False},
     "--output": {"/dev/full": False, "config.json": False},
 }
-SECONDS_OF_TRAINING = 100
+MAX_TRAINING_SECONDS = 100
 
 
 @functools.cache
 def folders() -> Path:
-    """A folder with ``base`` (a tiny stock model), ``trained`` (by `earlyexit train`) and ``data``."""
+    """Return a folder with ``base`` (a tiny stock model) and ``data``; `prepare` adds ``trained``."""
     root = Path(tempfile.mkdtemp(prefix="fuzz-cli-"))
     toy.toy_model(0, layers=2, hidden=16).save_pretrained(root / "base")
     toy.toy_tokenizer().save_pretrained(root / "base")
@@ -91,14 +92,14 @@ def folders() -> Path:
 
 
 def prepare() -> None:
-    """Train the model to evaluate, in a process of its own: a fork of one that has run a backward may hang."""
+    """Train the model to evaluate, in a separate process: forks of a process that ran a backward pass may hang."""
     root = folders()
     demo.FULL = demo.QUICK = demo.Sizes(train_rows=64, rows=40, rounds=3, batches={1: 2, 32: 1})
     child = CONTEXT.Process(target=_train, args=(root,))
     child.start()
-    child.join(SECONDS_OF_TRAINING)
+    child.join(MAX_TRAINING_SECONDS)
     if child.exitcode != 0:
-        raise RuntimeError(f"earlyexit train on sane values ended with {child.exitcode}")
+        raise RuntimeError(f"earlyexit train with valid values ended with {child.exitcode}")
 
 
 def _train(root: Path) -> None:
@@ -113,7 +114,7 @@ def train_line(base: Path, output: Path, changed: list[str]) -> list[str]:
 
 
 def command(data: Path, argv: list[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command run in this process."""
+    """Run a command in this process; return its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     variables = mock.patch.dict(os.environ, {DATA_VARIABLE: str(data), "HF_HUB_OFFLINE": "1"})
     with restored(), variables, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -126,7 +127,7 @@ def command(data: Path, argv: list[str]) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
-    """Leave the process as the next command wants it."""
+    """Restore the state of the process that commands change."""
     try:
         yield
     finally:
@@ -135,12 +136,12 @@ def restored() -> Iterator[None]:
 
 
 def run(case: Case) -> None:
-    """One command, on changed values or changed files."""
+    """Run one command with changed values or files."""
     root = folders()
     with tempfile.TemporaryDirectory(prefix="fuzz-run-") as name:
         here = Path(name)
-        for part in ("base", "trained", "data"):
-            shutil.copytree(root / part, here / part)
+        for name in ("base", "trained", "data"):
+            shutil.copytree(root / name, here / name)
         kinds = (_values_of_train, _values_of_eval, _values_of_demo, _data, _data, _model, _recipe)
         before = Path.cwd()
         os.chdir(here)
@@ -151,36 +152,36 @@ def run(case: Case) -> None:
 
 
 def judge(case: Case, here: Path, argv: list[str], verdict: bool | None, sound: Callable[[], str]) -> None:
-    """Run a command and compare with what it deserves; `case.note` says what is wrong with it.
+    """Run a command and compare its exit code with the expected one; `case.note` describes the changes.
 
     Args:
-        verdict: of its values and files.
-        sound: what is wrong with the result of a command that succeeded, or "".
+        verdict: expected result for the values and files.
+        sound: returns what is wrong with the result of a successful command, or "".
     """
     case.calls += 1
     code, _, err = command(here / "data", argv)
-    told = " ".join(argv).replace(str(here), "$HERE")
-    bars = re.compile(r"[^\n]*?\d+%\|[^\]\n]*\]")  # progress, over which a terminal writes
+    line = " ".join(argv).replace(str(here), "$HERE")
+    bars = re.compile(r"[^\n]*?\d+%\|[^\]\n]*\]")  # progress bars
     lines = [line for line in bars.sub("", err).splitlines() if line.strip()]
     if code not in (0, 2):
-        raise WrongError(f"exit code {code} for {case.note}\n  {told}\n  {err[-500:]}")
+        raise WrongError(f"exit code {code} for {case.note}\n  {line}\n  {err[-500:]}")
     if code == 2:
         one = [line for line in lines if line.startswith("error: ") or ": error: " in line]
         if "Traceback" in err or len(one) != 1 or lines[-1] != one[0]:
             raise WrongError(
-                f"exit code 2 without one last line for the error, for {case.note}\n  {told}\n  {err[-500:]}"
+                f"exit code 2 without one last line for the error, for {case.note}\n  {line}\n  {err[-500:]}"
             )
         if verdict is True:
-            raise WrongError(f"{case.note} refused: {lines[-1]}\n  {told}")
+            raise WrongError(f"{case.note} refused: {lines[-1]}\n  {line}")
         return
     if verdict is False:
-        raise AcceptedError(f"exit code 0 for {case.note}\n  {told}")
+        raise AcceptedError(f"exit code 0 for {case.note}\n  {line}")
     if wrong := sound():
-        raise AcceptedError(f"exit code 0 for {case.note}, but {wrong}\n  {told}")
+        raise AcceptedError(f"exit code 0 for {case.note}, but {wrong}\n  {line}")
 
 
 def trained_well(folder: Path) -> str:
-    """What is wrong with a folder that `earlyexit train` has written."""
+    """Return what is wrong with the output of `earlyexit train`, or an empty string."""
     if not (folder / "model.safetensors").is_file():
         return "no weights are saved"
     bad = [k for k, v in load_file(folder / "model.safetensors").items() if not bool(torch.isfinite(v).all())]
@@ -191,14 +192,14 @@ def trained_well(folder: Path) -> str:
 
 
 def drawn(case: Case, table: dict[str, Values]) -> tuple[list[str], bool | None]:
-    """One or two arguments, and what they deserve together."""
+    """Return one or two arguments and their expected result."""
     verdict: bool | None = True
     argv = []
     for name in case.draw.sample(sorted(table), case.choice((1, 1, 2))):
         value = case.choice(sorted(table[name]))
         argv += [f"{name}={value}"]
-        deserved = table[name][value]
-        verdict = False if False in (verdict, deserved) else None if None in (verdict, deserved) else True
+        expected = table[name][value]
+        verdict = False if False in (verdict, expected) else None if None in (verdict, expected) else True
     case.note = " ".join(argv)
     return argv, verdict
 
@@ -220,7 +221,7 @@ def _values_of_demo(case: Case, here: Path) -> None:
     judge(case, here, ["demo", "--quick", *argv], verdict, lambda: "")
 
 
-#: Damage to a TSV file: its bytes -> bytes, and what they deserve.
+#: Damage to a TSV file: function of its bytes, and the expected result.
 FILES: dict[str, tuple[Callable[[bytes], bytes], bool | None]] = {
     "empty": (lambda data: b"", False),
     "header only": (lambda data: data.split(b"\n")[0] + b"\n", False),
@@ -244,7 +245,7 @@ FILES: dict[str, tuple[Callable[[bytes], bytes], bool | None]] = {
 
 
 def _data(case: Case, here: Path) -> None:
-    """A damaged TSV file, for train or eval."""
+    """Damage a TSV file, and run train or eval."""
     kind, split = case.choice(sorted(FILES)), case.choice(("train", "dev"))
     change, verdict = FILES[kind]
     path = here / "data" / "sst2" / f"{split}.tsv"
@@ -263,7 +264,7 @@ def _data(case: Case, here: Path) -> None:
 
 
 def _model(case: Case, here: Path) -> None:
-    """A damaged model folder, for eval or train."""
+    """Damage the folder of a model, and run train or eval."""
     trains = case.chance(0.4)
     folder = here / ("base" if trains else "trained")
     path = case.choice(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors")))
@@ -284,12 +285,12 @@ def _model(case: Case, here: Path) -> None:
     judge(case, here, line, verdict, lambda: trained_well(output) if trains else "")
 
 
-#: Values that no field of a recipe or criterion may have.
-BROKEN = ([], {}, "x", -1, 1e9, math.nan, True, [1], {"name": 3})
+#: Values that are invalid for most fields of recipes and criteria.
+INVALID = ([], {}, "x", -1, 1e9, math.nan, True, [1], {"name": 3})
 
 
 def _recipe(case: Case, here: Path) -> None:
-    """A field of the recipe, or the criterion of the config, with a value that makes no sense."""
+    """Set an invalid value in the recipe or the config, and run eval."""
     name = case.choice((RECIPE_FILE, RECIPE_FILE, "config.json"))
     path = here / "trained" / name
     data = json.loads(path.read_text())
@@ -298,7 +299,7 @@ def _recipe(case: Case, here: Path) -> None:
         if name == RECIPE_FILE
         else case.choice(("criterion", "method", "heads", "model_type"))
     )
-    value = case.choice(BROKEN)
+    value = case.choice(INVALID)
     if case.chance(0.2):
         del data[key]
     else:
@@ -306,7 +307,7 @@ def _recipe(case: Case, here: Path) -> None:
     path.write_text(json.dumps(data))
     case.note = f"{name} with {key} = {data.get(key, 'removed')!r}"
     rows = name == RECIPE_FILE and key in ("train_rows", "holdout", "seed", "task", "max_length")
-    nonsense = rows and key in data and data[key] not in (True, 1e9)
+    invalid = rows and key in data and data[key] not in (True, 1e9)
     judge(
-        case, here, ["eval", "--model", str(here / "trained"), "--points", "8"], False if nonsense else None, lambda: ""
+        case, here, ["eval", "--model", str(here / "trained"), "--points", "8"], False if invalid else None, lambda: ""
     )

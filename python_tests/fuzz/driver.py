@@ -1,4 +1,4 @@
-"""The driver: hands out blocks of cases in turn, keeps what was found, and goes on where the last run ended."""
+"""Driver: gives blocks of cases to workers, collects the findings, and continues where the last run ended."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 from fuzz.targets import Target
 from fuzz.worker import Block, Done, Finding, Worker
 
-#: Seconds that a worker stays with one target.
-TURN = 4.0
-#: Findings of a run that are kept; all are counted.
-KEPT = 2000
+#: Seconds per block.
+BLOCK_SECONDS = 4.0
+#: Maximum number of findings of a run to keep; all are counted.
+MAX_FINDINGS = 2000
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a target has come with one seed, over all runs.
+    """Progress of a target with one seed, over all runs.
 
     Attributes:
-        next: the first case number that was never handed out.
-        left: ranges of numbers that were handed out and not run.
-        cases, calls, seconds: of all runs.
+        next: first case number that was never given to a worker.
+        left: ranges of case numbers that were given to a worker and not run.
+        cases, calls, seconds: totals over all runs.
     """
 
     next: int = 0
@@ -37,11 +37,11 @@ class Progress:
 
 
 class Store:
-    """The progress of one seed in a JSON file.
+    """Progress of one seed, stored in a JSON file.
 
     Args:
-        folder: where it stands.
-        seed: of the cases.
+        folder: folder of the file.
+        seed: seed of the cases.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -53,11 +53,11 @@ class Store:
                 self.targets[name] = Progress(**{**values, "left": [(a, b) for a, b in values["left"]]})
 
     def of(self, target: str) -> Progress:
-        """The progress of a target."""
+        """Return the progress of a target."""
         return self.targets.setdefault(target, Progress())
 
     def save(self, findings: list[Finding]) -> None:
-        """Write the progress, and the findings of this run."""
+        """Write the progress and the findings of this run."""
         data = {
             "targets": {name: dataclasses.asdict(progress) for name, progress in self.targets.items()},
             "findings": [dataclasses.asdict(finding) for finding in findings],
@@ -70,7 +70,7 @@ class Store:
 
 @dataclasses.dataclass
 class Run:
-    """What one run has done: by target its cases, calls and seconds; and its findings."""
+    """Cases, calls and seconds of one run by target, and its findings."""
 
     cases: dict[str, int]
     calls: dict[str, int]
@@ -80,33 +80,33 @@ class Run:
 
     @staticmethod
     def empty(targets: Mapping[str, Target]) -> Run:
-        """Before the first case."""
+        """Return the state before the first case."""
         zero = dict.fromkeys(targets, 0)
         return Run(dict(zero), dict(zero), dict.fromkeys(targets, 0.0), [], {})
 
     def add(self, finding: Finding) -> None:
-        """Count a finding, and keep it while there are not too many."""
+        """Count a finding, and keep it up to `MAX_FINDINGS`."""
         key = finding.target, finding.kind
         self.counted[key] = self.counted.get(key, 0) + 1
-        if len(self.findings) < KEPT:
+        if len(self.findings) < MAX_FINDINGS:
             self.findings.append(finding)
 
 
 class Driver:
-    """Runs targets in a number of worker processes.
+    """Run targets in worker processes.
 
     Args:
-        targets: name -> entry.
-        seed: of the cases.
+        targets: name -> target.
+        seed: seed of the cases.
         workers: number of processes.
-        folder: for the progress and the workers' logs.
-        most: cases of each target in this run; None for as many as the time allows.
+        folder: folder for the progress and the logs of the workers.
+        max_cases: maximum number of cases per target in this run, or None for no limit.
     """
 
     def __init__(
-        self, targets: Mapping[str, Target], *, seed: int, workers: int, folder: Path, most: int | None = None
+        self, targets: Mapping[str, Target], *, seed: int, workers: int, folder: Path, max_cases: int | None = None
     ) -> None:
-        self.targets, self.seed, self.folder, self.most = targets, seed, folder, most
+        self.targets, self.seed, self.folder, self.max_cases = targets, seed, folder, max_cases
         self.store = Store(folder, seed)
         self.run = Run.empty(targets)
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class Driver:
         return Worker(self.runs, self.targets, self.seed, self.folder / f"worker-{k}.log")
 
     def drive(self, seconds: float) -> Run:
-        """Fuzz for so long, or until every target has run its cases; KeyboardInterrupt ends it early."""
+        """Fuzz for this time, or until every target has run its cases; KeyboardInterrupt ends it early."""
         deadline = time.monotonic() + seconds
         saved = time.monotonic()
         try:
@@ -140,7 +140,7 @@ class Driver:
         return self.run
 
     def _attend(self, k: int, deadline: float) -> bool:
-        """Take what a worker has sent, replace it where it has died, and give it a block; whether it is busy."""
+        """Receive the messages of a worker, replace it if it has died, give it a block; return whether it is busy."""
         worker = self.workers[k]
         if worker.block is not None:
             for message in worker.received():
@@ -177,22 +177,22 @@ class Driver:
         held: dict[str, int] = dict.fromkeys(self.targets, 0)
         for worker in self.workers:
             if worker.block is not None:
-                handed[worker.block.target] += TURN
+                handed[worker.block.target] += BLOCK_SECONDS
                 held[worker.block.target] += worker.block.stop - worker.block.start
-        open_ = [t for t in self.targets if self.most is None or self.run.cases[t] + held[t] < self.most]
+        open_ = [t for t in self.targets if self.max_cases is None or self.run.cases[t] + held[t] < self.max_cases]
         if now >= deadline or not open_:
             return None
         target = min(open_, key=lambda t: (self.run.seconds[t] + handed[t]) / self.targets[t].share)
         size = self._size(target)
-        if self.most is not None:
-            size = min(size, self.most - self.run.cases[target] - held[target])
+        if self.max_cases is not None:
+            size = min(size, self.max_cases - self.run.cases[target] - held[target])
         start, stop = self._range(target, size)
-        return Block(target, start, stop, min(now + TURN, deadline))
+        return Block(target, start, stop, min(now + BLOCK_SECONDS, deadline))
 
     def _size(self, target: str) -> int:
-        """Cases for one turn, from how fast they were so far."""
+        """Return the number of cases for one block, from their speed so far."""
         seconds, cases = self.run.seconds[target], self.run.cases[target]
-        return max(1, min(4096, int(TURN * cases / seconds))) if cases and seconds else 16
+        return max(1, min(4096, int(BLOCK_SECONDS * cases / seconds))) if cases and seconds else 16
 
     def _range(self, target: str, size: int) -> tuple[int, int]:
         progress = self.store.of(target)
@@ -206,5 +206,5 @@ class Driver:
 
 
 def loaded(findings: Path) -> list[dict[str, Any]]:
-    """The findings that the last run has left in a progress file."""
+    """Read the findings of the last run from a progress file."""
     return json.loads(findings.read_text())["findings"]

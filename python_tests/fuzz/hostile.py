@@ -1,7 +1,7 @@
 """Target `hostile`: invalid arguments to the public ops.
 
-Every back-end must refuse them with a ValueError or a TypeError before anything is written, and give the right answer
-where the arguments are valid after all.
+Every back-end must refuse them with a ValueError or a TypeError before it writes anything. If the changed arguments are
+still valid, the results must be correct.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REFUSED = (ValueError, TypeError)
 
 
 def run(case: Case) -> None:
-    """One call with some arguments changed."""
+    """Make one call with some arguments changed."""
     case.choice((exit_step, exit_step, exit_step, compact, gather_rows, criterion, bare))(case)
 
 
@@ -35,20 +35,20 @@ def judged(
     given: dict[str, Any],
     verdict: bool | None,
     call: Callable[[str, dict[str, Any]], Any],
-    told: str,
+    changes: str,
     check: Callable[[str, dict[str, Any], Any], None],
 ) -> None:
     """Call an op on every back-end with copies of its arguments, and compare with the verdict.
 
     Args:
-        op: for messages.
+        op: name of the op, for messages.
         given: arguments by name.
-        verdict: of `validity`.
+        verdict: result of `validity`.
         call: ``(backend, arguments) -> result``.
-        told: what was changed, for messages.
-        check: raises `WrongError` where the result of a valid call is wrong.
+        changes: the changed arguments, for messages.
+        check: raises `WrongError` if the result of a valid call is wrong.
     """
-    answered = {}
+    accepted = {}
     for backend in valid.BACK_ENDS:
         arguments = copied(given)
         before = {name: frozen(value) for name, value in arguments.items()}
@@ -56,46 +56,46 @@ def judged(
         try:
             result = call(backend, arguments)
         except REFUSED as error:
-            answered[backend] = False
-            changed = [name for name, value in arguments.items() if not same(before[name], frozen(value))]
-            if changed:
+            accepted[backend] = False
+            written = [name for name, value in arguments.items() if not same(before[name], frozen(value))]
+            if written:
                 raise AcceptedError(
-                    f"{op} on {backend}: refused, but {changed} were written\n  with {told}: {error}"
+                    f"{op} on {backend}: refused, but {written} were written\n  with {changes}: {error}"
                 ) from None
             if verdict is True:
-                raise WrongError(f"{op} on {backend}: valid, but refused: {error}\n  with {told}") from None
+                raise WrongError(f"{op} on {backend}: valid, but refused: {error}\n  with {changes}") from None
             continue
-        answered[backend] = True
+        accepted[backend] = True
         if verdict is False:
-            raise AcceptedError(f"{op} on {backend}: invalid, but accepted\n  with {told}")
+            raise AcceptedError(f"{op} on {backend}: invalid, but accepted\n  with {changes}")
         if verdict is True:
             check(backend, arguments, result)
-    if len(set(answered.values())) > 1:
-        raise WrongError(f"{op}: back-ends disagree, accepted: {answered}\n  with {told}")
+    if len(set(accepted.values())) > 1:
+        raise WrongError(f"{op}: back-ends disagree, accepted: {accepted}\n  with {changes}")
 
 
 def copied(given: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments on memory of their own: strides, aliases and what lies around a view are kept."""
+    """Copy the arguments with their strides, aliases and the memory around views."""
     storages: dict[int, torch.UntypedStorage] = {}
     found = {}
     for name, value in given.items():
         if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
             storage = value.untyped_storage()
-            mine = storages.setdefault(storage.data_ptr(), storage.clone())
-            value = torch.empty(0, dtype=value.dtype).set_(mine, value.storage_offset(), value.shape, value.stride())
+            copy = storages.setdefault(storage.data_ptr(), storage.clone())
+            value = torch.empty(0, dtype=value.dtype).set_(copy, value.storage_offset(), value.shape, value.stride())
         found[name] = value
     return found
 
 
 def frozen(value: Any) -> Any:
-    """The bytes of a dense tensor, or None for what no op can write."""
+    """Return a copy of a dense CPU tensor, or None for values that ops cannot write."""
     if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
         return value.detach().clone()
     return None
 
 
 def same(before: Any, after: Any) -> bool:
-    """Equal bytes, NaN too."""
+    """Return whether the bytes are equal."""
     if before is None or after is None:
         return before is after
     return before.shape == after.shape and bytes_of(before) == bytes_of(after)
@@ -106,7 +106,7 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 
 def exit_step(case: Case) -> None:
-    """`exit_step` at one layer of a random batch."""
+    """Call `exit_step` at one layer of a random batch."""
     batch = valid.start(case)
     layer = case.integer(1, batch.depth)
     given = valid.given_at(case, batch, layer)
@@ -115,7 +115,7 @@ def exit_step(case: Case) -> None:
     arguments.update(criterion=batch.rule.criterion, layer=layer, depth=batch.depth, pooling="first")
     arguments.update(row_ids=batch.row_ids, **batch.memory)
     arguments.update(given)
-    told = change(case, arguments)
+    changes = change(case, arguments)
     untouched = all(arguments[k] is v for k, v in {**given, **batch.memory, "row_ids": batch.row_ids}.items())
 
     def check(backend: str, after: dict[str, Any], counts: Any) -> None:
@@ -133,11 +133,11 @@ def exit_step(case: Case) -> None:
     else:
         arguments["pooling"] = "first" if arguments["pooling"] is None else arguments["pooling"]
         verdict = validity.exit_step(arguments)
-    judged(case, "exit_step", arguments, verdict, call, told, check)
+    judged(case, "exit_step", arguments, verdict, call, changes, check)
 
 
 def bare(case: Case) -> None:
-    """The compiled ops without the checks in Python: what they refuse is theirs to choose, no call may crash."""
+    """Call the compiled op without the checks in Python; it may refuse any call, but must not crash."""
     if "cpp" not in valid.BACK_ENDS:
         return
     batch = valid.start(case)
@@ -150,30 +150,30 @@ def bare(case: Case) -> None:
     rule = batch.rule.criterion
     case.calls += 1
     with contextlib.suppress(*REFUSED, RuntimeError):
-        ops.exit_step_op("cpp", "cpu")(
+        ops.bare_op("exit_step", "cpp", "cpu")(
             *(arguments[name] for name in names), rule.name, rule.params(1), pooling, 1, batch.depth
         )
 
 
 def compact(case: Case) -> None:
-    """`compact` of random rows."""
+    """Call `compact` on random rows."""
     batch = valid.start(case)
     lengths = torch.randint(0, 4, (len(batch.row_ids),), generator=torch.Generator().manual_seed(case.integer(0, 999)))
     offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(torch.int32)
     arguments = {"row_ids": batch.row_ids, "offsets": offsets}
-    told = change(case, arguments)
+    changes = change(case, arguments)
 
     def check(backend: str, after: dict[str, Any], planned: Any) -> None:
         expected = valid.oracle.compact(after["row_ids"].tolist(), after["offsets"].tolist())
         if [t.tolist() for t in planned] != [list(x) for x in expected]:
-            raise WrongError(f"compact on {backend} with {told}: got {planned}, expected {expected}")
+            raise WrongError(f"compact on {backend} with {changes}: got {planned}, expected {expected}")
 
     verdict = validity.compact(arguments)
-    judged(case, "compact", arguments, verdict, lambda b, given: ops.compact(**given, backend=b), told, check)
+    judged(case, "compact", arguments, verdict, lambda b, given: ops.compact(**given, backend=b), changes, check)
 
 
 def gather_rows(case: Case) -> None:
-    """`gather_rows` after a compaction."""
+    """Call `gather_rows` after a compaction."""
     rows = case.choice(valid.ROWS)
     lengths = case.arrays.integers(0, 4, rows)
     offsets = np.concatenate(([0], lengths.cumsum()))
@@ -184,7 +184,7 @@ def gather_rows(case: Case) -> None:
     arguments: dict[str, Any] = {"hidden": hidden, "out": out}
     for name, values in (("offsets", offsets), ("source", source), ("new_offsets", new_offsets)):
         arguments[name] = torch.tensor(np.asarray(values), dtype=torch.int32)
-    told = change(case, arguments)
+    changes = change(case, arguments)
 
     def check(backend: str, after: dict[str, Any], _: Any) -> None:
         expected = arguments["out"].double().numpy().copy()
@@ -194,23 +194,25 @@ def gather_rows(case: Case) -> None:
             expected,
         )
         if not np.array_equal(after["out"].double().numpy(), expected, equal_nan=True):
-            raise WrongError(f"gather_rows on {backend} with {told}: wrong rows")
+            raise WrongError(f"gather_rows on {backend} with {changes}: wrong rows")
 
     verdict = validity.gather_rows(arguments)
-    judged(case, "gather_rows", arguments, verdict, lambda b, given: ops.gather_rows(**given, backend=b), told, check)
+    judged(
+        case, "gather_rows", arguments, verdict, lambda b, given: ops.gather_rows(**given, backend=b), changes, check
+    )
 
 
-#: Arguments that no criterion may take.
-NONSENSE = (float("nan"), float("inf"), -1.0, -7, "0.5", None, [], [float("nan")], {}, True, 1 + 1j, [[0.5]], object())
+#: Values that are invalid for most arguments of criteria.
+INVALID = (float("nan"), float("inf"), -1.0, -7, "0.5", None, [], [float("nan")], {}, True, 1 + 1j, [[0.5]], object())
 
 
 def criterion(case: Case) -> None:
-    """A criterion with one argument that is no number in its range."""
+    """Build a criterion with one invalid argument."""
     built = valid.DRAWN[case.choice(list(valid.DRAWN))](case, 3, 4).criterion
     fields = {k: v for k, v in built.to_dict().items() if k != "name"}
     if not fields:
         return
-    name, value = case.choice(sorted(fields)), case.choice(NONSENSE)
+    name, value = case.choice(sorted(fields)), case.choice(INVALID)
     allowed = (
         (value is None and name == "tolerance")
         or (value is True and name == "normalized")

@@ -1,4 +1,4 @@
-"""Ways to spoil the arguments of an op call; whether the result is still valid is for `validity` to say."""
+"""Random changes to the arguments of an op; `validity` decides whether the result is still valid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = (
 )
 #: Whole numbers at the edges of int32.
 EDGES = (-(2**31), -(2**31) + 1, -5, -2, -1, 0, 1, 2, 7, 2**20, 2**30, 2**31 - 2, 2**31 - 1)
-#: Other things than tensors and numbers.
+#: Values of other types than tensors.
 OBJECTS = (
     None,
     0,
@@ -48,27 +48,27 @@ OBJECTS = (
 
 
 def change(case: Case, arguments: dict[str, Any]) -> str:
-    """Spoil one to three arguments in place; returns what was done, in words."""
-    told = []
+    """Change up to three arguments in place; return a description of the changes."""
+    changes = []
     for _ in range(case.choice((0, 1, 1, 1, 1, 2, 2, 3))):
         names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
         others = [name for name in arguments if name not in names]
         if not names or (others and case.chance(0.15)):
             name = case.choice(list(arguments))
             arguments[name] = value = case.choice(OBJECTS)
-            told.append(f"{name} = {type(value).__name__} {str(value)[:20]}")
+            changes.append(f"{name} = {type(value).__name__} {str(value)[:20]}")
             continue
         name = case.choice(names)
-        kind = case.choice(list(WAYS))
-        spoiled = WAYS[kind](case, arguments[name], arguments)
-        if spoiled is not None:
-            arguments[name] = spoiled
-            told.append(f"{name} {kind}")
-    return ", ".join(told) or "nothing changed"
+        kind = case.choice(list(MUTATIONS))
+        changed = MUTATIONS[kind](case, arguments[name], arguments)
+        if changed is not None:
+            arguments[name] = changed
+            changes.append(f"{name} {kind}")
+    return ", ".join(changes) or "nothing changed"
 
 
 def _dense(tensor: Tensor) -> bool:
-    """A tensor of the CPU with one dimension or more, whose numbers lie in memory."""
+    """Return whether the tensor is a dense CPU tensor with at least one dimension."""
     return tensor.dim() > 0 and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
@@ -107,7 +107,7 @@ def _strided(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
 
 
 def _inside(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
-    """A view into the middle of a larger buffer: what lies around it has to stay as it is."""
+    """Return a view into the middle of a larger buffer, whose other elements must not change."""
     if not _dense(tensor):
         return None
     buffer = torch.zeros(tensor.numel() + 5, dtype=tensor.dtype)
@@ -117,7 +117,7 @@ def _inside(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
 
 
 def _number(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
-    """One number of an integer tensor at an edge; one of a floating one no number."""
+    """Set one element to an edge value: near or at the limits for integers, NaN, infinite or 0 otherwise."""
     if not _dense(tensor) or not tensor.numel():
         return None
     new = tensor.clone(memory_format=torch.contiguous_format)
@@ -134,7 +134,7 @@ def _number(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
 
 
 def _all_numbers(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
-    """Integers drawn anew: repeated, unordered, out of range."""
+    """Return random integers: repeated, unordered or out of range."""
     if not _dense(tensor) or tensor.dtype != torch.int32 or not tensor.numel():
         return None
     low, high = case.choice(((-2, len(tensor) + 1), (0, max(1, len(tensor) - 1)), (-(2**31), 2**31 - 1)))
@@ -145,7 +145,7 @@ def _all_numbers(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
 
 
 def _wrapping(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
-    """Offsets whose differences wrap around in int32."""
+    """Return offsets whose differences overflow int32."""
     if not _dense(tensor) or tensor.dtype != torch.int32 or tensor.dim() != 1 or len(tensor) < 2:
         return None
     new = tensor.clone()
@@ -166,7 +166,7 @@ def _repeated(case: Case, tensor: Tensor, _: Any) -> Tensor | None:
 
 
 def _aliased(case: Case, tensor: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-    """Memory of another argument, where dtypes and sizes allow."""
+    """Return a view of the memory of another argument, if dtypes and sizes allow."""
     if not _dense(tensor) or not tensor.numel():
         return None
     size = tensor.numel() * tensor.element_size()
@@ -182,7 +182,7 @@ def _aliased(case: Case, tensor: Tensor, arguments: dict[str, Any]) -> Tensor | 
 
 
 def _foreign(case: Case, tensor: Tensor, _: Any) -> Any:
-    """Not a dense tensor of the CPU."""
+    """Return the values as something other than a dense CPU tensor."""
     kind = case.choice(("meta", "numpy", "list", "sparse"))
     if not _dense(tensor):
         return None
@@ -195,7 +195,7 @@ def _foreign(case: Case, tensor: Tensor, _: Any) -> Any:
     return tensor.tolist() if kind == "list" else tensor.numpy()
 
 
-WAYS: dict[str, Callable[[Case, Tensor, dict[str, Any]], Any]] = {
+MUTATIONS: dict[str, Callable[[Case, Tensor, dict[str, Any]], Any]] = {
     "of another size": _other_size,
     "of other dimensions": _other_dims,
     "of another dtype": _other_dtype,

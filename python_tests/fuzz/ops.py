@@ -1,4 +1,4 @@
-"""Target `ops`: valid calls of `exit_step`, `compact` and `gather_rows` against float64 oracles, on every back-end."""
+"""Target `ops`: valid calls of `exit_step`, `compact` and `gather_rows`, compared with float64 oracles."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from support import oracle
+from support.criterion_cases import CASES, EPS
+from support.random_settings import Drawn
 from torch import Tensor
 
 from earlyexit_kernels import ops
 from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.criteria import RULES
 from fuzz.case import Case, WrongError
-from fuzz.rules import DRAWN, EPS, ONE_OUTPUT, Rule, score_tolerance
 
 SOURCES = ("logits", "first", "mean", "none")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,9 +34,9 @@ WRITTEN = ("row_ids", "state", "answers", "exit_layer")
 
 @dataclasses.dataclass
 class Batch:
-    """Rows on their way through the layers: B present of N, T packed tokens."""
+    """A batch between two layers: B live rows of N requested ones, T packed tokens."""
 
-    rule: Rule
+    rule: Drawn
     source: str
     dtype: torch.dtype
     classes: int
@@ -51,25 +53,25 @@ class Batch:
 
 
 def run(case: Case) -> None:
-    """One batch through all layers, compacted on the way."""
+    """Run one batch through all layers, with compactions."""
     if case.chance(0.1):
         moved_rows(case)
         return
     batch = start(case)
     for layer in range(1, batch.depth + 1):
-        if not case.chance(0.1):  # an exit may be left out
+        if not case.chance(0.1):  # an exit may be skipped
             one_layer(case, batch, layer)
         if batch.offsets is not None and case.chance(0.3):
-            compacted(case, batch)
+            compact_batch(case, batch)
 
 
 def start(case: Case) -> Batch:
-    """A random batch before layer 1."""
-    name = case.choice(list(DRAWN))
-    one = (name in ONE_OUTPUT and case.chance(0.2)) or (name == "patience" and case.chance(0.3))
+    """Return a random batch before layer 1."""
+    name = case.choice(list(RULES))
+    one = ("regression" in RULES[name].tasks and case.chance(0.2)) or (name == "patience" and case.chance(0.3))
     classes = 1 if one else case.choice(CLASSES)
     depth = case.integer(1, 6)
-    rule = DRAWN[name](case, classes, depth)
+    rule = drawn_setting(name, case, classes, depth)
     rows, spare = case.choice(ROWS), case.integer(0, 3)
     row_ids = torch.from_numpy(case.arrays.permutation(rows + spare)[:rows].astype(np.int32))
     if rows and case.chance(0.4):
@@ -83,7 +85,7 @@ def start(case: Case) -> Batch:
         offsets = torch.from_numpy(np.concatenate(([first], first + lengths.cumsum())).astype(np.int32))
     if source != "logits":
         tokens = rows if source == "none" or offsets is None else int(offsets[-1]) + case.integer(0, 2)
-        hidden = spoiled(case, case.normal(tokens, case.choice(WIDTHS))).to(dtype)
+        hidden = with_special_values(case, case.normal(tokens, case.choice(WIDTHS))).to(dtype)
     keys = torch.arange(rows + spare)
     memory = {
         "state": rule.criterion.new_state(rows + spare, torch.device("cpu"), classes, keys),
@@ -93,8 +95,15 @@ def start(case: Case) -> Batch:
     return Batch(rule, source, dtype, classes, depth, row_ids, offsets, hidden, memory)
 
 
-def spoiled(case: Case, values: np.ndarray, edge: float = math.inf) -> Tensor:
-    """Some of the numbers are no numbers, or infinite, or the largest that are finite."""
+def drawn_setting(name: str, case: Case, classes: int, depth: int) -> Drawn:
+    """Draw a random setting of a rule."""
+    draw = CASES[name].draw
+    assert draw is not None
+    return draw(case, classes, depth)
+
+
+def with_special_values(case: Case, values: np.ndarray, edge: float = math.inf) -> Tensor:
+    """Set some of the values to NaN, infinity or the largest finite number."""
     if values.size and case.chance(0.25):
         for _ in range(case.integer(1, 4)):
             at = tuple(int(case.arrays.integers(0, size)) for size in values.shape)
@@ -103,7 +112,7 @@ def spoiled(case: Case, values: np.ndarray, edge: float = math.inf) -> Tensor:
 
 
 def given_at(case: Case, batch: Batch, layer: int) -> dict[str, Any]:
-    """What the exit of one layer reads."""
+    """Return the inputs of the exit at one layer."""
     rows, classes = len(batch.row_ids), batch.classes
     given: dict[str, Any] = {} if batch.offsets is None else {"offsets": batch.offsets}
     scale = case.choice((0.3, 1.0, 3.0, 10.0, 40.0))
@@ -123,12 +132,12 @@ def given_at(case: Case, batch: Batch, layer: int) -> dict[str, Any]:
             aux[int(case.arrays.integers(0, rows))] = case.choice((math.nan, 0.0, 1.0))
         given["aux"] = torch.from_numpy(aux)
     elif case.chance(0.1):
-        given["aux"] = torch.full((rows,), math.nan)  # of no rule that looks at it
+        given["aux"] = torch.full((rows,), math.nan)  # not read by this rule
     return given
 
 
 def drawn_logits(case: Case, batch: Batch, scale: np.float32) -> Tensor:
-    """Logits ``[B, C]``: ties, numbers at the edges, or hardly other ones than at the exit before."""
+    """Return logits ``[B, C]``: random, with ties, with special values, or close to those of the previous exit."""
     shape = len(batch.row_ids), batch.classes
     largest = float(torch.finfo(batch.dtype).max)
     if batch.last is not None and batch.last.shape == shape and case.chance(0.3):
@@ -136,7 +145,7 @@ def drawn_logits(case: Case, batch: Batch, scale: np.float32) -> Tensor:
         logits = torch.from_numpy(batch.last + step * case.normal(*shape))
     else:
         logits = case.normal(*shape) * scale
-        logits = spoiled(case, np.round(logits) if case.chance(0.2) else logits, largest)
+        logits = with_special_values(case, np.round(logits) if case.chance(0.2) else logits, largest)
         if shape[0] and shape[1] > 1 and case.chance(0.1):
             logits[case.integer(0, shape[0] - 1), :2] = torch.tensor(case.draw.sample((math.inf, largest), 2))
     batch.last = logits.nan_to_num(nan=0.0, posinf=9.0, neginf=-9.0).clamp(-99, 99).numpy()
@@ -144,7 +153,7 @@ def drawn_logits(case: Case, batch: Batch, scale: np.float32) -> Tensor:
 
 
 def one_layer(case: Case, batch: Batch, layer: int) -> None:
-    """One exit on every back-end, from the same memory; the batch goes on with one of the results."""
+    """Run one exit on every back-end from the same buffers, and continue with one of the results."""
     given = given_at(case, batch, layer)
     logits, tolerance = exact_logits(batch, given)
     truth, step = oracle_step(batch, given, layer, logits)
@@ -170,7 +179,7 @@ def call(batch: Batch, given: dict[str, Any], layer: int, memory: dict[str, Tens
 
 
 def exact_logits(batch: Batch, given: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ``[B, C]`` in float64, and how far those of a float32 implementation may be off ``[B]``."""
+    """Return logits ``[B, C]`` in float64, and the error bound ``[B]`` of float32 implementations."""
     if "logits" in given:
         exact = given["logits"].double().numpy()
         return exact, np.zeros(len(exact))
@@ -194,7 +203,7 @@ def exact_logits(batch: Batch, given: dict[str, Any]) -> tuple[np.ndarray, np.nd
 def oracle_step(
     batch: Batch, given: dict[str, Any], layer: int, logits: np.ndarray
 ) -> tuple[dict[str, np.ndarray], oracle.Step]:
-    """The oracle's memory after the step, and what it says of it."""
+    """Return the buffers of the oracle after the step, and its scores."""
     truth = {
         "row_ids": batch.row_ids.numpy().copy(),
         "state": batch.memory["state"].double().numpy().copy(),
@@ -203,7 +212,7 @@ def oracle_step(
     }
     needed = batch.rule.criterion.needs is not None
     step = oracle.exit_step(
-        criterion=batch.rule.name,
+        decide=CASES[batch.rule.name].decide,
         params=batch.rule.numbers(layer),
         layer=layer,
         depth=batch.depth,
@@ -227,7 +236,7 @@ def compare(
     tolerance: np.ndarray,
     backend: str,
 ) -> None:
-    """Raise `WrongError` where a result differs and rounding does not explain it."""
+    """Raise `WrongError` if a result differs by more than rounding."""
     rule, params = batch.rule, batch.rule.numbers(layer)
 
     def wrong(what: str) -> WrongError:
@@ -242,21 +251,21 @@ def compare(
     untouched[before[before >= 0]] = False
     for name, axis in (("state", 1), ("answers", 0), ("exit_layer", 0)):
         old = batch.memory[name].numpy()
-        mine, was = (np.compress(untouched, x, axis=axis) for x in (values[name], old))
-        if not np.array_equal(mine, was, equal_nan=True):
-            raise wrong(f"{name} of rows that are not present has changed")
+        after, was = (np.compress(untouched, x, axis=axis) for x in (values[name], old))
+        if not np.array_equal(after, was, equal_nan=True):
+            raise wrong(f"{name} of rows outside of the batch has changed")
     present = np.flatnonzero(before >= 0)
     rows = before[present]
     largest = np.abs(np.where(np.isfinite(logits), logits, 0.0)).max(axis=1, initial=0.0)
     near = np.fromiter(
         (
-            score_tolerance(rule.name, params, step.score[n], tolerance[i], largest[i], batch.depth - layer)
+            CASES[rule.name].tolerance(params, step.score[n], tolerance[i], largest[i], batch.depth - layer)
             for i, n in zip(present, rows, strict=True)
         ),
         dtype=np.float64,
         count=len(rows),
     )
-    decided = ~(step.distance[rows] < near)  # elsewhere rounding decides
+    decided = ~(step.distance[rows] < near)  # other rows are within rounding of the threshold
     present, rows = present[decided], rows[decided]
     off, size = tolerance[present, None], largest[present, None]
     for name, a, b in (
@@ -279,37 +288,37 @@ def compare(
 
 
 def close(
-    rule: Rule, name: str, got: np.ndarray, expected: np.ndarray, off: np.ndarray, largest: np.ndarray
+    rule: Drawn, name: str, got: np.ndarray, expected: np.ndarray, off: np.ndarray, largest: np.ndarray
 ) -> np.ndarray:
-    """Which rows of ``[B, ...]`` are equal but for rounding; `off` and `largest` are ``[B, 1]``."""
+    """Return which rows of ``[B, ...]`` are equal up to rounding; `off` and `largest` are ``[B, 1]``."""
     with np.errstate(invalid="ignore", over="ignore"):
         same = (got == expected) | (np.isnan(got) & np.isnan(expected))
         if name in ("state", "answers") and not same.all():
             size = np.where(np.isfinite(expected), np.abs(expected), 0.0)
             same |= np.abs(got - expected) <= 4e-6 * (1 + size) + 8 * off + 8 * EPS * largest
-            if name == "answers" and rule.name in ("expectation", "voting", "dact"):
-                # logarithms of shares, which may be far apart where the shares are next to nothing
+            if name == "answers" and CASES[rule.name].own_answer:
+                # logarithms of shares, which may differ much for tiny shares
                 shares = np.exp(got.astype(np.float64)), np.exp(expected)
                 same |= (shares[1] <= 1.001) & (np.abs(shares[0] - shares[1]) <= 8e-6 + 8 * off)
         return same.all(axis=1)
 
 
 def alone(case: Case, batch: Batch, given: dict[str, Any], layer: int, got: dict[str, Tensor], backend: str) -> None:
-    """A row's bits are the same without the others of its batch."""
+    """Check that the bits of a row are the same without the other rows of its batch."""
     present = np.flatnonzero(batch.row_ids.numpy() >= 0)
     if not len(present):
         return
     i = int(case.choice(list(present)))
-    part = dict(given)
+    single = dict(given)
     for name in ("logits", "aux"):
-        if name in part:
-            part[name] = part[name][i : i + 1]
+        if name in single:
+            single[name] = single[name][i : i + 1]
     if batch.hidden is not None and (batch.source == "none" or batch.offsets is None):
-        part["hidden"] = batch.hidden[i : i + 1]
+        single["hidden"] = batch.hidden[i : i + 1]
     if batch.offsets is not None:
-        part["offsets"] = batch.offsets[i : i + 2]
+        single["offsets"] = batch.offsets[i : i + 2]
     memory = {"row_ids": batch.row_ids[i : i + 1].clone(), **{k: t.clone() for k, t in batch.memory.items()}}
-    call(batch, part, layer, memory, backend)
+    call(batch, single, layer, memory, backend)
     case.calls += 1
     n = int(batch.row_ids[i])
     for name, a, b in (
@@ -324,8 +333,8 @@ def alone(case: Case, batch: Batch, given: dict[str, Any], layer: int, got: dict
             )
 
 
-def compacted(case: Case, batch: Batch) -> None:
-    """Compact on every back-end, compare, and go on with the result."""
+def compact_batch(case: Case, batch: Batch) -> None:
+    """Compact on every back-end, compare, and continue with the result."""
     assert batch.offsets is not None
     expected = oracle.compact(batch.row_ids.tolist(), batch.offsets.tolist())
     for backend in BACK_ENDS:
@@ -344,7 +353,7 @@ def compacted(case: Case, batch: Batch) -> None:
 
 
 def gathered(case: Case, hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor) -> Tensor:
-    """`gather_rows` on every back-end against the oracle; returns the second buffer."""
+    """Compare `gather_rows` on every back-end with the oracle, and return the output buffer."""
     tokens = int(new_offsets[-1]) + case.integer(0, 2)
     expected = np.full((tokens, hidden.shape[1]), UNTOUCHED)
     oracle.gather_rows(hidden.double().numpy(), offsets.tolist(), source.tolist(), new_offsets.tolist(), expected)
@@ -360,7 +369,7 @@ def gathered(case: Case, hidden: Tensor, offsets: Tensor, source: Tensor, new_of
 
 
 def moved_rows(case: Case) -> None:
-    """`gather_rows` with sources that no compaction would name: repeated, in any order, put back with gaps."""
+    """Call `gather_rows` with repeated, unordered and missing sources."""
     rows, new = case.choice(ROWS), case.choice(ROWS)
     lengths = case.arrays.integers(0, case.choice((2, 5, 60)), rows)
     offsets = torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32))
@@ -369,5 +378,5 @@ def moved_rows(case: Case) -> None:
     new_offsets = torch.from_numpy(np.concatenate(([0], taken.cumsum())).astype(np.int32))
     hidden = torch.from_numpy(case.normal(int(offsets[-1]) + case.integer(0, 2), case.choice((0, *WIDTHS))))
     if case.chance(0.3):
-        hidden = torch.from_numpy(case.normal(*hidden.T.shape)).T  # of other strides
+        hidden = torch.from_numpy(case.normal(*hidden.T.shape)).T  # with other strides
     gathered(case, hidden.to(case.choice(DTYPES)), offsets, torch.from_numpy(source.astype(np.int32)), new_offsets)

@@ -1,4 +1,4 @@
-"""What a run prints: every kind of finding with its replay lines, and a table of the targets."""
+"""Report of a run: its findings with the commands to replay them, and a table of the targets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fuzz.targets import Target
 from fuzz.worker import Finding
 
 KINDS = {"wrong": "wrong", "crash": "crashes", "traceback": "tracebacks", "accepted": "silent acceptances"}
-#: Replay lines for findings that differ in nothing but numbers.
-LINES = 5
+#: Maximum replay commands for findings that differ in values only.
+MAX_LINES = 5
 
 
 def table(targets: Mapping[str, Target], run: Run) -> str:
-    """Cases, calls, seconds and findings of each target."""
+    """Return a table of cases, calls, seconds and findings of each target."""
     header = ("target", "cases", "calls", "seconds", *KINDS.values())
     rows = [
         (
@@ -30,22 +30,24 @@ def table(targets: Mapping[str, Target], run: Run) -> str:
     return "\n".join(lines)
 
 
-def alike(finding: Finding) -> tuple[str, str, str]:
-    """Findings with equal values are told together."""
+def group_key(finding: Finding) -> tuple[str, str, str]:
+    """Return a key that is equal for findings that differ in values only."""
     first = finding.message.partition("\n")[0]
     plain = re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", first)
     return finding.target, finding.kind, re.sub(r"-?\b\d[\d.e+-]*|\bnan\b|\binf\b", "#", plain)[:160]
 
 
 def findings(run: Run, seed: int) -> str:
-    """Every kind of finding: its message once, and how to replay its cases."""
+    """Return the findings by group: one message and the commands to replay its cases."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in run.findings:
-        groups.setdefault(alike(finding), []).append(finding)
-    told = []
+        groups.setdefault(group_key(finding), []).append(finding)
+    blocks = []
     for group in groups.values():
         first = group[0]
-        lines = [f"  python -m python_tests.fuzz --seed {seed} --replay {f.target}:{f.number}" for f in group[:LINES]]
-        more = f"  and {len(group) - LINES} more such cases" if len(group) > LINES else ""
-        told.append("\n".join([f"{first.target}, {first.kind}: {first.message}", *lines, *([more] if more else [])]))
-    return "\n\n".join(told)
+        lines = [
+            f"  python -m python_tests.fuzz --seed {seed} --replay {f.target}:{f.number}" for f in group[:MAX_LINES]
+        ]
+        more = f"  and {len(group) - MAX_LINES} more such cases" if len(group) > MAX_LINES else ""
+        blocks.append("\n".join([f"{first.target}, {first.kind}: {first.message}", *lines, *([more] if more else [])]))
+    return "\n\n".join(blocks)

@@ -1,8 +1,8 @@
-"""`python -m python_tests.fuzz.sanitize`: the CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""`python -m python_tests.fuzz.sanitize`: test the CPU extension with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds it in ``build/sanitize``, so that the normal build stays as it is, then runs the tests of the C++ ops and some
-thousand cases of the fuzz targets `ops` and `hostile` with it. Any report of a sanitizer is a failure. A program with
-known faults runs first: it shows that the sanitizers see them.
+Builds the extension in ``build/sanitize`` and runs the tests of the C++ ops and some thousand cases of the fuzz targets
+`ops` and `hostile`. Every report of a sanitizer is a failure. A program with known faults runs first, to verify that
+the sanitizers work.
 """
 
 from __future__ import annotations
@@ -19,20 +19,28 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "sanitize"
 LIBRARY = FOLDER / "lib"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-TESTS = ("exit_step", "exit_step_inputs", "compact", "criteria", "encoder_ops", "encoder_ops_layer", "opcheck")
-#: A read past the end of a heap buffer, which ASan reports; and a sum that overflows, which UBSan reports.
+TESTS = (
+    "ops/test_exit_step.py",
+    "ops/test_exit_step_inputs.py",
+    "ops/test_compact.py",
+    "ops/test_encoder_ops.py",
+    "ops/test_encoder_ops_layer.py",
+    "ops/test_opcheck.py",
+    "criteria/test_criteria.py",
+)
+#: A read past the end of a heap buffer (ASan), and an overflowing sum (UBSan).
 FAULTS = """#include <cstring>
 extern "C" int fault(int index, int term) {
   int* values = new int[4]();
   int value;
-  volatile std::size_t size = sizeof(value);  // a call, which UBSan leaves to ASan
+  volatile std::size_t size = sizeof(value);  // makes it a call, which only ASan checks
   std::memcpy(&value, reinterpret_cast<char*>(values) + 4 * index, size);
   delete[] values;
   return value + 1 + term;
 }
 """
 CALL_FAULTS = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).fault(int(sys.argv[2]), int(sys.argv[3]))"
-#: Index and term -> whether they are a fault.
+#: Arguments of `fault` -> whether they cause one.
 KNOWN = {(3, 7): False, (4, 7): True, (3, 2**31 - 1): True}
 LOADED = (
     "import earlyexit_kernels._C as c; maps = open('/proc/self/maps').read(); "
@@ -45,14 +53,14 @@ def compiler() -> str:
 
 
 def build() -> None:
-    """Compile the extension, and copy the package's Python files beside it."""
+    """Compile the extension, and copy the Python files of the package beside it."""
     variables = {
         "EARLYEXIT_BUILD": "cpu",
         "CFLAGS": f"{os.environ.get('CFLAGS', '')} {FLAGS}",
         "LDFLAGS": f"{os.environ.get('LDFLAGS', '')} {FLAGS}",
     }
     package = LIBRARY / "earlyexit_kernels"
-    for path in package.rglob("*.py"):  # one that is gone from the sources must not stay
+    for path in package.rglob("*.py"):  # files that were deleted from the sources
         path.unlink()
     FOLDER.mkdir(parents=True, exist_ok=True)
     log = FOLDER / "build.log"
@@ -71,7 +79,7 @@ def build() -> None:
 
 
 def library(name: str) -> str:
-    """Path of a library of the compiler."""
+    """Return the path of a library of the compiler."""
     found = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     path = found.stdout.strip()
     if not Path(path).is_absolute():
@@ -80,11 +88,11 @@ def library(name: str) -> str:
 
 
 def environment(reports: Path) -> dict[str, str]:
-    """Environment of a process under the sanitizers, which write reports as files that begin with `reports`."""
+    """Return the environment of a sanitized process; names of report files start with `reports`."""
     options = f"log_path={reports}:halt_on_error=1:print_stacktrace=1"
     return {
         **os.environ,
-        # exceptions pass through the interceptors of ASan only where libstdc++ is loaded before them
+        # the interceptors of ASan support exceptions only if libstdc++ is loaded before them
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
         "ASAN_OPTIONS": f"{options}:detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": options,
@@ -97,15 +105,15 @@ def environment(reports: Path) -> dict[str, str]:
 
 
 def run(command: list[str], reports: Path, **others: Any) -> int:
-    """Run a Python command under the sanitizers, from where the sanitized package is found first.
+    """Run a Python command with the sanitized package, and return its exit status.
 
-    ASan writes its reports to files, UBSan to stderr; after either the process ends with a status that is not 0.
+    ASan writes reports to files and UBSan to stderr; both end the process with a status other than 0.
     """
     return subprocess.run([sys.executable, *command], cwd=LIBRARY, env=environment(reports), **others).returncode
 
 
 def check_faults_are_seen() -> None:
-    """Stop where a program with a known fault succeeds, or the extension imported isn't the sanitized one."""
+    """Exit if a known fault is not detected, or if the imported extension is not the sanitized one."""
     source, target = FOLDER / "faults.cpp", FOLDER / "libfaults.so"
     source.write_text(FAULTS)
     command = [*compiler().split(), *FLAGS.split(), "-O1", "-shared", "-fPIC"]
@@ -113,20 +121,20 @@ def check_faults_are_seen() -> None:
     for arguments, fails in KNOWN.items():
         code = run(["-c", CALL_FAULTS, str(target), *map(str, arguments)], FOLDER / "known", stderr=subprocess.DEVNULL)
         if bool(code) != fails:
-            sys.exit(f"fault{arguments} ended with exit status {code}; the sanitizers don't work here")
+            sys.exit(f"fault{arguments} ended with exit status {code}; the sanitizers do not work here")
     if not list(FOLDER.glob("known.*")):
-        sys.exit("a read past the end of a buffer left no report; AddressSanitizer doesn't work here")
+        sys.exit("a read past the end of a buffer left no report; AddressSanitizer does not work here")
     for path in FOLDER.glob("known.*"):
         path.unlink()
     if run(["-c", LOADED], FOLDER / "known"):
-        sys.exit("the sanitized extension isn't the one that is imported")
+        sys.exit("the imported extension is not the sanitized one")
 
 
 def main() -> int:
-    """Build, run, and print every report; 1 where there is one or a step failed."""
+    """Build, run the steps and print the reports; return 1 if there is a report or a step failed."""
     parser = argparse.ArgumentParser(prog="python -m python_tests.fuzz.sanitize", description=__doc__)
-    parser.add_argument("--cases", type=int, default=2000, help="of each fuzz target (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the fuzz targets (default: %(default)s)")
+    parser.add_argument("--cases", type=int, default=2000, help="cases per fuzz target (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the fuzz targets (default: %(default)s)")
     args = parser.parse_args()
     build()
     check_faults_are_seen()
@@ -135,7 +143,7 @@ def main() -> int:
     shutil.rmtree(FOLDER / "fuzz", ignore_errors=True)
     fuzz = ["-m", "python_tests.fuzz", "--only", "ops,hostile", "--cases", str(args.cases), "--minutes", "30"]
     fuzz += ["--backends", "cpp", "--seed", str(args.seed), "--folder", str(FOLDER / "fuzz")]
-    tests = [str(ROOT / "python_tests" / f"test_{name}.py") for name in TESTS]
+    tests = [str(ROOT / "python_tests" / name) for name in TESTS]
     steps = {
         "tests of the C++ ops": [
             "-m",

@@ -1,4 +1,4 @@
-"""The targets: what each fuzzes, its share of the time, and how long one of its cases may take."""
+"""The targets, with their shares of the time and the limits of a case."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Target:
     """One target.
 
     Attributes:
-        module: where ``run(case)`` is, and optionally ``prepare()``, called once before any worker is forked.
-        share: of the time, relative to the other targets.
-        limit: seconds that one case may take before it counts as a hang.
-        memory: bytes that a worker may allocate on top of what it starts with, or None for no limit.
+        module: module with ``run(case)`` and optionally ``prepare()``, called once before workers are forked.
+        share: share of the time, relative to the other targets.
+        limit: maximum seconds of one case; a longer one counts as a crash.
+        memory: bytes that a worker may allocate in addition to its initial memory, or None for no limit.
     """
 
     module: str

@@ -1,6 +1,6 @@
-"""Whether a call of an op is valid, by its documentation alone. Shares nothing with the package.
+"""Decide whether a call of an op is valid by its documentation, independently of the package.
 
-Each predicate answers True, False, or None where the documentation does not say: there the back-ends have to agree.
+Each predicate returns True, False, or None if the documentation does not say; then the back-ends have to agree.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 POOLINGS = ("first", "mean", "none")
-LARGEST_INT = 2**31 - 1
-#: Class-wise rules on one output have no meaning; the ops do not say that they look.
+MAX_INT = 2**31 - 1
+#: Rules that require several classes, which the ops do not check.
 CLASSWISE = ("margin", "dact", "patient_confidence", "entropy", "divergence_patience", "max_probability", "voting")
 
 
 def fits(tensor: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> bool:
-    """A dense CPU tensor of this shape (None for any size) and one of these dtypes."""
+    """Return whether `tensor` is a dense CPU tensor of this shape (None for any size) and one of these dtypes."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
     sizes = len(tensor.shape) == len(shape) and all(
@@ -29,7 +29,7 @@ def fits(tensor: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, 
 
 
 def spans(tensor: Tensor) -> tuple[int, int]:
-    """First and last address behind a dense tensor."""
+    """Return the first address of a dense tensor and the address after its last byte."""
     if not tensor.numel():
         return 0, 0
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -37,13 +37,13 @@ def spans(tensor: Tensor) -> tuple[int, int]:
 
 
 def overlap(written: Tensor, others: list[Tensor]) -> bool:
-    """Whether a written tensor shares memory with any other."""
+    """Return whether a written tensor shares memory with another one."""
     start, end = spans(written)
     return any(start < stop and begin < end for begin, stop in map(spans, others))
 
 
-def rising(offsets: Tensor, tokens: int | None) -> bool:
-    """Offsets that start at 0 or above, never decrease and end within the tokens."""
+def valid_offsets(offsets: Tensor, tokens: int | None) -> bool:
+    """Return whether offsets start at 0 or above, do not decrease and end within the tokens."""
     values = offsets.tolist()
     inside = tokens is None or values[-1] <= tokens
     return values[0] >= 0 and inside and all(a <= b for a, b in itertools.pairwise(values))
@@ -54,14 +54,14 @@ def whole(value: Any) -> bool:
 
 
 def exit_step(given: dict[str, Any]) -> bool | None:
-    """A call of `ops.exit_step`; `given` has every argument, None where it was left out."""
+    """Judge a call of `ops.exit_step`; `given` has all arguments, with None for omitted ones."""
     criterion, layer, depth = given["criterion"], given["layer"], given["depth"]
     row_ids, state, answers, exit_layer = (given[k] for k in ("row_ids", "state", "answers", "exit_layer"))
     hidden, weight, bias, logits = (given[k] for k in ("hidden", "weight", "bias", "logits"))
     offsets, aux, pooling = given["offsets"], given["aux"], given["pooling"]
     if not hasattr(criterion, "initial_state") or isinstance(criterion, type):
         return False
-    if not (whole(layer) and whole(depth) and 1 <= layer <= depth <= LARGEST_INT) or pooling not in POOLINGS:
+    if not (whole(layer) and whole(depth) and 1 <= layer <= depth <= MAX_INT) or pooling not in POOLINGS:
         return False
     if not fits(row_ids, (None,), (torch.int32,)) or not fits(answers, (None, None), (torch.float32,)):
         return False
@@ -78,7 +78,7 @@ def exit_step(given: dict[str, Any]) -> bool | None:
     if not _inputs(hidden, weight, bias, logits, rows, classes, None if offsets is None else pooling):
         return False
     pools = hidden is not None and pooling != "none" and offsets is not None
-    if offsets is not None and not rising(offsets, hidden.shape[0] if pools else None):
+    if offsets is not None and not valid_offsets(offsets, hidden.shape[0] if pools else None):
         return False
     present = [(i, n) for i, n in enumerate(row_ids.tolist()) if n >= 0]
     named = [n for _, n in present]
@@ -97,7 +97,7 @@ def exit_step(given: dict[str, Any]) -> bool | None:
 
 
 def _inputs(hidden: Any, weight: Any, bias: Any, logits: Any, rows: int, classes: int, pooling: str | None) -> bool:
-    """Either logits, or hidden states with a linear head; `pooling` is None without offsets."""
+    """Return whether the inputs are valid logits, or hidden states with a head; `pooling` is None without offsets."""
     if logits is not None:
         return hidden is None and weight is None and bias is None and fits(logits, (rows, classes), FLOATS)
     tokens = rows if pooling in (None, "none") else None
@@ -108,18 +108,18 @@ def _inputs(hidden: Any, weight: Any, bias: Any, logits: Any, rows: int, classes
 
 
 def compact(given: dict[str, Any]) -> bool | None:
-    """A call of `ops.compact`."""
+    """Judge a call of `ops.compact`."""
     row_ids, offsets = given["row_ids"], given["offsets"]
     if not fits(row_ids, (None,), (torch.int32,)) or not fits(offsets, (row_ids.shape[0] + 1,), (torch.int32,)):
         return False
-    if not rising(offsets, None):
+    if not valid_offsets(offsets, None):
         return False
     live = row_ids[row_ids >= 0].tolist()
     return None if (row_ids < -1).any() or len(set(live)) < len(live) else True
 
 
 def gather_rows(given: dict[str, Any]) -> bool | None:
-    """A call of `ops.gather_rows`."""
+    """Judge a call of `ops.gather_rows`."""
     hidden, offsets, source, new_offsets, out = (
         given[k] for k in ("hidden", "offsets", "source", "new_offsets", "out")
     )
@@ -129,7 +129,7 @@ def gather_rows(given: dict[str, Any]) -> bool | None:
         return False
     if not len(offsets) or not fits(new_offsets, (len(source) + 1,), (torch.int32,)) or not out.is_contiguous():
         return False
-    if not rising(offsets, hidden.shape[0]) or not rising(new_offsets, out.shape[0]):
+    if not valid_offsets(offsets, hidden.shape[0]) or not valid_offsets(new_offsets, out.shape[0]):
         return False
     lengths, new_lengths = offsets.diff().tolist(), new_offsets.diff().tolist()
     for j, i in enumerate(source.tolist()):

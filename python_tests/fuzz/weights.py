@@ -1,7 +1,7 @@
-"""Target `weights`: however weights are changed, the next answers are those of a fresh copy of the model.
+"""Target `weights`: after any change of the weights, answers are those of a fresh copy of the model.
 
-Ways are composed at random, with forwards between them. Not among them: a write of single elements through a view
-that autograd does not see, which the documentation leaves to the user.
+Changes are combined at random, with forward passes between them. Excluded are writes of single elements through views
+that autograd does not track, for which the documentation makes the user responsible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOLERANCE = 1e-3
 
 
 class Subject:
-    """A model whose packed copies exist, and the stock model that it shares its weights with."""
+    """A model with packed weights, and the stock model that shares its weights."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -35,19 +35,19 @@ class Subject:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The list with the encoder layers of the model."""
+        """List of the encoder layers."""
         found = [m for m in self.model.backbone.modules() if isinstance(m, nn.ModuleList) and len(m)]
         return found[0]
 
     def weights(self) -> list[nn.Parameter]:
-        """Weights and biases of one encoder layer."""
+        """Return the parameters of one encoder layer."""
         return list(self.case.choice(list(self.layers)).parameters())
 
     def weight(self) -> nn.Parameter:
         return self.case.choice(self.weights())
 
     def module(self, kind: type[nn.Module]) -> tuple[nn.Module, str, Any]:
-        """A module of a kind in the encoder layers: its parent, its name and itself."""
+        """Return the parent, the name and the module, for a random module of this class in the encoder layers."""
         found = [
             (parent, name, child)
             for parent in self.layers.modules()
@@ -63,21 +63,21 @@ class Subject:
 
 
 def run(case: Case) -> None:
-    """Some changes, and after each or after all of them the comparison."""
+    """Make some changes, with comparisons between and after them."""
     subject = Subject(case)
     subject.logits()
-    told = []
+    changes = []
     for _ in range(case.integer(1, 4)):
-        name = case.choice(list(WAYS))
-        WAYS[name](subject)
-        told.append(name)
+        name = case.choice(list(CHANGES))
+        CHANGES[name](subject)
+        changes.append(name)
         if case.chance(0.5):
-            compare(subject, told)
-    compare(subject, told)
+            compare(subject, changes)
+    compare(subject, changes)
 
 
-def compare(subject: Subject, told: list[str]) -> None:
-    """Raise `WrongError` where the model answers otherwise than a deep copy of it, in which nothing is packed yet."""
+def compare(subject: Subject, changes: list[str]) -> None:
+    """Raise `WrongError` if the answers differ from those of a deep copy without packed weights."""
     got = subject.logits()
     fresh = copy.deepcopy(subject.model)
     fresh.set_layers("family")
@@ -85,12 +85,12 @@ def compare(subject: Subject, told: list[str]) -> None:
         expected = fresh(**subject.batch).logits
     apart = float((got - expected).abs().max())
     if not apart <= TOLERANCE * (1 + float(expected.abs().max())):
-        steps = ", ".join(told)
-        raise WrongError(f"stale after {told[-1]}\n  {subject.family}, after {steps}: logits are off by {apart:.3g}")
+        steps = ", ".join(changes)
+        raise WrongError(f"stale after {changes[-1]}\n  {subject.family}, after {steps}: logits are off by {apart:.3g}")
 
 
 def noise_like(subject: Subject, weight: Tensor) -> Tensor:
-    """A change of a whole tensor that answers show."""
+    """Return noise that changes the answers when it is added to the tensor."""
     numbers = torch.from_numpy(subject.case.normal(*weight.shape))
     return 0.2 * numbers.to(weight.dtype)
 
@@ -141,7 +141,7 @@ def _dlpack(s: Subject) -> None:
 def _storage(s: Subject) -> None:
     weight = s.weight()
     new = (weight.detach() + noise_like(s, weight)).contiguous()
-    if weight.untyped_storage().nbytes() == new.untyped_storage().nbytes():  # not a part of a vector of weights
+    if weight.untyped_storage().nbytes() == new.untyped_storage().nbytes():  # not a view of a vector of weights
         weight.untyped_storage().copy_(new.untyped_storage())
 
 
@@ -196,7 +196,7 @@ def _new_layer(s: Subject) -> None:
 
 
 def _replace(s: Subject, old: nn.Module) -> None:
-    """Put a changed copy of a module in its place, wherever it hangs."""
+    """Replace a module by a changed copy."""
     for parent in list(s.model.modules()):
         for name, child in parent.named_children():
             if child is old:
@@ -313,14 +313,14 @@ def _average(s: Subject) -> None:
     average = torch.optim.swa_utils.AveragedModel(s.model.backbone)
     for parameter in average.parameters():
         parameter.data.mul_(0.7)
-    for mine, theirs in zip(s.model.backbone.parameters(), average.module.parameters(), strict=True):
-        mine.data.copy_(theirs.data)
+    for target, source in zip(s.model.backbone.parameters(), average.module.parameters(), strict=True):
+        target.data.copy_(source.data)
 
 
 def _step(build: Callable[..., Any], **arguments: Any) -> Callable[[Subject], None]:
-    """One step of an optimiser on every weight of the encoder, while the model is in eval mode."""
+    """Return a change by one step of an optimiser on all weights, with the model in eval mode."""
 
-    def way(s: Subject) -> None:
+    def step(s: Subject) -> None:
         trained = s.case.choice((s.model, s.stock))
         weights = [p for p in trained.parameters() if p.requires_grad and p.is_leaf]
         for weight in weights:
@@ -329,7 +329,7 @@ def _step(build: Callable[..., Any], **arguments: Any) -> Callable[[Subject], No
         for weight in weights:
             weight.grad = None
 
-    return way
+    return step
 
 
 OPTIMISERS = {
@@ -338,7 +338,7 @@ OPTIMISERS = {
         (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad), ("plain", "foreach", "fused")
     )
 }
-WAYS: dict[str, Callable[[Subject], None]] = {
+CHANGES: dict[str, Callable[[Subject], None]] = {
     "no_grad": _no_grad,
     "inference_mode": _inference_mode,
     "slice": _slice,

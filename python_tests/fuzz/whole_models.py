@@ -1,7 +1,7 @@
-"""Target `models`: a row's answer does not depend on its batch, on compaction, or on the kind of layers.
+"""Target `models`: answers of a row do not depend on its batch, on compaction or on the kind of layers.
 
-Two runs may differ where a row's score lies within rounding of where the decision turns; that is asked of the trace,
-with noise of the size of that rounding.
+Two runs may differ if the score of a row is within rounding of the threshold; this is decided by adding noise of the
+size of rounding to the trace.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from support.models import FAMILIES, VOCABULARY, balance_classes, batch_for, ear
 from torch import Tensor
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import SkipGate
+from earlyexit_kernels.criteria import RULES, SkipGate
 from fuzz.case import Case, WrongError
-from fuzz.rules import DRAWN
+from fuzz.ops import drawn_setting
 
 METHODS = ("joint", "palbert", "berxit", "dact", "fastbert", "smartbert")
 POOLINGS = (None, None, "first", "mean")
 KINDS = ("full", "right", "right", "holes", "real_ids_masked", "pad_ids_attended")
-#: Rounding of a whole model, relative to its largest logit; answers are float32 whatever the dtype.
+#: Rounding of a whole model, relative to its largest logit; answers are float32 for all dtypes.
 NOISE = {torch.float32: 1e-5, torch.float64: 2e-6, torch.bfloat16: 0.12}
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16)
-LONGEST = 24
+MAX_LENGTH = 24
 
 Batch = dict[str, Tensor]
 
 
 @functools.lru_cache(maxsize=512)
 def built(family: str, method: str, pooling: str | None, halting: bool, dtype: torch.dtype) -> Any:
-    """A tiny model whose exits prefer no class."""
+    """Return a tiny model whose exits predict all classes about equally often."""
     model = early_exit(family, gain=4, method=method, pooling=pooling, halting=halting, num_hidden_layers=3)
     model.set_criterion(None)
     if len(model.heads.out) == model.depth:
@@ -42,7 +42,7 @@ def built(family: str, method: str, pooling: str | None, halting: bool, dtype: t
 
 
 def run(case: Case) -> None:
-    """One model and batch, under one rule and one or two changes that may not matter."""
+    """Compare one model and batch with runs that must give the same answers."""
     dtype = case.choice(DTYPES)
     method, pooling = case.choice(METHODS), case.choice(POOLINGS)
     halting = method in ("joint", "berxit") and case.chance(0.3)
@@ -60,16 +60,16 @@ def run(case: Case) -> None:
     for name in case.draw.sample(checks, 2):
         got = CHECKS[name](case, model, batch, trace)
         case.calls += 1
-        told = (
+        description = (
             f"{name}: {type(rule).__name__} on {model.config.backbone_config.model_type}, {method}, {pooling}, {dtype}"
         )
-        compare(told, model, trace, expected, got)
+        compare(description, model, trace, expected, got)
 
 
 def ragged(case: Case, model: Any) -> Batch:
-    """Rows of many lengths; sometimes one without any attended token."""
+    """Return a batch of random lengths."""
     rows = case.choice((1, 2, 3, 5, 8))
-    lengths = [case.integer(1, LONGEST) for _ in range(rows)]
+    lengths = [case.integer(1, MAX_LENGTH) for _ in range(rows)]
     kind = case.choice(KINDS)
     if kind in ("holes", "pad_ids_attended"):
         lengths = [max(length, 3) for length in lengths]
@@ -80,20 +80,20 @@ def ragged(case: Case, model: Any) -> Batch:
 
 
 def drawn(case: Case, model: Any) -> Any:
-    """A random rule that the heads can run; gated models skip layers."""
-    names = sorted(DRAWN)
+    """Return a random rule that the heads support; gated models skip layers."""
+    names = sorted(RULES)
     while True:
-        rule = DRAWN[case.choice(names)](case, 3, model.depth).criterion
+        rule = drawn_setting(case.choice(names), case, 3, model.depth).criterion
         if "gate" in model.heads.aux_names:
             rule = SkipGate(threshold=case.uniform(0, 1), exit=rule)
         try:
             model.set_criterion(rule)
         except ValueError:
-            continue  # of a scalar that these heads do not have
+            continue  # the heads lack a scalar
         return rule
 
 
-def part(batch: Batch, rows: Any) -> Batch:
+def rows_of(batch: Batch, rows: Any) -> Batch:
     return {name: values[rows] for name, values in batch.items()}
 
 
@@ -104,10 +104,10 @@ def joined(outputs: list[Any]) -> Any:
 
 
 def one_by_one(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """Each row alone, without its padding in half of the cases."""
+    """Run each row alone, without its padding in half of the cases."""
     outputs, trims = [], case.chance(0.5)
     for i in range(len(batch["input_ids"])):
-        row = part(batch, slice(i, i + 1))
+        row = rows_of(batch, slice(i, i + 1))
         if trims:
             tokens = int(row["attention_mask"][0].nonzero().max()) + 1
             row = {name: values[:, :tokens] for name, values in row.items()}
@@ -116,16 +116,16 @@ def one_by_one(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
 
 
 def shuffled(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """In another order, and in parts."""
+    """Run the rows in another order and in smaller batches."""
     rows = len(batch["input_ids"])
     order = torch.tensor(case.draw.sample(range(rows), rows))
-    got = joined([model(**part(batch, index)) for index in order.split(case.integer(1, rows))])
+    got = joined([model(**rows_of(batch, index)) for index in order.split(case.integer(1, rows))])
     back = order.argsort()
     return ee.EarlyExitOutput(logits=got.logits[back], exit_layer=got.exit_layer[back])
 
 
 def among_others(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """Beside rows that were not there before, with more padding."""
+    """Run the rows in a larger batch with more padding."""
     rows, length = batch["input_ids"].shape
     wider = length + case.integer(0, 8)
     others = case.integer(1, 4)
@@ -140,42 +140,42 @@ def among_others(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
         new[:rows, :length] = values
         found[name] = new
     order = torch.tensor(case.draw.sample(range(rows + others), rows + others))
-    got = model(**part(found, order))
+    got = model(**rows_of(found, order))
     back = order.argsort()[:rows]
     return ee.EarlyExitOutput(logits=got.logits[back], exit_layer=got.exit_layer[back])
 
 
 def other_compaction(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """With rows moved together at other times."""
+    """Run with another compaction mode."""
     model.compaction = case.choice([c for c in ("auto", "always", "never") if c != model.compaction])
     return model(**batch)
 
 
 def other_layers(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """With the family's layers in place of fused ones, or the other way round."""
+    """Run with the layers of the family instead of fused ones, or the reverse."""
     model.set_layers("auto" if model.layer_kind == "family" else "family")
     return model(**batch)
 
 
 def other_backend(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """With another back-end of the ops."""
+    """Run with another back-end of the ops."""
     model.set_backend("torch" if model.backend != "torch" else "auto")
     return model(**batch)
 
 
 def all_logits(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """From a pass through all layers."""
+    """Run all layers."""
     return model(**batch, output_all_logits=True)
 
 
 def replayed(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """From the trace."""
+    """Replay the trace."""
     logits, exit_layer = ee.replay(trace, model.criterion, backend=case.choice(("auto", "torch")))
     return ee.EarlyExitOutput(logits=logits, exit_layer=exit_layer)
 
 
 def fixed_depth(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
-    """From the masked pass over padded rows."""
+    """Run the fixed-depth model."""
     logits, exit_layer = model.fixed_depth()(**batch)[:2]
     return ee.EarlyExitOutput(logits=logits, exit_layer=exit_layer)
 
@@ -194,28 +194,30 @@ CHECKS: dict[str, Callable[[Case, Any, Batch, Any], Any]] = {
 OF_TRACES = ("all logits", "replayed")
 
 
-def compare(told: str, model: Any, trace: Any, expected: Any, got: Any) -> None:
-    """Raise `WrongError` where a row's exit or answer differs and rounding does not explain it."""
+def compare(description: str, model: Any, trace: Any, expected: Any, got: Any) -> None:
+    """Raise `WrongError` if the exit layer or the answer of a row differs by more than rounding."""
     if got.logits.shape != expected.logits.shape or got.exit_layer.dtype != torch.int64:
-        raise WrongError(f"{told}: got logits {list(got.logits.shape)}, expected {list(expected.logits.shape)}")
+        raise WrongError(f"{description}: got logits {list(got.logits.shape)}, expected {list(expected.logits.shape)}")
     noise = NOISE[model.dtype] * (1 + float(expected.logits.abs().max()))
     for row in range(len(expected.exit_layer)):
         layers = int(got.exit_layer[row]), int(expected.exit_layer[row])
         apart = float((got.logits[row] - expected.logits[row]).abs().max())
         if layers[0] == layers[1] and apart <= noise:
             continue
-        if near_a_turn(model, trace, row):
+        if near_threshold(model, trace, row):
             continue
-        raise WrongError(f"{told}: row {row} left at {layers[0]}, expected {layers[1]}; logits differ by {apart:.3g}")
+        raise WrongError(
+            f"{description}: row {row} left at {layers[0]}, expected {layers[1]}; logits differ by {apart:.3g}"
+        )
 
 
-def near_a_turn(model: Any, trace: Any, row: int) -> bool:
-    """Whether noise of the size of rounding changes the exit, or the answer, of a row of the trace."""
+def near_threshold(model: Any, trace: Any, row: int) -> bool:
+    """Return whether noise of the size of rounding changes the exit layer or the answer of a row of the trace."""
     rule = model.criterion
     if rule is None:
         return False
     if trace is None:
-        # no trace holds the answers of a gated model: its thresholds are left to models of float64
+        # gated models have no trace; their decisions are compared in float64 only
         return model.dtype != torch.float64
     generator = torch.Generator().manual_seed(row)
     noise = NOISE[model.dtype]

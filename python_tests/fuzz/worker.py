@@ -1,4 +1,4 @@
-"""Worker processes: each runs blocks of cases, and the parent learns which case one has died or hung in."""
+"""Worker processes, which run blocks of cases; the parent finds out in which case a worker died or hung."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fuzz.case import AcceptedError, Case, WrongError
 from fuzz.targets import Target
 
 CONTEXT: Any = multiprocessing.get_context("fork")
-#: What stands in the memory that a worker shares with its parent.
+#: Indices of the array that a worker shares with its parent.
 NUMBER, STARTED, CALLS = range(3)
-MESSAGE = 2000
+MAX_MESSAGE = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one case has shown.
+    """Finding of one case.
 
     Attributes:
         kind: ``"wrong"``, ``"crash"``, ``"traceback"`` or ``"accepted"``.
@@ -42,7 +42,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Cases `start` to `stop` of a target, or as many of them as a worker runs until a monotonic time."""
+    """Cases `start` to `stop` of a target, to run until the monotonic time `until`."""
 
     target: str
     start: int
@@ -52,7 +52,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """What became of a block: the number of the first case that was not run, calls and seconds."""
+    """Result of a block: number of the first case that was not run, calls and seconds."""
 
     reached: int
     calls: int
@@ -60,13 +60,13 @@ class Done:
 
 
 class Worker:
-    """The parent's side of one worker process.
+    """One worker process, as seen by the parent.
 
     Args:
-        runs: target -> its loaded function ``run(case)``.
-        targets: the entries of these targets.
-        seed: of the cases.
-        log: file for what the process prints; faults of the interpreter are printed there too.
+        runs: target -> its function ``run(case)``.
+        targets: name -> target.
+        seed: seed of the cases.
+        log: file for the output of the process, including faults of the interpreter.
     """
 
     def __init__(
@@ -76,29 +76,31 @@ class Worker:
         self.log = log
         self.block: Block | None = None
         self.shared = CONTEXT.RawArray("d", 3)
-        self.pipe, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_serve, args=(theirs, self.shared, runs, targets, seed, log), daemon=True)
+        self.pipe, child_pipe = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(
+            target=_serve, args=(child_pipe, self.shared, runs, targets, seed, log), daemon=True
+        )
         self.process.start()
-        theirs.close()
+        child_pipe.close()
 
     def give(self, block: Block) -> None:
-        """Let the worker run a block."""
+        """Give the worker a block to run."""
         self.block = block
         self.shared[NUMBER], self.shared[STARTED], self.shared[CALLS] = block.start, time.monotonic(), 0
         self.pipe.send(block)
 
     def received(self) -> list[Finding | Done]:
-        """What the worker has sent since the last call."""
-        found = []
+        """Return the messages since the last call."""
+        messages = []
         try:
             while self.pipe.poll():
-                found.append(self.pipe.recv())
+                messages.append(self.pipe.recv())
         except (EOFError, ConnectionResetError):
-            pass  # it has died: `crash` tells
-        return found
+            pass  # it has died, as `crash` reports
+        return messages
 
     def crash(self) -> tuple[Finding, Done] | None:
-        """The finding and the outcome of the block where the worker has died or hangs, else None."""
+        """Return a finding and the result of the block if the worker has died or hangs, else None."""
         assert self.block is not None
         elapsed = time.monotonic() - self.shared[STARTED]
         limit = self.targets[self.block.target].limit
@@ -109,7 +111,7 @@ class Worker:
         code = self.process.exitcode or 0
         how = f"no answer within {limit:g} s" if hangs else f"the process ended with {_name_of(code)}"
         number = int(self.shared[NUMBER])
-        finding = Finding(self.block.target, number, "crash", f"{how}{_tail(self.log)}"[:MESSAGE])
+        finding = Finding(self.block.target, number, "crash", f"{how}{_tail(self.log)}"[:MAX_MESSAGE])
         return finding, Done(number + 1, int(self.shared[CALLS]), elapsed)
 
     def stop(self) -> None:
@@ -123,36 +125,36 @@ def _name_of(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
 
-#: How a fault of the interpreter, or the report of a sanitizer, begins.
+#: Beginnings of fault reports of the interpreter and of sanitizers.
 REPORTS = ("Fatal Python error", "runtime error:", "ERROR: AddressSanitizer")
 
 
 def _tail(log: Path) -> str:
-    """The first lines of a report, or else the last lines that the process has printed."""
+    """Return the first lines of a fault report, or else the last lines of the output."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     found = [k for k, line in enumerate(lines) if any(report in line for report in REPORTS)]
-    told = lines[found[0] : found[0] + 12] if found else lines[-12:]
-    return "".join(f"\n    {line[:200]}" for line in told if line.strip())
+    shown = lines[found[0] : found[0] + 12] if found else lines[-12:]
+    return "".join(f"\n    {line[:200]}" for line in shown if line.strip())
 
 
-def outcome_of(run: Callable[[Case], Any], case: Case) -> tuple[str, str] | None:
-    """Run one case: kind and message of what it found, or None."""
+def finding_of(run: Callable[[Case], Any], case: Case) -> tuple[str, str] | None:
+    """Run one case; return the kind and message of its finding, or None."""
     try:
         run(case)
     except WrongError as error:
-        return "wrong", str(error)[:MESSAGE]
+        return "wrong", str(error)[:MAX_MESSAGE]
     except AcceptedError as error:
-        return "accepted", str(error)[:MESSAGE]
+        return "accepted", str(error)[:MAX_MESSAGE]
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "earlyexit_kernels" in f.filename]
         where = f" (raised below {ours[-1]})" if ours else f" (raised at {frames[-1].filename}:{frames[-1].lineno})"
-        return "traceback", f"{type(error).__name__}: {error}{where}"[:MESSAGE]
+        return "traceback", f"{type(error).__name__}: {error}{where}"[:MAX_MESSAGE]
     return None
 
 
 def limit_memory(extra: int | None) -> None:
-    """Let this process allocate `extra` bytes more than it has now; None lifts the limit."""
+    """Let this process allocate `extra` bytes in addition to its memory; None removes the limit."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     if extra is None or "ASAN_OPTIONS" in os.environ:  # the shadow memory of a sanitizer counts too
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
@@ -169,11 +171,11 @@ def _serve(
     seed: int,
     log: Path,
 ) -> None:
-    """Run the blocks that come through the pipe, until the parent goes."""
+    """Run blocks from the pipe until the parent closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # what the parent has made stays, and its pages stay shared
+    gc.freeze()  # objects of the parent are kept, so their pages stay shared
     log.unlink(missing_ok=True)
-    with log.open("a") as file:  # what is written after it was emptied begins at its start
+    with log.open("a") as file:  # in append mode, output starts at the beginning after the file was truncated
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(file.fileno(), 1)
@@ -196,7 +198,7 @@ def _run_block(pipe: Any, shared: Any, run: Callable[[Case], Any], block: Block,
     while number < block.stop and time.monotonic() < block.until:
         shared[NUMBER], shared[STARTED] = number, time.monotonic()
         case = Case(block.target, seed, number)
-        found = outcome_of(run, case)
+        found = finding_of(run, case)
         shared[CALLS] += case.calls
         if found is not None:
             pipe.send(Finding(block.target, number, *found))

@@ -1,4 +1,4 @@
-"""The graph engine on a GPU; and the same tests on the CPU with a stand-in, so that they are known to run."""
+"""The graph engine on a GPU, and the same tests on the CPU with stand-ins, which show that the tests run."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.fake_gpu import falls_back_on_cpu
-from support.leaving_models import LENGTHS, SETTINGS, prepared, tuned
+from support.leaving_models import LENGTHS, prepared, tuned
 from support.models import FAMILIES, batch_for, early_exit, varied_entropy
 
 from benchmarks.end_to_end.engines import ENGINES, GRAPH
 from benchmarks.gpu import replays
-from earlyexit_kernels.criteria import Entropy
+from earlyexit_kernels.criteria import RULES, Entropy
 from earlyexit_kernels.engine import graphs, resident
-from earlyexit_kernels.engine.resident import ResidentLoop, why_not_resident
+from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
 
 ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
-#: Of logits against those of the eager engine in the same dtype, and of the share of rows that may leave elsewhere.
+#: Largest distance of logits from the eager engine in the same dtype, and share of rows that may leave elsewhere.
 TOLERANCES = {torch.float32: (1e-4, 0.0), HALF: (3e-2, 0.2), BFLOAT16: (2e-1, 0.4)}
-#: Rules that the loop holds.
-HELD = [name for name in SETTINGS if name != "sampled_exit"]
+#: Criteria that the loop supports.
+SUPPORTED = [name for name in RULES if name != "sampled_exit"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a test runs."""
+    """Device that a test runs on."""
 
     device: str
 
@@ -43,7 +44,7 @@ class Place:
         return self.device == "cuda"
 
     def on_graph(self, model, *, strict=True):
-        """Under the graph engine; a strict one raises where it would fall back."""
+        """Set the graph engine; a strict one raises instead of falling back."""
         if strict:
             ENGINES[GRAPH](model)
         elif self.is_gpu:
@@ -53,14 +54,14 @@ class Place:
         return model
 
     def moved(self, model, batch, dtype=torch.float32):
-        """Copies of a model, under the eager and the graph engine, and of a batch."""
+        """Return copies of a model, under the eager and the graph engine, and of a batch."""
         both = [copy.deepcopy(model).to(self.device, dtype) for _ in range(2)]
         both[0].set_engine("eager")
         return both[0], self.on_graph(both[1]), {name: x.to(self.device) for name, x in batch.items()}
 
     @contextlib.contextmanager
     def broken(self, error):
-        """No capture comes to its end: on a GPU an op raises in the middle of it."""
+        """Every capture fails: on a GPU an op raises in the middle of it."""
         with pytest.MonkeyPatch.context() as patch:
             if not self.is_gpu:
                 patch.setattr(graphs, "capture", functools.partial(_raise, error))
@@ -88,7 +89,7 @@ def place(request) -> Place:
 
 
 def ready(family="bert", rule="entropy", pooling="first"):
-    """A model under a rule by which its rows leave at many exits, and a batch."""
+    """Return a model under a criterion by which its rows leave at many exits, and a batch."""
     model, batch, _ = prepared(family, pooling, len(LENGTHS))
     model = copy.deepcopy(model)
     model.set_criterion(tuned(family, pooling, len(LENGTHS), rule))
@@ -103,7 +104,7 @@ def assert_agree(got, expected, dtype=torch.float32) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_answers_as_eagerly_and_as_on_the_cpu(place, family):
+def test_every_family_agrees_with_eager_and_cpu(place, family):
     model, batch = ready(family)
     expected = model(**batch)
     eager, graph, batch = place.moved(model, batch)
@@ -114,10 +115,10 @@ def test_every_family_answers_as_eagerly_and_as_on_the_cpu(place, family):
 
 
 @pytest.mark.parametrize("pooling", [None, "first"])
-@pytest.mark.parametrize("rule", HELD)
-def test_every_rule_it_holds(place, rule, pooling):
+@pytest.mark.parametrize("rule", SUPPORTED)
+def test_every_supported_criterion(place, rule, pooling):
     model, batch = ready("bert", rule, pooling=pooling)
-    assert why_not_resident(model.parts, torch.float32) == ""
+    assert resident_unsupported_reason(model.view(), torch.float32) is None
     expected = model(**batch)
     eager, graph, batch = place.moved(model, batch)
     for _ in range(2):
@@ -126,7 +127,7 @@ def test_every_rule_it_holds(place, rule, pooling):
 
 
 @pytest.mark.parametrize("family, built", [("bert", {"pooling": "mean"}), ("albert", {"num_hidden_groups": 1})])
-def test_mean_pooling_and_layers_that_are_one(place, family, built):
+def test_mean_pooling_and_shared_layers(place, family, built):
     model = early_exit(family, **{"pooling": "first", **built})
     batch = batch_for(model, "left" if "pooling" in built else "right", lengths=LENGTHS)
     model.set_criterion(varied_entropy(model.trace(**batch)))
@@ -144,7 +145,7 @@ def test_half_precision(place, dtype, rule):
     assert_agree(graph(**batch), eager(**batch), dtype)
 
 
-#: Beside the plain case: embeddings narrower than the layers, and exits that the library's products serve.
+#: Besides the plain case: embeddings narrower than the layers, and exits on the library's products.
 BITS = [("bert", "entropy", dtype) for dtype in TOLERANCES] + [
     ("albert", "entropy", HALF),
     ("bert", "q_exit", torch.float32),
@@ -152,7 +153,7 @@ BITS = [("bert", "entropy", dtype) for dtype in TOLERANCES] + [
 
 
 @pytest.mark.parametrize(("family", "rule", "dtype"), BITS)
-def test_a_row_has_the_same_bits_alone_and_among_others(place, family, rule, dtype):
+def test_row_has_equal_bits_alone_and_in_batches(place, family, rule, dtype):
     model, _ = ready(family, rule)
     lengths = [1 + 7 * row % 40 for row in range(128)]
     batch = batch_for(model, lengths=lengths)
@@ -163,7 +164,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(place, family, rule, dty
         for start in range(0, 128, size)[:: 8 if size == 1 else 1]:
             rows = slice(start, start + size)
             part = graph(**{name: x[rows] for name, x in batch.items()})
-            if place.is_gpu:  # on the CPU products round with their row count
+            if place.is_gpu:  # on the CPU the rounding of products depends on the number of rows
                 assert torch.equal(part.exit_layer, together.exit_layer[rows])
                 assert torch.equal(part.logits.view(torch.int32), together.logits[rows].view(torch.int32))
     trimmed = graph(**{name: x[5:6, : lengths[5]] for name, x in batch.items()})
@@ -194,7 +195,7 @@ def test_two_threads_and_two_streams(place):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("an op broke"), torch.OutOfMemoryError("CUDA out of memory\nmore")])
-def test_a_capture_that_fails_is_unwound_and_said(place, error, caplog):
+def test_failed_capture_falls_back_and_is_logged(place, error, caplog):
     model, batch = ready()
     eager, _, batch = place.moved(model, batch)
     graph = place.on_graph(copy.deepcopy(eager), strict=False)
@@ -202,43 +203,43 @@ def test_a_capture_that_fails_is_unwound_and_said(place, error, caplog):
     with place.broken(error), caplog.at_level(logging.WARNING, "earlyexit_kernels"):
         for _ in range(2):
             assert_agree(graph(**batch), expected)
-    (said,) = [message for message in caplog.messages if message.startswith("engine")]
-    assert "fell back to 'eager': capturing Bucket(" in said
-    assert str(error).split("\n")[0] in said
-    assert not graph._graphs._captured and graph._graphs._refused
+    (logged,) = [message for message in caplog.messages if message.startswith("engine")]
+    assert "fell back to 'eager': capturing Bucket(" in logged
+    assert str(error).split("\n")[0] in logged
+    assert not graph.execution.graphs._captured and graph.execution.graphs._refused
     if place.is_gpu:
         assert not torch.cuda.is_current_stream_capturing()
         graph.set_engine("graph")
     else:
-        graph._graphs.forget()
+        graph.execution.graphs.forget()
     assert_agree(graph(**batch), expected)
-    assert graph._graphs._captured
+    assert graph.execution.graphs._captured
 
 
-def test_a_batch_larger_than_the_largest_bucket(place, monkeypatch):
+def test_batch_larger_than_the_largest_bucket(place, monkeypatch):
     model, batch = ready()
     eager, graph, batch = place.moved(model, batch)
-    monkeypatch.setattr(graphs, "MOST_TOKENS", 4 * 32)
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 4 * 32)
     batch = {name: x[:13] for name, x in batch.items()}
     assert_agree(graph(**batch), eager(**batch))
-    assert {key[0].rows for key in graph._graphs._captured} == {1, 4}
+    assert {key[0].rows for key in graph.execution.graphs._captured} == {1, 4}
 
 
-def test_what_the_buffers_held_reaches_no_row(place):
+def test_stale_buffers_do_not_affect_answers(place):
     model, batch = ready()
     _, graph, batch = place.moved(model, batch)
     expected = graph(**batch)
     for rows in (len(LENGTHS), 9):
-        for captured in graph._graphs._captured.values():
+        for captured in graph.execution.graphs._captured.values():
             loop: ResidentLoop = captured.loop
-            for buffer in (loop.hidden, loop.qkv, loop.context, loop.middle, loop.inner, loop.features, loop.answers):
+            for buffer in (*vars(loop.activations).values(), loop.answers):
                 buffer.fill_(torch.nan)
         out = graph(**{name: x[:rows] for name, x in batch.items()})
         assert torch.equal(out.logits, expected.logits[:rows])
         assert torch.equal(out.exit_layer, expected.exit_layer[:rows])
 
 
-def test_a_thousand_batches_of_random_sizes(place, monkeypatch):
+def test_thousand_batches_of_random_sizes(place, monkeypatch):
     if not place.is_gpu:
         monkeypatch.setattr(replays, "EVERY", 2)
     with torch.inference_mode():
@@ -246,7 +247,7 @@ def test_a_thousand_batches_of_random_sizes(place, monkeypatch):
     assert wrong == [] and checked >= 3
 
 
-def test_a_capture_of_somebody_else_is_refused_with_the_cure(place, monkeypatch):
+def test_call_inside_a_capture_is_refused_with_advice(place, monkeypatch):
     model, batch = ready()
     eager, graph, batch = place.moved(model, batch)
     graph(**batch), eager(**batch)
@@ -255,20 +256,19 @@ def test_a_capture_of_somebody_else_is_refused_with_the_cure(place, monkeypatch)
         capturing = torch.cuda.graph(torch.cuda.CUDAGraph())
     else:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        monkeypatch.setattr(type(graph), "device", torch.device("cuda"))
     with capturing:
         for each in (eager, graph):
             with pytest.raises(RuntimeError, match=r"capture model\.fixed_depth\(\) instead"):
-                each(**batch) if place.is_gpu else each.from_graph(batch["input_ids"])
+                each(**batch) if place.is_gpu else each.execution.run_graph(each.view(), Inputs(batch["input_ids"]))
     if place.is_gpu:
         assert_agree(graph(**batch), eager(**batch))
 
 
-def test_a_model_that_no_graph_holds_falls_back(place, caplog):
+def test_unsupported_model_falls_back(place, caplog):
     model, batch = ready("bert", "sampled_exit")
     eager, _, batch = place.moved(model, batch)
     expected = eager(**batch)
-    assert "draws by a row's tokens" in why_not_resident(model.parts, torch.float32)
+    assert "draws by a row's tokens" in resident_unsupported_reason(model.view(), torch.float32)
     if place.is_gpu:
         graph = place.on_graph(copy.deepcopy(eager), strict=False)
         with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
@@ -277,13 +277,13 @@ def test_a_model_that_no_graph_holds_falls_back(place, caplog):
         assert "draws by a row's tokens" in str(graph.explain(**batch))
 
 
-def test_weights_that_change_are_seen(place):
+def test_changed_weights_are_detected(place):
     model, batch = ready("bert", "full_depth")
     eager, graph, batch = place.moved(model, batch)
     before = graph(**batch).logits
     for each in (eager, graph):
         with torch.no_grad():
-            if place.is_gpu:  # a capture that doesn't wait for what is queued copies the weights of before
+            if place.is_gpu:  # a capture that does not wait for queued work copies the old weights
                 torch.cuda._sleep(10**8)
             each.backbone.encoder.layer[1].output.dense.weight.mul_(2.0)
             each.backbone.encoder.layer[1].attention.self.value.weight.mul_(2.0)
@@ -296,8 +296,8 @@ def test_weights_that_change_are_seen(place):
     assert graph(**batch).exit_layer.tolist() == [1] * len(LENGTHS)
 
 
-def test_a_model_that_went_and_came_back(place):
-    """Its old graphs know addresses that hold something else by now, or nothing."""
+def test_model_moved_away_and_back(place):
+    """The old graphs refer to memory that has been freed or reused."""
     model, batch = ready()
     eager, graph, batch = place.moved(model, batch)
     expected = eager(**batch)
@@ -309,7 +309,7 @@ def test_a_model_that_went_and_came_back(place):
         assert_agree(graph(**batch), expected)
 
 
-def test_what_is_captured_in_inference_mode_serves_outside_of_it(place):
+def test_capture_in_inference_mode_works_outside_of_it(place):
     model, batch = ready()
     eager, graph, batch = place.moved(model, batch)
     expected = eager(**batch)
@@ -318,8 +318,8 @@ def test_what_is_captured_in_inference_mode_serves_outside_of_it(place):
             assert_agree(graph(**batch), expected)
 
 
-def test_fixed_depth_is_captured_by_whoever_wants(place):
-    """In a graph of one's own, whose input is copied in; without a GPU the call stands for the replay."""
+def test_fixed_depth_in_a_graph_of_the_caller(place):
+    """The caller copies the input in; without a GPU the call replaces the replay."""
     model, batch = ready()
     eager, _, batch = place.moved(model, batch)
     fixed, inputs = eager.fixed_depth(), {name: x.flip(0).contiguous() for name, x in batch.items()}

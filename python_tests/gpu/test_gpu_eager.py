@@ -1,4 +1,4 @@
-"""The eager loop on a GPU: the answers of the CPU, and no question to the device on the way."""
+"""The eager loop on a GPU: the answers of the CPU, without synchronisation between layers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import warnings
 import pytest
 import torch
 from support import reference_networks
-from support.leaving_models import HEADS, LENGTHS, SETTINGS, prepared, tuned
+from support.leaving_models import HEADS, LENGTHS, prepared, tuned
 from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, varied_entropy
 
 import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.engine import packing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-#: Of attention and logits, in each dtype: what rounding allows.
+#: Largest distance of attention and logits in each dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
 
 def moved(model, batch, dtype=torch.float32):
-    """A model and its batch on the GPU; compaction at every exit."""
+    """Return a model and its batch on the GPU, with compaction at every exit."""
     model = model.to("cuda", dtype)
     model.compaction = "always"
     return model, {name: values.cuda() for name, values in batch.items()}
@@ -37,23 +38,23 @@ def leaving(arguments, dtype=torch.float32, kind="right"):
 
 
 def synchronisations(call):
-    """How often the host waits for the device, as torch sees it; copies and kernels have been tried before."""
+    """Return torch's messages about host synchronisations in a call, after a first call that warms up."""
     call()
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [str(w.message) for w in said if "called a synchronizing" in str(w.message)]
+    return [str(w.message) for w in found if "called a synchronizing" in str(w.message)]
 
 
 @pytest.mark.parametrize("compaction", ["always", "never", "auto"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
-def test_an_unpadded_batch_asks_nothing_and_a_mask_once(arguments, dtype, compaction):
+def test_synchronisations_without_and_with_a_mask(arguments, dtype, compaction):
     model, batch = leaving(arguments, dtype, "full")
     model.compaction = compaction
     ids = batch["input_ids"]
@@ -69,8 +70,8 @@ def test_an_unpadded_batch_asks_nothing_and_a_mask_once(arguments, dtype, compac
         assert len(synchronisations(lambda mask=mask: model(input_ids=ids, attention_mask=mask))) == 1
 
 
-@pytest.mark.parametrize("criterion", SETTINGS)
-def test_no_rule_synchronises(criterion):
+@pytest.mark.parametrize("criterion", RULES)
+def test_no_criterion_synchronises(criterion):
     model = early_exit("bert", method="berxit", halting=True)
     model.load_state_dict(prepared("bert", None, len(LENGTHS))[0].state_dict())
     model.set_criterion(tuned("bert", None, len(LENGTHS), criterion))
@@ -78,8 +79,8 @@ def test_no_rule_synchronises(criterion):
     assert synchronisations(lambda: model(input_ids=batch["input_ids"])) == []
 
 
-@pytest.mark.parametrize("criterion", SETTINGS)
-def test_rows_leave_where_they_do_on_the_cpu(criterion):
+@pytest.mark.parametrize("criterion", RULES)
+def test_rows_leave_as_on_the_cpu(criterion):
     on_cpu, batch, _ = prepared("bert", None, len(LENGTHS))
     rule = tuned("bert", None, len(LENGTHS), criterion)
     model = early_exit("bert", method="berxit", halting=True)
@@ -96,14 +97,14 @@ def test_rows_leave_where_they_do_on_the_cpu(criterion):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_of_nan_touches_nobody(dtype):
-    """In front of the others, behind them, and in the memory that a compaction leaves without an owner."""
+def test_row_of_nan_does_not_affect_others(dtype):
+    """NaN before and after the other rows, and in the memory that a compaction frees."""
     model, batch = leaving({}, dtype)
     poison = VOCABULARY - 1
     expected = model(**batch)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     row = torch.full_like(ids[:1], poison)
-    torch.full((2**26,), float("nan"), device="cuda", dtype=dtype)  # freed at once: what the next buffers are cut from
+    torch.full((2**26,), float("nan"), device="cuda", dtype=dtype)  # freed at once, then reused
     with parameter_set(model.get_input_embeddings().weight, poison, float("nan")):
         out = model(input_ids=torch.cat([row, ids, row]), attention_mask=torch.cat([mask[1:2], mask, mask[:1]]))
     assert out.logits[[0, -1]].isnan().all() and out.exit_layer[[0, -1]].tolist() == [DEPTH] * 2
@@ -111,8 +112,8 @@ def test_a_row_of_nan_touches_nobody(dtype):
     assert (out.logits[1:-1] - expected.logits).abs().max() < TOLERANCES[dtype]
 
 
-def test_batches_one_after_the_other_and_side_by_side():
-    """The memory that counts arrive in goes from batch to batch; two threads have their own, each on its own stream."""
+def test_consecutive_and_concurrent_batches():
+    """Batches reuse the memory for counts; two threads have their own, each on its own stream."""
     model, batch = leaving({})
     expected = model(**batch)
     torch.cuda.synchronize()
@@ -149,7 +150,7 @@ def test_invalid_rows_are_counted_and_refused():
 @pytest.mark.parametrize("width", [16, 20, 64, 256, 260])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_over_rows_with_and_without_tokens(dtype, width):
-    """Rows between and behind that own no token, a bound on the longest, and NaN in the tokens that no row owns."""
+    """Rows without tokens, a bound on the longest row, and NaN in tokens of no row."""
     ends = torch.tensor([0, 5, 5, 6, 40, 300, 300, 300], dtype=torch.int32, device="cuda")
     plan = packing.AttentionPlan(offsets=ends, longest=512)
     q, k, v = torch.randn(

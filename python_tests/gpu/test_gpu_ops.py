@@ -1,4 +1,4 @@
-"""The ops on a GPU, by the tests and the truths that they have on the CPU; there these run too, on torch."""
+"""The ops on a GPU against the references of the CPU tests; on a CPU some cases run on torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ops import test_resident_exit as residents
 from support import encoder_cases
 from support.compaction_cases import PATTERNS
 from support.encoder_cases import WAYS
-from support.exit_step_cases import DTYPES, RULES, SOURCES, Case
+from support.exit_step_cases import DTYPES, SETTINGS, SOURCES, Case
 
 from earlyexit_kernels import ops
 from earlyexit_kernels.backends import available_backends
@@ -21,13 +21,13 @@ from earlyexit_kernels.ops import compact, gather_rows
 
 
 def everywhere(names, cases, backends=("triton", "cpp"), compiled=None):
-    """All cases on a GPU by each back-end, and some of them on the CPU, which shows that a test runs.
+    """Parametrize with all cases on a GPU for each back-end, and some on the CPU, which show that the test runs.
 
     Args:
-        names: of the arguments that a case gives.
+        names: of a case's arguments.
         cases: tuples of values.
         backends: of the op.
-        compiled: the cases for Triton, where each wants seconds to compile; default: all.
+        compiled: cases for Triton, which takes seconds to compile each; default: all.
     """
     reasons, params = available_backends("cuda"), []
     for backend in backends:
@@ -44,10 +44,10 @@ def _id(*values) -> str:
     return "-".join(str(value).removeprefix("torch.") for value in values)
 
 
-#: Every rule on every kind of input, and one rule in every dtype with one class, many, one row and none.
+#: Every criterion on every kind of input, and one in every dtype with few and many classes, one row and none.
 CASES = [
-    Case(name, source, torch.float32, 33, max(c for c in RULES[name].classes if c < 100))
-    for name in RULES
+    Case(name, source, torch.float32, 33, max(c for c in SETTINGS[name].classes if c < 100))
+    for name in SETTINGS
     for source in SOURCES
 ]
 CASES += [Case("entropy", source, dtype, b, c) for source in SOURCES for dtype in DTYPES for b, c in ((1, 2), (7, 17))]
@@ -57,7 +57,7 @@ FEWER = [case for case in CASES if case.rule == "entropy" or case.source == "mea
 
 
 @everywhere(["case"], [(case,) for case in CASES], ("torch", "triton", "cpp"), compiled=[(case,) for case in FEWER])
-def test_exit_step_beside_the_oracle(case, device, backend, count_flips):
+def test_exit_step_against_the_oracle(case, device, backend, count_flips):
     steps.follow(backend, case, count_flips, device)
 
 
@@ -83,7 +83,7 @@ def test_compact_and_gather_rows(pattern, rows, dtype, device, backend):
 @everywhere(
     ["rows", "pooling", "side", "dtype"], list(itertools.product((1, 4, 64, 1024), ("first", "mean"), (0, 1), DTYPES))
 )
-def test_resident_exit_settles_as_in_torch(rows, side, pooling, dtype, device, backend):
+def test_resident_exit_against_torch(rows, side, pooling, dtype, device, backend):
     present = max(1, rows - rows // 4)
     x = residents.resident(rows, present, side)
     for name in ("hidden", "weight", "bias"):
@@ -97,7 +97,7 @@ def test_resident_exit_settles_as_in_torch(rows, side, pooling, dtype, device, b
 
 
 class OnDevice:
-    """The public ops on tensors of the CPU, which are taken to a device and back."""
+    """The public ops on CPU tensors, copied to a device and back."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -114,20 +114,20 @@ class OnDevice:
 
 
 @everywhere(["way", "dtype", "name"], list(itertools.product(WAYS, DTYPES, encoder.LAYOUTS)), ("triton",))
-def test_encoder_ops_beside_float64(way, dtype, name, device, backend, monkeypatch):
+def test_encoder_ops_against_float64(way, dtype, name, device, backend, monkeypatch):
     monkeypatch.setattr(encoder_cases, "ops", OnDevice(device))
-    encoder.test_against_float64_and_nothing_else_is_written(way, backend, dtype, name)
+    encoder.test_equals_float64_and_writes_only_present_tokens(way, backend, dtype, name)
 
 
-#: Of BERT-base; the CPU has a small one, which shows that the test runs.
+#: Sizes of BERT-base; on the CPU small ones, which show that the test runs.
 SIZES = {"cuda": (768, 3072, 12, (128, 2048, 16384)), "cpu": (16, 32, 2, (8, 32))}
-#: Over the largest number of the answer: sums rounded once.
+#: Largest distance over the largest number of the answer: sums rounded once.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @everywhere(["dtype"], [(dtype,) for dtype in DTYPES], ("triton",))
-def test_a_tokens_bits_are_the_same_in_every_capacity(dtype, device, backend):
-    """Each of some tokens at the beginning of small buffers, and somewhere in large ones, whose tiles are others."""
+def test_token_has_equal_bits_in_every_capacity(dtype, device, backend):
+    """The same tokens at the beginning of small buffers and inside large ones, which use other tiles."""
     width, inner, heads, capacities = SIZES[device]
     g = torch.Generator().manual_seed(0)
     tokens = capacities[0] // 2
@@ -152,7 +152,7 @@ def test_a_tokens_bits_are_the_same_in_every_capacity(dtype, device, backend):
     assert (found[0][0].float() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
     for others in found[1:]:
         for one, other in zip(found[0], others, strict=True):
-            if device == "cuda":  # the products of the CPU round with their row count
+            if device == "cuda":  # on the CPU the rounding of products depends on the number of rows
                 assert torch.equal(one, other)
             else:
                 torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)

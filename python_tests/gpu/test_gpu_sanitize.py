@@ -1,4 +1,4 @@
-"""``make gpu-sanitize``: what it makes of what compute-sanitizer says, and the replays that it watches."""
+"""``make gpu-sanitize``: how it reads compute-sanitizer's output, and the replays it runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from support.gpu_checks import document, good
 
-from benchmarks import store
-from benchmarks.gpu import replays, sanitize, steps
+from benchmarks import harness
+from benchmarks.gpu import check, replays, sanitize, steps
 from benchmarks.gpu.steps import Outcome
 
 RIGHT = "1000 replays by cpp, 40 batches checked, 0 wrong "
@@ -19,7 +19,7 @@ REFUSED = "========= Error: Device not supported. Please refer to the list"
 @pytest.mark.parametrize(
     ("status", "output", "expected"),
     [
-        (0, MEMCHECK.format(RIGHT, 0), {"errors": 0, "goal_met": True, "said": RIGHT}),
+        (0, MEMCHECK.format(RIGHT, 0), {"errors": 0, "goal_met": True, "printed": RIGHT}),
         (
             sanitize.ERROR_STATUS,
             "========= Invalid __global__ write of size 4 bytes\n" + MEMCHECK.format(RIGHT, 3),
@@ -36,7 +36,7 @@ REFUSED = "========= Error: Device not supported. Please refer to the list"
         (0, "a warning: not supported on this platform\n" + MEMCHECK.format(RIGHT, 0), {"errors": 0}),
     ],
 )
-def test_what_compute_sanitizer_says(status, output, expected):
+def test_output_of_compute_sanitizer(status, output, expected):
     memcheck = sanitize.PASSES["memcheck"]
     found = sanitize.outcome_of("memcheck", memcheck, 9.0, lambda *_: (status, output), "compute-sanitizer")
     (record,) = found.records
@@ -50,18 +50,18 @@ def test_what_compute_sanitizer_says(status, output, expected):
         (139, "Segmentation fault", "no summary was printed; the status is 139: Segmentation fault"),
     ],
 )
-def test_a_pass_that_fails_is_tried_again(status, output, expected):
+def test_failed_pass(status, output, expected):
     racecheck = sanitize.PASSES["racecheck"]
     found = sanitize.outcome_of("racecheck", racecheck, 9.0, lambda *_: (status, output), "compute-sanitizer")
     assert found == Outcome([], expected)
 
 
-def test_compute_sanitizer_may_be_missing(monkeypatch, tmp_path):
+def test_missing_compute_sanitizer(monkeypatch, tmp_path):
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert sanitize.find_tool() is None
     found = sanitize.outcome_of("memcheck", sanitize.PASSES["memcheck"], 9.0)
-    assert "isn't on PATH" in found.records[0]["not_measured"]
+    assert "is neither on PATH" in found.records[0]["not_measured"]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "compute-sanitizer").touch()
     assert sanitize.find_tool() == str(tmp_path / "bin" / "compute-sanitizer")
@@ -69,15 +69,15 @@ def test_compute_sanitizer_may_be_missing(monkeypatch, tmp_path):
 
 def test_all_passes_are_recorded(monkeypatch, driver, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(store, "RESULTS", driver.results)
-    monkeypatch.setattr(store, "machine_name", lambda: "fake-gpu")
-    monkeypatch.setattr(sanitize, "rewrite_readme", lambda: None)
+    monkeypatch.setattr(harness, "RESULTS", driver.results)
+    monkeypatch.setattr(harness, "machine_name", lambda: "fake-gpu")
+    monkeypatch.setattr(check, "rewrite_documents", lambda: None)
     monkeypatch.setattr(steps, "build", lambda seconds: good("build"))
     monkeypatch.setattr(sanitize, "outcome_of", lambda name, each, seconds: good(f"sanitize_{name}", errors=0))
     assert sanitize.main([]) == 0
     assert set(document(driver)["suites"]) == {"gpu_build", *(f"gpu_sanitize_{name}" for name in sanitize.PASSES)}
     monkeypatch.setattr(sanitize, "outcome_of", lambda name, each, seconds: Outcome([], "stopped after 9 s"))
-    assert sanitize.main([]) == 0, "all of them are there"
+    assert sanitize.main([]) == 0, "all passes are finished"
     assert sanitize.main(["--only", "racecheck", "--redo"]) == 1
 
 

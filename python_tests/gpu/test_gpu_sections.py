@@ -1,4 +1,4 @@
-"""Every section of ``make gpu-check`` on the CPU, with a stand-in for the GPU: what it records, and what it refuses."""
+"""Every section of ``make gpu-check`` on the CPU, with a stand-in for the GPU: its records, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ from support.fake_gpu import Event, small_bench
 from support.models import batch_for, early_exit
 from torch.autograd import DeviceType
 
+from benchmarks import goals
 from benchmarks.end_to_end import baselines, engines, models
 from benchmarks.end_to_end.engines import GRAPH
-from benchmarks.end_to_end.models import NotMeasuredError
-from benchmarks.gpu import bench, calls, exits, goals, nodes, products, promises, whole
+from benchmarks.gpu import bench, calls, exits, nodes, products, promises, whole
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections import SECTIONS
+from benchmarks.machine import DTYPES, NotMeasuredError
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine import choice, graphs
+from earlyexit_kernels.engine.inputs import Inputs
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
 NUMBERS = {"median_ms", "syncs", "different", "launches", "works", "entry"}
 PROFILED = calls.calls_of
-#: Lines of the bar that the sections have had records for in this process, by section.
-BARS: dict[str, set[str]] = {}
+#: Goals that the sections have had records for in this process, by section.
+REACHED: dict[str, set[str]] = {}
 
 
 @pytest.fixture(autouse=True)
-def counted(monkeypatch):
-    """Calls that no CPU makes."""
+def gpu_calls(monkeypatch):
+    """Report the calls of a GPU, which no CPU makes."""
 
-    def as_a_gpu_would(run):
+    def as_on_a_gpu(run):
         run()
         return Counter({"cudaGraphLaunch": 1, "cudaEventSynchronize": 1, "cudaGetDevice": 7})
 
     for module in (calls, promises, exits):
-        monkeypatch.setattr(module, "calls_of", as_a_gpu_would)
+        monkeypatch.setattr(module, "calls_of", as_on_a_gpu)
     monkeypatch.setattr(exits, "LARGE_COPY", 2**12)
     monkeypatch.setattr(promises, "ROWS", 12)
     monkeypatch.delenv("EARLYEXIT_DATA", raising=False)
@@ -49,54 +51,61 @@ def records_of(name, gpu) -> list[dict]:
     return list(SECTIONS[name].records(gpu))
 
 
+def with_changes(gpu, **changes) -> Bench:
+    return dataclasses.replace(gpu, **changes)
+
+
 @pytest.mark.parametrize("name", SECTIONS)
-def test_every_section_runs_and_records(name, gpu):
+def test_section_runs_and_records(name, gpu):
     records = json.loads(json.dumps(records_of(name, gpu)))
     assert records and {record["suite"] for record in records} == {f"gpu_{name}"}
     for record in records:
-        left_out = "not_measured" in record and (record["engine"], record["dtype"]) == (products.GROUPED, "float16")
-        assert set(record) >= FIELDS and (left_out or NUMBERS & set(record)), record
-        assert record.get("goal_met") in (True, False) if "bar" in record else record.get("goal") is None
-    BARS[name] = {record["bar"] for record in records if "bar" in record}
+        skipped = "not_measured" in record and (record["engine"], record["dtype"]) == (products.GROUPED, "float16")
+        assert set(record) >= FIELDS and (skipped or NUMBERS & set(record)), record
+        has_goal = "goal_name" in record
+        assert record.get("goal_met") in (True, False) if has_goal else record.get("goal") is None
+    REACHED[name] = {record["goal_name"] for record in records if "goal_name" in record}
 
 
-def test_every_line_of_the_bar_has_a_record():
-    if set(BARS) != set(SECTIONS):
-        pytest.skip("what the sections recorded is known only after all of them")
-    assert set().union(*BARS.values()) == set(goals.GOALS) - {"errors that compute-sanitizer finds"}
+def test_every_goal_has_a_record():
+    if set(REACHED) != set(SECTIONS):
+        pytest.skip("known only after all sections have run in this process")
+    assert set().union(*REACHED.values()) == set(goals.GPU) - {"errors that compute-sanitizer finds"}
 
 
-def test_a_goal_is_a_number_to_stay_below():
-    met = goals.line("host synchronisations a batch", {"syncs": 1})
-    assert met == {"bar": "host synchronisations a batch", "goal": 1, "goal_of": "syncs", "goal_met": True}
-    assert not goals.line("never exit over torch.compile, B 32", {"ratio": 1.06})["goal_met"]
-    assert goals.line("a line that there isn't", {"ratio": 0.0}) == {}
+def test_goal_fields():
+    met = goals.gpu_goal("host synchronisations a batch", {"syncs": 1})
+    assert met == {"goal_name": "host synchronisations a batch", "goal": 1, "goal_of": "syncs", "goal_met": True}
+    assert not goals.gpu_goal("never exit over torch.compile, B 32", {"ratio": 1.06})["goal_met"]
+    assert goals.gpu_goal("unknown", {"ratio": 0.0}) == {}
 
 
-def test_a_wrong_exit_gets_no_numbers(gpu, monkeypatch):
-    torch_exit = exits.RESIDENT_EXITS["torch"]
+def test_wrong_exit_is_refused(gpu, monkeypatch):
+    torch_exit = exits.bare_op("resident_exit", "torch", "cpu")
 
     def wrong(*arguments):
         torch_exit(*arguments)
         arguments[11].add_(0.5)
 
-    monkeypatch.setattr(exits, "RESIDENT_EXITS", {"torch": torch_exit, "wrong": wrong})
+    monkeypatch.setattr(exits, "bare_op", lambda op, backend, device: {"torch": torch_exit, "wrong": wrong}[backend])
     for name in ("exit_step", "mean_pooling"):
-        records = list(SECTIONS[name].records(Bench(**{**vars(gpu), "exits": "wrong"})))
-        assert all("answers are 0.5 off" in record["refused"] and "median_us" not in record for record in records)
+        records = records_of(name, with_changes(gpu, exits="wrong"))
+        refused = [record for record in records if record["engine"] == exits.EXIT]
+        assert refused == [record for record in records if "refused" in record]
+        assert all("answers are 0.5 off" in record["refused"] and "median_us" not in record for record in refused)
 
 
-def test_a_wrong_chain_is_left_out(gpu, monkeypatch):
+def test_wrong_chain_is_refused(gpu, monkeypatch):
     chains = iter([lambda *x: (x[3], x[4] + 1, torch.ones_like(x[5]), 0), None])
-    whole_chain = exits.Exit.chain
-    monkeypatch.setattr(exits.Exit, "chain", lambda self: next(chains, None) or whole_chain(self))
-    records = list(exits.step_records(Bench(**{**vars(gpu), "batches": (32,), "dtypes": ("float16",)})))
+    right = exits.Exit.chain
+    monkeypatch.setattr(exits.Exit, "chain", lambda self: next(chains, None) or right(self))
+    records = list(exits.step_records(with_changes(gpu, batches=(32,), dtypes=("float16",))))
     (refused,) = [record for record in records if "refused" in record]
     assert refused["engine"] == exits.CHAIN
     assert {record["baseline"] for record in records if "ratio" in record} == {exits.COMPILED}
 
 
-def test_nodes_that_dont_skip_are_refused(gpu, monkeypatch):
+def test_nodes_that_do_not_skip_are_refused(gpu, monkeypatch):
     def ignoring(self, record, warm_up=None):
         graph = SimpleNamespace(handle=lambda: 0, begin_if=lambda handle: None, end_if=lambda: None)
         return lambda: record(graph)
@@ -106,7 +115,7 @@ def test_nodes_that_dont_skip_are_refused(gpu, monkeypatch):
     assert record["refused"] == "3 bodies of 3 ran, expected 0"
 
 
-def test_turns_that_are_left_out_are_refused(gpu, monkeypatch):
+def test_loop_that_skips_turns_is_refused(gpu, monkeypatch):
     monkeypatch.setattr(
         nodes.ConditionalNodes, "take_turns", lambda self, turn, again, bodies: setattr(self, "left", 0)
     )
@@ -114,7 +123,7 @@ def test_turns_that_are_left_out_are_refused(gpu, monkeypatch):
     assert record["refused"] == "0 turns of 3 ran"
 
 
-def test_what_a_body_cant_hold_is_recorded(gpu, monkeypatch):
+def test_unsupported_body_is_recorded(gpu, monkeypatch):
     def fails(bench, dtype):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -124,7 +133,7 @@ def test_what_a_body_cant_hold_is_recorded(gpu, monkeypatch):
         assert record["why"] == "RuntimeError: operation not permitted when stream is capturing"
 
 
-def test_products_that_arent_there_and_wrong_ones(gpu, monkeypatch):
+def test_missing_and_wrong_products(gpu, monkeypatch):
     def missing(*_):
         raise AttributeError("module 'torch' has no attribute '_grouped_mm'")
 
@@ -135,10 +144,9 @@ def test_products_that_arent_there_and_wrong_ones(gpu, monkeypatch):
     assert all("_grouped_mm" in record["not_measured"] for record in records if record["engine"] == products.GROUPED)
 
 
-def test_a_grouped_product_that_asks_the_host_is_never_captured(gpu, monkeypatch):
-    """A capture that is invalidated is the last one that torch 2.11 lets a process begin."""
+def test_grouped_product_that_reads_on_the_host_is_never_captured(gpu, monkeypatch):
     monkeypatch.setattr(torch, "_grouped_mm", lambda *_, **__: pytest.fail("it would read the sizes"))
-    narrow = dataclasses.replace(gpu, dtypes=("float16",))
+    narrow = with_changes(gpu, dtypes=("float16",))
     for record in [*products.records(narrow), *nodes.body_records(narrow)]:
         if record["engine"] == products.GROUPED:
             assert "on the host in float16" in record.get("not_measured", record.get("why"))
@@ -146,31 +154,30 @@ def test_a_grouped_product_that_asks_the_host_is_never_captured(gpu, monkeypatch
             assert record.get("works", True) and "median_us" in record
 
 
-def test_a_compiled_model_without_graphs_is_no_baseline(gpu, monkeypatch):
+def test_compiled_model_without_graphs_is_not_measured(gpu, monkeypatch):
     skips = iter((0, 1))
     monkeypatch.setattr(baselines, "device", lambda: "cuda")
-    monkeypatch.setattr(baselines, "_without_graphs", lambda: next(skips))
+    monkeypatch.setattr(baselines, "_skipped_graphs", lambda: next(skips))
     records = records_of("whole_float16_32", gpu)
-    (refused,) = [record for record in records if "refused" in record]
-    assert refused["engine"] == baselines.COMPILED_WHOLE and "without CUDA graphs" in refused["refused"]
+    (skipped,) = [record for record in records if "not_measured" in record]
+    assert skipped["engine"] == baselines.COMPILED_WHOLE and "without CUDA graphs" in skipped["not_measured"]
     assert not any(record["baseline"] == baselines.COMPILED_WHOLE for record in records)
 
 
-def test_weights_are_the_same_whoever_asks_first(gpu):
+def test_weights_are_never_inference_tensors(gpu):
     with torch.inference_mode():
         found = [models.subject("BERT-base", dtype) for dtype in ("float16", "float32")]
     for subject in found:
         assert not any(x.is_inference() for part in (subject.plain, subject.model) for x in part.parameters())
 
 
-def test_a_graph_that_falls_back_isnt_measured_as_one(gpu, monkeypatch):
+def test_graph_that_falls_back_is_not_timed(gpu, monkeypatch):
     def fails(*_):
         raise graphs.CaptureError("capturing failed: out of memory")
 
     monkeypatch.setattr(graphs.Graphs, "run", fails)
-    records = records_of("whole_float16_1", gpu)
-    refused = [record["refused"] for record in records if record["engine"] == GRAPH]
-    assert refused and all("out of memory" in reason for reason in refused)
+    ours = [record for record in records_of("whole_float16_1", gpu) if record["engine"] == GRAPH]
+    assert ours and all("out of memory" in record["refused"] and "median_ms" not in record for record in ours)
     with pytest.raises(graphs.CaptureError):
         records_of("bits", gpu)
 
@@ -179,37 +186,38 @@ def test_differing_bits_are_counted(gpu, monkeypatch):
     answer = graphs.Graphs.run
 
     def drifting(self, *arguments):
-        """Who is alone answers a little more."""
+        """Rows alone in their batch get other logits."""
         out = answer(self, *arguments)
         return dataclasses.replace(out, logits=out.logits + (1.0 if len(out.logits) == 1 else 0.0))
 
     monkeypatch.setattr(graphs.Graphs, "run", drifting)
-    record = next(promises.bit_records(Bench(**{**vars(gpu), "batches": (4,)})))
+    record = next(promises.bit_records(with_changes(gpu, batches=(4,))))
     assert (record["rows"], record["different"], record["goal_met"]) == (8, 8, False)
 
 
-def test_a_graph_or_nothing():
+def test_graph_engine_without_fall_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model = early_exit(pooling="first")
-    model.set_engine = lambda name: setattr(model, "_engine", name)
+    model.set_engine = lambda name: setattr(model.execution, "_engine", name)
     engines.ENGINES[GRAPH](model)
-    with pytest.raises(NotMeasuredError, match=r"^engine 'graph' fell back to 'eager': graphs are for CUDA$"):
-        model.from_graph(batch_for(model)["input_ids"])
+    with pytest.raises(NotMeasuredError, match=r"^engine 'graph' fell back to 'eager': graphs require CUDA$"):
+        model.execution.run_graph(model.view(), Inputs(batch_for(model)["input_ids"]))
 
 
-def test_a_profiler_that_sees_nothing_is_not_believed(gpu, monkeypatch):
+def test_profiler_that_sees_nothing_is_not_trusted(gpu, monkeypatch):
     monkeypatch.setattr(calls, "calls_of", lambda run: Counter())
     (record,) = promises.sync_records(gpu)
-    assert "doesn't show the launch" in record["not_measured"]
+    assert "does not show the launch" in record["not_measured"]
     records = [record for record in exits.step_records(gpu) if record["case"] == "launches"]
-    assert records and all("not_measured" in record and "bar" not in record for record in records)
+    assert records and all("not_measured" in record and "goal_name" not in record for record in records)
 
 
-def test_lines_of_the_bar_are_told_apart(gpu):
-    records = [record for record in promises.sync_records(gpu) if "bar" in record]
+def test_synchronisations_are_recorded_with_and_without_a_mask(gpu):
+    records = [record for record in promises.sync_records(gpu) if "goal_name" in record]
     assert [record["shape"] for record in records] == ["B 32, S 8, with a mask", "B 32, S 8, without a mask"]
 
 
-def test_what_debug_mode_says_is_recorded(gpu):
+def test_debug_mode_message(gpu):
     def synchronises():
         raise RuntimeError("called a synchronizing CUDA operation\nat")
 
@@ -217,7 +225,7 @@ def test_what_debug_mode_says_is_recorded(gpu):
     assert promises._in_debug_mode(lambda: None) == ""
 
 
-def test_only_calls_in_the_range_are_counted():
+def test_only_calls_in_the_range_are_counted(monkeypatch):
     def event(name, start, end, kind=DeviceType.CPU):
         return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
 
@@ -235,14 +243,11 @@ def test_only_calls_in_the_range_are_counted():
     )
     assert found == Counter({"cudaLaunchKernel": 1, "cudaStreamSynchronize": 1})
     assert (calls.launches(found), calls.synchronisations(found)) == (1, 1)
-
-
-def test_a_profile_of_the_cpu_has_no_such_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert PROFILED(lambda: torch.ones(3).sum().item()) == Counter()
 
 
-def test_the_table_of_the_fastest_is_that_of_engine_choice(monkeypatch):
+def test_entry_of_the_fastest_engine(monkeypatch):
     entry = whole.fastest_entry({32: 0.7, 128: 0.8, 512: 1.2, 4096: 1.1, 65536: 0.9})
     assert entry == [(128, "graph"), (4096, "eager"), (65536, "graph")]
     monkeypatch.setattr(choice, "FASTEST", {"H200": tuple(entry)})
@@ -250,23 +255,15 @@ def test_the_table_of_the_fastest_is_that_of_engine_choice(monkeypatch):
     assert engines == ["graph", "eager", "eager", "graph", "graph"]
 
 
-def test_natural_lengths_are_taken_where_there_is_text(monkeypatch):
+def test_natural_lengths_need_text(monkeypatch):
     assert whole._ragged(32).name == "B 32, S 4 to 35"
     monkeypatch.setenv("EARLYEXIT_DATA", "somewhere")
     assert whole._ragged(32).name == "B 32, SST-2 lengths"
 
 
-class Stream:
-    """Says what is asked of it."""
-
-    def wait_stream(self, other): ...
-
-    def synchronize(self): ...
-
-
 @pytest.fixture
 def cuda(monkeypatch):
-    """What capturing wants of `torch.cuda`, and what was captured."""
+    """Stand-ins for what captures use of `torch.cuda`; the list of what was captured."""
     captured = []
 
     @contextlib.contextmanager
@@ -275,9 +272,10 @@ def cuda(monkeypatch):
         yield
         captured.append("end")
 
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     for name, stand_in in {
-        "Stream": Stream,
-        "current_stream": Stream,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: captured.append("replay")),
         "graph": graph,
@@ -297,7 +295,7 @@ def test_calls_are_captured_after_a_warm_up(cuda):
     assert cuda == ["call", "call", "begin", "call", "call", "end", "replay"]
 
 
-def test_nodes_are_captured_and_a_failure_is_unwound(cuda, monkeypatch):
+def test_failed_capture_of_nodes_is_abandoned(cuda, monkeypatch):
     made = SimpleNamespace(
         begin=lambda *pool: cuda.append(pool),
         end=lambda: cuda.append("end"),
@@ -317,19 +315,19 @@ def test_nodes_are_captured_and_a_failure_is_unwound(cuda, monkeypatch):
         small_bench().conditional_graph(lambda graph: None)
 
 
-def test_times_are_taken_by_events_or_by_the_host(cuda):
+def test_times_by_events_and_by_the_host(cuda):
     restored = []
     ways = {"a": lambda: None, "b": lambda: None}
     for by_host in (False, True):
         times = small_bench().times(ways, restore=lambda: restored.append(1), by_host=by_host)
         assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
     assert len(restored) == 8
-    numbers = bench.middle([1.0, 2.0, 3.0], calls=10)
+    numbers = bench.micros([1.0, 2.0, 3.0], calls=10)
     assert (numbers["median_us"], numbers["median_ms"], numbers["rounds"]) == (200.0, 0.2, 3)
-    assert bench.beside([1.0], [2.0], "b")["ratio"] == 0.5
+    assert bench.over([1.0], [2.0], "b") == {"baseline": "b", "ratio": 0.5, "ratio_low": 0.5, "ratio_high": 0.5}
 
 
-def test_no_gpu_is_said(monkeypatch):
+def test_bench_needs_a_gpu_and_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(NotMeasuredError, match="no CUDA device"):
         Bench.here()
@@ -343,5 +341,5 @@ def test_no_gpu_is_said(monkeypatch):
         Bench.here()
 
 
-def test_dtypes_are_known():
-    assert set(Bench.__dataclass_fields__["dtypes"].default) <= set(models.DTYPES) <= {*products.TOLERANCE}
+def test_every_dtype_has_a_tolerance():
+    assert set(Bench.__dataclass_fields__["dtypes"].default) <= set(DTYPES) <= {*products.TOLERANCE}

@@ -1,4 +1,4 @@
-"""`to_early_exit`: what it shares with the model it is given, what it leaves alone, and what it refuses."""
+"""`to_early_exit`: shared parameters, the unchanged stock model, and refused arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.engine.packing import PACKED_ATTENTION
 
 
-def test_registering_again_changes_nothing():
+def test_registering_twice():
     importlib.reload(ee)
     config = early_exit().config
     assert tf.AutoConfig.for_model("early-exit").__class__ is ee.EarlyExitConfig
@@ -39,7 +39,7 @@ def test_encoder_parameters_are_the_same_objects(family):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_converted_instance_is_untouched(family, attention):
+def test_stock_instance_is_unchanged(family, attention):
     base = stock(family, attention=attention)
     batch = batch_for(base, "holes")
     state = {name: value.clone() for name, value in base.state_dict().items()}
@@ -60,7 +60,7 @@ def test_converted_instance_is_untouched(family, attention):
         assert len(attentions) == 4 and attentions[0] is not None
 
 
-def test_padded_rows_of_the_converted_instance_still_ignore_padding():
+def test_stock_instance_still_ignores_padding():
     base = stock()
     batch = batch_for(base, "right")
     ee.to_early_exit(base)(**batch)
@@ -88,14 +88,14 @@ def test_nested_config_is_a_deep_copy():
     assert "new" not in base.config.label2id and 9 not in base.config.id2label
 
 
-def test_outer_config_leaves_the_callers_config_alone():
+def test_config_of_the_caller_is_unchanged():
     inner = stock().config
     assert inner._attn_implementation == "sdpa"
     outer = ee.EarlyExitConfig(backbone_config=inner)
     assert inner._attn_implementation == "sdpa" and outer.backbone_config is not inner
 
 
-def test_labels_and_problem_type_are_taken_over():
+def test_labels_and_problem_type_are_kept():
     base = stock(num_labels=2)
     base.config.id2label, base.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
     config = ee.to_early_exit(base).config
@@ -125,7 +125,7 @@ def test_exits_start_from_the_stock_head(family):
     assert not torch.equal(mean.heads.out[0].weight, out.weight)
 
 
-def test_module_put_in_by_hand_is_not_initialised_again():
+def test_replaced_module_is_not_initialised_again():
     base = stock()
     by_hand = nn.Linear(96, 64)
     assert not getattr(by_hand, "_is_hf_initialized", False)
@@ -139,7 +139,7 @@ def test_module_put_in_by_hand_is_not_initialised_again():
     assert (model(**batch).logits - expected).abs().max() < 1e-5
 
 
-def test_unsupported_family_is_told_which_ones_are():
+def test_unsupported_family_lists_the_supported_ones():
     config = tf.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20, bos_token_id=0, eos_token_id=0)
     with pytest.raises(ValueError, match="gpt2") as caught:
         ee.to_early_exit(tf.GPT2ForSequenceClassification(config))
@@ -162,13 +162,13 @@ def test_model_of_another_task_is_refused(model_class):
 
 
 @pytest.mark.parametrize("thing", ["google-bert/bert-base-uncased", nn.Linear(2, 2), None])
-def test_what_is_no_transformers_model_is_refused(thing):
+def test_other_objects_are_refused(thing):
     with pytest.raises(TypeError, match="to_early_exit: expected"):
         ee.to_early_exit(thing)
 
 
 def test_model_with_exits_is_refused():
-    with pytest.raises(ValueError, match="has exits already"):
+    with pytest.raises(ValueError, match="already has exits"):
         ee.to_early_exit(early_exit())
 
 
@@ -178,7 +178,7 @@ def test_chunked_feed_forward_is_refused():
 
 
 def test_causal_encoder_is_refused():
-    """Packed attention looks both ways; a decoder's answers would silently be others."""
+    """Packed attention is bidirectional, so the answers of a decoder would differ."""
     with pytest.raises(ValueError, match="is_decoder"):
         ee.to_early_exit(stock(is_decoder=True))
 
@@ -187,18 +187,18 @@ def test_causal_encoder_is_refused():
     ("arguments", "error", "message"),
     [
         ({"method": "hunch"}, ValueError, "method: expected one of .*joint.*got 'hunch'"),
-        ({"pooling": "max"}, ValueError, "pooling: expected one of .*got 'max'"),
+        ({"pooling": "max"}, ValueError, r"pooling=...\): expected one of .*got 'max'"),
         ({"criterion": "entropy"}, TypeError, "criterion: expected .*got 'entropy'"),
         ({"criterion": ee.criteria.QExit(q=0.5)}, ValueError, "needs heads with a 'halting' output.*method='palbert'"),
     ],
 )
-def test_wrong_argument_is_named(arguments, error, message):
+def test_invalid_argument_is_named(arguments, error, message):
     base = stock()
     with pytest.raises(error, match=message):
         ee.to_early_exit(base, **arguments)
 
 
-def test_conversion_twice_gives_independent_models():
+def test_two_conversions_are_independent():
     base = stock()
     first, second = ee.to_early_exit(base), ee.to_early_exit(base)
     first.set_criterion(ee.criteria.Entropy(threshold=10.0))

@@ -1,4 +1,4 @@
-"""Two processes on half of the work each train and predict as one process on all of it, every parameter used."""
+"""Two processes with half of the data each train and predict like one process with all of it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
 
 
 def test_predictions_are_of_the_whole_data_set(ranks):
-    """Every process gets all rows, in the order of the data set and none twice."""
+    """Every process gets all rows once, in the order of the data set."""
     model = early_exit(criterion=ee.criteria.Patience(patience=1))
     expected = ee.predict_with_exits(model, ddp_worker.data_set())
     for rank in ranks:

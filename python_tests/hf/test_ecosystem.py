@@ -1,4 +1,4 @@
-"""What people do with a model besides training it: precision, copies, compilation, pipelines, other attention."""
+"""Use with torch and transformers: precision, copies, compilation, other attention, wrappers."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ def test_attention_cannot_be_set_on_the_model():
     model, batch = varied()
     expected = model(**batch)
     for attention in ("sdpa", "eager"):
-        with pytest.raises(ValueError, match="attn_implementation can't be chosen"):
+        with pytest.raises(ValueError, match="attn_implementation cannot be chosen"):
             model.set_attn_implementation(attention)
     same(model(**batch), expected, 0.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_set_on_the_backbone_is_caught(family, attention):
+def test_attention_set_on_the_backbone_is_refused(family, attention):
     model = early_exit(family)
     batch = batch_for(model)
     model.backbone.set_attn_implementation(attention)
     for call in (model, model.trace, model.train()):
-        with pytest.raises(ee.AttentionReplacedError, match=f"attention is '{attention}', expected 'earlyexit_packed'"):
+        with pytest.raises(ee.AttentionReplacedError, match=f"attention to be 'earlyexit_packed', got '{attention}'"):
             call(**batch)
         model.eval()
 
 
-def test_attention_of_a_config_is_refused_or_ours():
-    """`from_config` has no checkpoint to spoil, so it may build the model, but only with our attention in force."""
+def test_attention_of_a_config_is_refused_or_packed():
+    """`from_config` may build the model, but only with the packed attention."""
     model, batch = varied()
     again = tf.AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager").eval()
     again.load_state_dict(model.state_dict())
@@ -138,7 +138,7 @@ def test_half_precision(move, pooling):
     same(out, model(**batch), 0.05)
 
 
-def test_to_moves_the_instance_it_was_made_from_too():
+def test_to_also_moves_the_stock_instance():
     base = stock()
     ee.to_early_exit(base).half()
     assert {p.dtype for p in base.bert.encoder.parameters()} == {torch.float16}
@@ -164,7 +164,7 @@ def test_gradient_checkpointing(family):
     losses = [model(**batch, labels=LABELS).loss for model in (plain, checkpointed)]
     for loss in losses:
         loss.backward()
-    assert len(runs) == 2, "the layer ran again for its gradients"
+    assert len(runs) == 2, "the layer is recomputed in the backward pass"
     assert abs(losses[0] - losses[1]) < 1e-6
     others = dict(checkpointed.named_parameters())
     assert all((p.grad - others[name].grad).abs().max() < 1e-6 for name, p in plain.named_parameters())
@@ -200,7 +200,7 @@ def test_compile_with_the_inductor():
     check_compiled("inductor", (slice(0, 12),))
 
 
-# around the model
+# wrappers and warnings
 
 
 def test_model_inside_another_module():
@@ -225,7 +225,7 @@ def test_model_inside_another_module():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_added_tokens(tmp_path, family):
-    """After `resize_token_embeddings` the new ids are ids, in this process and from files."""
+    """After `resize_token_embeddings` new ids are valid, also after a save and a load."""
     model = early_exit(family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -237,7 +237,7 @@ def test_added_tokens(tmp_path, family):
     same(tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)(**batch), expected, 0.0)
 
 
-def test_warnings_are_not_ours(recwarn):
+def test_no_warnings_from_the_package(recwarn):
     model, batch = varied()
     model(**batch)
     model.train()(**batch, labels=LABELS).loss.backward()
@@ -245,13 +245,13 @@ def test_warnings_are_not_ours(recwarn):
     assert [str(w.message) for w in recwarn if "earlyexit" in str(w.filename)] == []
 
 
-def test_backend_says_what_will_run():
+def test_backend_is_the_one_that_runs():
     model = early_exit()
     usable = ee.available_backends("cpu")
     assert model.backend == ("torch" if usable["cpp"] else "cpp")
     for name, reason in usable.items():
         if reason:
-            with pytest.raises(ee.BackendUnavailableError, match=f"backend '{name}' can't run on cpu tensors: "):
+            with pytest.raises(ee.BackendUnavailableError, match=f"backend '{name}' cannot run on cpu tensors: "):
                 model.set_backend(name)
         else:
             model.set_backend(name)

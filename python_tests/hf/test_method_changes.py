@@ -1,4 +1,4 @@
-"""Choosing another method or phase for a model that is there, and a batch without rows."""
+"""Changes of the method or phase of a model, and training on a batch without rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num
         ("palbert", ee.objectives.Palbert(halting_input="diff"), "'halting_input': 'diff'"),
     ],
 )
-def test_a_method_refuses_exits_of_another_shape(made_for, asked, words):
+def test_method_refuses_exits_of_another_shape(made_for, asked, words):
     model = ee.to_early_exit(stock("bert", **TINY), method=made_for)
     before = model.config.method
     with pytest.raises(ValueError, match="trains exits with") as caught:
@@ -30,8 +30,8 @@ def test_a_method_refuses_exits_of_another_shape(made_for, asked, words):
     assert words in str(caught.value) and model.config.method == before
 
 
-def test_a_method_takes_exits_that_serve_it():
-    """Without a dense module it doesn't matter whose it would be; halting outputs may be left unused."""
+def test_method_accepts_compatible_exits():
+    """Sharing is irrelevant without a dense module; halting heads may be unused."""
     pooled = ee.to_early_exit(stock("bert", **TINY), pooling="mean")
     assert [phase.name for phase in ee.phases(pooled, "deebert")] == ["backbone", "exits"]
     halting = ee.to_early_exit(stock("bert", **TINY), method="palbert")
@@ -45,19 +45,19 @@ def test_a_method_takes_exits_that_serve_it():
 
 
 @pytest.mark.parametrize("phase", [-1, 1, 7])
-def test_a_phase_that_there_is_not(phase):
+def test_unknown_phase_is_refused(phase):
     model = ee.to_early_exit(stock("bert", **TINY))
     with pytest.raises(ValueError, match=f"has phases 0 to 0, got {phase}"):
-        model.enter_phase(phase)
+        model.phase_state.enter(model, phase)
     assert model.phase is not None and model.phase.name == "joint"
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_rows_cost_nothing(name):
+def test_loss_of_an_empty_batch_is_zero(name):
     model = ee.to_early_exit(stock("bert", **TINY), method=name).train()
     empty = {key: values[:0] for key, values in batch_for(model, lengths=(3, 5)).items()}
     for _ in ee.phases(model):
-        model.train().set_progress(0, 0.0)
+        model.train().phase_state.set_progress(0, 0.0)
         loss = model(**empty, labels=torch.zeros(0, dtype=torch.long)).loss
         loss.backward()
         assert loss.item() == 0.0

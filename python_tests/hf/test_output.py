@@ -1,4 +1,4 @@
-"""What `forward` and `trace` return, and in which order."""
+"""The outputs of `forward` and `trace`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = [3, 5, 8, 9, 10, 11, 12, 14, 17, 18, 19, 20]
 
 
 def varied(family="bert", **arguments):
-    """A model and a batch of 12 rows that leave at different exits."""
+    """Return a model and a batch of 12 rows that leave at different exits."""
     model = early_exit(family, **arguments)
     batch = batch_for(model, lengths=ROWS)
     model.set_criterion(varied_entropy(model.trace(**batch)))
@@ -44,7 +44,7 @@ def test_logits_are_those_of_the_exit_in_request_order():
         assert (out.logits[row] - trace.logits[row, layer]).abs().max() < 1e-5
 
 
-def test_all_logits_when_asked():
+def test_all_logits_on_request():
     model, batch = varied()
     plain, out = model(**batch), model(**batch, output_all_logits=True)
     assert out.all_logits.shape == (12, DEPTH, CLASSES)
@@ -55,7 +55,7 @@ def test_all_logits_when_asked():
     assert torch.equal(out.logits, answering)
 
 
-def test_tuple_when_asked():
+def test_tuple_on_request():
     model, batch = varied()
     out = model(**batch, labels=torch.zeros(12, dtype=torch.long), return_dict=False)
     assert isinstance(out, tuple) and [x.dim() for x in out] == [0, 2, 1, 1]
@@ -66,7 +66,7 @@ def test_all_fields_but_logits_are_ignored_by_the_trainer():
     assert set(early_exit().config.keys_to_ignore_at_inference) == fields
 
 
-def test_train_mode_runs_everything_and_answers_with_the_last_exit():
+def test_train_mode_answers_with_the_last_exit():
     model, batch = varied(dropout=0.0)
     trace = model.trace(**batch)
     out = model.train()(**batch)
@@ -78,7 +78,7 @@ def test_train_mode_runs_everything_and_answers_with_the_last_exit():
 
 
 def task(problem_type, rows=12):
-    """Number of labels, labels, and the loss by the textbook."""
+    """Return the number of labels, the labels, and a reference loss."""
     generator = torch.Generator().manual_seed(3)
     if problem_type == "regression":
         labels = torch.randn(rows, generator=generator)
@@ -106,7 +106,7 @@ def test_loss(problem_type):
     out = model(**batch, labels=labels)
     assert out.exit_layer.min() < DEPTH
     assert torch.allclose(out.loss, loss_of(out.logits), atol=1e-6)
-    assert abs(out.loss - loss_of(model.trace(**batch).logits[:, -1])) > 1e-3, "not the loss of the last exit"
+    assert abs(out.loss - loss_of(model.trace(**batch).logits[:, -1])) > 1e-3, "differs from the loss of the last exit"
     train = model.train()(**batch, labels=labels)
     exits = [loss_of(train.all_logits[:, j]) * (j + 1) for j in range(DEPTH)]
     assert torch.allclose(train.loss, sum(exits) / 10, atol=1e-6)
@@ -121,7 +121,7 @@ def test_stock_loss_at_full_depth():
         assert torch.allclose(model(**batch, labels=labels).loss, base(**batch, labels=labels).loss, atol=1e-6)
 
 
-def test_ignored_labels_count_as_in_stock_models():
+def test_ignored_labels_as_in_stock_models():
     base, labels = stock(), torch.tensor([0, -100, 1, -100])
     loss = ee.to_early_exit(base)(**ragged(), labels=labels).loss
     assert torch.allclose(loss, base(**ragged(), labels=labels).loss, atol=1e-6)
@@ -152,10 +152,10 @@ def test_trace_of_a_half_precision_model_is_float32(halting, pooling):
         model.set_criterion(criterion)
         out, (logits, exit_layer) = model(**batch), ee.replay(trace, criterion)
         assert torch.equal(out.exit_layer, exit_layer)
-        assert (out.logits.float() - logits).abs().max() < 1e-4, "the same products, rounded nowhere in between"
+        assert (out.logits.float() - logits).abs().max() < 1e-4, "the same products without intermediate rounding"
 
 
-def test_trace_of_no_rows_joins_the_others():
+def test_trace_of_an_empty_batch_can_be_concatenated():
     model, batch = early_exit().to(torch.bfloat16), ragged()
     none = model.trace(**{name: value[:0] for name, value in batch.items()})
     some = model.trace(**batch)

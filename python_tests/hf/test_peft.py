@@ -1,4 +1,4 @@
-"""PEFT's recipe for sequence classification: adapters on the encoder, the exits trained and saved whole."""
+"""PEFT for sequence classification: adapters in the encoder, exits trained and saved in full."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from support.models import batch_for, stock
 from support.trainers import batch_of, dataset, logged_losses, trainer
 
 import earlyexit_kernels as ee
+from earlyexit_kernels.hf.phase_state import part_of
 
 peft = pytest.importorskip("peft")
 
@@ -18,7 +19,7 @@ TARGETS = {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "albert
 
 
 def adapted(family="bert", *, saved=("heads",), **arguments):
-    """An early-exit model inside of PEFT, whose adapters change the answers."""
+    """Return an early-exit model in a PEFT wrapper whose adapters change the answers."""
     model = ee.to_early_exit(stock(family, dropout=0.0, **TINY), **arguments)
     config = peft.LoraConfig(
         task_type="SEQ_CLS", target_modules=TARGETS[family], modules_to_save=list(saved), init_lora_weights=False, r=4
@@ -47,7 +48,7 @@ def test_training_and_evaluation(tmp_path, family, method):
     assert len(found.exit_layer) == len(data)
 
 
-def test_saved_loaded_and_merged(tmp_path):
+def test_save_load_and_merge(tmp_path):
     model, batch = adapted().eval(), batch_of(dataset(5))
     plain = ee.to_early_exit(stock(dropout=0.0, **TINY)).eval()
     with torch.no_grad():
@@ -68,14 +69,14 @@ def test_saved_loaded_and_merged(tmp_path):
 
 @pytest.mark.parametrize("name", ["deebert", "smartbert"])
 def test_phases_of_an_adapted_model(tmp_path, name):
-    """Phases freeze the exits through PEFT's wrapper, and the callback finds the model inside."""
+    """Phases freeze exits inside the wrapper of PEFT, and the callback finds the model."""
     data, model = dataset(8), ee.to_early_exit(stock(dropout=0.0, **TINY), method=name)
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS["bert"], modules_to_save=["heads"], r=4)
     wrapped = peft.get_peft_model(model, config)
     for phase in ee.phases(model):
         names = learning(wrapped)
         assert any("lora_" in n for n in names) == ("backbone" in phase.spec.trains)
-        assert {model.part_of(n.removeprefix("base_model.model.")) for n in names} <= phase.spec.trains
+        assert {part_of(model, n.removeprefix("base_model.model.")) for n in names} <= phase.spec.trains
         run = trainer(wrapped, tmp_path, data, max_steps=1)
         for callback in phase.callbacks():
             run.add_callback(callback)
@@ -83,7 +84,7 @@ def test_phases_of_an_adapted_model(tmp_path, name):
 
 
 def test_frozen_exits_are_reported_once(caplog):
-    """Without modules_to_save PEFT freezes the exits, which it doesn't know by its own names of classifiers."""
+    """Without modules_to_save PEFT freezes the exits, since it does not know them as classifiers."""
     model = adapted(saved=()).train()
     with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
         for _ in range(2):
@@ -93,8 +94,8 @@ def test_frozen_exits_are_reported_once(caplog):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_adapters_inside_of_an_exit_are_refused(training):
-    """Inference reads an exit's last weight without calling its module, so that an adapter there would be lost."""
+def test_adapters_in_an_exit_are_refused(training):
+    """Inference reads the last weight of an exit without calling its module, which would ignore an adapter."""
     model = ee.to_early_exit(stock(**TINY))
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "out.0", "out.1"], r=4)
     model = peft.get_peft_model(model, config).train(training)
@@ -102,7 +103,7 @@ def test_adapters_inside_of_an_exit_are_refused(training):
         model(**batch_of(dataset(4)))
 
 
-def test_conversion_wants_merged_adapters():
+def test_conversion_requires_merged_adapters():
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=TARGETS["bert"], init_lora_weights=False)
     base = peft.get_peft_model(stock(dropout=0.0, **TINY), config).eval()
     with pytest.raises(TypeError, match=r"merge its adapters first, to_early_exit\(peft_model.merge_and_unload\(\)\)"):

@@ -1,4 +1,4 @@
-"""Training phase by phase with the stock Trainer: arguments, callbacks, optimizers, and going on where it stopped."""
+"""Training in phases with the stock Trainer: arguments, callbacks, optimizers, resuming."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_arguments_of_a_phase(tmp_path):
     assert only.args(base, output_dir="elsewhere").output_dir == "elsewhere"
 
 
-def test_an_argument_that_the_trainer_does_not_have(tmp_path):
+def test_unknown_training_argument_is_refused(tmp_path):
     (phase,) = ee.phases(converted("joint"))
     with pytest.raises((TypeError, ValueError), match="num_epochs"):
         phase.args(arguments(tmp_path), num_epochs=2)
@@ -90,7 +90,7 @@ def test_an_argument_that_the_trainer_does_not_have(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3])
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "adam_epsilon", "adam_beta1", "num_train_epochs"])
-def test_numbers_that_would_spoil_the_weights(tmp_path, name, value):
+def test_invalid_numbers_are_refused(tmp_path, name, value):
     (phase,) = ee.phases(converted("joint"))
     with pytest.raises(ValueError, match=rf"phase.args\({name}=...\): expected a finite number .* got {value}"):
         phase.args(arguments(tmp_path), **{name: value})
@@ -102,14 +102,14 @@ def test_numbers_that_would_spoil_the_weights(tmp_path, name, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3])
 @pytest.mark.parametrize("name", ["head_lr", "halting_lr"])
-def test_rates_that_would_spoil_the_weights(tmp_path, name, value):
+def test_invalid_rates_are_refused(tmp_path, name, value):
     (phase,) = ee.phases(converted("palbert"))
     with pytest.raises(ValueError, match=rf"phase.optimizer\({name}=...\): expected a finite number .* got {value}"):
         phase.optimizer(arguments(tmp_path), **{name: value})
 
 
-def test_berxit_alternates_by_optimiser_steps(tmp_path, monkeypatch):
-    """Also where a step takes two batches."""
+def test_berxit_alternates_by_optimizer_steps(tmp_path, monkeypatch):
+    """Also if a step takes two batches."""
     seen, loss = [], objectives.Berxit.loss
     monkeypatch.setattr(
         objectives.Berxit,
@@ -124,14 +124,14 @@ def test_berxit_alternates_by_optimiser_steps(tmp_path, monkeypatch):
 
 
 def test_smartbert_goes_from_soft_to_hard(tmp_path, monkeypatch):
-    """At the first batch of the epoch it names; and hard from the start in the second phase."""
-    hard, mixed = [], full_depth.mixed
+    """Gates become hard at the first batch of the given epoch, and are hard throughout the second phase."""
+    hard, mix = [], full_depth.mixed_by_gate
 
     def watched(before, after, gate, gating):
         hard.append(gating.hard)
-        return mixed(before, after, gate, gating)
+        return mix(before, after, gate, gating)
 
-    monkeypatch.setattr(full_depth, "mixed", watched)
+    monkeypatch.setattr(full_depth, "mixed_by_gate", watched)
     model = converted(objectives.Smartbert(soft_epochs=2))
     for phase in ee.phases(model):
         hard.clear()
@@ -142,7 +142,7 @@ def test_smartbert_goes_from_soft_to_hard(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["berxit", "smartbert"])
-def test_a_trainer_without_the_callbacks(tmp_path, name):
+def test_trainer_without_the_callbacks(tmp_path, name):
     model = converted(name)
     for phase in ee.phases(model):
         if phase.number == 1:
@@ -150,7 +150,7 @@ def test_a_trainer_without_the_callbacks(tmp_path, name):
                 trainer(model, phase, arguments(tmp_path), callbacks=None).train()
 
 
-def test_progress_finds_the_model_inside_its_wrappers():
+def test_progress_callback_finds_a_wrapped_model():
     model = converted("berxit")
 
     class Wrapper(torch.nn.Module):
@@ -160,11 +160,11 @@ def test_progress_finds_the_model_inside_its_wrappers():
 
     state = tf.TrainerState(global_step=7, epoch=1.25)
     ProgressCallback().on_step_begin(None, state, None, model=Wrapper(Wrapper(model)))
-    step = model.training_step()
+    step = model.phase_state.step(model.problem_type)
     assert (step.step, step.epoch, step.phase) == (7, 1.25, 0)
 
 
-#: Method, rates given -> learning rate by prefix of a parameter's name, where it isn't the encoder's 1e-3.
+#: Method, given rates -> learning rate by prefix of a parameter's name, if it is not the encoder's 1e-3.
 RATES = [
     ("joint", {}, {}),
     ("deebert", {"head_lr": 5e-3}, {"heads.": 5e-3}),
@@ -177,7 +177,7 @@ RATES = [
 
 @pytest.mark.parametrize(("name", "given", "rates"), RATES)
 def test_groups_of_the_optimizer(tmp_path, name, given, rates):
-    """Every parameter that learns once; no decay on biases and norms, nor on PALBERT's halting output."""
+    """Every trained parameter is listed once; biases, norms and PALBERT's halting heads have no weight decay."""
     model = converted(name)
     args = arguments(tmp_path, weight_decay=0.1, adam_beta1=0.8, adam_epsilon=1e-7)
     for phase in ee.phases(model):
@@ -198,7 +198,7 @@ def test_groups_of_the_optimizer(tmp_path, name, given, rates):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_method_under_the_stock_trainer(tmp_path, name):
-    """Each phase moves what it trains, keeps the rest to the bit and writes into its own folder."""
+    """Each phase changes only the parts it trains and writes to its own folder."""
     model = converted(name)
     base = arguments(tmp_path, save_strategy="steps", save_steps=3, weight_decay=0.1)
     folders, own_optimizer = [], name in ("palbert", "smartbert", "berxit")
@@ -221,7 +221,7 @@ def test_every_method_under_the_stock_trainer(tmp_path, name):
     assert (ee.predict_with_exits(loaded, data()).logits == got.logits).all()
 
 
-#: Objective and the phase that is cut short.
+#: Objective and the phase that is interrupted.
 CUT = [
     (objectives.Deebert(), 2),
     (objectives.Fastbert(), 2),
@@ -233,8 +233,8 @@ CUT = [
 
 
 @pytest.mark.parametrize(("objective", "cut"), CUT, ids=[f"{o.name}-{k}" for o, k in CUT])
-def test_going_on_in_the_middle_of_a_phase(tmp_path, objective, cut):
-    """A fresh model, the finished phases passed over, and a checkpoint: the weights of a run that never stopped."""
+def test_resume_in_the_middle_of_a_phase(tmp_path, objective, cut):
+    """A resumed run gives the weights of an uninterrupted one."""
     base = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
     whole = converted(objective)
     for phase in ee.phases(whole):
@@ -255,8 +255,8 @@ def test_going_on_in_the_middle_of_a_phase(tmp_path, objective, cut):
     assert set(got) == set(expected) and all(torch.equal(got[n], value) for n, value in expected.items())
 
 
-def test_a_phase_that_needs_no_labels(tmp_path):
-    """FastBERT's exits learn from rows without any."""
+def test_phase_without_labels(tmp_path):
+    """FastBERT's exits learn without labels."""
     model = converted("fastbert")
     for phase in ee.phases(model):
         rows = (

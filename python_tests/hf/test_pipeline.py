@@ -1,4 +1,4 @@
-"""`pipeline("text-classification")` around an early-exit model."""
+"""`pipeline("text-classification")` with an early-exit model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files: everything comes back as it was saved, in this process and in a fresh one, criterion and thresholds too."""
+"""Saving and loading, criterion included, in the same process and in another one."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_dtype_is_kept(tmp_path, load, dtype):
     assert torch.equal(again(**ragged()).logits, model(**ragged()).logits)
 
 
-def test_another_dtype_is_taken_on_request(saved, load):
+def test_dtype_argument(saved, load):
     again = load(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     expected = load(saved)(**ragged(), output_all_logits=True).all_logits
@@ -97,7 +97,7 @@ def test_another_dtype_is_taken_on_request(saved, load):
     assert (got.float() - expected).abs().max() < 0.15
 
 
-def test_config_of_a_live_model_is_accepted(saved, load):
+def test_config_of_a_model_is_accepted(saved, load):
     model = load(saved)
     again = load(saved, config=model.config)
     assert torch.equal(again(**ragged()).logits, model(**ragged()).logits)
@@ -152,7 +152,7 @@ FRESH = """
 
 
 def test_fresh_process_without_network(tmp_path):
-    """Bit-equal in a process that never saw the model; the encoder alone loads where our package isn't imported."""
+    """A new process gives equal answers, and loads the encoder without importing the package."""
     expected = {}
     for dtype, families in ((torch.float32, FAMILIES), (torch.float16, FAMILIES[:3]), (torch.bfloat16, FAMILIES[:1])):
         for family in families:
@@ -173,7 +173,7 @@ def test_fresh_process_without_network(tmp_path):
     assert torch.equal(hidden, encoder_of(base)(**batch).last_hidden_state)
 
 
-def test_saving_after_a_change_of_criterion(tmp_path, load):
+def test_save_after_a_change_of_criterion(tmp_path, load):
     model = early_exit()
     for criterion in (Patience(patience=1), Entropy(threshold=0.4), None):
         model.set_criterion(criterion)

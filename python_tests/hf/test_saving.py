@@ -1,9 +1,10 @@
-"""Saves that fail or are killed at any file-system call: the folder answers as the old model or as the new one."""
+"""Saves that fail or are killed at any file-system call leave the old model or the new one."""
 
 from __future__ import annotations
 
 import copy
 import errno
+import json
 import math
 import os
 import shutil
@@ -18,9 +19,11 @@ import torch
 from safetensors import SafetensorError
 from support.checkpoint_files import WEIGHTS, change_config
 from support.models import early_exit, ragged
+from transformers import PreTrainedModel
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin
+from earlyexit_kernels.hf.loading import DIGEST
 from earlyexit_kernels.hf.saving import STAGING, UNFINISHED, finish_save, save_or_rescue
 
 load = ee.EarlyExitForSequenceClassification.from_pretrained
@@ -43,7 +46,7 @@ def answers(model) -> list:
 
 
 def contents(folder: Path) -> tuple:
-    """All that a load could read; not what a killed process left in a temporary folder."""
+    """Return all files that a load could read, without the temporary folders of killed processes."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     return (folder / UNFINISHED).is_dir(), *(item for item in files.items() if not item[0].startswith(STAGING))
 
@@ -52,7 +55,7 @@ def failing_save(model, folder: Path, call: int, failure, lasting: bool, options
     """Save in a child process, with `failure` in place of a file-system call in `folder`.
 
     Returns:
-        0 if the save made fewer calls, 1 if it raised OSError, 2 if it succeeded all the same; minus the signal that
+        0 if the save made fewer calls, 1 if it raised OSError, 2 if it succeeded nevertheless; minus the signal that
         ended the child.
     """
     child = os.fork()
@@ -89,14 +92,14 @@ def read_only() -> None:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-#: The failure, and whether all later calls fail too.
+#: The failure, and whether all later calls also fail.
 FAILURES = {"kill": (kill, True), "full disk": (no_space, False), "read-only": (read_only, True)}
-#: What was saved before, and what is saved over it.
+#: The earlier save, and the one that replaces it.
 SIZES = {"one file": ({}, {}), "shards over one file": ({}, SHARDS), "one file over shards": (SHARDS, {})}
 
 
 def outcome(folder: Path, expected: dict, seen: dict) -> str:
-    """Which model the folder answers as, or "refused"; the same contents are loaded once."""
+    """Return which model a folder holds, "old" or "new", or "refused"; equal contents are loaded once."""
     state = contents(folder)
     if state not in seen:
         try:
@@ -114,7 +117,7 @@ CASES += [("full disk", "shards over one file"), ("read-only", "one file")]
 
 
 @pytest.mark.parametrize(("failure", "sizes"), CASES)
-def test_old_or_new_at_every_call(tmp_path, models, sizes, failure):
+def test_failure_at_every_call_leaves_old_or_new(tmp_path, models, sizes, failure):
     before, after = SIZES[sizes]
     expected = {name: answers(model) for name, model in models.items()}
     models["old"].save_pretrained(tmp_path / "old", **before)
@@ -126,7 +129,7 @@ def test_old_or_new_at_every_call(tmp_path, models, sizes, failure):
         ended = failing_save(models["new"], folder, call, *FAILURES[failure], after)
         assert ended in ({-signal.SIGKILL, 0} if failure == "kill" else {0, 1, 2})
         found = outcome(folder, expected, seen)
-        assert found == "new" or ended not in (0, 2), "a save that raises nothing has saved"
+        assert found == "new" or ended not in (0, 2), "a save that does not raise must succeed"
         if ended != 2:
             met.append(found)
         assert (folder / "README.md").read_text() == "mine"
@@ -136,11 +139,11 @@ def test_old_or_new_at_every_call(tmp_path, models, sizes, failure):
         if ended == 0:
             break
     assert ended == 0 and {"old", "new", "refused"} == set(met)
-    assert met == sorted(met, key=["old", "refused", "new"].index), "once new, it stays new"
+    assert met == sorted(met, key=["old", "refused", "new"].index), "a later failure does not undo the save"
 
 
 def test_mixed_saves_are_refused(tmp_path, models):
-    """Files of two saves put together by hand; same shapes, so that nothing else could tell."""
+    """Files of two saves with equal shapes, which only the digest can distinguish."""
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
     shutil.copy(tmp_path / "new" / "config.json", tmp_path / "old" / "config.json")
@@ -164,7 +167,7 @@ def test_shards_of_two_saves_are_refused(tmp_path, models):
         load(tmp_path / "old")
 
 
-def test_arguments_of_transformers_still_work(tmp_path, models, monkeypatch):
+def test_arguments_of_transformers(tmp_path, models, monkeypatch):
     old, new = models["old"], models["new"]
     state = new.state_dict()
     old.save_pretrained(tmp_path / "state", state_dict=state)
@@ -182,7 +185,7 @@ def test_arguments_of_transformers_still_work(tmp_path, models, monkeypatch):
     assert {path.name for path in Path().iterdir()} == kept
 
 
-def test_killed_processes_leave_nothing_behind(tmp_path, models):
+def test_next_save_removes_files_of_killed_processes(tmp_path, models):
     assert failing_save(models["old"], tmp_path, 60, *FAILURES["kill"], {}) == -signal.SIGKILL
     assert list(tmp_path.glob(f"{STAGING}*"))
     models["new"].save_pretrained(tmp_path)
@@ -191,7 +194,7 @@ def test_killed_processes_leave_nothing_behind(tmp_path, models):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_meaningless_weights_are_not_saved(tmp_path, models, value, dtype):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, models, value, dtype):
     models["old"].save_pretrained(tmp_path)
     before = contents(tmp_path)
     broken = copy.deepcopy(models["new"]).to(dtype)
@@ -204,7 +207,7 @@ def test_meaningless_weights_are_not_saved(tmp_path, models, value, dtype):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
 
 
-def test_a_full_disk_is_an_error_of_the_system(tmp_path, models, monkeypatch):
+def test_full_disk_raises_oserror(tmp_path, models, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -214,8 +217,16 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, models, monkeypatch):
     assert str(tmp_path) in str(caught.value) and not any(tmp_path.iterdir())
 
 
-def test_what_was_trained_is_rescued(tmp_path, models, monkeypatch):
-    """A file stands where a folder should be: nothing can be written there."""
+def test_save_to_a_file_is_refused(tmp_path, models):
+    path = tmp_path / "taken"
+    path.write_text("a file")
+    with pytest.raises(NotADirectoryError, match=r"expected a folder, got the file .*taken; choose another"):
+        models["new"].save_pretrained(path)
+    assert path.read_text() == "a file"
+
+
+def test_save_or_rescue(tmp_path, models, monkeypatch):
+    """The target folder cannot be created, since there is a file of that name."""
     taken, temporary = tmp_path / "taken", tmp_path / "temporary"
     taken.write_text("a file")
     temporary.mkdir()
@@ -234,20 +245,23 @@ def test_what_was_trained_is_rescued(tmp_path, models, monkeypatch):
     assert not any((tmp_path / "out").iterdir()) and list(temporary.iterdir()) == [place]
 
 
-def test_upload_sends_the_same_files(tmp_path, models, monkeypatch):
-    """The hub is stood in for: its client notes what it is asked for."""
+def test_upload_contains_the_saved_files(tmp_path, models, monkeypatch):
+    """The client of the hub is replaced by one that records its calls."""
     asked, hub = {}, SimpleNamespace(card=None)
 
-    def upload(folder, repo_id, *_, **__):
+    def upload(model, folder, repo_id, *_, **__):
         asked[repo_id] = {path.name for path in Path(folder).iterdir()}
         asked["answers"] = answers(load(folder))
+        asked["digest"] = json.loads((Path(folder) / "config.json").read_text())[DIGEST]
 
     hub.create_repo = lambda repo_id, **_: SimpleNamespace(repo_id=repo_id)
     card = SimpleNamespace(save=lambda path: Path(path).write_text("card"))
     monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: hub)
     monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: card)
     model = copy.deepcopy(models["new"])
-    model._upload_modified_files = upload
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
     model.save_pretrained(tmp_path / "mine", push_to_hub=True, state_dict=model.state_dict())
-    assert asked == {"mine": {"config.json", WEIGHTS, "README.md"}, "answers": answers(models["new"])}
+    digest = json.loads((tmp_path / "mine" / "config.json").read_text())[DIGEST]
+    files = {"config.json", WEIGHTS, "README.md"}
+    assert asked == {"mine": files, "answers": answers(models["new"]), "digest": digest}
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.json", WEIGHTS]

@@ -1,4 +1,4 @@
-"""What users of transformers and torch hand to the model: other arguments, moved or quantized weights, labels."""
+"""Unusual arguments, labels, moved or quantized weights, and backbones that do not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = torch.tensor([2, 0, 1, 1])
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_none_is_accepted_for_the_arguments_of_stock_models(training):
+def test_none_is_accepted_for_arguments_of_stock_models(training):
     model, batch = early_exit(dropout=0.0).train(training), ragged()
     out = model(**batch, **dict.fromkeys(OF_STOCK), use_peft=False)
     assert torch.equal(out.logits, model(**batch).logits)
@@ -73,7 +73,7 @@ def test_nan_in_a_mask_is_refused():
         ("regression", [0.0, 1.0, 2.0, 0.0], "expected a tensor, got list"),
     ],
 )
-def test_labels_that_do_not_fit(problem_type, labels, message, training):
+def test_invalid_labels_are_refused(problem_type, labels, message, training):
     model = early_exit(problem_type=problem_type).train(training)
     with pytest.raises(ValueError, match=rf"^labels: (?=.*{message})"):
         model(**ragged(), labels=labels)
@@ -91,18 +91,18 @@ def test_labels_that_do_not_fit(problem_type, labels, message, training):
         ("regression", 3, torch.zeros(4, 3)),
     ],
 )
-def test_labels_that_fit(problem_type, classes, labels):
+def test_valid_labels(problem_type, classes, labels):
     model = early_exit(problem_type=problem_type, num_labels=classes)
     for training in (True, False):
         assert torch.isfinite(model.train(training)(**ragged(), labels=labels).loss)
 
 
-# weights that something else has changed
+# moved or quantized weights
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("pooling", "method"), [(None, "joint"), ("mean", "fastbert"), ("mean", "smartbert")])
-def test_exits_left_behind_by_half_are_told(pooling, method, training):
+def test_exits_of_another_dtype_are_refused(pooling, method, training):
     base = stock()
     model = ee.to_early_exit(base, pooling=pooling, method=method).train(training)
     base.half()
@@ -113,23 +113,23 @@ def test_exits_left_behind_by_half_are_told(pooling, method, training):
         model.bfloat16().float()(**ragged())
 
 
-def test_exits_on_another_device_are_told():
+def test_exits_on_another_device_are_refused():
     model = early_exit(pooling="mean")
     model.heads.to("meta")
     with pytest.raises(ValueError, match=r"the exits are torch.float32 on meta, the backbone torch.float32 on cpu"):
         model(**ragged())
 
 
-def test_quantized_exits_are_told():
+def test_quantized_exits_are_refused():
     model, batch = early_exit(), ragged()
     whole = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
-    with pytest.raises(TypeError, match=r"expected torch.nn.Linear, got torch.ao.*quantize model.backbone alone"):
+    with pytest.raises(TypeError, match=r"expected torch.nn.Linear, got torch.ao.*quantize model.backbone only"):
         whole(**batch)
     model.backbone = torch.ao.quantization.quantize_dynamic(model.backbone, {torch.nn.Linear})
     assert 0 < (model(**batch).logits - early_exit()(**batch).logits).abs().max() < 1
 
 
-def test_names_are_no_criteria():
+def test_criterion_names_are_refused():
     with pytest.raises(TypeError, match=r"criterion: expected one of earlyexit_kernels.criteria or None, got .entropy"):
         early_exit().set_criterion("entropy")
     logits = torch.zeros(1, CLASSES)
@@ -148,17 +148,25 @@ def test_names_are_no_criteria():
         )
 
 
-def test_converting_something_large_gives_a_short_message():
+def test_unknown_compaction_is_refused():
+    model = early_exit()
+    model.compaction = "never"
+    with pytest.raises(ValueError, match=r"compaction: expected one of \('auto', 'always', 'never'\), got 'alwys'"):
+        model.compaction = "alwys"
+    assert model.compaction == "never"
+
+
+def test_conversion_of_a_large_module_gives_a_short_message():
     with pytest.raises(TypeError, match="got Sequential; load it") as caught:
         ee.to_early_exit(torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(50))))
     assert len(str(caught.value)) < 200
 
 
-# backbones that don't fit
+# backbones that do not fit
 
 
 @pytest.mark.parametrize("argument", ["sliding_window", "softcap", "position_bias", "s_aux", "attention_mask"])
-def test_attention_refuses_what_it_does_not_implement(argument):
+def test_attention_refuses_unsupported_arguments(argument):
     states, plan = torch.randn(1, 2, 5, 4), AttentionPlan(buckets=(LengthBucket(1, 5),))
     given = {"attention_mask": None, argument: torch.ones(1)}
     with pytest.raises(ValueError, match=f"packed attention supports plan, .* got {argument} from Linear"):
@@ -167,14 +175,14 @@ def test_attention_refuses_what_it_does_not_implement(argument):
     assert out.shape == (1, 5, 2, 4)
 
 
-def test_a_backbone_with_parts_that_the_adapter_lacks_is_refused(monkeypatch):
-    """RoBERTa-PreLayerNorm has RoBERTa's names, and a norm after the last layer that its adapter can't apply."""
+def test_backbone_with_unknown_parts_is_refused(monkeypatch):
+    """RoBERTa-PreLayerNorm has the names of RoBERTa and a final norm that its adapter does not apply."""
     family = "roberta-prelayernorm"
     adapter = dataclasses.replace(BACKBONES["roberta"], model_type=family, base="roberta_prelayernorm")
     monkeypatch.setitem(BACKBONES, family, adapter)
     base = stock(family, pad_token_id=1)
     assert isinstance(base, tf.RobertaPreLayerNormForSequenceClassification)
-    with pytest.raises(ValueError, match=r"doesn't use LayerNorm of RobertaPreLayerNormModel.*post-norm"):
+    with pytest.raises(ValueError, match=r"does not use LayerNorm of RobertaPreLayerNormModel.*post-norm"):
         ee.to_early_exit(base)
     base.base_model.LayerNorm = torch.nn.Identity()
     batch = batch_for(base)
@@ -182,12 +190,12 @@ def test_a_backbone_with_parts_that_the_adapter_lacks_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("change", [lambda layers: layers.append(layers[0]), lambda layers: layers.pop(-1)])
-def test_a_backbone_with_more_or_fewer_layers_than_exits_is_refused(change):
+def test_backbone_with_another_number_of_layers_is_refused(change):
     model = ee.to_early_exit(stock(), pooling="first")
     batch = batch_for(model)
     model(**batch)
     change(model.backbone.encoder.layer)
     for ask in (model, model.trace, model.train()):
-        with pytest.raises(ValueError, match=r"the backbone has \d layers, the model exits for 4"):
+        with pytest.raises(ValueError, match=r"the backbone has \d layers, the model has 4 exits"):
             ask(**batch)
         model.eval()

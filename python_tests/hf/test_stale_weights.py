@@ -1,4 +1,4 @@
-"""A model never answers from weights it no longer has, whichever way they were changed."""
+"""Detection of changed weights by fused layers and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from support.trained_weight_changes import WAYS
 from support.weight_changes import SAME_NUMBERS, weight_of
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine import fingerprint
+from earlyexit_kernels.engine import fingerprint, fused_layers
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint, sampled_elements
 from earlyexit_kernels.engine.graphs import CaptureError
+from earlyexit_kernels.engine.inputs import Inputs
 
-#: Rounding of the family's layers and of the fused ones, by dtype.
+#: Difference allowed between the family's layers and fused ones, by dtype.
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 0.15}
 
 
 def answers(model, batch):
-    """Logits of all exits."""
+    """Return the logits of all exits."""
     return model.trace(**batch).logits
 
 
 def graph_answers(model, batch):
-    """Answers at full depth from a captured loop, or from the family's layers where there is none."""
+    """Return full-depth answers from a graph, or from the family's layers if none can be captured."""
     try:
-        return model._graphs.run(model.parts, "torch", batch["input_ids"], batch["attention_mask"], None, None).logits
+        return model.execution.graphs.run(model.view(), "torch", Inputs(**batch)).logits
     except CaptureError:
         model.set_layers("family")
         return model(**batch).logits
@@ -44,14 +45,14 @@ def family_answers(model, batch, ask):
 
 @pytest.fixture(params=["compiled", "python"])
 def snapshots(request, monkeypatch):
-    """Both implementations of the fingerprint."""
+    """The implementations of the fingerprint."""
     if request.param == "python":
         monkeypatch.setattr(fingerprint, "_snapshot_class", lambda: fingerprint.PythonFingerprint)
     elif reason := ee.available_backends("cpu")["cpp"]:
         pytest.skip(reason)
 
 
-def check_that_it_follows(name, ask):
+def check_change_is_detected(name, ask):
     base = stock()
     model = ee.to_early_exit(base, pooling="first")
     batch = batch_for(model)
@@ -61,21 +62,21 @@ def check_that_it_follows(name, ask):
     tolerance = ROUNDING.get(changed.dtype, 5e-5)
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=0.0)
     if name not in SAME_NUMBERS:
-        assert (expected - before).abs().max() > 10 * tolerance, "a stale answer wouldn't be noticed"
+        assert (expected - before).abs().max() > 10 * tolerance, "a stale answer would not be detected"
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_fused_layers_follow_every_change(name, snapshots):
-    check_that_it_follows(name, answers)
+def test_fused_layers_detect_changes(name, snapshots):
+    check_change_is_detected(name, answers)
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_graphs_follow_every_change(name, captures):
-    check_that_it_follows(name, graph_answers)
+def test_graphs_detect_changes(name, captures):
+    check_change_is_detected(name, graph_answers)
 
 
-def test_graphs_of_weights_that_change_in_place_are_kept(captures):
-    """They hold no copy of a weight, so training between evaluations costs no capture."""
+def test_in_place_changes_keep_the_graphs(captures):
+    """Graphs hold no copies of weights, so training between evaluations needs no new capture."""
     base = stock()
     model = ee.to_early_exit(base, pooling="first")
     batch = batch_for(model)
@@ -89,39 +90,39 @@ def test_graphs_of_weights_that_change_in_place_are_kept(captures):
     assert len(captures) == 2
 
 
-def test_a_graph_has_no_copy_of_a_weight_that_is_not_contiguous(captures):
+def test_graph_refuses_weights_that_are_not_contiguous(captures):
     model = early_exit("bert", pooling="first")
     model.heads.out[0].weight.data = model.heads.out[0].weight.data.t().contiguous().t()
-    with pytest.raises(CaptureError, match="aren't contiguous"):
-        model._graphs.run(model.parts, "torch", batch_for(model)["input_ids"], None, None, None)
+    with pytest.raises(CaptureError, match="are not contiguous"):
+        model.execution.graphs.run(model.view(), "torch", Inputs(batch_for(model)["input_ids"]))
 
 
-def test_what_a_sample_cannot_see_calls_for_refresh(snapshots):
+def test_change_outside_the_samples_requires_refresh(snapshots):
     model = early_exit("bert", pooling="first")
     batch, weight = batch_for(model), weight_of(model)
     before = answers(model, batch)
     unseen = next(k for k in range(weight.numel()) if k not in sampled_elements(weight.numel()))
     weight.detach().numpy().reshape(-1)[unseen] += 50.0
-    assert torch.equal(answers(model, batch), before), "one element, through a view: refresh() documents this limit"
+    assert torch.equal(answers(model, batch), before), "a write to one element through a view, a documented limit"
     model.refresh()
     got = answers(model, batch)
     assert not torch.allclose(got, before, atol=1e-3)
     torch.testing.assert_close(got, family_answers(model, batch, answers), atol=5e-5, rtol=0.0)
 
 
-def test_packing_again_is_not_the_rule(snapshots, monkeypatch):
-    """Nothing that a batch itself does counts as a change."""
+def test_unchanged_weights_are_packed_once(snapshots, monkeypatch):
+    """Running a batch is not detected as a change."""
     model = early_exit("bert", pooling="first")
     batch = batch_for(model)
     answers(model, batch)
-    packed = model._fused._packed
+    packed = model.execution.fused._packed
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             model(**batch)
             answers(model, batch)
             model.explain(**batch)
     model.eval()
-    assert model._fused._packed is packed
+    assert model.execution.fused._packed is packed
 
 
 @pytest.mark.parametrize("changed", [torch.nan, -0.0])
@@ -134,12 +135,12 @@ def test_samples_are_compared_by_their_bytes(snapshots, changed):
     module.weight.data.fill_(changed)
     assert not made_from.is_current([module])
     again = ModuleFingerprint([module], [module.weight])
-    assert again.is_current([module]), "a NaN is equal to itself"
+    assert again.is_current([module]), "NaN is compared by its bytes"
     assert not again.is_current([torch.nn.Linear(8, 8)]) and not again.is_current([])
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 4, 5)])
-def test_samples_of_any_shape(snapshots, shape):
+def test_samples_of_shapes(snapshots, shape):
     module = torch.nn.ParameterList(
         [torch.nn.Parameter(torch.zeros(shape).transpose(0, -1) if shape else torch.zeros(()))]
     )
@@ -149,7 +150,7 @@ def test_samples_of_any_shape(snapshots, shape):
     assert made_from.is_current([module]) == (0 in shape)
 
 
-def test_the_collector_frees_a_model_that_a_hook_of_its_own_holds(snapshots):
+def test_model_referenced_by_its_own_hook_is_collected(snapshots):
     model = early_exit("bert", pooling="first")
     model.backbone.register_forward_pre_hook(lambda module, inputs, holder=model: None)
     answers(model, batch_for(model))
@@ -174,7 +175,7 @@ def test_tensors_without_an_address_are_compared_by_identity(snapshots, kind):
     assert not made_from.is_current([module])
 
 
-def test_what_was_changed_back_is_no_change(snapshots):
+def test_reverted_change_is_not_detected(snapshots):
     module = torch.nn.Linear(8, 8)
     own = module.weight
     made_from = ModuleFingerprint([module], [own])
@@ -188,7 +189,7 @@ def test_what_was_changed_back_is_no_change(snapshots):
     assert made_from.is_current([module]) and made_from.is_current([module])
 
 
-def test_storage_that_was_given_back_is_a_change(snapshots):
+def test_freed_storage_is_detected(snapshots):
     module = torch.nn.Linear(8, 8)
     made_from = ModuleFingerprint([module], [module.weight])
     module.weight.untyped_storage().resize_(0)
@@ -196,29 +197,29 @@ def test_storage_that_was_given_back_is_a_change(snapshots):
 
 
 def test_explaining_changes_nothing(captures, monkeypatch):
-    """Neither packs weights nor drops graphs."""
+    """`explain` neither packs weights nor drops graphs."""
     model = early_exit("bert", pooling="first")
     batch = batch_for(model)
-    assert model.explain(**batch).layers.name == "fused" == model.layer_kind and model._fused._packed is None
+    assert model.explain(**batch).layers.name == "fused" == model.layer_kind and model.execution.fused._packed is None
     graph_answers(model, batch)
-    held = dict(model._graphs._captured)
+    held = dict(model.execution.graphs._captured)
     WAYS["layer_replaced"](model, None)
     model.explain(**batch)
-    assert model._graphs._captured == held
+    assert model.execution.graphs._captured == held
 
 
-def test_a_child_process_answers_that_was_forked_while_weights_were_packed():
-    """The lock that another thread holds at the fork has nobody to release it in the child."""
+def test_child_forked_while_weights_are_packed():
+    """Locks that another thread holds at the fork are renewed in the child."""
     model = early_exit("bert", pooling="first")
     batch, threads = batch_for(model, lengths=(3,)), torch.get_num_threads()
     torch.set_num_threads(1)  # a child can't use its parent's OpenMP threads
     try:
         expected = answers(model, batch)
-        model._fused.forget()
+        model.execution.fused.forget()
         taken, release = threading.Event(), threading.Event()
 
         def packs():
-            with model._fused._lock:
+            with model.execution.fused._lock, model.execution.graphs._lock:
                 taken.set()
                 release.wait(60)
 
@@ -227,6 +228,7 @@ def test_a_child_process_answers_that_was_forked_while_weights_were_packed():
         taken.wait()
         child = os.fork()
         if child == 0:
+            model.execution.graphs.forget()
             os._exit(0 if torch.equal(answers(model, batch), expected) else 1)
         assert exit_code_within(child, seconds=60) == 0
     finally:
@@ -235,8 +237,27 @@ def test_a_child_process_answers_that_was_forked_while_weights_were_packed():
         torch.set_num_threads(threads)
 
 
+def test_change_while_weights_are_packed_is_detected(monkeypatch):
+    """A hook that is added after the layers were checked and before they are packed."""
+    model = early_exit("bert", pooling="first")
+    batch, layer = batch_for(model), model.backbone.encoder.layer[0]
+    check = fused_layers.layers_unsupported_reason
+
+    def add_hook(*arguments):
+        reason = check(*arguments)
+        layer.register_forward_hook(lambda *_: None)
+        return reason
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_layers, "layers_unsupported_reason", add_hook)
+        model(**batch)
+    assert model.layer_kind == "family"
+    model(**batch)
+    assert "forward hook" in model.execution.fused._packed.reason
+
+
 def exit_code_within(child: int, seconds: float) -> int:
-    """Of a child process; one that hangs is killed."""
+    """Return the exit code of a child process, which is killed if it hangs."""
     timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
     timer.start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

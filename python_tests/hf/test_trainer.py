@@ -1,4 +1,4 @@
-"""The stock Trainer: evaluation, accumulation, losses of its own, checkpoints."""
+"""The stock Trainer: evaluation, gradient accumulation, custom losses, checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def varied():
     return model, inputs
 
 
-def test_evaluation_gives_plain_arrays(tmp_path):
+def test_evaluation_returns_arrays(tmp_path):
     model, inputs = varied()
     labels = batch_of(dataset())["labels"]
     out = model(**inputs, labels=labels)
@@ -72,7 +72,7 @@ def trained(tmp_path, **arguments):
     return model, logged_losses(run)
 
 
-def test_accumulation_is_right_by_the_number_of_steps(tmp_path):
+def test_gradient_accumulation(tmp_path):
     whole, losses = trained(tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=1)
     parts, again = trained(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
     first = early_exit(dropout=0.0).train()(**batch_of(dataset(16))).loss.item()
@@ -81,7 +81,7 @@ def test_accumulation_is_right_by_the_number_of_steps(tmp_path):
     state = early_exit(dropout=0.0).state_dict()
     for name, value in whole.state_dict().items():
         assert (value - parts.state_dict()[name]).abs().max() < 1e-6, name
-        # a key's bias shifts all scores of a query alike: its gradient is zero but for rounding
+        # the gradient of a key's bias is zero up to rounding, since it shifts all scores of a query
         assert name.endswith("key.bias") or not torch.equal(value, state[name]), name
 
 
@@ -96,7 +96,7 @@ def test_objective_trains_every_exit(tmp_path):
 
 
 def test_label_smoothing(tmp_path):
-    """The Trainer takes the labels away and reads `logits`, in train mode those of the last exit."""
+    """The Trainer removes the labels and reads `logits`, in train mode those of the last exit."""
     model, losses = trained(tmp_path, label_smoothing_factor=0.1)
     start = early_exit(dropout=0.0).train()
     batch = batch_of(dataset(16))
@@ -106,7 +106,7 @@ def test_label_smoothing(tmp_path):
     assert not torch.equal(model.heads.out[-1].weight, start.heads.out[-1].weight)
 
 
-def test_loss_function_of_the_users(tmp_path):
+def test_custom_loss_function(tmp_path):
     seen = []
 
     def loss(outputs, labels, num_items_in_batch=None):
@@ -136,7 +136,7 @@ def test_checkpoint_and_resume(tmp_path):
 
 
 def test_texts_through_a_tokenizer(tmp_path):
-    """Ragged rows, padded by the Trainer's own collator; evaluation along the way, the best model at the end."""
+    """Rows of different lengths, padded by the Trainer's collator, with evaluation and the best model at the end."""
     words = tokenizer()
     data = [{**words(text), "label": i % CLASSES} for i, text in enumerate(TEXTS)]
     model = ee.to_early_exit(stock(vocab_size=len(words), dropout=0.0), criterion=ee.criteria.Patience(patience=1))
@@ -168,7 +168,7 @@ def test_texts_through_a_tokenizer(tmp_path):
 
 
 def test_column_names_the_trainer_keeps():
-    """It drops what `forward` doesn't name, and takes any argument with "label" in its name for labels."""
+    """The Trainer drops columns that `forward` does not name, and treats names with "label" as labels."""
     from transformers.utils import find_labels
 
     assert find_labels(ee.EarlyExitForSequenceClassification) == ["labels"]

@@ -1,4 +1,4 @@
-"""Training through packed tokens: the loss and gradients of a padded reference that shares no code with the package."""
+"""Training on packed tokens, compared with a padded reference that shares no code with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from support.models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, encoder_of, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine.full_depth import Collect, trace_exits
+from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
+from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.packing import AttentionPlan, PackedStates, pack
 from earlyexit_kernels.heads import HeadOutput
 from earlyexit_kernels.objectives import TrainingStep, objective_of
@@ -21,7 +22,7 @@ ACTIVATIONS = {"bert": torch.tanh, "roberta": torch.tanh, "albert": torch.tanh, 
 
 
 def padded_loss(base, heads, pooling, activation, batch):
-    """Joint loss over the stock encoder's padded hidden states, with the textbook's heads."""
+    """Return the joint loss over padded hidden states of the stock encoder, with reference heads."""
     hidden = encoder_of(base)(**batch, output_hidden_states=True).hidden_states[1:]
     assert len(hidden) == DEPTH
     mask = batch["attention_mask"][:, :, None]
@@ -35,7 +36,7 @@ def padded_loss(base, heads, pooling, activation, batch):
 
 
 def pair(family, pooling):
-    """Two early-exit models that share nothing, with equal random weights, and the stock model of the second."""
+    """Return two models with equal weights that share no tensors, and the stock model of the second."""
     model = early_exit(family, dropout=0.0, pooling=pooling)
     base = stock(family, dropout=0.0)
     twin = ee.to_early_exit(base, pooling=pooling)
@@ -66,7 +67,7 @@ def test_loss_and_gradients_equal_a_padded_reference(family, pooling, kind):
     assert largest > 0.01 and worst < 2e-6
 
 
-def test_joint_weights_by_hand():
+def test_joint_loss_weights():
     """Losses 1, .5 and .25 with weights 1/6, 2/6 and 3/6: .458333."""
     wanted = [1.0, 0.5, 0.25]
     logits = torch.tensor([[[0.0, math.log(math.expm1(loss))] for loss in wanted]] * 2)
@@ -100,7 +101,7 @@ def test_every_parameter_gets_a_gradient(family, settings, problem_type, labels)
     assert all(head.weight.grad.abs().max() > 0 for head in model.heads.out)
 
 
-def test_criterion_does_not_touch_training():
+def test_criterion_does_not_affect_training():
     model = early_exit(dropout=0.0).train()
     batch = batch_for(model)
     expected = model(**batch, labels=LABELS)
@@ -111,7 +112,7 @@ def test_criterion_does_not_touch_training():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_at_work_in_training_only(family):
+def test_dropout_only_in_training(family):
     model = early_exit(family, dropout=0.3)
     batch = batch_for(model)
     assert torch.equal(model(**batch).logits, model(**batch).logits)
@@ -125,7 +126,7 @@ def test_dropout_is_at_work_in_training_only(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_dropout_is_that_of_the_family(family):
-    """The RoBERTa family and ELECTRA drop out before the dense module too; with all dropped only biases remain."""
+    """RoBERTa and ELECTRA also apply dropout before the dense module; with p=1 only biases remain."""
     model = early_exit(family, dropout=0.0)
     heads = model.heads.train()
     twice = family in ("roberta", "electra", "xlm-roberta", "camembert")
@@ -138,7 +139,7 @@ def test_head_dropout_is_that_of_the_family(family):
     assert (seen[0] == 0.0) is twice
 
 
-def test_gradient_equilibrium_by_hand():
+def test_gradient_equilibrium_is_a_suffix_mean():
     """Gradients of the exits 4, 8, 2 and 6 reach the layers as suffix means, 5, 5 1/3, 4 and 6."""
     hidden = torch.zeros(1, 3, 1, requires_grad=True)
     seen = []
@@ -155,12 +156,12 @@ def test_gradient_equilibrium_by_hand():
         def __call__(self, layer, states, memory, projects):
             return HeadOutput(states.hidden[:1], {}, {}, None)
 
-    trace = trace_exits(hidden, pack(torch.zeros(1, 3), None), [layer] * 4, Heads(), Collect(balances=True))
+    trace = trace_exits(hidden, pack(torch.zeros(1, 3), None), [layer] * 4, Heads(), TraceOptions(balances=True))
     (trace.logits[0, :, 0] * torch.tensor([4.0, 8.0, 2.0, 6.0])).sum().backward()
     assert seen == pytest.approx([6.0, 4.0, 16 / 3, 5.0], abs=1e-6)
 
 
-def test_gradient_equilibrium_changes_no_loss_and_no_exit():
+def test_gradient_equilibrium_keeps_losses_and_exits():
     balanced, plain = (
         early_exit(dropout=0.0, pooling="mean", method=ee.objectives.Joint(equilibrium=e)).train()
         for e in (True, False)
@@ -178,19 +179,25 @@ def test_gradient_equilibrium_changes_no_loss_and_no_exit():
     assert gradients[0][first].grad.norm() < 0.5 * gradients[1][first].grad.norm()
 
 
+def traced(model, inputs, options):
+    return model.execution.trace(
+        model.view(), inputs, options, strict=False, problem_type=model.problem_type, training=True
+    )
+
+
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_gradient_equilibrium_with_gates(hard):
     """The outputs are those of the gated pass; the gradients of layer l and of its gate are divided by L - l + 1."""
     model = early_exit(dropout=0.0, method="smartbert").train()
     weights = torch.randn(len(LABELS), DEPTH, CLASSES, generator=torch.Generator().manual_seed(4))
-    inputs = (*batch_for(model).values(), None, None)
+    inputs = Inputs(**batch_for(model))
     gating, traces, gradients = Gating(hard=hard, threshold=0.5), [], []
     for layer, gate in enumerate(model.heads.gates):  # so that some rows skip each layer and some do not
-        scores = model._trace(inputs, Collect("halting", gating), model._criterion).aux["gate"][:, layer]
+        scores = traced(model, inputs, TraceOptions("halting", gating)).aux["gate"][:, layer]
         gate.out.bias.data.sub_(scores.detach().median() + 0.01)
     for balances in (False, True):
         model.zero_grad()
-        traces.append(model._trace(inputs, Collect("halting", gating, balances=balances), model._criterion))
+        traces.append(traced(model, inputs, TraceOptions("halting", gating, balances=balances)))
         (traces[-1].logits * weights).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert torch.equal(traces[0].logits, traces[1].logits)

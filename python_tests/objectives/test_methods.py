@@ -1,4 +1,4 @@
-"""Every training method on three kinds of backbone, trained phase by phase on rows that it can learn by heart."""
+"""All training methods on three kinds of backbone, trained phase by phase on a small batch that they can fit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MULTI, REGRESSION = "multi_label_classification", "regression"
 
 @dataclass
 class Told:
-    """What one phase did, by name of parameter."""
+    """Changes of the parameters in one phase, by name."""
 
     trains: set[str]
     learns: set[str]
@@ -72,7 +72,7 @@ def converted(family, name, **sizes):
 
 
 def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
-    """Train phase by phase with an optimiser over *all* parameters, so that a gradient astray would show."""
+    """Train each phase with an optimiser over all parameters, so that unexpected gradients are detected."""
     told = []
     for number, phase in enumerate(ee.phases(model)):
         model.train()
@@ -85,7 +85,7 @@ def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
         optimiser = torch.optim.Adam(parameters.values(), lr=RATE)
         assert phase.number == number + 1
         for step in range(steps):
-            model.set_progress(step, step / STEPS_IN_EPOCH)
+            model.phase_state.set_progress(step, step / STEPS_IN_EPOCH)
             out = model(**batch, labels=labels)
             optimiser.zero_grad()
             out.loss.backward()
@@ -103,7 +103,7 @@ def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
 
 
 def trained(family, name):
-    """A model, its batch, and what its training told; once for the names of one method."""
+    """Return a trained model, its batch and the record of its training; cached for each method."""
     return _trained(family, OBJECTIVES[name].name)
 
 
@@ -115,18 +115,18 @@ def _trained(family, name):
 
 
 def methods(names=tuple(OBJECTIVES)):
-    """A test of each family with each method."""
+    """Parametrise a test over families and methods."""
     return lambda test: pytest.mark.parametrize("family", FAMILIES)(pytest.mark.parametrize("name", names)(test))
 
 
-def test_the_tables_here_name_every_method():
+def test_every_method_has_a_rule():
     assert set(RULES) == set(OBJECTIVES) and all(OBJECTIVES[name].rule == rule.name for name, rule in RULES.items())
     assert {name for name, cls in OBJECTIVES.items() if len(cls().phases) > 1} == set(TWO_PHASES) == set(TRAINS)
 
 
 @methods()
-def test_learns_by_heart(family, name):
-    """At the last exit, or what the method answers by where nothing is chosen, and under its paper's rule."""
+def test_training_fits_a_small_batch(family, name):
+    """With the default criterion of the method, and with the rule of its paper."""
     model, batch, told = trained(family, name)
     assert all(phase.losses[-1] < 0.5 * phase.losses[0] for phase in told)
     model.eval()
@@ -139,7 +139,7 @@ def test_learns_by_heart(family, name):
 
 
 @methods(TWO_PHASES)
-def test_the_second_phase_teaches_every_early_exit_and_leaves_the_last(family, name):
+def test_second_phase_trains_early_exits_only(family, name):
     _, _, (_, told) = trained(family, name)
     before, after = told.exits
     assert all(late < 0.5 * early for early, late in zip(before[:-1], after, strict=False))
@@ -147,7 +147,7 @@ def test_the_second_phase_teaches_every_early_exit_and_leaves_the_last(family, n
 
 
 @methods()
-def test_gradients_reach_what_a_phase_trains_and_nothing_else(family, name):
+def test_only_the_parts_of_a_phase_change(family, name):
     for told in trained(family, name)[2]:
         assert told.learns == told.trains
         assert not told.astray
@@ -156,7 +156,7 @@ def test_gradients_reach_what_a_phase_trains_and_nothing_else(family, name):
 
 
 @methods()
-def test_everything_may_learn_after_the_loop(family, name):
+def test_all_parts_are_trainable_after_the_phases(family, name):
     model = converted(family, name).train()
     for _ in ee.phases(model):
         pass
@@ -173,7 +173,7 @@ def test_everything_may_learn_after_the_loop(family, name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_what_the_user_froze_stays_frozen(name):
+def test_parameters_frozen_by_the_user_stay_frozen(name):
     model = converted("bert", name)
     frozen = {n: p for n, p in model.named_parameters() if "embeddings" in n or re.match(r"heads\.out\.0\.", n)}
     assert len(frozen) >= 6
@@ -189,7 +189,7 @@ def test_what_the_user_froze_stays_frozen(name):
 @pytest.mark.parametrize("by_user", [False, True])
 @pytest.mark.parametrize("name", TWO_PHASES)
 def test_a_frozen_encoder_runs_without_dropout(name, by_user):
-    """Its hidden states are the same twice, and differ while it learns; the exits drop out all the same."""
+    """Its hidden states are equal in two passes, and differ while it is trained; the exits apply dropout in both."""
     model = ee.to_early_exit(stock("bert", dropout=0.4, **TINY), method=name).train()
     for parameter in model.backbone.embeddings.parameters():
         parameter.requires_grad_(not by_user)
@@ -202,7 +202,7 @@ def test_a_frozen_encoder_runs_without_dropout(name, by_user):
         frozen = phase.number == 2
         assert all(module.training is not frozen for module in model.backbone.modules())
         seen.clear()
-        model.set_progress(0, 0.0)
+        model.phase_state.set_progress(0, 0.0)
         once, again = model(**batch).all_logits, model(**batch).all_logits
         hidden = [out[0] if isinstance(out, tuple) else out for out in seen]
         assert len(hidden) == 2 and torch.equal(*hidden) is frozen
@@ -212,11 +212,11 @@ def test_a_frozen_encoder_runs_without_dropout(name, by_user):
 
 
 @pytest.mark.parametrize("name", ["fastbert", "smartbert"])
-def test_what_is_frozen_beside_the_encoder_has_no_dropout_either(name):
-    """In the second phase FastBERT's teacher, and which layers SmartBERT's gates skip, are given."""
+def test_other_frozen_parts_run_without_dropout(name):
+    """In the second phase FastBERT's teacher and the layers that SmartBERT's gates skip are deterministic."""
     model = ee.to_early_exit(stock("bert", dropout=0.4, **TINY), method=name).train()
     batch = batch_for(model, lengths=LENGTHS)
-    model.enter_phase(1)
+    model.phase_state.enter(model, 1)
     inputs = []
     model.backbone.encoder.layer[2].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     once, again = model(**batch).logits, model(**batch).logits
@@ -225,7 +225,7 @@ def test_what_is_frozen_beside_the_encoder_has_no_dropout_either(name):
 
 @pytest.mark.parametrize("problem_type", [MULTI, REGRESSION])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_method_refuses_tasks_it_has_no_meaning_for(name, problem_type):
+def test_methods_refuse_undefined_tasks(name, problem_type):
     able = {
         MULTI: {"joint", "pabee", "palbert", "deebert"},
         REGRESSION: {"joint", "pabee", "palbert", "deebert", "berxit"},
@@ -303,14 +303,14 @@ def test_save_and_load(family, name, tmp_path):
     loaded.set_criterion(None)
     model.set_criterion(None)
     for loose in (loaded, model):
-        loose.enter_phase(len(objective.phases) - 1)
-        loose.train().set_progress(1, 0.0)
+        loose.phase_state.enter(loose, len(objective.phases) - 1)
+        loose.train().phase_state.set_progress(1, 0.0)
     assert torch.equal(loaded(**batch, labels=LABELS[:8]).loss, model(**batch, labels=LABELS[:8]).loss)
 
 
 @pytest.mark.parametrize("name", TWO_PHASES)
 def test_labels_outside_of_a_phase(name):
-    """In train mode there is no telling which loss is meant; without labels, and in eval mode, nothing is wrong."""
+    """In train mode labels are refused, since the phase is unknown; without labels, and in eval mode, they are not."""
     model = converted("bert", name)
     batch = batch_for(model, lengths=LENGTHS[:8])
     assert torch.isfinite(model(**batch, labels=LABELS[:8]).loss)
@@ -324,7 +324,7 @@ def test_labels_outside_of_a_phase(name):
 
 
 @pytest.mark.parametrize("name", ["berxit", "smartbert"])
-def test_a_method_that_changes_on_the_way_has_to_be_told_where_it_is(name):
+def test_methods_that_depend_on_steps_or_epochs_require_them(name):
     model = converted("bert", name)
     batch = batch_for(model, lengths=LENGTHS[:8])
     for _ in range(2):
@@ -333,7 +333,7 @@ def test_a_method_that_changes_on_the_way_has_to_be_told_where_it_is(name):
             if phase.number == 1:
                 with pytest.raises(ValueError, match=r"callbacks=phase\.callbacks\(\)"):
                     model(**batch, labels=LABELS[:8])
-                model.set_progress(1, 0.1)
+                model.phase_state.set_progress(1, 0.1)
             assert torch.isfinite(model(**batch, labels=LABELS[:8]).loss)
 
 
@@ -348,7 +348,7 @@ def test_berxit_of_two_stages():
 
 
 def test_phases_of_another_method():
-    """What the exits can't do is refused with the way to build them; what they can is taken over and saved."""
+    """A method that requires other exits is refused with the fix; one that fits is used and saved."""
     model = converted("bert", "deebert")
     assert [phase.name for phase in ee.phases(model, "joint")] == ["joint"]
     assert model.objective == objectives.Joint() and model.config.method == objectives.Joint().to_dict()

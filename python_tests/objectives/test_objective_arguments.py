@@ -1,15 +1,19 @@
-"""Training methods as data: their phases, what is saved, what their constructors refuse, and where they apply."""
+"""Training methods as objects: phases, saved forms, invalid arguments, registration and tasks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
+from support.models import batch_for, stock
 from support.objective_cases import CASES, CLASSES, MULTI, REGRESSION, SINGLE
 
+import earlyexit_kernels as ee
 from earlyexit_kernels.objectives import (
     OBJECTIVES,
     PARTS,
@@ -19,12 +23,15 @@ from earlyexit_kernels.objectives import (
     Ensemble,
     Fastbert,
     Joint,
+    Objective,
     Palbert,
     PhaseSpec,
     Smartbert,
     check_task,
     from_dict,
+    mean_task_loss,
     objective_of,
+    register,
 )
 
 #: Name, parts that learn (None: all), epochs, lr, projections and need of labels of each phase.
@@ -57,7 +64,7 @@ def test_phases(name):
     assert got == [(n, set(t or PARTS), *rest) for n, t, *rest in PHASES[objective.name]]
 
 
-def test_what_a_phase_may_train_is_checked():
+def test_phase_arguments_are_checked():
     with pytest.raises(ValueError, match=r"trains=.*'backbone'.* got \['head'\]"):
         PhaseSpec(name="p", trains={"head"})
     with pytest.raises(ValueError, match=r"projections=.*'inputs'.* got 'outputs'"):
@@ -65,8 +72,8 @@ def test_what_a_phase_may_train_is_checked():
 
 
 @pytest.mark.parametrize("shares", [True, False])
-def test_exits_of_palbert_are_shared_where_layers_are(shares):
-    """As in the public code, which is ALBERT's; the halting head always is."""
+def test_palbert_shares_exits_of_shared_layers(shares):
+    """As in the public code for ALBERT; the halting head is always shared."""
     changes = Palbert().head_changes(shares)
     assert changes["halting_shared"] and changes["shared_exit"] is shares
 
@@ -91,7 +98,7 @@ SAVED = [
 
 
 @pytest.mark.parametrize(("objective", "data"), SAVED)
-def test_saved_data_by_hand(objective, data):
+def test_saved_data(objective, data):
     assert objective.to_dict() == data and from_dict(data) == objective
 
 
@@ -165,6 +172,60 @@ def test_unknown_methods_and_arguments_are_refused():
         objective_of({"name": "joint", "beta": 1})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LastExit(Objective):
+    """A method of another package."""
+
+    name: ClassVar[str] = "last_exit"
+    rule: ClassVar[str] = "entropy"
+    scale: float = 1.0
+
+    def loss(self, trace, labels, step):
+        return self.scale * mean_task_loss(trace.logits[:, -1], labels, step.problem_type)
+
+
+def test_register_makes_a_method_known(tmp_path):
+    register(LastExit)
+    try:
+        assert register(LastExit) is LastExit and objective_of("last_exit") == LastExit()
+        model = ee.to_early_exit(stock(), method=LastExit(scale=2.0))
+        batch, labels = batch_for(model), torch.tensor([0, 1, 2, 0])
+        output = model.train()(**batch, labels=labels)
+        assert output.loss.item() == pytest.approx(2 * mean_task_loss(output.logits, labels, SINGLE).item())
+        model.save_pretrained(tmp_path)
+        assert ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path).objective == LastExit(scale=2.0)
+    finally:
+        OBJECTIVES.pop("last_exit")
+    with pytest.raises(ValueError, match=r"got 'last_exit'; .*objectives\.register"):
+        ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+
+
+def changed(**members):
+    """A dataclass like `LastExit` with other members."""
+    annotations = dict.fromkeys(("name", *members), ClassVar)
+    body = {"name": "changed", **members, "__annotations__": annotations}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type("Changed", (LastExit,), body))
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (type("Undecorated", (LastExit,), {}), r"register\(Undecorated\): expected a frozen dataclass, got none"),
+        (changed(name="two words"), "expected a class attribute `name"),
+        (changed(rule=None), "expected a class attribute `rule"),
+        (changed(loss=Objective.loss), r"expected a method loss\(self, trace, labels, step\)"),
+        (changed(name="joint"), "the name 'joint' belongs to .*Joint; give the class another name"),
+    ],
+    ids=str,
+)
+def test_register_says_what_is_missing(cls, words):
+    with pytest.raises(ValueError, match=words):
+        register(cls)
+    with pytest.raises(TypeError, match=r"expected a subclass of .*Objective, got"):
+        register(cls.__name__)
+    assert "changed" not in OBJECTIVES
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_tasks(name):
     objective = objective_of(name)
@@ -178,7 +239,7 @@ def test_tasks(name):
         check_task(objective, "ranking", CLASSES)
 
 
-def test_methods_that_compare_classes_need_two():
+def test_methods_that_compare_classes_require_two():
     for objective in (Ensemble(), Dact(), Fastbert(), Smartbert()):
         with pytest.raises(ValueError, match="at least 2, got 1"):
             check_task(objective, SINGLE, 1)
@@ -187,7 +248,7 @@ def test_methods_that_compare_classes_need_two():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("cls", [*OBJECTIVES.values(), PhaseSpec])
-def test_no_number_is_allowed_not_to_be_finite(cls, value):
+def test_numbers_must_be_finite(cls, value):
     needed = {"name": "phase"} if cls is PhaseSpec else {}
     for field in dataclasses.fields(cls):
         if isinstance(field.default, float) or "float" in str(field.type):

@@ -1,4 +1,4 @@
-"""A loss that isn't linear in its rows, computed by two processes on half of them each, is that of one on all."""
+"""A loss that is not linear in its rows, computed by two processes on half of them each, equals that of one."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_loss_and_gradients_equal_one_process(ranks, name):
     assert alone["logits"].abs().max() > 1e-3
 
 
-def test_the_cases_that_need_it_are_among_them():
-    """Every case that isn't the mean of its halves, but for one that lacks the projections of another."""
+def test_all_non_linear_cases_are_tested():
+    """All cases that are not the mean of their halves, except one that differs from another in its projections only."""
     assert {name for name, case in CASES.items() if not case.linear} - set(objective_worker.WANTED) == {
         "smartbert, nothing projected"
     }
 
 
-def test_one_process_keeps_its_mean():
+def test_distributed_mean_of_one_process():
     x = torch.tensor(3.0)
     assert distributed_mean(x) is x

@@ -1,4 +1,4 @@
-"""Losses worked out by hand, and against slow ones in plain Python, row by row, from the papers' formulae."""
+"""Losses worked by hand, and compared with plain Python implementations of the papers' formulas."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def near(*numbers):
 
 
 def log(*rows):
-    """Logits ``[1, L, C]`` of one row with these class probabilities."""
+    """Return logits ``[1, L, C]`` of one row with these class probabilities."""
     return torch.tensor([rows], dtype=torch.float64).log()
 
 
 def logit(*numbers):
-    """Raw scalars ``[1, L]`` whose sigmoids are these."""
+    """Return raw scalars ``[1, L]`` with these sigmoids."""
     return torch.tensor([numbers], dtype=torch.float64).logit()
 
 
@@ -75,7 +75,7 @@ def test_palbert_posterior():
     ],
 )
 def test_palbert_divergence(kl, closed, wanted):
-    """beta = 1 on exits that are right beyond doubt, so that nothing but the divergence is left."""
+    """beta = 1 and exits with a loss of 0, so that the loss is the divergence."""
     trace = ExitTrace(torch.tensor([[[100.0, -100.0]] * 4]).double(), {"halting": logit(*LAMBDA)})
     loss = Palbert(beta=1, prior=0.1, kl=kl, close_tail=closed).loss(trace, ZERO, AT)
     assert loss.item() == pytest.approx(wanted, abs=1e-6)
@@ -110,7 +110,7 @@ def test_dact():
         assert loss.item() == pytest.approx(-math.log(0.5905875) + 0.2 * rho, abs=1e-6)
 
 
-def test_dact_holds_a_lost_answer():
+def test_dact_limits_the_loss_of_a_wrong_answer():
     trace = ExitTrace(torch.tensor([[[-90.0, 90.0]] * 2]), {"halting": torch.zeros(1, 2)})
     assert Dact(ponder=0).loss(trace, ZERO, AT).item() == pytest.approx(-math.log(1e-8))
 
@@ -136,7 +136,7 @@ def test_ensemble(arguments, wanted):
 
 
 def test_ensemble_minima_over_rows_and_over_the_batch_differ():
-    """The third exit is near the first in one row and near the second in the other."""
+    """The third exit is nearest to the first in one row and to the second in the other."""
     a, b = (0.9, 0.1), (0.1, 0.9)
     trace = ExitTrace(torch.cat((log(a, b, a), log(b, a, a))))
     labels = torch.zeros(2, dtype=torch.long)
@@ -176,7 +176,7 @@ def test_berxit_target():
     ],
 )
 def test_berxit(arguments, step, phase, exits):
-    """Exits 1 and 2 are right, exit 3 is wrong; u = .2, .4, .5, so LTE = (.04 + .16 + .25) / 3."""
+    """Exits 1 and 2 are correct, exit 3 is wrong; u = .2, .4, .5, so LTE = (.04 + .16 + .25) / 3."""
     p = {1: 0.6, 2: 0.8, 3: 0.4}
     trace = ExitTrace(log(*((x, 1 - x) for x in p.values())), {"uncertainty": logit(0.2, 0.4, 0.5)})
     at = TrainingStep(problem_type=SINGLE, step=step, phase=phase)
@@ -200,7 +200,7 @@ def test_fastbert(kl):
     assert Fastbert().loss(trace, ZERO, AT).item() == pytest.approx(-math.log(0.9))
 
 
-def test_fastbert_is_torch_s_batchmean():
+def test_fastbert_equals_kl_div_of_torch():
     case = CASES["fastbert, exits"]
     z = case.trace().logits
     wanted = [F.kl_div(z[:, i].log_softmax(-1), z[:, -1].softmax(-1), reduction="batchmean") for i in range(DEPTH - 1)]
@@ -223,7 +223,7 @@ def test_smartbert_gates_are_averaged_over_rows_before_the_reciprocal():
 
 
 def info_nce(a, b, temperature, positive):
-    """Mean over the tokens of one sequence, from vectors as lists of floats."""
+    """Return the mean over the tokens of one sequence, from vectors as lists of floats."""
 
     def cosine(x, y):
         return sum(p * q for p, q in zip(x, y, strict=True)) / math.dist(x, [0] * len(x)) / math.dist(y, [0] * len(y))
@@ -237,7 +237,7 @@ def info_nce(a, b, temperature, positive):
 
 
 def contrast(trace, temperature, positive):
-    """Sum over neighbouring projections, mean over sequences."""
+    """Return the sum over successive projections of the mean over sequences."""
     projections, ends = trace.projections.tolist(), trace.offsets.tolist()
     total = 0.0
     for first, second in itertools.pairwise(projections):
@@ -248,8 +248,8 @@ def contrast(trace, temperature, positive):
 
 @pytest.mark.parametrize("positive", [True, False])
 @pytest.mark.parametrize("phase", [0, 1])
-def test_smartbert_equals_a_slow_one(phase, positive):
-    """Sequences of 1 to 5 tokens; the one of one token has no negatives."""
+def test_smartbert_equals_a_plain_implementation(phase, positive):
+    """Sequences of 1 to 5 tokens; that of one token has no negatives."""
     assert 1 in LENGTHS
     eta, temperature = (0.01, 0.5) if phase == 0 else (0.05, 0.55)
     objective = Smartbert(positive_backbone=positive, positive_exits=positive)
@@ -265,8 +265,8 @@ def test_smartbert_equals_a_slow_one(phase, positive):
     assert case.loss(trace, labels).item() == pytest.approx(wanted, abs=1e-7)
 
 
-def test_a_sequence_of_one_token_has_nothing_to_tell_apart():
-    """In its own denominator it is all there is: 0; outside of it there is nothing to compare with: 0 too."""
+def test_contrast_of_one_token_is_zero():
+    """With the positive in the denominator the loss is log 1 = 0; without it there are no terms, and it is 0 too."""
     trace = ExitTrace(log((0.5, 0.5), (0.5, 0.5)), {"gate": logit(0.5, 0.5)}, projections=torch.rand(2, 1, 3).double())
     trace = ExitTrace(trace.logits, trace.aux, projections=trace.projections, offsets=torch.tensor([0, 1]).int())
     for positive in (True, False):
@@ -274,7 +274,7 @@ def test_a_sequence_of_one_token_has_nothing_to_tell_apart():
         assert objective.loss(trace, ZERO, AT).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_a_contrast_by_hand():
+def test_contrast_worked_example():
     """Two orthogonal tokens, equal in both layers, t = .5: -log(e^2 / (e^2 + 1)), or -log(e^2) without the positive."""
     trace = ExitTrace(
         log((0.5, 0.5), (0.5, 0.5)),

@@ -1,4 +1,4 @@
-"""What holds for every training method: gradients, rows, labels to be ignored, extremes, and what they ask for."""
+"""Properties of all training methods: gradients, row order, ignored labels, extreme values, missing inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from earlyexit_kernels.types import ExitTrace, Gating
 
 
 def cases(wanted):
-    """A test over the cases that `wanted` picks."""
+    """Parametrise a test over the cases that `wanted` selects."""
     names = [name for name, case in CASES.items() if wanted(case)]
     return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
 
@@ -29,7 +29,7 @@ def gradients(case: Case, trace: ExitTrace, labels) -> dict[str, torch.Tensor]:
 
 
 def where_nonzero(gradient: torch.Tensor) -> tuple[int, ...]:
-    """Layers, along dimension 1, that a gradient reaches in every row."""
+    """Return the layers, along dimension 1, that have a gradient in every row."""
     reached = gradient.reshape(ROWS, gradient.shape[1], -1).abs().sum(dim=2) > 0
     assert torch.equal(reached.any(dim=0), reached.all(dim=0)), "some rows only"
     return tuple(reached[0].nonzero()[:, 0].tolist())
@@ -41,7 +41,7 @@ def test_the_cases_cover_every_method_and_phase():
 
 
 @every_case
-def test_gradients_reach_what_the_phase_trains_and_nothing_else(case):
+def test_gradients_reach_the_trained_parts_only(case):
     found = gradients(case, case.trace(), case.labels())
     assert where_nonzero(found["logits"]) == case.exits
     for name in ("halting", "uncertainty", "gate"):
@@ -65,7 +65,7 @@ def test_gradients_equal_finite_differences(case):
 
 
 @pytest.mark.parametrize("name", ["fastbert, exits", "fastbert, student first"])
-def test_the_teacher_is_a_constant(name):
+def test_teacher_has_no_gradient(name):
     case = CASES[name]
     trace = case.trace()
     teacher = trace.logits[:, -1:].detach()
@@ -76,7 +76,7 @@ def test_the_teacher_is_a_constant(name):
     assert torch.autograd.gradcheck(loss, (trace.logits[:, :-1],), atol=1e-7)
 
 
-def test_the_uncertainty_moves_no_exit_of_a_regression():
+def test_uncertainty_of_a_regression_has_no_gradient_into_exits():
     case = CASES["berxit, regression"]
     alone = dataclasses.replace(case, objective=Berxit(learned_weight=0.0))
     found, without = (gradients(c, c.trace(), c.labels())["logits"] for c in (case, alone))
@@ -89,8 +89,8 @@ def test_the_uncertainty_moves_no_exit_of_a_regression():
     assert torch.autograd.gradcheck(loss, (trace.aux["uncertainty"],), atol=1e-7)
 
 
-def test_a_detached_target_moves_the_later_exit_only():
-    """The first exit is a target and nothing else: its gradient is that of its cross entropy."""
+def test_detached_target_has_no_gradient():
+    """The first exit is a target only: its gradient is that of its cross entropy."""
     labels, trace = CASES["ensemble"].labels(), CASES["ensemble"].trace()
     plain, detached, attached = (
         gradients(Case(objective), trace, labels)["logits"]
@@ -102,7 +102,7 @@ def test_a_detached_target_moves_the_later_exit_only():
 
 
 @every_case
-def test_the_order_of_rows_changes_nothing(case):
+def test_loss_does_not_depend_on_row_order(case):
     trace, order = case.trace(), [4, 0, 5, 2, 1, 3]
     assert torch.allclose(
         case.loss(take(trace, order), case.labels()[order]), case.loss(trace, case.labels()), rtol=1e-13, atol=0
@@ -110,7 +110,7 @@ def test_the_order_of_rows_changes_nothing(case):
 
 
 @every_case
-def test_a_batch_is_the_mean_of_its_halves_where_it_is_said_to_be(case):
+def test_linear_losses_are_the_mean_of_their_halves(case):
     trace, labels = case.trace(), case.labels()
     halves = [case.loss(take(trace, rows), labels[rows]) for rows in ([0, 1, 2], [3, 4, 5])]
     whole = case.loss(trace, labels)
@@ -120,7 +120,7 @@ def test_a_batch_is_the_mean_of_its_halves_where_it_is_said_to_be(case):
 
 
 @cases(lambda case: case.problem_type == SINGLE)
-def test_rows_without_a_label_carry_no_loss(case):
+def test_unlabelled_rows_have_no_loss(case):
     trace, labels, kept = case.trace(), case.labels(), [0, 1, 3, 4]
     masked = labels.clone()
     masked[[2, 5]] = -100
@@ -154,8 +154,8 @@ def test_extreme_numbers_stay_finite(case, sign):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @every_case
-def test_few_layers_are_enough(case, depth):
-    """Where there is no exit or no pair of a kind, its part of the loss is 0 and can still be differentiated."""
+def test_losses_of_few_layers(case, depth):
+    """If there is no exit or pair of a kind, its part of the loss is 0 and differentiable."""
     loss = case.loss(case.trace(depth=depth), case.labels())
     loss.backward()
     assert loss.shape == () and loss.isfinite()
@@ -177,7 +177,7 @@ def test_an_empty_batch_has_no_loss(case):
 
 
 @every_case
-def test_labels_are_asked_for_where_they_are_needed(case):
+def test_missing_labels_are_refused(case):
     if case.objective.phases[case.phase].needs_labels:
         with pytest.raises(ValueError, match=r"labels: .* got None"):
             case.loss(case.trace(), None)
@@ -186,16 +186,16 @@ def test_labels_are_asked_for_where_they_are_needed(case):
 
 
 @cases(lambda case: case.aux)
-def test_a_missing_output_of_the_heads_is_named(case):
+def test_missing_head_outputs_are_refused(case):
     (name,) = case.aux
     with pytest.raises(ValueError, match=rf"needs heads with a '{name}' output, these produce none; .*method="):
         case.loss(ExitTrace(case.trace().logits), case.labels())
 
 
 @cases(lambda case: case.projected)
-def test_missing_projections_are_named(case):
+def test_missing_projections_are_refused(case):
     trace = case.trace()
-    with pytest.raises(ValueError, match="contrasts token projections, and the trace has none"):
+    with pytest.raises(ValueError, match="reads token projections, and the trace has none"):
         case.loss(ExitTrace(trace.logits, trace.aux), case.labels())
 
 
@@ -207,7 +207,7 @@ def test_steps_and_epochs_must_be_counted():
         Smartbert().gating(TrainingStep(problem_type=SINGLE))
 
 
-def test_gates_mix_softly_first():
+def test_gates_are_soft_in_the_first_epochs():
     def gating(objective, phase, epoch):
         return objective.gating(TrainingStep(problem_type=SINGLE, phase=phase, epoch=epoch))
 

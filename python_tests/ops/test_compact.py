@@ -1,4 +1,4 @@
-"""compact and gather_rows against a loop: stable, nothing lost, and nothing written beyond the live tokens."""
+"""compact and gather_rows against plain loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_compact(backend, b, pattern):
     assert torch.equal(row_ids, before[0]) and torch.equal(offsets, before[1])
 
 
-def test_compact_of_a_part_of_a_buffer_starts_at_0(backend):
+def test_new_offsets_start_at_0(backend):
     planned = compact(
         torch.tensor([-1, 5], dtype=torch.int32), torch.tensor([3, 4, 9], dtype=torch.int32), backend=backend
     )
@@ -54,7 +54,7 @@ def test_gather_rows(backend, b, pattern, width, dtype):
 
 
 def test_gather_rows_keeps_bits(backend):
-    """A copy, not arithmetic: NaN payloads, signed zeros and infinities stay what they are."""
+    """NaN payloads, signed zeros and infinities are copied."""
     patterns = torch.tensor([0x7FC00123, 0x7F800000, -0x80000000, 1, 0x3F800000], dtype=torch.int32)
     hidden, out = patterns.view(torch.float32)[:, None].clone(), torch.zeros(5, 1)
     offsets = torch.arange(6, dtype=torch.int32)
@@ -116,7 +116,7 @@ def test_gather_rows_refuses(backend, name):
     refused(gather_rows, words, **{**given, "out": torch.zeros(3, 2), **changed}, backend=backend)
 
 
-def test_strided_offsets_give_the_same_rows(backend):
+def test_strided_offsets(backend):
     hidden, out = torch.arange(8.0).view(4, 2), torch.full((4, 2), torch.nan)
     row_ids, offsets = int32(-1, 9, 5, 9)[::2], int32(0, 9, 1, 9, 4, 9)[::2]
     planned = compact(row_ids, offsets, backend=backend)
@@ -124,3 +124,19 @@ def test_strided_offsets_give_the_same_rows(backend):
     strided = [torch.stack([tensor] * 2, dim=-1)[..., 0] for tensor in planned]
     gather_rows(hidden, offsets, strided[2], strided[1], out, backend=backend)
     assert torch.equal(out[:3], hidden[1:]) and out[3].isnan().all()
+
+
+def test_compiled_caller(backend):
+    """The checks run outside of the graph, the ops in it."""
+    row_ids, offsets, hidden = int32(1, -1, 0), int32(0, 2, 3, 5), torch.randn(5, 4)
+
+    def moved(row_ids, offsets):
+        _, new_offsets, source = compact(row_ids, offsets, backend=backend)
+        out = torch.zeros(4, 4)
+        gather_rows(hidden, offsets, source, new_offsets, out, backend=backend)
+        return out
+
+    compiled = torch.compile(moved, backend="aot_eager")
+    assert torch.equal(compiled(row_ids, offsets), moved(row_ids, offsets))
+    with pytest.raises(ValueError, match="compact: expected distinct row_ids, got 1 more than once"):
+        compiled(int32(1, 1, 0), offsets)

@@ -1,4 +1,4 @@
-"""What the ops of an encoder layer refuse, and in which words."""
+"""Invalid arguments of the ops of an encoder layer, and the error messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def int32(*values) -> torch.Tensor:
 
 
 def given(op) -> dict:
-    """Arguments that `op` takes."""
+    """Valid arguments of `op`."""
     weight, bias, offsets, row_ids = torch.zeros(N, H), torch.zeros(N), int32(0, 1, 3), int32(1, 0)
     return {
         "rows_linear": {"x": torch.zeros(T, H), "weight": weight, "bias": bias, "out": torch.zeros(T, N)},
@@ -48,10 +48,10 @@ def given(op) -> dict:
 OFFSETS = {
     "offsets_dtype": ({"offsets": torch.tensor([0, 1, 3])}, ("offsets", "torch.int32", "got torch.int64")),
     "offsets_shape": ({"offsets": int32(0, 1, 3)[None]}, ("offsets", "[1, 3]")),
-    "offsets_decrease": ({"offsets": int32(0, 3, 1)}, ("never decrease", "steps down to -2", "cumulative")),
+    "offsets_decrease": ({"offsets": int32(0, 3, 1)}, ("non-decreasing", "minimum step of -2", "cumulative")),
     "offsets_below_0": ({"offsets": int32(-1, 1, 3)}, ("from 0 or above", "-1 to 3")),
     "offsets_beyond": ({"offsets": int32(6, 7, 9)}, ("at most 8 tokens", "6 to 9")),
-    "too_many_tokens": ({"offsets": int32(0, 3, 5)}, ("at most 4 tokens present", "got 5", "larger buffers")),
+    "too_many_tokens": ({"offsets": int32(0, 3, 5)}, ("at most 4 present tokens", "got 5", "larger buffers")),
     "two_devices": ({"offsets": int32(0, 1, 3).to("meta")}, ("offsets", "meta", "cpu", "one device")),
 }
 OUT = {
@@ -68,7 +68,7 @@ ROW_IDS = {
     "row_ids_dtype": ({"row_ids": torch.arange(R)}, ("row_ids", "torch.int32", "got torch.int64")),
     "row_ids_and_offsets": ({"row_ids": int32(0, 1, 2)}, ("offsets", "[4]", "got [3]")),
 }
-#: Op -> what is wrong -> the arguments that are, and words of the message.
+#: Op -> case -> the invalid arguments, and words of the message.
 REFUSED = {
     "rows_linear": {
         **OFFSETS,
@@ -83,7 +83,7 @@ REFUSED = {
         **OFFSETS,
         **PRODUCT,
         **ROW_IDS,
-        "empty_row": ({"offsets": int32(0, 1, 1)}, ("a token in every row present", "row id to -1")),
+        "empty_row": ({"offsets": int32(0, 1, 1)}, ("one token in every present row", "row id to -1")),
         "out_rows": ({"out": torch.zeros(R + 1, N)}, ("out", "[2, 5]", "got [3, 5]")),
         "hidden_dtype": ({"hidden": torch.zeros(2 * T, H).double()}, ("hidden", "got torch.float64")),
     },
@@ -94,7 +94,7 @@ REFUSED = {
         "qkv_width": ({"qkv": torch.zeros(T, 2 * H)}, ("qkv", "[4, 18]", "got [4, 12]")),
         "heads": ({"heads": 4}, ("heads", "divide 6", "got 4")),
         "no_heads": ({"heads": 0}, ("heads", "got 0")),
-        "longest": ({"longest": 1}, ("at most 1 tokens", "got one of 2", "the longest there can be")),
+        "longest": ({"longest": 1}, ("at most 1 tokens", "got 2", "the maximum length")),
     },
     "rows_add_norm": {
         **OFFSETS,
@@ -120,7 +120,7 @@ def test_refuses(op, case, backend):
 
 @pytest.mark.parametrize("op", REFUSED)
 @on_both
-def test_takes_what_the_others_differ_from(op, backend):
+def test_accepts_the_unchanged_arguments(op, backend):
     arguments = given(op)
     assert getattr(ops, op)(**arguments, backend=backend) is None
 
@@ -129,7 +129,7 @@ def test_takes_what_the_others_differ_from(op, backend):
     ("op", "name"), [("rows_linear", "x"), ("first_tokens_linear", "hidden"), ("rows_attention", "qkv")]
 )
 @on_both
-def test_refuses_to_write_over_what_it_reads(op, name, backend):
+def test_refuses_overlapping_memory(op, name, backend):
     arguments = given(op)
     read, out = arguments[name], arguments["out"]
     memory = torch.zeros(read.numel() + out.numel() - 1)
@@ -140,8 +140,8 @@ def test_refuses_to_write_over_what_it_reads(op, name, backend):
 
 @pytest.mark.parametrize("shift", [0, H])
 @on_both
-def test_the_norm_writes_over_a_token_only_where_it_has_its_place(backend, shift):
-    """Else another program reads later what one has written: by the side that is live, or by a part of a buffer."""
+def test_norm_in_place_requires_equal_positions(backend, shift):
+    """Otherwise one program reads what another one has written."""
     hidden, arguments = torch.zeros(2 * T + 1, H).view(-1), given("rows_add_norm")
     arguments["residual"] = hidden[shift : shift + T * H].view(T, H)
     arguments["out"] = hidden[: 2 * T * H].view(2 * T, H)
@@ -150,12 +150,12 @@ def test_the_norm_writes_over_a_token_only_where_it_has_its_place(backend, shift
 
 
 @pytest.mark.parametrize("op", REFUSED)
-def test_refuses_a_back_end_that_it_does_not_have(op):
+def test_refuses_unsupported_back_end(op):
     with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch', 'triton'\), got 'cpp'"):
         getattr(ops, op)(**given(op), backend="cpp")
 
 
-def test_offsets_and_ids_may_be_strided():
+def test_strided_offsets_and_row_ids():
     arguments = given("rows_attention")
     arguments["qkv"] = torch.randn(T, 3 * H)
     want, got = torch.zeros(T, H), torch.zeros(T, H)

@@ -1,4 +1,4 @@
-"""The ops of an encoder layer: against plain torch in float64, and what a token's bits may depend on."""
+"""The ops of an encoder layer against plain torch in float64, and that bits do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ one_way = pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("backend", "dtype"), DTYPES)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_against_float64_and_nothing_else_is_written(way, backend, dtype, name):
-    """All buffers hold NaN wherever no row is, so nothing of that reaches a row."""
+def test_equals_float64_and_writes_only_present_tokens(way, backend, dtype, name):
+    """All buffers hold NaN outside of the rows."""
     (subject, how), layout = WAYS[way], dataclasses.replace(LAYOUTS[name], side=int(dtype != FLOAT32))
     values = values_of(layout)
     out = subject.run(layout, values, dtype, backend, how)
@@ -61,7 +61,7 @@ def test_against_float64_and_nothing_else_is_written(way, backend, dtype, name):
 @one_way
 @pytest.mark.parametrize("side", [0, 1])
 @on_both
-def test_a_row_that_has_left_reaches_no_other(name, side, backend):
+def test_rows_that_have_left_do_not_affect_others(name, side, backend):
     subject, layout = SUBJECTS[name], Layout((5, 3, 30, 1, 2), left=(0, 2), capacity=50, side=side)
     how = subject.ways[side]
     values = values_of(layout)
@@ -76,7 +76,7 @@ def test_a_row_that_has_left_reaches_no_other(name, side, backend):
 
 @pytest.fixture
 def products_in_order(monkeypatch):
-    """In place of numpy's matrix product, which the interpreter calls: that one rounds with its row count."""
+    """Replace numpy's matrix product in the interpreter, the rounding of which depends on the number of rows."""
 
     def matmul(a, b, dtype):
         a, b, sums = a.astype(dtype), b.astype(dtype), np.zeros((len(a), b.shape[1]), dtype)
@@ -94,8 +94,8 @@ LARGE = {"rows_linear": {"capacity": 33792}, "first_tokens_linear": {"rows": 337
 @pytest.mark.parametrize("dtype", [FLOAT32, HALF], ids=str)
 @one_way
 @interpreted
-def test_a_row_has_the_same_bits_in_any_company(name, backend, dtype, products_in_order):
-    """Alone in buffers of its size, and among others in larger ones, on either side and in tiles of any size."""
+def test_bits_of_a_row_do_not_depend_on_the_batch(name, backend, dtype, products_in_order):
+    """Alone, and among others in larger buffers, on both sides and with all tile sizes."""
     subject, how = SUBJECTS[name], SUBJECTS[name].ways[1]
     among = Layout((5, 3, 70, 1), left=(1,), capacity=90)
     companies = [
@@ -114,7 +114,7 @@ def test_a_row_has_the_same_bits_in_any_company(name, backend, dtype, products_i
         assert not first.isnan().any() and all(torch.equal(first, other) for other in others)
 
 
-def test_a_large_capacity_takes_other_tiles_that_add_in_the_same_order():
+def test_tiles_of_all_sizes_have_the_same_depth():
     for dtype in (FLOAT32, HALF, BFLOAT16):
         few, many = tiles_for(dtype, 90, N), tiles_for(dtype, 33792, N)
         assert (few.rows, many.rows) == (64, 128)
@@ -124,7 +124,7 @@ def test_a_large_capacity_takes_other_tiles_that_add_in_the_same_order():
 
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (7, 3), (16, 64), (65, 66), (130, 129)])
 @pytest.mark.parametrize(("backend", "dtype"), DTYPES)
-def test_widths_that_no_tile_divides(backend, dtype, k, n):
+def test_widths_not_divisible_by_tiles(backend, dtype, k, n):
     layout = Layout((3, 64), rows=2, capacity=67)
     x, (weight, bias) = torch.randn(67, k).to(dtype), parameters(n, k, dtype=dtype)
     out, first = torch.full((67, n), torch.nan, dtype=dtype), torch.full((2, n), torch.nan, dtype=dtype)
@@ -139,7 +139,7 @@ def test_widths_that_no_tile_divides(backend, dtype, k, n):
 
 
 @on_both
-def test_more_tiles_than_programs_and_than_a_group_of_them(backend):
+def test_more_tiles_than_programs(backend):
     layout = Layout((500, 199), rows=2, capacity=800)
     x, (weight, bias) = torch.randn(800, 3), parameters(130, 3, dtype=FLOAT32)
     out = torch.full((800, 130), UNTOUCHED)
@@ -162,7 +162,7 @@ def test_head_sizes(backend, size):
 
 
 @on_both
-def test_logits_that_would_overflow_the_exponential(backend):
+def test_attention_with_large_logits(backend):
     layout = Layout((40,), rows=1)
     qkv, out = 300 * torch.randn(40, 24), torch.empty(40, 8)
     ops.rows_attention(qkv, layout.offsets, layout.row_ids, 1, 40, out, backend=backend)
@@ -172,7 +172,7 @@ def test_logits_that_would_overflow_the_exponential(backend):
 
 @pytest.mark.parametrize("width", [1, 3, 384, 768, 1000, 4096])
 @on_both
-def test_widths_of_the_norm(backend, width):
+def test_norm_widths(backend, width):
     layout = Layout((1, 2), rows=2, capacity=3)
     x, residual, out = torch.randn(3, width), 3 + torch.randn(3, width), torch.empty(3, width)
     weight, bias = torch.randn(width), torch.randn(width)
@@ -183,7 +183,7 @@ def test_widths_of_the_norm(backend, width):
 
 
 @on_both
-def test_the_norm_may_write_over_what_it_reads(backend):
+def test_norm_in_place(backend):
     layout = Layout((3, 2), rows=2, capacity=8, side=1)
     x, hidden, (weight, bias) = torch.randn(8, H), torch.randn(16, H), parameters(H, dtype=FLOAT32)
     norm = weight, bias, EPS, layout.offsets
@@ -200,7 +200,7 @@ def test_the_norm_may_write_over_what_it_reads(backend):
 
 @pytest.mark.parametrize("name", TORCH_ACTIVATIONS)
 @on_both
-def test_activations_over_their_range(backend, name):
+def test_activations_equal_torch(backend, name):
     x = torch.cat([torch.linspace(-12, 12, 2001), 10.0 ** torch.linspace(-8, 0, 41)])[:, None]
     layout, out = Layout((len(x),), rows=1, capacity=len(x)), torch.empty_like(x)
     ops.rows_linear(x, torch.ones(1, 1), torch.zeros(1), layout.offsets, out, activation=name, backend=backend)

@@ -1,4 +1,4 @@
-"""A whole encoder layer made of the ops that take their token count from the device, against the family's own."""
+"""A whole encoder layer of the ops against the family's own layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES = [
 
 
 def run(layer: fused_layers.LayerWeights, hidden: torch.Tensor, layout: Layout, backend: str) -> None:
-    """One layer, in place, in seven launches; what is between starts as NaN."""
+    """Run one layer in place in seven launches; intermediate buffers start as NaN."""
     offsets, width = layout.offsets, hidden.shape[1]
     qkv, context, mid, inner = (
         hidden.new_full((layout.capacity, n), torch.nan) for n in (3 * width, width, width, len(layer.inner.bias))
@@ -47,7 +47,7 @@ def run(layer: fused_layers.LayerWeights, hidden: torch.Tensor, layout: Layout, 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert"])
-def test_as_close_to_float64_as_the_own_layer_of_that_dtype(family, backend, dtype):
+def test_layer_of_ops_is_as_close_to_float64_as_the_family_layer(family, backend, dtype):
     model = stock(family, dropout=0.0).to(dtype)
     adapter = adapter_of(family)
     (own,) = adapter.parts(adapter.layers(encoder_of(model))[0])

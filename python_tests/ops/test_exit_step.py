@@ -1,4 +1,4 @@
-"""exit_step of every back-end against the float64 oracle, layer after layer, and the bits of a row in any batch."""
+"""exit_step of every back-end against the float64 oracle, and that bits do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support import oracle
 from support.backends import backend_params
-from support.exit_step_cases import DEPTH, DTYPES, RULES, SOURCES, Case, build, memory, truth
+from support.criterion_cases import CASES, OWNERS, SETTINGS
+from support.exit_step_cases import DEPTH, DTYPES, SOURCES, Case, build, memory, truth
 
 from earlyexit_kernels.criteria import RULES as TABLE
 from earlyexit_kernels.ops import exit_step
@@ -45,7 +45,7 @@ THOROUGH = {
 def grid(shapes) -> list[Case]:
     return [
         Case(name, source, dtype, b, c)
-        for name, rule in RULES.items()
+        for name, rule in SETTINGS.items()
         for source, dtype in (ALL_INPUTS if name in THOROUGH else SOME_INPUTS)
         for c in rule.classes
         for b in shapes.get(c, ())
@@ -53,36 +53,36 @@ def grid(shapes) -> list[Case]:
 
 
 def params(names, cases) -> list:
-    """Pairs of a back-end and a case; the back-ends of one case stand together and share its truth."""
+    """Pairs of a back-end and a case; the back-ends of a case are adjacent and share its expected results."""
     marked = [(p.values[0], p.marks) for p in backend_params(names)]
     return [pytest.param(name, case, marks=marks, id=f"{name}-{case}") for case in cases for name, marks in marked]
 
 
-def one_large(rows, names=tuple(RULES)) -> list[Case]:
+def one_large(rows, names=tuple(SETTINGS)) -> list[Case]:
     """One batch of this size for every rule."""
-    return [Case(name, "mean", torch.float32, rows, 3 if 3 in RULES[name].classes else 1) for name in names]
+    return [Case(name, "mean", torch.float32, rows, 3 if 3 in SETTINGS[name].classes else 1) for name in names]
 
 
 EVERY_CASE = params(["torch", "cpp"], grid(SHAPES)) + params(["triton"], grid(SMALL_SHAPES))
 LARGE = params(["torch", "cpp"], one_large(1024)) + params(["triton"], one_large(33, sorted(THOROUGH)))
 
 
-def test_every_criterion_of_the_table_has_cases():
-    assert {rule.name for rule in RULES.values()} == set(TABLE)
+def test_every_criterion_has_cases():
+    assert set(OWNERS.values()) == set(TABLE)
 
 
 @pytest.mark.parametrize(("backend", "case"), EVERY_CASE)
-def test_oracle(backend, case, count_flips):
+def test_equals_oracle(backend, case, count_flips):
     follow(backend, case, count_flips)
 
 
 @pytest.mark.parametrize(("backend", "case"), LARGE)
-def test_oracle_on_a_large_batch(backend, case, count_flips):
+def test_equals_oracle_on_a_large_batch(backend, case, count_flips):
     follow(backend, case, count_flips)
 
 
 def follow(backend, case, count_flips, device="cpu") -> None:
-    """Run all layers beside the oracle; rows once within tolerance of their threshold may go their own way."""
+    """Run all layers and the oracle; rows once within tolerance of their threshold may differ."""
     criterion, batch = case.criterion, build(case)
     changed = {"row_ids": batch.row_ids.clone(), **memory(criterion, batch.requests, case.classes)}
     changed = {name: tensor.to(device) for name, tensor in changed.items()}
@@ -97,7 +97,7 @@ def follow(backend, case, count_flips, device="cpu") -> None:
         named = batch.row_ids.numpy()
         sure = ~near[named] | (named < 0)
         np.testing.assert_array_equal(got["row_ids"][sure], want.row_ids[sure])
-        tolerance = 0.0 if case.source == "logits" and not RULES[case.rule].own_answer else TOLERANCE
+        tolerance = 0.0 if case.source == "logits" and not case.own_answer else TOLERANCE
         np.testing.assert_allclose(got["answers"][~near], want.answers[~near], rtol=tolerance, atol=tolerance)
         np.testing.assert_allclose(got["state"][:, ~near], want.state[:, ~near], rtol=TOLERANCE, atol=TOLERANCE)
         assert counts.dtype == torch.int32
@@ -121,7 +121,7 @@ COMPANY += [
 
 
 @pytest.mark.parametrize(("name", "source"), COMPANY)
-def test_a_row_has_the_same_bits_in_any_company(backend, name, source):
+def test_bits_of_a_row_do_not_depend_on_the_batch(backend, name, source):
     rows = 7 if backend == "triton" else 33
     batch = build(Case(name, source, torch.float32, rows, 3))
     everyone = torch.arange(rows)
@@ -136,8 +136,8 @@ def test_a_row_has_the_same_bits_in_any_company(backend, name, source):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_threads_change_no_bit(source):
-    """1024 rows are enough work for the compiled op to share it out."""
+def test_bits_do_not_depend_on_the_number_of_threads(source):
+    """1024 rows are enough work for the compiled op to use several threads."""
     batch = build(Case("entropy", source, torch.float32, 1024, 3))
     everyone, answers = torch.arange(1024), []
     for threads in (1, 2):
@@ -152,7 +152,7 @@ def test_threads_change_no_bit(source):
 
 def finish(backend, name, layers, rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Answers and exit layers of some rows of a batch, run in this order through all layers."""
-    criterion = RULES[name].build(3)
+    criterion = SETTINGS[name].build(3)
     row_ids, held = torch.arange(len(rows), dtype=torch.int32), memory(criterion, len(rows), 3, rows)
     for layer, given in enumerate(layers, start=1):
         exit_step(
@@ -182,8 +182,8 @@ def select(given, rows) -> dict:
 
 
 @pytest.mark.parametrize("name", ["entropy", "entropy_normalized", "max_probability", "margin", "energy"])
-def test_a_decision_on_the_edge_ignores_the_company(backend, name):
-    """Thresholds within a rounding step of one row's score, where the smallest difference in bits would show."""
+def test_decisions_at_the_threshold_do_not_depend_on_the_batch(backend, name):
+    """Thresholds within a rounding step of the score of a row, where the smallest difference would show."""
     rows, classes = (4, 3) if backend == "triton" else (12, 5)
     case = Case(name, "logits", torch.float32, rows, classes)
     logits = torch.randn(rows, classes, generator=torch.Generator().manual_seed(3))
@@ -197,7 +197,7 @@ def test_a_decision_on_the_edge_ignores_the_company(backend, name):
 
 def truth_scores(case, logits) -> np.ndarray:
     """The oracle's score of each row of ready logits."""
-    decide, numbers = oracle.DECISIONS[RULES[case.rule].name], RULES[case.rule].numbers(case.classes, 1)
+    decide, numbers = CASES[OWNERS[case.rule]].decide, SETTINGS[case.rule].numbers(case.classes, 1)
     return np.array([decide(z, None, None, numbers, (1, 2))[1] for z in logits.double().numpy()])
 
 

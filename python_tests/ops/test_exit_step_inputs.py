@@ -1,4 +1,4 @@
-"""What exit_step accepts, refuses and leaves alone: layouts, optional inputs, gradients, masked rows, messages."""
+"""The arguments of exit_step: layouts, optional inputs, gradients, rows that have left, and error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ B, C, H = 4, 3, 8
 
 
 def call(criterion=None, *, requests=B, classes=C, **changed) -> dict:
-    """Keyword arguments of a valid call on ready logits, at layer 1 of 2, with some changed."""
+    """Keyword arguments of a valid call with logits at layer 1 of 2, with some changed."""
     criterion = criterion or MaxProbability(threshold=0.0)
     arguments = dict(
         criterion=criterion,
@@ -27,12 +27,12 @@ def call(criterion=None, *, requests=B, classes=C, **changed) -> dict:
 
 
 def head(dtype=torch.float32, tokens=B, classes=C) -> dict:
-    """Hidden states and a linear head in place of ready logits."""
+    """Hidden states and a linear head instead of logits."""
     hidden, weight, bias = torch.randn(tokens, H), torch.randn(classes, H), torch.randn(classes)
     return {"logits": None, "hidden": hidden.to(dtype), "weight": weight.to(dtype), "bias": bias.to(dtype)}
 
 
-#: What is wrong -> the call, and what its message has to say: the argument, what was expected, what came.
+#: Case -> the call, and words of the message: the argument, what was expected, what was given.
 REFUSED = {
     "both": (lambda: call(hidden=torch.randn(B, H)), ("either hidden", "or logits", "got both or neither")),
     "neither": (lambda: call(logits=None), ("either hidden", "or logits", "got both or neither")),
@@ -45,7 +45,7 @@ REFUSED = {
     "hidden": (lambda: call(**{**head(), "hidden": torch.randn(B + 1, H)}), ("hidden", "[4, 8]", "got [5, 8]")),
     "no_width": (
         lambda: call(**{**head(), "hidden": torch.randn(B, 0), "weight": torch.randn(C, 0)}),
-        ("hidden", "a number a token", "got [4, 0]"),
+        ("hidden", "width >= 1", "got [4, 0]"),
     ),
     "weight": (lambda: call(**{**head(), "weight": torch.randn(C, H + 1)}), ("weight", "[3, 8]", "got [3, 9]")),
     "bias": (lambda: call(**{**head(), "bias": torch.randn(C + 1)}), ("bias", "[3]", "got [4]")),
@@ -74,7 +74,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(backend, name):
+def test_invalid_arguments_are_refused(backend, name):
     build, words = REFUSED[name]
     arguments = build()
     before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
@@ -86,13 +86,15 @@ def test_refused(backend, name):
 
 
 @pytest.mark.parametrize("offsets", [[0, 2, 1, 3, 4], [-1, 1, 2, 3, 4]], ids=["decrease", "below_0"])
-def test_offsets_beside_ready_logits_are_refused_without_a_buffers_size(backend, offsets):
-    with pytest.raises(ValueError, match=r"exit_step.*: expected offsets .*; pass cumulative lengths") as caught:
+def test_message_for_invalid_offsets_beside_logits(backend, offsets):
+    with pytest.raises(
+        ValueError, match=r"exit_step.*: expected non-decreasing offsets .*; pass cumulative lengths"
+    ) as caught:
         exit_step(**call(offsets=torch.tensor(offsets, dtype=torch.int32)), backend=backend)
     assert "None" not in str(caught.value)
 
 
-def test_without_offsets_every_row_is_one_token(backend):
+def test_default_offsets_are_one_token_per_row(backend):
     arguments = [
         call(FullDepth(), **head(), depth=depth, pooling=p) for p in ("first", "mean", "none") for depth in (1, 2)
     ]
@@ -104,7 +106,7 @@ def test_without_offsets_every_row_is_one_token(backend):
             torch.testing.assert_close(given["answers"], z, rtol=1e-5, atol=1e-5)
 
 
-def test_strided_inputs_give_the_same_answers(backend):
+def test_strided_inputs(backend):
     dense = call(**head(tokens=2 * B), offsets=torch.arange(0, 2 * B + 1, 2, dtype=torch.int32), pooling="mean")
     strided = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in dense.items()}
     for name in ("hidden", "weight", "bias"):
@@ -128,8 +130,8 @@ def test_tokens_beyond_the_last_offset_are_not_read(backend):
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_goes_on_after_a_compaction(backend, pooling):
-    """The rows that `compact` leaves at the end are empty segments at the end of the buffer."""
+def test_step_after_compaction(backend, pooling):
+    """`compact` leaves empty rows at the end."""
     offsets = torch.tensor([0, 2, 3, 5, 6], dtype=torch.int32)
     row_ids = torch.tensor([3, -1, 1, -1], dtype=torch.int32)
     given = call(**head(tokens=6), depth=1, pooling=pooling)
@@ -144,8 +146,8 @@ def test_goes_on_after_a_compaction(backend, pooling):
     assert (given["answers"] == UNTOUCHED).all(dim=1).tolist() == [True, False, True, False]
 
 
-def test_masked_rows_are_left_alone(backend):
-    """Whatever stands in the place of a row that has left, nothing of the request changes and nothing is counted."""
+def test_rows_that_have_left_do_not_change(backend):
+    """Their values are ignored, and they are not counted."""
     given = call(Patience(patience=1), row_ids=torch.tensor([-1, 2, -1, 0], dtype=torch.int32))
     given["logits"][[0, 2]] = torch.nan
     counts = exit_step(**given, backend=backend)
@@ -156,7 +158,7 @@ def test_masked_rows_are_left_alone(backend):
     assert (given["exit_layer"] == NO_LAYER).all()
 
 
-def test_a_row_without_meaning_keeps_its_state_and_answers_at_the_end(backend):
+def test_invalid_row_keeps_its_state_and_leaves_at_the_last_layer(backend):
     given = call(Patience(patience=1), depth=3)
     first = given["logits"].clone()
     exit_step(**given, backend=backend)
@@ -170,13 +172,13 @@ def test_a_row_without_meaning_keeps_its_state_and_answers_at_the_end(backend):
     torch.testing.assert_close(given["answers"], given["logits"], rtol=0, atol=0, equal_nan=True)
 
 
-def test_aux_that_the_criterion_does_not_need_is_not_looked_at(backend):
+def test_unneeded_aux_is_not_read(backend):
     given = call(Entropy(threshold=9.0), aux=torch.full((B,), torch.nan))
     assert exit_step(**given, backend=backend).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("criterion", [Voting(threshold=2), Dact()], ids=str)
-def test_a_row_without_meaning_keeps_the_state_of_every_class(backend, criterion):
+def test_invalid_row_keeps_the_state_of_every_class(backend, criterion):
     given = call(criterion, depth=3, aux=torch.rand(B))
     exit_step(**given, backend=backend)
     state = given["state"].clone()
@@ -187,15 +189,15 @@ def test_a_row_without_meaning_keeps_the_state_of_every_class(backend, criterion
     assert (given["state"][:, [0, 3]] != state[:, [0, 3]]).any(dim=0).all()
 
 
-def test_the_exit_rule_of_a_gate_decides(backend):
+def test_skip_gate_decides_by_its_exit_rule(backend):
     gate, alone = call(SkipGate(threshold=0.5, exit=Entropy(threshold=0.9))), call(Entropy(threshold=0.9))
     alone["logits"] = gate["logits"]
     assert torch.equal(exit_step(**gate, backend=backend), exit_step(**alone, backend=backend))
     assert torch.equal(gate["row_ids"], alone["row_ids"])
 
 
-def test_nothing_tracks_gradients(backend):
-    """Decisions have no gradient: what the op changes must not join the graph of what it reads."""
+def test_outputs_have_no_gradient(backend):
+    """The outputs do not join the autograd graph of the inputs."""
     given = call(QExit(q=0.2), **head(), aux=torch.rand(B, requires_grad=True), depth=1, pooling="none")
     for name in ("hidden", "weight", "bias"):
         given[name].requires_grad_()
@@ -203,7 +205,7 @@ def test_nothing_tracks_gradients(backend):
     assert not any(given[name].requires_grad for name in ("answers", "state")) and not counts.requires_grad
 
 
-def test_a_compiled_caller_gets_the_same(backend):
+def test_compiled_caller(backend):
     given = call(Entropy(threshold=0.9), row_ids=torch.tensor([2, -1, 0, 3], dtype=torch.int32))
     again = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     compiled = torch.compile(lambda arguments: exit_step(**arguments, backend=backend) + 0, backend="aot_eager")

@@ -27,7 +27,7 @@ def int32(values) -> torch.Tensor:
 
 
 def drawn_offsets(r: random.Random, rows: int) -> list[int]:
-    """Mostly valid offsets of a few rows, which may start above 0, decrease, be negative or wrap in int32."""
+    """Offsets of a few rows, most of them valid; some start above 0, decrease, are negative or wrap in int32."""
     ends = list(itertools.accumulate((r.choice((0, 1, 1, 2, 3)) for _ in range(rows)), initial=r.choice((0, 0, 0, 2))))
     if r.random() < 0.5:
         for _ in range(r.choice((1, 1, 2))):
@@ -36,7 +36,7 @@ def drawn_offsets(r: random.Random, rows: int) -> list[int]:
 
 
 def drawn_ids(r: random.Random, rows: int, requests: int) -> list[int]:
-    """Distinct ids and rows that have left; at times one out of the request, or one twice."""
+    """Mostly distinct ids and rows that have left; some ids are out of range or repeated."""
     ids = (
         r.sample(range(max(rows, requests)), rows) if r.random() < 0.8 else [r.randrange(requests) for _ in range(rows)]
     )
@@ -53,7 +53,7 @@ def distinct(ids) -> bool:
 
 
 def verdict(op, fits: bool, arguments: dict, backend: str) -> bool:
-    """Call `op`, which has to refuse what doesn't fit and change nothing; whether it ran."""
+    """Call `op` and return whether it ran; invalid calls must raise and change nothing."""
     if fits:
         arguments["returned"] = op(**arguments, backend=backend)
         return True
@@ -106,7 +106,7 @@ def test_gather_rows(backend):
 
 
 def exit_arguments(pooling: str | None, ids, ends, tokens: int, requests: int, **changed) -> dict:
-    """A call at the last layer, where every row present leaves; without a pooling on ready logits."""
+    """A call at the last layer, where every row leaves; without pooling on logits."""
     given = {"logits": torch.randn(len(ids), C)}
     if pooling:
         given = {"hidden": torch.randn(tokens, H), "weight": torch.randn(C, H), "bias": torch.randn(C)}
@@ -150,7 +150,7 @@ def check_against_oracle(arguments, ids, ends, pooling) -> None:
     answers, exit_layer = np.full((requests, C), UNTOUCHED), np.full(requests, NO_LAYER)
     row_ids = np.array(ids, dtype=np.int64)
     step = oracle.exit_step(
-        criterion="full_depth",
+        decide=oracle.decide_full_depth,
         params=(),
         layer=1,
         depth=1,
@@ -169,8 +169,8 @@ def check_against_oracle(arguments, ids, ends, pooling) -> None:
 
 
 @pytest.mark.parametrize("left", [False, True])
-def test_a_call_at_the_limits_of_int32_is_taken(backend, left):
-    """The tokens of a row are counted without wrapping."""
+def test_offsets_at_the_limit_of_int32(backend, left):
+    """The tokens of a row are counted without overflow."""
     ids, ends = [-1 if left else 0, 1], [1, HIGHEST, HIGHEST]
     planned = compact(int32(ids), int32(ends), backend=backend)
     assert [x.tolist() for x in planned] == list(oracle.compact(ids, ends))
@@ -178,7 +178,7 @@ def test_a_call_at_the_limits_of_int32_is_taken(backend, left):
     assert exit_step(**arguments, backend=backend).tolist() == ([1, 0, 0] if left else [2, HIGHEST - 1, 0])
 
 
-def test_more_rows_than_int32_counts_are_refused(backend):
+def test_more_rows_than_int32_are_refused(backend):
     many = int32([0]).expand(2**31)
     with pytest.raises(ValueError, match=r"compact: expected at most 2147483647 rows, got 2147483648; split"):
         compact(many, int32([0]).expand(2**31 + 1), backend=backend)
@@ -260,7 +260,7 @@ on_each = pytest.mark.parametrize(
 
 
 def in_one_buffer(first: torch.Tensor, second: torch.Tensor, shared: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same tensors, the second one `shared` bytes before the end of the first."""
+    """Return both tensors in one buffer, the second one `shared` bytes before the end of the first."""
     sizes = [x.numel() * x.element_size() for x in (first, second)]
     memory = torch.zeros(sum(sizes) + 64, dtype=torch.uint8)
     start = sizes[0] - shared
@@ -271,7 +271,7 @@ def in_one_buffer(first: torch.Tensor, second: torch.Tensor, shared: int) -> tup
 
 
 @on_each
-def test_memory_that_is_written_is_no_other_argument_of_the_call(backend, name):
+def test_overlapping_memory_is_refused(backend, name):
     build, written = OVERLAPS[name]
     op, names = getattr(ops, name), [k for k, v in build().items() if isinstance(v, torch.Tensor)]
     pairs = [(w, other) for w in written for other in names if other != w]
@@ -290,9 +290,9 @@ def test_memory_that_is_written_is_no_other_argument_of_the_call(backend, name):
         op(**apart, backend=backend)
 
 
-def test_compiled_exit_step_refuses_overlaps_itself():
+def test_bare_compiled_exit_step_refuses_overlapping_memory():
     # a row id that an answer has overwritten would be an index of any memory
-    op = ops.exit_step_op("cpp", "cpu")
+    op = ops.bare_op("exit_step", "cpp", "cpu")
     build, written = OVERLAPS["exit_step"]
     names = ["hidden", "offsets", "weight", "bias", "logits", "aux", "row_ids", "state", "answers", "exit_layer"]
     for first, second in [(w, other) for w in written for other in names if other != w and other in build()]:
@@ -306,7 +306,7 @@ def test_compiled_exit_step_refuses_overlaps_itself():
 
 
 @on_each
-def test_what_is_no_dense_tensor_with_values_is_refused(backend, name):
+def test_other_types_than_dense_tensors_are_refused(backend, name):
     op = getattr(ops, name)
     arguments = OVERLAPS[name][0]()
     with pytest.raises(ValueError, match=rf"^{name}: expected \w+ with values, got a meta tensor"):
@@ -346,7 +346,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_exit_step_names_the_wrong_argument(backend, name):
+def test_exit_step_names_the_invalid_argument(backend, name):
     changed, error, words = WRONG[name]
     with pytest.raises(error, match=f"^exit_step: {words}"):
         exit_step(**exit_arguments("first", [1, 0], [0, 1, 2], 2, 2) | changed, backend=backend)

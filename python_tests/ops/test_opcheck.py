@@ -1,4 +1,4 @@
-"""torch.library.opcheck on every op and back-end, and that an op changes what its schema declares and nothing else."""
+"""torch.library.opcheck on every op and back-end, and the declared mutations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N, C, H = 5, 3, 8
 
 
 def exit_step_arguments(source="logits", *, rows=4, grad=False, criterion="patience", layer=2, depth=2) -> tuple:
-    """Positional arguments of exit_step; patience 1 is in its second layer, so that all that is mutable changes."""
+    """Positional arguments of exit_step; the second layer of patience 1, so that all mutable tensors change."""
     params, state = {
         "patience": ([1.0, -1.0], [[0.0] * N, [0.0] * N]),
         "q_exit": ([0.4], [[0.8] * N]),
@@ -52,7 +52,7 @@ def gather_arguments(rows=3, grad=False) -> tuple:
 
 
 def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
-    """Positional arguments of an op of an encoder layer: rows of 2, 0 and 1 tokens, the last one left; or none."""
+    """Positional arguments of an op of an encoder layer: rows of 2, 0 and 1 tokens, or no tokens."""
     offsets = torch.tensor([4, 6, 6, 7] if tokens else [0] * 4, dtype=torch.int32)
     row_ids = torch.tensor([2, -1, -1] if tokens else [-1] * 3, dtype=torch.int32)
     x, hidden, qkv, out = (torch.randn(*shape, requires_grad=grad) for shape in ((4, H), (8, H), (4, 3 * H), (4, H)))
@@ -122,7 +122,7 @@ def test_opcheck(backend, case):
 
 
 @every_case
-def test_changes_what_it_declares_and_nothing_else(backend, case):
+def test_mutates_only_declared_arguments(backend, case):
     name, arguments = CASES[case]
     op, given = op_of(name, backend), arguments()
     before = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in given]
@@ -141,14 +141,14 @@ def test_changes_what_it_declares_and_nothing_else(backend, case):
     assert all(x.untyped_storage().data_ptr() not in memory for x in returned if x is not None and x.numel())
 
 
-def test_all_back_ends_share_one_schema():
+def test_back_ends_share_one_schema():
     for name in {name for name, _ in CASES.values()}:
         back_ends = [backend for backend in BACKENDS if has(name, backend)]
         schemas = {str(op_of(name, backend)._schema).split("(", 1)[1] for backend in back_ends}
         assert len(schemas) == 1
 
 
-def test_fake_tensors_give_the_real_shapes_and_dtypes(backend):
+def test_fake_tensors_have_the_real_shapes_and_dtypes(backend):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for name, arguments in CASES.values():
@@ -166,7 +166,7 @@ def describe(tensor):
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device.type)
 
 
-def test_an_unknown_criterion_is_refused(backend):
+def test_unknown_criterion_is_refused(backend):
     arguments = list(exit_step_arguments(criterion="full_depth"))
     arguments[10] = "nonsense"
     assert "nonsense" not in RULES

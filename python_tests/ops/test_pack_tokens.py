@@ -1,13 +1,15 @@
-"""pack_tokens: what `packing.pack` keeps of a batch, found on the device, whatever the buffers held before."""
+"""pack_tokens against `packing.pack`, in buffers of arbitrary contents."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
 from support.backends import backend_params
 
 from earlyexit_kernels.engine.packing import pack
-from earlyexit_kernels.ops import PACK_TOKENS_OPS
+from earlyexit_kernels.ops import pack_tokens
 
 STALE = 10**6
 
@@ -18,7 +20,7 @@ def backend(request) -> str:
 
 
 def packed(backend, ids, *, mask=None, positions=None, types=None, rows=8, width=16) -> dict[str, torch.Tensor]:
-    """Run the op on a batch in buffers ``[rows, width]`` whose rest is rubbish."""
+    """Run the op on a batch in buffers ``[rows, width]`` with arbitrary contents elsewhere."""
     n, s = ids.shape
     inputs = []
     for value in (ids, mask, positions, types):
@@ -31,7 +33,11 @@ def packed(backend, ids, *, mask=None, positions=None, types=None, rows=8, width
         torch.full(shape, STALE, dtype=torch.int32) for shape in ((2, rows), (rows,), (rows + 1,), (4,))
     )
     tokens = torch.full((3, rows * width), STALE)
-    PACK_TOKENS_OPS[backend](batch, *inputs, found, row_ids, offsets, tokens, counts)
+    ids, mask, positions, types = inputs
+    pack_tokens(
+        batch=batch, ids=ids, mask=mask, positions=positions, types=types, found=found, row_ids=row_ids,
+        offsets=offsets, tokens=tokens, counts=counts, backend=backend,
+    )  # fmt: skip
     return {"row_ids": row_ids, "offsets": offsets, "tokens": tokens, "counts": counts}
 
 
@@ -50,7 +56,7 @@ SHAPES = [(1, 1), (1, 16), (3, 5), (8, 16), (5, 7)]
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("n", "s"), SHAPES)
-def test_as_the_host_packs(n, s, masked, backend):
+def test_equals_pack(n, s, masked, backend):
     ids, mask, positions, types = batch_of(n, s, masked=masked)
     out, expected = packed(backend, ids, mask=mask, positions=positions, types=types), pack(ids, mask)
     kept = int(expected.offsets[-1])
@@ -62,7 +68,7 @@ def test_as_the_host_packs(n, s, masked, backend):
     assert (out["tokens"][:, kept:] == STALE).all()
 
 
-def test_positions_by_column_and_no_types(backend):
+def test_default_positions_and_types(backend):
     ids, mask, *_ = batch_of(3, 5)
     out, expected = packed(backend, ids, mask=mask), pack(ids, mask)
     kept = int(expected.offsets[-1])
@@ -70,7 +76,7 @@ def test_positions_by_column_and_no_types(backend):
     assert (out["tokens"][2, :kept] == 0).all()
 
 
-def test_rows_without_tokens_and_with_a_masked_first(backend):
+def test_rows_without_tokens_or_with_a_masked_first_token(backend):
     ids, mask, *_ = batch_of(5, 7)
     mask[1] = 0
     mask[2, 0], mask[2, 3] = 0, 1
@@ -80,8 +86,8 @@ def test_rows_without_tokens_and_with_a_masked_first(backend):
     assert torch.equal(out["tokens"][0, : expected.offsets[-1]], expected.take(ids)[0])
 
 
-def test_longer_than_a_program_looks_at(backend, monkeypatch):
-    monkeypatch.setattr("earlyexit_kernels.ops.pack_tokens.MOST_COLUMNS", 4)
+def test_rows_longer_than_a_block(backend, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("earlyexit_kernels.ops.pack_tokens"), "MAX_COLUMNS", 4)
     ids, mask, *_ = batch_of(3, 11)
     mask[1, :5] = 0
     out, expected = packed(backend, ids, mask=mask), pack(ids, mask)
@@ -89,6 +95,28 @@ def test_longer_than_a_program_looks_at(backend, monkeypatch):
     assert out["counts"][2] == 1
 
 
-def test_nothing_to_pack(backend):
+def test_empty_batch(backend):
     out = packed(backend, torch.zeros(0, 0, dtype=torch.int64))
     assert out["counts"].tolist() == [0] * 4 and (out["offsets"] == 0).all() and (out["row_ids"] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("batch", torch.tensor([9, 4, 0, 0, 0], dtype=torch.int32), "at most 8 rows of 16 tokens, got 9 of 4"),
+        ("mask", torch.zeros(8, 15, dtype=torch.int64), r"expected mask of shape \[8, 16\], got \[8, 15\]"),
+        ("tokens", torch.zeros(3, 127, dtype=torch.int64), r"expected tokens \[3, T\] with T >= 128, got T 127"),
+        ("counts", torch.zeros(4), "expected counts to be torch.int32, got torch.float32"),
+    ],
+)
+def test_invalid_arguments_are_refused(backend, name, tensor, message):
+    inputs = {name: torch.zeros(8, 16, dtype=torch.int64) for name in ("ids", "mask", "positions", "types")}
+    shapes = {"batch": (5,), "found": (2, 8), "row_ids": (8,), "offsets": (9,), "counts": (4,)}
+    arguments = {
+        **inputs,
+        **{name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()},
+        "tokens": torch.zeros(3, 128, dtype=torch.int64),
+    }
+    pack_tokens(**arguments, backend=backend)
+    with pytest.raises(ValueError, match=f"pack_tokens: .*{message}"):
+        pack_tokens(**arguments | {name: tensor}, backend=backend)

@@ -1,4 +1,4 @@
-"""resident_exit: the decision of exit_step, and then the rows settled as compact and gather_rows would."""
+"""resident_exit against exit_step, compact and gather_rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.backends import backend_params
 from support.compaction_cases import PATTERNS
 
 from earlyexit_kernels.criteria import Entropy, Patience
-from earlyexit_kernels.ops import GATHER_ROWS_OPS, RESIDENT_EXITS, exit_step_op
+from earlyexit_kernels.ops import bare_op, exit_step, resident_exit
 
 WIDTH, CLASSES, DEAD = 8, 3, -777
 
@@ -20,7 +20,7 @@ def backend(request) -> str:
 
 
 def resident(rows: int, present: int, side: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A buffer whose live side holds `present` ragged rows, every third of which has left; the rest is NaN."""
+    """A buffer with `present` rows of different lengths on one side, every third of which has left; the rest is NaN."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.zeros(rows, dtype=torch.int64)
     lengths[:present] = torch.randint(1, 6, (present,), generator=g)
@@ -48,14 +48,13 @@ def resident(rows: int, present: int, side: int, seed: int = 0) -> dict[str, tor
 
 
 def leave(x, backend, rule, *, tile=1, capacity=None, layer=1, depth=3, pooling="first", handle=0):
-    """Run the op on a clone of `x`, and give that back with the state."""
+    """Run the op on a clone of `x`, and return the clone with the state."""
     x = {name: tensor.clone() for name, tensor in x.items()}
     capacity = x["hidden"].shape[0] // 2 if capacity is None else capacity
     x["state"] = rule.new_state(x["answers"].shape[0], x["answers"].device, CLASSES)
-    RESIDENT_EXITS[backend](
-        x["hidden"], x["weight"], x["bias"], None, None, x["row_ids"], x["offsets"], x["old_offsets"], x["source"],
-        x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(layer), pooling, layer, depth,
-        tile, capacity, handle,
+    resident_exit(
+        **x, criterion=rule, layer=layer, depth=depth, pooling=pooling, tile=tile, capacity=capacity, handle=handle,
+        backend=backend,
     )  # fmt: skip
     return x
 
@@ -63,16 +62,16 @@ def leave(x, backend, rule, *, tile=1, capacity=None, layer=1, depth=3, pooling=
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize(("rows", "present"), [(1, 1), (4, 3), (37, 37), (64, 40)])
-def test_decides_as_exit_step_and_settles_as_compact(backend, rows, present, side, pooling):
+def test_equals_exit_step_and_compact(backend, rows, present, side, pooling):
     rule, x = Entropy(threshold=0.8), resident(rows, present, side)
     found = leave(x, backend, rule, pooling=pooling)
     row_ids, state = x["row_ids"].clone(), found["state"].clone()
     answers, exit_layer = x["answers"].clone(), x["exit_layer"].clone()
     relative = x["offsets"] - x["offsets"][0]
     live_side = x["hidden"][x["offsets"][0] : x["offsets"][-1]]
-    counts = exit_step_op("torch", "cpu")(
-        live_side, relative, x["weight"], x["bias"], None, None, row_ids, state, answers, exit_layer, rule.name,
-        rule.params(1), pooling, 1, 3,
+    counts = exit_step(
+        criterion=rule, layer=1, depth=3, row_ids=row_ids, state=state, answers=answers, exit_layer=exit_layer,
+        hidden=live_side, offsets=relative, weight=x["weight"], bias=x["bias"], pooling=pooling, backend="torch",
     )  # fmt: skip
     torch.testing.assert_close(found["answers"], answers, atol=1e-5, rtol=1e-5)
     assert torch.equal(found["exit_layer"], exit_layer)
@@ -91,7 +90,7 @@ def test_decides_as_exit_step_and_settles_as_compact(backend, rows, present, sid
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_moves_only_where_a_tile_is_saved(backend, pattern):
+def test_rows_move_only_if_tiles_are_saved(backend, pattern):
     x = resident(33, 33, 0)
     x["row_ids"] = torch.arange(33, dtype=torch.int32).masked_fill(~PATTERNS[pattern](33), -1)
     lengths, live = x["offsets"].diff(), x["row_ids"] >= 0
@@ -103,14 +102,14 @@ def test_moves_only_where_a_tile_is_saved(backend, pattern):
         assert found["counts"].tolist() == [int(live.sum()), tokens, 0, tokens if moved else total]
 
 
-def test_rows_are_moved_to_the_other_side_and_back(backend):
+def test_rows_move_to_the_other_side_and_back(backend):
     x = resident(9, 9, 0)
     rule = Patience(patience=5)
     for layer in (1, 2):
         before = x
         x = leave(x, backend, rule, layer=layer)
         hidden = x["hidden"].clone()
-        GATHER_ROWS_OPS[backend](hidden, x["old_offsets"], x["source"], x["offsets"], hidden)
+        bare_op("gather_rows", backend, "cpu")(hidden, x["old_offsets"], x["source"], x["offsets"], hidden)
         for row in range(int(x["counts"][0])):
             old = int(x["source"][row])
             mine = before["hidden"][before["offsets"][old] : before["offsets"][old + 1]]
@@ -120,7 +119,7 @@ def test_rows_are_moved_to_the_other_side_and_back(backend):
     assert int(x["offsets"][0]) == 0
 
 
-def test_rows_without_an_answer_are_counted_and_stay(backend):
+def test_invalid_rows_are_counted_and_stay(backend):
     x = resident(6, 6, 1)
     row = next(i for i in range(6) if x["row_ids"][i] >= 0)
     x["hidden"][x["offsets"][row]] = torch.nan
@@ -129,14 +128,14 @@ def test_rows_without_an_answer_are_counted_and_stay(backend):
     assert found["row_ids"].tolist()[0] == x["row_ids"][row]
 
 
-def test_nothing_left_settles_to_nothing(backend):
+def test_all_rows_leave(backend):
     found = leave(resident(5, 4, 0), backend, Entropy(threshold=5.0))
     assert found["counts"].tolist() == [0, 0, 0, 0]
     assert found["row_ids"].tolist() == found["source"].tolist() == [-1] * 5
     assert found["offsets"].tolist() == [30] * 6
 
 
-def test_only_the_compiled_op_sets_a_handle(backend):
+def test_handle_requires_the_compiled_op(backend):
     with pytest.raises(ValueError, match="only back-end 'cpp' sets a graph's handle, got 7"):
         leave(resident(2, 2, 0), backend, Entropy(threshold=0.5), handle=7)
 
@@ -144,11 +143,11 @@ def test_only_the_compiled_op_sets_a_handle(backend):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"tile": 24, "capacity": 1}, r"expected hidden of shape \[2, '\*'\], got \[24, 8\]"),
-        ({"tile": 0}, "expected a tile of 1 token or more, got 0"),
+        ({"tile": 24, "capacity": 11}, r"expected hidden of shape \[22, '\*'\], got \[24, 8\]"),
+        ({"tile": 0}, "expected capacity >= 0 and tile >= 1 token, got 12 and 0"),
     ],
     ids=["capacity", "tile"],
 )
-def test_refuses_numbers_that_do_not_fit(backend, numbers, message):
+def test_invalid_numbers_are_refused(backend, numbers, message):
     with pytest.raises(ValueError, match=f"resident_exit: {message}"):
         leave(resident(2, 2, 0), backend, Entropy(threshold=0.5), **numbers)

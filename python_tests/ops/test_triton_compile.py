@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that aren't here: with every criterion plugged in, and in the sizes shipped."""
+"""Every Triton kernel compiles for several GPU architectures, with every criterion and in all shipped sizes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ FLOAT32, HALF, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def compile_for(capability, kernel, types, constants, **options):
-    """Compile `kernel`; its pointers are aligned as memory of torch is."""
+    """Compile `kernel` for pointers aligned like memory of torch."""
     names, types = kernel.arg_names, types | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     source = ASTSource(kernel, {name: types[name] for name in names}, constants, aligned)
@@ -91,8 +91,8 @@ def test_exit_step_compiles(capability, name, pooling):
 
 @pytest.mark.parametrize("block", [4, 64])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_all_warps_read_a_rows_state_before_it_is_written(name, block):
-    """Each reads it for itself; without a barrier a late one reads what is written already, and answers otherwise."""
+def test_state_is_read_before_a_barrier_and_written_after(name, block):
+    """Each warp reads the state; without the barrier a late one would read new values."""
     ptx = compile_exit(90, name, "first", block).asm["ptx"]
     writes = ptx.index("st.global")
     assert "bar.sync" in ptx[ptx.rindex("ld.global", 0, writes) : writes]
@@ -100,7 +100,7 @@ def test_all_warps_read_a_rows_state_before_it_is_written(name, block):
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", ["count_tokens_kernel", "pack_tokens_kernel"])
-def test_packing_compiles(name, capability, tmp_path):
+def test_pack_tokens_compiles(name, capability, tmp_path):
     kernel = getattr(importlib.import_module("earlyexit_kernels.ops.pack_tokens"), name)
     longs = dict.fromkeys(("ids", "mask", "positions", "types", "tokens"), "*i64")
     types = by_name(kernel) | {n: t for n, t in longs.items() if n in kernel.arg_names}
@@ -121,13 +121,13 @@ def test_packing_compiles(name, capability, tmp_path):
     ],
     ids=["compact", "gather_rows", "settle_rows"],
 )
-def test_moves_compile(room, kernel, block, capability):
+def test_compact_and_gather_rows_compile(room, kernel, block, capability):
     kernel = getattr(room, kernel)
     compile_for(capability, kernel, by_name(kernel), {"BLOCK": block})
 
 
 class Recorder:
-    """Stands in for a kernel, and keeps what it is launched with."""
+    """Replaces a kernel and records its launches."""
 
     def __getitem__(self, grid):
         return self.launch
@@ -223,7 +223,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_launches_stay_in_registers(name, monkeypatch, tmp_path):
+def test_other_launches_do_not_spill_registers(name, monkeypatch, tmp_path):
     compiled = compile_launch(90, monkeypatch, *OTHERS[name]())
     assert "tf32" not in compiled.asm["ptx"]
     assert_in_registers(compiled, tmp_path)
@@ -231,7 +231,7 @@ def test_other_launches_stay_in_registers(name, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear])
 @pytest.mark.parametrize("capability", [80, 100])
-def test_the_others_compile_beside_hopper(capability, launch, monkeypatch):
+def test_launches_compile_for_other_architectures(capability, launch, monkeypatch):
     compile_launch(capability, monkeypatch, *launch(HALF))
 
 
@@ -239,7 +239,7 @@ def test_the_others_compile_beside_hopper(capability, launch, monkeypatch):
     "name",
     ["exit_step", "compact", "resident_exit", "pack_tokens", "rows_linear", "rows_add_norm", "first_tokens_linear"],
 )
-def test_one_kernel_serves_batches_of_all_sizes(name):
+def test_kernels_are_not_specialized_on_batch_sizes(name):
     module = importlib.import_module(f"earlyexit_kernels.ops.{name}")
     kernels = [kernel for own, kernel in vars(module).items() if own.endswith("_kernel")]
     sizes = [p for kernel in kernels for p in kernel.params if p.name in ("rows", "present", "capacity", "layer")]

@@ -8,9 +8,9 @@ from earlyexit_kernels.backends import BACKENDS, available_backends
 
 
 def backend_params(names=BACKENDS) -> list:
-    """Parameters for the back-ends; one that can't run here is skipped with the reason the package gives.
+    """Return test parameters for the back-ends; unavailable ones are skipped with the reason from the package.
 
-    Triton carries its own mark: it runs on the CPU under its interpreter only, in a second pass of the suite.
+    Triton has its own mark: on CPU it runs only with its interpreter, in a second pass of the suite.
     """
     reasons = available_backends("cpu")
     params = []

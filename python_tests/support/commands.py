@@ -1,12 +1,12 @@
-"""Commands of the command line, run in this process."""
+"""Run commands of the command line in this process."""
 
 from __future__ import annotations
 
-from earlyexit_kernels.cli import main
+from earlyexit_cli import main
 
 
 def exit_code(argv: list[str]) -> int:
-    """Of a command, whether its arguments are refused by argparse or later."""
+    """Run a command and return its exit code, also if argparse refuses its arguments."""
     try:
         return main(argv)
     except SystemExit as stop:
@@ -14,7 +14,7 @@ def exit_code(argv: list[str]) -> int:
 
 
 def error_of(capsys, argv: list[str]) -> str:
-    """The one line that a failing command prints, after whatever transformers has logged."""
+    """Run a command that fails, and return its last line on stderr; lines before it are logs of transformers."""
     assert exit_code(argv) == 2
     *logged, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and not any("Traceback" in other for other in logged)

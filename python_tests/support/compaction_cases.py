@@ -1,10 +1,10 @@
-"""Batches of which some rows have left."""
+"""Batches in which some rows have left."""
 
 from __future__ import annotations
 
 import torch
 
-#: Which of B rows are live.
+#: Name -> mask of the live rows of B rows.
 PATTERNS = {
     "none": lambda b: torch.zeros(b, dtype=torch.bool),
     "all": lambda b: torch.ones(b, dtype=torch.bool),
@@ -16,7 +16,7 @@ PATTERNS = {
 
 
 def rows_of(b, pattern) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row ids in an order of their own, and offsets of ragged rows, those that have left possibly empty."""
+    """Return row ids in random order, and offsets of ragged rows; rows that have left may be empty."""
     g = torch.Generator().manual_seed(b)
     live = PATTERNS[pattern](b)
     row_ids = torch.randperm(2 * b, generator=g)[:b].to(torch.int32).masked_fill(~live, -1)

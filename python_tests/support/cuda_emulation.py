@@ -1,4 +1,4 @@
-"""csrc/cuda built for the CPU, over cuda_emulator.h: the ops of ``torch.ops.earlyexit_emulated``."""
+"""Build csrc/cuda for the CPU with cuda_emulator.h, as the ops ``torch.ops.earlyexit_emulated``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "earlyexit_emulated"
 
-#: What a C++ compiler doesn't read, and what stands for it.
+#: CUDA syntax that a C++ compiler does not support, and its replacement.
 CUDA_SYNTAX = (
     (r"(\w+(?:<[\w():]+>)?)\s*<<<([^;]*?)>>>\(([^;]*?)\);", r"emulator::run([=] { \1(\3); }, \2);"),
     (
@@ -33,9 +33,9 @@ HEADERS = (
 )
 
 
-#: What has no meaning without a device.
+#: Files that require a device.
 NOT_EMULATED = ("graph.cpp",)
-#: How a kernel that only the graph launches is called from here.
+#: C function to call a kernel that only graphs launch.
 TAKE_TURN = """
 #include "kernels.h"
 extern "C" void take_turn(int32_t* turn, int32_t* chosen, int32_t* again, int32_t turns) {
@@ -50,7 +50,7 @@ def compiler() -> str | None:
 
 
 def translated(folder: Path) -> list[Path]:
-    """Copy csrc into `folder`, the CUDA files as C++; returns those to compile."""
+    """Copy csrc into `folder` with the CUDA files translated to C++; return the files to compile."""
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for name in HEADERS:
         header = folder / "headers" / name
@@ -70,7 +70,7 @@ def translated(folder: Path) -> list[Path]:
 
 
 def load(folder: Path) -> Path:
-    """Build the ops in `folder` and load them; their schemas are still to be defined. Returns the library."""
+    """Build the ops in `folder`, load them, and return the library; the caller defines their schemas."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     library = folder / "emulated.so"
@@ -78,7 +78,7 @@ def load(folder: Path) -> Path:
     command = [
         compiler(),
         *arguments.split(),
-        "-U_FORTIFY_SOURCE",  # which takes a jump between stacks for an overflow
+        "-U_FORTIFY_SOURCE",  # which reports jumps between stacks as overflows
         *("-include", "cuda_emulator.h", f"-I{folder / 'headers'}", f"-I{ROOT / 'python_tests' / 'support'}"),
         *(f"-isystem{path}" for path in include_paths()),
         *translated(folder),

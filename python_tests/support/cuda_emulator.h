@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the CPU: block after block, each thread a fiber, blocks and threads in shuffled order. It finds
-// wrong indices, barriers that a thread misses and most missing ones; what it can't find is what a card's caches and
-// warps running side by side do. Stands in for the CUDA headers that csrc/cuda includes.
+// Emulates CUDA kernels on the CPU: blocks run one after the other, threads are fibers, both in random order. Detects
+// invalid indices, barriers that a thread misses and most missing barriers; does not detect effects of caches and of
+// concurrent warps. Replaces the CUDA headers that csrc/cuda includes.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -35,7 +35,7 @@ namespace emulator {
 
 enum class Wait { kNothing, kWarp, kBlock, kDone };
 
-// A context starts it; from then on jumps go to it and back, which cost no call of the system.
+// Started by a context; later switches are jumps, which require no system call.
 struct Fiber {
   static constexpr size_t kStack = 1 << 16;
   Wait wait = Wait::kNothing;
@@ -50,7 +50,7 @@ inline jmp_buf scheduler;
 inline int running;
 inline std::function<void()> kernel;
 inline dim3 thread_index, block_index, block_size, grid_size;
-inline unsigned long long shown[1024];  // by each thread to its warp
+inline unsigned long long shown[1024];  // values that threads exchange within their warps
 inline std::minstd_rand shuffler;
 constexpr size_t kSharedBytes = 48 << 10;
 alignas(16) inline char shared_memory[kSharedBytes];
@@ -106,7 +106,7 @@ inline void run_block(int threads) {
     }
     if (!ran) {
       fibers.clear();
-      throw std::runtime_error("emulator: some threads wait at a barrier that others don't reach");
+      throw std::runtime_error("emulator: some threads wait at a barrier that others do not reach");
     }
     for (int warp = 0; warp < threads; warp += 32) release(warp, warp + 32, Wait::kWarp);
     release(0, threads, Wait::kBlock);
@@ -115,7 +115,7 @@ inline void run_block(int threads) {
 
 inline void run(std::function<void()> body, dim3 grid, int threads, size_t shared_bytes, cudaStream_t) {
   if (grid.x == 0 || grid.y == 0 || threads % 32 || threads > 1024 || shared_bytes > kSharedBytes) {
-    throw std::runtime_error("emulator: this launch would fail");
+    throw std::runtime_error("emulator: invalid launch configuration");
   }
   kernel = std::move(body);
   grid_size = grid;
@@ -130,7 +130,7 @@ inline void run(std::function<void()> body, dim3 grid, int threads, size_t share
   }
 }
 
-// What thread `from` of this block shows, taken once the whole warp has shown its own.
+// Returns the value of thread `from`, after all threads of the warp have stored theirs.
 template <class T>
 T exchange(T mine, int from) {
   std::memcpy(&shown[running], &mine, sizeof(T));
@@ -173,7 +173,7 @@ inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits);
 inline c10::Half __ushort_as_half(unsigned short bits) { return c10::Half(bits, c10::Half::from_bits()); }
 inline float __half2float(c10::Half x) { return x; }
 
-// A handle is the address of the condition.
+// Handles are addresses of conditions.
 #define CUDART_VERSION 13000
 inline void cudaGraphSetConditional(unsigned long long handle, unsigned value) {
   *reinterpret_cast<int32_t*>(handle) = static_cast<int32_t>(value);

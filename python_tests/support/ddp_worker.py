@@ -1,6 +1,6 @@
-"""Train three steps on this process's half of the batch and store the gradients; `test_ddp.py` starts two of these.
+"""Train three steps on half of the batch and store the gradients; `test_ddp.py` starts two processes.
 
-python ddp_worker.py FOLDER RANK WORLD; the test itself runs `steps` on the whole batch, without DDP.
+Usage: python ddp_worker.py FOLDER RANK WORLD. The test calls `steps` on the whole batch, without DDP.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ CASES = {
     },
 }
 STEPS, BATCH, RATE = 3, 8, 0.05
-#: Epochs done before each step: SmartBERT's gates turn hard at the third.
+#: Epochs done before each step; the gates of SmartBERT become hard at the third.
 EPOCHS = (0.0, 1.5, 3.0)
 
 
 def steps(case: str, rank: int, world: int) -> dict:
-    """Gradients and losses of each step, and the weights after the last."""
+    """Return gradients and losses of each step, and the weights after the last step."""
     family, *more = case.split(", ")
     smoothing = more == ["label smoothing"]
     model = early_exit(family, dropout=0.0, **CASES[case]).train()
     if "method" in CASES[case]:
-        model.enter_phase(int(case[-1]))
+        model.phase_state.enter(model, int(case[-1]))
     wrapped = DistributedDataParallel(model, find_unused_parameters=False) if dist.is_initialized() else model
     optimiser = torch.optim.SGD(model.parameters(), lr=RATE)
     labels = torch.arange(BATCH) % CLASSES
-    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    own_rows = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     gradients, losses = [], []
     for step in range(STEPS):
         batch = batch_for(model, lengths=[9, 4, 6, 9, 3, 9, 8, 5], seed=step)
         optimiser.zero_grad()
-        model.set_progress(step, EPOCHS[step])
-        inputs = {name: value[mine] for name, value in batch.items()}
-        if smoothing:  # as the Trainer does it: from the logits of the last exit, and still no parameter is unused
-            loss = F.cross_entropy(wrapped(**inputs).logits, labels[mine], label_smoothing=0.1)
+        model.phase_state.set_progress(step, EPOCHS[step])
+        inputs = {name: value[own_rows] for name, value in batch.items()}
+        if smoothing:  # as in the Trainer: from the logits of the last exit, and without unused parameters
+            loss = F.cross_entropy(wrapped(**inputs).logits, labels[own_rows], label_smoothing=0.1)
         else:
-            loss = wrapped(**inputs, labels=labels[mine]).loss
+            loss = wrapped(**inputs, labels=labels[own_rows]).loss
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
         losses.append(loss.detach())
@@ -65,12 +65,12 @@ def steps(case: str, rank: int, world: int) -> dict:
 
 
 def data_set() -> list:
-    """Eleven rows, which two processes with batches of three can't share evenly."""
+    """Return eleven rows, which two processes with batches of three cannot share evenly."""
     return rows_of(ragged(lengths=[9, 4, 6, 9, 3, 9, 8, 5, 7, 2, 9]), torch.arange(11) % CLASSES)
 
 
 def predictions(folder: Path) -> dict:
-    """What `predict_with_exits` returns here, for a Trainer that spreads its batches over the processes."""
+    """Return the result of `predict_with_exits` for a Trainer that distributes its batches over the processes."""
     args = tf.TrainingArguments(
         output_dir=str(folder), use_cpu=True, report_to="none", per_device_eval_batch_size=3, ddp_backend="gloo"
     )
@@ -83,7 +83,7 @@ def predictions(folder: Path) -> dict:
 
 
 def main(folder: Path, rank: int, world: int) -> None:
-    # accelerate looks for these, and then takes the group that is there: the address is never used
+    # accelerate requires these variables and then uses the existing group, not the address
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)

@@ -1,4 +1,4 @@
-"""The ops of an encoder layer behind one function each, which lays rows out in poisoned buffers and calls it."""
+"""One function per op of an encoder layer, which writes rows into buffers filled with NaN and calls the op."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from earlyexit_kernels import ops
 
-#: What untouched memory holds, in every dtype.
+#: Initial value of output buffers, exact in every dtype.
 UNTOUCHED = 768.0
 H, N, EPS = 24, 40, 1e-5
 
@@ -22,10 +22,10 @@ class Layout:
     """Rows in buffers of two sides.
 
     Attributes:
-        lengths: tokens of each row that owns some.
-        left: those of them that have left.
+        lengths: number of tokens of each row that has some.
+        left: indices of those rows that have left.
         rows, capacity: R and T.
-        side: which one is live.
+        side: the side in use, 0 or 1.
     """
 
     lengths: tuple[int, ...]
@@ -41,7 +41,7 @@ class Layout:
 
     @property
     def row_ids(self) -> Tensor:
-        """In an order of their own."""
+        """Row ids, in descending order."""
         ids = [2 * self.rows - i if i in self.live else -1 for i in range(self.rows)]
         return torch.tensor(ids, dtype=torch.int32)
 
@@ -54,7 +54,7 @@ class Layout:
         return slice(start, start + self.lengths[row])
 
     def buffer(self, values: Sequence[Tensor], width: int, dtype: torch.dtype, *, absolute: bool) -> Tensor:
-        """``[T, width]``, or both sides of it: the rows' values where they belong, NaN everywhere else."""
+        """Return a buffer ``[T, width]``, or ``[2 T, width]``, with the values of the rows and NaN elsewhere."""
         buffer = torch.full(((1 + absolute) * self.capacity, width), torch.nan, dtype=dtype)
         for row, value in enumerate(values):
             buffer[self.tokens(row, absolute=absolute)] = value.to(dtype)
@@ -62,12 +62,12 @@ class Layout:
 
 
 def values_of(layout: Layout) -> list[Tensor]:
-    """Of each row; those of a row depend on its length alone."""
+    """Return random values of each row, which depend on its length only."""
     return [torch.randn(n, 3 * H, generator=torch.Generator().manual_seed(n)) for n in layout.lengths]
 
 
 def parameters(*shape: int, dtype: torch.dtype) -> list[Tensor]:
-    """A weight of this shape and a bias."""
+    """Return a weight of this shape and a bias."""
     generator = torch.Generator().manual_seed(1)
     return [(torch.randn(s, generator=generator) * 0.3).to(dtype) for s in (shape, shape[:1])]
 
@@ -136,14 +136,14 @@ def true_add_norm(values, how, dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Subject:
-    """An op behind one function.
+    """An op to test.
 
     Attributes:
-        run: ``(layout, the rows' values, dtype, backend, how) -> out``, which was `UNTOUCHED`.
-        truth: ``(a row's values, how, dtype of the parameters) -> its result``.
-        ways: what `how` can be.
-        tokens: a row's result is a line for each token, not one in all.
-        writes_left: rows that have left, but own tokens, are computed with the rest.
+        run: ``(layout, values of the rows, dtype, backend, how) -> out``, initially `UNTOUCHED`.
+        truth: ``(values of a row, how, dtype of the parameters) -> its result``.
+        ways: values of `how`, the keyword arguments of the op.
+        tokens: whether the result of a row has one line per token, or one line in total.
+        writes_left: whether rows that have left but still have tokens are computed.
     """
 
     run: Callable[..., Tensor]
@@ -153,7 +153,7 @@ class Subject:
     writes_left: bool = True
 
     def place(self, layout: Layout, row: int, how: dict[str, Any]) -> slice:
-        """Where the result of a row is in out."""
+        """Return the slice of the output with the result of a row."""
         if not self.tokens:
             return slice(row, row + 1)
         return layout.tokens(row, absolute=how.get("out_absolute", False))
@@ -186,7 +186,7 @@ SUBJECTS = {
         ({}, {"residual_absolute": True, "out_absolute": True}, {"residual_absolute": True}, {"out_absolute": True}),
     ),
 }
-#: An op and how it is called, by a readable name.
+#: Readable name -> op and keyword arguments.
 WAYS = {
     "-".join([name, *map(str, how), *(v for v in how.values() if isinstance(v, str))]): (subject, how)
     for name, subject in SUBJECTS.items()

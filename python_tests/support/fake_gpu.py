@@ -1,5 +1,5 @@
-"""A stand-in for a GPU, so that what is made for one runs on the CPU: streams and events that do nothing, graphs that
-are plain calls, and nodes whose bodies have no effect where nothing opened them."""
+"""A stand-in for a GPU, so that GPU code runs on the CPU: streams and events without effect, graphs that are plain
+calls, and conditional nodes whose bodies write nothing unless they were opened."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.end_to_end import check, engines, measure, models
+from benchmarks.end_to_end import answers, engines, measure, models
 from benchmarks.end_to_end.workloads import Fixed
 from benchmarks.gpu import bench, nodes
 from benchmarks.gpu.bench import Bench
 from earlyexit_kernels.engine import graphs
 from earlyexit_kernels.engine.choice import Choice
-from earlyexit_kernels.ops import RESIDENT_EXITS
+from earlyexit_kernels.ops import bare_op
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 class Event:
-    """Tells the time of the host."""
+    """An event with the host's time."""
 
     def __init__(self, **_: Any) -> None:
         self.at = 0.0
@@ -39,15 +39,15 @@ class Event:
         return 1000 * (end.at - self.at)
 
 
-class Nothing(TorchDispatchMode):
-    """Operations that write in place write nothing."""
+class NoWrites(TorchDispatchMode):
+    """In-place operations write nothing."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return args[0]
 
 
 class Nodes:
-    """A graph with IF nodes; handles are opened by the exit that is given one."""
+    """A graph with IF nodes; the exit that is given a handle opens it."""
 
     def __init__(self) -> None:
         self.opened: set[int] = set()
@@ -59,14 +59,14 @@ class Nodes:
         return self.made
 
     def begin_if(self, handle: int) -> None:
-        self.body.enter_context(contextlib.nullcontext() if handle in self.opened else Nothing())
+        self.body.enter_context(contextlib.nullcontext() if handle in self.opened else NoWrites())
 
     def end_if(self) -> None:
         self.body.close()
 
 
 class Turns:
-    """Stands for `graphs.ConditionalNodes`: loops are the host's."""
+    """Stands for `graphs.ConditionalNodes`: the host runs its loops."""
 
     def __init__(self, graph: Nodes) -> None:
         self.graph = graph
@@ -87,16 +87,31 @@ class Turns:
 
 
 def small_bench() -> Bench:
-    """Real numbers of rows, and everything else as small as it goes."""
+    """Return a bench with real numbers of rows, and everything else as small as possible."""
     return Bench(
         "cpu", "torch", "torch", length=8, width=24, copies=2, nodes=3, products=(8,), shapes=((1, 4), (3, 8)),
         rounds=2, warmup=0,
     )  # fmt: skip
 
 
+def use_tiny_models(monkeypatch) -> None:
+    """Replace the benchmarks' models with tiny ones under the same names, and rest for no time."""
+    subjects = {name: partial(models.random_subject, name, vocab_size=100, **SIZES) for name in models.SUBJECTS}
+    monkeypatch.setattr(models, "SUBJECTS", subjects)
+    monkeypatch.setattr(measure, "REST", 0)
+    monkeypatch.setitem(answers.PROBES, "cpu", Fixed(4, 8))
+    clear_caches()
+
+
+def clear_caches() -> None:
+    """Drop all models that the benchmarks keep."""
+    for cache in (models.subject, engines.engine_model, answers.rounding_of, bench._filler):
+        cache.cache_clear()
+
+
 @pytest.fixture
 def gpu(monkeypatch, captures) -> Bench:
-    """The small bench, with everything that it asks of CUDA replaced."""
+    """The small bench, with everything that it needs of CUDA replaced."""
     stream = SimpleNamespace(
         wait_stream=lambda other: None,
         synchronize=lambda: None,
@@ -117,43 +132,37 @@ def gpu(monkeypatch, captures) -> Bench:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(Bench, "graph_of", lambda self, calls: lambda: [call() for call in calls])
     monkeypatch.setattr(Bench, "conditional_graph", _conditional_graph)
-    monkeypatch.setattr(nodes, "RESIDENT_EXITS", {"torch": _opening})
+    monkeypatch.setattr(nodes, "bare_op", lambda *_: _opening)
     monkeypatch.setattr(nodes, "ConditionalNodes", Turns)
     monkeypatch.setattr(graphs, "has_conditional_nodes", lambda: True)
     monkeypatch.setattr(graphs, "_plain", lambda loop, stream: loop.launch)
     monkeypatch.setitem(engines.ENGINES, engines.GRAPH, _graph_on_cpu)
-    subjects = {name: partial(models.random_subject, name, vocab_size=100, **SIZES) for name in models.SUBJECTS}
-    monkeypatch.setattr(models, "SUBJECTS", subjects)
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
-    monkeypatch.setattr(measure, "REST", 0)
-    monkeypatch.setitem(check.PROBES, "cpu", Fixed(4, 8))
-    _forget()
+    use_tiny_models(monkeypatch)
     yield small_bench()
-    _forget()
-
-
-def _forget() -> None:
-    for cache in (models.subject, engines.engine_model, check.rounding_of, bench._filler):
-        cache.cache_clear()
+    clear_caches()
 
 
 def _graph_on_cpu(model: Any) -> None:
-    def answers(inputs: Any, rule: Any) -> Any:
-        return model._graphs.run(model.parts, model.backend, model._checked(inputs), *inputs[1:])
+    execution = model.execution
 
-    model._answers = answers
+    def run(view: Any, inputs: Any, *, strict: bool) -> Any:
+        return execution.graphs.run(view, execution.backend(view), inputs)
+
+    execution.run = run
 
 
 def falls_back_on_cpu(model: Any) -> None:
-    """As `set_engine("graph")`: what can't be captured runs eagerly."""
-    eager, model._engine = model._answers, "graph"
-    model.engine_for = lambda rows, length, **_: Choice("graph", "it was asked for")
+    """Set the graph engine as `set_engine("graph")` does: batches that cannot be captured run eagerly."""
+    execution = model.execution
+    eager, execution._engine = execution.run, "graph"
+    execution.choose_engine = lambda *_, **__: Choice("graph", "it was requested")
 
-    def answers(inputs: Any, rule: Any) -> Any:
-        out = model.from_graph(model._checked(inputs), *inputs[1:])
-        return eager(inputs, rule) if out is None else out
+    def run(view: Any, inputs: Any, *, strict: bool) -> Any:
+        out = execution.run_graph(view, inputs)
+        return eager(view, inputs, strict=strict) if out is None else out
 
-    model._answers = answers
+    execution.run = run
 
 
 _OPEN: list[Nodes] = []
@@ -174,4 +183,4 @@ def _opening(*arguments: Any) -> None:
     *others, handle = arguments
     if handle:
         _OPEN[-1].opened.add(handle)
-    RESIDENT_EXITS["torch"](*others, 0)
+    bare_op("resident_exit", "torch", "cpu")(*others, 0)

@@ -1,19 +1,19 @@
-"""A driver of `make gpu-check` with a clock of its own and steps that are given."""
+"""A driver of `make gpu-check` with its own clock and given steps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import store
+from benchmarks import harness
 from benchmarks.gpu import card, check
-from benchmarks.gpu.bench import head
+from benchmarks.gpu.bench import header
 from benchmarks.gpu.check import Step
 from benchmarks.gpu.steps import Outcome
 
 
 class Clock:
-    """Moves when it is told to, in seconds."""
+    """A clock that moves only when told to, in seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -24,7 +24,7 @@ class Clock:
 
 @pytest.fixture
 def driver(monkeypatch, tmp_path):
-    """``driver(steps, ...)``: a run that writes to a folder of its own, and how long each step was given."""
+    """``driver(outcomes, ...)``: run steps with given outcomes, with results in a temporary folder."""
     monkeypatch.setattr(card, "facts", lambda: {"gpu": "Fake", "nvidia_smi": {"driver_version": "580.1"}})
     monkeypatch.setattr(card, "fingerprint", lambda: driver.sources)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake")
@@ -48,9 +48,9 @@ def driver(monkeypatch, tmp_path):
 
 
 def good(name, **fields) -> Outcome:
-    return Outcome([head(f"gpu_{name}", name, "ours") | {"median_ms": 1.0} | fields])
+    return Outcome([header(f"gpu_{name}", name, "ours") | {"median_ms": 1.0} | fields])
 
 
 def document(driver) -> dict:
-    (found,) = store.documents(driver.results).values()
+    (found,) = harness.documents(driver.results).values()
     return found

@@ -1,4 +1,4 @@
-"""Captures of the graph engine replaced by plain runs of the loop, so that they need no GPU."""
+"""Replaces captures of the graph engine by plain runs of the loop, so that no GPU is needed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from earlyexit_kernels.engine import graphs
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
 from earlyexit_kernels.engine.graphs import Captured
-from earlyexit_kernels.engine.resident import Bucket, ResidentLoop
+from earlyexit_kernels.engine.resident import ResidentLoop
+from earlyexit_kernels.engine.resident_buffers import Bucket
 
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Streams that do nothing, tensors that belong to any, and captures that are counted."""
+    """Replace streams by ones without effect, and captures by runs of the loop; return the captured buckets."""
     stream = SimpleNamespace(
         wait_stream=lambda other: None, record_event=lambda: SimpleNamespace(synchronize=lambda: None)
     )

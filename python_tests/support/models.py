@@ -1,4 +1,4 @@
-"""Small random stock models of every family, ragged batches for them, and what several test files share."""
+"""Small random stock models of every family, ragged batches, and other helpers of several test files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _COMMON_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "clas
 
 
 def stock(family: str = "bert", *, seed: int = 0, dropout: float = 0.1, attention: str = "sdpa", **sizes: Any) -> Any:
-    """A small random stock classifier in eval mode; its biases and layer norms are random too, as trained ones are."""
+    """Return a small stock classifier in eval mode with random parameters, including biases and layer norms."""
     arguments = {**_SIZES, **_FAMILY_SIZES.get(family, {}), **sizes}
     if family == "distilbert":
         arguments = {_DISTILBERT_NAMES.get(name, name): value for name, value in arguments.items()}
@@ -76,21 +76,22 @@ def stock(family: str = "bert", *, seed: int = 0, dropout: float = 0.1, attentio
 
 
 def encoder_of(model: Any) -> nn.Module:
-    """The encoder of a stock classifier."""
+    """Return the encoder of a stock classifier."""
     return model.base_model
 
 
 def pad_id(model: Any) -> int:
-    """Pad token of a stock or an early-exit model."""
+    """Return the pad token of a stock or early-exit model."""
     config = model.config
     return getattr(config, "backbone_config", config).pad_token_id
 
 
 def ragged(kind: str = "right", *, lengths: Sequence[int] = LENGTHS, pad: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """Ids and mask ``[N, S]``.
+    """Return ids and mask ``[N, S]``.
 
-    `kind`: ``"full"`` (no padding), ``"right"``, ``"left"``, ``"holes"`` (and right padding; the second token of a row
-    is always masked), ``"real_ids_masked"`` (no pad id below the mask), ``"pad_ids_attended"`` (pad ids above it).
+    `kind`: ``"full"`` (no padding), ``"right"``, ``"left"``, ``"holes"`` (right padding, and masked tokens inside the
+    rows, always including the second), ``"real_ids_masked"`` (real ids as padding), ``"pad_ids_attended"`` (a pad id as
+    an attended token).
     """
     generator = torch.Generator().manual_seed(seed)
     n, s = len(lengths), max(lengths)
@@ -112,12 +113,12 @@ def ragged(kind: str = "right", *, lengths: Sequence[int] = LENGTHS, pad: int = 
 
 
 def batch_for(model: Any, kind: str = "right", **arguments: Any) -> dict[str, Tensor]:
-    """`ragged` with the model's own pad token."""
+    """Return `ragged` with the pad token of the model."""
     return ragged(kind, pad=pad_id(model), **arguments)
 
 
 def rows_of(batch: dict[str, Tensor], labels: Tensor | None = None) -> list[dict[str, Tensor]]:
-    """A batch as a data set, its padding dropped."""
+    """Return the rows of a batch as a data set, without padding."""
     rows = []
     for i in range(batch["input_ids"].shape[0]):
         tokens = int(batch["attention_mask"][i].nonzero().max()) + 1
@@ -127,7 +128,7 @@ def rows_of(batch: dict[str, Tensor], labels: Tensor | None = None) -> list[dict
 
 
 def early_exit(family: str = "bert", *, seed: int = 0, gain: float = 1.5, **arguments: Any) -> Any:
-    """An early-exit model whose exits differ from each other and from row to row, in eval mode."""
+    """Return an early-exit model in eval mode whose exits give different logits."""
     of_stock = ("dropout", "problem_type", "num_labels", "num_hidden_layers", "num_hidden_groups")
     sizes = {name: arguments.pop(name) for name in of_stock if name in arguments}
     model = ee.to_early_exit(stock(family, seed=seed, **sizes), **arguments)
@@ -143,20 +144,20 @@ def early_exit(family: str = "bert", *, seed: int = 0, gain: float = 1.5, **argu
 
 @torch.no_grad()
 def balance_classes(model: Any, batch: dict[str, Tensor]) -> None:
-    """Move the biases of the exits so that no class is preferred on this batch, and labels change from exit to exit."""
+    """Shift the biases of the exits so that no class dominates on this batch and labels differ between exits."""
     means = model.trace(**batch).logits.float().mean(0)
     for head, mean in zip(model.heads.out, means, strict=True):
         head.bias.sub_(mean)
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """Entropy in nats over the last axis, float64."""
+    """Return the entropy in nats over the last axis, float64."""
     p = logits.double().softmax(-1)
     return torch.special.entr(p).sum(-1)
 
 
 def varied_entropy(trace: ee.ExitTrace) -> ee.criteria.Entropy:
-    """An entropy rule by which about half of the rows present leave at each exit; no row lies near a threshold."""
+    """Return an entropy rule with which about half of the live rows leave at each exit, none near the threshold."""
     scores = entropies(trace.logits)
     present = torch.ones(len(scores), dtype=torch.bool)
     thresholds = []
@@ -172,7 +173,7 @@ def varied_entropy(trace: ee.ExitTrace) -> ee.criteria.Entropy:
 
 
 def tokenizer() -> tf.PreTrainedTokenizerFast:
-    """A word-level tokenizer with [CLS] and [SEP], built from nothing."""
+    """Return a word-level tokenizer with [CLS] and [SEP]."""
     words = "[PAD] [UNK] [CLS] [SEP] a bad dull film good great is it not of play the was witty".split()
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -201,7 +202,7 @@ TEXTS = (
 
 @contextmanager
 def parameter_set(parameter: Tensor, index: Any, value: Any) -> Iterator[None]:
-    """Write into a parameter, and put its old values back."""
+    """Change elements of a parameter within the block."""
     old = parameter.detach().clone()
     with torch.no_grad():
         parameter[index] = value
@@ -213,7 +214,7 @@ def parameter_set(parameter: Tensor, index: Any, value: Any) -> Iterator[None]:
 
 
 def python_environment(**variables: str) -> dict[str, str]:
-    """Environment of a Python process that can import the package and these tests, on one thread."""
+    """Return the environment of a single-threaded Python process that can import the package and these tests."""
     here = Path(__file__).resolve().parents[1]
     paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(p for p in paths if p)
@@ -221,7 +222,7 @@ def python_environment(**variables: str) -> dict[str, str]:
 
 
 def run_python(code: str, *arguments: str, timeout: float = 120) -> str:
-    """Run `code` in a fresh interpreter and return what it printed; its failure fails the test with its output."""
+    """Run `code` in a new interpreter and return its output; fail the test if it fails."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=python_environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"

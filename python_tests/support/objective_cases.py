@@ -1,4 +1,4 @@
-"""Every training method in every mode it has, on one small seeded trace whose rows can be taken apart."""
+"""All training methods in all modes, on one small seeded trace that can be split into rows."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ AUX = ("halting", "uncertainty", "gate")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One method at one point of its training.
+    """One method at one position of its training.
 
     Attributes:
-        exits: the exits, from 0, whose logits get a gradient.
-        aux: scalars that get one, with their layers from 0.
-        projected: whether token projections get one.
-        linear: the loss of a batch is the mean of the losses of its halves.
-        detached: something the loss reads gets no gradient on purpose, so finite differences differ.
+        exits: the exits, from 0, whose logits have a gradient.
+        aux: scalars with a gradient, and their layers from 0.
+        projected: whether token projections have a gradient.
+        linear: whether the loss of a batch is the mean of the losses of its halves.
+        detached: whether an input of the loss is detached, so that finite differences differ.
     """
 
     objective: Objective
@@ -57,7 +57,7 @@ class Case:
         return self.objective.loss(trace, labels, self.at)
 
     def trace(self, dtype: torch.dtype = torch.float64, depth: int = DEPTH) -> ExitTrace:
-        """The trace of this case; its tensors are leaves that want gradients."""
+        """Return the trace of this case; its tensors are leaves that require gradients."""
         g = torch.Generator().manual_seed(1)
         classes = 1 if self.problem_type == REGRESSION else CLASSES
         logits = 2 * torch.randn(ROWS, depth, classes, generator=g, dtype=torch.float64)
@@ -124,19 +124,19 @@ CASES = {
 
 
 def tensors(trace: ExitTrace) -> dict[str, Tensor]:
-    """The trace's differentiable tensors by name."""
+    """Return the differentiable tensors of a trace by name."""
     assert trace.projections is not None
     return {"logits": trace.logits, **trace.aux, "projections": trace.projections}
 
 
 def rebuilt(trace: ExitTrace, values: dict[str, Tensor]) -> ExitTrace:
-    """The trace with other tensors in place of those of `tensors`."""
+    """Return the trace with other tensors in place of those of `tensors`."""
     aux = {name: values[name] for name in trace.aux}
     return ExitTrace(values["logits"], aux, projections=values["projections"], offsets=trace.offsets)
 
 
 def take(trace: ExitTrace, rows: list[int]) -> ExitTrace:
-    """Some rows of a trace, in the order given, differentiably."""
+    """Return some rows of a trace in the given order, differentiably."""
     assert trace.projections is not None and trace.offsets is not None
     ends = trace.offsets.tolist()
     tokens = [t for row in rows for t in range(ends[row], ends[row + 1])]

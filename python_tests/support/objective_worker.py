@@ -1,7 +1,7 @@
-"""The loss of this process's half of the rows, and its gradients averaged as DDP does; `test_objective_processes.py`
-starts two of these.
+"""Compute the loss of half of the rows, with gradients averaged as by DDP; `test_objective_processes.py` starts two
+processes.
 
-python objective_worker.py FOLDER RANK WORLD
+Usage: python objective_worker.py FOLDER RANK WORLD
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WANTED = ("smartbert, encoder", "smartbert, linear penalty", "ensemble, by batch
 
 
 def run(name: str, rank: int, world: int) -> dict[str, Tensor]:
-    """The loss and gradients of a case on the rows of one process; of all rows where `world` is 1."""
+    """Return the loss and gradients of a case on the rows of one process; on all rows if `world` is 1."""
     case = CASES[name]
     trace, labels = case.trace(), case.labels()
     rows = list(range(rank * ROWS // world, (rank + 1) * ROWS // world))

@@ -1,4 +1,4 @@
-"""The truth about the ops: one row at a time, in float64, from the definitions. Shares nothing with the package.
+"""Reference results of the ops: one row at a time, in float64, from the definitions, without code of the package.
 
 Arrays are numpy and are changed in place where the ops change theirs. Shape letters as in the package: N rows of the
 request, B present, T tokens, H width, C classes, K state width. Layers count from 1.
@@ -14,12 +14,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one exit did.
+    """Result of one exit.
 
     Attributes:
-        counts: rows still live, their tokens, rows present without a meaningful answer.
-        score: ``[N]`` the number each row's decision rests on, by request row; NaN where nothing was decided.
-        distance: ``[N]`` how far that number is from where the decision turns; inf where nothing was decided.
+        counts: rows still live, their tokens, rows present with invalid logits.
+        score: ``[N]`` the number that each row's decision compares, by request row; NaN where nothing was decided.
+        distance: ``[N]`` distance of that number from the value at which the decision changes; inf where nothing was
+            decided.
     """
 
     counts: tuple[int, int, int]
@@ -28,11 +29,12 @@ class Step:
 
 
 def exit_step(
-    *, criterion, params, layer, depth, row_ids, state, answers, exit_layer, source, inputs, offsets=None, aux=None
+    *, decide, params, layer, depth, row_ids, state, answers, exit_layer, source, inputs, offsets=None, aux=None
 ) -> Step:
-    """One exit: pool, linear, decide, and the answers of the rows that leave.
+    """Run one exit: pool, linear, decide, and write the answers of the rows that leave.
 
     Args:
+        decide: one of the functions below.
         source: ``"logits"`` (`inputs` is ``[B, C]``), or a pooling (`inputs` is hidden, weight, bias).
     """
     score, distance = np.full(len(answers), np.nan), np.full(len(answers), np.inf)
@@ -44,9 +46,9 @@ def exit_step(
         z = inputs[i] if source == "logits" else linear(pool(inputs[0], offsets, i, source), *inputs[1:])
         scalar = None if aux is None else aux[i]
         leaves = False
-        if has_meaning(z) and not (scalar is not None and math.isnan(scalar)):
+        if is_valid(z) and not (scalar is not None and math.isnan(scalar)):
             at = (layer, depth)
-            leaves, score[n], distance[n], z = DECISIONS[criterion](z, scalar, state[:, n], params, at)
+            leaves, score[n], distance[n], z = decide(z, scalar, state[:, n], params, at)
         else:
             invalid += 1
         if leaves or layer == depth:
@@ -62,7 +64,7 @@ def pool(hidden, offsets, i, pooling):
         return hidden[i]
     if pooling == "first":
         return hidden[offsets[i]]
-    with np.errstate(invalid="ignore"):  # inf - inf is the NaN it should be
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, as in the ops
         total = np.zeros(hidden.shape[1])
         for token in range(offsets[i], offsets[i + 1]):
             total = total + hidden[token]
@@ -74,7 +76,7 @@ def linear(x, weight, bias):
         return np.array([np.sum(weight[c] * x) + bias[c] for c in range(len(bias))])
 
 
-def has_meaning(z) -> bool:
+def is_valid(z) -> bool:
     infinite = sum(1 for v in z if v == math.inf)
     return not any(math.isnan(v) for v in z) and infinite <= 1 and any(v > -math.inf for v in z)
 
@@ -92,23 +94,23 @@ def entropy(z) -> float:
 
 
 def label(z) -> int:
-    """The lowest class among those with the largest logit."""
+    """Return the lowest class among those with the largest logit."""
     return min(c for c in range(len(z)) if z[c] == max(z))
 
 
 def clearance(z) -> float:
-    """How far the label is from turning: the distance of the two top logits."""
+    """Return the distance of the label from changing: the difference of the two largest logits."""
     best = label(z)
     return z[best] - max((z[c] for c in range(len(z)) if c != best), default=-math.inf)
 
 
 def logs(probabilities) -> np.ndarray:
-    """Logarithms, with 0 at the smallest normal float32."""
+    """Return logarithms, where 0 counts as the smallest normal float32 number."""
     return np.array([math.log(max(p, 2.0**-126)) for p in probabilities])
 
 
 def uniform(seed, key) -> float:
-    """A number in [0, 1) from a seed and a key: the top 24 bits of splitmix64's output for key xor mixed seed."""
+    """Return a number in [0, 1) from a seed and a key: the top 24 bits of splitmix64 of key xor mixed seed."""
 
     def mixed(x):
         x = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -119,32 +121,32 @@ def uniform(seed, key) -> float:
     return (mixed((key % 2**64) ^ mixed(seed)) >> 40) / 2**24
 
 
-# Each decision: (z, aux, state, params, (layer, depth)) -> whether the row leaves, the number that rests on, its
-# distance from where the decision turns, the answer. The state [K] is changed in place.
+# Each decision: (z, aux, state, params, (layer, depth)) -> whether the row leaves, the number that is compared, its
+# distance from the value at which the decision changes, the answer. The state [K] is changed in place.
 
 
-def _full_depth(z, aux, state, params, at):
+def decide_full_depth(z, aux, state, params, at):
     return False, 0.0, math.inf, z
 
 
-def _entropy(z, aux, state, params, at):
+def decide_entropy(z, aux, state, params, at):
     threshold, normalized = params
     h = entropy(z) / math.log(len(z)) if normalized else entropy(z)
     return h < threshold, h, abs(h - threshold), z
 
 
-def _max_probability(z, aux, state, params, at):
+def decide_max_probability(z, aux, state, params, at):
     p = max(probabilities(z))
     return p >= params[0], p, abs(p - params[0]), z
 
 
-def _margin(z, aux, state, params, at):
+def decide_margin(z, aux, state, params, at):
     second, first = sorted(probabilities(z))[-2:]
     return first - second >= params[0], first - second, abs(first - second - params[0]), z
 
 
-def _patience(z, aux, state, params, at):
-    """The decision turns where the label does (two top logits meet), or where the output moves by the tolerance."""
+def decide_patience(z, aux, state, params, at):
+    """The decision changes with the label, where two logits are equal, or with the output, at the tolerance."""
     patience, tolerance = params
     last = state[0]
     if tolerance is None:
@@ -159,19 +161,19 @@ def _patience(z, aux, state, params, at):
     return state[1] >= patience, state[1], distance, z
 
 
-def _q_exit(z, aux, state, params, at):
+def decide_q_exit(z, aux, state, params, at):
     state[0] *= 1 - aux
     reached = 1 - state[0]
     return reached > params[0] or params[0] == 0, reached, abs(reached - params[0]) if params[0] else math.inf, z
 
 
-def _sampled_exit(z, aux, state, params, at):
+def decide_sampled_exit(z, aux, state, params, at):
     state[0] *= 1 - aux
     reached = 1 - state[0]
     return reached > state[1], reached, abs(reached - state[1]), z
 
 
-def _expectation(z, aux, state, params, at):
+def decide_expectation(z, aux, state, params, at):
     layer, depth = at
     weight = state[0] if layer == depth else state[0] * aux
     values = z if len(z) == 1 else probabilities(z)
@@ -181,7 +183,7 @@ def _expectation(z, aux, state, params, at):
     return False, 0.0, math.inf, state[1:].copy() if len(z) == 1 else logs(state[1:])
 
 
-def _voting(z, aux, state, params, at):
+def decide_voting(z, aux, state, params, at):
     """State: votes * 4096 + layer of the last vote."""
     threshold, gamma, final = params
     layer, depth = at
@@ -195,7 +197,7 @@ def _voting(z, aux, state, params, at):
     return max(votes) / layer**gamma >= threshold - 1e-9, max(votes), clearance(z), answer
 
 
-def _dact(z, aux, state, params, at):
+def decide_dact(z, aux, state, params, at):
     bound, epsilon = params
     layer, depth = at
     before, left = state[0], depth - layer
@@ -210,23 +212,23 @@ def _dact(z, aux, state, params, at):
     return leaves, lead, min(abs(lead - 1e-6), abs(p - epsilon) if epsilon > 0 else math.inf), logs(state[1:])
 
 
-def _learned(z, aux, state, params, at):
+def decide_learned(z, aux, state, params, at):
     return aux < params[0], aux, abs(aux - params[0]), z
 
 
-def _hidden_cosine(z, aux, state, params, at):
+def decide_hidden_cosine(z, aux, state, params, at):
     return aux >= params[0], aux, abs(aux - params[0]), z
 
 
-def _patient_confidence(z, aux, state, params, at):
+def decide_patient_confidence(z, aux, state, params, at):
     threshold, patience = params
     h = entropy(z) / math.log(len(z))
     state[0] = state[0] + 1 if h < threshold else 0
     return state[0] >= patience, state[0], abs(h - threshold), z
 
 
-def _divergence_patience(z, aux, state, params, at):
-    """Half the Kullback-Leibler divergences from the mean of both."""
+def decide_divergence_patience(z, aux, state, params, at):
+    """Jensen-Shannon divergence: the mean of both Kullback-Leibler divergences from the mean."""
     threshold, patience = params
     now, last = probabilities(z), list(state[1:])
     apart = math.inf
@@ -240,7 +242,7 @@ def _divergence_patience(z, aux, state, params, at):
     return state[0] >= patience, state[0], abs(apart - threshold), z
 
 
-def _energy(z, aux, state, params, at):
+def decide_energy(z, aux, state, params, at):
     top = max(z)
     if top > 700:  # exp would overflow
         return params[0] > 0, 0.0, params[0], z
@@ -248,43 +250,8 @@ def _energy(z, aux, state, params, at):
     return energy < params[0], energy, abs(energy - params[0]), z
 
 
-DECISIONS = {
-    "full_depth": _full_depth,
-    "entropy": _entropy,
-    "max_probability": _max_probability,
-    "margin": _margin,
-    "patience": _patience,
-    "q_exit": _q_exit,
-    "sampled_exit": _sampled_exit,
-    "expectation": _expectation,
-    "voting": _voting,
-    "dact": _dact,
-    "learned": _learned,
-    "patient_confidence": _patient_confidence,
-    "divergence_patience": _divergence_patience,
-    "hidden_cosine": _hidden_cosine,
-    "energy": _energy,
-}
-
-
-def first_state(criterion, params, classes, key) -> list[float]:
-    """The numbers a row of this key starts with."""
-    if criterion == "sampled_exit":
-        return [1.0, uniform(params[0], key)]
-    fixed = {
-        "patience": [math.nan, 0.0],
-        "q_exit": [1.0],
-        "expectation": [1.0],
-        "dact": [1.0],
-        "patient_confidence": [0.0],
-        "divergence_patience": [0.0],
-    }
-    each = {"expectation": 0.0, "voting": 0.0, "dact": 0.0, "divergence_patience": math.nan}
-    return fixed.get(criterion, []) + ([each[criterion]] * classes if criterion in each else [])
-
-
 def compact(row_ids, offsets):
-    """New row ids, offsets and sources of the live rows, as lists."""
+    """Return the new row ids, offsets and sources of the live rows, as lists."""
     ids, ends, source = [], [0], []
     for i in range(len(row_ids)):
         if row_ids[i] >= 0:

@@ -1,4 +1,4 @@
-"""Traces from plain numbers, and the layers their rows leave at."""
+"""Traces from plain numbers, and the exit layers of their rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import earlyexit_kernels as ee
 
 
 def trace_of(logits, *, halting=None, uncertainty=None, cosine=None, keys=None) -> ee.ExitTrace:
-    """A trace of logits ``[N, L, C]`` and scalars ``[N, L]``: probabilities, and cosines as they are."""
+    """Return a trace of logits ``[N, L, C]`` and scalars ``[N, L]``, given as probabilities and cosines."""
     aux = {"halting": halting, "uncertainty": uncertainty}
     aux = {name: torch.logit(floats(values)) for name, values in aux.items() if values is not None}
     if cosine is not None:
@@ -22,15 +22,15 @@ def floats(values) -> torch.Tensor:
 
 
 def exit_layers(logits, criterion, *, backend="auto", **scalars) -> list[int]:
-    """Exit layers of logits ``[N, L, C]``; the scalars are those of `trace_of`."""
+    """Return the exit layers for logits ``[N, L, C]``; the scalars are those of `trace_of`."""
     return ee.replay(trace_of(logits, **scalars), criterion, backend=backend)[1].tolist()
 
 
 def labelled(labels, classes=2) -> torch.Tensor:
-    """Logits ``[1, L, C]`` whose exits answer these labels."""
+    """Return logits ``[1, L, C]`` whose exits have these labels."""
     return torch.nn.functional.one_hot(torch.tensor([labels]), classes).float()
 
 
 def logits_of(*probabilities) -> torch.Tensor:
-    """Logits ``[1, L, C]`` of one row's class probabilities at each layer."""
+    """Return logits ``[1, L, C]`` with these class probabilities at each layer."""
     return torch.tensor([probabilities], dtype=torch.float64).log().float()

@@ -1,4 +1,4 @@
-"""Several processes of one script, for tests of what they do together."""
+"""Run a script in several processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORLD = 2
 
 
 def run_ranks(worker: ModuleType, folder: Path) -> list[Any]:
-    """Run ``worker folder rank world`` once a rank, and load the ``rank<k>.pt`` each has left in `folder`."""
+    """Run ``worker folder rank world`` for each rank, and load the files ``rank<k>.pt`` that they write to `folder`."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(worker.__file__), str(folder), str(rank), str(WORLD)],

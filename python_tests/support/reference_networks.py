@@ -1,5 +1,7 @@
-"""The networks of the exits as a textbook writes them: padded, masked, one formula after the other; and a stock
-encoder taken apart, one row at a time. Shares nothing with the package but parameters."""
+"""Reference implementations of the exit networks, with padding and masks, and of a stock encoder by layers.
+
+They use the parameters of a model, but no code of the package.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
 
 
 def pooled(x: Tensor, mask: Tensor, pooling: str | None) -> Tensor:
-    """``[N, H]`` of padded tokens ``[N, S, H]``: the first, or the mean over those of the mask ``[N, S]``."""
+    """Pool padded tokens ``[N, S, H]`` to ``[N, H]``: the first, or the mean over the mask ``[N, S]``."""
     if pooling != "mean":
         return x[:, 0]
     kept = mask[:, :, None].to(x)
@@ -29,40 +31,40 @@ def pooled(x: Tensor, mask: Tensor, pooling: str | None) -> Tensor:
 
 
 def attended(module: Any, x: Tensor, mask: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Narrowed tokens, and what each attends to in its row: both ``[N, S, W]``."""
+    """Return the narrowed tokens and the attention output, both ``[N, S, W]``."""
     narrow = torch.tanh(linear(module.narrow, x))
     n, s, w = narrow.shape
-    parts = (linear(part, narrow) for part in (module.query, module.key, module.value))
-    q, k, v = (part.view(n, s, heads, w // heads).transpose(1, 2) for part in parts)
+    projections = (linear(projection, narrow) for projection in (module.query, module.key, module.value))
+    q, k, v = (x.view(n, s, heads, w // heads).transpose(1, 2) for x in projections)
     scores = q @ k.transpose(2, 3) / math.sqrt(w // heads)
     shares = scores.masked_fill(~mask.bool()[:, None, None, :], -math.inf).softmax(dim=-1)
     return narrow, (shares @ v).transpose(1, 2).reshape(n, s, w)
 
 
 def attention_exit(heads: Any, layer: int, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits ``[N, C]`` of the attention exit after 1-based `layer`, and its narrowed tokens."""
+    """Return the logits ``[N, C]`` of the attention exit after 1-based `layer`, and its narrowed tokens."""
     module = heads.attention[layer - 1]
-    narrow, found = attended(module.attention, x, mask, heads.config.attention_heads)
-    features = torch.tanh(linear(module.dense, pooled(found, mask, heads.config.pooling)))
+    narrow, context = attended(module.attention, x, mask, heads.config.attention_heads)
+    features = torch.tanh(linear(module.dense, pooled(context, mask, heads.config.pooling)))
     return linear(heads.out[layer - 1], features), narrow
 
 
 def gate(heads: Any, layer: int, x: Tensor, mask: Tensor) -> Tensor:
-    """The logit ``[N]`` of the probability to skip 1-based `layer`, from its input."""
+    """Return the logits ``[N]`` of the probability to skip 1-based `layer`, from its input."""
     module = heads.gates[layer - 1]
-    _, found = attended(module.attention, x, mask, GATE_HEADS)
-    return linear(module.out, pooled(found, mask, heads.config.pooling))[:, 0]
+    _, context = attended(module.attention, x, mask, GATE_HEADS)
+    return linear(module.out, pooled(context, mask, heads.config.pooling))[:, 0]
 
 
 def projected(module: Any, x: Tensor) -> Tensor:
-    """Linear, norm over the width, tanh, linear."""
+    """Apply linear, norm over the width, tanh and linear."""
     y = linear(module.narrow, x)
     y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + module.norm.eps).sqrt()
     return linear(module.out, torch.tanh(y * module.norm.weight + module.norm.bias))
 
 
 def embedded(base: Any, ids: Tensor) -> Tensor:
-    """What enters the first layer of a stock classifier, for rows without padding."""
+    """Return the input of the first layer of a stock classifier, for rows without padding."""
     encoder = encoder_of(base)
     hidden = encoder.embeddings(input_ids=ids)
     narrow = getattr(encoder.encoder, "embedding_hidden_mapping_in", None)
@@ -70,7 +72,7 @@ def embedded(base: Any, ids: Tensor) -> Tensor:
 
 
 def layers_of(base: Any) -> list[Any]:
-    """The stock encoder's layers in order of use, each ``hidden -> hidden`` for rows without padding."""
+    """Return the layers of a stock encoder in order, as functions ``hidden -> hidden`` for rows without padding."""
     encoder = encoder_of(base).encoder
     if hasattr(encoder, "layer"):
         modules = list(encoder.layer)
@@ -89,8 +91,7 @@ def layers_of(base: Any) -> list[Any]:
 
 
 def attended_by_row(q: Tensor, k: Tensor, v: Tensor, plan: Any, scaling: float | None, dropout: float) -> Tensor:
-    """Attention within rows of packed tokens ``[T, heads, D]``; the tokens of no row are NaN, as a kernel may leave
-    them."""
+    """Return the attention within rows of packed tokens ``[T, heads, D]``; tokens outside of rows are NaN."""
     out = torch.full_like(q, math.nan)
     for start, end in itertools.pairwise(plan.offsets.tolist()):
         assert end - start <= plan.longest

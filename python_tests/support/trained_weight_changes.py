@@ -1,4 +1,4 @@
-"""More ways to change weights: optimizers, training, hooks, quantization and adapters; they join `WAYS`."""
+"""Further changes of weights, added to `WAYS`: optimizers, training, hooks, quantization and adapters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ for _kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.
 
 
 def train(model: Any, **arguments: Any) -> None:
-    """A few steps of the stock Trainer, by its default optimizer."""
+    """Train a few steps with the Trainer and its default optimizer."""
     ids = torch.arange(80).view(8, 10) + 5
     rows = [{"input_ids": row, "labels": torch.tensor(k % CLASSES)} for k, row in enumerate(ids)]
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def backward_then_evaluation_then_a_fused_step(model, base):
     torch.optim.AdamW(model.parameters(), lr=0.05, fused=True).step()
 
 
-# what adds code to a module
+# code added to modules
 
 
 @way
@@ -116,7 +116,7 @@ def class_replaced(model, base):
     layer_of(model).intermediate.dense.__class__ = Doubled
 
 
-# quantisation and adapters
+# quantization and adapters
 
 
 def quantized(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Small runs of transformers' Trainer on the CPU."""
+"""Small runs of the Trainer of transformers on CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OF_THE_TRAINER = ("compute_loss_func", "compute_metrics", "processing_class", "
 
 
 def dataset(rows=ROWS, label="labels"):
-    """Rows of ten ids whose last ones are masked, with a label."""
+    """Return rows of ten ids with random lengths and labels."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(5, VOCABULARY - 5, (rows, 10), generator=generator)
     mask = (torch.arange(10)[None] < torch.randint(2, 11, (rows, 1), generator=generator)).long()

@@ -1,7 +1,7 @@
-"""Ways to change the weights of a model that has packed copies of them, or graphs made on them.
+"""Changes of the weights of a model with packed weights or captured graphs.
 
-Each takes an early-exit model in eval mode and the stock model whose parameters it shares, and returns the model to
-ask afterwards where that is another one.
+Each change takes an early-exit model in eval mode and the stock model that shares its parameters; it returns the model
+to use afterwards if that is another one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 import earlyexit_kernels as ee
 
-#: Way -> what it does. Of these the numbers stay, up to rounding or altogether.
+#: Name -> change. Those in `SAME_NUMBERS` keep the values of the weights, up to rounding.
 WAYS: dict[str, Callable[[Any, Any], Any]] = {}
 SAME_NUMBERS = ("share_memory", "half", "bfloat16", "double", "half_and_back", "lora_disabled", "swapped_on_conversion")
 
@@ -169,7 +169,7 @@ def layers_reordered(model, base):
 
 
 def other_backbone(model: Any) -> Any:
-    """As the model's own, with other weights."""
+    """Return a copy of the backbone with other weights."""
     other = copy.deepcopy(model.backbone)
     with torch.no_grad():
         for parameter in other.parameters():

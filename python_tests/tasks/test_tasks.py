@@ -1,4 +1,4 @@
-"""Tasks: the folder format, the hub's numbering, splits with hidden labels, holding rows out, encoding, metrics."""
+"""Tasks: folders, the hub, hidden labels, holdout, encoding and metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from earlyexit_kernels.tasks.load import TASK_NAMES, encode, holdout, load_task
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE, Split
 from earlyexit_kernels.tuning import metrics
 
-#: Rows of train, dev and test, as the sets are published; None where a split doesn't exist.
+#: Published numbers of rows of train, dev and test; None if a split does not exist.
 PUBLISHED = {
     "sst2": (67349, 872, 1821),
     "trec": (5452, None, 500),
@@ -30,7 +30,7 @@ PUBLISHED = {
 
 @pytest.fixture(autouse=True)
 def hub_answers(monkeypatch):
-    """No test asks the hub itself."""
+    """Let the hub answer without a request."""
     monkeypatch.setattr(hub, "unreachable_reason", lambda: "")
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_row_counts(name):
     if not os.environ.get(DATA_VARIABLE):
-        pytest.skip(f"{DATA_VARIABLE} isn't set; it names a folder with {name}/*.tsv")
+        pytest.skip(f"{DATA_VARIABLE} is not set; it names a folder with {name}/*.tsv")
     splits = load_task(name).splits
     assert tuple(len(splits[s]) if s in splits else None for s in ("train", "dev", "test")) == PUBLISHED[name]
 
@@ -62,14 +62,14 @@ def test_folder_is_read_without_quoting(folder):
     assert task.num_labels == 2 and task.metric == "accuracy"
 
 
-def test_pairs_and_numbers(folder):
+def test_folder_with_pairs_and_regression_labels(folder):
     folder("stsb/dev.tsv", "idx\tlabel\tsentence1\tsentence2\n0\t2.5\ta b\tc\n")
     task = load_task("stsb")
     assert task.splits["dev"] == Split([("a b", "c")], [2.5])
     assert (task.num_labels, task.problem_type, task.metric) == (1, "regression", "pearson")
 
 
-def test_test_split_stands_in_for_a_missing_dev(folder):
+def test_evaluation_split_is_test_without_dev(folder):
     folder("trec/train.tsv", "idx\tlabel\tsentence\n0\t5\thow far ?\n")
     folder("trec/test.tsv", "idx\tlabel\tsentence\n0\t4\twhere ?\n")
     assert load_task("trec").evaluation == "test"
@@ -94,24 +94,24 @@ def test_hidden_labels_are_refused(folder):
         ("", r"expected a header"),
     ],
 )
-def test_malformed_files_are_named(folder, text, message):
+def test_malformed_files_are_refused(folder, text, message):
     folder("sst2/dev.tsv", text)
     with pytest.raises(ValueError, match=message):
         load_task("sst2")
 
 
-def test_missing_folder_says_where_it_looked(tmp_path, monkeypatch):
+def test_missing_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"nowhere.*sst2.*EARLYEXIT_DATA"):
         load_task("sst2")
 
 
-def test_unknown_task_lists_the_known_ones():
+def test_unknown_task_lists_known_tasks():
     with pytest.raises(ValueError, match=r"expected one of \['toy', 'sst2'.*got 'sst3'"):
         load_task("sst3")
 
 
-def test_without_datasets_the_cure_is_named(monkeypatch):
+def test_without_datasets_the_error_names_the_extra(monkeypatch):
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"earlyexit_kernels\[train\].*EARLYEXIT_DATA"):
@@ -124,31 +124,31 @@ def test_unreachable_hub_names_the_variable(monkeypatch):
 
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(ConnectionError, match=r"nyu-mll/glue \(OSError: no route\).*EARLYEXIT_DATA"):
+    with pytest.raises(ConnectionError, match=r"nyu-mll/glue .*\(OSError: no route\).*EARLYEXIT_DATA"):
         load_task("sst2")
 
 
 class _HubRows(dict):
-    """Rows of a split as `datasets` gives them: columns by name, and the names of the classes."""
+    """Rows of a split as returned by `datasets`: columns by name, and the names of the classes."""
 
     def __init__(self, names: list[str], **columns) -> None:
         super().__init__(columns)
         self.features = dict.fromkeys(columns, SimpleNamespace(names=names))
 
 
-def test_hub_classes_get_the_folder_s_numbering(monkeypatch):
+def test_hub_classes_are_renumbered(monkeypatch):
     names = ["ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"]
     rows = _HubRows(names, text=["why ?", "who ?", "cd ?"], coarse_label=[2, 3, 0])
-    asked = []
+    calls = []
 
     def load_dataset(path, config, revision):
-        asked.append((path, config, revision))
+        calls.append((path, config, revision))
         return {"train": rows}
 
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     task = load_task("trec")
-    assert asked == [("CogComp/trec", "default", "refs/convert/parquet")]
+    assert calls == [("CogComp/trec", "default", "refs/convert/parquet")]
     assert [task.label_names[label] for label in task.splits["train"].labels] == ["DESC", "HUM", "ABBR"]
 
 
@@ -162,31 +162,31 @@ def test_hub_pairs_and_hidden_labels(monkeypatch):
 
 def test_every_task_has_known_metrics():
     for name in TASK_NAMES[1:]:
-        assert set(sources.ENTRIES[name].metrics) <= set(metrics.METRICS)
+        assert set(sources.TASK_INFOS[name].metrics) <= set(metrics.METRICS)
 
 
-def test_holdout_parts_a_split_the_same_way_every_time():
+def test_holdout_is_reproducible():
     split = Split([f"s{i}" for i in range(20)], list(range(20)), [1] * 20)
-    rest, held = holdout(split, 6, seed=3)
-    assert (rest, held) == holdout(split, 6, seed=3)
-    assert sorted([*rest.labels, *held.labels]) == list(range(20)) and len(held) == 6
-    assert held != holdout(split, 6, seed=4)[1]
-    assert all(s == f"s{label}" for s, label in zip(held.sentences, held.labels, strict=True))
+    rest, held_out = holdout(split, 6, seed=3)
+    assert (rest, held_out) == holdout(split, 6, seed=3)
+    assert sorted([*rest.labels, *held_out.labels]) == list(range(20)) and len(held_out) == 6
+    assert held_out != holdout(split, 6, seed=4)[1]
+    assert all(s == f"s{label}" for s, label in zip(held_out.sentences, held_out.labels, strict=True))
 
 
 def test_holdout_draw_is_pinned():
-    """A model stores the recipe of its held-out rows, not the rows: the draw must never change."""
+    """A model stores the seed of its held-out rows, not the rows, so the draw must never change."""
     split = Split([""] * 10, list(range(10)))
     assert holdout(split, 4, seed=0)[1].labels == [3, 7, 5, 2]
 
 
 @pytest.mark.parametrize("rows", [-1, 3, 4])
-def test_holdout_refuses_more_than_there_is(rows):
+def test_holdout_refuses_invalid_number_of_rows(rows):
     with pytest.raises(ValueError, match=r"expected rows in \[0, 2\]"):
         holdout(Split(["a", "b", "c"], [0, 1, 0]), rows)
 
 
-def test_encode_leaves_padding_to_the_collator():
+def test_encode_does_not_pad():
     tokenizer = toy.toy_tokenizer()
     data = encode(Split(["the plot was dull .", "the cast was not very witty ."], [0, 1]), tokenizer)
     assert [len(row["input_ids"]) for row in data] == [7, 9]
@@ -195,7 +195,7 @@ def test_encode_leaves_padding_to_the_collator():
     assert batch["attention_mask"].sum(1).tolist() == [7, 9]
 
 
-def test_encode_joins_pairs_and_cuts():
+def test_encode_joins_and_truncates_pairs():
     tokenizer = toy.toy_tokenizer()
     data = encode(Split([("the plot was dull", "the cast was witty")], [1.5]), tokenizer, max_length=8)
     assert len(data[0]["input_ids"]) == 8 and data[0]["labels"] == 1.5
@@ -218,11 +218,11 @@ def test_encode_joins_pairs_and_cuts():
         ("spearman", [7.0, 7.0, 9.0], [1.0, 2.0, 3.0], np.sqrt(3) / 2),
     ],
 )
-def test_metrics_by_hand(name, predictions, labels, value):
+def test_metrics_match_worked_examples(name, predictions, labels, value):
     assert metrics.METRICS[name](predictions, labels) == pytest.approx(value)
 
 
-def test_score_takes_classes_or_numbers():
+def test_score_of_classes_and_of_regression():
     assert metrics.score(("accuracy",), np.array([[1.0, 1.0], [0.0, 2.0]]), [0, 1]) == {"accuracy": 1.0}
     assert metrics.score(("pearson",), np.array([[1.0], [3.0]]), [0.0, 5.0])["pearson"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match=r"metrics: expected names among .*got \['bleu'\]"):
@@ -230,6 +230,6 @@ def test_score_takes_classes_or_numbers():
 
 
 @pytest.mark.parametrize(("predictions", "labels"), [([], []), ([1], [1, 0]), ([[1]], [[1]])])
-def test_metrics_refuse_shapes_that_dont_fit(predictions, labels):
+def test_metrics_refuse_wrong_shapes(predictions, labels):
     with pytest.raises(ValueError, match=r"expected predictions and labels of one shape"):
         metrics.accuracy(predictions, labels)

@@ -1,4 +1,4 @@
-"""The generated task: labels that follow from the words alone, graded levels, a curriculum, reproducible draws."""
+"""The generated task: labels, levels of difficulty, curriculum and reproducible draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POLARITY = {word: label for label, words in toy.WORDS.items() for word in words}
 
 
 def main_clause(text: str) -> str:
-    """The clause that decides, found from the connectives as a reader would."""
+    """Return the main clause, found from the connective."""
     text = text.removesuffix(" .")
     if text.startswith("although "):
         return text.split(" , ", 1)[1]
@@ -24,7 +24,7 @@ def main_clause(text: str) -> str:
 
 
 def meaning(clause: str) -> int:
-    """The word's polarity, flipped by each negation and by a denying report."""
+    """Return the polarity of the clause, inverted by each negation and by a denying report."""
     (word,) = [w for w in clause.split() if w in POLARITY]
     flips = sum(f" {phrase} " in f" {clause} " for phrase in (*toy.NEGATIONS, *toy.DENIALS))
     return POLARITY[word] ^ flips % 2
@@ -40,7 +40,7 @@ def test_labels_follow_from_the_main_clause(splits):
         assert meaning(main_clause(sentence.text)) == sentence.label, sentence
 
 
-def test_levels_add_what_they_promise(splits):
+def test_levels_have_their_negations_and_reports(splits):
     for s in splits["dev"]:
         clause = f" {s.text} "
         flips = sum(clause.count(f" {phrase} ") for phrase in toy.NEGATIONS)
@@ -50,13 +50,13 @@ def test_levels_add_what_they_promise(splits):
         assert low <= flips <= high and reports == (s.level == 5) and words == (1 if s.level <= 2 else 2), s
 
 
-def test_bag_of_words_knows_level_1_only(splits):
-    right = Counter()
+def test_bag_of_words_solves_level_1_only(splits):
+    correct = Counter()
     for s in splits["dev"]:
         votes = [POLARITY[w] for w in s.text.split() if w in POLARITY]
-        right[s.level] += sum(votes) * 2 > len(votes) if s.label else sum(votes) * 2 < len(votes)
+        correct[s.level] += sum(votes) * 2 > len(votes) if s.label else sum(votes) * 2 < len(votes)
     total = Counter(s.level for s in splits["dev"])
-    assert right[1] == total[1] and all(right[level] < 0.6 * total[level] for level in range(2, 6))
+    assert correct[1] == total[1] and all(correct[level] < 0.6 * total[level] for level in range(2, 6))
 
 
 def test_sentences_are_unique_and_labels_balanced(splits):
@@ -65,7 +65,7 @@ def test_sentences_are_unique_and_labels_balanced(splits):
     assert 0.45 < sum(s.label for s in splits["train"]) / 3000 < 0.55
 
 
-def test_the_train_split_is_a_curriculum(splits):
+def test_train_split_is_a_curriculum(splits):
     for level, start in enumerate(toy.LEVEL_STARTS, start=1):
         first = next(i for i, s in enumerate(splits["train"]) if s.level == level)
         assert 0 <= first / 3000 - start < 0.02
@@ -78,12 +78,12 @@ def test_same_seed_same_sentences(splits):
 
 
 @pytest.mark.parametrize("rows", [-1, 100_001])
-def test_impossible_sizes_are_refused(rows):
+def test_invalid_sizes_are_refused(rows):
     with pytest.raises(ValueError, match=r"write_splits: expected rows >= 0 and at most 100000"):
         toy.write_splits(train_rows=rows)
 
 
-def test_tokenizer_knows_every_word_and_reads_plain_text(splits):
+def test_tokenizer_has_every_word_and_reads_plain_text(splits):
     tokenizer = toy.toy_tokenizer()
     unknown = tokenizer.unk_token_id
     assert all(unknown not in tokenizer(s.text)["input_ids"] for s in splits["test"])
@@ -91,7 +91,7 @@ def test_tokenizer_knows_every_word_and_reads_plain_text(splits):
     assert tokenizer.convert_ids_to_tokens(tokenizer("dull")["input_ids"]) == ["[CLS]", "dull", "[SEP]"]
 
 
-def test_tokenizer_survives_saving(tmp_path, splits):
+def test_tokenizer_can_be_saved_and_loaded(tmp_path, splits):
     from transformers import AutoTokenizer
 
     toy.toy_tokenizer().save_pretrained(tmp_path)
@@ -101,7 +101,7 @@ def test_tokenizer_survives_saving(tmp_path, splits):
     assert loaded.model_max_length == 64 and loaded.pad_token_id == 0
 
 
-def test_model_is_reproducible_and_leaves_the_global_generator_alone():
+def test_model_is_reproducible_without_global_generator():
     state = torch.random.get_rng_state()
     first, second, other = (toy.toy_model(seed, layers=2, hidden=16) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""Multiply-adds against torch's own counter, and by hand."""
+"""Multiply-adds, compared with the counter of torch and with formulas."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, FullDepth, Learned, Patience, QExit, SkipGate
+from earlyexit_kernels.hf.execution import Execution
 from earlyexit_kernels.tuning.flops import encoder_macs, exit_macs, gate_macs, row_macs
 
 H, INNER, W, S = 64, 96, 128, 9
@@ -17,12 +18,12 @@ NARROW = S * (H * W + 3 * W * W + 2 * S * W)
 
 @pytest.fixture(autouse=True)
 def family_layers(monkeypatch):
-    """Torch's counter doesn't look into the fused layers' op."""
-    monkeypatch.setattr(ee.EarlyExitForSequenceClassification, "_layers", "family")
+    """Use the layers of the family: the counter of torch does not see the products of the fused layers."""
+    monkeypatch.setattr(Execution, "_fused_layers", lambda *_, **__: (None, "a test"))
 
 
 def counted(call, **arguments) -> int:
-    """Multiply-adds of a call, as torch counts them; attention as two plain matrix products."""
+    """Return the multiply-adds of a call as counted by torch, with attention as two matrix products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call(**arguments)
     flops = counter.get_total_flops()
@@ -48,7 +49,7 @@ def tensor(*values):
         ("smartbert", "mean", None),
     ],
 )
-def test_full_depth_is_what_torch_counts(family, method, pooling, needs):
+def test_full_depth_matches_the_counter_of_torch(family, method, pooling, needs):
     model = ee.to_early_exit(stock(family), method=method, pooling=pooling)
     model.set_criterion(None)
     batch = batch_for(model, "full", lengths=(S, S, S))
@@ -58,7 +59,7 @@ def test_full_depth_is_what_torch_counts(family, method, pooling, needs):
     assert counted(model.trace, **batch) == int(every_exit.sum())
 
 
-def test_layers_and_exits_by_hand():
+def test_layers_and_exits_match_formulas():
     lengths, exit_layer = tensor(S, S, S), tensor(1, 3, DEPTH)
     linear = early_exit(pooling="mean", criterion=Entropy(threshold=0.1))
     costs = row_macs(linear, lengths, exit_layer)
@@ -70,12 +71,12 @@ def test_layers_and_exits_by_hand():
     assert row_macs(family, lengths, exit_layer).exits.tolist() == [k * (H * H + H * CLASSES) for k in (1, 3, 4)]
 
 
-def test_full_depth_computes_the_last_exit_alone():
+def test_full_depth_counts_the_last_exit_only():
     model = early_exit(pooling="first")
     assert row_macs(model, [S], [DEPTH]).total.tolist() == [DEPTH * LAYER + H * CLASSES]
 
 
-def test_only_the_scalar_that_the_rule_reads_is_counted():
+def test_only_the_scalar_read_by_the_rule_is_counted():
     halting = ee.to_early_exit(stock("bert"), method="palbert")
     plain = exit_macs(halting, tensor(S))
     read = exit_macs(halting, tensor(S), "halting")
@@ -86,24 +87,26 @@ def test_only_the_scalar_that_the_rule_reads_is_counted():
     assert row_macs(learned, [S], [1]).exits.tolist() == [H * H + H * CLASSES + H]
 
 
-def test_attention_exits_and_gates_by_hand():
+def test_attention_exits_and_gates_match_formulas():
     model = ee.to_early_exit(stock("bert"), method="smartbert")
     attention_exit, gate = NARROW + W * W + W * CLASSES, NARROW + W
     assert exit_macs(model, tensor(S)).tolist() == [attention_exit]
     assert gate_macs(model, tensor(S)).tolist() == [gate]
     rule = SkipGate(threshold=0.5, exit=Entropy(threshold=0.1))
-    # left at 3 after running 2; came to the end running all; skipped one on the way; skipped everything
+    # left at layer 3 after 2 layers; ran all layers; skipped one layer; skipped all layers
     costs = row_macs(model, [S] * 4, [3, DEPTH, DEPTH, DEPTH], [2, DEPTH, 3, 0], criterion=rule)
     assert costs.encoder.tolist() == [2 * LAYER, 4 * LAYER, 3 * LAYER, 0]
     assert costs.gates.tolist() == [3 * gate, 4 * gate, 4 * gate, 4 * gate]
     assert costs.exits.tolist() == [k * attention_exit for k in (2, 4, 4, 1)]
-    lone = row_macs(model, [S] * 3, [DEPTH] * 3, [DEPTH, 3, 0], criterion=SkipGate(threshold=0.5, exit=FullDepth()))
-    assert lone.exits.tolist() == [attention_exit] * 3 and lone.gates.tolist() == [4 * gate] * 3
+    last_only = row_macs(
+        model, [S] * 3, [DEPTH] * 3, [DEPTH, 3, 0], criterion=SkipGate(threshold=0.5, exit=FullDepth())
+    )
+    assert last_only.exits.tolist() == [attention_exit] * 3 and last_only.gates.tolist() == [4 * gate] * 3
 
 
 @pytest.mark.parametrize("gates", [(1, -1, 1, -1), (-1, -1, -1, -1), (1, 1, 1, 1), (-1, 1, -1, 1)])
-def test_a_row_that_skips_layers_is_what_torch_counts(gates):
-    """The fused op does an exit's last linear, which torch's counter doesn't see."""
+def test_skipped_layers_match_the_counter_of_torch(gates):
+    """The last linear of an exit runs in the op `exit_step`, which the counter of torch does not see."""
     model = ee.to_early_exit(stock("bert"), method="smartbert")
     with torch.no_grad():
         for gate, bias in zip(model.heads.gates, gates, strict=True):
@@ -125,11 +128,11 @@ def test_a_row_that_skips_layers_is_what_torch_counts(gates):
     [
         ([0], None, "1 <= exit_layer"),
         ([DEPTH + 1], None, "1 <= exit_layer"),
-        ([1, 2], None, "of one N"),
+        ([1, 2], None, "of one length N"),
         ([2], [3], "layers_run <= exit_layer"),
-        ([2], [1], "skips none"),
+        ([2], [1], "skips no layers"),
     ],
 )
-def test_numbers_that_do_not_fit_are_refused(exit_layer, layers_run, match):
+def test_contradictory_numbers_are_refused(exit_layer, layers_run, match):
     with pytest.raises(ValueError, match=match):
         row_macs(early_exit(pooling="first"), [S], exit_layer, layers_run)

@@ -1,11 +1,11 @@
-"""Reports: tables that read as text, JSON that any reader takes, plots that need matplotlib and say so."""
+"""Reports: markdown tables, JSON files and the environment."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import torch
 from earlyexit_kernels.tuning import report
 
 
-def test_json_goes_into_pipes_and_through_links_without_replacing_them(tmp_path):
-    """As into /dev/stdout: a rename would put a file in its place."""
+def test_json_is_written_to_pipes_and_through_links(tmp_path):
+    """A rename would replace a pipe such as /dev/stdout by a file."""
     pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "file"
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as pool:
@@ -28,7 +28,7 @@ def test_json_goes_into_pipes_and_through_links_without_replacing_them(tmp_path)
     assert link.is_symlink() and json.loads(file.read_text())["records"] == [{"x": 2}]
 
 
-def test_table_pads_columns_and_puts_numbers_right():
+def test_table_pads_columns_and_aligns_numbers_right():
     table = report.markdown_table(("name", "x"), [("a|b", "1.5"), ("longer", "-20%")])
     assert table.splitlines() == [
         "| name   |    x |",
@@ -43,18 +43,18 @@ def test_table_without_rows_is_its_header():
 
 
 def test_table_refuses_ragged_rows():
-    with pytest.raises(ValueError, match=r"expected 2 cells a row, got \['1'\]"):
+    with pytest.raises(ValueError, match=r"expected 2 cells per row, got \['1'\]"):
         report.markdown_table(("a", "b"), [(1,)])
 
 
-def test_json_holds_the_environment_and_no_infinity(tmp_path):
+def test_json_has_the_environment_and_no_infinity(tmp_path):
     path = report.write_json(tmp_path / "new" / "r.json", [{"x": math.inf, "y": (1, math.nan)}], seed=3)
     document = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert document["records"] == [{"x": None, "y": [1, None]}] and document["seed"] == 3
     assert document["environment"]["packages"]["torch"] == torch.__version__
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = report.write_json(tmp_path / "r.json", [{"x": 1}])
     before = path.read_text(encoding="utf-8")
     monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("stopped"))
@@ -63,7 +63,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text(encoding="utf-8") == before
 
 
-def test_environment_tells_whether_denormals_are_flushed():
+def test_environment_reports_flushed_denormals():
     torch.set_flush_denormal(False)
     assert report.environment()["flush_denormal"] is False
     if torch.set_flush_denormal(True):
@@ -71,41 +71,20 @@ def test_environment_tells_whether_denormals_are_flushed():
         torch.set_flush_denormal(False)
 
 
-CURVES = {"entropy": [(3.0, 0.9), (1.0, 0.7), (6.0, 0.9)], "patience": [(2.0, 0.8)]}
-
-
-def test_plot_is_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = report.plot_tradeoff(
-        tmp_path / "p" / "curve.png",
-        CURVES,
-        baselines={"static truncation": [(1.0, 0.6), (6.0, 0.9)]},
-        chosen={"entropy": (3.0, 0.9)},
-        depth=6,
-        metric="accuracy",
-        title="t",
-    )
-    assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_coinciding_curves_are_drawn_once():
-    same = [(6.0, 0.9), (2.0, 0.8002), (3.0, 0.9), (1.0, 0.7)]
-    merged = report._merged({**CURVES, "margin": same})
-    assert [names for names, _ in merged] == [["entropy", "margin"], ["patience"]]
-
-
-def test_without_matplotlib_the_cure_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install earlyexit_kernels\[plot\]"):
-        report.plot_tradeoff(tmp_path / "x.png", {}, baselines={}, chosen={}, depth=2, metric="m", title="t")
-
-
-def test_without_git_the_commit_is_what_the_environment_says(monkeypatch):
+def test_commit_without_git_is_the_environment_variable(monkeypatch):
     def no_git(*_):
-        raise OSError("git isn't there")
+        raise OSError("git is not installed")
 
     monkeypatch.setattr(report, "_git", no_git)
     monkeypatch.delenv("EARLYEXIT_COMMIT", raising=False)
     assert report.environment()["commit"] is None
     monkeypatch.setenv("EARLYEXIT_COMMIT", "0123456789ab")
     assert report.environment()["commit"] == "0123456789ab"
+
+
+def test_commit_is_that_of_the_checkout():
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or Path(report.__file__).resolve().parents[2] != root:
+        pytest.skip("the package does not lie in a git checkout")
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert head.startswith(report.environment()["commit"].removesuffix("+"))

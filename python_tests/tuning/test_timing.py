@@ -1,4 +1,4 @@
-"""Timing: alternatives take turns, warm-up is dropped, ratios are taken within rounds."""
+"""Timing: interleaved rounds, warm-up, and ratios within rounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from earlyexit_kernels.tuning import timing
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves only when told to, in milliseconds."""
+    """Replace the clock; returns a function that advances it by milliseconds."""
     now = [0]
     monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: now[0])
 
@@ -19,12 +19,12 @@ def clock(monkeypatch):
     return advance
 
 
-def test_times_are_those_of_the_calls(clock):
+def test_times_of_calls(clock):
     times = timing.interleave({"a": lambda: clock(2), "b": lambda: clock(5)}, repeats=4, warmup=1)
     assert times == {"a": [2.0] * 4, "b": [5.0] * 4}
 
 
-def test_another_clock_may_be_used(clock):
+def test_custom_clock(clock):
     def device(call):
         call()
         return 7.5
@@ -33,7 +33,7 @@ def test_another_clock_may_be_used(clock):
     assert times == {"a": [7.5] * 3}
 
 
-def test_every_round_calls_each_once_in_a_drawn_order(clock):
+def test_every_round_calls_each_once_in_random_order(clock):
     calls = []
     timing.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, repeats=20, warmup=2)
     rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
@@ -41,7 +41,7 @@ def test_every_round_calls_each_once_in_a_drawn_order(clock):
     assert len({tuple(r) for r in rounds}) > 1
 
 
-def test_sync_is_inside_the_measured_time(clock):
+def test_sync_is_timed(clock):
     queued = []
 
     def sync() -> None:
@@ -51,7 +51,7 @@ def test_sync_is_inside_the_measured_time(clock):
     assert timing.interleave({"a": lambda: queued.append(1)}, repeats=2, warmup=0, sync=sync) == {"a": [3.0, 3.0]}
 
 
-def test_preparing_is_outside_the_measured_time(clock):
+def test_prepare_is_not_timed(clock):
     prepared = []
 
     def prepare(name: str) -> None:
@@ -62,13 +62,13 @@ def test_preparing_is_outside_the_measured_time(clock):
     assert times == {"a": [2.0] * 2, "b": [5.0] * 2} and sorted(prepared) == ["a"] * 3 + ["b"] * 3
 
 
-def test_slow_spells_cancel_in_the_paired_ratio():
+def test_slow_phases_cancel_in_paired_ratio():
     slow = [1, 1, 10, 1, 40]
     ratio = timing.paired_ratio([2.0 * s for s in slow], [4.0 * s for s in slow])
     assert ratio == timing.Ratio(median=0.5, low=0.5, high=0.5) and ratio.saved == 0.5
 
 
-def test_ratio_spread_by_hand():
+def test_ratio_matches_worked_example():
     ratio = timing.paired_ratio([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1])
     assert (ratio.low, ratio.median, ratio.high) == (2.0, 3.5, 5.0)
     assert str(ratio) == "3.50 (2.00 to 5.00)"
@@ -78,12 +78,12 @@ def test_ratio_spread_by_hand():
 @pytest.mark.parametrize(
     ("alternatives", "repeats", "warmup"), [({}, 1, 0), ({"a": lambda: None}, 0, 0), ({"a": lambda: None}, 1, -1)]
 )
-def test_nothing_to_time_is_refused(alternatives, repeats, warmup):
+def test_no_alternatives_or_rounds_are_refused(alternatives, repeats, warmup):
     with pytest.raises(ValueError, match=r"interleave: expected at least one alternative"):
         timing.interleave(alternatives, repeats=repeats, warmup=warmup)
 
 
-def test_unpaired_times_are_refused():
+def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match=r"equal length from one run, got 1 and 2"):
         timing.paired_ratio([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match=r"at least one number"):

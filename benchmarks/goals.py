@@ -1,0 +1,72 @@
+"""The goals: of whole models on a CPU by case, dtype and baseline, and of a GPU (an H200) by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.end_to_end.baselines import PLAIN
+from benchmarks.harness import Goal, Record, goal_fields
+
+#: Baselines that depend on the case: the faster of the other runtimes, and our own model at full depth.
+PEER, OWN_FULL = "faster peer", "our full depth"
+
+
+def efficiency(layer_rows: float, ratio: float) -> float:
+    """Return the share of the layers run over the share of the time taken, ``layer_rows / ratio``.
+
+    1: time falls exactly with the work. Below 1: exits cost more than they should. Above 1: something else is saved
+    too, such as padding.
+
+    Args:
+        layer_rows: share of the layer-rows (layers times rows) that run, in (0, 1].
+        ratio: our time over that of a baseline that runs all layers.
+    """
+    return layer_rows / ratio
+
+
+def _base(exits: str, shape: str) -> str:
+    return f"BERT-base, {exits}, {shape}"
+
+
+_RAGGED = "B 32, SST-2 lengths"
+_NEVER = {"B 1, S 32": (0.72, 0.29), "B 1, S 128": (0.84, 0.25), "B 32, S 32": (0.91, 0.24), _RAGGED: (0.46, 0.15)}
+_HALF = {"all at 50 %, B 1, S 32": (0.60, 0.65), "uniform, 50 %, B 32, S 32": (0.60, 0.65)}
+_MIXED = [f"{mix}, {share} %" for mix in ("uniform", "long tail") for share in (39, 23, 18)]
+
+#: (case, dtype, baseline) -> goal.
+END_TO_END: dict[tuple[str, str, str], Goal] = {
+    **{(_base("never exit", shape), "float32", PLAIN): Goal(goals[0]) for shape, goals in _NEVER.items()},
+    **{(_base("never exit", shape), "bfloat16", PLAIN): Goal(goals[1]) for shape, goals in _NEVER.items()},
+    **{(f"BERT-base, {case}", "float32", PEER): Goal(goals[0]) for case, goals in _HALF.items()},
+    **{(f"BERT-base, {case}", "bfloat16", PEER): Goal(goals[1]) for case, goals in _HALF.items()},
+    (_base("uniform, 50 %", _RAGGED), "float32", PEER): Goal(0.30),
+    **{(_base(exits, "B 32, S 32"), "float32", OWN_FULL): Goal(0.99, "efficiency") for exits in _MIXED},
+    **{(_base(exits, "B 32, S 32"), "float32", PLAIN): Goal(1.05, "efficiency") for exits in _MIXED},
+    ("MiniLM, own exits, B 32, SST-2 lengths", "float32", PLAIN): Goal(0.25),
+    ("MiniLM, own exits, B 1, SST-2 lengths", "float32", PLAIN): Goal(0.50),
+}
+
+#: Name -> goal; a record that belongs to a goal has the name under ``goal_name``.
+GPU: dict[str, Goal] = {
+    "exit step: launches": Goal(1, "launches"),
+    "exit step: microseconds in a graph": Goal(5, "median_us"),
+    "exit step over the torch chain, both in graphs": Goal(1 / 8),
+    "exit step over the compiled chain, both in graphs": Goal(1 / 2),
+    "exit step in a graph over the torch chain, launched by the host": Goal(1 / 8),
+    "exit step in a graph over the compiled chain, launched by the host": Goal(1 / 2),
+    "mean pooling over the time of its bytes, B 128": Goal(1.3),
+    **{f"never exit over torch.compile, B {rows}": Goal(most) for rows, most in ((1, 1.0), (32, 1.05), (128, 1.05))},
+    **{f"mean depth 6 over torch.compile, B {rows}": Goal(most) for rows, most in ((1, 0.55), (32, 0.56), (128, 0.58))},
+    **{f"mean depth 6 over padded torch.compile, ragged, B {rows}": Goal(0.40) for rows in (32, 128)},
+    "mean depth 6 over the item loop, B 1": Goal(1 / 8),
+    "host synchronisations a batch": Goal(1, "syncs"),
+    "rows whose bits differ alone and in 8, 32 and 128": Goal(0, "different"),
+    "errors that compute-sanitizer finds": Goal(0, "errors"),
+}
+
+
+def gpu_goal(name: str, record: Mapping[str, Any]) -> Record:
+    """Return a record's fields about a goal of `GPU`; none if there is no goal of this name."""
+    goal = GPU.get(name)
+    return {} if goal is None else {"goal_name": name, **goal_fields(goal, record)}

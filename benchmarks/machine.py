@@ -1,0 +1,43 @@
+"""The machine that is measured. Imports nothing of the package, since `benchmarks.compare` runs older versions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NotMeasuredError(Exception):
+    """Something cannot be timed on this machine; the message says why and goes into the record."""
+
+
+def device() -> str:
+    """Return the kind of device that everything runs on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def runs_natively(dtype: str) -> bool:
+    """Return whether this machine computes in a dtype instead of emulating it."""
+    if dtype == "float32" or device() == "cuda":
+        return True
+    ops = torch.ops.mkldnn
+    return bool(ops._is_mkldnn_bf16_supported() if dtype == "bfloat16" else ops._is_mkldnn_fp16_supported())
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference; infinite if the shapes differ, NaN if either tensor has a NaN."""
+    if got.shape != expected.shape:
+        return float("inf")
+    return float((got.float().to(expected.device) - expected.float()).abs().max())

@@ -1,0 +1,26 @@
+"""MkDocs hook: files of the repository that a page links to as ``../path`` become files of the site.
+
+Links to Markdown files outside docs/ become plain text, since the site has no page for them.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKDOWN_LINK = re.compile(r"\[([^\]]*)\]\(\.\./[\w./-]+\.md(?:#[\w-]*)?\)")
+LINK = re.compile(r"\]\(\.\./([\w./-]+)\)")
+
+
+def on_files(files, config):
+    """Add the linked files under ``repository/``."""
+    pages = [MARKDOWN_LINK.sub("", page.content_string) for page in files.documentation_pages()]
+    for path in sorted({path for text in pages for path in LINK.findall(text)}):
+        files.append(File.generated(config, f"repository/{path}", abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown, **_):
+    """Point the links there."""
+    return LINK.sub(r"](repository/\1)", MARKDOWN_LINK.sub(r"\1", markdown))

@@ -1,0 +1,228 @@
+"""Parse the arguments of the command `earlyexit`, without importing torch.
+
+Importing `earlyexit_kernels` imports torch and transformers, which takes seconds. This module lies beside the package,
+so that ``--help`` and ``--version`` answer at once; the package is imported to check a value or to run a command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+TASKS = ("toy", "sst2", "cola", "mrpc", "rte", "stsb", "wnli", "qnli", "trec")
+METHODS = ("berxit", "dact", "deebert", "ensemble", "fastbert", "joint", "pabee", "palbert", "smartbert")
+POOLINGS = ("family", "first", "mean")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line on stderr."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {' '.join(message.split())}; `{self.prog} --help` lists the arguments\n")
+
+
+class Version(argparse.Action):
+    """Print the version of the installed package."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"earlyexit {_version()}")
+        parser.exit()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("earlyexit_kernels")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        from earlyexit_kernels import __version__
+
+        return __version__
+
+
+def _checked(name: str) -> Callable[[str], Any]:
+    """Return the converter `name` of `earlyexit_kernels.cli.arguments`, imported when there is a value to convert."""
+
+    def convert(text: str) -> Any:
+        from earlyexit_kernels.cli import arguments
+
+        return getattr(arguments, name)(text)
+
+    return convert
+
+
+def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit demo`."""
+    add = parser.add_argument
+    add("--output", type=_checked("path"), default=Path("demo_output"), help="output folder (default: %(default)s)")
+    add("--seed", type=_checked("seed"), default=0, help="random seed (default: %(default)s)")
+    add(
+        "--threads",
+        type=_checked("threads"),
+        default=1,
+        help="CPU threads; more do not help on a model this small (default: %(default)s)",
+    )
+    add("--quick", action="store_true", help="train on a tenth of the rows: shows the steps, not the result")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit train`."""
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        type=_checked("source"),
+        help="folder or hub name of a BERT-like encoder or classifier",
+    )
+    add("--task", required=True, type=_checked("task"), help=f"one of {', '.join(TASKS)}")
+    add("--output", required=True, type=_checked("path"), help="folder to save the model in")
+    add(
+        "--method", type=_checked("method"), default="joint", help=f"one of {', '.join(METHODS)} (default: %(default)s)"
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set an option of the method, e.g. ponder=0.05; repeatable",
+    )
+    add("--pooling", choices=POOLINGS, default="family", help="input of the exits (family: the head of the base model)")
+    add(
+        "--train-rows",
+        type=_checked("rows"),
+        default=None,
+        help="number of rows to train on (default: all that are not held out)",
+    )
+    add(
+        "--holdout",
+        type=_checked("rows_or_none"),
+        default=1000,
+        help="number of train rows held out to tune thresholds (default: %(default)s)",
+    )
+    add(
+        "--epochs",
+        type=_checked("epochs"),
+        nargs="+",
+        help="one number for all phases, or one per phase (default: those of the paper)",
+    )
+    add(
+        "--lr",
+        type=_checked("learning_rate"),
+        nargs="+",
+        help="peak learning rate of the encoder, for all phases or one per phase (default: those of the paper)",
+    )
+    add(
+        "--head-lr",
+        type=_checked("rate_or_same"),
+        default=1e-3,
+        help="peak learning rate of the exits, or 'same' for the encoder's as in the papers, with which new exits "
+        "learn little in few epochs (default: %(default)s)",
+    )
+    add("--halting-lr", type=_checked("learning_rate"), help="peak learning rate of halting heads (default: --head-lr)")
+    add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add("--max-length", type=_checked("max_length"), default=128, help="maximum tokens per row (default: %(default)s)")
+    add("--seed", type=_checked("seed"), default=0, help="random seed (default: %(default)s)")
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit eval`."""
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        type=_checked("path"),
+        nargs="+",
+        help="one or more folders written by `earlyexit train`",
+    )
+    add("--task", type=_checked("task"), help="task to evaluate on (default: the one the model was trained on)")
+    add(
+        "--drop",
+        type=_checked("drop"),
+        default=0.0,
+        help="maximum score loss allowed on the tuning split (default: %(default)s)",
+    )
+    add(
+        "--points",
+        type=_checked("points"),
+        default=24,
+        help="number of thresholds to try per criterion, at least 8 (default: %(default)s)",
+    )
+    add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add("--output", type=_checked("path"), help="JSON file to write")
+    add("--plot", type=_checked("png"), help="PNG file to write; NAME-1.png, NAME-2.png, ... for several models")
+
+
+def add_no_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: `earlyexit env` takes no arguments."""
+
+
+class Command(NamedTuple):
+    """A command of `earlyexit`.
+
+    Attributes:
+        summary: one line for ``earlyexit --help``.
+        details: further lines for ``earlyexit <command> --help``.
+        add_arguments: adds the arguments to a parser.
+    """
+
+    summary: str
+    details: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+
+
+COMMANDS = {
+    "demo": Command(
+        "Train a small early-exit model on a generated task and measure the time that early exit saves.",
+        "Takes about a minute and a half on two CPU cores and needs no network. All printed numbers are measured.",
+        add_demo_arguments,
+    ),
+    "train": Command(
+        "Train a classifier with an exit after every layer, with the Trainer of transformers.",
+        "Saves the model, its tokenizer and earlyexit_task.json (the rows trained on and the score of every exit)\n"
+        "in --output, from where `earlyexit eval` reads them.",
+        add_train_arguments,
+    ),
+    "eval": Command(
+        "Choose a threshold for every criterion on held-out train rows, and report on the dev split.",
+        "Prints tables; --output writes every point as JSON, --plot draws score against layers run. The exit rule\n"
+        "from the method's paper is listed first and marked with *. Rules that skip layers run the model once per\n"
+        "threshold; all others are replayed from one full-depth pass.",
+        add_eval_arguments,
+    ),
+    "env": Command("Show versions, the machine, and the back-ends that are available.", "", add_no_arguments),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = Parser(prog="earlyexit", description="Early exit for Hugging Face text classifiers.")
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            commands.add_parser(
+                name,
+                help=command.summary,
+                description=f"{command.summary}\n\n{command.details}".rstrip(),
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments after the program's name (default: those of the process).
+
+    Returns:
+        exit code: 0, 2 after an error in the input, reported in one line on stderr, or 130 after an interrupt.
+    """
+    args = build_parser().parse_args(argv)
+    from earlyexit_kernels.cli import run  # after --help and --version have been answered
+
+    return run(args)

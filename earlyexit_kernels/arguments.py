@@ -1,0 +1,98 @@
+"""Checks of constructor arguments: each returns the checked value or raises ValueError.
+
+A class lists its checks in a table, ``checks = {"threshold": number(low=0.0)}``, and `check_fields` applies it. Every
+message says what was expected and what was given.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+#: ``(where, value) -> value``; `where` begins the message, e.g. ``"Palbert(beta=...)"``.
+Check: TypeAlias = Callable[[str, Any], Any]
+
+
+def check_fields(instance: Any, checks: Mapping[str, Check]) -> None:
+    """Replace fields of a frozen dataclass by their checked values.
+
+    Args:
+        instance: the dataclass instance, changed in place.
+        checks: field name -> its check.
+
+    Raises:
+        ValueError: a field has a value that its check does not allow.
+    """
+    for name, check in checks.items():
+        value = check(f"{type(instance).__name__}({name}=...)", getattr(instance, name))
+        object.__setattr__(instance, name, value)
+
+
+def number(*, low: float = -math.inf, high: float = math.inf, inside: bool = False) -> Check:
+    """Allow finite numbers in ``[low, high]`` and convert them to float; with `inside` the ends are excluded."""
+    ends = "({:g}, {:g})" if inside else "[{:g}, {:g}]"
+    above = f" above {low:g}" if inside else f" at least {low:g}"
+    allowed = "" if math.isinf(low) else above if math.isinf(high) else " in " + ends.format(low, high)
+
+    def check(where: str, value: Any) -> float:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        finite = real and -sys.float_info.max <= value <= sys.float_info.max
+        if not finite or not (low < value < high if inside else low <= value <= high):
+            raise ValueError(f"{where}: expected a finite number{allowed}, got {value!r}")
+        return float(value)
+
+    return check
+
+
+def whole(*, low: int, high: int | None = None, hint: str = "") -> Check:
+    """Allow whole numbers in ``[low, high]`` and convert them to int; `hint` ends the message."""
+    allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
+
+    def check(where: str, value: Any) -> int:
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_whole or value < low or (high is not None and value > high):
+            raise ValueError(f"{where}: expected a whole number {allowed}, got {value!r}{hint}")
+        return int(value)
+
+    return check
+
+
+def flag(where: str, value: Any) -> bool:
+    """Allow True and False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: expected True or False, got {value!r}")
+    return value
+
+
+def choice(*allowed: str | None) -> Check:
+    """Allow the given strings, or None where it is among them."""
+
+    def check(where: str, value: Any) -> Any:
+        if not (value is None or isinstance(value, str)) or value not in allowed:
+            raise ValueError(f"{where}: expected one of {allowed}, got {value!r}")
+        return value
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    """Allow None and what `check` allows."""
+
+    def checked(where: str, value: Any) -> Any:
+        return None if value is None else check(where, value)
+
+    return checked
+
+
+def one_or_each(check: Check) -> Check:
+    """Allow one value that `check` allows, or a list or tuple of them, which becomes a tuple."""
+
+    def checked(where: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(check(where, item) for item in value)
+        return check(where, value)
+
+    return checked

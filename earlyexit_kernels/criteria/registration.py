@@ -1,0 +1,84 @@
+"""Checks of a criterion class that comes from outside the package."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from earlyexit_kernels.criteria.base import Criterion
+from earlyexit_kernels.types import ANY_TASK, AUX_ACTIVATIONS
+
+RULE_ARGUMENTS = ("z", "aux", "state", "layer", "depth", "params")
+STEP_ARGUMENTS = ("z", "aux", "cols", "classes", "state", "rows", "live", "layer", "depth", "p0", "p1", "p2")
+
+
+def check_class(cls: Any) -> None:
+    """Check that a class implements what the back-ends call.
+
+    Args:
+        cls: the class given to `criteria.register`.
+
+    Raises:
+        TypeError: not a subclass of `Criterion`.
+        ValueError: names the missing or wrong part of the class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Criterion)):
+        raise TypeError(f"register: expected a subclass of earlyexit_kernels.criteria.Criterion, got {cls!r}")
+    for check in (_dataclass_problem, _name_problem, _rule_problem, _inputs_problem, _step_problem):
+        problem = check(cls)
+        if problem:
+            raise ValueError(f"register({cls.__name__}): {problem}")
+
+
+def has_triton_step(cls: type[Criterion]) -> bool:
+    """Return whether a class has a Triton step for its own torch rule, not one inherited beside a new torch rule."""
+    if cls.triton_step is None:
+        return False
+    step_owner, rule_owner = (
+        next(base for base in cls.__mro__ if part in vars(base)) for part in ("triton_step", "rule")
+    )
+    return issubclass(step_owner, rule_owner)
+
+
+def _dataclass_problem(cls: type[Criterion]) -> str:
+    parameters = vars(cls).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        return (
+            "expected a frozen dataclass; write @dataclasses.dataclass(frozen=True, kw_only=True) above the class and "
+            "@register above that"
+        )
+    return ""
+
+
+def _name_problem(cls: type[Criterion]) -> str:
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        return f"expected a class attribute `name: ClassVar[str]` such as 'my_rule', got {name!r}"
+    return ""
+
+
+def _rule_problem(cls: type[Criterion]) -> str:
+    if cls.rule is Criterion.rule or not isinstance(inspect.getattr_static(cls, "rule"), staticmethod):
+        return f"expected a static method rule({', '.join(RULE_ARGUMENTS)}) -> (answer, leave, new state), got none"
+    found = len(inspect.signature(cls.rule).parameters)
+    if found != len(RULE_ARGUMENTS):
+        return f"expected rule({', '.join(RULE_ARGUMENTS)}), got a rule with {found} arguments"
+    return ""
+
+
+def _inputs_problem(cls: type[Criterion]) -> str:
+    if cls.needs is not None and cls.needs not in AUX_ACTIVATIONS:
+        return f"expected `needs` to be None or one of {sorted(AUX_ACTIVATIONS)}, got {cls.needs!r}"
+    if not isinstance(cls.tasks, frozenset) or not cls.tasks or not cls.tasks <= ANY_TASK:
+        return f"expected `tasks` to be a non-empty frozenset of {sorted(ANY_TASK)}, got {cls.tasks!r}"
+    return ""
+
+
+def _step_problem(cls: type[Criterion]) -> str:
+    if cls.triton_step is None:
+        return ""
+    step = getattr(cls.triton_step, "fn", cls.triton_step)
+    found = tuple(inspect.signature(step).parameters)
+    if found != STEP_ARGUMENTS:
+        return f"expected `triton_step` with the arguments {', '.join(STEP_ARGUMENTS)}, got {', '.join(found)}"
+    return ""

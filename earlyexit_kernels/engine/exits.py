@@ -1,0 +1,203 @@
+"""The exits of one request: the inputs of a decision, by kind of head, and the tensors that the decisions fill.
+
+The eager loop, the resident loop and `replay` decide by the op `exit_step`: a *source* computes `ExitInputs` and
+`RequestExits.call` adds the tensors of the request. The fixed-depth mode reads the same inputs with `read_exit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.heads import ExitHeads
+from earlyexit_kernels.heads.bank import FusedExit, LinearExits
+from earlyexit_kernels.ops import ExitCall
+from earlyexit_kernels.types import ExitTrace, RowStates, read_aux
+
+
+class ExitInputs(NamedTuple):
+    """The inputs of one decision.
+
+    Attributes:
+        hidden: packed tokens ``[T, H]``, or with pooling ``"none"`` one vector ``[B, F]`` per row.
+        weight, bias: the last linear, ``[C, F]`` and ``[C]``.
+        logits: ``[B, C]`` instead of the three above.
+        aux: ``[B]`` float32, the scalar that the rule needs.
+        pooling: as in `ops.exit_step`.
+    """
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    logits: Tensor | None
+    aux: Tensor | None
+    pooling: str
+
+
+class ExitSource(Protocol):
+    """Computes the inputs of an exit."""
+
+    def __call__(self, layer: int, states: RowStates, row_ids: Tensor) -> ExitInputs:
+        """Return the inputs of the exit after 1-based `layer`.
+
+        Args:
+            layer: 1-based.
+            states: tokens after the layer.
+            row_ids: ``[B]`` int32, request row of each row; negative for rows that have left.
+        """
+
+
+@dataclass(frozen=True)
+class LinearSource:
+    """Exits that are one linear on the pooled hidden state, which the op computes."""
+
+    linear: LinearExits
+
+    def __call__(self, layer: int, states: RowStates, row_ids: Tensor) -> ExitInputs:
+        weight, bias = self.linear.weights[layer - 1]
+        return ExitInputs(states.hidden, weight, bias, None, None, self.linear.pooling)
+
+
+class ExitMemory:
+    """What each exit of a request passes to the next one, by name, indexed by request row.
+
+    A last, spare row stands for all rows that have left: they read and write it.
+
+    Args:
+        before: the memory before layer 1, ``[N, F]`` by name.
+    """
+
+    def __init__(self, before: Mapping[str, Tensor]) -> None:
+        self._values = {name: torch.cat((x, x.new_zeros(1, x.shape[1]))) for name, x in before.items()}
+        self._spare = next((x.shape[0] for x in before.values()), 0)
+
+    def slots(self, row_ids: Tensor) -> Tensor:
+        """Return the row of the memory ``[B]`` int64 for each row id, negative ids included."""
+        return row_ids.masked_fill(row_ids < 0, self._spare).long() if self._values else row_ids
+
+    def read(self, slots: Tensor) -> dict[str, Tensor]:
+        """Return the memory ``[B, F]`` of some rows, by name."""
+        return {name: x.index_select(0, slots) for name, x in self._values.items()}
+
+    def write(self, slots: Tensor, new: Mapping[str, Tensor]) -> None:
+        """Replace the memory of some rows."""
+        for name, x in new.items():
+            self._values[name].index_copy_(0, slots, x.to(self._values[name].dtype))
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """Exits that torch modules compute up to their last linear.
+
+    Attributes:
+        heads: the exits.
+        needs: the scalar that the rule needs, or None.
+        memory: of the request.
+    """
+
+    heads: ExitHeads
+    needs: str | None
+    memory: ExitMemory = field(default_factory=lambda: ExitMemory({}))
+
+    def __call__(self, layer: int, states: RowStates, row_ids: Tensor) -> ExitInputs:
+        slots = self.memory.slots(row_ids)
+        exit_, aux = read_exit(self.heads, layer, states, self.memory.read(slots), self.needs)
+        self.memory.write(slots, exit_.memory)
+        return ExitInputs(exit_.features, exit_.weight, exit_.bias, None, aux, "none")
+
+
+@dataclass(frozen=True)
+class TraceSource:
+    """The stored exits of a full-depth pass, for a rule that needs the scalar `needs`."""
+
+    trace: ExitTrace
+    needs: str | None
+
+    def __call__(self, layer: int) -> ExitInputs:
+        aux = None
+        if self.needs is not None:
+            aux = read_aux(self.trace.aux[self.needs][:, layer - 1].detach(), self.needs).contiguous()
+        logits = self.trace.logits[:, layer - 1].detach().contiguous()
+        return ExitInputs(None, None, None, logits, aux, "none")
+
+
+def exit_source(heads: ExitHeads, needs: str | None, states: RowStates) -> ExitSource:
+    """Return the source for the exits of a request.
+
+    Args:
+        heads: the exits.
+        needs: the scalar that the rule needs, or None.
+        states: tokens after the embeddings.
+    """
+    if needs is not None:
+        return ModuleSource(heads, needs, ExitMemory(heads.first_memory(states, needs)))
+    linear = heads.linear_exits(states.hidden.dtype)
+    return ModuleSource(heads, needs) if linear is None else LinearSource(linear)
+
+
+def read_exit(
+    heads: ExitHeads, layer: int, states: RowStates, memory: Mapping[str, Tensor], needs: str | None
+) -> tuple[FusedExit, Tensor | None]:
+    """Compute the exit after 1-based `layer` up to its last linear.
+
+    Args:
+        heads: the exits.
+        layer: 1-based.
+        states: tokens after the layer.
+        memory: of the layer before, ``[B, F]`` by name.
+        needs: the scalar that the rule needs, or None.
+
+    Returns:
+        The exit, and the scalar as the rule reads it ``[B]`` float32.
+    """
+    exit_ = heads.fused(layer, states, memory, needs)
+    return exit_, None if exit_.aux is None or needs is None else read_aux(exit_.aux, needs)
+
+
+@dataclass(frozen=True)
+class RequestExits:
+    """The rule of a request, and the tensors that its decisions fill, indexed by request row.
+
+    Attributes:
+        rule: the exit rule.
+        depth: L.
+        state: ``[K, N]`` float32, of the rule.
+        answers: ``[N, C]`` float32.
+        exit_layer: ``[N]`` int64, 0 for rows that have not left.
+    """
+
+    rule: Criterion
+    depth: int
+    state: Tensor
+    answers: Tensor
+    exit_layer: Tensor
+
+    @staticmethod
+    def new(
+        rule: Criterion, *, rows: int, classes: int, depth: int, device: torch.device, keys: Tensor | None = None
+    ) -> RequestExits:
+        """Return the exits of a request of which no row has left.
+
+        Args:
+            rule: the exit rule.
+            rows, classes, depth: N, C and L.
+            device: of the tensors.
+            keys: ``[N]`` int64, for rules with `uses_keys`.
+        """
+        state = rule.new_state(rows, device, classes, keys)
+        answers = torch.zeros(rows, classes, dtype=torch.float32, device=device)
+        return RequestExits(rule, depth, state, answers, torch.zeros(rows, dtype=torch.int64, device=device))
+
+    def call(self, layer: int, inputs: ExitInputs, row_ids: Tensor, offsets: Tensor | None) -> ExitCall:
+        """Return the arguments of `exit_step` for the exit after 1-based `layer`."""
+        hidden, weight, bias, logits, aux, pooling = inputs
+        rule = self.rule
+        return ExitCall(
+            hidden, offsets, weight, bias, logits, aux, row_ids, self.state, self.answers, self.exit_layer,
+            rule.name, rule.params(layer), pooling, layer, self.depth,
+        )  # fmt: skip

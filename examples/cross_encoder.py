@@ -1,0 +1,27 @@
+"""Score pairs of texts with an early-exit model in `CrossEncoder` of sentence-transformers.
+
+Untrained weights: the scores mean nothing. Train the model as in convert_and_train.py on pairs and scores.
+"""
+
+import torch
+from sentence_transformers import CrossEncoder
+from transformers import BertForSequenceClassification
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.tasks import toy
+
+torch.manual_seed(0)
+config = toy.toy_model(layers=4, hidden=64).config
+config.num_labels, config.initializer_range = 1, 0.3  # one score per pair
+stock = BertForSequenceClassification(config)
+
+model = ee.to_early_exit(stock, method="joint", pooling="first").eval()
+model.set_criterion(ee.criteria.Patience(patience=1, tolerance=0.05))  # two exits in a row whose scores agree
+model.save_pretrained("early-exit-reranker")
+toy.toy_tokenizer().save_pretrained("early-exit-reranker")
+
+reranker = CrossEncoder("early-exit-reranker")
+query = "the music was superb"
+documents = ["the music was brilliant", "the plot of the film was dull", "the acting was never funny"]
+for found in reranker.rank(query, documents):
+    print(f"{found['score']:.3f}  {documents[found['corpus_id']]}")

@@ -1,0 +1,18 @@
+"""Load a saved early-exit model and run it in a `pipeline` of transformers. Run convert_and_train.py first."""
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import earlyexit_kernels  # noqa: F401  registers the model type `early-exit` with transformers
+
+FOLDER = "early-exit-model"
+SENTENCES = ["The music was superb.", "The plot of the film was dull.", "The acting was really brilliant."]
+
+classify = pipeline("text-classification", model=FOLDER)
+for sentence, answer in zip(SENTENCES, classify(SENTENCES, batch_size=32), strict=True):
+    print(f"{sentence:35} {answer['label']} {answer['score']:.3f}")
+
+# a pipeline returns labels and scores; the model itself also returns the exit layers
+model, tokenizer = AutoModelForSequenceClassification.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+print("exit layers", model(**batch).exit_layer.tolist(), "of", model.depth)
+print(model.explain(**batch))

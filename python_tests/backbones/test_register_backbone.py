@@ -1,0 +1,93 @@
+"""Backbones that users register: converted, saved and loaded like the package's own, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support.models import batch_for, stock
+
+import earlyexit_kernels as ee
+from earlyexit_kernels import backbones
+from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead
+
+ERNIE = BackboneAdapter(
+    model_type="ernie",
+    base="ernie",
+    head=StockHead(dense="ernie.pooler.dense"),
+    embed=backbones.embed_with_types,
+    layers=backbones.encoder_layers,
+    positions=backbones.column_positions,
+    longest=backbones.position_limit,
+)
+
+
+@pytest.fixture
+def ernie():
+    yield backbones.register(ERNIE)
+    BACKBONES.pop("ernie")
+
+
+@pytest.mark.parametrize("layers", ["family", "fused"])
+def test_a_registered_family_answers_as_its_stock_model(ernie, layers):
+    base = stock("ernie")
+    model = ee.to_early_exit(base)
+    model.set_layers(layers)
+    batch = batch_for(base)
+    assert torch.allclose(model(**batch).logits, base(**batch).logits, atol=1e-5)
+    model.set_criterion(ee.criteria.MaxProbability(threshold=0.4))
+    assert set(model(**batch).exit_layer.tolist()) <= set(range(1, model.depth + 1))
+
+
+def test_saved_and_loaded(ernie, tmp_path):
+    model = ee.to_early_exit(stock("ernie"))
+    batch = batch_for(model)
+    model.save_pretrained(tmp_path)
+    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_loading_a_family_that_is_not_registered_says_what_to_do(tmp_path):
+    backbones.register(ERNIE)
+    ee.to_early_exit(stock("ernie")).save_pretrained(tmp_path)
+    BACKBONES.pop("ernie")
+    with pytest.raises(ValueError, match=r"'ernie' has no adapter; supported are .*backbones\.register"):
+        ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_model_type_has_one_adapter(ernie):
+    assert backbones.register(dataclasses.replace(ERNIE)) == ERNIE
+    for other in (dataclasses.replace(ERNIE, base="bert"), dataclasses.replace(ERNIE, model_type="bert")):
+        with pytest.raises(ValueError, match=f"model_type '{other.model_type}' has another adapter already"):
+            backbones.register(other)
+    assert BACKBONES["ernie"] == ERNIE and BACKBONES["bert"].base == "bert"
+
+
+REFUSED = {
+    "model_type": ("", "a non-empty string, got ''"),
+    "base": (None, "a non-empty string, got None"),
+    "head": ("classifier", "a StockHead, got 'classifier'"),
+    "embed": (None, "a function, got None"),
+    "layers": ([], r"a function, got \[\]"),
+    "positions": (0, "a function, got 0"),
+    "longest": (512, "a function, got 512"),
+    "names": ({}, "a LayerNames, got {}"),
+    "parts": (None, "a function, got None"),
+    "shares_layers": (1, "True or False, got 1"),
+    "widen": (None, "a function, got None"),
+    "embeddings": (b"embeddings", "a non-empty string, got b'embeddings'"),
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(BackboneAdapter)])
+def test_wrong_fields_are_refused(field):
+    value, words = REFUSED[field]
+    with pytest.raises(ValueError, match=f"register: expected {field} of the adapter to be {words}"):
+        backbones.register(dataclasses.replace(ERNIE, **{field: value}))
+    assert "ernie" not in BACKBONES
+
+
+def test_something_else_is_refused():
+    with pytest.raises(TypeError, match="register: expected a BackboneAdapter, got 'ernie'"):
+        backbones.register("ernie")

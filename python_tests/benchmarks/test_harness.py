@@ -1,0 +1,131 @@
+"""The harness: answers are checked before timing, records are stored by suite, and two versions are compared."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support import fake_gpu
+
+from benchmarks import compare, compare_worker, goals, harness
+from benchmarks.end_to_end import models
+from benchmarks.harness import Checked, Goal, Implementation, Variant
+from benchmarks.machine import NotMeasuredError
+
+
+def implementation(name, wrong="", **how):
+    return Variant(name), lambda: Implementation(Variant(name), lambda: None, lambda: Checked(wrong, {"a": 1}), **how)
+
+
+def missing(name):
+    def build():
+        raise NotMeasuredError("not installed")
+
+    return Variant(name), build
+
+
+def broken(name):
+    def check():
+        raise ValueError("no such thing\nas this")
+
+    return Variant(name), lambda: Implementation(Variant(name), lambda: None, check)
+
+
+def test_wrong_and_missing_variants_are_not_timed():
+    case = harness.prepare([implementation("a"), implementation("b", "2 off"), missing("c"), broken("d")])
+    assert set(case.times(rounds=2)) == {Variant("a")} and case.facts == {Variant("a"): {"a": 1}}
+    skipped = list(case.skipped_records(lambda variant: {"engine": variant.engine}))
+    assert skipped == [
+        {"engine": "c", "not_measured": "not installed"},
+        {"engine": "b", "refused": "2 off"},
+        {"engine": "d", "refused": "ValueError: no such thing"},
+    ]
+    assert harness.PreparedCase().times(rounds=1) == {}
+
+
+def test_all_variants_are_built_before_the_first_check():
+    order = []
+
+    def build(name):
+        order.append(f"built {name}")
+        return Implementation(Variant(name), lambda: None, lambda: order.append(f"checked {name}") or Checked())
+
+    harness.prepare((Variant(name), lambda name=name: build(name)) for name in "ab")
+    assert order == ["built a", "built b", "checked a", "checked b"]
+
+
+def test_variants_are_prepared_before_each_call():
+    calls = []
+    builders = [implementation(name, prepare=lambda name=name: calls.append(name)) for name in ("a", "b")]
+    times = harness.prepare(builders).times(rounds=3, warmup=1, prepare=lambda: calls.append("-"))
+    assert {variant.engine: len(found) for variant, found in times.items()} == {"a": 3, "b": 3}
+    assert calls[1::2] == ["-"] * 8 and sorted(calls[::2]) == ["a"] * 4 + ["b"] * 4
+
+
+def test_fields_of_records():
+    fields = harness.time_fields([1.0, 2.0, 3.0], calls=2)
+    assert (fields["rounds"], fields["median_ms"], fields["low_ms"], fields["high_ms"]) == (3, 1.0, 0.7, 1.3)
+    reached = {"ratio": 0.5, "efficiency": 1.0}
+    assert harness.goal_fields(Goal(0.5), reached) == {"goal": 0.5, "goal_of": "ratio", "goal_met": True}
+    assert not Goal(0.4).met(reached) and not Goal(1.1, "efficiency").met(reached)
+    assert Goal(1.0, "efficiency").met(reached) and harness.goal_fields(None, reached)["goal_met"] is None
+
+
+def test_efficiency_is_layers_saved_over_time_saved():
+    # a plain model takes 100 ms at full depth; a quarter of its layer-rows should take 25 ms
+    assert [goals.efficiency(0.25, ms / 100) for ms in (25, 50)] == [1.0, 0.5]
+
+
+def test_suite_replaces_its_own_records_only(tmp_path):
+    harness.save("offline", [{"suite": "offline", "case": "b"}], results=tmp_path, repeats=3)
+    harness.save("server", [{"suite": "server", "case": "a"}], results=tmp_path)
+    harness.save("offline", [{"suite": "offline", "case": "c"}], results=tmp_path, repeats=5)
+    (document,) = harness.documents(tmp_path).values()
+    assert [(r["suite"], r["case"]) for r in document["records"]] == [("server", "a"), ("offline", "c")]
+    assert document["suites"]["offline"]["repeats"] == 5 and set(document["suites"]) == {"server", "offline"}
+    (found,) = harness.measured("server", tmp_path)
+    assert found.records == [{"suite": "server", "case": "a"}] and found.facts["cpu"]
+
+
+def test_every_committed_result_can_be_read():
+    paths = sorted(harness.RESULTS.rglob("*.json"))
+    assert len(paths) > 30
+    for path in paths:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        assert document["environment"]["packages"]["torch"] and document["records"], path.name
+
+
+class FakeWorker:
+    def __init__(self, milliseconds, logit):
+        self.reply = {"milliseconds": milliseconds, "logits": [logit], "exit_layer": [1]}
+
+    def ask(self, case):
+        return self.reply
+
+
+def test_versions_with_equal_answers_are_compared():
+    row = compare._row("a", {"base": FakeWorker(4.0, 1.0), "here": FakeWorker(2.0, 1.0)}, 3)
+    assert row == ("a", "4.0", "2.0", "0.50 (0.50 to 0.50)", "1.00 (1.00 to 1.00)")
+    refused = compare._row("a", {"base": FakeWorker(4.0, 1.0), "here": FakeWorker(2.0, 1.1)}, 3)
+    assert refused[3] == "refused: logits differ by 0.1"
+    moved = {"logits": [1.0], "exit_layer": [2]}
+    assert compare.difference(moved, {**moved, "exit_layer": [1]}) == "rows leave at other layers"
+
+
+def test_cases_of_the_comparison(monkeypatch):
+    fake_gpu.use_tiny_models(monkeypatch)
+    assert set(compare.SUBJECTS) <= set(models.SUBJECTS)
+    with torch.inference_mode():
+        outputs = {name: call() for name, call in compare_worker.cases("MiniLM").items()}
+    fake_gpu.clear_caches()
+    assert len(outputs) == 7 and {len(out.exit_layer) for out in outputs.values()} == {1, 32}
+    mixed = outputs["MiniLM, uniform, 50 %, B 32, S 4 to 35"].exit_layer
+    assert outputs["MiniLM, never exit, B 32, S 32"].exit_layer.tolist() == [2] * 32 and mixed.min() == 1
+
+
+def test_comparison_needs_rounds_and_a_base(capsys):
+    for arguments, message in ((["main", "--repeats", "3"], "at least 10"), ([], "expected a git ref")):
+        with pytest.raises(SystemExit):
+            compare.main(arguments)
+        assert message in capsys.readouterr().err
