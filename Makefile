@@ -9,11 +9,12 @@ VENV ?= .venv
 ARGS ?=
 
 PY := $(VENV)/bin/python
-# a test process a core, up to four; a file's tests stay in one process, where they share what they set up
-PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile
+# a test process a core, up to four; a file's tests stay in one process, where they share what they set up; files run in
+# their order, since those with the fewest tests are not the shortest
+PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 # in a variable, since `call` takes a comma for the end of an argument
 EXTRAS := .[test,train,plot,bench]
-PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
+PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --no-compile
 # $(call timed,COMMAND): run it and print the seconds that it took
 timed = started=$$(date +%s) && $(1) && echo "    done in $$(( $$(date +%s) - started )) s"
 DOCS_VENV := $(VENV)-docs

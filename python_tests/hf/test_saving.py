@@ -29,7 +29,7 @@ from earlyexit_kernels.hf.saving import STAGING, UNFINISHED, finish_save, save_o
 load = ee.EarlyExitForSequenceClassification.from_pretrained
 #: Events of `sys.addaudithook` that change a folder or open a file in it.
 CALLS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.scandir", "os.listdir"}
-SHARDS = {"max_shard_size": "100KB"}
+SHARDS = {"max_shard_size": "150KB"}
 
 
 @pytest.fixture(scope="module")
