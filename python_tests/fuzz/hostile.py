@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels import ops
+from earlyexit_kernels.criteria import RULES
 from fuzz import ops as valid
 from fuzz import validity
 from fuzz.case import AcceptedError, Case, WrongError
@@ -208,7 +209,7 @@ INVALID = (float("nan"), float("inf"), -1.0, -7, "0.5", None, [], [float("nan")]
 
 def criterion(case: Case) -> None:
     """Build a criterion with one invalid argument."""
-    built = valid.DRAWN[case.choice(list(valid.DRAWN))](case, 3, 4).criterion
+    built = valid.drawn_setting(case.choice(sorted(RULES)), case, 3, 4).criterion
     fields = {k: v for k, v in built.to_dict().items() if k != "name"}
     if not fields:
         return
