@@ -24,7 +24,7 @@ from earlyexit_kernels.criteria.max_probability import MaxProbability
 from earlyexit_kernels.criteria.patience import Patience
 from earlyexit_kernels.criteria.patient_confidence import PatientConfidence
 from earlyexit_kernels.criteria.q_exit import QExit
-from earlyexit_kernels.criteria.registration import check_class, has_triton_step
+from earlyexit_kernels.criteria.registration import check_class, check_instance, has_triton_step
 from earlyexit_kernels.criteria.sampled_exit import SampledExit
 from earlyexit_kernels.criteria.skip_gate import SkipGate
 from earlyexit_kernels.criteria.voting import Voting
@@ -274,6 +274,8 @@ def check_fits(criterion: Criterion, *, depth: int, classes: int, problem_type: 
     """
     check_known(criterion)
     check_known(criterion.exit_rule)
+    if criterion.exit_rule.name not in RULES:
+        check_instance(criterion.exit_rule, depth)
     if problem_type not in criterion.exit_rule.tasks:
         fed = [cls for cls in CRITERIA.values() if _has_inputs(cls, aux)]
         fitting = sorted(cls.__name__ for cls in fed if problem_type in cls.tasks)

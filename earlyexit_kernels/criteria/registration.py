@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from earlyexit_kernels.criteria.base import Criterion
+from earlyexit_kernels.criteria.base import MAX_PARAMS, Criterion
 from earlyexit_kernels.types import ANY_TASK, AUX_ACTIVATIONS
 
 RULE_ARGUMENTS = ("z", "aux", "state", "layer", "depth", "params")
@@ -28,6 +28,27 @@ def check_class(cls: Any) -> None:
         problem = check(cls)
         if problem:
             raise ValueError(f"register({cls.__name__}): {problem}")
+
+
+def check_instance(criterion: Criterion, depth: int) -> None:
+    """Check what a criterion from outside the package gives to the back-ends.
+
+    Args:
+        criterion: of a registered class.
+        depth: number of exits L.
+
+    Raises:
+        ValueError: it has too many parameters, or a field that cannot be hashed.
+    """
+    counts = [len(criterion.params(layer)) for layer in range(1, depth + 1)]
+    if max(counts) > MAX_PARAMS:
+        raise ValueError(
+            f"criterion {criterion.name!r}: expected params(layer) with at most {MAX_PARAMS} numbers, got {max(counts)}"
+        )
+    try:
+        hash(criterion)
+    except TypeError as error:
+        raise ValueError(f"criterion {criterion.name!r}: expected hashable fields, got {error}; use tuples") from None
 
 
 def has_triton_step(cls: type[Criterion]) -> bool:

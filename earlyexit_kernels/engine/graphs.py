@@ -27,6 +27,8 @@ from earlyexit_kernels.types import ExitOutput
 
 #: Graphs kept for one model; the least recently used one is dropped.
 MAX_GRAPHS = 16
+#: Tries to capture one graph while another thread replaces weights.
+MAX_CAPTURES = 3
 #: Tokens that the buffers of a bucket hold at most; a larger batch is split.
 MAX_TOKENS = 65_536
 MIN_LENGTH = 16
@@ -181,21 +183,31 @@ class Graphs:
             del self._captured[key]
 
     def _get_or_capture(self, key: Key, view: ModelView, stream: Any) -> Captured:
-        captured = self._captured.get(key)
-        if captured is None or not captured.made_from.is_current(view.roots):
+        """Return the graph of the current weights; another thread may replace weights during a capture."""
+        for attempt in range(MAX_CAPTURES + 1):
+            captured = self._captured.get(key)
+            if captured is not None and captured.made_from.is_current(view.roots):
+                self._captured.move_to_end(key)
+                return captured
+            # or its buffers would stay allocated during the capture
+            captured = None
             self._drop_stale(view)
-            if reason := self._capture_refusal(key, view):
-                raise CaptureError(reason)
-            try:
-                captured = self._captured[key] = self._capture(key, view, stream)
-            except Exception as error:  # Triton's errors are not RuntimeErrors
-                message = str(error).partition("\n")[0] or type(error).__name__
-                self._refused[key] = f"capturing {key.bucket} failed: {message}"
-                raise CaptureError(self._refused[key]) from error
-            while len(self._captured) > MAX_GRAPHS:
-                self._captured.popitem(last=False)
+            if attempt < MAX_CAPTURES:
+                self._add_capture(key, view, stream)
+        raise CaptureError(f"the weights changed during each of {MAX_CAPTURES} captures")
+
+    def _add_capture(self, key: Key, view: ModelView, stream: Any) -> None:
+        if reason := self._capture_refusal(key, view):
+            raise CaptureError(reason)
+        try:
+            self._captured[key] = self._capture(key, view, stream)
+        except Exception as error:  # Triton's errors are not RuntimeErrors
+            message = str(error).partition("\n")[0] or type(error).__name__
+            self._refused[key] = f"capturing {key.bucket} failed: {message}"
+            raise CaptureError(self._refused[key]) from error
         self._captured.move_to_end(key)
-        return captured
+        while len(self._captured) > MAX_GRAPHS:
+            self._captured.popitem(last=False)
 
     def _capture(self, key: Key, view: ModelView, stream: Any) -> Captured:
         try:

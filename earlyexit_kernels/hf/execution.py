@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels import backends
-from earlyexit_kernels.criteria import resolve_backend
+from earlyexit_kernels.criteria import resolve_backend, supported_backends
 from earlyexit_kernels.engine import eager
 from earlyexit_kernels.engine.choice import ENGINES, Choice, Explanation, fastest
 from earlyexit_kernels.engine.embedding import embed_rows
@@ -76,7 +76,7 @@ class Execution:
 
     def check_criterion(self, view: ModelView) -> None:
         """Refuse a criterion that the requested back-end does not implement."""
-        if self._backend != "auto":
+        if self._backend != "auto" and self._backend not in supported_backends(view.criterion.exit_rule.name):
             _resolved(self._backend, view)
 
     def set_backend(self, view: ModelView, backend: str) -> None:

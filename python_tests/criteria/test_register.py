@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from support.exit_step_cases import memory
-from support.models import balance_classes, batch_for, early_exit
+from support.models import balance_classes, batch_for, early_exit, ragged
 from support.registered_rules import SteadyLead, TritonSteadyLead, registered, steady_lead_layers
 
 import earlyexit_kernels as ee
@@ -219,3 +219,30 @@ def test_register_says_what_is_missing(name):
     with pytest.raises(error, match=words):
         criteria.register(cls)
     assert "changed" not in criteria.CRITERIA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManyParams(SteadyLead):
+    thresholds: list = dataclasses.field(default_factory=list)
+    name: ClassVar[str] = "many_params"
+
+    def params(self, layer):
+        return [self.threshold] * layer
+
+
+def test_settings_that_back_ends_cannot_take_are_refused(monkeypatch):
+    monkeypatch.setitem(criteria.CRITERIA, "many_params", ManyParams)
+    for layers, words in ((4, "at most 3 numbers, got 4"), (3, "expected hashable fields")):
+        model = early_exit(num_hidden_layers=layers)
+        with pytest.raises(ValueError, match=words):
+            model.set_criterion(ManyParams(threshold=0.5))
+
+
+def test_criterion_is_chosen_apart_from_the_dtype():
+    """A restored criterion must not fail where the chosen back-end cannot run at the moment."""
+    model = early_exit()
+    model.set_backend("torch")
+    model.execution._backend = "cpp"
+    model.double().set_criterion(criteria.Entropy(threshold=0.3))
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        model(**ragged())

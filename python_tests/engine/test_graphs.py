@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import logging
 import pickle
+import weakref
 from functools import partial
 
 import pytest
@@ -172,6 +174,42 @@ def test_stale_graph_is_not_replayed(captures, model):
     model.heads.out[0] = torch.nn.Linear(64, 3)
     assert_as_eager(run(runner, model, batch), model, batch)
     assert len(captures) == 2
+
+
+@pytest.mark.parametrize("changes", [1, graphs.MAX_CAPTURES])
+def test_weights_replaced_during_a_capture_are_captured_again(captures, model, monkeypatch, changes):
+    makes, runner, batch = graphs.capture, Graphs(), batch_for(model)
+
+    def capture(*arguments):
+        captured = makes(*arguments)
+        if len(captures) <= changes:
+            model.heads.out[0] = torch.nn.Linear(64, 3)
+        return captured
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    if changes < graphs.MAX_CAPTURES:
+        assert_as_eager(run(runner, model, batch), model, batch)
+        assert len(captures) == changes + 1
+    else:
+        with pytest.raises(CaptureError, match="the weights changed during each of 3 captures"):
+            run(runner, model, batch)
+        assert_as_eager(run(runner, model, batch), model, batch)
+
+
+def test_replaced_graph_is_freed_before_the_next_capture(captures, model, monkeypatch):
+    makes, runner, batch, alive = graphs.capture, Graphs(), batch_for(model), []
+    run(runner, model, batch)
+    loop = weakref.ref(next(iter(runner._captured.values())).loop)
+
+    def capture(*arguments):
+        gc.collect()
+        alive.append(loop())
+        return makes(*arguments)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    model.heads.out[0] = torch.nn.Linear(64, 3)
+    run(runner, model, batch)
+    assert alive == [None]
 
 
 def test_train_mode_drops_the_graphs(captures, model):
