@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from support import oracle
-from support.criterion_cases import CASES, EPS
+from support.criterion_case import EPS
+from support.criterion_cases import CASES
 from support.random_settings import Drawn
 from torch import Tensor
 
