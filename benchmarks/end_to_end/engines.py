@@ -9,7 +9,7 @@ from collections.abc import Callable
 from benchmarks.end_to_end.models import Model, Subject
 from benchmarks.machine import NotMeasuredError
 from earlyexit_kernels.engine.inputs import Inputs
-from earlyexit_kernels.engine.resident import ModelView
+from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.types import ExitOutput
 

@@ -22,6 +22,7 @@ from benchmarks.goals import gpu_goal
 from benchmarks.gpu.bench import Bench, header, micros, over
 from benchmarks.harness import Record
 from benchmarks.machine import NotMeasuredError
+from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine import graphs
 from earlyexit_kernels.engine.graphs import bucket_of
 from earlyexit_kernels.engine.inputs import Inputs
@@ -79,13 +80,18 @@ def _goal_name(record: Mapping[str, object], rows: int, ragged: bool) -> str:
     return f"{what} over {against}, B {rows}"
 
 
+def has_conditional_nodes() -> bool:
+    """Return whether the compiled extension can capture conditional nodes."""
+    return not available_backends("cuda")["cpp"]
+
+
 def conditional_records(bench: Bench) -> Iterator[Record]:
     """Yield the time of the loop with IF nodes over that of a plain graph, whose kernels return if no row is live.
 
     Raises:
         NotMeasuredError: the extension lacks the nodes, or a graph does not support the model.
     """
-    if not graphs.has_conditional_nodes():
+    if not has_conditional_nodes():
         raise NotMeasuredError("the extension has no graphs with IF nodes")
     dtype = bench.dtypes[0]
     subject = models.subject(SUBJECT, dtype)

@@ -22,6 +22,7 @@ from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.counts import Counts, counts_for
 from earlyexit_kernels.engine.exits import ExitSource, RequestExits, exit_source
 from earlyexit_kernels.engine.full_depth import hidden_of
+from earlyexit_kernels.engine.invalid import refuse_invalid
 from earlyexit_kernels.engine.packing import (
     AttentionPlan,
     PackedBatch,
@@ -30,7 +31,6 @@ from earlyexit_kernels.engine.packing import (
     plan_attention,
     scatter_rows,
 )
-from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import bare_op
 from earlyexit_kernels.types import ExitOutput
@@ -123,19 +123,14 @@ class _Exits:
             counts = self.decide(*self.request.call(layer, inputs, batch.row_ids, batch.offsets))
         rows.live, rows.live_tokens = self.counts.after(layer, counts, (rows.live, rows.live_tokens))
         if self.strict:
-            self._refuse(self.counts.invalid)
+            refuse_invalid(self.counts.invalid)
 
     def finish(self) -> tuple[int, ...]:
         """Return for each layer the number of present rows with invalid logits."""
         invalid = tuple(self.counts.finish())
         if self.strict:
-            self._refuse(invalid)
+            refuse_invalid(invalid)
         return invalid
-
-    def _refuse(self, invalid: Sequence[int]) -> None:
-        layer = next((k for k, rows in enumerate(invalid, start=1) if rows), None)
-        if layer is not None:
-            raise InvalidLogitsError(invalid_message(invalid[layer - 1], layer, self.request.depth))
 
 
 @torch.no_grad()
@@ -239,11 +234,3 @@ def _compacts(rows: LiveBatch, options: RunOptions) -> bool:
         _, tokens, width = rows.hidden.shape
         return compaction_pays(tokens, rows.live_tokens, width, options.layer_macs)
     return options.compaction == "always"
-
-
-def invalid_message(rows: int, layer: int, depth: int) -> str:
-    """Return the error message of a strict model for invalid logits."""
-    return (
-        f"{rows} row(s) have invalid logits (NaN, several +inf, or all -inf) at layer {layer} of {depth}; check the "
-        "weights and the input, or use strict=False to let such rows continue"
-    )

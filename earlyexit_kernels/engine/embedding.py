@@ -9,7 +9,7 @@ from torch import Tensor
 
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.packing import PackedBatch, pack, row_keys
-from earlyexit_kernels.engine.resident import ModelView
+from earlyexit_kernels.engine.view import ModelView
 
 
 class EmbeddedRows(NamedTuple):

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import NAMESPACE, available_backends
+from earlyexit_kernels.backends import NAMESPACE
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.locks import ForkSafeLock
 from earlyexit_kernels.engine.packing import refuse_masked_first
-from earlyexit_kernels.engine.resident import ModelView, ResidentLoop, resident_unsupported_reason
+from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
 from earlyexit_kernels.engine.resident_buffers import Bucket
+from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.ops.resident_exit import MAX_ROWS
 from earlyexit_kernels.types import ExitOutput
 
@@ -297,8 +298,3 @@ def _conditional(loop: ResidentLoop) -> Callable[[], None]:
         graph.abandon()
         raise
     return graph.replay
-
-
-def has_conditional_nodes() -> bool:
-    """Return whether the compiled extension can capture conditional nodes."""
-    return not available_backends("cuda")["cpp"]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.engine.eager import invalid_message
 from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.ops.exit_step import valid_rows
 
@@ -47,8 +46,7 @@ class InvalidRows:
         if not any(by_layer):
             return
         if strict:
-            layer = next(k for k, rows in enumerate(by_layer, start=1) if rows)
-            raise InvalidLogitsError(invalid_message(by_layer[layer - 1], layer, len(by_layer)))
+            refuse_invalid(by_layer)
         if self._total == 0:
             where = {layer: rows for layer, rows in enumerate(by_layer, start=1) if rows}
             logger.warning(
@@ -86,3 +84,20 @@ class InvalidRows:
         waiting, self._waiting, self._passes = self._waiting, None, 0
         if waiting is not None:
             self.add(waiting.tolist(), strict=False)
+
+
+def refuse_invalid(by_layer: Sequence[int]) -> None:
+    """Raise if a layer has rows with invalid logits.
+
+    Args:
+        by_layer: their number at each layer 1..L.
+
+    Raises:
+        InvalidLogitsError: names the first such layer.
+    """
+    for layer, rows in enumerate(by_layer, start=1):
+        if rows:
+            raise InvalidLogitsError(
+                f"{rows} row(s) have invalid logits (NaN, several +inf, or all -inf) at layer {layer} of "
+                f"{len(by_layer)}; check the weights and the input, or use strict=False to let such rows continue"
+            )

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earlyexit_kernels.backbones import BackboneAdapter, column_positions
+from earlyexit_kernels.backbones import column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
 from earlyexit_kernels.engine.fused_layers import LayerWeights, hooked, layers_unsupported_reason
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.packing import AttentionPlan, PackedStates
 from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
+from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_add_norm, rows_attention, rows_linear
 from earlyexit_kernels.ops.checks import FLOATS
@@ -36,34 +37,6 @@ EXIT_ROWS = 128
 #: Activations of a dense module in an exit that the kernels support.
 DENSE_ACTIVATIONS = ("gelu", "relu", "tanh")
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-
-
-@dataclass(frozen=True)
-class ModelView:
-    """What a loop needs of a model.
-
-    Attributes:
-        adapter, backbone: the encoder.
-        heads: its exits.
-        criterion: decides which rows leave.
-        classes: C.
-    """
-
-    adapter: BackboneAdapter
-    backbone: Any
-    heads: ExitHeads
-    criterion: Criterion
-    classes: int
-
-    @property
-    def roots(self) -> tuple[nn.Module, nn.Module]:
-        """The modules whose weights are read."""
-        return self.backbone, self.heads
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        """The L layers."""
-        return self.adapter.layers(self.backbone)  # type: ignore[return-value]
 
 
 def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | None:

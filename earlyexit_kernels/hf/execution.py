@@ -21,7 +21,7 @@ from earlyexit_kernels.engine.graphs import CaptureError, Graphs
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.invalid import InvalidRows
 from earlyexit_kernels.engine.replay import replay
-from earlyexit_kernels.engine.resident import ModelView
+from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.types import ExitOutput, ExitTrace
 
@@ -29,6 +29,7 @@ logger = logging.getLogger("earlyexit_kernels")
 
 LAYER_KINDS = ("auto", "family", "fused")
 REQUESTED = "it was requested"
+IN_TRAINING = "the model is in train mode, where every row runs all layers; call model.eval()"
 
 
 class Execution:
@@ -111,8 +112,10 @@ class Execution:
         self.fused.forget()
         self.graphs.forget()
 
-    def explain(self, view: ModelView, rows: int, length: int) -> Explanation:
-        """Return how a batch ``[N, S]`` would run in eval mode. Changes nothing."""
+    def explain(self, view: ModelView, rows: int, length: int, *, training: bool) -> Explanation:
+        """Return how a batch ``[N, S]`` would run in train or eval mode. Changes nothing."""
+        if training:
+            return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend(view))
         layers = self.layer_kind(view)
         return Explanation(self.choose_engine(view, rows, length, check_stale=True), layers, self.backend(view))
 

@@ -10,12 +10,12 @@ from transformers import AutoModel, initialization
 
 from earlyexit_kernels.backbones import adapter_of, check_parts
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
-from earlyexit_kernels.engine.choice import Choice, Explanation
+from earlyexit_kernels.engine.choice import Explanation
 from earlyexit_kernels.engine.fixed_depth import FixedDepth
 from earlyexit_kernels.engine.full_depth import TraceOptions
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs, refuse_other_arguments
 from earlyexit_kernels.engine.packing import PACKED_ATTENTION
-from earlyexit_kernels.engine.resident import ModelView
+from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
 from earlyexit_kernels.hf.checkpoint import Checkpointed
 from earlyexit_kernels.hf.config import EarlyExitConfig
@@ -26,8 +26,6 @@ from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.phase_state import PhaseState
 from earlyexit_kernels.objectives import Objective, PhaseSpec, mean_task_loss, objective_of
 from earlyexit_kernels.types import ExitTrace, default_problem_type
-
-IN_TRAINING = "the model is in train mode, where every row runs all layers; call model.eval()"
 
 
 class EarlyExitForSequenceClassification(Checkpointed):
@@ -207,9 +205,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise ValueError(f"explain: expected input_ids of shape [N, S], got {got}")
-        if self.training:
-            return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend)
-        return self.execution.explain(self.view(), *input_ids.shape)
+        return self.execution.explain(self.view(), *input_ids.shape, training=self.training)
 
     def refresh(self) -> None:
         """Drop packed copies of weights and CUDA graphs; the next batch makes them again.

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.end_to_end import answers, engines, measure, models
 from benchmarks.end_to_end.workloads import Fixed
-from benchmarks.gpu import bench, nodes
+from benchmarks.gpu import bench, nodes, whole
 from benchmarks.gpu.bench import Bench
 from earlyexit_kernels.engine import graphs
 from earlyexit_kernels.engine.choice import Choice
@@ -134,7 +134,7 @@ def gpu(monkeypatch, captures) -> Bench:
     monkeypatch.setattr(Bench, "conditional_graph", _conditional_graph)
     monkeypatch.setattr(nodes, "bare_op", lambda *_: _opening)
     monkeypatch.setattr(nodes, "ConditionalNodes", Turns)
-    monkeypatch.setattr(graphs, "has_conditional_nodes", lambda: True)
+    monkeypatch.setattr(whole, "has_conditional_nodes", lambda: True)
     monkeypatch.setattr(graphs, "_plain", lambda loop, stream: loop.launch)
     monkeypatch.setitem(engines.ENGINES, engines.GRAPH, _graph_on_cpu)
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
