@@ -98,7 +98,7 @@ def accuracy(folder: Path) -> Path:
 
 
 def _ours(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Our engines' float32 records over the plain model, by label."""
+    """Return label -> records of our engines in float32, compared with the plain model."""
     found: dict[str, list[Record]] = {}
     for record in records:
         if record["engine"] not in BASELINES and record["baseline"] == PLAIN and record["dtype"] == "float32":
@@ -111,13 +111,13 @@ def _label(record: Record) -> str:
 
 
 def _band(axes: Any, records: Sequence[Record], key: str, color: str) -> None:
-    """The .2 to .8 quantiles of the rounds' ratios."""
+    """Fill the area between the .2 and .8 quantiles of the rounds' ratios."""
     xs, low, high = ([r[name] for r in records] for name in (key, "ratio_low", "ratio_high"))
     axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def exits(records: Sequence[Record]) -> Any:
-    """Time over the plain model's against the mean exit layer, for one row and for a batch."""
+    """Draw the time over the plain model's time against the mean exit layer, for one row and for a batch."""
     large = [r for r in records if r["subject"] == "BERT-base"]
     shapes = [shape for shape in EXIT_SHAPES if any(r["shape"] == shape for r in large)]
     if not shapes:
@@ -148,7 +148,7 @@ def exits(records: Sequence[Record]) -> Any:
 
 
 def _draw_mixes(axes: Any, records: Sequence[Record], label: str, color: str) -> None:
-    """One engine: a line for each kind of mix up to where no row leaves; a mix alone of its kind is a point."""
+    """Draw one engine: a line through the mixes of each kind to `never exit`, or a point where a kind has one mix."""
     end = [r for r in records if r["exits"] == NEVER]
     kinds: dict[str, list[Record]] = {}
     for record in records:
@@ -165,7 +165,7 @@ def _draw_mixes(axes: Any, records: Sequence[Record], label: str, color: str) ->
 
 
 def never_exit(records: Sequence[Record]) -> Any:
-    """Time over the plain model's with all exits and decisions computed and no row leaving, for every shape."""
+    """Draw the time of `never exit` over the plain model's time, for every shape."""
     mine = _ours(r for r in records if r["exits"] == NEVER)
     shapes = sorted({(r["subject"], r["shape"]) for found in mine.values() for r in found}, key=_by_size)
     if not shapes:
@@ -199,7 +199,7 @@ def _by_size(shape: tuple[str, str]) -> tuple[str, list[int]]:
 
 
 def batch(records: Sequence[Record]) -> Any:
-    """Milliseconds per row against batch size, MiniLM's shape."""
+    """Draw the milliseconds per row against the batch size, in MiniLM's shape."""
     lines: dict[tuple[str, str], dict[int, Record]] = {}
     for record in records:
         of_shape = record["subject"] == "MiniLM" and record["shape"].endswith("S 32") and record["dtype"] == "float32"

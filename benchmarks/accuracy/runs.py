@@ -238,7 +238,7 @@ def own_rule_records(run: Run, args: argparse.Namespace) -> list[Record]:
 
 
 def noted(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments for the JSON; of paths only their ends, since the rest depends on the machine."""
+    """Return the arguments for the JSON, with paths cut to their last two parts: the rest depends on the machine."""
     kept = {name: value for name, value in vars(args).items() if name not in ("trained", "results")}
     if "model" in kept:
         kept["model"] = Path(kept["model"])

@@ -69,7 +69,7 @@ def entropy_per_exit(logits: Tensor) -> Tensor:
 
 
 def rule_for(exits: str, trace: ee.ExitTrace, *, trained: bool) -> Criterion | None:
-    """Return the criterion under which the rows of a trace leave as a mix says.
+    """Return the criterion under which the rows of a trace leave as in a mix.
 
     Args:
         exits: `FULL`, `OWN` or a name of `MIXES`.

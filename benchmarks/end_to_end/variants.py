@@ -127,7 +127,7 @@ class _Variants:
     def baseline(self, variant: Variant) -> Implementation:
         """Return a baseline."""
         rule = self.rule(variant.exits)
-        # as near to the layers that the mix runs as whole layers come
+        # the whole number of layers nearest to the mean exit layer of the mix
         exits = [ee.replay(truth.trace, rule)[1] for truth in self.first]
         layer = round(float(sum(x.sum() for x in exits)) / self.work.rows)
         answer = BASELINES[variant.engine](self.subject, rule, layer)

@@ -9,7 +9,7 @@ have S tokens. Both sides allocate what they write.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -21,7 +21,7 @@ from benchmarks.harness import Checked, Implementation
 from benchmarks.machine import device
 from benchmarks.micro.decisions import even_offsets
 from benchmarks.micro.groups import EAGER, TIMED, Group, Shape, around, repeated
-from earlyexit_kernels.ops import bare_op, compact
+from earlyexit_kernels.ops import bare_op
 
 #: Which rows are live -> how many of B.
 LIVE: dict[str, Callable[[int], int]] = {
@@ -68,21 +68,12 @@ def plain_plan(row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor
     return row_ids[live], F.pad(lengths.cumsum(0), (1, 0)), live.nonzero()[:, 0]
 
 
-def reference_plan(row_ids: Sequence[int], offsets: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Return the same, computed in a loop."""
-    source = [i for i, n in enumerate(row_ids) if n >= 0]
-    ends = [0]
-    for i in source:
-        ends.append(ends[-1] + offsets[i + 1] - offsets[i])
-    return [row_ids[i] for i in source], ends, source
-
-
 def compact_group(case: Case) -> Group:
     """The plan of a compaction."""
     shape = case.shape
     row_ids = row_ids_with(shape.rows, LIVE[case.live](shape.rows))
     offsets = even_offsets(shape.rows, shape.length, device())
-    wanted = reference_plan(row_ids.tolist(), offsets.tolist())
+    wanted = [part.tolist() for part in plain_plan(row_ids, offsets)]
 
     def variant(name: str, call: Callable[[], tuple[Tensor, ...]]) -> Implementation:
         def check() -> Checked:
@@ -102,11 +93,11 @@ def gather_group(case: Case) -> Group:
     shape, count = case.shape, LIVE[case.live](case.shape.rows)
     row_ids = row_ids_with(shape.rows, count)
     offsets = even_offsets(shape.rows, shape.length, device())
-    _, new_offsets, source = (x[: count + 1] for x in compact(row_ids, offsets, backend="torch"))
-    source, live = source[:count], row_ids >= 0
+    _, new_offsets, source = plain_plan(row_ids, offsets)
+    new_offsets, source, live = new_offsets.int(), source.int(), row_ids >= 0
     padded = torch.randn(shape.rows, shape.length, shape.width, generator=torch.Generator().manual_seed(0)).to(device())
     hidden = padded.view(-1, shape.width)
-    wanted = torch.cat([padded[i] for i in source.tolist()])
+    wanted = padded[live].view(-1, shape.width)
 
     def variant(name: str, call: Callable[[], Tensor]) -> Implementation:
         def check() -> Checked:

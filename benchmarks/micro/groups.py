@@ -1,15 +1,12 @@
-"""Shapes, and groups of variants of one piece of work, for the pytest-benchmark files.
+"""Shapes, and groups of variants of one piece of work.
 
 A group has each back-end and the plain torch chain, which is the baseline, and sometimes that chain compiled.
-pytest-benchmark times one variant after the other; the ratio to the chain comes from interleaved rounds of the two, so
-that a slow spell of the machine affects both. The chain's ratio to itself shows the noise.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,12 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import Checked, Implementation, PreparedCase, Variant
+from benchmarks.harness import Checked, Implementation, Record, Variant
 from benchmarks.machine import device, synchronize
 from benchmarks.micro.decisions import untimeable
 
+SUITE, BASELINE = "micro", "plain torch chain"
 EAGER, COMPILED = "eager", "compiled"
-#: The plain chain as the baseline of a variant, which may be the chain itself.
+#: The plain chain as the baseline; it is timed as a variant too, and the ratio of the two shows the noise.
 CHAIN = Variant("baseline")
 #: Back-ends that can be timed here.
 TIMED = tuple(backend for backend, reason in untimeable(device()).items() if not reason)
@@ -30,8 +28,7 @@ TIMED = tuple(backend for backend, reason in untimeable(device()).items() if not
 SWEEPS = {"rows": (1, 8, 128, 1024), "classes": (2, 8, 64), "width": (384, 1024)}
 #: Calls in one timing; one on a GPU, whose cache is flushed before it.
 CALLS = {"cpu": 4, "cuda": 1}
-#: Seconds that the rounds of one variant may take.
-SECONDS, MIN_ROUNDS, WARM_UP = 0.1, 5, 2
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -85,11 +82,24 @@ class Group:
     def __str__(self) -> str:
         return f"{self.op} {self.case}, {self.shape}"
 
-    def prepared(self, name: str) -> PreparedCase:
-        """Check a variant and the chain that its ratio needs."""
-        chain = replace(self.variants[EAGER], variant=CHAIN)
-        pair = (self.variants[name], chain)
-        return harness.prepare((each.variant, lambda each=each: each) for each in pair)
+    def records(self, rounds: int) -> Iterator[Record]:
+        """Check all variants, time them in turns, and yield a record for each."""
+
+        def header(variant: Variant) -> Record:
+            title, shape = f"{self.op} {self.case}", str(self.shape)
+            fields = harness.record_header(SUITE, title, variant, shape=shape, baseline=BASELINE)
+            return fields | {"op": self.op, "device": device(), "calls": CALLS[device()], **self.facts}
+
+        case = harness.prepare((each.variant, lambda each=each: each) for each in self.variants.values())
+        yield from case.skipped_records(header)
+        mine, chain = list(case.ready), self.variants[EAGER]
+        if chain.variant not in mine:
+            return
+        case.ready[CHAIN] = chain
+        times = case.times(rounds=rounds, warmup=WARM_UP, sync=synchronize, prepare=flush)
+        for variant in mine:
+            fields = harness.time_fields(times[variant], CALLS[device()])
+            yield header(variant) | fields | harness.ratio_fields(times[variant], times[CHAIN]) | {"goal": None}
 
 
 def repeated(name: str, call: Callable[[], Any], check: Callable[[], Checked]) -> Implementation:
@@ -115,11 +125,3 @@ def _larger_than_the_cache() -> Tensor | None:
     if device() == "cpu":
         return None
     return torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
-
-
-def rounds_within(seconds: float, call: Callable[[], Any], most: int) -> int:
-    """Return how many calls fit into some seconds, after one that is timed; at least `MIN_ROUNDS` if `most` allows."""
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return min(most, max(MIN_ROUNDS, int(seconds / (time.perf_counter() - start))))

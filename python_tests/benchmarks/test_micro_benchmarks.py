@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +11,8 @@ from benchmarks.machine import NotMeasuredError
 from benchmarks.micro import (
     bench_compact,
     bench_exit_step,
-    collect,
     decision_cost,
     decisions,
-    groups,
     layer_products,
     plain,
     weight_checks,
@@ -36,23 +34,6 @@ def restored():
     torch.set_flush_denormal(False)
     for module in (bench_exit_step, bench_compact):
         module.group_of.cache_clear()
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """``run(*options)``: records of two rounds of some benchmarks, run by pytest inside this test."""
-    # pytest-benchmark refuses to time in a process of xdist
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-
-    def collected(*options):
-        outer = dict(os.environ)
-        try:
-            document = collect.run(2, *options)
-        finally:
-            os.environ.update(outer)
-        return [found["extra_info"] for found in document["benchmarks"]] + document["skipped"]
-
-    return collected
 
 
 def wrong_variants(group) -> dict[str, str]:
@@ -118,23 +99,24 @@ def test_broken_op_is_found(monkeypatch, fault):
     assert FAULTS[fault] in found.pop("torch") and set(found.values()) == {""}
 
 
-def test_records_have_all_fields(run):
-    records = run("-k", "(entropy-mean or one_has_left) and (B8-C3-H768 or B1-C3-H768)")
-    assert {r["case"] for r in records} == {
-        "exit_step entropy, mean",
-        "compact one has left",
-        "gather_rows one has left",
-    }
-    assert all(set(record) >= COMMON | NUMBERS for record in records)
-    assert {(r["engine"], r["backend"]) for r in records} == {(EAGER, ""), *((EAGER, name) for name in TIMED)}
-    for record in records:
-        assert record["rounds"] == 2 and record["low_ms"] <= record["median_ms"] <= record["high_ms"]
-        assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
+def test_records_have_all_fields():
+    groups = [bench_exit_step.group_of(bench_exit_step.Case("entropy", "mean", TINY))]
+    groups += [bench_compact.group_of(bench_compact.Case(op, "one has left", TINY)) for op in bench_compact.GROUPS]
+    for group in groups:
+        with torch.inference_mode():
+            records = list(group.records(2))
+        assert {(r["engine"], r["backend"]) for r in records} == {(EAGER, ""), *((EAGER, name) for name in TIMED)}
+        for record in records:
+            assert set(record) >= COMMON | NUMBERS and record["rounds"] == 2
+            assert record["low_ms"] <= record["median_ms"] <= record["high_ms"]
+            assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
 
 
-def test_wrong_answer_is_refused(run, monkeypatch):
+def test_wrong_answer_is_refused(monkeypatch):
     monkeypatch.setattr(decisions, "bare_op", broken(forgets_answers))
-    *timed, refused = run("-k", "patience-logits-B32-C8")
+    group = bench_exit_step.group_of(bench_exit_step.Case("patience", "logits", Shape(classes=8)))
+    with torch.inference_mode():
+        refused, *timed = group.records(1)
     assert refused["backend"] == "torch" and refused["refused"].startswith("answers are off by up to")
     assert set(refused) >= COMMON and not set(refused) & NUMBERS
     assert {record["backend"] for record in timed} == {"", *TIMED} - {"torch"}
@@ -152,16 +134,10 @@ def test_missing_compiler_is_recorded(monkeypatch):
         plain._compiled(torch.sigmoid)(torch.zeros(1))
 
 
-def test_failing_benchmark_ends_the_run(run, monkeypatch):
-    def failing(*_):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(groups, "rounds_within", failing)
-    with pytest.raises(RuntimeError, match="expected all to run"):
-        run("-k", "patience-logits-B1-C3")
-
-
-def test_benchmarks_are_collected_only_by_name(run):
+def test_benchmarks_run_under_pytest_and_are_collected_only_by_name():
+    files = [str(path) for path in Path(bench_compact.__file__).parent.glob("bench_*.py")]
+    options = ("-qq", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "(one_is_left or patience) and B8-C3-H768")
+    assert pytest.main([*files, *options]) == pytest.ExitCode.OK
     assert pytest.main(["--collect-only", "-qq", "benchmarks"]) == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
