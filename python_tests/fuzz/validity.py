@@ -9,13 +9,12 @@ import itertools
 from typing import Any
 
 import torch
+from support.criterion_cases import CLASSWISE
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 POOLINGS = ("first", "mean", "none")
 MAX_INT = 2**31 - 1
-#: Rules that require several classes, which the ops do not check.
-CLASSWISE = ("margin", "dact", "patient_confidence", "entropy", "divergence_patience", "max_probability", "voting")
 
 
 def fits(tensor: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> bool:

@@ -59,6 +59,7 @@ class Case:
         draw: a random setting for the fuzzer.
         state: ``(params, C, key of the row) ->`` the oracle's state before layer 1.
         spreading: ``trace ->`` settings of which one lets the rows leave at many exits.
+        exits: number of exits, at least, at which rows then leave; 1 for a rule by which no row leaves early.
         variants: further settings for whole models, by name.
         own_answer: whether the answer differs from the exit's logits.
         tolerance: error of a float32 score, from the oracle's params and score, the error of the logits, the largest
@@ -75,6 +76,7 @@ class Case:
     draw: random_settings.Draw | None = None
     state: Callable[[Any, int, int], list[float]] = no_state
     spreading: Callable[[ExitTrace], Sequence[Criterion]] | None = None
+    exits: int = 2
     variants: Mapping[str, Criterion] = dataclasses.field(default_factory=dict)
     own_answer: bool = False
     tolerance: Callable[[Any, float, float, float, int], float] = rounding

@@ -27,6 +27,7 @@ CASES: dict[str, Case] = {
         decide=oracle.decide_full_depth,
         draw=random_settings.without_fields(C.FullDepth),
         spreading=lambda trace: [C.FullDepth()],
+        exits=1,
         tolerance=lambda *given: 0.0,
     ),
     "entropy": Case(
@@ -61,6 +62,7 @@ CASES: dict[str, Case] = {
         decide=oracle.decide_entropy,
         draw=random_settings.entropy,
         spreading=lambda trace: [varied_entropy(trace)],
+        exits=3,
         tolerance=lambda params, score, logits, largest, layers: 8 * (4e-6 + 3 * logits),
         scores=(lambda z, aux, rule: entropy(z), "threshold"),
     ),
@@ -158,6 +160,7 @@ CASES: dict[str, Case] = {
         draw=random_settings.without_fields(C.Expectation, 0.5),
         state=lambda params, c, key: [1.0, *[0.0] * c],
         spreading=lambda trace: [C.Expectation()],
+        exits=1,
         own_answer=True,
         tolerance=lambda *given: 0.0,
     ),
@@ -313,6 +316,8 @@ CASES: dict[str, Case] = {
 OWNERS = {name: criterion for criterion, case in CASES.items() for name in case.settings}
 #: All settings of the op tests.
 SETTINGS = {name: setting for case in CASES.values() for name, setting in case.settings.items()}
+#: Rules that compare classes: those without a setting of one class.
+CLASSWISE = {o for o in OWNERS.values() if all(1 not in s.classes for s in CASES[o].settings.values())}
 
 
 def example(name: str) -> Criterion:

@@ -10,8 +10,6 @@ from support.models import DEPTH, balance_classes, batch_for, early_exit
 import earlyexit_kernels as ee
 
 LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
-#: Minimum number of exits that the rows leave at.
-SPREAD = {"full_depth": 1, "expectation": 1, "entropy": 3}
 #: One rule of each kind: no state, a state, a scalar of the heads.
 OF_EACH_KIND = ("entropy", "patience", "q_exit")
 #: Heads of each kind: with pooling, attention and memory.
@@ -60,5 +58,5 @@ def setting(family, backend, criterion="entropy", pooling=None):
     model.compaction = "always"
     model.set_criterion(tuned(family, pooling, rows, criterion))
     exits = model(**batch).exit_layer
-    assert len(exits.unique()) >= min(SPREAD.get(criterion, 2), 2 if backend == "triton" else DEPTH)
+    assert len(exits.unique()) >= min(CASES[criterion].exits, 2 if backend == "triton" else DEPTH)
     return model, batch, trace

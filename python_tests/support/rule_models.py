@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 METHODS = {"halting": "palbert", "uncertainty": "berxit"}
 #: Name of a criterion or of a variant -> name of the criterion.
 RULES = {name: criterion for criterion, case in CASES.items() for name in (criterion, *case.variants)}
-NEVER_EARLY = ("full_depth", "expectation")
+NEVER_EARLY = [name for name, case in CASES.items() if case.exits == 1]
 
 
 def model_for_rule(name="entropy", family="bert", *, kind="holes", **arguments):
