@@ -8,6 +8,8 @@ the graph has no nodes, and its kernels return at once when no row is live.
 from __future__ import annotations
 
 import collections
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,6 +32,8 @@ from earlyexit_kernels.types import ExitOutput
 MAX_GRAPHS = 16
 #: Tries to capture one graph while another thread replaces weights.
 MAX_CAPTURES = 3
+#: Seconds after a capture that ran out of memory until it is tried again; the time doubles with each failure.
+RETRY_SECONDS = 30.0
 #: Tokens that the buffers of a bucket hold at most; a larger batch is split.
 MAX_TOKENS = 65_536
 MIN_LENGTH = 16
@@ -84,6 +88,35 @@ class Captured:
     results: Tensor
 
 
+class Refusal(NamedTuple):
+    """A capture that failed.
+
+    Attributes:
+        reason: of the failure.
+        wait: seconds until the capture may be tried again.
+        until: end of that time, by `time.monotonic`.
+    """
+
+    reason: str
+    wait: float
+    until: float
+
+    @classmethod
+    def of(cls, error: Exception, bucket: Bucket, before: Refusal | None) -> Refusal:
+        """Return the refusal after an error; only memory may be free later, other failures are final.
+
+        Args:
+            error: that the capture raised.
+            bucket: that was captured.
+            before: the refusal after the previous try, or None.
+        """
+        wait = math.inf
+        if isinstance(error, torch.OutOfMemoryError):
+            wait = RETRY_SECONDS if before is None else 2 * before.wait
+        message = str(error).partition("\n")[0] or type(error).__name__
+        return cls(f"capturing {bucket} failed: {message}", wait, time.monotonic() + wait)
+
+
 class Graphs:
     """The CUDA graphs of one model, captured at first use, and again after modules or weights have been replaced.
 
@@ -94,7 +127,7 @@ class Graphs:
     def __init__(self) -> None:
         self._lock = ForkSafeLock()
         self._captured: collections.OrderedDict[Key, Captured] = collections.OrderedDict()
-        self._refused: dict[Key, str] = {}
+        self._refused: dict[Key, Refusal] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __deepcopy__(self, memo: Any) -> Graphs:
@@ -172,8 +205,9 @@ class Graphs:
 
     def _capture_refusal(self, key: Key, view: ModelView) -> str | None:
         """Return why no capture is tried, or None."""
-        if key in self._refused:
-            return self._refused[key]
+        refused = self._refused.get(key)
+        if refused is not None and time.monotonic() < refused.until:
+            return refused.reason
         reason = resident_unsupported_reason(view, key.dtype)
         return f"a graph does not support this model: {reason}" if reason else None
 
@@ -190,7 +224,7 @@ class Graphs:
             if captured is not None and captured.made_from.is_current(view.roots):
                 self._captured.move_to_end(key)
                 return captured
-            # or its buffers would stay allocated during the capture
+            # otherwise its buffers would stay allocated during the capture
             captured = None
             self._drop_stale(view)
             if attempt < MAX_CAPTURES:
@@ -203,9 +237,9 @@ class Graphs:
         try:
             self._captured[key] = self._capture(key, view, stream)
         except Exception as error:  # Triton's errors are not RuntimeErrors
-            message = str(error).partition("\n")[0] or type(error).__name__
-            self._refused[key] = f"capturing {key.bucket} failed: {message}"
-            raise CaptureError(self._refused[key]) from error
+            self._refused[key] = Refusal.of(error, key.bucket, self._refused.get(key))
+            raise CaptureError(self._refused[key].reason) from error
+        self._refused.pop(key, None)
         self._captured.move_to_end(key)
         while len(self._captured) > MAX_GRAPHS:
             self._captured.popitem(last=False)
@@ -216,9 +250,10 @@ class Graphs:
         except torch.OutOfMemoryError:
             if not self._captured:
                 raise
-            # the other graphs hold memory and can be captured again
-            self._captured.clear()
-            return capture(view, key.bucket, key.backend, stream)
+        # after the except clause, since the error holds the buffers of the failed capture. The other graphs hold memory
+        # too, and can be captured again
+        self._captured.clear()
+        return capture(view, key.bucket, key.backend, stream)
 
 
 @torch.inference_mode(False)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import logging
+import math
 import pickle
 import weakref
 from functools import partial
@@ -19,7 +20,7 @@ from earlyexit_kernels import backends
 from earlyexit_kernels.criteria import Entropy, Patience
 from earlyexit_kernels.engine import choice, graphs
 from earlyexit_kernels.engine.choice import Choice
-from earlyexit_kernels.engine.graphs import CaptureError, ConditionalNodes, Graphs, max_rows
+from earlyexit_kernels.engine.graphs import CaptureError, ConditionalNodes, Graphs, Refusal, max_rows
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident_buffers import Bucket
 from earlyexit_kernels.errors import BackendUnavailableError
@@ -118,7 +119,7 @@ class TritonError(Exception):
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, TritonError])
-def test_failed_capture_is_reported_and_not_repeated(captures, model, monkeypatch, kind):
+def test_failed_capture_is_reported_and_not_repeated_at_once(captures, model, monkeypatch, kind):
     tried = []
 
     def fails(*args):
@@ -131,6 +132,54 @@ def test_failed_capture_is_reported_and_not_repeated(captures, model, monkeypatc
         with pytest.raises(CaptureError, match=r"capturing Bucket\(rows=4, length=32\) failed: CUDA out of memory$"):
             run(runner, model, batch)
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "tries"), [(torch.OutOfMemoryError, [0, 30, 90, 210, 300, 330]), (TritonError, [0, 300])]
+)
+def test_capture_without_memory_is_tried_again_later(captures, model, monkeypatch, kind, tries):
+    """After 30 seconds, then after twice as long each time; other failures are final until `forget`."""
+    now, tried, makes = 0, [], graphs.capture
+
+    def fails(*args):
+        tried.append(now)
+        raise kind("CUDA out of memory")
+
+    monkeypatch.setattr(graphs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(graphs, "capture", fails)
+    runner, batch = Graphs(), batch_for(model)
+    view, shape = model.view(), batch["input_ids"].shape
+    for now in range(0, 340, 10):
+        if now == 300:
+            runner.forget()
+        refused = runner.unsupported_reason(view, "torch", *shape)
+        with pytest.raises(CaptureError, match="CUDA out of memory"):
+            run(runner, model, batch)
+        assert (refused is None) == (tried[-1] == now)
+    assert tried == tries
+    now = 1000
+    if kind is TritonError:
+        runner.forget()
+    monkeypatch.setattr(graphs, "capture", makes)
+    assert_as_eager(run(runner, model, batch), model, batch)
+    assert not runner._refused and captures == [Bucket(4, 32)]
+
+
+def test_buffers_of_a_failed_capture_are_freed_before_the_next_try(captures, model, monkeypatch):
+    runner, makes, held, alive = Graphs(), graphs.capture, [], []
+    run(runner, model, batch_for(model, lengths=(5,)))
+
+    def fails_first(*arguments):
+        captured = makes(*arguments)
+        if not held:
+            held.append(weakref.ref(captured.loop))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        alive.append(held[0]())
+        return captured
+
+    monkeypatch.setattr(graphs, "capture", fails_first)
+    run(runner, model, batch_for(model))
+    assert alive == [None]
 
 
 def test_graphs_are_dropped_when_a_capture_runs_out_of_memory(captures, model, monkeypatch):
@@ -166,12 +215,18 @@ def test_stale_graphs_are_dropped_before_a_capture(captures, model):
     assert [key.bucket for key in runner._captured] == [Bucket(2, 32)]
 
 
-def test_stale_graph_is_not_replayed(captures, model):
+@pytest.mark.parametrize("change", ["module", "storage"])
+def test_stale_graph_is_not_replayed(captures, model, change):
+    """A replay from weights whose memory was freed could end the CUDA context, even if its answers were dropped."""
     runner, batch = Graphs(), batch_for(model)
     run(runner, model, batch)
     ((key, captured),) = runner._captured.items()
     runner._captured[key] = dataclasses.replace(captured, replay=lambda: pytest.fail("a stale graph was replayed"))
-    model.heads.out[0] = torch.nn.Linear(64, 3)
+    if change == "module":
+        model.heads.out[0] = torch.nn.Linear(64, 3)
+    else:
+        storage = model.heads.out[0].weight.untyped_storage()
+        storage.resize_(storage.nbytes() + 64)  # moves the values to other memory
     assert_as_eager(run(runner, model, batch), model, batch)
     assert len(captures) == 2
 
@@ -322,7 +377,7 @@ def test_reason_against_a_graph_is_explained(on_cuda, monkeypatch):
     model, batch = on_cuda
     assert model.explain(**batch).engine == ("graph", "it was requested")
     key = graphs.key_of(model.view(), "triton", *batch["input_ids"].shape)
-    model.execution.graphs._refused[key] = "capturing failed"
+    model.execution.graphs._refused[key] = Refusal("capturing failed", math.inf, math.inf)
     assert model.explain(**batch).engine == ("eager", "capturing failed")
     assert model.explain(batch["input_ids"][:1]).engine.name == "graph", "another bucket"
     monkeypatch.setattr(graphs, "MAX_TOKENS", 128)

@@ -19,6 +19,7 @@ from earlyexit_kernels.engine import fingerprint, fused_layers
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint, sampled_elements
 from earlyexit_kernels.engine.graphs import CaptureError
 from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.locks import ForkSafeLock
 
 #: Difference allowed between the family's layers and fused ones, by dtype.
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 0.15}
@@ -212,7 +213,7 @@ def test_child_forked_while_weights_are_packed():
     """Locks that another thread holds at the fork are renewed in the child."""
     model = early_exit("bert", pooling="first")
     batch, threads = batch_for(model, lengths=(3,)), torch.get_num_threads()
-    torch.set_num_threads(1)  # a child can't use its parent's OpenMP threads
+    torch.set_num_threads(1)  # a child cannot use its parent's OpenMP threads
     try:
         expected = answers(model, batch)
         model.execution.fused.forget()
@@ -235,6 +236,21 @@ def test_child_forked_while_weights_are_packed():
         release.set()
         thread.join()
         torch.set_num_threads(threads)
+
+
+def test_lock_held_at_a_fork_stays_held_in_the_child():
+    """The thread that forks goes on in the child, and releases the lock there."""
+    lock, child = ForkSafeLock(), None
+    try:
+        with lock:
+            child = os.fork()
+            held = lock._lock.locked()
+        if child == 0:
+            os._exit(0 if held and not lock._lock.locked() else 1)
+    finally:
+        if child == 0:
+            os._exit(1)
+    assert exit_code_within(child, seconds=60) == 0
 
 
 def test_change_while_weights_are_packed_is_detected(monkeypatch):
