@@ -41,7 +41,7 @@ def number(*, low: float = -math.inf, high: float = math.inf, inside: bool = Fal
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
         finite = real and -sys.float_info.max <= value <= sys.float_info.max
         if not finite or not (low < value < high if inside else low <= value <= high):
-            raise ValueError(f"{where}: expected a finite number{allowed}, got {value!r}")
+            raise ValueError(f"{where}: expected a finite number{allowed}, got {_shown(value)}")
         return float(value)
 
     return check
@@ -88,11 +88,23 @@ def optional(check: Check) -> Check:
 
 
 def one_or_each(check: Check) -> Check:
-    """Allow one value that `check` allows, or a list or tuple of them, which becomes a tuple."""
+    """Allow one number that `check` allows, or a list or tuple with one for each exit, which becomes a tuple."""
 
     def checked(where: str, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return tuple(check(where, item) for item in value)
+        if not isinstance(value, numbers.Real):
+            raise ValueError(
+                f"{where}: expected a finite number, or a list or tuple of them, one for each exit before the last, "
+                f"got {_shown(value)}"
+            )
         return check(where, value)
 
     return checked
+
+
+def _shown(value: Any) -> str:
+    """Describe a refused value for a message; the repr of a tensor or an array may have many lines."""
+    if hasattr(value, "tolist") and not isinstance(value, numbers.Real):
+        return f"a {type(value).__name__}; its tolist() gives a number or a list of numbers"
+    return repr(value)

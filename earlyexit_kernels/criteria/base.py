@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -165,10 +166,22 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def refused_criterion_message(where: str, value: Any, *, none_allowed: bool = False) -> str:
+    """Return the error message for a value that is not a criterion."""
+    got = f"the class {value.__name__}" if isinstance(value, type) else reprlib.repr(value)
+    full_depth = ", or None for full depth" if none_allowed else ""
+    return (
+        f"{where}: expected an instance of a criterion, such as earlyexit_kernels.criteria.Entropy(threshold=0.3)"
+        f"{full_depth}, got {got}"
+    )
+
+
 def missing_output_message(criterion: str, output: str, aux: Sequence[str]) -> str:
     """Return the error message for heads that do not produce the scalar `output`."""
     cure = f"build them with to_early_exit(..., {ADDED_BY[output]})" if output in ADDED_BY else "use model.trace"
-    return f"criterion {criterion!r} needs heads with a {output!r} output, these produce {list(aux) or 'none'}; {cure}"
+    return (
+        f"criterion {criterion!r} needs heads with the output {output!r}, these produce {list(aux) or 'none'}; {cure}"
+    )
 
 
 def threshold_at(threshold: Any, layer: int) -> float:

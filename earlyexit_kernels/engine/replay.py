@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits, check_known, resolve_backend
+from earlyexit_kernels.criteria.base import refused_criterion_message
 from earlyexit_kernels.engine.exits import RequestExits, TraceSource
 from earlyexit_kernels.ops import bare_op
 from earlyexit_kernels.ops.exit_checks import checked_call
@@ -65,7 +66,7 @@ def _checked_rule(trace: Any, criterion: Any) -> Criterion:
     if not isinstance(trace, ExitTrace):
         raise ValueError(f"replay: expected a trace, as model.trace(**batch) returns, got {type(trace).__name__}")
     if criterion is not None and not isinstance(criterion, Criterion):
-        raise ValueError(f"replay: expected one of earlyexit_kernels.criteria or None, got {criterion!r}")
+        raise ValueError(refused_criterion_message("replay", criterion, none_allowed=True))
     wrong = {name: list(aux.shape) for name, aux in trace.aux.items() if aux.shape != trace.logits.shape[:2]}
     if trace.logits.dim() != 3 or wrong:
         raise ValueError(

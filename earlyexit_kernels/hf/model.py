@@ -10,6 +10,7 @@ from transformers import AutoModel, initialization
 
 from earlyexit_kernels.backbones import adapter_of, check_parts
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
+from earlyexit_kernels.criteria.base import refused_criterion_message
 from earlyexit_kernels.engine.choice import Explanation
 from earlyexit_kernels.engine.fixed_depth import FixedDepth
 from earlyexit_kernels.engine.full_depth import TraceOptions
@@ -115,7 +116,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
             BackendUnavailableError: the chosen back-end does not implement it.
         """
         if criterion is not None and not isinstance(criterion, Criterion):
-            raise TypeError(f"criterion: expected one of earlyexit_kernels.criteria or None, got {criterion!r}")
+            raise TypeError(refused_criterion_message("criterion", criterion, none_allowed=True))
         rule = FullDepth() if criterion is None else criterion
         config: Any = self.config
         check_fits(

@@ -173,8 +173,8 @@ class Objective:
         """
         if name not in trace.aux:
             raise ValueError(
-                f"method {self.name!r} needs heads with a {name!r} output, these produce {list(trace.aux) or 'none'}; "
-                f"build them with to_early_exit(..., method={self.name!r})"
+                f"method {self.name!r} needs heads with the output {name!r}, these produce "
+                f"{list(trace.aux) or 'none'}; build them with to_early_exit(..., method={self.name!r})"
             )
         return at_least_float32(trace.aux[name])
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from earlyexit_kernels.criteria import Criterion, check_known
-from earlyexit_kernels.criteria.base import MAX_PARAMS
+from earlyexit_kernels.criteria.base import MAX_PARAMS, refused_criterion_message
 from earlyexit_kernels.ops.checks import (
     FLOAT32,
     FLOATS,
@@ -39,7 +39,7 @@ def exit_rule_of(op: str, criterion: Any) -> Criterion:
         ValueError: no back-end implements the criterion.
     """
     if not isinstance(criterion, Criterion):
-        raise TypeError(f"{op}: expected criterion to be one of earlyexit_kernels.criteria, got {criterion!r}")
+        raise TypeError(refused_criterion_message(op, criterion))
     rule = criterion.exit_rule
     check_known(rule)
     return rule

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from support.criterion_cases import CASES
@@ -46,6 +47,21 @@ def test_constructor_refuses_invalid_arguments(cls, arguments, words):
     message = str(caught.value)
     assert message.startswith(f"{cls.__name__}({words[0]}=...): expected ")
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.3), torch.tensor([0.1, 0.2]), np.array([0.1, 0.2]), "0.3", None])
+def test_refused_threshold_names_what_is_allowed(value):
+    with pytest.raises(ValueError, match="a list or tuple of them, one for each exit before the last, got ") as caught:
+        Entropy(threshold=value)
+    assert ("tolist()" in str(caught.value)) == hasattr(value, "tolist")
+    assert len(str(caught.value)) < 250
+
+
+def test_refused_tensor_in_a_list_or_of_a_single_number_says_how_to_convert_it():
+    with pytest.raises(ValueError, match=r"a finite number at least 0, got a Tensor; its tolist\(\)"):
+        Entropy(threshold=[torch.tensor(0.3)])
+    with pytest.raises(ValueError, match=r"a finite number at least 0, got a Tensor; its tolist\(\)"):
+        Voting(threshold=torch.tensor(2.0))
 
 
 @pytest.mark.parametrize("cls", [c for c in CRITERIA.values() if c not in (FullDepth, Expectation, Dact)])

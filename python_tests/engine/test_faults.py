@@ -192,7 +192,7 @@ def test_softmax_rules_need_classes(rule):
         ({"num_labels": 1}, Patience(patience=1), "give tolerance="),
         ({}, Patience(patience=1, tolerance=0.1), "leave tolerance out"),
         ({"problem_type": "multi_label_classification"}, Patience(patience=1), "problem_type='multi_label"),
-        ({}, QExit(q=0.5), r"needs heads with a 'halting' output.*method='palbert'"),
+        ({}, QExit(q=0.5), r"needs heads with the output 'halting'.*method='palbert'"),
     ],
 )
 def test_criterion_that_does_not_fit_is_refused(sizes, rule, message):

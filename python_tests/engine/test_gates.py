@@ -322,7 +322,7 @@ def test_full_depth_pass_is_refused(full_pass):
 
 
 def test_model_without_gates_is_refused():
-    with pytest.raises(ValueError, match="needs heads with a 'gate' output"):
+    with pytest.raises(ValueError, match="needs heads with the output 'gate'"):
         ee.to_early_exit(stock(), criterion=skipping(Entropy(threshold=0.3)))
 
 

@@ -159,7 +159,7 @@ def test_aux_is_the_logit_of_the_halting_probability():
 
 def test_missing_outputs_are_named():
     logits = torch.randn(4, 3, 2)
-    with pytest.raises(ValueError, match="'q_exit' needs heads with a 'halting' output, these produce none"):
+    with pytest.raises(ValueError, match="'q_exit' needs heads with the output 'halting', these produce none"):
         ee.replay(ee.ExitTrace(logits), QExit(q=0.5))
     with pytest.raises(ValueError, match="2 exits before the last, got 3"):
         ee.replay(ee.ExitTrace(logits), Entropy(threshold=[0.1, 0.1, 0.1]))

@@ -129,7 +129,7 @@ def test_unknown_format_version_is_refused(saved, load, version):
         ({"criterion": {"name": "entropy", "threshold": -1}}, "threshold.*at least 0, got -1"),
         ({"criterion": {"name": "entropy", "threshold": [0.1]}}, "expected one number for each of the 3 exits"),
         ({"criterion": {"name": "entropy", "limit": 1}}, "criterion 'entropy'.*limit"),
-        ({"criterion": {"name": "q_exit", "q": 0.5}}, "needs heads with a 'halting' output"),
+        ({"criterion": {"name": "q_exit", "q": 0.5}}, "needs heads with the output 'halting'"),
         ({"method": "hunch"}, "method: expected one of .*got 'hunch'"),
         ({"heads": {"pooling": "max"}}, r"pooling=...\): expected one of .*got 'max'"),
     ],

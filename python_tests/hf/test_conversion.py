@@ -189,7 +189,11 @@ def test_causal_encoder_is_refused():
         ({"method": "hunch"}, ValueError, "method: expected one of .*joint.*got 'hunch'"),
         ({"pooling": "max"}, ValueError, r"pooling=...\): expected one of .*got 'max'"),
         ({"criterion": "entropy"}, TypeError, "criterion: expected .*got 'entropy'"),
-        ({"criterion": ee.criteria.QExit(q=0.5)}, ValueError, "needs heads with a 'halting' output.*method='palbert'"),
+        (
+            {"criterion": ee.criteria.QExit(q=0.5)},
+            ValueError,
+            "needs heads with the output 'halting'.*method='palbert'",
+        ),
     ],
 )
 def test_invalid_argument_is_named(arguments, error, message):

@@ -130,12 +130,15 @@ def test_quantized_exits_are_refused():
 
 
 def test_criterion_names_are_refused():
-    with pytest.raises(TypeError, match=r"criterion: expected one of earlyexit_kernels.criteria or None, got .entropy"):
+    expected = r"expected an instance of a criterion, such as .*Entropy\(threshold=0.3\),"
+    with pytest.raises(TypeError, match=rf"criterion: {expected} or None for full depth, got 'entropy'"):
         early_exit().set_criterion("entropy")
+    with pytest.raises(TypeError, match=rf"criterion: {expected} or None for full depth, got the class Margin"):
+        early_exit().set_criterion(ee.criteria.Margin)
+    with pytest.raises(ValueError, match=rf"replay: {expected} or None for full depth, got the class Margin"):
+        ee.replay(ee.ExitTrace(torch.zeros(1, 2, 2)), ee.criteria.Margin)
     logits = torch.zeros(1, CLASSES)
-    with pytest.raises(
-        TypeError, match=r"exit_step: expected criterion to be one of earlyexit_kernels.criteria, got 'entropy'"
-    ):
+    with pytest.raises(TypeError, match=r"exit_step: expected an instance of a criterion, such as .*, got 'entropy'"):
         exit_step(
             criterion="entropy",
             layer=1,

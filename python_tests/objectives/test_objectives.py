@@ -188,7 +188,7 @@ def test_missing_labels_are_refused(case):
 @cases(lambda case: case.aux)
 def test_missing_head_outputs_are_refused(case):
     (name,) = case.aux
-    with pytest.raises(ValueError, match=rf"needs heads with a '{name}' output, these produce none; .*method="):
+    with pytest.raises(ValueError, match=rf"needs heads with the output '{name}', these produce none; .*method="):
         case.loss(ExitTrace(case.trace().logits), case.labels())
 
 
