@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -249,19 +248,3 @@ def save(suite: str, records: Sequence[Record], *, results: Path | None = None, 
     now = environment()
     run = {name: now[name] for name in ("time", "commit", "packages", "flush_denormal")} | facts
     return write_json(path, [*kept, *records], suites=before["suites"] | dict.fromkeys(sorted(mine), run))
-
-
-def write_once(path: Path, measure: Callable[[], tuple[Sequence[Record], Record]]) -> None:
-    """Write the JSON of one run, unless it exists, so that an interrupted experiment continues.
-
-    Args:
-        path: of the JSON.
-        measure: returns the records, and further top-level entries.
-    """
-    if path.exists():
-        print(f"skipped, exists: {path}", flush=True)
-        return
-    start = time.monotonic()
-    records, fields = measure()
-    seconds = round(time.monotonic() - start)
-    print(f"wrote {write_json(path, records, **fields, seconds=seconds)} after {seconds} s", flush=True)

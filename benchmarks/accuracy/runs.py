@@ -1,12 +1,12 @@
-"""Shared parts of the experiments: training as `earlyexit train` does, settings near a speed-up, and the JSON."""
+"""A run of an experiment: training as `earlyexit train` does, and records of settings near a speed-up."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,33 @@ from earlyexit_kernels.types import ExitTrace
 RESULTS = harness.RESULTS / "accuracy"
 #: Layer speed-ups at which methods are compared.
 SPEED_UPS = (1.5, 2.0)
-#: Share of the epochs with soft gates in SmartBERT, 3 of 5 in its paper.
-SOFT_SHARE = 0.6
 ARGUMENTS_FILE = "train_arguments.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every model of an experiment is trained and measured with.
+
+    Attributes:
+        train_rows: rows to train on, where there are as many; None is all.
+        holdout: train rows that settings are chosen on.
+        epochs, frozen_epochs: of a phase that trains the encoder, and of one that freezes it.
+        lr, head_lr: peak rates of the encoder and of the exits.
+        batch_size: rows of a batch.
+        points: settings of a rule with a threshold.
+    """
+
+    train_rows: int | None = 10_000
+    holdout: int = 1000
+    epochs: float = 3.0
+    frozen_epochs: float = 3.0
+    lr: float = 5e-5
+    head_lr: float = 1e-3
+    batch_size: int = 32
+    points: int = 24
+
+
+USUAL = Budget()
 
 
 @dataclass(frozen=True)
@@ -43,115 +67,89 @@ class Run:
     """One model to train and to measure.
 
     Attributes:
-        experiment, task, method, seed: name the JSON.
+        experiment, task, method: name the JSON.
         settings: of the method, if they are not its defaults.
         label: of the settings, for tables.
+        model: folder or hub name of the encoder.
+        trained: folder for the trained models, which experiments share.
+        budget: for training and measuring.
     """
 
     experiment: str
     task: str
     method: str
     settings: Mapping[str, Any]
-    seed: int = 0
-    label: str = ""
+    label: str
+    model: str
+    trained: Path
+    budget: Budget = USUAL
 
     @property
-    def model_name(self) -> str:
-        """Name of the trained model's folder, which experiments share."""
-        words = [f"{key}-{_short(value)}" for key, value in self.settings.items()]
-        return "-".join([self.task, self.method, *words, f"seed{self.seed}"])
+    def folder(self) -> Path:
+        """Folder of the trained model."""
+        words = [f"{key}-{value}" for key, value in self.settings.items()]
+        return self.trained / "-".join([self.task, self.method, *words, "seed0"])
 
     @property
     def name(self) -> str:
         """Name of the JSON."""
-        return f"{self.experiment}-{self.model_name}"
+        return f"{self.experiment}-{self.folder.name}"
+
+    def fields(self) -> Record:
+        """Return the fields that identify the run in its JSON."""
+        names = ("experiment", "task", "method", "settings", "label")
+        return {name: getattr(self, name) for name in names} | {"seed": 0}
+
+    def recipe(self) -> Recipe:
+        """Return what the trained model was made of."""
+        return Recipe.load(self.folder)
 
 
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def add_arguments(parser: argparse.ArgumentParser, *, train_rows: int | None = None, holdout: int = 1000) -> None:
-    """Add the arguments of every experiment that trains."""
-    add = parser.add_argument
-    add("--model", required=True, help="folder or hub name of the encoder")
-    add("--pooling", default="mean", help="what exits read (default: %(default)s)")
-    add("--trained", type=Path, default=Path("trained"), help="folder for the trained models (default: %(default)s)")
-    add("--results", type=Path, default=RESULTS, help="folder for the JSON (default: benchmarks/results/accuracy)")
-    add("--threads", type=int, default=1, help="(default: %(default)s)")
-    add("--train-rows", type=int, default=train_rows, help="rows to train on, where there are as many (%(default)s)")
-    add("--holdout", type=int, default=holdout, help="train rows that settings are chosen on (default: %(default)s)")
-    add("--epochs", type=float, default=3.0, help="of a phase that trains the encoder (default: %(default)s)")
-    add("--frozen-epochs", type=float, default=3.0, help="of a phase that freezes it (default: %(default)s)")
-    add("--lr", type=float, default=5e-5, help="peak rate of the encoder (default: %(default)s)")
-    add("--head-lr", type=float, default=1e-3, help="peak rate of the exits (default: %(default)s)")
-    add("--batch-size", type=int, default=32, help="(default: %(default)s)")
-    add("--points", type=int, default=24, help="settings of a rule with a threshold (default: %(default)s)")
-    add("--seed", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
-    add("--set", action="append", default=[], metavar="METHOD.KEY=VALUE", help="a setting of a method, repeatable")
-
-
-def settings_of(args: argparse.Namespace, method: str, **settings: Any) -> dict[str, Any]:
-    """Return a method's settings without its defaults; those of the command line win."""
-    if method == "smartbert":
-        settings = {"soft_epochs": round(SOFT_SHARE * args.epochs, 6), **settings}
-    given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    given += [text.removeprefix(f"{method}.") for text in args.set if text.startswith(f"{method}.")]
-    default, changed = (objective_from(method, found).to_dict() for found in ([], given))
-    return {key: value for key, value in changed.items() if value != default[key]}
-
-
-def train_arguments(run: Run, args: argparse.Namespace, train_rows: int) -> list[str]:
+def train_arguments(run: Run, train_rows: int) -> list[str]:
     """Return the arguments of `earlyexit train` for a run, without the folder."""
+    budget = run.budget
     given = [f"{key}={json.dumps(value)}" for key, value in run.settings.items()]
     phases = objective_from(run.method, given).phases
-    epochs = [args.epochs if "backbone" in phase.trains else args.frozen_epochs for phase in phases]
+    epochs = [budget.epochs if "backbone" in phase.trains else budget.frozen_epochs for phase in phases]
     return [
-        *("train", "--model", args.model, "--task", run.task, "--method", run.method, "--pooling", args.pooling),
-        *("--train-rows", str(train_rows), "--holdout", str(args.holdout), "--seed", str(run.seed)),
-        *("--lr", str(args.lr), "--head-lr", str(args.head_lr), "--batch-size", str(args.batch_size)),
+        *("train", "--model", run.model, "--task", run.task, "--method", run.method, "--pooling", "mean"),
+        *("--train-rows", str(train_rows), "--holdout", str(budget.holdout), "--seed", "0"),
+        *("--lr", str(budget.lr), "--head-lr", str(budget.head_lr), "--batch-size", str(budget.batch_size)),
         *("--epochs", *map(str, epochs)),
         *(word for text in given for word in ("--set", text)),
     ]
 
 
-def trained_model(run: Run, args: argparse.Namespace) -> Path:
-    """Return the folder of a run's model, trained unless it exists.
+def train_once(run: Run) -> None:
+    """Train a run's model, unless it exists.
 
     Raises:
         ValueError: it exists, but was trained with other arguments.
     """
-    folder: Path = args.trained / run.model_name
-    available = len(load_task(run.task, seed=run.seed).split("train")) - args.holdout
-    rows = available if args.train_rows is None else min(args.train_rows, available)
-    arguments = train_arguments(run, args, rows)
-    note = folder / ARGUMENTS_FILE
-    if (folder / RECIPE_FILE).is_file():
+    available = len(load_task(run.task).split("train")) - run.budget.holdout
+    rows = available if run.budget.train_rows is None else min(run.budget.train_rows, available)
+    arguments, note = train_arguments(run, rows), run.folder / ARGUMENTS_FILE
+    if (run.folder / RECIPE_FILE).is_file():
         if json.loads(note.read_text(encoding="utf-8")) != arguments:
-            raise ValueError(f"{folder} was trained with other arguments, see {note}; give another --trained")
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+            raise ValueError(f"{run.folder} was trained with other arguments, see {note}; give another --trained")
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")
-    train(build_parser().parse_args([*arguments, "--output", str(folder)]))
-    return folder
+    train(build_parser().parse_args([*arguments, "--output", str(run.folder)]))
 
 
 class Trained:
-    """A trained model, its task and its tokenizer.
+    """A run's model, trained unless it exists, its task and its tokenizer."""
 
-    Args:
-        folder: written by `earlyexit train`.
-        batch_size: of every pass.
-    """
-
-    def __init__(self, folder: Path, batch_size: int = 32) -> None:
-        self.recipe = Recipe.load(folder)
+    def __init__(self, run: Run) -> None:
+        train_once(run)
+        self.run, self.recipe = run, run.recipe()
         self.task: Task = load_task(self.recipe.task, seed=self.recipe.seed)
-        self.model = load_model(folder, self.task)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = load_model(run.folder, self.task)
+        self.tokenizer = AutoTokenizer.from_pretrained(run.folder, local_files_only=True)
         self.passing: dict[str, Any] = {
             "collate_fn": DataCollatorWithPadding(self.tokenizer),
-            "batch_size": batch_size,
+            "batch_size": run.budget.batch_size,
         }
 
     @property
@@ -189,10 +187,10 @@ class Trained:
         }
 
 
-def swept(folder: Path, args: argparse.Namespace) -> Evaluation:
+def swept(run: Run) -> Evaluation:
     """Return the sweep of `earlyexit eval`."""
-    options = argparse.Namespace(batch_size=args.batch_size, drop=0.0, points=args.points)
-    return evaluate(folder, Recipe.load(folder), options)
+    options = argparse.Namespace(batch_size=run.budget.batch_size, drop=0.0, points=run.budget.points)
+    return evaluate(run.folder, run.recipe(), options)
 
 
 def near_records(model: Trained, points: Iterable[Point], **fields: Any) -> list[Record]:
@@ -229,37 +227,23 @@ def answer_records(model: Trained) -> list[Record]:
     return found
 
 
-def own_rule_records(run: Run, args: argparse.Namespace) -> list[Record]:
-    """Train a run's model, sweep it, and measure the method's own rule, with skips if it has them."""
-    folder = trained_model(run, args)
-    evaluation, model = swept(folder, args), Trained(folder, args.batch_size)
+def own_rule_records(run: Run) -> list[Record]:
+    """Sweep a run's model, and measure the method's own rule at each speed-up, with skips if it has them."""
+    model, evaluation = Trained(run), swept(run)
     points = [p for p in evaluation.result.points[evaluation.rule] if p.criterion.skip_from != NEVER_SKIP]
     return [*sweep_records(evaluation), *answer_records(model), *near_records(model, points)]
 
 
-def noted(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments for the JSON, with paths cut to their last two parts: the rest depends on the machine."""
-    kept = {name: value for name, value in vars(args).items() if name not in ("trained", "results")}
-    if "model" in kept:
-        kept["model"] = Path(kept["model"])
-    return {k: "/".join(v.parts[-2:]) if isinstance(v, Path) else v for k, v in kept.items()}
-
-
-def write_runs(runs: Iterable[Run], args: argparse.Namespace, records: Any = own_rule_records) -> None:
-    """Run every run that has no JSON yet.
-
-    Args:
-        runs: of one experiment.
-        args: of its command line.
-        records: ``(run, args) -> records``.
-    """
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    for run in runs:
-        harness.write_once(args.results / f"{run.name}.json", partial(_document, run, args, records))
-
-
-def _document(run: Run, args: argparse.Namespace, records: Any) -> tuple[list[Record], Record]:
-    found = records(run, args)
-    recipe = asdict(Recipe.load(args.trained / run.model_name))
-    return found, {"arguments": noted(args), "run": asdict(run), "recipe": recipe}
+def skip_records(run: Run) -> list[Record]:
+    """Measure the most frequent class, full depth, skips alone, exits alone, and skips and exits at each speed-up."""
+    model, evaluation = Trained(run), swept(run)
+    labels = model.reporting.labels
+    fixed = {"full depth": None, "skips alone": from_dict(model.model.objective.answering())}
+    found: list[Record] = [{"kind": "majority", "share": Counter(labels).most_common(1)[0][1] / len(labels)}]
+    for name, criterion in fixed.items():
+        found.append({"kind": "fixed", "rule": name, "measured": model.measure(criterion)})
+    points = evaluation.result.points
+    skipping = [p for p in points["skip_gate"] if p.criterion.skip_from != NEVER_SKIP]
+    found += near_records(model, points["entropy"], rule="exits alone")
+    found += near_records(model, skipping, rule="skips and exits")
+    return [*sweep_records(evaluation), *found]

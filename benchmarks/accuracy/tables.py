@@ -17,13 +17,13 @@ NOT_MEASURED = "Not measured yet."
 
 
 def load(experiment: str, task: str = "*", *, results: Path = RESULTS) -> list[dict[str, Any]]:
-    """Return the JSON of every run of an experiment, in the order of methods, settings and seeds."""
+    """Return the JSON of every run of an experiment, in the order of methods and settings."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob(f"{experiment}-{task}-*.json"))]
     return sorted(found, key=lambda document: _place(document["run"]))
 
 
-def _place(run: dict[str, Any]) -> tuple[int, str, int]:
-    return list(OBJECTIVES).index(run["method"]), run.get("label", ""), run.get("seed", 0)
+def _place(run: dict[str, Any]) -> tuple[int, str]:
+    return list(OBJECTIVES).index(run["method"]), run.get("label", "")
 
 
 def near(document: dict[str, Any], target: float, **fields: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def lambda_ablation(*, results: Path = RESULTS) -> str:
     documents = load("lambda_ablation", results=results)
     if not documents:
         return NOT_MEASURED
-    rows = [(*_label(document).split(", ", 1), *_row(document)[2:]) for document in documents]
+    rows = [(*document["run"]["label"].split(", "), *_row(document)[2:]) for document in documents]
     return markdown_table(("Lambda reads", "hidden layers", *_COLUMNS), rows)
 
 
@@ -95,18 +95,13 @@ def robustness(*, results: Path = RESULTS) -> str:
     return markdown_table(("text", *rules), [(title, *cells) for title, cells in rows.items()])
 
 
-def _label(document: dict[str, Any]) -> str:
-    run = document["run"]
-    return run["label"] + (f", seed {run['seed']}" if run["seed"] else "")
-
-
 def _bound_alone(document: dict[str, Any]) -> str:
     """DACT's own bound without an epsilon: the speed that it was trained for."""
     rule = Dact().to_dict()
     points = (r for r in document["records"] if r["kind"] == "point" and r["criterion"] == rule)
     reporting = next(points)["reporting"]
     score = reporting["scores"][metric_of(document)]
-    return f"{_label(document)}, {score:.3f} ({reporting['layer_speed_up']:.2f}x)"
+    return f"{document['run']['label']}, {score:.3f} ({reporting['layer_speed_up']:.2f}x)"
 
 
 #: Columns after the first two: the chosen setting's score and mean layers, and for each speed-up score and layer
@@ -137,8 +132,7 @@ def _row(document: dict[str, Any]) -> Sequence[str]:
             "" if random is None else f"{random:.3f}",
             f"{truncation(document, layer):.3f} ({layer} of {depth})",
         ]
-    label = _label(document).removeprefix(", ")
-    method = document["run"]["method"]
+    method, label = (document["run"][name] for name in ("method", "label"))
     rule = near(document, SPEED_UPS[0])["criterion"]["name"].replace("_", " ")
     return (f"{method}, {label}" if label else method, rule, *cells)
 
