@@ -11,7 +11,7 @@ from support.models import python_environment
 
 from earlyexit_kernels.engine.fused_layers import onednn_unsupported_reason
 
-COUNTS = range(2, 14)
+COUNTS = range(2, 8)
 PRODUCTS = 4
 #: Number of products that `onednn_unsupported_reason` computes.
 TRIED = 2

@@ -1,4 +1,4 @@
-"""All training methods on three kinds of backbone, trained phase by phase on a small batch that they can fit."""
+"""All training methods on two kinds of backbone, trained phase by phase on a small batch that they can fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels import criteria, objectives
 from earlyexit_kernels.objectives import OBJECTIVES
 
-FAMILIES = ("bert", "roberta", "albert")
+FAMILIES = ("bert", "albert")
 TINY = {
     "num_hidden_layers": 3,
     "hidden_size": 32,
