@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.goals import gpu_goal
@@ -28,7 +26,7 @@ from benchmarks.micro.decisions import (
     middle_settings,
     random_trace,
 )
-from benchmarks.micro.plain import entropy_of
+from benchmarks.micro.plain import SOURCES, chain_of
 from earlyexit_kernels.engine.resident import TILE_TOKENS
 from earlyexit_kernels.ops import bare_op
 
@@ -102,26 +100,16 @@ class Exit:
 
     def chain(self) -> Callable[..., Any]:
         """Return the same in plain torch on padded rows, without the package; no row moves."""
-        threshold, first = self.rule.params(LAYER)[0], self.pooling == "first"
-
-        def chain(
-            padded: Tensor, weight: Tensor, bias: Tensor, done: Tensor, answers: Tensor, exit_layer: Tensor
-        ) -> tuple[Tensor, ...]:
-            z = F.linear(padded[:, 0] if first else padded.mean(dim=1), weight, bias).float()
-            leaves = (entropy_of(z) < threshold) & ~done
-            done = done | leaves
-            answers, exit_layer = torch.where(leaves[:, None], z, answers), torch.where(leaves, LAYER, exit_layer)
-            return done, answers, exit_layer, (~done).sum()
-
-        return chain
+        source = SOURCES[self.pooling]
+        return chain_of(self.rule, lambda *inputs: source(*inputs).float())
 
     def chain_calls(self, chain: Callable[..., Any]) -> list[Call]:
         """Return a chain on each of the copies."""
         rows, width = self.padded.shape[0], self.padded.shape[2]
         padded = [x[: self.capacity].view(rows, -1, width) for x in self.hidden]
         done = torch.zeros(rows, dtype=torch.bool, device=self.bench.device)
-        rest = (self.weight, self.bias, done, self.before["answers"], self.before["exit_layer"])
-        return [functools.partial(chain, x, *rest) for x in padded]
+        first = (done, self.before["answers"], self.before["exit_layer"])
+        return [functools.partial(chain, *first, x, self.weight, self.bias) for x in padded]
 
     def check_chain(self, call: Call) -> Checked:
         """Compare a chain's answers; a row within rounding of the threshold may go either way."""

@@ -8,33 +8,24 @@ Other criteria are timed by the suite ``decision_cost``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import torch.nn.functional as F
-from torch import Tensor
 
 from benchmarks.harness import Implementation
 from benchmarks.machine import device
 from benchmarks.micro.decisions import LAYER, Decision, head_giving, middle_settings, random_trace
-from benchmarks.micro.groups import BASE, CALLS, COMPILED, EAGER, TIMED, Group, Shape, around, repeated, variant_of
-from benchmarks.micro.plain import STEPS, PlainDecision, Reference
+from benchmarks.micro.groups import BASE, CALLS, EAGER, TIMED, Group, Shape, around, repeated, variant_of
+from benchmarks.micro.plain import SOURCES, STEPS, PlainDecision, Reference
 from earlyexit_kernels.criteria import Criterion, Patience
 
-#: How the plain chain computes logits: ready ones, or a linear on the first token or the mean of padded ``[B, S, H]``.
-SOURCES: dict[str, Callable[..., Tensor]] = {
-    "logits": lambda z: z,
-    "first": lambda padded, weight, bias: F.linear(padded[:, 0], weight, bias),
-    "mean": lambda padded, weight, bias: F.linear(padded.mean(dim=1), weight, bias),
-}
 #: Rows of the trace that settings are chosen on, so that they are the same for every batch.
 SETTING_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Case:
-    """One criterion on one input; `source` is a name of `SOURCES`."""
+    """One criterion on one input; `source` is a name of `plain.SOURCES`."""
 
     rule: str
     source: str
@@ -42,11 +33,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.rule}-{self.source}-{self.shape.slug}"
-
-    @property
-    def names(self) -> list[str]:
-        """The variants; compiling takes seconds per shape, so only entropy at the base point is compiled."""
-        return [*TIMED, EAGER, *([COMPILED] if self.rule == "entropy" and self.shape == BASE else [])]
 
 
 CASES = [
@@ -81,17 +67,15 @@ def group_of(case: Case) -> Group:
         check, prepare = lambda: reference.check(found.outcome()), found.restore
         return Implementation(variant_of(backend), found, check, prepare)
 
-    def plain(name: str) -> Implementation:
-        found = PlainDecision(rule, exits, SOURCES[case.source], inputs, compiles=name == COMPILED)
-        return repeated(name, found.decide, lambda: reference.check(found.outcome()))
-
-    variants = {name: fused(name) if name in TIMED else plain(name) for name in case.names}
+    plain = PlainDecision(rule, exits, SOURCES[case.source], inputs)
+    variants = {backend: fused(backend) for backend in TIMED}
+    variants[EAGER] = repeated(EAGER, plain.decide, lambda: reference.check(plain.outcome()))
     facts = {"rule": rule.to_dict(), "left": int(reference.wanted.left.sum())}
     return Group("exit_step", f"{case.rule}, {case.source}", shape, variants, facts)
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in case.names]
+    ("case", "name"), [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in (*TIMED, EAGER)]
 )
 def test_exit_step(timed, case, name):
     timed(group_of(case), name)

@@ -1,6 +1,6 @@
 """Shapes, and groups of variants of one piece of work.
 
-A group has each back-end and the plain torch chain, which is the baseline, and sometimes that chain compiled.
+A group has each back-end and the plain torch chain, which is the baseline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.machine import device, synchronize
 from benchmarks.micro.decisions import untimeable
 
 SUITE, BASELINE = "micro", "plain torch chain"
-EAGER, COMPILED = "eager", "compiled"
+EAGER = "eager"
 #: The plain chain as the baseline; it is timed as a variant too, and the ratio of the two shows the noise.
 CHAIN = Variant("baseline")
 #: Back-ends that can be timed here.
@@ -58,7 +58,7 @@ def around(*fields: str) -> list[Shape]:
 
 
 def variant_of(name: str) -> Variant:
-    """Return the variant of a name in a group: a back-end, `EAGER` or `COMPILED`."""
+    """Return the variant of a name in a group: a back-end or `EAGER`."""
     return Variant(EAGER, name, "float32") if name in TIMED else Variant(name, "", "float32")
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Checked
-from benchmarks.machine import NotMeasuredError, first_line
 from benchmarks.micro.decisions import DEPTH, LAYER, Outcome
 
 State: TypeAlias = Sequence[Tensor]
@@ -25,13 +25,8 @@ ROUNDING = 1e-5
 TOLERANCE = 1e-4
 
 
-def entropy_of(z: Tensor) -> Tensor:
-    """Return the entropy ``[B]`` in nats of the class probabilities."""
-    return torch.special.entr(z.softmax(-1)).sum(-1)
-
-
 def _entropy(rule: Any, z: Tensor, state: State) -> tuple[Tensor, State]:
-    return entropy_of(z) < rule.threshold, state
+    return torch.special.entr(z.softmax(-1)).sum(-1) < rule.threshold, state
 
 
 def _patience(rule: Any, z: Tensor, state: State) -> tuple[Tensor, State]:
@@ -41,6 +36,12 @@ def _patience(rule: Any, z: Tensor, state: State) -> tuple[Tensor, State]:
     return count >= rule.patience, (label, count)
 
 
+#: How the chain computes logits: ready ones, or a linear on the first token or the mean of padded ``[B, S, H]``.
+SOURCES: dict[str, Callable[..., Tensor]] = {
+    "logits": lambda z: z,
+    "first": lambda padded, weight, bias: F.linear(padded[:, 0], weight, bias),
+    "mean": lambda padded, weight, bias: F.linear(padded.mean(dim=1), weight, bias),
+}
 STEPS: dict[str, Step] = {"entropy": _entropy, "patience": _patience}
 
 
@@ -57,17 +58,14 @@ class PlainDecision:
         logits: ``[B, C]`` of every exit.
         source: computes the middle layer's logits from `inputs`, as part of what is timed; default: they are ready.
         inputs: tensors.
-        compiles: run what is timed under torch.compile.
     """
 
     def __init__(
         self,
         rule: Any,
         logits: Sequence[Tensor],
-        source: Callable[..., Tensor] = lambda z: z,
+        source: Callable[..., Tensor] = SOURCES["logits"],
         inputs: Sequence[Tensor] = (),
-        *,
-        compiles: bool = False,
     ) -> None:
         self.rule, self.logits, self.step = rule, logits, STEPS[rule.name]
         z = logits[LAYER - 1]
@@ -75,9 +73,10 @@ class PlainDecision:
         for layer in range(1, LAYER):
             _, state = self.step(rule, logits[layer - 1], state)
         zeros = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        chain = _compiled(_chain(rule, source, len(state))) if compiles else _chain(rule, source, len(state))
         #: Decides at the middle layer; this is what is timed.
-        self.decide = functools.partial(chain, zeros.bool(), torch.zeros_like(z), zeros, *state, *(inputs or (z,)))
+        self.decide = functools.partial(
+            chain_of(rule, source, len(state)), zeros.bool(), torch.zeros_like(z), zeros, *state, *(inputs or (z,))
+        )
 
     def outcome(self) -> Outcome:
         """Run what is timed, then the remaining layers."""
@@ -92,8 +91,12 @@ class PlainDecision:
         return Outcome(left, int(live), answers, exit_layer)
 
 
-def _chain(rule: Any, source: Callable[..., Tensor], kept: int) -> Callable[..., tuple[Tensor, ...]]:
-    """Return what is timed as a function of tensors, since torch.compile guards all other arguments at every call."""
+def chain_of(rule: Any, source: Callable[..., Tensor], kept: int = 0) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a decision as a function of tensors alone, since torch.compile guards all other arguments at every call.
+
+    It takes which rows have left ``[B]``, answers ``[B, C]``, exit layers ``[B]``, `kept` tensors of state and the
+    inputs of `source`; it returns the first three, the count of live rows and the state.
+    """
     step = STEPS[rule.name]
 
     def chain(done: Tensor, answers: Tensor, exit_layer: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
@@ -105,20 +108,6 @@ def _chain(rule: Any, source: Callable[..., Tensor], kept: int) -> Callable[...,
         return done, answers, exit_layer, (~done).sum(), *state
 
     return chain
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` under torch.compile for its shapes alone; a failure raises NotMeasuredError."""
-    torch._dynamo.reset()
-    compiled = torch.compile(function, dynamic=False)
-
-    def call(*arguments: Tensor) -> Any:
-        try:
-            return compiled(*arguments)
-        except Exception as error:
-            raise NotMeasuredError(f"torch.compile fails here: {first_line(error)}") from error
-
-    return call
 
 
 class Reference:

@@ -38,7 +38,7 @@ from earlyexit_kernels.types import ExitOutput
 COMPACTIONS = ("auto", "always", "never")
 
 #: Cost of moving one hidden value, in multiply-adds of a layer's matrix products; measured on two cores of an AVX-512
-#: server by benchmarks/end_to_end/compaction_cost.py.
+#: server by the suite `compaction_cost`, whose records are in benchmarks/results and whose code is in commit dca2a94.
 MACS_PER_MOVED_VALUE = 60
 #: Fixed cost of a compaction (three ops, a new attention plan) in the same unit.
 MACS_PER_COMPACTION = 10_000_000

@@ -14,7 +14,6 @@ from benchmarks import goals, harness, plots
 from benchmarks.end_to_end import (
     answers,
     baselines,
-    compaction_cost,
     engines,
     forced,
     measure,
@@ -313,11 +312,6 @@ def test_server_rates_are_relative_to_the_plain_model():
     # both take 0.1 s a batch and have the same arrivals
     assert (ours["ratio"], ours["baseline"], ours["sessions"]) == (1.0, "transformers", 2)
     assert 100.0 <= ours["median_ms"] <= ours["p90_ms"] <= ours["p99_ms"]
-
-
-def test_compaction_is_timed_beside_a_layer():
-    record = compaction_cost.measure(64, rows=2, length=8, repeats=1)
-    assert record["moved_values"] == 64 * 6 and record["compaction_macs"] > 0
 
 
 MEASURED = {"suite": "offline", "subject": "BERT-base", "shape": "B 32, S 32", "backend": "cpp", "dtype": "float32"}

@@ -96,7 +96,7 @@ def test_wrong_exit_is_refused(gpu, monkeypatch):
 
 
 def test_wrong_chain_is_refused(gpu, monkeypatch):
-    chains = iter([lambda *x: (x[3], x[4] + 1, torch.ones_like(x[5]), 0), None])
+    chains = iter([lambda *x: (x[0], x[1] + 1, torch.ones_like(x[2]), 0), None])
     right = exits.Exit.chain
     monkeypatch.setattr(exits.Exit, "chain", lambda self: next(chains, None) or right(self))
     records = list(exits.step_records(with_changes(gpu, batches=(32,), dtypes=("float16",))))
