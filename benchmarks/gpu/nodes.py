@@ -1,26 +1,20 @@
-"""Cost of conditional nodes and of empty launches in a CUDA graph, and which kernels a node's body may contain."""
+"""Cost of conditional nodes and of empty launches in a CUDA graph."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.gpu.bench import Bench, header, micros, over
-from benchmarks.gpu.products import refuse_sizes_on_the_host
+from benchmarks.gpu.bench import Bench, header, micros
 from benchmarks.harness import Call, Record
-from benchmarks.machine import NotMeasuredError, first_line
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.engine.graphs import ConditionalNodes
 from earlyexit_kernels.ops import bare_op, rows_add_norm, rows_attention, rows_linear
 
-NODES, TURNS, EMPTY, BODIES = "gpu_nodes", "gpu_turns", "gpu_empty_launches", "gpu_bodies"
-TOKENS, HEADS = 256, 12
-TOLERANCE = 2e-2
+NODES, TURNS, EMPTY = "gpu_nodes", "gpu_turns", "gpu_empty_launches"
+HEADS = 12
 
 
 class Setter:
@@ -124,70 +118,3 @@ def empty_records(bench: Bench) -> Iterator[Record]:
     for name, found in times.items():
         fields = {"shape": f"T {tokens}, H {width}", "dtype": dtype, "backend": bench.encoder}
         yield header(EMPTY, "no token present", name, **fields) | micros(found, bench.nodes)
-
-
-def body_records(bench: Bench) -> Iterator[Record]:
-    """Yield which of the libraries' kernels work in the body of an IF node, with correct answers."""
-    for dtype in bench.dtypes:
-        for name, build in BODIES_TRIED.items():
-            record = header(BODIES, "in the body of an IF node", name, dtype=dtype)
-            try:
-                yield record | {"works": True} | _in_body(bench, build(bench, dtype))
-            except NotMeasuredError:
-                raise
-            except (RuntimeError, NotImplementedError, AttributeError) as error:
-                yield record | {"works": False, "why": first_line(error)}
-
-
-def _in_body(bench: Bench, call: Callable[[], Tensor]) -> Record:
-    setter, want = Setter(bench), call().float()
-    out = torch.zeros_like(want)
-
-    def record(graph: Any) -> None:
-        handle = graph.handle()
-        setter(handle)
-        graph.begin_if(handle)
-        out.copy_(call())
-        graph.end_if()
-
-    def warm_up() -> None:
-        setter()
-        out.copy_(call())
-
-    replay = bench.conditional_graph(record, warm_up)
-    out.zero_()
-    replay()
-    off = float((out - want).abs().max())
-    if not off <= TOLERANCE * float(want.abs().max()):
-        raise RuntimeError(f"its answer is {off:.2g} off")
-    times = bench.times({"in a body": replay, "alone": bench.graph_of([call])})
-    return micros(times["in a body"]) | over(times["in a body"], times["alone"], "in a plain graph")
-
-
-def _linear(bench: Bench, dtype: str) -> Callable[[], Tensor]:
-    x, weight = bench.random(TOKENS, bench.width, dtype=dtype), bench.random(bench.width, bench.width, dtype=dtype)
-    return functools.partial(F.linear, x, weight, weight[0])
-
-
-def _attention(bench: Bench, dtype: str) -> Callable[[], Tensor]:
-    q = bench.random(1, HEADS, TOKENS, bench.width // HEADS, dtype=dtype)
-    backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
-
-    def run() -> Tensor:
-        with torch.nn.attention.sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, q, q)
-
-    return run
-
-
-def _grouped(bench: Bench, dtype: str) -> Callable[[], Tensor]:
-    x, weight = bench.random(TOKENS, bench.width, dtype=dtype), bench.random(1, bench.width, bench.width, dtype=dtype)
-    refuse_sizes_on_the_host(x)
-    return functools.partial(torch._grouped_mm, x, weight.transpose(1, 2), offs=bench.ints([TOKENS]))
-
-
-BODIES_TRIED: dict[str, Callable[[Bench, str], Callable[[], Tensor]]] = {
-    "cuBLAS": _linear,
-    "flash attention": _attention,
-    "grouped_mm": _grouped,
-}

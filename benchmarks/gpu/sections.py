@@ -35,5 +35,4 @@ SECTIONS: dict[str, Section] = {
     "conditional": Section(whole.conditional_records, 90),
     "fastest": Section(whole.fastest_records, 120),
     "products": Section(products.records, 120),
-    "bodies": Section(nodes.body_records, 60),
 }

@@ -282,13 +282,13 @@ def test_tables_show_goals_and_what_is_missing(driver):
     ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "baseline": "torch.compile", "dtype": "float16"}
     goal = "mean depth 6 over torch.compile, B 32"
     reached = good("a", **ratio, exits="uniform, 50 %", backend="triton", **goals.gpu_goal(goal, ratio))
-    missing = Outcome([header("gpu_b", "b", "grouped_mm") | {"not_measured": "no such thing"}])
+    missing = Outcome([header("gpu_b", "b", "cuBLAS") | {"not_measured": "no such thing"}])
     driver({"a": reached, "b": missing, "c": good("c", dtype="float16")})
     text = tables.goals_table(driver.results)
     (line,) = [line for line in text.splitlines() if goal in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [goal, "float16", "uniform, 50 %, by triton", "0.5 (0.4 to 0.6)", "0.56", "yes"]
     assert all(name in text for name in goals.GPU) and "| not measured |" in text and "driver 580.1:" in text
-    assert "- Not measured: b, grouped_mm: no such thing." in text
+    assert "- Not measured: b, cuBLAS: no such thing." in text
     details = tables.details_table(driver.results)
     assert "| c " in details and goal not in details

@@ -26,7 +26,7 @@ from earlyexit_kernels.engine import choice, graphs
 from earlyexit_kernels.engine.inputs import Inputs
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
-NUMBERS = {"median_ms", "syncs", "different", "launches", "works", "entry"}
+NUMBERS = {"median_ms", "syncs", "different", "launches", "entry"}
 PROFILED = calls.calls_of
 #: Goals that the sections have had records for in this process, by section.
 REACHED: dict[str, set[str]] = {}
@@ -60,8 +60,7 @@ def test_section_runs_and_records(name, gpu):
     records = json.loads(json.dumps(records_of(name, gpu)))
     assert records and {record["suite"] for record in records} == {f"gpu_{name}"}
     for record in records:
-        skipped = "not_measured" in record and (record["engine"], record["dtype"]) == (products.GROUPED, "float16")
-        assert set(record) >= FIELDS and (skipped or NUMBERS & set(record)), record
+        assert set(record) >= FIELDS and NUMBERS & set(record), record
         has_goal = "goal_name" in record
         assert record.get("goal_met") in (True, False) if has_goal else record.get("goal") is None
     REACHED[name] = {record["goal_name"] for record in records if "goal_name" in record}
@@ -123,35 +122,10 @@ def test_loop_that_skips_turns_is_refused(gpu, monkeypatch):
     assert record["refused"] == "0 turns of 3 ran"
 
 
-def test_unsupported_body_is_recorded(gpu, monkeypatch):
-    def fails(bench, dtype):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(nodes, "BODIES_TRIED", {"cuBLAS": fails})
-    for record in nodes.body_records(gpu):
-        assert record["works"] is False
-        assert record["why"] == "RuntimeError: operation not permitted when stream is capturing"
-
-
-def test_missing_and_wrong_products(gpu, monkeypatch):
-    def missing(*_):
-        raise AttributeError("module 'torch' has no attribute '_grouped_mm'")
-
-    ways = {products.OURS: lambda bench, x, weight, bias, offsets, out: out * 0, products.GROUPED: missing}
-    monkeypatch.setattr(products, "WAYS", ways)
-    records = list(products.records(gpu))
-    assert all("off" in record["refused"] for record in records if record["engine"] == products.OURS)
-    assert all("_grouped_mm" in record["not_measured"] for record in records if record["engine"] == products.GROUPED)
-
-
-def test_grouped_product_that_reads_on_the_host_is_never_captured(gpu, monkeypatch):
-    monkeypatch.setattr(torch, "_grouped_mm", lambda *_, **__: pytest.fail("it would read the sizes"))
-    narrow = with_changes(gpu, dtypes=("float16",))
-    for record in [*products.records(narrow), *nodes.body_records(narrow)]:
-        if record["engine"] == products.GROUPED:
-            assert "on the host in float16" in record.get("not_measured", record.get("why"))
-        else:
-            assert record.get("works", True) and "median_us" in record
+def test_wrong_product_is_refused(gpu, monkeypatch):
+    monkeypatch.setitem(products.WAYS, products.OURS, lambda bench, x, weight, bias, offsets, out: out * 0)
+    refused = [record for record in products.records(gpu) if record["engine"] == products.OURS]
+    assert refused and all("off" in record["refused"] and "median_us" not in record for record in refused)
 
 
 def test_compiled_model_without_graphs_is_not_measured(gpu, monkeypatch):
