@@ -62,7 +62,7 @@ def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, chec
     named = dict(zip(Inputs._fields, given, strict=True))
     for name, value in named.items():
         if value is not None and not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a tensor [N, S], got {type(value).__name__}")
+            raise ValueError(not_a_tensor_message(name, value))
     ids, mask = given.input_ids, given.attention_mask
     if ids is None:
         raise ValueError("input_ids: expected integers of shape [N, S], got None")
@@ -86,6 +86,14 @@ def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, chec
         if name != "attention_mask":
             _check_ids(name, value, shape, sizes.get(name))
     return given._replace(input_ids=ids.long())
+
+
+def not_a_tensor_message(name: str, value: Any) -> str:
+    """Return the error message for an input that is not a tensor, with what to pass."""
+    cure = 'make tensors of text with tokenizer(texts, padding=True, return_tensors="pt")'
+    if isinstance(value, Mapping):
+        cure = "pass its entries as keyword arguments, **batch"
+    return f"{name}: expected a tensor [N, S], got {type(value).__name__}; {cure}"
 
 
 def refuse_other_arguments(given: Mapping[str, Any]) -> None:

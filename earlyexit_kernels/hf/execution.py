@@ -85,6 +85,11 @@ class Execution:
         _resolved(backend, view)
         self._backend = backend
 
+    @property
+    def engine(self) -> str:
+        """The requested engine: ``"auto"``, ``"eager"`` or ``"graph"``."""
+        return self._engine
+
     def set_engine(self, view: ModelView, engine: str) -> None:
         """Choose the engine; see the model's method."""
         _check_option("engine", engine, ENGINES)

@@ -27,7 +27,7 @@ def check_labels(labels: Tensor, problem_type: str, rows: int, classes: int) -> 
         ValueError: a wrong shape, dtype or value.
     """
     if not isinstance(labels, Tensor):
-        raise ValueError(f"labels: expected a tensor, got {type(labels).__name__}")
+        raise ValueError(f"labels: expected a tensor, got {type(labels).__name__}; pass torch.tensor(labels)")
     single = problem_type == "single_label_classification"
     shapes = [(rows,), (rows, 1)] if single else [(rows, classes)]
     if problem_type == "regression" and classes == 1:

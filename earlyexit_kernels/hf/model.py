@@ -14,7 +14,7 @@ from earlyexit_kernels.criteria.base import refused_criterion_message
 from earlyexit_kernels.engine.choice import Explanation
 from earlyexit_kernels.engine.fixed_depth import FixedDepth
 from earlyexit_kernels.engine.full_depth import TraceOptions
-from earlyexit_kernels.engine.inputs import Inputs, check_inputs, refuse_other_arguments
+from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_message, refuse_other_arguments
 from earlyexit_kernels.engine.packing import PACKED_ATTENTION
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
@@ -149,6 +149,11 @@ class EarlyExitForSequenceClassification(Checkpointed):
         """
         self.execution.set_backend(self.view(), backend)
 
+    @property
+    def engine(self) -> str:
+        """The engine chosen by `set_engine`; which one a batch gets, and why, depends on the batch: see `explain`."""
+        return self.execution.engine
+
     def set_engine(self, engine: str) -> None:
         """Choose the engine that runs a batch in eval mode.
 
@@ -203,9 +208,10 @@ class EarlyExitForSequenceClassification(Checkpointed):
         Raises:
             ValueError: `input_ids` has another shape.
         """
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            got = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise ValueError(f"explain: expected input_ids of shape [N, S], got {got}")
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(not_a_tensor_message("input_ids", input_ids))
+        if input_ids.dim() != 2:
+            raise ValueError(f"explain: expected input_ids of shape [N, S], got {list(input_ids.shape)}")
         return self.execution.explain(self.view(), *input_ids.shape, training=self.training)
 
     def refresh(self) -> None:

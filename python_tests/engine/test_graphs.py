@@ -322,7 +322,9 @@ def test_engine_is_chosen_and_explained(model, caplog, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     text = str(model.explain(**batch_for(model)))
     assert "engine 'eager': graphs require CUDA" in text and "layers 'fused'" in text
+    assert model.engine == "auto"
     model.set_engine("eager")
+    assert model.engine == "eager"
     assert model.explain(**batch_for(model)).engine.reason == "it was requested"
     with pytest.raises(ValueError, match="engine: expected one of"):
         model.set_engine("lazy")
@@ -335,7 +337,7 @@ def test_engine_is_chosen_and_explained(model, caplog, monkeypatch):
     assert caplog.messages == ["engine 'graph' fell back to 'eager': graphs require CUDA"]
     with pytest.raises(ValueError, match=r"expected input_ids of shape \[N, S\], got \[17\]"):
         model.explain(ids[0])
-    with pytest.raises(ValueError, match=r"expected input_ids of shape \[N, S\], got list"):
+    with pytest.raises(ValueError, match=r"input_ids: expected a tensor \[N, S\], got list"):
         model.explain([[1]])
     model.set_layers("fused")
     assert model.explain(ids).layers == ("fused", "it was requested")

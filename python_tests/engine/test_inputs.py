@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, ragged, stock
+from transformers import BatchEncoding
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import QExit
@@ -93,6 +94,22 @@ def test_list_is_refused(argument):
     batch[argument] = batch[argument].tolist()
     with pytest.raises((TypeError, ValueError), match=f"{argument}: expected .*list"):
         early_exit()(**batch)
+
+
+def test_refused_input_names_its_cure():
+    """What users pass by mistake: untensored token ids, a whole batch in one argument, text, labels as a list."""
+    model, ids = early_exit(), torch.ones(2, 5, dtype=torch.long)
+    tensors = r'tokenizer\(texts, padding=True, return_tensors="pt"\)'
+    for given in (ids.tolist(), ids.numpy(), "a text", ["a text"]):
+        for call in (model, model.trace, model.explain, model.fixed_depth()):
+            with pytest.raises(ValueError, match=rf"input_ids: expected a tensor .*{tensors}"):
+                call(input_ids=given)
+    batch = BatchEncoding({"input_ids": ids})
+    for call in (model, model.explain, model.fixed_depth()):
+        with pytest.raises(ValueError, match=r"input_ids: .*got BatchEncoding; .*\*\*batch"):
+            call(batch)
+    with pytest.raises(ValueError, match=r"labels: expected a tensor, got list; .*torch.tensor\(labels\)"):
+        model(input_ids=ids, labels=[0, 1])
 
 
 def test_row_of_maximum_length():
