@@ -121,8 +121,9 @@ class EarlyExitConfig(PretrainedConfig):
         """Build a config from the data of a file.
 
         Raises:
-            ValueError: the data has no format version, or the config of the backbone lacks an entry of
-                `REQUIRED_OF_BACKBONE`, which the default of the family would replace.
+            ValueError: the data has no format version, the config of the backbone lacks an entry of
+                `REQUIRED_OF_BACKBONE`, which the default of the family would replace, or `num_labels` or `id2label`
+                among the arguments has another number of labels than the data.
         """
         if "backbone_config" in config_dict and "format_version" not in config_dict:
             raise ValueError(
@@ -130,11 +131,28 @@ class EarlyExitConfig(PretrainedConfig):
                 f'by this package, add "format_version": {FORMAT_VERSION} to config.json'
             )
         _check_complete(config_dict.get("backbone_config"))
+        asked = [name for name in ("num_labels", "id2label") if kwargs.get(name) is not None]
+        if asked and "backbone_config" in config_dict:
+            _check_label_count(asked[0], kwargs[asked[0]], super().from_dict(dict(config_dict)).num_labels)
         return super().from_dict(config_dict, **kwargs)
 
     def exit_criterion(self) -> Criterion:
         """Return the exit criterion."""
         return from_dict(self.criterion)
+
+
+def _check_label_count(name: str, asked: Any, saved: int) -> None:
+    """Refuse an argument of a load that would change the number of outputs of trained exits.
+
+    Raises:
+        ValueError: names the argument and both numbers.
+    """
+    count = len(asked) if isinstance(asked, Mapping) else asked
+    if count != saved:
+        raise ValueError(
+            f"{name}: the argument asks for {count} label(s), the checkpoint has {saved}; leave the argument out. "
+            "For another number of labels load the stock model with it, convert that with to_early_exit, and train"
+        )
 
 
 def _check_complete(backbone: Any) -> None:

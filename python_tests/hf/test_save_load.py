@@ -103,6 +103,31 @@ def test_config_of_a_model_is_accepted(saved, load):
     assert torch.equal(again(**ragged()).logits, model(**ragged()).logits)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_labels": 5},
+        {"id2label": dict(enumerate("abcde")), "label2id": {name: i for i, name in enumerate("abcde")}},
+        {"num_labels": 5, "allow_new_heads": True},
+        {"num_labels": 5, "ignore_mismatched_sizes": True},
+    ],
+    ids=lambda arguments: "+".join(arguments),
+)
+def test_another_number_of_labels_than_the_checkpoint_has_is_refused(saved, load, arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}: .* asks for 5 label.*, the .* has 3") as caught:
+        load(saved, **arguments)
+    assert "to_early_exit" in str(caught.value) and "config.json" not in str(caught.value)
+
+
+def test_the_number_of_labels_of_the_checkpoint_is_accepted(saved, load):
+    assert load(saved, num_labels=3).config.num_labels == 3
+    names = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    assert load(saved, **names).config.id2label == names["id2label"]
+    early_exit(num_labels=2).save_pretrained(saved / "default")  # transformers leaves the default names out of the file
+    with pytest.raises(ValueError, match=r"num_labels: .* asks for 3 label.*, the .* has 2"):
+        load(saved / "default", num_labels=3)
+
+
 def test_shards(tmp_path, load):
     model = early_exit()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
