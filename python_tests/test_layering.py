@@ -25,12 +25,13 @@ MAY_IMPORT = {
     "arguments": "",
     "types": "torch",
     "hashing": "torch",
+    "registration": "",
     "backends": "errors torch triton",
-    "backbones": "torch",
-    "criteria": "arguments backends errors hashing types torch",
+    "backbones": "registration torch",
+    "criteria": "arguments backends errors hashing registration types torch",
     "ops": "backends criteria types torch",
     "heads": "arguments types torch transformers",
-    "objectives": "arguments types torch",
+    "objectives": "arguments registration types torch",
     "engine": "backbones backends criteria errors hashing heads ops types numpy torch transformers",
     "hf": "arguments backbones backends criteria engine errors heads objectives types huggingface_hub numpy "
     "safetensors torch transformers",
@@ -123,7 +124,7 @@ def test_no_cycles():
 def test_only_the_vocabulary_lies_in_the_root():
     """Every other module lies in the folder of its room."""
     loose = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
-    assert loose == {"__init__", "__main__", "arguments", "errors", "types", "backends", "hashing"}
+    assert loose == {"__init__", "__main__", "arguments", "errors", "types", "backends", "hashing", "registration"}
 
 
 def test_every_package_from_outside_is_declared():

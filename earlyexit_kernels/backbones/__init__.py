@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from earlyexit_kernels.backbones.albert import ALBERT
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
@@ -18,6 +20,7 @@ from earlyexit_kernels.backbones.bert import BERT
 from earlyexit_kernels.backbones.distilbert import DISTILBERT
 from earlyexit_kernels.backbones.electra import ELECTRA
 from earlyexit_kernels.backbones.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
+from earlyexit_kernels.registration import defined_again
 
 __all__ = [
     "BACKBONES",
@@ -48,7 +51,9 @@ BACKBONES: dict[str, BackboneAdapter] = {
 def register(adapter: BackboneAdapter) -> BackboneAdapter:
     """Make a family of encoders from outside the package usable by `to_early_exit`, saving and loading.
 
-    Call it in a module that a program imports before it loads a saved model of the family.
+    Call it in a module that a program imports before it loads a saved model of the family. An adapter replaces one that
+    differs only in functions of the same module and qualified name, so that a notebook cell can run again; models keep
+    the adapter that they were built with.
 
     Args:
         adapter: where the parts of the family's encoder and classifier are.
@@ -78,12 +83,20 @@ def register(adapter: BackboneAdapter) -> BackboneAdapter:
     """
     check_adapter(adapter)
     known = BACKBONES.setdefault(adapter.model_type, adapter)
-    if known != adapter:
+    if not _replaces(adapter, known):
         raise ValueError(
-            f"register: model_type {adapter.model_type!r} has another adapter already; change that one, or give the "
-            "config of the family another model_type"
+            f"register: model_type {adapter.model_type!r} has another adapter already; give the config of the family "
+            f"another model_type, or remove that one with earlyexit_kernels.backbones.BACKBONES.pop("
+            f"{adapter.model_type!r})"
         )
+    BACKBONES[adapter.model_type] = adapter
     return adapter
+
+
+def _replaces(adapter: BackboneAdapter, known: BackboneAdapter) -> bool:
+    """Return whether two adapters are equal, up to functions that were defined again."""
+    pairs = ((getattr(adapter, field.name), getattr(known, field.name)) for field in dataclasses.fields(adapter))
+    return all(new == old or defined_again(new, old) for new, old in pairs)
 
 
 def adapter_of(model_type: str) -> BackboneAdapter:

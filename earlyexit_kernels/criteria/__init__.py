@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from earlyexit_kernels.backends import BACKENDS, resolve
 from earlyexit_kernels.criteria.base import CLASS_KEY, Criterion
@@ -24,11 +25,12 @@ from earlyexit_kernels.criteria.max_probability import MaxProbability
 from earlyexit_kernels.criteria.patience import Patience
 from earlyexit_kernels.criteria.patient_confidence import PatientConfidence
 from earlyexit_kernels.criteria.q_exit import QExit
-from earlyexit_kernels.criteria.registration import check_class, check_instance, has_triton_step
+from earlyexit_kernels.criteria.registration import check_class, check_instance, check_outputs, has_triton_step
 from earlyexit_kernels.criteria.sampled_exit import SampledExit
 from earlyexit_kernels.criteria.skip_gate import SkipGate
 from earlyexit_kernels.criteria.voting import Voting
 from earlyexit_kernels.errors import BackendUnavailableError
+from earlyexit_kernels.registration import defined_again, enter, path_of
 
 __all__ = [
     "CRITERIA",
@@ -90,6 +92,9 @@ def register(cls: _Class) -> _Class:
     Triton step it runs on ``"triton"`` too. Register the class in the module that defines it, so that importing the
     module before loading is all that a saved model requires.
 
+    A class replaces one of the same module and qualified name, so that a notebook cell can run again; criteria that
+    were built from the first one are refused from then on.
+
     Args:
         cls: a frozen dataclass that extends `Criterion`; see there for the parts it implements.
 
@@ -123,12 +128,7 @@ def register(cls: _Class) -> _Class:
         >>> _ = ee.criteria.CRITERIA.pop("first_logit")  # forget it again
     """
     check_class(cls)
-    known = CRITERIA.setdefault(cls.name, cls)
-    if known is not cls:
-        raise ValueError(
-            f"register({cls.__name__}): the name {cls.name!r} belongs to {known.__module__}.{known.__qualname__}; give "
-            "the class another name"
-        )
+    enter(CRITERIA, cls)
     return cls
 
 
@@ -192,6 +192,26 @@ def _log_restriction(name: str, backend: str) -> None:
     )
 
 
+def torch_step(
+    rule: Criterion | type[Criterion],
+    z: Tensor,
+    aux: Tensor | None,
+    state: Tensor,
+    layer: int,
+    depth: int,
+    params: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decide at one exit by the torch rule of a criterion; see `Criterion.rule`.
+
+    Raises:
+        ValueError: the rule is from outside the package, and what it returned has another form than documented.
+    """
+    outputs = rule.rule(z, aux, state, layer, depth, params)
+    if rule.name not in RULES:
+        check_outputs(rule.name, outputs, z, state)
+    return outputs
+
+
 def from_dict(data: Mapping[str, Any] | None) -> Criterion:
     """Build a criterion, and the criteria within it, from the data of `Criterion.to_dict`.
 
@@ -236,7 +256,8 @@ def check_known(criterion: Criterion) -> None:
         criterion: of any class. A subclass of one of `CRITERIA` is known as long as it keeps the decision.
 
     Raises:
-        ValueError: the class is not in `CRITERIA`, or decides differently from the class of its name there.
+        ValueError: the class is not in `CRITERIA`, decides differently from the class of its name there, or was
+            registered again after the criterion was built.
 
     Example:
         >>> import earlyexit_kernels as ee
@@ -247,6 +268,11 @@ def check_known(criterion: Criterion) -> None:
     if known is None or any(
         getattr(type(criterion), part, None) is not getattr(known, part, None) for part in decision
     ):
+        if known is not None and defined_again(type(criterion), known):
+            raise ValueError(
+                f"criterion {criterion.name!r}: {path_of(known)} was registered again after this criterion was built; "
+                "build the criterion again, and give it to the models that hold this one with set_criterion"
+            )
         raise ValueError(
             f"criterion {type(criterion).__name__}: expected a class of earlyexit_kernels.criteria "
             f"({', '.join(sorted(cls.__name__ for cls in CRITERIA.values()))}), got an unregistered class with its own "

@@ -1,10 +1,14 @@
-"""Checks of a criterion class that comes from outside the package."""
+"""Checks of a criterion that comes from outside the package: its class, its settings, what its rule returns."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from earlyexit_kernels import registration
 from earlyexit_kernels.criteria.base import MAX_PARAMS, Criterion
 from earlyexit_kernels.types import ANY_TASK, AUX_ACTIVATIONS
 
@@ -22,12 +26,7 @@ def check_class(cls: Any) -> None:
         TypeError: not a subclass of `Criterion`.
         ValueError: names the missing or wrong part of the class.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Criterion)):
-        raise TypeError(f"register: expected a subclass of earlyexit_kernels.criteria.Criterion, got {cls!r}")
-    for check in (_dataclass_problem, _name_problem, _rule_problem, _inputs_problem, _step_problem):
-        problem = check(cls)
-        if problem:
-            raise ValueError(f"register({cls.__name__}): {problem}")
+    registration.check_class(cls, Criterion, (_rule_problem, _inputs_problem, _step_problem))
 
 
 def check_instance(criterion: Criterion, depth: int) -> None:
@@ -51,6 +50,36 @@ def check_instance(criterion: Criterion, depth: int) -> None:
         raise ValueError(f"criterion {criterion.name!r}: expected hashable fields, got {error}; use tuples") from None
 
 
+def check_outputs(name: str, outputs: Any, z: Tensor, state: Tensor) -> None:
+    """Check what the torch rule of a criterion from outside the package returned.
+
+    Args:
+        name: of the criterion.
+        outputs: of `Criterion.rule`.
+        z: its logits ``[B, C]``.
+        state: its state ``[K, B]``.
+
+    Raises:
+        ValueError: not three tensors of the documented shapes, dtypes and devices.
+    """
+    if not isinstance(outputs, tuple) or len(outputs) != 3:
+        got = f"a tuple of {len(outputs)}" if isinstance(outputs, tuple) else type(outputs).__name__
+        raise ValueError(f"criterion {name!r}: expected rule to return (answer, leave, new state), got {got}")
+    answer, leave, new_state = outputs
+    for what, tensor, shape, dtype in (
+        ("answer", answer, z.shape, torch.float32),
+        ("leave", leave, z.shape[:1], torch.bool),
+        ("new state", new_state, state.shape, torch.float32),
+    ):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"criterion {name!r}: expected {what} to be a tensor, got {type(tensor).__name__}")
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, z.device):
+            raise ValueError(
+                f"criterion {name!r}: expected {what} {list(shape)} {dtype} on {z.device}, got {list(tensor.shape)} "
+                f"{tensor.dtype} on {tensor.device}; correct what the rule returns"
+            )
+
+
 def has_triton_step(cls: type[Criterion]) -> bool:
     """Return whether a class has a Triton step for its own torch rule, not one inherited beside a new torch rule."""
     if cls.triton_step is None:
@@ -59,23 +88,6 @@ def has_triton_step(cls: type[Criterion]) -> bool:
         next(base for base in cls.__mro__ if part in vars(base)) for part in ("triton_step", "rule")
     )
     return issubclass(step_owner, rule_owner)
-
-
-def _dataclass_problem(cls: type[Criterion]) -> str:
-    parameters = vars(cls).get("__dataclass_params__")
-    if parameters is None or not parameters.frozen:
-        return (
-            "expected a frozen dataclass; write @dataclasses.dataclass(frozen=True, kw_only=True) above the class and "
-            "@register above that"
-        )
-    return ""
-
-
-def _name_problem(cls: type[Criterion]) -> str:
-    name = getattr(cls, "name", None)
-    if not isinstance(name, str) or not name.isidentifier():
-        return f"expected a class attribute `name: ClassVar[str]` such as 'my_rule', got {name!r}"
-    return ""
 
 
 def _rule_problem(cls: type[Criterion]) -> str:

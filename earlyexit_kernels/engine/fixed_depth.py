@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter
-from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.criteria import Criterion, torch_step
 from earlyexit_kernels.engine.exits import read_exit
 from earlyexit_kernels.engine.full_depth import hidden_of
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs
@@ -163,7 +163,7 @@ class FixedDepth(nn.Module):
         rule = self.criterion.exit_rule
         exit_, aux = read_exit(self.heads, layer, states, found.memory, rule.needs)
         z, memory = exit_logits(exit_.features, exit_.weight, exit_.bias), exit_.memory
-        answer, leave, state = rule.rule(z, aux, found.state, layer, depth, rule.params(layer))
+        answer, leave, state = torch_step(rule, z, aux, found.state, layer, depth, rule.params(layer))
         valid, here = valid_rows(z, aux), found.exit_layer == 0
         if layer == depth:
             leave = here

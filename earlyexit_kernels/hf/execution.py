@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels import backends
-from earlyexit_kernels.criteria import resolve_backend, supported_backends
+from earlyexit_kernels.criteria import RULES, check_known, resolve_backend, supported_backends
 from earlyexit_kernels.engine import eager
 from earlyexit_kernels.engine.choice import ENGINES, Choice, Explanation, fastest
 from earlyexit_kernels.engine.embedding import embed_rows
@@ -135,7 +135,10 @@ class Execution:
 
         Raises:
             InvalidLogitsError: there are some, and `strict` is set.
+            ValueError: the class of the criterion was registered again since.
         """
+        if view.criterion.exit_rule.name not in RULES:
+            check_known(view.criterion.exit_rule)
         result = self.run_graph(view, inputs) if inputs.input_ids.is_cuda else None
         if result is None:
             result = self._run_eagerly(view, inputs, strict) if inputs.rows else _no_answers(view)

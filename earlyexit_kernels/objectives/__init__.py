@@ -22,6 +22,7 @@ from earlyexit_kernels.objectives.fastbert import Fastbert
 from earlyexit_kernels.objectives.joint import Joint
 from earlyexit_kernels.objectives.palbert import Palbert
 from earlyexit_kernels.objectives.smartbert import Smartbert
+from earlyexit_kernels.registration import check_class, enter
 from earlyexit_kernels.types import CLASSIFICATION
 
 __all__ = [
@@ -67,6 +68,9 @@ _Class = TypeVar("_Class", bound=type[Objective])
 def register(cls: _Class) -> _Class:
     """Make a training method from outside the package usable by name, in saved models and when they are loaded.
 
+    A class replaces one of the same module and qualified name, so that a notebook cell can run again; models keep the
+    method that they were built with.
+
     Args:
         cls: a frozen dataclass that extends `Objective` and implements `loss`.
 
@@ -93,26 +97,18 @@ def register(cls: _Class) -> _Class:
         LastExit()
         >>> _ = ee.objectives.OBJECTIVES.pop("last_exit")  # forget it again
     """
-    if not (isinstance(cls, type) and issubclass(cls, Objective)):
-        raise TypeError(f"register: expected a subclass of earlyexit_kernels.objectives.Objective, got {cls!r}")
-    name = getattr(cls, "name", None)
-    parameters = vars(cls).get("__dataclass_params__")
-    wanted = {
-        "a frozen dataclass": parameters is not None and parameters.frozen,
-        "a class attribute `name: ClassVar[str]`": isinstance(name, str) and name.isidentifier(),
-        "a class attribute `rule: ClassVar[str]`": isinstance(getattr(cls, "rule", None), str),
-        "a method loss(self, trace, labels, step)": cls.loss is not Objective.loss,
-    }
-    missing = [part for part, there in wanted.items() if not there]
-    if missing:
-        raise ValueError(f"register({cls.__name__}): expected {missing[0]}, got none")
-    known = OBJECTIVES.setdefault(cls.name, cls)
-    if known is not cls:
-        raise ValueError(
-            f"register({cls.__name__}): the name {name!r} belongs to {known.__module__}.{known.__qualname__}; give the "
-            "class another name"
-        )
+    check_class(cls, Objective, (_rule_problem, _loss_problem))
+    enter(OBJECTIVES, cls)
     return cls
+
+
+def _rule_problem(cls: type[Objective]) -> str:
+    rule = getattr(cls, "rule", None)
+    return "" if isinstance(rule, str) else f"expected a class attribute `rule: ClassVar[str]`, got {rule!r}"
+
+
+def _loss_problem(cls: type[Objective]) -> str:
+    return "expected a method loss(self, trace, labels, step), got none" if cls.loss is Objective.loss else ""
 
 
 def from_dict(data: Mapping[str, Any]) -> Objective:

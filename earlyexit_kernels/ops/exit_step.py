@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.criteria import Criterion, resolve_backend, rule_named
+from earlyexit_kernels.criteria import Criterion, resolve_backend, rule_named, torch_step
 from earlyexit_kernels.criteria.base import MAX_PARAMS
 from earlyexit_kernels.ops.exit_call import ExitCall
 from earlyexit_kernels.ops.exit_checks import checked_call, exit_rule_of
@@ -188,8 +188,8 @@ def exit_step_torch(call: ExitCall) -> Tensor:
     decided = (present & valid).nonzero()[:, 0]
     rows = row_ids[decided].long()
     own_aux = None if aux is None else aux[decided].float()
-    answer, leave, new_state = rule.rule(
-        z[decided], own_aux, state.index_select(1, rows), layer, call.depth, call.params
+    answer, leave, new_state = torch_step(
+        rule, z[decided], own_aux, state.index_select(1, rows), layer, call.depth, call.params
     )
     state.index_copy_(1, rows, new_state)
     z[decided] = answer
@@ -267,8 +267,9 @@ def exit_step(
 
     Raises:
         TypeError: an argument is not a tensor or not a whole number where one is required.
-        ValueError: shapes, dtypes or devices do not match, a tensor that is written shares memory with another one, or
-            no back-end implements the criterion; on the CPU also invalid ids and offsets.
+        ValueError: shapes, dtypes or devices do not match, a tensor that is written shares memory with another one, no
+            back-end implements the criterion, or a registered torch rule returned something of another form than
+            documented; on the CPU also invalid ids and offsets.
         BackendUnavailableError: `backend` cannot run here, or does not implement a registered criterion.
 
     >>> import torch

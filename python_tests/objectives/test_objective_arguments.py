@@ -210,7 +210,7 @@ def changed(**members):
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
-        (type("Undecorated", (LastExit,), {}), r"register\(Undecorated\): expected a frozen dataclass, got none"),
+        (type("Undecorated", (LastExit,), {}), r"register\(Undecorated\): expected a frozen dataclass; write @data"),
         (changed(name="two words"), "expected a class attribute `name"),
         (changed(rule=None), "expected a class attribute `rule"),
         (changed(loss=Objective.loss), r"expected a method loss\(self, trace, labels, step\)"),
