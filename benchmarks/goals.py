@@ -12,19 +12,6 @@ from benchmarks.harness import Goal, Record, goal_fields
 PEER, OWN_FULL = "faster peer", "our full depth"
 
 
-def efficiency(layer_rows: float, ratio: float) -> float:
-    """Return the share of the layers run over the share of the time taken, ``layer_rows / ratio``.
-
-    1: time falls exactly with the work. Below 1: exits cost more than they should. Above 1: something else is saved
-    too, such as padding.
-
-    Args:
-        layer_rows: share of the layer-rows (layers times rows) that run, in (0, 1].
-        ratio: our time over that of a baseline that runs all layers.
-    """
-    return layer_rows / ratio
-
-
 def _base(exits: str, shape: str) -> str:
     return f"BERT-base, {exits}, {shape}"
 

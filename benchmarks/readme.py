@@ -19,12 +19,9 @@ import torch
 
 from benchmarks import summary
 from benchmarks.accuracy import tables as accuracy
-from benchmarks.accuracy.tables import NOT_MEASURED
 from benchmarks.end_to_end import tables as end_to_end
-from benchmarks.end_to_end.tables import machine_line
 from benchmarks.gpu import tables as gpu
-from benchmarks.harness import measured
-from benchmarks.micro import layer_products, weight_checks
+from benchmarks.micro import tables as micro
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
 from earlyexit_kernels.tuning.grids import settings, skip_settings
@@ -38,64 +35,6 @@ _BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def _load(pattern: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
-
-
-def decision_cost() -> str:
-    """Time of each rule's decision over entropy's, for every machine and back-end."""
-    parts = []
-    for found in measured("decision_cost"):
-        parts.append(f"{machine_line(found.facts)}:")
-        for backend in dict.fromkeys(record["backend"] for record in found.records):
-            records = [record for record in found.records if record["backend"] == backend]
-            parts.append(_decision_table(backend, records))
-    return "\n\n".join(parts) or NOT_MEASURED
-
-
-def _decision_table(backend: str, records: list[dict[str, Any]]) -> str:
-    if "not_measured" in records[0]:
-        return f"`{backend}`: not measured, {records[0]['not_measured']}."
-    batches = list(dict.fromkeys(record["rows"] for record in records))
-    rows: dict[str, list[str]] = {}
-    for record in records:
-        spread = f" ({record['ratio_low']:.2f} to {record['ratio_high']:.2f})" if record["rule"] != "entropy" else ""
-        cells = rows.setdefault(record["rule"].replace("_", " "), [])
-        cells += [f"{record['ratio']:.2f}{spread}", f"{record['microseconds']:.1f}"]
-    header = [f"`{backend}`"]
-    for size in batches:
-        header += [f"B {size}: time / entropy", "us"]
-    return markdown_table(header, [(name, *cells) for name, cells in rows.items()])
-
-
-def products() -> str:
-    """Time of one encoder layer over the family's own, by its tokens and the products it is made of."""
-    parts = []
-    for found in measured(layer_products.SUITE):
-        rows: dict[str, list[str]] = {}
-        for record in found.records:
-            if "ratio" in record and record["case"] != layer_products.BASELINE:
-                cell = f"{record['ratio']:.2f} ({record['ratio_low']:.2f} to {record['ratio_high']:.2f})"
-                rows.setdefault(record["shape"], []).append(cell)
-        header = ("width and tokens", *layer_products.WAYS)
-        parts += [f"{machine_line(found.facts)}:", markdown_table(header, [(n, *cells) for n, cells in rows.items()])]
-    return "\n\n".join(parts) or NOT_MEASURED
-
-
-def checks() -> str:
-    """Time to check the packed weights before a batch, and the goal."""
-    parts = []
-    for found in measured(weight_checks.SUITE):
-        rows = [
-            (
-                record["case"],
-                record["caches"],
-                f"{record['microseconds']:.1f} ({record['low']:.1f} to {record['high']:.1f})",
-                "" if record["goal"] is None else f"{record['goal']:.0f}",
-            )
-            for record in found.records
-            if "microseconds" in record
-        ]
-        parts += [f"{machine_line(found.facts)}:", markdown_table(("model", "caches", "us a batch", "goal"), rows)]
-    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def sst2_layers() -> str:
@@ -247,11 +186,9 @@ TABLES = {
     "methods": methods,
     "method_settings": method_settings,
     "criteria": criteria,
-    "decision_cost": decision_cost,
-    "layer_products": products,
-    "weight_checks": checks,
     "sst2_layers": sst2_layers,
     "sst2_criteria": sst2_criteria,
+    **micro.TABLES,
     **summary.TABLES,
     **accuracy.TABLES,
     **end_to_end.TABLES,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import RESULTS, Measured, measured
+from benchmarks.tables import ratio_text
 from earlyexit_kernels.tuning.report import markdown_table
 
 SST2 = "sst2-minilm-l6.json"
@@ -60,8 +61,7 @@ def speeds(results: Path | None = None) -> str:
     rows = []
     for wanted in SPEEDS:
         record = _record(wanted, results)
-        spread = f"{record['ratio']:.2f} ({record['ratio_low']:.2f} to {record['ratio_high']:.2f})"
-        rows.append((wanted.description, f"{record['layer_rows']:.0%}", record["against"], spread))
+        rows.append((wanted.description, f"{record['layer_rows']:.0%}", record["against"], ratio_text(record)))
     return markdown_table(("case", "layers run", "compared with", "time ratio"), rows)
 
 

@@ -29,11 +29,8 @@ def typos(split: Split, share: float, *, seed: int = 0) -> Split:
 
     Returns:
         The noisy split, with words separated by single spaces.
-
-    Raises:
-        ValueError: a share out of range.
     """
-    draw = _generator(share, seed)
+    draw = random.Random(seed).random
 
     def words(found: Sequence[str]) -> list[str]:
         return [_mistyped(w, draw) if any(c.isalpha() for c in w) and draw() < share else w for w in found]
@@ -44,9 +41,9 @@ def typos(split: Split, share: float, *, seed: int = 0) -> Split:
 def drop_words(split: Split, share: float, *, seed: int = 0) -> Split:
     """Drop each word with probability `share`; one random word of every text stays.
 
-    Arguments, result and errors are those of `typos`.
+    Arguments and result are those of `typos`.
     """
-    draw = _generator(share, seed)
+    draw = random.Random(seed).random
 
     def words(found: Sequence[str]) -> list[str]:
         kept = [w for w in found if draw() >= share]
@@ -96,12 +93,6 @@ def _mistyped(word: str, draw: Callable[[], float]) -> str:
 
 def _pick(options: Sequence[T], draw: Callable[[], float]) -> T:
     return options[int(draw() * len(options))]
-
-
-def _generator(share: float, seed: int) -> Callable[[], float]:
-    if not 0 <= share <= 1:
-        raise ValueError(f"share: expected a share of the words in [0, 1], got {share!r}")
-    return random.Random(seed).random
 
 
 def _changed(split: Split, change: Callable[[Sequence[str]], list[str]]) -> Split:

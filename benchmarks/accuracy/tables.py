@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.runs import RESULTS, SPEED_UPS
+from benchmarks.tables import NOT_MEASURED
 from earlyexit_kernels.criteria import Dact
 from earlyexit_kernels.objectives import OBJECTIVES
 from earlyexit_kernels.tuning.report import markdown_table
-
-NOT_MEASURED = "Not measured yet."
 
 
 def load(experiment: str, task: str = "*", *, results: Path = RESULTS) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from benchmarks.end_to_end.baselines import LEAVE_EARLY, PEERS, PLAIN, Answering
 from benchmarks.end_to_end.forced import FULL
 from benchmarks.end_to_end.variants import Case, builders
 from benchmarks.end_to_end.workloads import Workload
-from benchmarks.goals import END_TO_END, OWN_FULL, PEER, efficiency
+from benchmarks.goals import END_TO_END, OWN_FULL, PEER
 from benchmarks.harness import PreparedCase, Record, Variant
 from benchmarks.machine import NotMeasuredError, device
 from earlyexit_kernels.tuning.timing import quantiles
@@ -159,8 +159,8 @@ def _numbers(case: Case, work: Workload, times: Sequence[float]) -> Record:
 
 
 def _compared(layer_rows: float, times: Sequence[float], baseline: Sequence[float], against: Variant) -> Record:
-    """Return the ratio to a baseline, and the efficiency if the baseline runs all layers."""
+    """Return the ratio to a baseline, and the share of layers run over that of the time if the baseline runs all."""
     ratio = harness.ratio_fields(times, baseline)
     if against.engine in LEAVE_EARLY:
         return ratio
-    return ratio | {"efficiency": round(efficiency(layer_rows, ratio["ratio"]), 4)}
+    return ratio | {"efficiency": round(layer_rows / ratio["ratio"], 4)}

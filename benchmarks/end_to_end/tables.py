@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import harness
@@ -14,18 +14,11 @@ from benchmarks.end_to_end.suites import OFFLINE, SINGLE_STREAM
 from benchmarks.goals import END_TO_END, PEER
 from benchmarks.harness import Measured, Record
 from benchmarks.plots import PLOTS
-from earlyexit_kernels.tuning.report import device_text, markdown_table
+from benchmarks.tables import NOT_MEASURED, engine_text, machine_line, per_machine, ratio_text, skipped
+from earlyexit_kernels.tuning.report import markdown_table
 
-NOT_MEASURED = "Not measured yet."
 #: Kinds of work in the committed profile, which commit dca2a94 measured.
 PROFILE, PROFILED = "profile", ("products", "attention", "norms_and_activations", "exits", "moves", "rest")
-
-
-def machine_line(facts: Record) -> str:
-    """Return the machine, package versions and commit of a measurement in one line."""
-    packages = facts["packages"]
-    versions = f"torch {packages['torch']}, transformers {packages['transformers']}"
-    return f"{device_text(facts)}; {versions}, commit {facts['commit']}"
 
 
 def goals(results: Path | None = None) -> str:
@@ -67,21 +60,14 @@ def _goal_row(record: Record) -> tuple[str, ...]:
     return (*cells, f"{bound} {record['goal']:.2f}", "yes" if record["goal_met"] else "no")
 
 
-def _engine(record: Record) -> str:
-    words = [record["engine"], record["backend"].replace("auto", ""), record["dtype"].replace("float32", "")]
-    return ", ".join(word for word in words if word)
-
-
 def _ratio(record: Record) -> str:
-    if "ratio" not in record:
-        return ""
-    return f"{record['ratio']:.3f} ({record['ratio_low']:.3f} to {record['ratio_high']:.3f})"
+    return ratio_text(record, 3) if "ratio" in record else ""
 
 
 #: Column -> cell of a record.
 _CELLS: dict[str, Callable[[Record], str]] = {
     "case": lambda r: r["case"],
-    "engine": _engine,
+    "engine": engine_text,
     "layer-rows": lambda r: f"{r['layer_rows']:.2f}",
     "tokens": lambda r: f"{r['tokens']:.2f}",
     "rows": lambda r: str(r["rows"]),
@@ -115,28 +101,14 @@ COLUMNS: dict[str, Sequence[str]] = {
 
 def suite_table(suite: str, results: Path | None = None) -> str:
     """Return a suite's table for every machine, and why variants have no number."""
-    parts = []
-    for found in harness.measured(suite, results):
+
+    def table(records: list[Record]) -> str:
         # comparisons with other baselines than the plain float32 model are in the JSON
-        shown = [r for r in found.records if "median_ms" in r and r["baseline"] in ("", PLAIN)]
+        shown = [r for r in records if "median_ms" in r and r["baseline"] in ("", PLAIN)]
         rows = [[_CELLS[column](record) for column in COLUMNS[suite]] for record in shown]
-        table = markdown_table(COLUMNS[suite], rows) if shown else NOT_MEASURED
-        parts += [f"{machine_line(found.facts)}:", table, *_skipped(found.records)]
-    return "\n\n".join(parts) or NOT_MEASURED
+        return "\n\n".join([markdown_table(COLUMNS[suite], rows) if shown else NOT_MEASURED, *skipped(records)])
 
-
-def _skipped(records: Iterable[Record]) -> list[str]:
-    """Return a list of reasons, with the variants that have no number for each."""
-    found: dict[str, list[str]] = {}
-    for record in records:
-        for kind, word in ((harness.NOT_MEASURED, "Not measured"), (harness.REFUSED, "Refused")):
-            if kind in record:
-                # a refusal concerns one case, and so does a workload that cannot be built
-                of_a_case = kind == harness.REFUSED or not record["dtype"]
-                name = f"{_engine(record)} ({record['case']})" if of_a_case else _engine(record)
-                found.setdefault(f"- {word}: {{}}: {record[kind]}.", []).append(name)
-    lines = [line.format(", ".join(dict.fromkeys(names))) for line, names in found.items()]
-    return ["\n".join(lines)] if lines else []
+    return per_machine(suite, table, results)
 
 
 TABLES: dict[str, Callable[[], str]] = {

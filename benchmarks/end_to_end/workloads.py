@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,17 +35,6 @@ class Workload:
         """Share of the padded batches that is tokens."""
         masks = [batch["attention_mask"] for batch in self.batches]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-
-
-class Work(Protocol):
-    """Builds a workload for a model."""
-
-    @property
-    def name(self) -> str:
-        """Name in records."""
-
-    def build(self, subject: Subject) -> Workload:
-        """Return the batches."""
 
 
 def _random_rows(subject: Subject, lengths: Sequence[int]) -> list[Tensor]:
@@ -116,6 +105,10 @@ class Sst2:
         usual = sum(work.tokens for work in found) / len(found)
         nearest = sorted(range(len(found)), key=lambda i: abs(found[i].tokens - usual))[: self.batches]
         return Workload(self.name, tuple(found[i].batches[0] for i in sorted(nearest)))
+
+
+#: Builds a workload for a model.
+Work: TypeAlias = Fixed | Ragged | Sst2
 
 
 def sst2_queries(subject: Subject) -> list[Tensor]:

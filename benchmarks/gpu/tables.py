@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.end_to_end.tables import machine_line
 from benchmarks.goals import GPU
 from benchmarks.harness import Record
+from benchmarks.tables import machine_line, skipped
 from earlyexit_kernels.tuning.report import markdown_table
 
 TO_BE_MEASURED = "The GPU numbers are still to be measured: no `make gpu-check` has run on a machine that has one."
@@ -35,7 +35,7 @@ def _per_machine(results: Path | None, table: Callable[[list[Record]], str]) -> 
         commits = ", ".join(dict.fromkeys(str(facts["commit"]) for facts in suites.values()))
         line = machine_line(document["environment"] | newest | {"commit": commits})
         driver = newest.get("nvidia_smi", {}).get("driver_version")
-        parts += [f"{line}{f', driver {driver}' * bool(driver)}:", table(records), *_skipped(records)]
+        parts += [f"{line}{f', driver {driver}' * bool(driver)}:", table(records), *skipped(records)]
     return "\n\n".join(parts)
 
 
@@ -84,17 +84,6 @@ def _variant(record: Record) -> str:
 def _times(record: Record) -> tuple[str, str, str]:
     ratio = _number(record, "ratio") if "ratio" in record else ""
     return f"{1000 * record['median_ms']:.4g}", record["baseline"], ratio
-
-
-def _skipped(records: Iterable[Record]) -> list[str]:
-    """A line for each variant without a number, with the reason."""
-    lines = [
-        f"- {word}: {', '.join(x for x in (record['case'], _variant(record), record['dtype']) if x)}: {record[kind]}."
-        for kind, word in ((harness.NOT_MEASURED, "Not measured"), (harness.REFUSED, "Refused"))
-        for record in records
-        if kind in record
-    ]
-    return ["\n".join(dict.fromkeys(lines))] if lines else []
 
 
 TABLES = {"gpu": goals_table, "gpu_details": details_table}

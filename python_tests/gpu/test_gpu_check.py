@@ -289,6 +289,6 @@ def test_tables_show_goals_and_what_is_missing(driver):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells == [goal, "float16", "uniform, 50 %, by triton", "0.5 (0.4 to 0.6)", "0.56", "yes"]
     assert all(name in text for name in goals.GPU) and "| not measured |" in text and "driver 580.1:" in text
-    assert "- Not measured: b, cuBLAS: no such thing." in text
+    assert "- Not measured: cuBLAS (b): no such thing." in text
     details = tables.details_table(driver.results)
     assert "| c " in details and goal not in details
