@@ -18,7 +18,6 @@ from benchmarks.end_to_end import (
     forced,
     measure,
     models,
-    peers,
     server,
     suites,
     tables,
@@ -63,32 +62,15 @@ def test_goals_are_of_measured_cases():
     assert {key[:2] for key in goals.END_TO_END} <= measured
 
 
-@pytest.mark.parametrize(
-    ("mix", "layers"),
-    [
-        ("never exit", [12] * 8),
-        ("all at layer 1", [1] * 8),
-        ("all at 25 %", [3] * 8),
-        ("uniform, 50 %", [2, 3, 4, 5, 7, 8, 9, 10]),
-        ("one row stays", [1] * 7 + [12]),
-    ],
-)
-def test_exit_layers_of_a_mix(mix, layers):
-    assert forced.MIXES[mix](8, 12) == layers
-
-
-def test_long_tail():
-    layers = forced.MIXES["long tail, 23 %"](32, 12)
-    assert len(layers) == 32 and sum(layers) / 32 / 12 == pytest.approx(0.23, abs=0.02)
-    leaving = [layers.count(layer) for layer in range(1, 13)]
-    assert leaving[0] == max(leaving) and layers[-1] > 6
-
-
 def random_trace(rows=16, depth=4) -> ee.ExitTrace:
     return ee.ExitTrace(2 * torch.randn(rows, depth, 3, generator=torch.Generator().manual_seed(3)))
 
 
-def test_forced_rows_leave_as_scheduled():
+def test_exit_layers_of_the_mixes():
+    assert forced.MIXES["all at 25 %"](8, 12) == [3] * 8
+    assert forced.MIXES["uniform, 50 %"](8, 12) == [2, 3, 4, 5, 7, 8, 9, 10]
+    tail = forced.MIXES["long tail, 23 %"](32, 12)
+    assert len(tail) == 32 and sum(tail) / 32 / 12 == pytest.approx(0.23, abs=0.02) and tail[-1] > 6
     schedule = forced.uniform(16, 4, 0.5)
     rule = forced.forced_rule(random_trace(), schedule)
     assert sorted(ee.replay(random_trace(), rule)[1].tolist()) == schedule
@@ -131,11 +113,6 @@ def test_single_rows_take_turns():
     assert [batch["input_ids"].shape[1] for batch in seen] == [4, 6, 4]
 
 
-def test_long_rounds_are_repeated_less_often():
-    assert [measure.rounds_of(20, ms) for ms in (1, 100, 500, 10_000)] == [200, 50, 10, 5]
-    assert measure.rounds_of(1, 10_000) == 1
-
-
 def test_bfloat16_only_if_the_processor_has_it(monkeypatch):
     case = Case("MiniLM", Fixed(2, 8), ("never exit",), dtypes=("float32", "bfloat16"))
     monkeypatch.setattr(models, "runs_natively", lambda dtype: dtype == "float32")
@@ -144,10 +121,6 @@ def test_bfloat16_only_if_the_processor_has_it(monkeypatch):
     wanted = ("fused layers", "bfloat16", "never exit")
     ours = [r for r in run(case) if (r["engine"], r["dtype"], r["exits"]) == wanted]
     assert [r["baseline"] for r in ours] == ["transformers", "transformers, bfloat16"]
-    narrow = models.subject("MiniLM", "bfloat16")
-    assert narrow.model.dtype == torch.bfloat16 and models.subject("MiniLM").model.dtype == torch.float32
-    plain, ours = narrow.encoder.encoder.layer[0], narrow.model.backbone.encoder.layer[0]
-    assert plain.output.dense.weight is ours.output.dense.weight
 
 
 def off_by_a_bit(subject, rule, layer):
@@ -228,13 +201,6 @@ def test_impossible_exit_layers_are_refused(exits):
     assert "exit layers in 1..3" in answers.check_answers([truth], [answer], None).wrong
 
 
-def test_missing_runtimes_are_recorded(monkeypatch):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    records = run(Case("MiniLM", Fixed(2, 8), ("never exit",), tuple(baselines.PEERS)))
-    for name in baselines.PEERS:
-        assert "[peers]" in one(records, engine=name)["not_measured"]
-
-
 def test_comparison_is_with_the_faster_runtime(monkeypatch):
     for name in baselines.PEERS:
         monkeypatch.setitem(baselines.BASELINES, name, baselines.plain)
@@ -272,12 +238,6 @@ def test_trained_folder_beside_its_plain_encoder(tmp_path, monkeypatch):
     assert {r["weights"] for r in records} == {"trained"}
 
 
-def test_family_layers_may_run_fewer_mixes():
-    case = Case("MiniLM", Fixed(4, 8), ("never exit", "uniform, 50 %"), family_exits=("never exit",))
-    ran = {(r["engine"], r["exits"]) for r in run(case) if r["engine"] in engines.ENGINES}
-    assert ran == {("family layers", "never exit"), ("fused layers", "never exit"), ("fused layers", "uniform, 50 %")}
-
-
 def test_server_takes_the_rows_that_have_arrived():
     batches, waiting = [], [0.0, 0.5, 0.6, 0.7, 5.0]
 
@@ -291,12 +251,6 @@ def test_server_takes_the_rows_that_have_arrived():
     assert latencies == pytest.approx([1.0, 1.5, 1.4, 2.3, 1.0])
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, 2), (2, 4), (1, 5), (1, 6)]
     assert batches[1]["attention_mask"].sum(dim=1).tolist() == [3, 4]
-
-
-def test_arrivals_are_seeded_and_have_their_rate():
-    times = server.arrivals(50.0, 4000, 1)
-    assert times == server.arrivals(50.0, 4000, 1) != server.arrivals(50.0, 4000, 2)
-    assert times == sorted(times) and times[-1] == pytest.approx(80, rel=0.1)
 
 
 def test_server_rates_are_relative_to_the_plain_model():
@@ -336,8 +290,10 @@ def fake_records() -> list[dict]:
 
 
 def test_tables_show_what_was_measured_and_what_was_not(tmp_path):
-    harness.save("offline", fake_records(), results=tmp_path)
-    *_, line, _, reached = tables.goals(tmp_path).splitlines()
+    harness.save("offline", fake_records(), results=tmp_path, commit="bbbb")
+    harness.save("single_stream", [], results=tmp_path, commit="aaaa")
+    first, *_, line, _, reached = tables.goals(tmp_path).splitlines()
+    assert first.endswith("commit aaaa, bbbb:"), "a table of two suites names both commits"
     assert reached == f"Reached: 0 of 1 goals; not measured: {len(goals.END_TO_END) - 1}."
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2:] == ["fused layers, cpp", "transformers", "0.400 (0.390 to 0.420)", "0.97", "efficiency 1.05", "no"]
@@ -345,13 +301,7 @@ def test_tables_show_what_was_measured_and_what_was_not(tmp_path):
     assert "| 0.39 |" in text.replace("       ", " ") and "400.0" in text
     assert "- Not measured: OpenVINO: not installed." in text
     assert f"- Refused: mask loop, cpp ({OURS['case']}): its logits are off." in text
-    assert {tables.suite_table(suite, tmp_path) for suite in ("single_stream", "server")} == {"Not measured yet."}
-
-
-def test_table_of_goals_names_all_commits(tmp_path):
-    for suite, commit in (("single_stream", "aaaa"), ("offline", "bbbb")):
-        harness.save(suite, [record | {"suite": suite} for record in fake_records()], results=tmp_path, commit=commit)
-    assert tables.goals(tmp_path).partition("\n")[0].endswith("commit aaaa, bbbb:")
+    assert {tables.suite_table(suite, tmp_path) for suite in ("server", "profile")} == {"Not measured yet."}
 
 
 def test_plots_are_drawn_from_the_records(tmp_path):

@@ -35,23 +35,20 @@ def restored():
         module.group_of.cache_clear()
 
 
-def wrong_variants(group) -> dict[str, str]:
+CASES = [bench_exit_step.Case(rule, source, TINY) for rule in plain.STEPS for source in plain.SOURCES]
+CASES += [bench_compact.Case(op, live, TINY) for op in bench_compact.GROUPS for live in bench_compact.LIVE]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_variants_agree_and_records_have_all_fields(case):
+    module = bench_exit_step if isinstance(case, bench_exit_step.Case) else bench_compact
     with torch.inference_mode():
-        return {name: implementation.check().wrong for name, implementation in group.variants.items()}
-
-
-@pytest.mark.parametrize("source", plain.SOURCES)
-@pytest.mark.parametrize("rule", plain.STEPS)
-def test_variants_of_a_decision_agree(rule, source):
-    group = bench_exit_step.group_of(bench_exit_step.Case(rule, source, TINY))
-    assert wrong_variants(group) == dict.fromkeys((*TIMED, EAGER), "")
-
-
-@pytest.mark.parametrize("live", bench_compact.LIVE)
-@pytest.mark.parametrize("op", bench_compact.GROUPS)
-def test_variants_of_a_compaction_agree(op, live):
-    group = bench_compact.group_of(bench_compact.Case(op, live, TINY))
-    assert wrong_variants(group) == dict.fromkeys((*TIMED, EAGER), "")
+        records = list(module.group_of(case).records(2))
+    assert {(r["engine"], r["backend"]) for r in records} == {(EAGER, ""), *((EAGER, name) for name in TIMED)}
+    for record in records:
+        assert set(record) >= COMMON | NUMBERS and record["rounds"] == 2
+        assert record["low_ms"] <= record["median_ms"] <= record["high_ms"]
+        assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
 
 
 def forgets_answers(op, arguments):
@@ -92,31 +89,12 @@ def broken(fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_broken_op_is_found(monkeypatch, fault):
+def test_broken_op_is_refused(monkeypatch, fault):
     monkeypatch.setattr(decisions, "bare_op", broken(fault))
-    found = wrong_variants(bench_exit_step.group_of(bench_exit_step.Case("patience", "logits", Shape(rows=64))))
-    assert FAULTS[fault] in found.pop("torch") and set(found.values()) == {""}
-
-
-def test_records_have_all_fields():
-    groups = [bench_exit_step.group_of(bench_exit_step.Case("entropy", "mean", TINY))]
-    groups += [bench_compact.group_of(bench_compact.Case(op, "one has left", TINY)) for op in bench_compact.GROUPS]
-    for group in groups:
-        with torch.inference_mode():
-            records = list(group.records(2))
-        assert {(r["engine"], r["backend"]) for r in records} == {(EAGER, ""), *((EAGER, name) for name in TIMED)}
-        for record in records:
-            assert set(record) >= COMMON | NUMBERS and record["rounds"] == 2
-            assert record["low_ms"] <= record["median_ms"] <= record["high_ms"]
-            assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
-
-
-def test_wrong_answer_is_refused(monkeypatch):
-    monkeypatch.setattr(decisions, "bare_op", broken(forgets_answers))
-    group = bench_exit_step.group_of(bench_exit_step.Case("patience", "logits", Shape(classes=8)))
+    group = bench_exit_step.group_of(bench_exit_step.Case("patience", "logits", Shape(rows=64)))
     with torch.inference_mode():
         refused, *timed = group.records(1)
-    assert refused["backend"] == "torch" and refused["refused"].startswith("answers are off by up to")
+    assert refused["backend"] == "torch" and FAULTS[fault] in refused["refused"]
     assert set(refused) >= COMMON and not set(refused) & NUMBERS
     assert {record["backend"] for record in timed} == {"", *TIMED} - {"torch"}
 
