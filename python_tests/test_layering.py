@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source, and that the package imports where optional parts are missing."""
+"""Imports between rooms, read from the source, and imports of the package without its optional parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "earlyexit_kernels"
 
 #: Room -> what it may import: other rooms of the package, and packages from outside the standard library.
-#: `*` is every room; `__init__` is the package's public face.
+#: `*` is every room; `__init__` is the package itself.
 MAY_IMPORT = {
     "errors": "",
     "arguments": "",
@@ -62,7 +62,7 @@ def room_of(module: str) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Absolute dotted names a file imports, inside functions too; ``from a import b`` gives ``a.b``."""
+    """Return the absolute dotted names that a file imports, also in functions; ``from a import b`` gives ``a.b``."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -74,7 +74,7 @@ def imports(path: Path) -> list[str]:
 
 
 def targets(module: str) -> set[str]:
-    """What a module imports: modules of ours, ``__init__`` for the public face, ``outside:...`` for other packages."""
+    """Return what a module imports: modules of the package, ``__init__`` for itself, ``outside:...`` for other ones."""
     found = set()
     for name in imports(MODULES[module]):
         inside = name.removeprefix(PACKAGE + ".")
@@ -104,7 +104,7 @@ def test_imports_only_what_its_room_may(module):
             assert everything or room_of(target) in allowed, f"{room} may not import {target} ({module})"
 
 
-def test_the_table_names_nothing_that_is_not_there():
+def test_every_name_of_the_table_is_imported():
     rooms = {room_of(module) for module in MODULES}
     assert set(MAY_IMPORT) <= rooms
     named = {name for allowed in MAY_IMPORT.values() for name in allowed.split()}
@@ -121,7 +121,7 @@ def test_no_cycles():
     graphlib.TopologicalSorter(rooms).prepare()
 
 
-def test_only_the_vocabulary_lies_in_the_root():
+def test_only_listed_modules_lie_in_the_root():
     """Every other module lies in the folder of its room."""
     loose = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
     assert loose == {"__init__", "__main__", "arguments", "errors", "types", "backends", "hashing", "registration"}
@@ -139,7 +139,7 @@ def test_every_package_from_outside_is_declared():
     assert {name for name in outside if name not in sys.stdlib_module_names} - ours <= names
 
 
-#: Imports the package in a fresh process where {blocked} can't be imported; a socket or an unpickled name raises.
+#: Imports the package in a fresh process where {blocked} cannot be imported; a socket or an unpickled name raises.
 PROGRAM = """
 import json, sys
 def watch(event, arguments):
@@ -156,7 +156,7 @@ print(json.dumps([ee.available_backends("cpu"), ee.available_backends("cuda"), e
 """
 
 
-#: What is blocked -> the back-end lost with it, and what its reason has to say.
+#: Blocked module -> the back-end that requires it, and words of the reason.
 OPTIONAL = {
     "triton": ("triton", ("triton cannot be imported", "install triton")),
     f"{PACKAGE}._C": ("cpp", ("is not built", "make build")),

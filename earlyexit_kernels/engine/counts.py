@@ -79,8 +79,9 @@ class LaggedCounts:
     """Counts that the device copies to pinned host memory, which the host polls without synchronisation.
 
     Each number is one word ``epoch << 32 | number``. Eight aligned bytes are copied atomically, and each layer has its
-    own words, so no poll mixes two layers. The memory is reused by later batches; the epoch tells the words of a batch
-    from stale ones. `torch.compile` is disabled, because it would treat memory that changes by itself as constant.
+    own words, so no poll mixes two layers. The memory is reused by later batches; the epoch distinguishes the words of
+    a batch from stale ones. `torch.compile` is disabled, because it would treat memory that changes by itself as
+    constant.
 
     Args:
         depth: L.

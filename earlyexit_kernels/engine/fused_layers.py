@@ -235,7 +235,7 @@ def layers_unsupported_reason(adapter: BackboneAdapter, layers: Sequence[nn.Modu
 
 
 def hooked(module: nn.Module) -> bool:
-    """Return whether an instance has hooks, or a forward of its own as `accelerate` sets it."""
+    """Return whether an instance has hooks, or its own `forward`, as `accelerate` sets one."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 

@@ -168,7 +168,7 @@ def _pack_on_host(keep: Tensor, first_token: bool) -> PackedBatch | None:
 
 
 def _pack_on_device(keep: Tensor, first_token: bool) -> PackedBatch | None:
-    """`_pack_on_host` with one synchronisation, which leaves the lengths on the device."""
+    """Pack as `_pack_on_host` does, with one synchronisation; the lengths stay on the device."""
     n, s = keep.shape
     first, empty = keep[:, 0], ~keep.any(dim=1)
     masked_first = ~(first | empty).all()

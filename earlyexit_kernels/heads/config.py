@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from earlyexit_kernels.arguments import Check, check_fields, choice, flag, number, whole
 
-#: Check of each field, but of `activation`, which is a name of the table of transformers.
+#: Check of each field except `activation`, which is a name of the table of transformers.
 CHECKS: dict[str, Check] = {
     "pooling": choice(None, "first", "mean"),
     "form": choice("linear", "attention"),
@@ -30,7 +30,7 @@ CONDITIONS: dict[str, Callable[[HeadConfig], bool]] = {
     "exit_dense": lambda config: config.has_dense,
     "width": lambda config: config.form == "attention" or config.gates,
     "attention_heads": lambda config: config.form == "attention",
-    # an initial value is no part of the shape
+    # an initial value is not part of the shape
     "halting_bias": lambda config: False,
 }
 

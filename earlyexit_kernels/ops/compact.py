@@ -153,7 +153,7 @@ def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple
     Args:
         row_ids: ``[B]`` int32, distinct, -1 for a row that has left.
         offsets: ``[B + 1]`` int32, non-negative and non-decreasing. On CUDA the values of ids and offsets are not
-            checked, which would synchronise.
+            checked, since that would synchronise.
         backend: as in `exit_step`.
 
     Returns:
@@ -198,7 +198,7 @@ def gather_rows(
         offsets: ``[B + 1]`` int32 of `hidden`, non-decreasing.
         source: ``[B2]`` int32, index in `hidden` of each new row, -1 for none.
         new_offsets: ``[B2 + 1]`` int32 of `out`, non-decreasing; each row keeps its length. On CUDA the values of
-            `offsets`, `source` and `new_offsets` are not checked, which would synchronise.
+            `offsets`, `source` and `new_offsets` are not checked, since that would synchronise.
         out: ``[T2, H]``, dtype of `hidden`, not overlapping it; T2 is at least the number of copied tokens. **Changed**
             for the rows with a source; other tokens keep their values.
         backend: as in `exit_step`.

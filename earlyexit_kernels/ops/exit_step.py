@@ -248,7 +248,8 @@ def exit_step(
         criterion: its `exit_rule` decides, with the parameters `params(layer)`.
         layer, depth: 1-based layer and number of layers; at `depth` every row leaves.
         row_ids: ``[B]`` int32, index of each row in the request, distinct, -1 for a row that has left. **Changed**: set
-            to -1 where a row leaves. On CUDA the values of ids and offsets are not checked, which would synchronise.
+            to -1 where a row leaves. On CUDA the values of ids and offsets are not checked, since that would
+            synchronise.
         state: ``[K, N]`` float32 from `criterion.new_state`. **Changed.**
         answers: ``[N, C]`` float32, indexed by request row. **Changed** for the rows that leave.
         exit_layer: ``[N]`` int64, indexed by request row. **Changed** for the rows that leave.

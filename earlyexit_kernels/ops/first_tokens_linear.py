@@ -117,7 +117,7 @@ def first_tokens_linear(
         weight, bias: ``[N, K]`` and ``[N]``, dtype of `hidden`.
         offsets: ``[R + 1]`` int32, non-decreasing; row i starts at ``hidden[offsets[i]]``.
         row_ids: ``[R]`` int32, -1 for a row that has left or does not exist. On CUDA the values of ids and offsets are
-            not checked, which would synchronise.
+            not checked, since that would synchronise.
         out: ``[R, N]``, dtype of `hidden`, not overlapping it. **Changed** for the present rows.
         activation, backend: as in `rows_linear`.
 

@@ -1,9 +1,9 @@
 """One exit of a loop without synchronisation: `exit_step`, followed by the compaction plan, on the device.
 
 Hidden states lie in a flat buffer of two sides of T tokens each. The offsets count from the beginning of the buffer and
-so tell which side is live. After the decision, the live rows are planned onto the other side, in order, if that leaves
-fewer tiles of tokens to compute; `gather_rows` then moves them. The number of present tokens stays on the device as
-``offsets[-1] - offsets[0]``, where every kernel of the next layer reads it.
+so show which side is live. After the decision, a move of the live rows to the other side, in order, is planned if that
+leaves fewer tiles of tokens to compute; `gather_rows` then copies them. The number of present tokens stays on the
+device as ``offsets[-1] - offsets[0]``, where every kernel of the next layer reads it.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def resident_exit(
         criterion, layer, depth, state, answers, exit_layer, weight, bias, aux: as in `exit_step`.
         row_ids: ``[R]`` int32, as in `exit_step`, R at most 1024. **Changed**: -1 where a row leaves, and moved.
         offsets: ``[R + 1]`` int32, non-decreasing; row i has the tokens from ``offsets[i]`` up to ``offsets[i + 1]`` of
-            the buffer of two sides. On CUDA the values of ids and offsets are not checked, which would synchronise.
-            **Changed** to those after the move.
+            the buffer of two sides. On CUDA the values of ids and offsets are not checked, since that would
+            synchronise. **Changed** to those after the move.
         old_offsets: ``[R + 1]`` int32. **Changed** to the offsets before the move, if rows move.
         source: ``[R]`` int32. **Changed** to the old index of each moved row, -1 for none.
         counts: ``[4]`` int32. **Changed** to the live rows, their tokens, the present rows with invalid logits, and the

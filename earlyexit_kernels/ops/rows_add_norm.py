@@ -128,7 +128,7 @@ def rows_add_norm(
         residual: ``[T, H]``, the present tokens first; with `residual_absolute` ``[2 T, H]``, from ``offsets[0]`` on.
         weight, bias: ``[H]``, of the norm.
         eps: of the norm.
-        offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, which would synchronise.
+        offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, since that would synchronise.
         out: shaped like `residual`, with `out_absolute`; it may be `x` or `residual` itself if a token has the same
             position in both. **Changed** for the present tokens.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.

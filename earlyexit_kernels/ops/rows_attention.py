@@ -126,7 +126,7 @@ def rows_attention(
             float16 or bfloat16.
         offsets: ``[R + 1]`` int32, non-decreasing.
         row_ids: ``[R]`` int32, -1 for a row that has left or does not exist. On CUDA the values of ids and offsets are
-            not checked, which would synchronise.
+            not checked, since that would synchronise.
         heads: number of heads, a divisor of H.
         longest: maximum number of tokens of a row; longer rows are computed in part.
         out: ``[T, H]``, dtype of `qkv`, not overlapping it. **Changed** for the tokens of the present rows.

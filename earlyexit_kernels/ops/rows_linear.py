@@ -162,7 +162,7 @@ def rows_linear(
             on. float32, float16 or bfloat16.
         weight, bias: ``[N, K]`` and ``[N]``, dtype of `x`; or up to `MAX_WEIGHTS` of each in one shape, whose products
             are written side by side. The weights are not copied.
-        offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, which would synchronise.
+        offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, since that would synchronise.
         out: ``[T, N]`` (``[T, 3 N]`` with three weights), dtype of `x`, not overlapping it. **Changed** for the present
             tokens, which it holds first.
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"tanh"``.

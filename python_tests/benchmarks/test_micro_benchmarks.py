@@ -1,4 +1,4 @@
-"""The microbenchmarks: their records, and what they refuse; never how fast something is."""
+"""The microbenchmarks: their records, and what they refuse; speed is not tested."""
 
 from __future__ import annotations
 

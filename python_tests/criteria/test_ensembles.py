@@ -15,7 +15,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Dact, Expectation, SampledExit, Voting
 
 HALTING = [[0.1, 0.2, 0.5, 0.3]]
-#: Its exit distribution, the rest of it on the last layer.
+#: The exit distribution of HALTING; the last layer has the remaining probability.
 EXITS = [0.1, 0.18, 0.36, 0.36]
 
 
@@ -114,15 +114,17 @@ def test_dact_with_halting_probability_1(backend):
 
 
 def hard_traces(rows, depth, classes, g) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ``[N, L, C]`` and halting ``[N, L]``: of all scales, some halting at the ends of [0, 1], and in a third of
-    the rows a late turn: from some layer on everything halted so far is kept open and speaks for one class."""
+    """Return logits ``[N, L, C]`` of many scales and halting probabilities ``[N, L]``, some of them exactly 0 or 1.
+
+    In a third of the rows all exits from a random layer on predict one class with certainty and do not halt.
+    """
     logits = g.normal(size=(rows, depth, classes)) * 10.0 ** g.uniform(-2, 1.5, size=(rows, 1, 1))
     sure = g.uniform(size=(rows, 1)) ** g.choice([0.2, 1.0, 5.0], size=(rows, 1))
     halting = np.where(g.uniform(size=(rows, depth)) < 0.5, sure, g.uniform(size=(rows, depth)))
     ends = g.uniform(size=(rows, depth))
     halting = np.where(ends < 0.03, 0.0, np.where(ends > 0.97, 1.0, halting))
-    turn = np.where(g.uniform(size=rows) < 0.33, g.integers(1, depth + 1, size=rows), depth)
-    late = np.arange(depth)[None] >= turn[:, None]
+    start = np.where(g.uniform(size=rows) < 0.33, g.integers(1, depth + 1, size=rows), depth)
+    late = np.arange(depth)[None] >= start[:, None]
     target = np.eye(classes)[g.integers(classes, size=rows)] * 40
     logits = np.where(late[..., None], target[:, None], logits)
     return logits.astype(np.float32), np.where(late, 0.0, halting).astype(np.float32)

@@ -1,7 +1,8 @@
-"""The answer and exit of a row do not depend on the other rows of its batch, nor on compaction.
+"""The answer and exit layer of a row do not depend on the other rows of its batch, nor on compaction.
 
-A row may decide otherwise only where its score lies within the rounding of library matrix products of where the
-decision turns; the tests ask a full-depth trace with noise of that size, count such flips and show them.
+Matrix products of a library round depending on the number of rows, so a row whose score is within that rounding of the
+threshold may leave at another layer. The tests verify each such row by adding noise of that size to its trace, and
+report the number of these rows.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def rows(batch, index):
     return {name: values[index] for name, values in batch.items()}
 
 
-def near_a_turn(trace, criterion, row):
-    """Return whether noise of the size of that rounding changes the exit layer of a row of the trace."""
+def near_threshold(trace, criterion, row):
+    """Return whether noise of the size of rounding changes the exit layer of a row of the trace."""
     generator = torch.Generator().manual_seed(row)
 
     def noisy(x):
@@ -57,7 +58,7 @@ def flips(trace, criterion, got, expected):
             assert got.logits[row].argmax() == expected.logits[row].argmax() or best - second <= TOLERANCE
             assert (got.logits[row] - expected.logits[row]).abs().max() <= TOLERANCE
             continue
-        assert near_a_turn(trace, criterion, row), f"row {row} left at {exits} and nothing explains it"
+        assert near_threshold(trace, criterion, row), f"row {row} left at {exits} and nothing explains it"
         count += 1
     return count
 
@@ -138,7 +139,7 @@ def test_compaction_does_not_change_results(family, pooling, criterion, backend,
         return compact_batch(batch, hidden, live, tokens, backend)
 
     monkeypatch.setattr(eager, "compact_batch", watched)
-    # the rule is made for models of a real size; on this one it now says yes where half of the tokens have left
+    # with these costs, 'auto' compacts a model of this size where half of the tokens have left
     monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
     monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
     outputs, times = {}, {}

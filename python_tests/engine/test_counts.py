@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 POISON = VOCABULARY - 1
 NAN = float("nan")
 COMPACTIONS = ("always", "never", "auto")
-#: How far the loop may run ahead, and after how many layers counts arrive; the last: not before the end of the batch.
+#: Layers that the loop may run ahead, and layers after which counts arrive; the last: at the end of the batch.
 ARRIVALS = [(1, 1), (2, 2), (2, 1), (math.inf, math.inf)]
 
 
@@ -163,9 +163,9 @@ def exact_linear(x, weight, bias=None):
 
 
 def as_on_cuda(monkeypatch):
-    """The host doesn't know lengths, memory is full of NaN, and a row's bits don't depend on the size of products.
+    """Run as on CUDA: the host does not know lengths, spare tokens are NaN, and products of all sizes round the same.
 
-    Returns a function that chooses the counts, and a list of how many tokens without a row each compaction left.
+    Returns a function that chooses the counts, and a list with the number of spare tokens after each compaction.
     """
     spare = []
     compact_batch, pack = eager.compact_batch, embedding.pack
@@ -189,7 +189,7 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(packing, "_varlen", reference_networks.attended_by_row)
     monkeypatch.setattr(embedding, "pack", unknown_lengths)
     monkeypatch.setattr(eager, "compact_batch", into_full_memory)
-    # half of the tokens gone is enough for 'auto' on a model as small as this one
+    # with this cost, 'auto' compacts a model of this size where half of the tokens have left
     monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
     monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
     return choose, spare

@@ -47,8 +47,8 @@ class GatedModel:
 
     @torch.no_grad()
     def balance(self, runs=0.5):
-        """Biases of the gates by which this share of the rows present runs each layer, of the exits by which no class
-        is preferred, and an entropy rule by which some of the rows that ran leave; no row lies near a turn."""
+        """Set biases: of the gates so that a share `runs` of the rows runs each layer, of the exits against a preferred
+        class. Return an entropy rule by which some of the rows that ran leave, with no score near a threshold."""
         present = {i: reference_networks.embedded(self.base, ids) for i, ids in enumerate(self.ids)}
         thresholds = []
         for layer, run in enumerate(self.layers, start=1):
@@ -68,7 +68,7 @@ class GatedModel:
 
     @torch.no_grad()
     def alone(self, leaves):
-        """Logits, exit layer and layers run of each row, by a plain loop."""
+        """Return logits, exit layer and layers run of each row, from a plain loop."""
         found = [self._row(reference_networks.embedded(self.base, ids), leaves()) for ids in self.ids]
         logits, exit_layer, layers_run = zip(*found, strict=True)
         return torch.cat(logits), torch.tensor(exit_layer), torch.tensor(layers_run)

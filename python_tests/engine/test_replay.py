@@ -15,7 +15,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit, SkipGate
 
 #: By run: accuracy of exits 1..6; entropy threshold, mean exit layer and accuracy; accuracy and mean exit layer of
-#: patience 1..5. Written with the digits they are known to.
+#: patience 1..5. With all published digits.
 FIGURES = {
     "sst2_10k_mean_s0": (
         ".735 .781 .825 .848 .854 .848",

@@ -45,18 +45,18 @@ def splitting(model, batch) -> Entropy:
 
 
 class HostNodes:
-    """Conditional nodes run by the host. Only the CUDA op sets handles, so the exit of the loop is wrapped.
+    """Conditional nodes that the host runs. Only the CUDA op sets handles, so this replaces the exit op of a loop.
 
     Attributes:
-        said: the nodes met.
-        ran: bodies of nodes that ran.
+        added: kinds of the nodes, in order.
+        ran: number of bodies that ran.
     """
 
     repeats = True
 
     def __init__(self, loop) -> None:
         self.values: list[int] = [0]
-        self.said: list[str] = []
+        self.added: list[str] = []
         self.ran = 0
         leave = loop.exit
 
@@ -73,13 +73,13 @@ class HostNodes:
         return len(self.values) - 1
 
     def when(self, handle, body) -> None:
-        self.said.append("when")
+        self.added.append("when")
         if self.values[handle]:
             self.ran += 1
             body()
 
     def repeat(self, handle, body) -> None:
-        self.said.append("repeat")
+        self.added.append("repeat")
         while self.values[handle]:
             self.ran += 1
             body()
@@ -162,7 +162,7 @@ def test_module_exits_use_chunks_of_one_size(built, monkeypatch):
 
 
 def test_rows_do_not_depend_on_the_batch(backend):
-    # identical bits are a GPU's promise: here both back-ends multiply by a library, which rounds by the number of rows
+    # bits are equal on a GPU only: here both back-ends use the products of a library, which round by the number of rows
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model)
     logits, exit_layer = answers(loop_for(model, Bucket(8, 32), backend), batch)
@@ -206,7 +206,7 @@ def test_groups_of_layers_are_conditional():
     loop.load(Inputs(**batch_for(model)))
     loop.launch(nodes)
     deepest = int(loop.exit_layer.max())
-    assert nodes.said == ["when"] * 3 and nodes.ran == deepest - 1, "the first group always runs"
+    assert nodes.added == ["when"] * 3 and nodes.ran == deepest - 1, "the first group always runs"
 
 
 @pytest.mark.parametrize("threshold", [0.0, None, 2.0])
@@ -223,10 +223,10 @@ def test_equal_groups_are_one_loop(threshold):
         out = model(**batch)
         assert torch.equal(loop.exit_layer, out.exit_layer)
         torch.testing.assert_close(loop.answers, out.logits, atol=2e-5, rtol=1e-4)
-    assert nodes.said == ["repeat"] * 2 and nodes.ran == 2 * int(out.exit_layer.max())
+    assert nodes.added == ["repeat"] * 2 and nodes.ran == 2 * int(out.exit_layer.max())
     nodes.repeats = False
     loop.launch(nodes)
-    assert nodes.said[2:] == ["when"] * 3
+    assert nodes.added[2:] == ["when"] * 3
 
 
 def test_different_groups_are_no_loop():
@@ -269,7 +269,7 @@ def test_unsupported_modules():
 
 
 def test_weights_of_launches_are_kept():
-    """A graph may be replayed once after its weights were moved, before that is detected."""
+    """Another thread may replace weights between the check of a graph and its replay."""
     model = early_exit("bert", pooling="first")
     loop = loop_for(model, Bucket(1, 16), "torch")
     before = [x.data_ptr() for part in (model.backbone, model.heads) for x in part.parameters()]

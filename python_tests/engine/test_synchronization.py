@@ -1,7 +1,7 @@
-"""What the host asks the device on the way from ids to answers: nothing, but for one look at a mask.
+"""The host reads no value from the device between ids and answers, except once for an attention mask.
 
-The tensors of most of these tests hold no numbers, so that a look at one raises, as on a GPU a synchronisation does
-where they are forbidden. Counts and lengths are as on CUDA.
+Most of these tests run on fake tensors, which have no values, so that reading one raises an error. Counts and lengths
+are handled as on CUDA.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class ScriptedCounts:
         return self.invalid
 
 
-#: Rows and tokens that a batch of three rows of five tokens might have left after each layer.
+#: Live rows and their tokens after each layer, for a batch of three rows of five tokens.
 BOUNDS = [(3, 15), (2, 10), (2, 10), (1, 5)]
 
 
 def run_without_numbers(model, monkeypatch, tell=lambda depth: ScriptedCounts(depth, BOUNDS), mask=None):
-    """Run a model on fake tensors, where reading values raises. Returns rows and tokens after each compaction."""
+    """Run a model on fake tensors, where reading values raises; return the rows and tokens after each compaction."""
     met = []
     pack, compact_batch = embedding.pack, eager.compact_batch
 
@@ -65,7 +65,7 @@ def run_without_numbers(model, monkeypatch, tell=lambda depth: ScriptedCounts(de
         patch.setattr(eager, "counts_for", lambda depth, device, exact: tell(depth))
         patch.setattr(model.execution, "_layers", "family")
         patch.setattr(model, "compaction", "always")
-        # ids are trusted on CUDA, and tensors without numbers have no address to tell them apart by
+        # the values of ids are not checked on CUDA; fake tensors have no addresses by which to distinguish them
         patch.setattr(inputs, "_check_ids", lambda *_: None)
         patch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, FromHost():

@@ -174,7 +174,7 @@ def _aliased(case: Case, tensor: Tensor, arguments: dict[str, Any]) -> Tensor | 
         other = arguments[name]
         if not isinstance(other, Tensor) or other is tensor or not _dense(other) or not other.is_contiguous():
             continue
-        # one element may have any stride, and bytes are seen through a stride of 1 only
+        # a tensor of one element may have any stride, but a view as bytes requires a stride of 1
         flat = other.as_strided((other.numel(),), (1,)).view(torch.uint8)
         if len(flat) >= size and flat.storage_offset() % tensor.element_size() == 0:
             return flat[:size].view(tensor.dtype).view(tensor.shape)

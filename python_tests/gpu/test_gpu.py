@@ -1,4 +1,4 @@
-"""The graph engine on a GPU, and the same tests on the CPU with stand-ins, which show that the tests run."""
+"""The graph engine on a GPU, and the same tests on the CPU with CUDA replaced, which show that the tests run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ON_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
-#: Largest distance of logits from the eager engine in the same dtype, and share of rows that may leave elsewhere.
+#: Largest distance of logits from the eager engine in the same dtype, and share of rows whose exit may differ.
 TOLERANCES = {torch.float32: (1e-4, 0.0), HALF: (3e-2, 0.2), BFLOAT16: (2e-1, 0.4)}
 #: Criteria that the loop supports.
 SUPPORTED = [name for name in RULES if name != "sampled_exit"]

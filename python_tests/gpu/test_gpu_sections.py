@@ -1,4 +1,4 @@
-"""Every section of ``make gpu-check`` on the CPU, with a stand-in for the GPU: its records, and what it refuses."""
+"""Every section of ``make gpu-check`` on the CPU, with replacements for CUDA: its records, and what it refuses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REACHED: dict[str, set[str]] = {}
 
 @pytest.fixture(autouse=True)
 def gpu_calls(monkeypatch):
-    """Report the calls of a GPU, which no CPU makes."""
+    """Report the CUDA calls of a batch, which the profiler cannot see on a CPU."""
 
     def as_on_a_gpu(run):
         run()
@@ -237,7 +237,7 @@ def test_natural_lengths_need_text(monkeypatch):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Stand-ins for what captures use of `torch.cuda`; the list of what was captured."""
+    """Replace what captures use of `torch.cuda`; return the list of captured calls."""
     captured = []
 
     @contextlib.contextmanager
@@ -284,8 +284,8 @@ def test_failed_capture_of_nodes_is_abandoned(cuda, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         small_bench().conditional_graph(lambda graph: 1 // 0)
     assert cuda[-1] == "abandon"
-    monkeypatch.setattr(bench, "available_backends", lambda device: {"cpp": "it isn't built"})
-    with pytest.raises(NotMeasuredError, match="it isn't built"):
+    monkeypatch.setattr(bench, "available_backends", lambda device: {"cpp": "it is not built"})
+    with pytest.raises(NotMeasuredError, match="it is not built"):
         small_bench().conditional_graph(lambda graph: None)
 
 
@@ -307,7 +307,7 @@ def test_bench_needs_a_gpu_and_triton(monkeypatch):
         Bench.here()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reasons = dict.fromkeys(available_backends("cpu"), "")
-    for missing, exits_by in (({}, "cpp"), ({"cpp": "isn't built"}, "triton")):
+    for missing, exits_by in (({}, "cpp"), ({"cpp": "is not built"}, "triton")):
         monkeypatch.setattr(bench, "available_backends", lambda device, missing=missing: reasons | missing)
         assert (Bench.here().encoder, Bench.here().exits) == ("triton", exits_by)
     monkeypatch.setattr(bench, "available_backends", lambda device: reasons | {"triton": "no triton"})

@@ -39,7 +39,7 @@ RULES = {
     "berxit": criteria.Learned(threshold=0.5),
     "fastbert": criteria.Entropy(threshold=0.1, normalized=True),
 }
-#: What each phase of a method trains, as names of parameters; a method that isn't here trains all there is.
+#: Names of the parameters that each phase of a method trains; a method that is not listed trains all of them.
 TRAINS = {
     "smartbert": (
         r"backbone\.|heads\.(attention|out)\.2\.|heads\.(gates|projectors)\.",
@@ -49,14 +49,14 @@ TRAINS = {
     "fastbert": (r"backbone\.|heads\.(attention|out)\.2\.", r"heads\.(attention|out)\.[01]\."),
 }
 TWO_PHASES = ("smartbert", "deebert", "fastbert")
-#: A key's bias shifts all scores of a query alike: its gradient is zero but for rounding.
+#: The bias of a key shifts all scores of a query equally, so its gradient is zero up to rounding.
 NO_GRADIENT = re.compile(r"\.key\.bias$")
 MULTI, REGRESSION = "multi_label_classification", "regression"
 
 
 @dataclass
-class Told:
-    """Changes of the parameters in one phase, by name."""
+class PhaseRecord:
+    """What happened to the parameters in one phase, by name; `astray` got a gradient without being trained."""
 
     trains: set[str]
     learns: set[str]
@@ -78,7 +78,7 @@ def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
         model.train()
         parameters = dict(model.named_parameters())
         pattern = TRAINS.get(model.objective.name, ("",) * 2)[number]
-        now = Told(
+        now = PhaseRecord(
             {n for n in parameters if re.match(pattern, n)}, {n for n, p in parameters.items() if p.requires_grad}
         )
         before = {n: p.detach().clone() for n, p in parameters.items()}
@@ -258,7 +258,7 @@ def test_regression(name):
         assert model(**batch).logits.shape == (32, 1)
 
 
-#: Each method with every argument another than its default.
+#: Each method with a value other than the default for every argument.
 OTHERWISE = {
     "joint": objectives.Joint(equilibrium=True),
     "pabee": objectives.Joint(equilibrium=True),

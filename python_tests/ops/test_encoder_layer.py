@@ -36,7 +36,7 @@ def plan_of(lengths) -> dict:
 
 
 def expected(x, w, lengths, activation) -> torch.Tensor:
-    """One row at a time."""
+    """Return the expected output, computed one row at a time."""
     outputs = []
     for row in x.split(lengths):
         q, k, v = F.linear(row, w.qkv_weight, w.qkv_bias).view(len(row), 3, HEADS, -1).permute(1, 2, 0, 3)

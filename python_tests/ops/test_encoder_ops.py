@@ -16,15 +16,15 @@ from earlyexit_kernels.ops.tiles import TILES, resident_programs, tiles_for
 
 BACK_ENDS = ("torch", "triton")
 FLOAT32, HALF, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-#: Of a result against float64. Half precision rounds twice: attention's probabilities, and the result.
+#: Tolerance of a result against float64. Half precision rounds twice: attention's probabilities, and the result.
 TOLERANCE = {FLOAT32: 4e-6, HALF: 2e-3, BFLOAT16: 1.6e-2}
-#: The interpreter can't multiply matrices of bfloat16.
+#: The interpreter cannot multiply matrices of bfloat16.
 DTYPES = [
     pytest.param(p.values[0], dtype, marks=p.marks, id=f"{p.values[0]}-{dtype}".replace("torch.", ""))
     for p in backend_params(BACK_ENDS)
     for dtype in ((FLOAT32, HALF) if p.values[0] == "triton" else (FLOAT32, HALF, BFLOAT16))
 ]
-#: No row, a single token, rows that have left between others, and buffers full to the last place, over 64 tokens.
+#: No row, a single token, rows that have left between others, and full buffers of more than 64 tokens.
 LAYOUTS = {
     "no_rows": Layout((), rows=0),
     "no_tokens": Layout(()),
@@ -87,7 +87,7 @@ def products_in_order(monkeypatch):
     monkeypatch.setattr(np, "matmul", matmul)
 
 
-#: Whose capacity takes large tiles, where the op has any.
+#: Op -> sizes of a layout for which it uses large tiles, if it has any.
 LARGE = {"rows_linear": {"capacity": 33792}, "first_tokens_linear": {"rows": 33792}}
 
 

@@ -14,7 +14,7 @@ from earlyexit_kernels import ops
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.engine import fused_layers
 
-#: Activation of a weights layer -> of the ops.
+#: Activation of `LayerWeights` -> activation of the ops.
 NAMES = {("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh", ("relu", ""): "relu"}
 LAYOUT = Layout((5, 2, 9, 1), left=(1,), rows=6, capacity=20, side=1)
 CASES = [
@@ -36,7 +36,7 @@ def run(layer: fused_layers.LayerWeights, hidden: torch.Tensor, layout: Layout, 
     first, second = layer.eps
     ops.rows_linear(hidden, *zip(*layer.projections, strict=True), offsets, qkv, absolute=True, **how)
     ops.rows_attention(qkv, offsets, layout.row_ids, layer.heads, max(layout.lengths), context, **how)
-    # a row that has left still owns its tokens, and may hold anything
+    # a row that has left still has tokens, with arbitrary values
     ops.rows_linear(context, *layer.attention_out, offsets, mid, **how)
     ops.rows_add_norm(mid, hidden, *layer.attention_norm, first, offsets, hidden, **both)
     activation = NAMES[layer.activation]

@@ -15,13 +15,14 @@ from support.exit_step_cases import DEPTH, DTYPES, SOURCES, Case, build, memory,
 from earlyexit_kernels.criteria import RULES as TABLE
 from earlyexit_kernels.ops import exit_step
 
-#: A decision may turn only where its score lies this close to the threshold: float32 against float64, with values of
-#: order 10 and sums of up to 131 terms. Answers and state are held to the same number, absolute and relative.
+#: A decision may differ from that of the oracle only where its score is this close to the threshold: float32 against
+#: float64, with values of order 10 and sums of up to 131 terms. Also the tolerance of answers and state, absolute and
+#: relative.
 TOLERANCE = 1e-5
 
 
-#: Batch sizes B for each class count C; at 150 a Triton program takes narrower slices of H. The interpreter, slow,
-#: gets fewer rows.
+#: Batch sizes B for each class count C; at 150 a Triton program takes narrower slices of H. The slow
+#: interpreter gets fewer rows.
 SHAPES = {1: (0, 1, 7, 33), 2: (1, 7), 3: (0, 7, 33), 17: (1, 33), 150: (7,)}
 SMALL_SHAPES = {1: (0, 7), 2: (1,), 3: (0, 7), 17: (1,), 150: (1,)}
 
@@ -83,7 +84,7 @@ def test_equals_oracle_on_a_large_batch(backend, case, count_flips):
 
 
 def follow(backend, case, count_flips, device="cpu") -> None:
-    """Run all layers and the oracle; rows once within tolerance of their threshold may differ."""
+    """Run all layers and the oracle; rows that were within tolerance of their threshold may differ."""
     criterion, batch = case.criterion, build(case)
     changed = {"row_ids": batch.row_ids.clone(), **memory(criterion, batch.requests, case.classes)}
     changed = {name: tensor.to(device) for name, tensor in changed.items()}
@@ -114,7 +115,7 @@ def live_and_tokens(row_ids, offsets) -> list[int]:
 
 
 #: Every setting that fits three classes; one rule of each kind with all sources, since the skeleton is the same.
-COMPANY = [
+CASES_IN_SUBSETS = [
     (name, source)
     for name, setting in SETTINGS.items()
     if 3 in setting.classes
@@ -122,7 +123,7 @@ COMPANY = [
 ]
 
 
-@pytest.mark.parametrize(("name", "source"), COMPANY)
+@pytest.mark.parametrize(("name", "source"), CASES_IN_SUBSETS)
 def test_bits_of_a_row_do_not_depend_on_the_batch(backend, name, source):
     rows = 7 if backend == "triton" else 33
     batch = build(Case(name, source, torch.float32, rows, 3))
@@ -130,10 +131,10 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(backend, name, source):
     together = finish(backend, name, batch.layers, everyone)
     exits = 1 if backend == "triton" else min(CASES[OWNERS[name]].exits, 2)  # seven rows may leave together
     assert len(set(together[1].tolist())) >= exits, "rows should leave at several layers"
-    for company in (everyone[torch.randperm(rows)], everyone[::2], *everyone.split(1)):
-        answers, exit_layer = finish(backend, name, batch.layers, company)
-        assert torch.equal(answers.nan_to_num(0.5), together[0][company].nan_to_num(0.5))
-        assert torch.equal(exit_layer, together[1][company])
+    for subset in (everyone[torch.randperm(rows)], everyone[::2], *everyone.split(1)):
+        answers, exit_layer = finish(backend, name, batch.layers, subset)
+        assert torch.equal(answers.nan_to_num(0.5), together[0][subset].nan_to_num(0.5))
+        assert torch.equal(exit_layer, together[1][subset])
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -207,7 +208,7 @@ def test_decisions_at_the_threshold_do_not_depend_on_the_batch(backend, name):
 
 
 def truth_scores(case, logits) -> np.ndarray:
-    """The oracle's score of each row of ready logits."""
+    """Return the oracle's score of each row of given logits."""
     decide, numbers = CASES[OWNERS[case.rule]].decide, SETTINGS[case.rule].numbers(case.classes, 1)
     return np.array([decide(z, None, None, numbers, (1, 2))[1] for z in logits.double().numpy()])
 

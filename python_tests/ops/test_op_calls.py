@@ -1,6 +1,6 @@
-"""Which calls the public ops take: the same on every back-end, by a plain predicate, and with the oracle's result.
+"""Calls that the public ops accept or refuse: on every back-end as a predicate says, with the results of the oracle.
 
-Calls are drawn from valid and invalid arguments alike. The predicate and the oracle share nothing with the package.
+The arguments are drawn at random, valid and invalid ones. The predicate and the oracle share no code with the package.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def test_more_rows_than_int32_are_refused(backend):
         compact(many, int32([0]).expand(2**31 + 1), backend=backend)
 
 
-#: Op -> arguments of a valid call, all tensors of it in order of their names; and those it writes.
+#: Op -> function that returns the arguments of a valid call, and the names of those that the op writes.
 OVERLAPS = {
     "exit_step": (
         lambda: (
@@ -276,7 +276,7 @@ def test_overlapping_memory_is_refused(backend, name):
     op, names = getattr(ops, name), [k for k, v in build().items() if isinstance(v, torch.Tensor)]
     pairs = [(w, other) for w in written for other in names if other != w]
     for first, second in pairs:
-        # by 8 bytes, which every tensor of the calls has and every dtype divides
+        # no tensor is smaller than 8 bytes, and 8 is a multiple of the size of every dtype
         arguments = build()
         arguments[first], arguments[second] = in_one_buffer(arguments[first], arguments[second], 8)
         with pytest.raises(
@@ -291,7 +291,7 @@ def test_overlapping_memory_is_refused(backend, name):
 
 
 def test_bare_compiled_exit_step_refuses_overlapping_memory():
-    # a row id that an answer has overwritten would be an index of any memory
+    # a row id overwritten by an answer would index arbitrary memory
     op = ops.bare_op("exit_step", "cpp", "cpu")
     build, written = OVERLAPS["exit_step"]
     names = ["hidden", "offsets", "weight", "bias", "logits", "aux", "row_ids", "state", "answers", "exit_layer"]
@@ -321,7 +321,7 @@ def test_other_types_than_dense_tensors_are_refused(backend, name):
             op(**arguments | {argument: arguments[argument].to_sparse()}, backend=backend)
 
 
-#: Wrong arguments of exit_step that are no tensors -> error and words.
+#: Invalid arguments of exit_step other than tensors -> error and words of its message.
 WRONG = {
     "layer_float": ({"layer": 1.0}, TypeError, "expected layer to be a whole number, got 1.0"),
     "layer_negative": (

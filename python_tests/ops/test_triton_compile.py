@@ -63,7 +63,7 @@ def by_name(kernel):
     return {name: POINTERS.get(name, SCALARS.get(name, "*i32")) for name in kernel.arg_names}
 
 
-#: Every rule for Hopper, one for the architectures beside it.
+#: Every rule for Hopper, one for the other architectures.
 EXITS = [(90, name) for name in sorted(RULES)] + [(80, "entropy"), (100, "entropy")]
 
 
@@ -196,7 +196,7 @@ PRODUCTS = {
     "many_of_three": lambda dtype: rows_linear(MANY, dtype, activation="none", weights=3),
     "attention": rows_attention,
 }
-#: Hopper with both dtypes, the architectures beside it with one.
+#: Hopper with both dtypes, the other architectures with one.
 MACHINES = [(80, HALF), (90, HALF), (90, BFLOAT16), (100, HALF)]
 
 
@@ -209,7 +209,7 @@ def test_products_use_the_matrix_units_and_stay_in_registers(name, capability, d
     assert_in_registers(compiled, tmp_path)
 
 
-#: The rest: wide heads, first tokens, float32, whose products no matrix unit rounds, odd widths, and norms.
+#: Other launches: wide heads, first tokens, float32 (not on matrix units), odd widths, and norms.
 OTHERS = {
     "wide_heads": lambda: rows_attention(HALF, heads=6),
     "first_tokens": lambda: first_tokens_linear(BFLOAT16),

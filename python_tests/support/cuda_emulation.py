@@ -78,7 +78,7 @@ def load(folder: Path) -> Path:
     command = [
         compiler(),
         *arguments.split(),
-        "-U_FORTIFY_SOURCE",  # which reports jumps between stacks as overflows
+        "-U_FORTIFY_SOURCE",  # fortified functions report jumps between stacks as overflows
         *("-include", "cuda_emulator.h", f"-I{folder / 'headers'}", f"-I{ROOT / 'python_tests' / 'support'}"),
         *(f"-isystem{path}" for path in include_paths()),
         *translated(folder),

@@ -1,5 +1,8 @@
-"""A stand-in for a GPU, so that GPU code runs on the CPU: streams and events without effect, graphs that are plain
-calls, and conditional nodes whose bodies write nothing unless they were opened."""
+"""Replacements for `torch.cuda`, with which GPU code runs on the CPU.
+
+Streams and events have no effect, a graph is a plain call, and the body of a conditional node writes nothing unless its
+handle was set.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 
 class Event:
-    """An event with the host's time."""
+    """An event that records the time of the host."""
 
     def __init__(self, **_: Any) -> None:
         self.at = 0.0
@@ -47,7 +50,7 @@ class NoWrites(TorchDispatchMode):
 
 
 class Nodes:
-    """A graph with IF nodes; the exit that is given a handle opens it."""
+    """A graph with IF nodes, whose handles are set by `_opening`."""
 
     def __init__(self) -> None:
         self.opened: set[int] = set()
@@ -66,7 +69,7 @@ class Nodes:
 
 
 class Turns:
-    """Stands for `graphs.ConditionalNodes`: the host runs its loops."""
+    """Replaces `graphs.ConditionalNodes`; the host runs the loops."""
 
     def __init__(self, graph: Nodes) -> None:
         self.graph = graph
@@ -87,7 +90,7 @@ class Turns:
 
 
 def small_bench() -> Bench:
-    """Return a bench with real numbers of rows, and everything else as small as possible."""
+    """Return a `Bench` with the usual numbers of rows and the smallest other sizes."""
     return Bench(
         "cpu", "torch", "torch", length=8, width=24, copies=2, nodes=3, products=(8,), shapes=((1, 4), (3, 8)),
         rounds=2, warmup=0,
@@ -95,7 +98,7 @@ def small_bench() -> Bench:
 
 
 def use_tiny_models(monkeypatch) -> None:
-    """Replace the benchmarks' models with tiny ones under the same names, and rest for no time."""
+    """Replace the models of the benchmarks by tiny ones of the same names, and remove pauses between measurements."""
     subjects = {name: partial(models.random_subject, name, vocab_size=100, **SIZES) for name in models.SUBJECTS}
     monkeypatch.setattr(models, "SUBJECTS", subjects)
     monkeypatch.setattr(measure, "REST", 0)
@@ -111,7 +114,7 @@ def clear_caches() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch, captures) -> Bench:
-    """The small bench, with everything that it needs of CUDA replaced."""
+    """Replace everything that the benchmarks use of CUDA, and return a small bench."""
     stream = SimpleNamespace(
         wait_stream=lambda other: None,
         synchronize=lambda: None,
@@ -153,7 +156,7 @@ def _graph_on_cpu(model: Any) -> None:
 
 
 def falls_back_on_cpu(model: Any) -> None:
-    """Set the graph engine as `set_engine("graph")` does: batches that cannot be captured run eagerly."""
+    """Choose the graph engine as `set_engine("graph")` does: batches that cannot be captured run eagerly."""
     execution = model.execution
     eager, execution._engine = execution.run, "graph"
     execution.choose_engine = lambda *_, **__: Choice("graph", "it was requested")

@@ -13,7 +13,7 @@ from benchmarks.gpu.steps import Outcome
 
 
 class Clock:
-    """A clock that moves only when told to, in seconds."""
+    """A clock in seconds that only tests advance."""
 
     def __init__(self) -> None:
         self.now = 0.0

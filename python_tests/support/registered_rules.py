@@ -63,7 +63,7 @@ def steady_lead_layers(logits: torch.Tensor, threshold: float) -> list[int]:
 
 @contextlib.contextmanager
 def registered(cls: type[criteria.Criterion]) -> Iterator[type[criteria.Criterion]]:
-    """Register a class for a while."""
+    """Register a class within the block."""
     criteria._log_restriction.cache_clear()
     try:
         yield criteria.register(cls)
