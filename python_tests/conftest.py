@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -36,6 +37,13 @@ def backend(request) -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """Restore denormals, which commands and benchmarks flush to zero; other tests depend on them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

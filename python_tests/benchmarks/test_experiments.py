@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.accuracy import experiments, robustness, runs, tables
 from benchmarks.accuracy.experiments import EXPERIMENTS
@@ -16,13 +15,6 @@ from benchmarks.accuracy.runs import Budget, Run
 from earlyexit_cli import build_parser
 from earlyexit_kernels.objectives import OBJECTIVES
 from earlyexit_kernels.tasks import load, toy
-
-
-@pytest.fixture(autouse=True)
-def denormals_as_before():
-    """Runs flush denormals, which other tests rely on not happening."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 def planned(name, tmp_path=Path()) -> list[Run]:

@@ -20,13 +20,6 @@ from earlyexit_kernels.tasks.load import load_task
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 
 
-@pytest.fixture(autouse=True)
-def denormals_as_before():
-    """Restore denormals, which commands flush; other tests depend on them."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Folder with a stock model of three layers and its tokenizer."""

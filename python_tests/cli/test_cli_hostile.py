@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.commands import error_of, exit_code
@@ -60,13 +59,6 @@ INVALID = {
     "demo": {"--output": [""], "--seed": [*NUMBERS, "4294967296"], "--threads": [*NUMBERS, "0", "1000000000"]},
     "env": {"--nothing": ["1"]},
 }
-
-
-@pytest.fixture(autouse=True)
-def denormals_as_before():
-    """Restore denormals, which commands flush; other tests depend on them."""
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)

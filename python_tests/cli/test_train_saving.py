@@ -30,8 +30,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "toy_splits", partial(load.toy_splits, train_rows=40, dev_rows=8, test_rows=0))
     rows = ["--train-rows", "16", "--holdout", "24", "--batch-size", "16", "--epochs", "1"]
     output = tmp_path / "output"
-    yield ["train", "--model", str(tmp_path / "base"), "--task", "toy", "--output", str(output), *rows], output
-    torch.set_flush_denormal(False)
+    return ["train", "--model", str(tmp_path / "base"), "--task", "toy", "--output", str(output), *rows], output
 
 
 def test_full_disk_does_not_lose_the_model(command, capsys, monkeypatch, tmp_path):

@@ -11,26 +11,20 @@ import transformers as tf
 from support.models import (
     CLASSES,
     FAMILIES,
+    VARIED_LENGTHS,
     VOCABULARY,
     batch_for,
     early_exit,
     entropies,
     stock,
+    varied,
     varied_entropy,
 )
 from torch import nn
 
 import earlyexit_kernels as ee
 
-ROWS = [3, 5, 8, 9, 10, 11, 12, 14, 17, 18, 19, 20]
 LABELS = torch.arange(12) % CLASSES
-
-
-def varied(family="bert", **arguments):
-    model = early_exit(family, **arguments)
-    batch = batch_for(model, lengths=ROWS)
-    model.set_criterion(varied_entropy(model.trace(**batch)))
-    return model, batch
 
 
 def same(out, expected, tolerance=1e-5):
@@ -160,7 +154,7 @@ def test_gradient_checkpointing(family):
     layer = (checkpointed.backbone.transformer if family == "distilbert" else checkpointed.backbone.encoder).layer[1]
     first = next(module for module in layer.modules() if isinstance(module, nn.Linear))
     first.register_forward_pre_hook(lambda *_: runs.append(1))
-    batch = batch_for(plain, lengths=ROWS)
+    batch = batch_for(plain, lengths=VARIED_LENGTHS)
     losses = [model(**batch, labels=LABELS).loss for model in (plain, checkpointed)]
     for loss in losses:
         loss.backward()
@@ -181,7 +175,7 @@ def test_compile_with_graph_breaks():
     """The compiler is `eager`; `test_fixed_depth_graphs` compiles with the inductor."""
     torch._dynamo.reset()
     model = ee.to_early_exit(stock(num_hidden_layers=2), pooling="mean")
-    batch = batch_for(model, lengths=ROWS)
+    batch = batch_for(model, lengths=VARIED_LENGTHS)
     model.set_criterion(varied_entropy(model.trace(**batch)))
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():

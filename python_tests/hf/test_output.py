@@ -5,19 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import CLASSES, DEPTH, batch_for, early_exit, entropies, ragged, rows_of, stock, varied_entropy
+from support.models import (
+    CLASSES,
+    DEPTH,
+    VARIED_LENGTHS,
+    batch_for,
+    early_exit,
+    entropies,
+    ragged,
+    rows_of,
+    stock,
+    varied,
+    varied_entropy,
+)
 
 import earlyexit_kernels as ee
-
-ROWS = [3, 5, 8, 9, 10, 11, 12, 14, 17, 18, 19, 20]
-
-
-def varied(family="bert", **arguments):
-    """Return a model and a batch of 12 rows that leave at different exits."""
-    model = early_exit(family, **arguments)
-    batch = batch_for(model, lengths=ROWS)
-    model.set_criterion(varied_entropy(model.trace(**batch)))
-    return model, batch
 
 
 def test_fields_in_eval_mode():
@@ -102,7 +104,7 @@ def test_loss(problem_type):
     num_labels, labels, loss_of = task(problem_type)
     model = early_exit(num_labels=num_labels, problem_type=problem_type, halting=True, dropout=0.0)
     model.set_criterion(RULES[problem_type])
-    batch = batch_for(model, lengths=ROWS)
+    batch = batch_for(model, lengths=VARIED_LENGTHS)
     out = model(**batch, labels=labels)
     assert out.exit_layer.min() < DEPTH
     assert torch.allclose(out.loss, loss_of(out.logits), atol=1e-6)
@@ -144,7 +146,7 @@ def test_trace_and_replay_agree_with_the_model():
 @pytest.mark.parametrize("halting", [False, True])
 def test_trace_of_a_half_precision_model_is_float32(halting, pooling):
     model = early_exit(pooling=pooling, halting=halting).to(torch.bfloat16)
-    batch = batch_for(model, lengths=ROWS)
+    batch = batch_for(model, lengths=VARIED_LENGTHS)
     trace = model.trace(**batch)
     assert trace.logits.dtype == torch.float32
     criteria = [varied_entropy(trace), ee.criteria.Patience(patience=1)]

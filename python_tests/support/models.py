@@ -22,6 +22,7 @@ tf.utils.logging.disable_progress_bar()
 FAMILIES = ("bert", "roberta", "albert", "electra", "distilbert", "xlm-roberta", "camembert")
 ATTENDED = ("full", "right", "holes", "real_ids_masked", "pad_ids_attended")
 LENGTHS = (17, 3, 9, 12)
+VARIED_LENGTHS = (3, 5, 8, 9, 10, 11, 12, 14, 17, 18, 19, 20)
 DEPTH, CLASSES, VOCABULARY = 4, 3, 120
 
 LOADERS = {
@@ -170,6 +171,14 @@ def varied_entropy(trace: ee.ExitTrace) -> ee.criteria.Entropy:
         thresholds.append(threshold)
         present = present & (scores[:, layer] >= threshold)
     return ee.criteria.Entropy(threshold=thresholds)
+
+
+def varied(family: str = "bert", **arguments: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Return an early-exit model and a batch of 12 rows that leave at different exits."""
+    model = early_exit(family, **arguments)
+    batch = batch_for(model, lengths=VARIED_LENGTHS)
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    return model, batch
 
 
 def tokenizer() -> tf.PreTrainedTokenizerFast:
