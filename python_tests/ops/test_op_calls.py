@@ -331,7 +331,7 @@ WRONG = {
     ),
     "layer_bool": ({"layer": True}, TypeError, "expected layer to be a whole number, got True"),
     "depth_beyond_int32": ({"depth": 2**31}, ValueError, "expected depth to be at most 2147483647 .* got 2147483648"),
-    "no_criterion": ({"criterion": "entropy"}, TypeError, "expected criterion .* got 'entropy'"),
+    "no_criterion": ({"criterion": "entropy"}, TypeError, "expected an instance of a criterion, .* got 'entropy'"),
     "pooling_none": ({"pooling": None}, ValueError, "expected pooling .* got None"),
     "state_none": ({"state": None}, TypeError, "expected state to be a tensor, got NoneType"),
     "row_ids_none": ({"row_ids": None}, TypeError, "expected row_ids to be a tensor, got NoneType"),
