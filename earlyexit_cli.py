@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 
 TASKS = ("toy", "sst2", "cola", "mrpc", "rte", "stsb", "wnli", "qnli", "trec")
 METHODS = ("berxit", "dact", "deebert", "ensemble", "fastbert", "joint", "pabee", "palbert", "smartbert")
-POOLINGS = ("family", "first", "mean")
+POOLINGS = ("first", "mean")
+HOLDOUT = 1000
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,7 +89,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="set an option of the method, e.g. ponder=0.05; repeatable",
     )
-    add("--pooling", choices=POOLINGS, default="family", help="input of the exits (family: the head of the base model)")
+    add("--pooling", choices=POOLINGS, help="input of the exits (default: each has the head of the base model)")
     add(
         "--train-rows",
         type=_checked("rows"),
@@ -98,7 +99,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--holdout",
         type=_checked("rows_or_none"),
-        default=1000,
+        default=HOLDOUT,
         help="number of train rows held out to tune thresholds (default: %(default)s)",
     )
     add(

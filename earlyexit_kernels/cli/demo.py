@@ -36,6 +36,7 @@ NOTE = """Wall-clock: median of {rounds} rounds, with the 20 % and 80 % quantile
 with the same weights (BertForSequenceClassification with the head of the last exit). With two classes, entropy and
 max_probability rank rows alike and choose alike."""
 BATCH_SIZES = (1, 32)
+QUICK_NOTE = "--quick trains too little for meaningful accuracies and exit layers: those below only show the format."
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     _copy_last_exit(model, plain)
 
     print(f"\n2. Choose thresholds on {sizes.rows} sentences, report on {sizes.rows} others\n")
+    if args.quick:
+        print(f"{QUICK_NOTE}\n")
     result = sweep(*(collect_trace(model, data[name], collate_fn=collate) for name in ("dev", "test")), points=32)
     print(f"{layer_table(result)}\n")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, loaded_from
+from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, check_vocabulary, loaded_from
 from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.criteria import Criterion
@@ -35,6 +35,7 @@ class Evaluation:
     Attributes:
         model: folder of the model.
         recipe: how it was trained.
+        task: name of the task that it was evaluated on.
         rule: name of the exit rule from the method's paper.
         result: result of the sweep.
         title: the splits used, in one sentence.
@@ -44,6 +45,7 @@ class Evaluation:
 
     model: Path
     recipe: Recipe
+    task: str
     rule: str
     result: Sweep
     title: str
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_flush_denormal(True)
     done = []
     for number, (folder, recipe) in enumerate(zip(args.model, recipes, strict=True), start=1):
-        found = evaluate(folder, recipe if args.task is None else replace(recipe, task=args.task), args)
+        found = evaluate(folder, recipe, args)
         done.append(found)
         print(f"{folder}, {method_text(recipe.method)}. {found.title}\n")
         print(layer_table(found.result), choice_table(found.result, found.rule), sep="\n\n")
@@ -78,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
         if plots:
             path = plots[number - 1]
             with written(path):
-                title = f"{found.recipe.task}, {folder.name}\n{found.setup}"
+                title = f"{found.task}, {folder.name}\n{found.setup}"
                 print(f"\nCurve: {draw(found.result, path, title=title, rows=found.rows)}")
         print()
     if args.output is not None:
         given = {k: _plain(v) for k, v in vars(args).items() if k != "debug"}
-        models = [{"model": str(e.model), "rule": e.rule, "recipe": asdict(e.recipe)} for e in done]
+        models = [{"model": str(e.model), "rule": e.rule, "recipe": asdict(e.recipe), "task": e.task} for e in done]
         records = [record for e in done for record in e.records()]
         with written(args.output):
             print(f"Every point: {write_json(args.output, records, arguments=given, models=models)}")
@@ -114,19 +116,21 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
     """Trace both splits, replay every criterion and, if the model has gates, run the rules that skip layers.
 
     Raises:
-        ValueError: not an early-exit model, another number of classes than the task's, or no held-out rows.
+        ValueError: not an early-exit model, other classes than the task's, a tokenizer that does not know the text, or
+            no held-out rows.
     """
-    task = load_task(recipe.task, seed=recipe.seed)
+    task = load_task(recipe.task if args.task is None else args.task, seed=recipe.seed)
     model = load_model(folder, task)
     with loaded_from(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    _, held_out = recipe.train_splits(task)
+    held_out = recipe.held_out(task)
     if not len(held_out):
         raise ValueError(f"{folder} was trained with --holdout 0; expected held-out rows to choose thresholds on")
     batching: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": args.batch_size}
     splits = {"tuning": held_out, "reporting": task.split(task.evaluation)}
     check_max_length(recipe.max_length, tokenizer, held_out)
     data = {name: encode(split, tokenizer, max_length=recipe.max_length) for name, split in splits.items()}
+    check_vocabulary(data["tuning"], "train", tokenizer, model, folder)
     check_lengths(data, model)
     tuning, reporting = (collect_trace(model, rows, progress=name, **batching) for name, rows in data.items())
     result = sweep(
@@ -147,14 +151,14 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
         f"{task.evaluation} split of {task.name} ({len(reporting[1])} rows)."
     )
     setup = f"{device_text(environment())}, {str(model.dtype).removeprefix('torch.')}"
-    return Evaluation(folder, recipe, model.objective.rule, result, title, len(reporting[1]), setup)
+    return Evaluation(folder, recipe, task.name, model.objective.rule, result, title, len(reporting[1]), setup)
 
 
 def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
     """Load the early-exit model of a folder, on the GPU if there is one.
 
     Raises:
-        ValueError: the folder contains another model, or one for another number of classes.
+        ValueError: the folder contains another model, or one for other classes than the task's.
     """
     with loaded_from(folder):
         model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
@@ -162,12 +166,18 @@ def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
         raise ValueError(
             f"--model: expected a model with exits, {folder} contains a {type(model).__name__}; train it first"
         )
-    if model.config.num_labels != task.num_labels:
+    labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    if labels != task.label_names:
         raise ValueError(
-            f"--task: {task.name} has {task.num_labels} classes, the model in {folder} {model.config.num_labels}"
+            f"--task: expected a task with the labels of the model in {folder}, {_listed(labels)}; {task.name} has "
+            f"{_listed(task.label_names)}"
         )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
 
 
 def parameter_text(criterion: Criterion) -> str:

@@ -93,6 +93,38 @@ def check_max_length(max_length: int | None, tokenizer: Any, split: Split) -> No
         raise ValueError(f"--max-length: expected at least {minimum} for this tokenizer and task, got {max_length}")
 
 
+def check_vocabulary(data: EncodedSplit, name: str, tokenizer: Any, model: Any, source: Any) -> None:
+    """Raise if the tokenizer does not fit the text; for a folder without one transformers makes an empty one.
+
+    Args:
+        data: encoded rows of a split, of which the first ones are counted.
+        name: of the split.
+        tokenizer, model: the early-exit model and its tokenizer.
+        source: folder or hub name of both, for the message.
+
+    Raises:
+        ValueError: most tokens are unknown.
+    """
+    vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_ids)
+    rows = min(len(data), 200)
+    ids = [i for row in range(rows) for i in data[row]["input_ids"] if i not in special - {tokenizer.unk_token_id}]
+    unknown = sum(i == tokenizer.unk_token_id for i in ids) / max(len(ids), 1)
+    if unknown <= 0.5:
+        return
+    embeddings = model.backbone.get_input_embeddings().num_embeddings
+    cause = (
+        f"It has {len(vocabulary)} tokens, the model {embeddings} embeddings. "
+        "If it is the model's own tokenizer, it was made for other text or another language: choose a model for this "
+        "text. If it belongs to another model, save the model's own in the folder"
+    )
+    if not set(vocabulary.values()) - special:
+        cause = "It knows no words, as the folder has no files of a tokenizer: save the model's own there"
+    raise ValueError(
+        f"--model: {unknown:.0%} of the tokens of the first {rows} rows of the {name} split are unknown to the "
+        f"tokenizer of {source}. {cause}"
+    )
+
+
 def check_lengths(data: Mapping[str, EncodedSplit], model: EarlyExitForSequenceClassification) -> None:
     """Raise if a row has more tokens than the model has positions.
 

@@ -80,6 +80,17 @@ class Recipe:
         rest, held_out = holdout(task.split("train"), self.holdout, seed=self.seed)
         return rest.take(range(self.train_rows)), held_out
 
+    def held_out(self, task: Task) -> Split:
+        """Return the train rows to choose settings on: those held out, or as many of a task not trained on.
+
+        Raises:
+            ValueError: as for `train_splits`.
+        """
+        if task.name == self.task:
+            return self.train_splits(task)[1]
+        rows = task.split("train")
+        return holdout(rows, min(self.holdout, len(rows) - 1), seed=self.seed)[1]
+
 
 #: Check of each field of a saved recipe; the method is checked by building it.
 RECIPE_CHECKS: dict[str, Check] = {

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -23,9 +24,17 @@ from transformers import (
     set_seed,
 )
 
-from earlyexit_kernels.cli.inputs import check_encoder, check_lengths, check_max_length, check_rows, loaded_from
+from earlyexit_kernels.cli.inputs import (
+    check_encoder,
+    check_lengths,
+    check_max_length,
+    check_rows,
+    check_vocabulary,
+    loaded_from,
+)
 from earlyexit_kernels.cli.outputs import check_folder, save_tokenizer
 from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.saving import save_or_rescue
 from earlyexit_kernels.hf.training import Phase, phases
@@ -36,7 +45,8 @@ from earlyexit_kernels.tuning.report import markdown_table
 from earlyexit_kernels.tuning.sweep import collect_trace, truncations
 
 WEIGHT_DECAY = 0.01
-POOLINGS = {"family": None, "first": "first", "mean": "mean"}
+#: Default of --holdout.
+HOLDOUT = 1000
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,14 +56,14 @@ def run(args: argparse.Namespace) -> int:
     ask_hub = functools.cache(hub.unreachable_reason)  # once for the task and the model
     task = load_task(args.task, seed=args.seed, ask_hub=ask_hub)
     check_task(objective, task.problem_type, task.num_labels)
+    base, tokenizer = load_base(args.model, task, ask_hub=ask_hub)
     recipe = _recipe(args, task)
     train_split, _ = recipe.train_splits(task)
     check_rows(task, train_split, task.split(recipe.evaluation_split))
     if torch.set_flush_denormal(True):
         print("Denormal numbers are flushed to zero: they can make CPU training ten times slower.")
     set_seed(args.seed)
-    base, tokenizer = load_base(args.model, task, ask_hub=ask_hub)
-    model = to_early_exit(base, method=objective, pooling=POOLINGS[args.pooling])
+    model = to_early_exit(base, method=objective, pooling=args.pooling)
     collate = DataCollatorWithPadding(tokenizer)
     print(
         f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {task.name} ({task.source}) with "
@@ -62,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     check_max_length(recipe.max_length, tokenizer, train_split)
     train_set = encode(train_split, tokenizer, max_length=recipe.max_length)
     evaluation = encode(task.split(recipe.evaluation_split), tokenizer, max_length=recipe.max_length)
-    check_vocabulary(train_set, tokenizer, args.model)
+    check_vocabulary(train_set, "train", tokenizer, model, args.model)
     check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
     check_folder("--output", args.output)
     base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
@@ -149,16 +159,26 @@ def _for_each_phase(objective: Objective, name: str, given: Sequence[float] | No
 
 
 def _recipe(args: argparse.Namespace, task: Task) -> Recipe:
-    available = len(task.split("train")) - args.holdout
-    rows = available if args.train_rows is None else args.train_rows
-    if not 1 <= rows <= available:
-        asked = "" if args.train_rows is None else f"--train-rows {args.train_rows} and "
-        raise ValueError(
-            f"{asked}--holdout {args.holdout}: expected fewer rows, the train split of task {task.name!r} has "
-            f"{len(task.split('train'))} rows in total"
-        )
+    total = len(task.split("train"))
+    rows = total - args.holdout if args.train_rows is None else args.train_rows
+    if not 1 <= rows <= total - args.holdout:
+        raise ValueError(_too_many_rows(args, task.name, total))
     task.split(task.evaluation)  # raises if it has no visible labels
     return Recipe(task.name, args.seed, args.holdout, rows, args.max_length, task.evaluation)
+
+
+def _too_many_rows(args: argparse.Namespace, task: str, total: int) -> str:
+    """Return the error message for rows that the train split does not have, with numbers that would fit."""
+    given = f"--holdout {args.holdout}" + (" (the default)" if args.holdout == HOLDOUT else "")
+    held_out = min(HOLDOUT, max(total // 5, min(total - 1, 1)))
+    fitting = f"--holdout {held_out}"
+    if args.train_rows is not None:
+        given = f"--train-rows {args.train_rows} and {given}"
+        left = total - args.train_rows
+        fitting = f"--holdout {min(held_out, left)}" if left > 0 else f"--train-rows {total - held_out} {fitting}"
+    return (
+        f"{given}: expected fewer rows, the train split of task {task!r} has {total} rows in total; {fitting} would fit"
+    )
 
 
 def load_base(name: str, task: Task, *, ask_hub: Callable[[], str] | None = None) -> tuple[Any, Any]:
@@ -194,6 +214,8 @@ def load_base(name: str, task: Task, *, ask_hub: Callable[[], str] | None = None
 
 def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any]:
     with loaded_from(name):
+        if AutoConfig.from_pretrained(name, **loading).model_type == EarlyExitConfig.model_type:
+            raise ValueError("it already has exits; give the stock model that it was converted from")
         tokenizer = AutoTokenizer.from_pretrained(name, **loading)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -207,22 +229,6 @@ def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any]:
         )
         check_encoder(model, info)
     return model, tokenizer
-
-
-def check_vocabulary(data: EncodedSplit, tokenizer: Any, name: str) -> None:
-    """Raise if the tokenizer does not fit the text; for a folder without one transformers makes an empty one.
-
-    Raises:
-        ValueError: most tokens of the first rows are unknown.
-    """
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    ids = [i for row in range(min(len(data), 200)) for i in data[row]["input_ids"] if i not in special]
-    unknown = sum(i == tokenizer.unk_token_id for i in ids) / max(len(ids), 1)
-    if unknown > 0.5:
-        raise ValueError(
-            f"--model: {unknown:.0%} of the task's tokens are unknown to the tokenizer of {name}; save the model's own "
-            "tokenizer in the same folder"
-        )
 
 
 def training_arguments(

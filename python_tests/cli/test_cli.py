@@ -69,7 +69,33 @@ def test_missing_model_folder_is_refused(capsys, tmp_path):
 def test_too_many_rows_are_refused_before_training(capsys, base, tmp_path):
     arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--train-rows", "31500"]
     message = error_of(capsys, arguments)
-    assert "--train-rows 31500 and --holdout 1000" in message and "has 32000 rows in total" in message
+    assert "--train-rows 31500 and --holdout 1000 (the default)" in message and "has 32000 rows in total" in message
+    assert message.endswith("; --holdout 500 would fit")
+
+
+@pytest.mark.parametrize(
+    ("rows", "fitting"),
+    [
+        ([], "--holdout 19"),
+        (["--train-rows", "90"], "--holdout 6"),
+        (["--train-rows", "99"], "--train-rows 77 --holdout 19"),
+    ],
+)
+def test_default_holdout_of_a_small_data_set_says_what_would_fit(capsys, base, tmp_path, small_task, rows, fitting):
+    arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path / "out"), *rows]
+    message = error_of(capsys, arguments)
+    assert "--holdout 1000 (the default): " in message and message.endswith(f"96 rows in total; {fitting} would fit")
+    assert main([*arguments, *fitting.split(), "--epochs", "1"]) == 0
+
+
+def test_model_with_exits_is_refused_by_name(capsys, trained, tmp_path):
+    message = error_of(capsys, ["train", "--model", str(trained), "--task", "toy", "--output", str(tmp_path)])
+    assert f"--model: {trained} " in message and "already has exits" in message
+
+
+def test_model_is_checked_before_the_rows(capsys, tmp_path, small_task):
+    message = error_of(capsys, ["train", "--model", str(tmp_path / "x"), "--task", "toy", "--output", str(tmp_path)])
+    assert "--model: expected a folder" in message and "--holdout" not in message
 
 
 def test_too_large_holdout_is_refused_without_naming_train_rows(capsys, base, tmp_path, small_task):
@@ -218,7 +244,32 @@ def test_eval_refuses_task_with_other_classes(trained, capsys, tmp_path, monkeyp
     lines = "".join(f"{i}\t{i % 6}\twhat ?\n" for i in range(200))
     (tmp_path / "trec" / "train.tsv").write_text(f"idx\tlabel\tsentence\n{lines}", encoding="utf-8")
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
-    assert "trec has 6 classes" in error_of(capsys, ["eval", "--model", str(trained), "--task", "trec"])
+    message = error_of(capsys, ["eval", "--model", str(trained), "--task", "trec"])
+    assert "negative, positive; trec has DESC, ENTY, ABBR, HUM, LOC, NUM" in message
+
+
+def _write_task(folder: Path, name: str, columns: str, rows: list[str]) -> None:
+    (folder / name).mkdir()
+    for split in ("train", "dev"):
+        lines = "".join(f"{i}\t{i % 2}\t{row}\n" for i, row in enumerate(rows))
+        (folder / name / f"{split}.tsv").write_text(f"idx\tlabel\t{columns}\n{lines}", encoding="utf-8")
+
+
+def test_eval_refuses_task_with_other_labels_of_the_same_number(trained, capsys, tmp_path, monkeypatch):
+    _write_task(tmp_path, "mrpc", "sentence1\tsentence2", ["the plot was dull .\tthe cast was witty ."] * 200)
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    message = error_of(capsys, ["eval", "--model", str(trained), "--task", "mrpc"])
+    assert "labels of the model" in message and "mrpc has not_equivalent, equivalent" in message
+
+
+def test_eval_on_a_smaller_task_with_the_same_labels(trained, capsys, tmp_path, monkeypatch):
+    _write_task(tmp_path, "sst2", "sentence", ["the plot was dull ."] * 40)
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    assert main(["eval", "--model", str(trained), "--task", "sst2", "--points", "8", "--drop", "1"]) == 0
+    assert "Chosen on 39 held-out train rows" in capsys.readouterr().out
+    (tmp_path / "sst2" / "train.tsv").write_text("idx\tlabel\tsentence\n" + "0\t1\tein fader film\n" * 9, "utf-8")
+    message = error_of(capsys, ["eval", "--model", str(trained), "--task", "sst2"])
+    assert "tokens of the first 8 rows of the train split are unknown" in message
 
 
 def test_damaged_recipe_is_refused(trained, tmp_path, capsys):
@@ -232,6 +283,7 @@ def test_demo_runs_and_writes_results(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "QUICK", sizes)
     assert main(["demo", "--quick", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
+    assert out.count(demo.QUICK_NOTE) == 1 and out.index(demo.QUICK_NOTE) < out.index("accuracy")
     assert all(sentence in out for sentence in demo.SENTENCES) and "patience 2" in out and "5 reported" in out
     records = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))["records"]
     plain, full = (r for r in records if r.get("model") in (demo.PLAIN, "full depth"))
@@ -243,5 +295,20 @@ def test_tokenizer_that_does_not_fit_the_text_is_refused(tmp_path, capsys, small
     toy.toy_model(layers=2, hidden=16).save_pretrained(tmp_path / "stock")
     arguments = ["--task", "toy", "--holdout", "24", "--output", str(tmp_path / "out")]
     message = error_of(capsys, ["train", "--model", str(tmp_path / "stock"), *arguments])
-    assert "tokens are unknown to the tokenizer" in message
+    assert "of the first 72 rows of the train split are unknown to the tokenizer of" in message
+    assert "It knows no words, as the folder has no files of a tokenizer" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_of_other_text_is_refused(base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "dev"):
+        lines = "".join(f"{i}\t{i % 2}\tein ganz wunderbar langweiliger film\n" for i in range(40))
+        (tmp_path / "sst2" / f"{split}.tsv").write_text(f"idx\tlabel\tsentence\n{lines}", encoding="utf-8")
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    arguments = ["--task", "sst2", "--holdout", "8", "--output", str(tmp_path / "out")]
+    message = error_of(capsys, ["train", "--model", base, *arguments])
+    tokens = len(toy.vocabulary())
+    assert "80% of the tokens of the first 32 rows" in message
+    assert f"It has {tokens} tokens, the model {tokens} embeddings" in message and "made for other text" in message
+    assert "files of a tokenizer" not in message

@@ -35,7 +35,7 @@ INVALID = {
         "--task": ["", "sst3"],
         "--output": [""],
         "--method": ["", "magic"],
-        "--pooling": ["max"],
+        "--pooling": ["max", "family"],
         "--train-rows": [*NUMBERS, "0", "1.5", "9" * 5000],
         "--holdout": [*NUMBERS, "1e3"],
         "--epochs": [*NUMBERS, "0", "1e9", "1e400"],

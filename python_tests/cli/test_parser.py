@@ -63,7 +63,7 @@ def test_version_without_installed_package(capsys, monkeypatch):
 def test_lists_are_those_of_the_package(capsys):
     assert earlyexit_cli.TASKS == TASK_NAMES
     assert tuple(sorted(OBJECTIVES)) == earlyexit_cli.METHODS
-    assert set(earlyexit_cli.POOLINGS) == set(train.POOLINGS)
+    assert earlyexit_cli.HOLDOUT == train.HOLDOUT
     assert set(earlyexit_cli.COMMANDS) == set(cli.COMMANDS)
     with pytest.raises(SystemExit):
         earlyexit_cli.main(["eval", "--help"])
