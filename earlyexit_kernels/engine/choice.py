@@ -40,7 +40,7 @@ class Explanation(NamedTuple):
     Attributes:
         engine: ``"eager"`` or ``"graph"``, and why.
         layers: ``"family"`` or ``"fused"``, and why; the graph engine uses its own kernels instead.
-        backend: of the ops.
+        backend: of the exits.
     """
 
     engine: Choice
@@ -51,5 +51,5 @@ class Explanation(NamedTuple):
         return (
             f"engine {self.engine.name!r}: {self.engine.reason}\n"
             f"layers {self.layers.name!r}: {self.layers.reason}\n"
-            f"back-end of the ops: {self.backend!r}"
+            f"back-end of the exits: {self.backend!r}"
         )

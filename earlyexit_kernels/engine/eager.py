@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.criteria import Criterion, resolve_backend
 from earlyexit_kernels.engine.counts import Counts, counts_for
 from earlyexit_kernels.engine.exits import ExitSource, RequestExits, exit_source
 from earlyexit_kernels.engine.full_depth import hidden_of
@@ -49,7 +49,7 @@ class RunOptions:
     """How a batch is run.
 
     Attributes:
-        backend: of the ops, ``"auto"`` or a name.
+        backend: of the ops, ``"auto"`` or a name. A registered rule can limit that of the exits.
         compaction: ``"auto"`` compacts when that pays, ``"always"`` at every exit, ``"never"``.
         strict: raise on invalid logits.
         layer_macs: multiply-adds of one layer per token.
@@ -165,7 +165,7 @@ def run(
     exits = _Exits(
         RequestExits.new(rule, rows=rows, classes=classes, depth=depth, device=device, keys=keys),
         exit_source(heads, rule.needs, live.states),
-        bare_op("exit_step", options.backend, device.type),
+        bare_op("exit_step", resolve_backend(rule.name, options.backend, device.type), device.type),
         counts_for(depth, device, exact=skips is not None),
         options.strict,
     )

@@ -67,7 +67,9 @@ class Execution:
         self._compaction = compaction
 
     def backend(self, view: ModelView) -> str:
-        """Return the back-end of the ops on the device of a model.
+        """Return the back-end of the exits on the device of a model.
+
+        That of the other ops is the same, except where ``"auto"`` finds fewer back-ends for a registered criterion.
 
         Raises:
             BackendUnavailableError: the requested one cannot run there or in float64, or does not implement the
@@ -148,7 +150,10 @@ class Execution:
     def _run_eagerly(self, view: ModelView, inputs: Inputs, strict: bool) -> ExitOutput:
         hidden, batch, keys = embed_rows(view, inputs, with_keys=view.criterion.exit_rule.uses_keys)
         options = eager.RunOptions(
-            backend=self.backend(view), compaction=self._compaction, strict=strict, layer_macs=self._layer_macs
+            backend=_requested(self._backend, view),
+            compaction=self._compaction,
+            strict=strict,
+            layer_macs=self._layer_macs,
         )
         layers = self.encoder_layers(view)
         return eager.run(hidden, batch, layers, view.heads, view.criterion, view.classes, options, keys)
@@ -319,14 +324,18 @@ def _check_option(name: str, value: str, options: Sequence[str]) -> None:
 
 
 def _resolved(backend: str, view: ModelView) -> str:
-    """Return the back-end that a name stands for on a model's device; a float64 model runs on torch only."""
-    name = resolve_backend(view.criterion.exit_rule.name, backend, view.backbone.device.type)
+    """Return the back-end of the exits that a name stands for on a model's device."""
+    return resolve_backend(view.criterion.exit_rule.name, _requested(backend, view), view.backbone.device.type)
+
+
+def _requested(backend: str, view: ModelView) -> str:
+    """Return the name of the back-end that the ops of a model run on; a float64 model runs on torch only."""
     is_float64 = view.backbone.dtype == torch.float64
     if is_float64 and backend not in ("auto", "torch"):
         raise BackendUnavailableError(
             f"backend {backend!r} does not support a float64 model; use 'auto' or 'torch', or call model.float()"
         )
-    return "torch" if is_float64 else name
+    return "torch" if is_float64 else backend
 
 
 def _log_layers(view: ModelView, reason: str | None) -> None:

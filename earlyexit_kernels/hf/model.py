@@ -133,7 +133,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
 
     @property
     def backend(self) -> str:
-        """The back-end of the ops on the device of this model; a float64 model runs on torch only."""
+        """The back-end of the exits on the device of this model; a float64 model runs on torch only."""
         return self.execution.backend(self.view())
 
     def set_backend(self, backend: str) -> None:

@@ -13,8 +13,9 @@ from support.models import balance_classes, batch_for, early_exit, ragged
 from support.registered_rules import SteadyLead, TritonSteadyLead, registered, steady_lead_layers
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import criteria, ops
+from earlyexit_kernels import backends, criteria, ops
 from earlyexit_kernels.criteria import Criterion, Entropy, SkipGate
+from earlyexit_kernels.engine import eager, packing
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.tuning.sweep import outcome
 
@@ -78,6 +79,33 @@ def test_auto_resolves_to_torch_and_logs_it_once(steady, caplog):
     assert messages == ["criterion 'steady_lead' supports the back-ends torch: 'auto' chose 'torch'"]
     model.set_criterion(Entropy(threshold=0.3))
     assert model.backend == early_exit().backend
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_rows_move_on_the_back_end_of_the_device(steady, monkeypatch, skips):
+    """Only the decision is limited to torch."""
+    met = []
+    bare_op = eager.bare_op
+
+    def watched(op, backend, device):
+        met.append((op, backends.resolve(backend, device)))
+        return bare_op(op, backend, device)
+
+    for module in (eager, packing):
+        monkeypatch.setattr(module, "bare_op", watched)
+    model, batch, _, threshold = prepared()
+    rule = steady(threshold=threshold)
+    if skips:
+        model, rule = early_exit(gain=4, num_labels=3, method="smartbert"), SkipGate(threshold=0.5, exit=rule)
+    model.compaction = "always"
+    model.set_criterion(rule)
+    met.clear()
+    model(**batch)
+    chosen = backends.resolve("auto", "cpu")
+    assert set(met) == {("exit_step", "torch"), ("compact", chosen), ("gather_rows", chosen)}
+    met.clear()
+    model.double()(**batch)
+    assert {backend for _, backend in met} == {"torch"}
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
