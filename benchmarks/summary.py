@@ -51,8 +51,8 @@ def headline(results: Path | None = None) -> str:
     machine = f"{facts['threads']} threads of an {facts['cpu']}"
     return (
         f"On SST-2 sentences in batches of 32 on {machine}, a 6-layer MiniLM with\n"
-        f"exits takes {plain:.2f} of the time of the plain Transformers model, and {own:.2f} of its own time without "
-        "exits ([results](#results))."
+        f"exits takes {plain:.2f} of the time of the plain Transformers model, and {own:.2f} of its time with early "
+        "exit off ([results](#results))."
     )
 
 
