@@ -4,13 +4,17 @@ Requires onnx, onnxscript and onnxruntime. Every row runs every layer: the answe
 early-exit model, the time is that of full depth.
 """
 
+from pathlib import Path
+
 import onnxruntime
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import earlyexit_kernels  # noqa: F401  registers the model type `early-exit` with transformers
 
-FOLDER, FILE = "early-exit-model", "early-exit.onnx"
+FOLDER, FILE = "early-exit-model", "early-exit.onnx"  # a folder written by save_pretrained, with its tokenizer
+if not Path(FOLDER).is_dir():
+    raise SystemExit(f"expected the folder {FOLDER} here: run convert_and_train.py first, or set FOLDER to your model")
 model, tokenizer = AutoModelForSequenceClassification.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
 batch = tokenizer(["The music was superb.", "The plot of the film was dull."], padding=True, return_tensors="pt")
 

@@ -1,10 +1,14 @@
 """Load a saved early-exit model and run it in a `pipeline` of transformers. Run convert_and_train.py first."""
 
+from pathlib import Path
+
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import earlyexit_kernels  # noqa: F401  registers the model type `early-exit` with transformers
 
-FOLDER = "early-exit-model"
+FOLDER = "early-exit-model"  # a folder written by save_pretrained, with its tokenizer
+if not Path(FOLDER).is_dir():
+    raise SystemExit(f"expected the folder {FOLDER} here: run convert_and_train.py first, or set FOLDER to your model")
 SENTENCES = ["The music was superb.", "The plot of the film was dull.", "The acting was really brilliant."]
 
 classify = pipeline("text-classification", model=FOLDER)

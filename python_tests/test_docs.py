@@ -197,6 +197,12 @@ def test_examples_run(name, example_folder, monkeypatch):
     assert run_example(name, example_folder, monkeypatch).strip()
 
 
+@pytest.mark.parametrize("name", ["text_pipeline", "export_onnx"])
+def test_example_without_a_saved_model_says_what_is_missing(name, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"expected the folder early-exit-model here: run convert_and_train.py first"):
+        run_example(name, tmp_path, monkeypatch)
+
+
 def test_examples_are_short_listed_and_tested():
     files = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
     assert sorted(files) == sorted(EXAMPLES)
