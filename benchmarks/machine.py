@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Bytes written before a timing, over those of the L2 cache: the host launches the call while they are written.
+FLUSHES = 16
 
 
 class NotMeasuredError(Exception):
@@ -21,6 +26,13 @@ def synchronize() -> None:
     """Wait for the device."""
     if device() == "cuda":
         torch.cuda.synchronize()
+
+
+@functools.cache
+def l2_filler(device: str) -> Tensor:
+    """Return a buffer much larger than a GPU's L2 cache; writing it flushes the cache and keeps the device busy."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(FLUSHES * size, dtype=torch.int8, device=device)
 
 
 def runs_natively(dtype: str) -> bool:

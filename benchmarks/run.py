@@ -14,7 +14,7 @@ from benchmarks import harness, plots
 from benchmarks.end_to_end import server, suites
 from benchmarks.end_to_end.models import MODEL_VARIABLE
 from benchmarks.harness import Record
-from benchmarks.micro import collect, decision_cost, layer_products, weight_checks
+from benchmarks.micro import decision_cost, layer_products, weight_checks
 from benchmarks.readme import rewrite
 from earlyexit_kernels.tuning.report import environment
 
@@ -22,7 +22,7 @@ from earlyexit_kernels.tuning.report import environment
 SUITES: dict[str, Callable[[int], Iterator[Record]]] = {
     suites.SINGLE_STREAM: suites.single_stream,
     suites.OFFLINE: suites.offline,
-    **{module.SUITE: module.records for module in (server, decision_cost, layer_products, weight_checks, collect)},
+    **{module.SUITE: module.records for module in (server, decision_cost, layer_products, weight_checks)},
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Call, Record, Variant, do_nothing, ratio_fields, record_header, time_fields
-from benchmarks.machine import DTYPES, NotMeasuredError
+from benchmarks.machine import DTYPES, NotMeasuredError, l2_filler
 from earlyexit_kernels.backends import NAMESPACE, available_backends
 from earlyexit_kernels.tuning.timing import interleave
-
-#: Bytes written before a timing, over those of the L2 cache: the host launches the call while they are written.
-FLUSHES = 16
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class Bench:
     def by_events(self, call: Call) -> float:
         """Return the milliseconds of a call on the device, queued behind a flush of its L2 cache."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _filler(self.device).zero_()
+        l2_filler(self.device).zero_()
         start.record()
         call()
         end.record()
@@ -142,12 +138,6 @@ class Bench:
             prepare=lambda name: restore(),
             clock=None if by_host else self.by_events,
         )
-
-
-@functools.cache
-def _filler(device: str) -> Tensor:
-    size = torch.cuda.get_device_properties(device).L2_cache_size
-    return torch.empty(FLUSHES * size, dtype=torch.int8, device=device)
 
 
 def header(suite: str, case: str, engine: str, *, shape: str = "", dtype: str = "", backend: str = "") -> Record:

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.harness import Checked, Implementation
 from benchmarks.machine import device
 from benchmarks.micro.decisions import even_offsets
-from benchmarks.micro.groups import EAGER, TIMED, Group, Shape, around, repeated
+from benchmarks.micro.shapes import EAGER, NAMES, Shape, around, repeated
 from earlyexit_kernels.ops import bare_op
 
 #: Which rows are live -> how many of B.
@@ -40,7 +40,7 @@ class Case:
     shape: Shape
 
     def __str__(self) -> str:
-        return f"{self.op}-{self.live.replace(' ', '_')}-{self.shape.slug}"
+        return f"{self.op}-{self.live.replace(' ', '_')}-{self.shape}"
 
 
 #: A batch of one row is never compacted.
@@ -68,7 +68,7 @@ def plain_plan(row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor
     return row_ids[live], F.pad(lengths.cumsum(0), (1, 0)), live.nonzero()[:, 0]
 
 
-def compact_group(case: Case) -> Group:
+def compact_variants(case: Case) -> dict[str, Implementation]:
     """The plan of a compaction."""
     shape = case.shape
     row_ids = row_ids_with(shape.rows, LIVE[case.live](shape.rows))
@@ -83,12 +83,11 @@ def compact_group(case: Case) -> Group:
 
         return repeated(name, call, check)
 
-    ops = {backend: bare_op("compact", backend, device()) for backend in TIMED} | {EAGER: plain_plan}
-    variants = {name: variant(name, functools.partial(op, row_ids, offsets)) for name, op in ops.items()}
-    return Group("compact", case.live, shape, variants, {"live": len(wanted[0])})
+    ops = {name: plain_plan if name == EAGER else bare_op("compact", name, device()) for name in NAMES}
+    return {name: variant(name, functools.partial(op, row_ids, offsets)) for name, op in ops.items()}
 
 
-def gather_group(case: Case) -> Group:
+def gather_variants(case: Case) -> dict[str, Implementation]:
     """The tokens of the live rows, moved into a second buffer."""
     shape, count = case.shape, LIVE[case.live](case.shape.rows)
     row_ids = row_ids_with(shape.rows, count)
@@ -110,23 +109,21 @@ def gather_group(case: Case) -> Group:
         op(hidden, offsets, source, new_offsets, out)
         return out
 
-    ops = {backend: bare_op("gather_rows", backend, device()) for backend in TIMED}
-    variants = {name: variant(name, functools.partial(gather, op)) for name, op in ops.items()}
-    variants[EAGER] = variant(EAGER, lambda: padded[live])
-    return Group("gather_rows", case.live, shape, variants, {"live": count})
+    ops = {name: bare_op("gather_rows", name, device()) for name in NAMES if name != EAGER}
+    calls = {name: functools.partial(gather, op) for name, op in ops.items()} | {EAGER: lambda: padded[live]}
+    return {name: variant(name, call) for name, call in calls.items()}
 
 
-GROUPS = {"compact": compact_group, "gather_rows": gather_group}
+OPS = {"compact": compact_variants, "gather_rows": gather_variants}
 
 
 @functools.lru_cache(maxsize=1)
-def group_of(case: Case) -> Group:
-    """Return the variants of a case; they are timed one after the other, so one group is kept."""
-    return GROUPS[case.op](case)
+def variants_of(case: Case) -> dict[str, Implementation]:
+    """Return the variants of a case; they are timed one after the other, so those of one case are kept."""
+    return OPS[case.op](case)
 
 
-@pytest.mark.parametrize(
-    ("case", "name"), [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in (*TIMED, EAGER)]
-)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_compaction(timed, case, name):
-    timed(group_of(case), name)
+    timed(variants_of(case)[name])

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.harness import Implementation
+from benchmarks.harness import Implementation, Variant
 from benchmarks.machine import device
 from benchmarks.micro.decisions import LAYER, Decision, head_giving, middle_settings, random_trace
-from benchmarks.micro.groups import BASE, CALLS, EAGER, TIMED, Group, Shape, around, repeated, variant_of
 from benchmarks.micro.plain import SOURCES, STEPS, PlainDecision, Reference
+from benchmarks.micro.shapes import BASE, CALLS, EAGER, NAMES, Shape, around, repeated
 from earlyexit_kernels.criteria import Criterion, Patience
 
 #: Rows of the trace that settings are chosen on, so that they are the same for every batch.
@@ -32,7 +32,7 @@ class Case:
     shape: Shape
 
     def __str__(self) -> str:
-        return f"{self.rule}-{self.source}-{self.shape.slug}"
+        return f"{self.rule}-{self.source}-{self.shape}"
 
 
 CASES = [
@@ -50,8 +50,8 @@ def rules(classes: int) -> dict[str, Criterion]:
 
 
 @functools.lru_cache(maxsize=1)
-def group_of(case: Case) -> Group:
-    """Return the variants of a case; they are timed one after the other, so one group is kept."""
+def variants_of(case: Case) -> dict[str, Implementation]:
+    """Return the variants of a case; they are timed one after the other, so those of one case are kept."""
     shape, rule = case.shape, rules(case.shape.classes)[case.rule]
     trace = random_trace(shape.rows, shape.classes, device())
     exits = [trace.logits[:, k].contiguous() for k in range(trace.depth)]
@@ -65,17 +65,14 @@ def group_of(case: Case) -> Group:
     def fused(backend: str) -> Implementation:
         found = Decision(rule, trace, backend, CALLS[device()], head)
         check, prepare = lambda: reference.check(found.outcome()), found.restore
-        return Implementation(variant_of(backend), found, check, prepare)
+        return Implementation(Variant(backend), found, check, prepare)
 
     plain = PlainDecision(rule, exits, SOURCES[case.source], inputs)
-    variants = {backend: fused(backend) for backend in TIMED}
-    variants[EAGER] = repeated(EAGER, plain.decide, lambda: reference.check(plain.outcome()))
-    facts = {"rule": rule.to_dict(), "left": int(reference.wanted.left.sum())}
-    return Group("exit_step", f"{case.rule}, {case.source}", shape, variants, facts)
+    eager = repeated(EAGER, plain.decide, lambda: reference.check(plain.outcome()))
+    return {name: eager if name == EAGER else fused(name) for name in NAMES}
 
 
-@pytest.mark.parametrize(
-    ("case", "name"), [pytest.param(case, name, id=f"{case}-{name}") for case in CASES for name in (*TIMED, EAGER)]
-)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_exit_step(timed, case, name):
-    timed(group_of(case), name)
+    timed(variants_of(case)[name])

@@ -1,4 +1,4 @@
-"""The `timed` fixture: checks one variant of a group, then lets pytest-benchmark time it."""
+"""The `timed` fixture: checks one variant of a case, then lets pytest-benchmark time it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.machine import synchronize
-from benchmarks.micro.groups import WARM_UP, Group, flush
+from benchmarks.harness import Implementation
+from benchmarks.machine import device, l2_filler, synchronize
 
-ROUNDS = 20
+ROUNDS, WARM_UP = 20, 2
 
 
 @pytest.fixture(autouse=True)
@@ -23,24 +22,24 @@ def inference() -> Iterator[None]:
 
 
 @pytest.fixture
-def timed(benchmark: Any) -> Callable[[Group, str], None]:
-    """``timed(group, name)``: check one variant of a group, and time it; a wrong one fails, a missing one is skipped"""
+def timed(benchmark: Any) -> Callable[[Implementation], None]:
+    """``timed(variant)``: check a variant, then time it; on a GPU its L2 cache is flushed before each call."""
 
-    def run(group: Group, name: str) -> None:
-        variant = group.variants[name]
-        for skipped in harness.prepare([(variant.variant, lambda: variant)]).skipped:
-            stop = pytest.fail if skipped.kind == harness.REFUSED else pytest.skip
-            stop(skipped.reason)
+    def run(variant: Implementation) -> None:
+        wrong = variant.check().wrong
+        assert not wrong, wrong
 
         def prepare() -> None:
             variant.prepare()
-            flush()
+            if device() == "cuda":
+                l2_filler("cuda").zero_()
+            synchronize()
 
         def call() -> None:
             variant.call()
             synchronize()
 
-        benchmark.group = str(group)
+        benchmark.group = benchmark.name.rpartition("-")[0]
         benchmark.pedantic(call, setup=prepare, rounds=ROUNDS, warmup_rounds=WARM_UP)
 
     return run

@@ -17,37 +17,34 @@ from benchmarks.micro import (
     weight_checks,
 )
 from benchmarks.micro.decisions import LAYER
-from benchmarks.micro.groups import EAGER, TIMED, Shape
+from benchmarks.micro.shapes import NAMES, Shape
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.ops import bare_op
 
 TINY = Shape(rows=6, classes=3, width=16, length=4)
-COMMON = set("suite op case shape dtype engine backend baseline device calls".split())
-NUMBERS = set("median_ms low_ms high_ms p90_ms ratio ratio_low ratio_high goal rounds".split())
 
 
 @pytest.fixture(autouse=True)
-def no_cached_groups():
-    """Drop the groups that the benchmarks cache."""
+def no_cached_variants():
+    """Drop the variants that the benchmarks cache."""
     yield
     for module in (bench_exit_step, bench_compact):
-        module.group_of.cache_clear()
+        module.variants_of.cache_clear()
 
 
 CASES = [bench_exit_step.Case(rule, source, TINY) for rule in plain.STEPS for source in plain.SOURCES]
-CASES += [bench_compact.Case(op, live, TINY) for op in bench_compact.GROUPS for live in bench_compact.LIVE]
+CASES += [bench_compact.Case(op, live, TINY) for op in bench_compact.OPS for live in bench_compact.LIVE]
+
+
+def wrong_variants(module, case) -> dict[str, str]:
+    with torch.inference_mode():
+        return {name: variant.check().wrong for name, variant in module.variants_of(case).items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_variants_agree_and_records_have_all_fields(case):
+def test_variants_agree(case):
     module = bench_exit_step if isinstance(case, bench_exit_step.Case) else bench_compact
-    with torch.inference_mode():
-        records = list(module.group_of(case).records(2))
-    assert {(r["engine"], r["backend"]) for r in records} == {(EAGER, ""), *((EAGER, name) for name in TIMED)}
-    for record in records:
-        assert set(record) >= COMMON | NUMBERS and record["rounds"] == 2
-        assert record["low_ms"] <= record["median_ms"] <= record["high_ms"]
-        assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
+    assert wrong_variants(module, case) == dict.fromkeys(NAMES, "")
 
 
 def forgets_answers(op, arguments):
@@ -88,14 +85,10 @@ def broken(fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_broken_op_is_refused(monkeypatch, fault):
+def test_broken_op_is_found(monkeypatch, fault):
     monkeypatch.setattr(decisions, "bare_op", broken(fault))
-    group = bench_exit_step.group_of(bench_exit_step.Case("patience", "logits", Shape(rows=64)))
-    with torch.inference_mode():
-        refused, *timed = group.records(1)
-    assert refused["backend"] == "torch" and FAULTS[fault] in refused["refused"]
-    assert set(refused) >= COMMON and not set(refused) & NUMBERS
-    assert {record["backend"] for record in timed} == {"", *TIMED} - {"torch"}
+    found = wrong_variants(bench_exit_step, bench_exit_step.Case("patience", "logits", Shape(rows=64)))
+    assert FAULTS[fault] in found.pop("torch") and set(found.values()) == {""}
 
 
 def test_benchmarks_run_under_pytest_and_are_collected_only_by_name():
@@ -120,7 +113,7 @@ def test_every_criterion_has_a_decision_cost():
 @pytest.mark.parametrize(
     ("suite", "sizes"),
     [
-        (decision_cost, {"BATCHES": (6,), "ROUNDS_PER_REPEAT": 1, "CALLS": dict.fromkeys(TIMED, 1)}),
+        (decision_cost, {"BATCHES": (6,), "ROUNDS_PER_REPEAT": 1, "CALLS": dict.fromkeys(NAMES, 1)}),
         (layer_products, {"WIDTHS": (64,), "ROWS": (1,)}),
     ],
     ids=lambda value: getattr(value, "SUITE", ""),

@@ -14,7 +14,7 @@ from support.fake_gpu import Event, small_bench
 from support.models import batch_for, early_exit
 from torch.autograd import DeviceType
 
-from benchmarks import goals
+from benchmarks import goals, machine
 from benchmarks.end_to_end import baselines, engines, models
 from benchmarks.end_to_end.engines import GRAPH
 from benchmarks.gpu import bench, calls, exits, nodes, products, promises, whole
@@ -260,7 +260,7 @@ def cuda(monkeypatch):
         "get_device_properties": lambda *_: SimpleNamespace(L2_cache_size=64),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    bench._filler.cache_clear()
+    machine.l2_filler.cache_clear()
     return captured
 
 

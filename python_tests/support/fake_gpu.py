@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import machine
 from benchmarks.end_to_end import answers, engines, measure, models
 from benchmarks.end_to_end.workloads import Fixed
-from benchmarks.gpu import bench, nodes, whole
+from benchmarks.gpu import nodes, whole
 from benchmarks.gpu.bench import Bench
 from earlyexit_kernels.engine import graphs
 from earlyexit_kernels.engine.choice import Choice
@@ -108,7 +109,7 @@ def use_tiny_models(monkeypatch) -> None:
 
 def clear_caches() -> None:
     """Drop all models that the benchmarks keep."""
-    for cache in (models.subject, engines.engine_model, answers.rounding_of, bench._filler):
+    for cache in (models.subject, engines.engine_model, answers.rounding_of, machine.l2_filler):
         cache.cache_clear()
 
 
