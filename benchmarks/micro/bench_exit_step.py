@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.harness import Implementation, Variant
+from benchmarks.harness import Checked, Implementation, Variant
 from benchmarks.machine import device
 from benchmarks.micro.decisions import LAYER, Decision, head_giving, middle_settings, random_trace
-from benchmarks.micro.plain import SOURCES, STEPS, PlainDecision, Reference
+from benchmarks.micro.plain import STEPS, PlainDecision
 from benchmarks.micro.shapes import BASE, CALLS, EAGER, NAMES, Shape, around, repeated
 from earlyexit_kernels.criteria import Criterion, Patience
 
@@ -55,20 +55,24 @@ def variants_of(case: Case) -> dict[str, Implementation]:
     shape, rule = case.shape, rules(case.shape.classes)[case.rule]
     trace = random_trace(shape.rows, shape.classes, device())
     exits = [trace.logits[:, k].contiguous() for k in range(trace.depth)]
-    head, inputs, middle = None, (), exits[LAYER - 1]
+    head, inputs = None, (exits[LAYER - 1],)
     if case.source != "logits":
-        head = head_giving(middle, shape.width, shape.length, case.source)
+        head = head_giving(exits[LAYER - 1], shape.width, shape.length, case.source)
         inputs = (head.hidden.view(shape.rows, shape.length, shape.width), head.weight, head.bias)
-        middle = SOURCES[case.source](*(x.double() for x in inputs))
-    reference = Reference(rule, [*exits[: LAYER - 1], middle, *exits[LAYER:]])
+    plain = PlainDecision(rule, exits, case.source, inputs)
 
     def fused(backend: str) -> Implementation:
         found = Decision(rule, trace, backend, CALLS[device()], head)
-        check, prepare = lambda: reference.check(found.outcome()), found.restore
-        return Implementation(Variant(backend), found, check, prepare)
 
-    plain = PlainDecision(rule, exits, SOURCES[case.source], inputs)
-    eager = repeated(EAGER, plain.decide, lambda: reference.check(plain.outcome()))
+        def check() -> Checked:
+            found.restore()
+            live = int(found()[0])
+            row_ids, _, answers, _ = found.copies[-1]
+            return plain.check(row_ids < 0, live, answers)
+
+        return Implementation(Variant(backend), found, check, found.restore)
+
+    eager = repeated(EAGER, plain, Checked)
     return {name: eager if name == EAGER else fused(name) for name in NAMES}
 
 

@@ -22,21 +22,6 @@ from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace, read_aux
 CLASSES, DEPTH, LAYER = 3, 12, 6
 
 
-class Outcome(NamedTuple):
-    """A decision, and the answers after the remaining layers, which show a state that was written wrongly.
-
-    Attributes:
-        left: ``[B]``, rows that left at the middle layer.
-        live: how many rows were counted live.
-        answers, exit_layer: ``[B, C]`` and ``[B]`` after the last layer.
-    """
-
-    left: Tensor
-    live: int
-    answers: Tensor
-    exit_layer: Tensor
-
-
 class Head(NamedTuple):
     """A linear exit on packed tokens ``[T, H]`` with their offsets ``[B + 1]``, as `exit_step` takes it."""
 
@@ -151,13 +136,3 @@ class Decision:
         for copy in self.copies:
             counts = op(*inputs, *copy, *tail)
         return counts
-
-    def outcome(self) -> Outcome:
-        """Run what is timed, then the remaining layers on the last copy."""
-        self.restore()
-        live = int(self()[0])
-        row_ids, _, answers, exit_layer = buffers = self.copies[-1]
-        left = row_ids < 0
-        for layer in range(LAYER + 1, DEPTH + 1):
-            self._decide(layer, buffers)
-        return Outcome(left, live, answers.clone(), exit_layer.clone())

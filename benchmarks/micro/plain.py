@@ -1,11 +1,10 @@
-"""Entropy and patience in plain torch, as written without the package: the baseline, and in float64 the reference.
+"""Entropy and patience in plain torch, as written without the package: what the ops are timed beside and compared with.
 
-The baseline does less than the op: it does not look for invalid logits, all rows have one length, and none has moved.
+The chain does less than the op: it does not look for invalid logits, all rows have one length, and none has moved.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -14,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Checked
-from benchmarks.micro.decisions import DEPTH, LAYER, Outcome
+from benchmarks.micro.decisions import LAYER
 
 State: TypeAlias = Sequence[Tensor]
 #: ``(criterion, z [B, C], state) -> leaves [B], new state``.
 Step: TypeAlias = Callable[[Any, Tensor, State], tuple[Tensor, State]]
-#: Logits and scores are scaled by 1 plus and minus this: a row whose decision changes is within rounding.
-ROUNDING = 1e-5
 #: Largest difference of an answer, absolute and relative.
 TOLERANCE = 1e-4
 
@@ -45,52 +42,6 @@ SOURCES: dict[str, Callable[..., Tensor]] = {
 STEPS: dict[str, Step] = {"entropy": _entropy, "patience": _patience}
 
 
-def _first_state(name: str, z: Tensor) -> State:
-    zeros = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    return (zeros - 1, zeros) if name == "patience" else ()
-
-
-class PlainDecision:
-    """A criterion at the middle layer in plain torch; `Decision` does the same with the package.
-
-    Args:
-        rule: entropy or patience.
-        logits: ``[B, C]`` of every exit.
-        source: computes the middle layer's logits from `inputs`, as part of what is timed; default: they are ready.
-        inputs: tensors.
-    """
-
-    def __init__(
-        self,
-        rule: Any,
-        logits: Sequence[Tensor],
-        source: Callable[..., Tensor] = SOURCES["logits"],
-        inputs: Sequence[Tensor] = (),
-    ) -> None:
-        self.rule, self.logits, self.step = rule, logits, STEPS[rule.name]
-        z = logits[LAYER - 1]
-        state = _first_state(rule.name, z)
-        for layer in range(1, LAYER):
-            _, state = self.step(rule, logits[layer - 1], state)
-        zeros = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-        #: Decides at the middle layer; this is what is timed.
-        self.decide = functools.partial(
-            chain_of(rule, source, len(state)), zeros.bool(), torch.zeros_like(z), zeros, *state, *(inputs or (z,))
-        )
-
-    def outcome(self) -> Outcome:
-        """Run what is timed, then the remaining layers."""
-        left, answers, exit_layer, live, *state = self.decide()
-        done = left
-        for layer in range(LAYER + 1, DEPTH + 1):
-            z = self.logits[layer - 1]
-            leaves, state = self.step(self.rule, z, state)
-            leaves = ~done if layer == DEPTH else leaves & ~done
-            answers, exit_layer = torch.where(leaves[:, None], z, answers), torch.where(leaves, layer, exit_layer)
-            done = done | leaves
-        return Outcome(left, int(live), answers, exit_layer)
-
-
 def chain_of(rule: Any, source: Callable[..., Tensor], kept: int = 0) -> Callable[..., tuple[Tensor, ...]]:
     """Return a decision as a function of tensors alone, since torch.compile guards all other arguments at every call.
 
@@ -110,28 +61,43 @@ def chain_of(rule: Any, source: Callable[..., Tensor], kept: int = 0) -> Callabl
     return chain
 
 
-class Reference:
-    """The decision in float64: as it is, and with the logits of all exits scaled slightly down and up."""
+class PlainDecision:
+    """A criterion at the middle layer in plain torch; `Decision` does the same with the package.
 
-    def __init__(self, rule: Any, logits: Sequence[Tensor]) -> None:
-        def outcome(factor: float) -> Outcome:
-            return PlainDecision(rule, [z.double() * factor for z in logits]).outcome()
+    Args:
+        rule: entropy or patience.
+        logits: ``[B, C]`` of the exits up to the middle layer.
+        source: a name of `SOURCES`, by which the middle layer's logits are computed as part of what is timed.
+        inputs: of the source.
+    """
 
-        self.wanted, lower, higher = (outcome(factor) for factor in (1.0, 1 - ROUNDING, 1 + ROUNDING))
-        self.sure = (lower.exit_layer == self.wanted.exit_layer) & (higher.exit_layer == self.wanted.exit_layer)
+    def __init__(self, rule: Any, logits: Sequence[Tensor], source: str, inputs: Sequence[Tensor]) -> None:
+        zeros = torch.zeros(len(logits[0]), dtype=torch.int64, device=logits[0].device)
+        state: State = (zeros - 1, zeros) if rule.name == "patience" else ()
+        for z in logits[: LAYER - 1]:
+            _, state = STEPS[rule.name](rule, z, state)
+        self.chain = chain_of(rule, SOURCES[source], len(state))
+        self.start, self.inputs = (zeros.bool(), torch.zeros_like(logits[0]), zeros, *state), inputs
 
-    def check(self, got: Outcome) -> Checked:
-        """Compare an outcome with the reference; rows within rounding may go either way."""
-        want, sure, rows = self.wanted, self.sure, len(self.sure)
-        if int((~sure).sum()) > rows // 30:
-            return Checked(f"the decisions of {int((~sure).sum())} of {rows} rows lie within rounding")
-        turned = int((got.left != want.left)[sure].sum())
-        if turned:
-            return Checked(f"{turned} of {rows} rows decide otherwise")
-        if got.live != int((~got.left).sum()):
-            return Checked(f"{got.live} rows are counted live, {int((~got.left).sum())} are")
-        if not torch.equal(got.exit_layer[sure], want.exit_layer[sure]):
-            return Checked("rows leave at other layers after it")
-        error = (got.answers.double() - want.answers).abs()[sure]
-        allowed = TOLERANCE * (1 + want.answers.abs()[sure])
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Decide; this is what is timed."""
+        return self.chain(*self.start, *self.inputs)
+
+    def check(self, left: Tensor, live: int, answers: Tensor) -> Checked:
+        """Compare a decision with this one in float64; one row in 30 may lie within rounding of the threshold.
+
+        Args:
+            left: rows that left, ``[B]``.
+            live: how many rows were counted live.
+            answers: ``[B, C]``, read for the rows that left.
+        """
+        done, zeros, *rest = self.start
+        want, expected, *_ = self.chain(done, zeros.double(), *rest, *(x.double() for x in self.inputs))
+        turned, both = int((left != want).sum()), left & want
+        if turned > len(left) // 30:
+            return Checked(f"{turned} of {len(left)} rows decide otherwise")
+        if live != int((~left).sum()):
+            return Checked(f"{live} rows are counted live, {int((~left).sum())} are")
+        error = (answers.double() - expected).abs()[both]
+        allowed = TOLERANCE * (1 + expected.abs()[both])
         return Checked("" if bool((error <= allowed).all()) else f"answers are off by up to {float(error.max()):.2g}")

@@ -51,17 +51,12 @@ def forgets_answers(op, arguments):
     op(*arguments[:8], torch.zeros_like(arguments[8]), *arguments[9:])
 
 
-def forgets_state(op, arguments):
-    op(*arguments[:7], arguments[7].clone(), *arguments[8:])
-
-
 def forgets_rows(op, arguments):
     op(*arguments[:6], arguments[6].clone(), *arguments[7:])
 
 
 FAULTS = {
     forgets_answers: "answers are off",
-    forgets_state: "rows leave at other layers",
     forgets_rows: "rows decide otherwise",
 }
 
