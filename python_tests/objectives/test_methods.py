@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
+from support.method_cases import METHODS, MULTI, PHASED, REGRESSION, method_case
 from support.models import CLASSES, batch_for, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import criteria, objectives
+from earlyexit_kernels import objectives
 from earlyexit_kernels.objectives import OBJECTIVES
 
 FAMILIES = ("bert", "albert")
@@ -27,31 +28,8 @@ DEPTH, ROWS = 3, 64
 LENGTHS = [3 + i * 5 % 4 for i in range(ROWS)]
 LABELS = torch.randint(0, CLASSES, (ROWS,), generator=torch.Generator().manual_seed(1))
 STEPS, STEPS_IN_EPOCH, RATE = 24, 6, 5e-3
-#: The rule of each method's paper, at a setting that leaves early.
-RULES = {
-    "joint": criteria.Patience(patience=1),
-    "pabee": criteria.Patience(patience=1),
-    "palbert": criteria.QExit(q=0.15),
-    "ensemble": criteria.Voting(threshold=2),
-    "smartbert": criteria.SkipGate(threshold=0.5, exit=criteria.Entropy(threshold=0.1)),
-    "dact": criteria.Dact(),
-    "deebert": criteria.Entropy(threshold=0.1),
-    "berxit": criteria.Learned(threshold=0.5),
-    "fastbert": criteria.Entropy(threshold=0.1, normalized=True),
-}
-#: Names of the parameters that each phase of a method trains; a method that is not listed trains all of them.
-TRAINS = {
-    "smartbert": (
-        r"backbone\.|heads\.(attention|out)\.2\.|heads\.(gates|projectors)\.",
-        r"heads\.(attention|out|contrast)\.[01]\.",
-    ),
-    "deebert": (r"backbone\.|heads\.(dense|out)\.2\.", r"heads\.(dense|out)\.[01]\."),
-    "fastbert": (r"backbone\.|heads\.(attention|out)\.2\.", r"heads\.(attention|out)\.[01]\."),
-}
-TWO_PHASES = ("smartbert", "deebert", "fastbert")
 #: The bias of a key shifts all scores of a query equally, so its gradient is zero up to rounding.
 NO_GRADIENT = re.compile(r"\.key\.bias$")
-MULTI, REGRESSION = "multi_label_classification", "regression"
 
 
 @dataclass
@@ -77,7 +55,7 @@ def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
     for number, phase in enumerate(ee.phases(model)):
         model.train()
         parameters = dict(model.named_parameters())
-        pattern = TRAINS.get(model.objective.name, ("",) * 2)[number]
+        pattern = METHODS[model.objective.name].trains[number]
         now = PhaseRecord(
             {n for n in parameters if re.match(pattern, n)}, {n for n, p in parameters.items() if p.requires_grad}
         )
@@ -119,9 +97,10 @@ def methods(names=tuple(OBJECTIVES)):
     return lambda test: pytest.mark.parametrize("family", FAMILIES)(pytest.mark.parametrize("name", names)(test))
 
 
-def test_every_method_has_a_rule():
-    assert set(RULES) == set(OBJECTIVES) and all(OBJECTIVES[name].rule == rule.name for name, rule in RULES.items())
-    assert {name for name, cls in OBJECTIVES.items() if len(cls().phases) > 1} == set(TWO_PHASES) == set(TRAINS)
+def test_every_method_has_a_row():
+    assert set(METHODS) == {cls.name for cls in OBJECTIVES.values()}
+    assert all(OBJECTIVES[name].rule == case.rule.name for name, case in METHODS.items())
+    assert {name for name in METHODS if len(OBJECTIVES[name]().phases) > 1} == set(PHASED)
 
 
 @methods()
@@ -130,15 +109,15 @@ def test_training_fits_a_small_batch(family, name):
     model, batch, told = trained(family, name)
     assert all(phase.losses[-1] < 0.5 * phase.losses[0] for phase in told)
     model.eval()
-    model.set_criterion(RULES[name] if model.objective.answering() else None)
+    model.set_criterion(method_case(name).rule if model.objective.answering() else None)
     assert (model(**batch).logits.argmax(1) == LABELS).float().mean() >= 0.95
-    model.set_criterion(RULES[name])
+    model.set_criterion(method_case(name).rule)
     out = model(**batch)
     assert (out.logits.argmax(1) == LABELS).float().mean() >= 0.95
     assert name == "dact" or (out.layers_run < DEPTH).float().mean() > 0.2
 
 
-@methods(TWO_PHASES)
+@methods(PHASED)
 def test_second_phase_trains_early_exits_only(family, name):
     _, _, (_, told) = trained(family, name)
     before, after = told.exits
@@ -161,7 +140,7 @@ def test_all_parts_are_trainable_after_the_phases(family, name):
     for _ in ee.phases(model):
         pass
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
-    assert (model.phase is None) is (name in TWO_PHASES)
+    assert (model.phase is None) is (name in PHASED)
     with pytest.raises(KeyError):
         for phase in ee.phases(model):
             if phase.number == len(model.objective.phases):
@@ -187,7 +166,7 @@ def test_parameters_frozen_by_the_user_stay_frozen(name):
 
 
 @pytest.mark.parametrize("by_user", [False, True])
-@pytest.mark.parametrize("name", TWO_PHASES)
+@pytest.mark.parametrize("name", PHASED)
 def test_a_frozen_encoder_runs_without_dropout(name, by_user):
     """Its hidden states are equal in two passes, and differ while it is trained; the exits apply dropout in both."""
     model = ee.to_early_exit(stock("bert", dropout=0.4, **TINY), method=name).train()
@@ -226,10 +205,7 @@ def test_other_frozen_parts_run_without_dropout(name):
 @pytest.mark.parametrize("problem_type", [MULTI, REGRESSION])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_methods_refuse_undefined_tasks(name, problem_type):
-    able = {
-        MULTI: {"joint", "pabee", "palbert", "deebert"},
-        REGRESSION: {"joint", "pabee", "palbert", "deebert", "berxit"},
-    }[problem_type]
+    able = {other for other in OBJECTIVES if problem_type in method_case(other).tasks}
     base = stock("bert", num_labels=1 if problem_type == REGRESSION else CLASSES, problem_type=problem_type, **TINY)
     if name in able:
         assert ee.to_early_exit(base, method=name).problem_type == problem_type
@@ -254,40 +230,13 @@ def test_regression(name):
     assert out.loss == pytest.approx(F.mse_loss(out.logits[:, 0], values).item(), abs=1e-6)
     assert all(late < 0.5 * early for early, late in zip(*told[-1].exits, strict=True) if early > 0.05)
     if name in ("palbert", "berxit"):
-        model.set_criterion(RULES[name])
+        model.set_criterion(method_case(name).rule)
         assert model(**batch).logits.shape == (32, 1)
-
-
-#: Each method with a value other than the default for every argument.
-OTHERWISE = {
-    "joint": objectives.Joint(equilibrium=True),
-    "pabee": objectives.Joint(equilibrium=True),
-    "palbert": objectives.Palbert(
-        beta=0.1, prior=0.3, kl="posterior_prior", close_tail=False, halting_input="diff", halting_layers=1
-    ),
-    "ensemble": objectives.Ensemble(diversity=0.3, min_over="batch", detach_target=True, skip_last=True, cap=2.0),
-    "smartbert": objectives.Smartbert(
-        gate_weight=0.1,
-        gate_penalty="linear",
-        skip_threshold=0.7,
-        soft_epochs=1,
-        contrast_backbone=0.2,
-        contrast_exits=0.3,
-        temperature_backbone=0.6,
-        temperature_exits=0.7,
-        positive_backbone=False,
-        positive_exits=True,
-    ),
-    "dact": objectives.Dact(ponder=0.2, include_last=False, shared=True, halting_bias=-1.0),
-    "deebert": objectives.Deebert(),
-    "berxit": objectives.Berxit(strategy="two_stage", odd_includes_last=False, learned_weight=0.5),
-    "fastbert": objectives.Fastbert(kl="student_teacher"),
-}
 
 
 @methods()
 def test_save_and_load(family, name, tmp_path):
-    objective = OTHERWISE[name]
+    objective = method_case(name).otherwise
     defaults = type(objective)()
     assert all(getattr(objective, argument) != getattr(defaults, argument) for argument in vars(objective))
     model = converted(family, objective)
@@ -308,7 +257,7 @@ def test_save_and_load(family, name, tmp_path):
     assert torch.equal(loaded(**batch, labels=LABELS[:8]).loss, model(**batch, labels=LABELS[:8]).loss)
 
 
-@pytest.mark.parametrize("name", TWO_PHASES)
+@pytest.mark.parametrize("name", PHASED)
 def test_labels_outside_of_a_phase(name):
     """In train mode labels are refused, since the phase is unknown; without labels, and in eval mode, they are not."""
     model = converted("bert", name)

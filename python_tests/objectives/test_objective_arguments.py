@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from support.method_cases import METHODS
 from support.models import batch_for, stock
 from support.objective_cases import CASES, CLASSES, MULTI, REGRESSION, SINGLE
 
@@ -34,34 +35,12 @@ from earlyexit_kernels.objectives import (
     register,
 )
 
-#: Name, parts that learn (None: all), epochs, lr, projections and need of labels of each phase.
-TWO_STAGE = {"backbone", "dense", "last_exit"}
-PHASES = {
-    "joint": [("joint", None, 5, 2e-5, None, True)],
-    "palbert": [("ponder", None, 25, 1e-5, None, True)],
-    "ensemble": [("ensemble", None, 3, 2e-5, None, True)],
-    "dact": [("dact", None, 3, 2e-5, None, True)],
-    "deebert": [
-        ("backbone", TWO_STAGE, 3, 2e-5, None, True),
-        ("exits", {"early_exits"}, 3, 2e-5, None, True),
-    ],
-    "berxit": [("alternating", None, 3, 2e-5, None, True)],
-    "fastbert": [
-        ("backbone", TWO_STAGE, 3, 2e-5, None, True),
-        ("exits", {"early_exits"}, 5, 2e-4, None, False),
-    ],
-    "smartbert": [
-        ("backbone", TWO_STAGE | {"gates", "projectors"}, 5, 2e-5, "inputs", True),
-        ("exits", {"early_exits"}, 4, 2e-5, "exits", True),
-    ],
-}
-
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_phases(name):
     objective = objective_of(name)
     got = [(p.name, p.trains, p.epochs, p.lr, p.projections, p.needs_labels) for p in objective.phases]
-    assert got == [(n, set(t or PARTS), *rest) for n, t, *rest in PHASES[objective.name]]
+    assert got == [(n, set(t or PARTS), *rest) for n, t, *rest in METHODS[objective.name].phases]
 
 
 def test_phase_arguments_are_checked():
@@ -108,45 +87,7 @@ def test_saved_and_read_back(case):
     assert from_dict(data) == objective_of(data) == objective_of(case.objective) == case.objective
 
 
-#: constructor, arguments, and what the message has to say.
-REFUSED = [
-    (Palbert, {"beta": -1}, ("beta", "-1", "at least 0")),
-    (Palbert, {"prior": 0}, ("prior", "0", "in (0, 1)")),
-    (Palbert, {"prior": 1.0}, ("prior", "1.0", "in (0, 1)")),
-    (Palbert, {"prior": math.nan}, ("prior", "nan", "finite number")),
-    (Palbert, {"kl": "forward"}, ("kl", "'forward'", "prior_posterior")),
-    (Palbert, {"close_tail": 1}, ("close_tail", "1", "True or False")),
-    (Palbert, {"halting_input": None}, ("halting_input", "None", "concat")),
-    (Palbert, {"halting_layers": 0}, ("halting_layers", "0", "whole number at least 1")),
-    (Palbert, {"halting_layers": 2.0}, ("halting_layers", "2.0", "whole number")),
-    (Palbert, {"halting_layers": True}, ("halting_layers", "True", "whole number")),
-    (Ensemble, {"diversity": 1.1}, ("diversity", "1.1", "[0, 1]")),
-    (Ensemble, {"min_over": "row"}, ("min_over", "'row'", "sample")),
-    (Ensemble, {"detach_target": "yes"}, ("detach_target", "'yes'", "True or False")),
-    (Ensemble, {"skip_last": 0}, ("skip_last", "0", "True or False")),
-    (Ensemble, {"cap": 0}, ("cap", "0", "above 0")),
-    (Ensemble, {"cap": math.inf}, ("cap", "inf", "finite number")),
-    (Dact, {"ponder": -0.1}, ("ponder", "-0.1", "at least 0")),
-    (Dact, {"ponder": 10**400}, ("ponder", "finite number")),
-    (Dact, {"include_last": None}, ("include_last", "None", "True or False")),
-    (Dact, {"shared": None}, ("shared", "None", "True or False")),
-    (Dact, {"halting_bias": "high"}, ("halting_bias", "'high'", "finite number")),
-    (Berxit, {"strategy": "even"}, ("strategy", "'even'", "two_stage")),
-    (Berxit, {"odd_includes_last": 1}, ("odd_includes_last", "1", "True or False")),
-    (Berxit, {"learned_weight": -1}, ("learned_weight", "-1", "at least 0")),
-    (Fastbert, {"kl": "student"}, ("kl", "'student'", "teacher_student")),
-    (Smartbert, {"gate_weight": -1}, ("gate_weight", "-1", "at least 0")),
-    (Smartbert, {"gate_penalty": "square"}, ("gate_penalty", "'square'", "reciprocal")),
-    (Joint, {"equilibrium": 1}, ("equilibrium", "1", "True or False")),
-    (Smartbert, {"skip_threshold": 1.5}, ("skip_threshold", "1.5", "[0, 1]")),
-    (Smartbert, {"soft_epochs": -1}, ("soft_epochs", "-1", "at least 0")),
-    (Smartbert, {"contrast_backbone": 2}, ("contrast_backbone", "2", "[0, 1]")),
-    (Smartbert, {"contrast_exits": True}, ("contrast_exits", "True", "finite number")),
-    (Smartbert, {"temperature_backbone": 0}, ("temperature_backbone", "0", "above 0")),
-    (Smartbert, {"temperature_exits": -1}, ("temperature_exits", "-1", "above 0")),
-    (Smartbert, {"positive_backbone": 1}, ("positive_backbone", "1", "True or False")),
-    (Smartbert, {"positive_exits": 1}, ("positive_exits", "1", "True or False")),
-]
+REFUSED = [(OBJECTIVES[name], *given) for name, case in METHODS.items() for given in case.refused]
 
 
 @pytest.mark.parametrize(("method", "arguments", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", None))
