@@ -6,12 +6,13 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks import harness, plots
-from benchmarks.end_to_end import server, suites
+from benchmarks.end_to_end import measure, server, suites
 from benchmarks.end_to_end.models import MODEL_VARIABLE
 from benchmarks.harness import Record
 from benchmarks.micro import decision_cost, layer_products, weight_checks
@@ -20,8 +21,7 @@ from earlyexit_kernels.tuning.report import environment
 
 #: Suite -> its records, given the repeats.
 SUITES: dict[str, Callable[[int], Iterator[Record]]] = {
-    suites.SINGLE_STREAM: suites.single_stream,
-    suites.OFFLINE: suites.offline,
+    **{name: partial(measure.records, name, cases) for name, cases in suites.CASES.items()},
     **{module.SUITE: module.records for module in (server, decision_cost, layer_products, weight_checks)},
 }
 

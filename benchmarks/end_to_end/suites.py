@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
 from benchmarks.end_to_end.baselines import PEERS, USUAL
 from benchmarks.end_to_end.forced import FAMILY, FULL, NEVER, OWN
-from benchmarks.end_to_end.measure import records
 from benchmarks.end_to_end.variants import Case
 from benchmarks.end_to_end.workloads import Fixed, Sst2
-from benchmarks.harness import Record
 
 SINGLE_STREAM, OFFLINE = "single_stream", "offline"
 ONE_AT_HALF, HALF = "all at 50 %", "uniform, 50 %"
@@ -43,11 +38,3 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("MiniLM", Sst2(32, 4), (FULL, NEVER, OWN, HALF), USUAL, OWN),
     ),
 }  # fmt: skip
-
-
-def suite(name: str, repeats: int) -> Iterator[Record]:
-    """Yield the records of a suite of `CASES`."""
-    return records(name, CASES[name], repeats)
-
-
-single_stream, offline = partial(suite, SINGLE_STREAM), partial(suite, OFFLINE)

@@ -51,14 +51,9 @@ def one(records: list[dict], **fields) -> dict:
 
 
 def test_goals_are_of_measured_cases():
-    measured = {
-        (", ".join((case.subject, exits, case.work.name)), dtype)
-        for cases in suites.CASES.values()
-        for case in cases
-        for exits in case.exits
-        for dtype in case.dtypes
-    }
-    assert {key[:2] for key in goals.END_TO_END} <= measured
+    cases = [case for suite in suites.CASES.values() for case in suite]
+    names = {f"{case.subject}, {exits}, {case.work.name}" for case in cases for exits in case.exits}
+    assert {case for case, _, _ in goals.END_TO_END} <= names
 
 
 def random_trace(rows=16, depth=4) -> ee.ExitTrace:
@@ -184,12 +179,12 @@ def test_flips_within_rounding_are_counted_and_others_refused():
     assert "row 0 left at layer 2, in the replay at 1" in checked(1e-2).wrong
 
 
-@pytest.mark.parametrize("exits", [[1, 2], [0, 1, 2], [1, 4, 2]])
-def test_impossible_exit_layers_are_refused(exits):
+def test_impossible_exit_layers_are_refused():
     trace = random_trace(3, 3)
     truth = answers.Truth(trace, trace.logits[:, -1], 1e-5, 1e-5)
-    answer = (trace.logits[: len(exits), 0], torch.tensor(exits))
-    assert "exit layers in 1..3" in answers.check_answers([truth], [answer], None).wrong
+    for exits in ([1, 2], [0, 1, 2], [1, 4, 2]):
+        answer = (trace.logits[: len(exits), 0], torch.tensor(exits))
+        assert "exit layers in 1..3" in answers.check_answers([truth], [answer], None).wrong
 
 
 def test_comparison_is_with_the_faster_runtime(monkeypatch):
