@@ -69,11 +69,22 @@ class ExitTrace:
         """Concatenate the traces of several batches along the rows, without projections.
 
         Raises:
-            ValueError: no trace was given, the traces have different aux names or problem types, or only some have
-                keys.
+            ValueError: not a list of traces, or an empty one; the traces have different depths, classes, aux names or
+                problem types, or only some have keys.
         """
+        listed = isinstance(traces, Sequence)
+        other = next((t for t in traces if not isinstance(t, ExitTrace)), None) if listed else traces
+        if other is not None:
+            raise ValueError(
+                f"ExitTrace.cat: expected a list of traces, one for each batch, got {type(other).__name__}"
+            )
         if not traces:
             raise ValueError("ExitTrace.cat: expected at least one trace, got an empty list")
+        if len({t.logits.shape[1:] for t in traces}) > 1:
+            raise ValueError(
+                "ExitTrace.cat: expected logits [N, L, C] with the same L and C in every trace, got "
+                f"{[list(t.logits.shape) for t in traces]}"
+            )
         names = [sorted(t.aux) for t in traces]
         if any(n != names[0] for n in names):
             raise ValueError(f"ExitTrace.cat: expected the same aux outputs in every trace, got {names}")

@@ -55,7 +55,10 @@ class Recipe:
         """
         path = folder / RECIPE_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"expected {RECIPE_FILE} in {folder}; `earlyexit train` writes it")
+            raise FileNotFoundError(
+                f"expected {RECIPE_FILE} in {folder}; `earlyexit train` writes it, and a model trained in Python is "
+                "evaluated there, with model.trace and replay"
+            )
         try:
             recipe = Recipe(**json.loads(path.read_text(encoding="utf-8")))
             for name, check in RECIPE_CHECKS.items():

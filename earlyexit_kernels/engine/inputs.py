@@ -73,7 +73,8 @@ def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, chec
         raise ValueError(f"input_ids: expected at least one token a row, got shape {list(shape)}")
     if shape[1] > max_length:
         raise ValueError(
-            f"input_ids: a row may have {max_length} tokens in this model, got {shape[1]}; truncate the text"
+            f"input_ids: a row may have {max_length} tokens in this model, got {shape[1]}; tokenize with "
+            f"truncation=True, max_length={max_length}"
         )
     if mask is not None:
         _check_mask(mask, shape)

@@ -193,8 +193,8 @@ def refuse_masked_first(refused: bool) -> None:
     """Raise ValueError if the first token of a row is masked, which the exits read."""
     if refused:
         raise ValueError(
-            "attention_mask: the first token of a row is masked, but these exits read it; pad on the right, or convert "
-            "with pooling='mean'"
+            "attention_mask: the first token of a row is masked, but these exits read it; pad on the right "
+            "(tokenizer.padding_side = 'right'), or convert with pooling='mean'"
         )
 
 

@@ -135,8 +135,8 @@ class _PadRight:
             if not isinstance(row, Mapping) or "input_ids" not in row:
                 got = f"keys {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
                 raise ValueError(
-                    f"predict_with_exits: expected items that are mappings with 'input_ids', got {got}; tokenize the "
-                    "text, or pass collate_fn"
+                    f"predict_with_exits: expected items that are mappings with 'input_ids', got {got}; make "
+                    "them with [tokenizer(text) for text in texts], or pass collate_fn"
                 )
         batch = {}
         for name in [n for n in _INPUTS if n in rows[0]]:

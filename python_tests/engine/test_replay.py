@@ -202,6 +202,23 @@ def test_cat_refuses_different_traces():
         )
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (ee.ExitTrace(torch.zeros(1, 2, 2)), "a list of traces, .*got ExitTrace"),
+        ([ee.ExitTrace(torch.zeros(1, 2, 2)), torch.zeros(1, 2, 2)], "a list of traces, .*got Tensor"),
+        (
+            [ee.ExitTrace(torch.zeros(1, 2, 2)), ee.ExitTrace(torch.zeros(1, 3, 2))],
+            r"logits \[N, L, C\] with the same L and C in every trace, got \[\[1, 2, 2\], \[1, 3, 2\]\]",
+        ),
+    ],
+    ids=["one trace", "a tensor", "another depth"],
+)
+def test_cat_refuses_other_things_than_traces_of_one_model(given, words):
+    with pytest.raises(ValueError, match=f"ExitTrace.cat: expected {words}"):
+        ee.ExitTrace.cat(given)
+
+
 def test_cat_of_keys():
     logits = torch.zeros(2, 2, 2)
     keyed = [ee.ExitTrace(logits, keys=torch.tensor(keys)) for keys in ([1, 2], [3, 4])]

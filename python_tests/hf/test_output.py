@@ -183,5 +183,5 @@ def test_predict_with_exits_on_a_model():
     with pytest.raises(TypeError, match="expected an early-exit model or a Trainer"):
         ee.predict_with_exits("model", data)
     for item, said in (("a text", "got str"), ({"text": "a"}, r"got keys \['text'\]")):
-        with pytest.raises(ValueError, match=f"items that are mappings with 'input_ids', {said}; tokenize"):
+        with pytest.raises(ValueError, match=f"items that are mappings with 'input_ids', {said}; make them"):
             ee.predict_with_exits(model, [item])
