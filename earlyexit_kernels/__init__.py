@@ -9,19 +9,23 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from earlyexit_kernels import backbones, criteria, objectives, ops
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine.packing import register_attention
-from earlyexit_kernels.engine.replay import replay
+from earlyexit_kernels.engine.replay import replay, replay_each
 from earlyexit_kernels.errors import (
     AttentionReplacedError,
     BackendUnavailableError,
     InvalidLogitsError,
     MissingHeadsError,
 )
+from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
 from earlyexit_kernels.hf.training import Phase, phases
+from earlyexit_kernels.tuning.calibrate import calibrate
+from earlyexit_kernels.tuning.sweep import collect_trace, sweep
+from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
 from earlyexit_kernels.types import ExitTrace
 
 __version__ = "0.1.0"
@@ -29,22 +33,31 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionReplacedError",
     "BackendUnavailableError",
+    "Calibration",
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
     "ExitPredictions",
     "ExitTrace",
     "InvalidLogitsError",
+    "Latency",
+    "MaxDrop",
     "MissingHeadsError",
     "Phase",
+    "Risk",
+    "SpeedUp",
     "available_backends",
     "backbones",
+    "calibrate",
+    "collect_trace",
     "criteria",
     "objectives",
     "ops",
     "phases",
     "predict_with_exits",
     "replay",
+    "replay_each",
+    "sweep",
     "to_early_exit",
 ]
 

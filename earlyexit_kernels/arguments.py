@@ -1,4 +1,6 @@
-"""Checks of constructor arguments: each returns the checked value or raises ValueError.
+"""Checks of constructor arguments and of registered classes.
+
+The check of an argument returns the checked value or raises ValueError.
 
 A class lists its checks in a table, ``checks = {"threshold": number(low=0.0)}``, and `check_fields` applies it. Every
 message says what was expected and what was given.
@@ -9,11 +11,13 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 #: ``(where, value) -> value``; `where` begins the message, e.g. ``"Palbert(beta=...)"``.
 Check: TypeAlias = Callable[[str, Any], Any]
+#: ``class ->`` what is expected of it and what it has instead, or an empty string.
+Problem: TypeAlias = Callable[[Any], str]
 
 
 def check_fields(instance: Any, checks: Mapping[str, Check]) -> None:
@@ -108,3 +112,64 @@ def _shown(value: Any) -> str:
     if hasattr(value, "tolist") and not isinstance(value, numbers.Real):
         return f"a {type(value).__name__}; its tolist() gives a number or a list of numbers"
     return repr(value)
+
+
+def path_of(thing: Any) -> str:
+    """Return the module and qualified name of a class or function."""
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def defined_again(new: Any, known: Any) -> bool:
+    """Return whether a class or function replaces another of the same module and qualified name.
+
+    A notebook cell that runs again, and a module that is reloaded, define their classes and functions again.
+    """
+    named = all(hasattr(thing, "__qualname__") for thing in (new, known))
+    return named and path_of(new) == path_of(known)
+
+
+def check_registered(cls: Any, base: type, problems: Iterable[Problem]) -> None:
+    """Check that a class extends `base`, is a frozen dataclass with a name, and has none of the problems.
+
+    Raises:
+        TypeError: not a subclass of `base`.
+        ValueError: names the missing or wrong part of the class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        public = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
+        raise TypeError(f"register: expected a subclass of {public}, got {cls!r}")
+    for problem in (_dataclass_problem, _name_problem, *problems):
+        found = problem(cls)
+        if found:
+            raise ValueError(f"register({cls.__name__}): {found}")
+
+
+def enter(table: dict[str, Any], cls: Any) -> None:
+    """Add a class to a table under its name, or replace one that it defines again.
+
+    Raises:
+        ValueError: the name belongs to another class.
+    """
+    known = table.setdefault(cls.name, cls)
+    if known is not cls and not defined_again(cls, known):
+        raise ValueError(
+            f"register({cls.__name__}): the name {cls.name!r} belongs to {path_of(known)}; give the class another name"
+        )
+    table[cls.name] = cls
+
+
+def _dataclass_problem(cls: Any) -> str:
+    parameters = vars(cls).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        return (
+            "expected a frozen dataclass; write @dataclasses.dataclass(frozen=True, kw_only=True) above the class and "
+            "@register above that"
+        )
+    return ""
+
+
+def _name_problem(cls: Any) -> str:
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        return f"expected a class attribute `name: ClassVar[str]` such as 'my_rule', got {name!r}"
+    return ""

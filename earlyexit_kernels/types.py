@@ -64,6 +64,12 @@ class ExitTrace:
         """L, the number of exits."""
         return self.logits.shape[1]
 
+    def take(self, rows: Tensor | slice) -> ExitTrace:
+        """Return some rows, by index ``[M]`` int64 or slice, without projections."""
+        aux = {name: values[rows] for name, values in self.aux.items()}
+        keys = None if self.keys is None else self.keys[rows]
+        return ExitTrace(self.logits[rows], aux, keys, problem_type=self.problem_type)
+
     @staticmethod
     def cat(traces: Sequence[ExitTrace]) -> ExitTrace:
         """Concatenate the traces of several batches along the rows, without projections.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from earlyexit_kernels.arguments import defined_again
 from earlyexit_kernels.backbones.albert import ALBERT
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
@@ -20,7 +21,6 @@ from earlyexit_kernels.backbones.bert import BERT
 from earlyexit_kernels.backbones.distilbert import DISTILBERT
 from earlyexit_kernels.backbones.electra import ELECTRA
 from earlyexit_kernels.backbones.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
-from earlyexit_kernels.registration import defined_again
 
 __all__ = [
     "BACKBONES",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.arguments import defined_again, enter, path_of
 from earlyexit_kernels.backends import BACKENDS, resolve
 from earlyexit_kernels.criteria.base import CLASS_KEY, Criterion
 from earlyexit_kernels.criteria.dact import Dact
@@ -30,7 +31,6 @@ from earlyexit_kernels.criteria.sampled_exit import SampledExit
 from earlyexit_kernels.criteria.skip_gate import SkipGate
 from earlyexit_kernels.criteria.voting import Voting
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.registration import defined_again, enter, path_of
 
 __all__ = [
     "CRITERIA",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earlyexit_kernels import registration
+from earlyexit_kernels.arguments import check_registered
 from earlyexit_kernels.criteria.base import MAX_PARAMS, Criterion
 from earlyexit_kernels.types import ANY_TASK, AUX_ACTIVATIONS
 
@@ -26,7 +26,7 @@ def check_class(cls: Any) -> None:
         TypeError: not a subclass of `Criterion`.
         ValueError: names the missing or wrong part of the class.
     """
-    registration.check_class(cls, Criterion, (_rule_problem, _inputs_problem, _step_problem))
+    check_registered(cls, Criterion, (_rule_problem, _inputs_problem, _step_problem))
 
 
 def check_instance(criterion: Criterion, depth: int) -> None:

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from earlyexit_kernels.backbones import BACKBONES, adapter_of
 from earlyexit_kernels.criteria import Criterion, from_dict
 from earlyexit_kernels.hf import limits
+from earlyexit_kernels.hf.calibration import Calibration
 
 FORMAT_VERSION = 1
 #: Entry -> the expected kind of value, in words, and a test for it; a missing entry or None passes.
@@ -51,6 +52,7 @@ class EarlyExitConfig(PretrainedConfig):
         backbone_config: config of the encoder, or its dict; it is copied.
         method: name of a training method, or data of `Objective.to_dict`.
         criterion: data of `Criterion.to_dict`, or None for full depth.
+        calibration: data of `Calibration.to_dict`, or None.
         heads: data of `HeadConfig.to_dict`.
         strict: raise on invalid logits (NaN, several +inf, or all -inf).
         format_version: of the saved files.
@@ -83,6 +85,7 @@ class EarlyExitConfig(PretrainedConfig):
         criterion: dict[str, Any] | None = None,
         heads: dict[str, Any] | None = None,
         strict: bool = False,
+        calibration: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
@@ -107,12 +110,15 @@ class EarlyExitConfig(PretrainedConfig):
         limits.check_sizes("", kwargs, limits.LABELS)
         _refuse_outputs("", kwargs)
         from_dict(criterion)
+        if calibration is not None:
+            Calibration.from_dict(calibration)
         # transformers resets the attention of nested configs: a shared object would lose its own
         self.backbone_config = copy.deepcopy(backbone_config)
         self.method = method
         self.criterion = criterion
         self.heads = heads or {}
         self.strict = strict
+        self.calibration = calibration
         self.format_version = format_version
         super().__init__(**kwargs)
 

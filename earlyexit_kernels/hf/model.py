@@ -18,6 +18,7 @@ from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_m
 from earlyexit_kernels.engine.packing import PACKED_ATTENTION
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
+from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.checkpoint import Checkpointed
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.execution import Execution, full_depth_output
@@ -54,9 +55,6 @@ class EarlyExitForSequenceClassification(Checkpointed):
         >>> output = model(input_ids=torch.tensor([[2, 7, 3], [2, 9, 3]]))
         >>> output.exit_layer.tolist(), tuple(output.logits.shape)
         ([1, 1], (2, 2))
-        >>> model.set_criterion(None)
-        >>> model(input_ids=torch.tensor([[2, 7, 3], [2, 9, 3]])).exit_layer.tolist()
-        [3, 3]
     """
 
     config_class = EarlyExitConfig
@@ -104,6 +102,13 @@ class EarlyExitForSequenceClassification(Checkpointed):
         """The current exit criterion; None: full depth."""
         return None if isinstance(rule := self._criterion, FullDepth) else rule
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """How the current criterion was chosen by `calibrate`; None if it was set otherwise, or after training."""
+        config: Any = self.config
+        found = None if config.calibration is None else Calibration.from_dict(config.calibration)
+        return found if found is not None and found.criterion == self.criterion else None
+
     def set_criterion(self, criterion: Criterion | None) -> None:
         """Choose the exit criterion, which is saved with the model. A forward pass under way keeps the previous one.
 
@@ -125,6 +130,8 @@ class EarlyExitForSequenceClassification(Checkpointed):
         self.execution.check_criterion(self.view(rule))
         self._criterion = rule
         config.criterion = None if isinstance(rule, FullDepth) else rule.to_dict()
+        if self.calibration is None:
+            config.calibration = None
 
     @property
     def invalid_rows(self) -> int:
@@ -309,6 +316,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         # one view for the pass: another thread may set a criterion before it ends
         view, task, strict = self.view(), self.problem_type, bool(config.strict)
         if self.training:
+            config.calibration = None  # it describes the weights before this step
             options = self.phase_state.trace_options(task)
             trace = self.execution.trace(view, inputs, options, strict=strict, problem_type=task, training=True)
             loss, result = self.phase_state.loss(self.heads, trace, labels, task), full_depth_output(trace)
@@ -378,8 +386,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings of the backbone, as in transformers; those of the stock model keep their size."""
-        backbone: Any = self.backbone
-        return backbone.resize_token_embeddings(*args, **kwargs)
+        return self.backbone.resize_token_embeddings(*args, **kwargs)  # type: ignore[operator]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, early_exit_model_in
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_LABELS = ("labels", "label")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+LABELS = ("labels", "label")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def predict_with_exits(
     loader: Any
     gather: Callable[[Any], Any] = _as_they_are
     if not is_trainer:
-        pad = model.config.backbone_config.pad_token_id or 0
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or _PadRight(pad))
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or PadRight.of(model))
     else:
         loader = model_or_trainer.get_test_dataloader(dataset)
         gather = model_or_trainer.accelerator.gather_for_metrics
@@ -112,11 +111,11 @@ def _predict(model: EarlyExitForSequenceClassification, loader: Any, gather: Cal
     labels: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in loader:
-            inputs = {k: batch[k].to(model.device) for k in _INPUTS if k in batch}
+            inputs = {k: batch[k].to(model.device) for k in INPUTS if k in batch}
             out: Any = model(**inputs)
             answers = gather((out.logits.float(), out.exit_layer, out.layers_run))
             parts.append(tuple(x.cpu().numpy() for x in answers))
-            labels.extend(gather(batch[name]).cpu().numpy() for name in _LABELS if name in batch)
+            labels.extend(gather(batch[name]).cpu().numpy() for name in LABELS if name in batch)
     if not parts:
         empty = np.zeros(0, dtype=np.int64)
         return ExitPredictions(np.zeros((0, model.config.num_labels), np.float32), empty, empty.copy(), None)
@@ -124,29 +123,35 @@ def _predict(model: EarlyExitForSequenceClassification, loader: Any, gather: Cal
     return ExitPredictions(logits, exit_layer, layers_run, np.concatenate(labels) if labels else None)
 
 
-class _PadRight:
+class PadRight:
     """Collate token lists to the longest row of the batch."""
 
     def __init__(self, pad_token_id: int) -> None:
         self.fill = {"input_ids": pad_token_id}
+
+    @staticmethod
+    def of(model: EarlyExitForSequenceClassification) -> PadRight:
+        """Return the collator with the pad token of a model."""
+        config: Any = model.config.backbone_config
+        return PadRight(config.pad_token_id or 0)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for row in rows:
             if not isinstance(row, Mapping) or "input_ids" not in row:
                 got = f"keys {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__
                 raise ValueError(
-                    f"predict_with_exits: expected items that are mappings with 'input_ids', got {got}; make "
-                    "them with [tokenizer(text) for text in texts], or pass collate_fn"
+                    f"expected items that are mappings with 'input_ids', got {got}; make them with "
+                    "[tokenizer(text) for text in texts], or pass collate_fn"
                 )
         batch = {}
-        for name in [n for n in _INPUTS if n in rows[0]]:
+        for name in [n for n in INPUTS if n in rows[0]]:
             values = [torch.as_tensor(row[name]) for row in rows]
             fill = self.fill.get(name, 0)
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
         if "attention_mask" not in batch:
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
             batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        for name in _LABELS:
+        for name in LABELS:
             if name in rows[0]:
                 batch[name] = torch.as_tensor(np.asarray([row[name] for row in rows]))
         return batch

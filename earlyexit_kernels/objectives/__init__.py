@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from earlyexit_kernels.arguments import check_registered, enter
 from earlyexit_kernels.objectives.base import (
     PARTS,
     Objective,
@@ -22,7 +23,6 @@ from earlyexit_kernels.objectives.fastbert import Fastbert
 from earlyexit_kernels.objectives.joint import Joint
 from earlyexit_kernels.objectives.palbert import Palbert
 from earlyexit_kernels.objectives.smartbert import Smartbert
-from earlyexit_kernels.registration import check_class, enter
 from earlyexit_kernels.types import CLASSIFICATION
 
 __all__ = [
@@ -97,7 +97,7 @@ def register(cls: _Class) -> _Class:
         LastExit()
         >>> _ = ee.objectives.OBJECTIVES.pop("last_exit")  # forget it again
     """
-    check_class(cls, Objective, (_rule_problem, _loss_problem))
+    check_registered(cls, Objective, (_rule_problem, _loss_problem))
     enter(OBJECTIVES, cls)
     return cls
 

@@ -1,14 +1,19 @@
 """Metrics of text classification tasks; listed in `METRICS`.
 
-Predictions and labels are class indices ``[N]``, or numbers ``[N]`` for a regression task. Higher is better.
+Predictions and labels are class indices ``[N]``, or numbers ``[N]`` for a regression task. F1 and Matthews correlation
+are those of scikit-learn (extra ``tuning``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+#: Bins of `ece`.
+BINS = 15
 
 
 def _arrays(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray]:
@@ -22,25 +27,43 @@ def _arrays(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return the share of correct rows."""
+    """Return the share of correct rows; with several labels a row ``[N, C]``, all of them must be right."""
+    if np.ndim(labels) == 2:
+        predicted, truth = np.asarray(predictions), np.asarray(labels)
+        if predicted.shape != truth.shape or not len(truth):
+            raise ValueError(
+                "accuracy: expected predictions and labels of one shape [N, C] with N >= 1, "
+                f"got {list(predicted.shape)} and {list(truth.shape)}"
+            )
+        return float((predicted == truth).all(axis=1).mean())
     predicted, truth = _arrays(predictions, labels)
     return float((predicted == truth).mean())
 
 
 def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return the Matthews correlation of classes 0 and 1, in [-1, 1]; 0 if predictions or labels are constant."""
+    """Return the Matthews correlation of any number of classes, in [-1, 1]; 0 if predictions or labels are constant."""
     predicted, truth = _arrays(predictions, labels)
-    if not (np.isin(predicted, (0, 1)).all() and np.isin(truth, (0, 1)).all()):
-        raise ValueError("matthews: expected classes 0 and 1 only")
-    return pearson(predicted, truth)
+    return float(_scikit_learn().matthews_corrcoef(truth, predicted))
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Return the harmonic mean of precision and recall of class 1; 0 without true positives."""
     predicted, truth = _arrays(predictions, labels)
-    true_positives = float(((predicted == 1) & (truth == 1)).sum())
-    positives = float((predicted == 1).sum() + (truth == 1).sum())
-    return 2 * true_positives / positives if positives else 0.0
+    return float(_scikit_learn().f1_score(truth == 1, predicted == 1, zero_division=0.0))
+
+
+def macro_f1(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Return the mean over the classes of the harmonic mean of precision and recall."""
+    predicted, truth = _arrays(predictions, labels)
+    return float(_scikit_learn().f1_score(truth, predicted, average="macro", zero_division=0.0))
+
+
+def _scikit_learn() -> Any:
+    try:
+        from sklearn import metrics
+    except ImportError as error:
+        raise ImportError("this metric requires scikit-learn: pip install earlyexit_kernels[tuning]") from error
+    return metrics
 
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -64,17 +87,59 @@ def _ranks(values: NDArray) -> NDArray:
     return (last - (count - 1) / 2)[group]
 
 
+def auroc(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Return the area under the ROC curve of the class probabilities; the mean over classes, each against the rest."""
+    scores, truth = probabilities(np.asarray(logits)), np.asarray(labels)
+    if scores.shape[1] == 2:
+        return float(_scikit_learn().roc_auc_score(truth, scores[:, 1]))
+    classes = np.arange(scores.shape[1])
+    return float(_scikit_learn().roc_auc_score(truth, scores, multi_class="ovr", labels=classes))
+
+
+def ece(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Return the expected calibration error of the largest probability, over `BINS` bins of equal width; 0 is best.
+
+    The mean over the rows of the distance of the accuracy of a bin from its mean probability (Naeini et al., 2015).
+    """
+    scores = probabilities(np.asarray(logits))
+    confidence, right = scores.max(axis=1), scores.argmax(axis=1) == np.asarray(labels)
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    gaps = np.bincount(bins, confidence - right, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def probabilities(logits: NDArray) -> NDArray:
+    """Return the class probabilities ``[N, C]`` of logits, float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+#: Functions of predictions and labels; higher is better.
 METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "accuracy": accuracy,
     "matthews": matthews,
     "f1": f1,
+    "macro_f1": macro_f1,
     "pearson": pearson,
     "spearman": spearman,
 }
+#: Functions of logits ``[N, C]`` and labels; of `ece` the lower, of `auroc` the higher is better.
+LOGIT_METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {"auroc": auroc, "ece": ece}
 
 
-def predictions_of(logits: NDArray) -> NDArray:
-    """Return the predictions ``[N]`` of logits ``[N, C]``: the first largest class, or the logit itself if C = 1."""
+def predictions_of(logits: NDArray, problem_type: str | None = None) -> NDArray:
+    """Return the predictions of logits ``[N, C]``.
+
+    Args:
+        logits: of one exit.
+        problem_type: as in transformers; default: regression if C = 1, else single-label classification.
+
+    Returns:
+        the logit itself ``[N]`` if C = 1, 0 or 1 for each label ``[N, C]`` for several labels a row, else the first
+        largest class ``[N]``.
+    """
+    if problem_type == "multi_label_classification":
+        return (logits > 0).astype(np.int64)
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
 
 
@@ -84,8 +149,11 @@ def score(metrics: Sequence[str], logits: NDArray, labels: ArrayLike) -> dict[st
     Raises:
         ValueError: a metric is unknown, or the shapes do not fit.
     """
-    unknown = sorted(set(metrics) - set(METRICS))
+    unknown = sorted(set(metrics) - set(METRICS) - set(LOGIT_METRICS))
     if unknown:
-        raise ValueError(f"metrics: expected names among {sorted(METRICS)}, got {unknown}")
+        raise ValueError(f"metrics: expected names among {sorted({**METRICS, **LOGIT_METRICS})}, got {unknown}")
     predictions = predictions_of(np.asarray(logits))
-    return {name: METRICS[name](predictions, labels) for name in metrics}
+    return {
+        name: METRICS[name](predictions, labels) if name in METRICS else LOGIT_METRICS[name](logits, labels)
+        for name in metrics
+    }

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.replay import replay
-from earlyexit_kernels.hf.predict import predict_with_exits
+from earlyexit_kernels.hf.predict import INPUTS, LABELS, PadRight, predict_with_exits
 from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.tuning.metrics import predictions_of, score
 from earlyexit_kernels.types import ExitTrace
@@ -120,31 +120,44 @@ class Sweep:
 
 @torch.inference_mode()
 def collect_trace(
-    model: Any, dataset: Any, *, collate_fn: Callable, batch_size: int = 32, progress: str | None = None
-) -> tuple[ExitTrace, NDArray]:
+    model: Any,
+    dataset: Any,
+    *,
+    collate_fn: Callable | None = None,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> tuple[ExitTrace, Any]:
     """Run all layers over a data set and collect the outputs of every exit; the criterion of the model is ignored.
 
     Args:
         model: an early-exit model; left in eval mode, with its criterion unchanged.
-        dataset: dicts with ``labels``, as from `tasks.load.encode`.
-        collate_fn: pads a list of rows, e.g. `transformers.DataCollatorWithPadding`.
+        dataset: items are mappings with ``input_ids`` and optionally ``labels``, as from `tasks.load.encode`.
+        collate_fn: pads a list of items; default: pad on the right with the pad token of the backbone.
         batch_size: rows per batch.
         progress: title of a progress bar, or None for none.
 
     Returns:
-        the trace, float32 on the CPU, and the labels ``[N]``.
+        the trace, float32 on the CPU, and the labels ``[N]``, or None if the items have none.
+
+    Raises:
+        ValueError: no items, or only some have labels.
     """
     model.eval()
     traces, labels = [], []
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or PadRight.of(model))
     with _without_criterion(model):
         for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
-            labels.append(batch.pop("labels"))
-            trace = model.trace(**{name: values.to(model.device) for name, values in batch.items()})
+            labels += [batch[name] for name in LABELS if name in batch]
+            trace = model.trace(**{name: batch[name].to(model.device) for name in INPUTS if name in batch})
             aux = {name: values.float().cpu() for name, values in trace.aux.items()}
             keys = None if trace.keys is None else trace.keys.cpu()
             traces.append(replace(trace, logits=trace.logits.float().cpu(), aux=aux, keys=keys))
-    return ExitTrace.cat(traces), torch.cat(labels).numpy()
+    if not traces or len(labels) not in (0, len(traces)):
+        raise ValueError(
+            f"collect_trace: expected items, all with labels or all without, got {len(traces)} batches, "
+            f"{len(labels)} of them with labels"
+        )
+    return ExitTrace.cat(traces), torch.cat(labels).numpy() if labels else None
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from support.criterion_cases import CASES
 from support.models import batch_for, early_exit
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit, SkipGate
+from earlyexit_kernels.criteria import Entropy, HiddenCosine, Learned, Margin, MaxProbability, Patience, QExit, SkipGate
+from earlyexit_kernels.engine import replay as replay_module
 
 #: By run: accuracy of exits 1..6; entropy threshold, mean exit layer and accuracy; accuracy and mean exit layer of
 #: patience 1..5. With all published digits.
@@ -239,3 +240,20 @@ def test_skip_gate_is_refused():
 def test_other_types_than_traces_are_refused():
     with pytest.raises(ValueError, match=r"replay: expected a trace, as model.trace\(\*\*batch\) returns, got Linear"):
         ee.replay(torch.nn.Linear(2, 2), None)
+
+
+def test_replay_each_in_blocks_equals_replay_of_each(monkeypatch):
+    model = early_exit()
+    trace = ee.ExitTrace.cat([model.trace(**batch_for(model)) for _ in range(3)])
+    rules = [*(Entropy(threshold=t) for t in (0.2, 0.9, 1.05)), None, HiddenCosine(threshold=0.9)]
+    alone = [ee.replay(trace, rule) for rule in rules]
+    monkeypatch.setattr(replay_module, "BLOCK", 5)
+    monkeypatch.setattr(replay_module, "GROUP", 2)
+    for (logits, layer), (expected, expected_layer) in zip(ee.replay_each(trace, iter(rules)), alone, strict=True):
+        assert torch.equal(logits, expected) and torch.equal(layer, expected_layer)
+    assert list(ee.replay_each(trace, [])) == []
+
+
+def test_replay_each_names_the_rule_that_does_not_fit():
+    with pytest.raises(ValueError, match="'learned'"):
+        list(ee.replay_each(ee.ExitTrace(torch.zeros(2, 3, 2)), [None, Learned(threshold=0.5)]))

@@ -1,0 +1,167 @@
+"""The record of a calibration: the criterion that was chosen, for which target, on which rows, and what it costs.
+
+`tuning.calibrate` makes the record; the config of a model saves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from earlyexit_kernels.criteria import Criterion, from_dict
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One setting of a criterion on the tuning rows.
+
+    Attributes:
+        criterion: data of `Criterion.to_dict`.
+        mean_exit_layer: mean 1-based layer of the answering exit.
+        score: value of the metric.
+    """
+
+    criterion: Mapping[str, Any]
+    mean_exit_layer: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """A bound on the risk that holds with a chosen probability, whatever the distribution of the rows.
+
+    Attributes:
+        delta: bound on the risk.
+        epsilon: maximum probability, over the draw of the check rows, that the risk exceeds `delta`.
+        against: ``"labels"``: the risk is the share of rows that full depth answers correctly and the criterion does
+            not; ``"full_depth"``: the share of rows with another answer than full depth.
+        risk: measured on the check rows.
+        p_value: of the chosen setting, at most `epsilon`.
+    """
+
+    delta: float
+    epsilon: float
+    against: str
+    risk: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A criterion chosen for a target, and its results on rows that it was not chosen on, the *check* rows.
+
+    Attributes:
+        criterion: the chosen setting.
+        target: name and values of the target.
+        metric: name of the score; ``"agreement"`` is the share of rows with the answer of full depth.
+        rows: number of rows in each split, by name: ``"tuning"`` and ``"check"``.
+        full_depth: score of full depth on the check rows.
+        score: score of the criterion on the check rows.
+        drop: `full_depth` - `score`.
+        drop_interval: 95 % bootstrap interval of `drop`, over the check rows.
+        mean_exit_layer: on the check rows.
+        layer_speed_up: L / `mean_exit_layer`.
+        exit_shares: share of the check rows that leave at each layer 1..L.
+        layer_scores: score of each exit alone on the check rows.
+        untrained: 1-based layers whose exits are no better than chance on the check rows.
+        curve: settings of the same rule on the tuning rows, fastest first.
+        temperatures: by which the logits of each exit were divided before the choice, or None.
+        guarantee: for a `Risk` target.
+        latency: measured milliseconds of a batch, for a `Latency` target.
+        date: in UTC.
+        versions: of the packages, by name.
+    """
+
+    criterion: Criterion
+    target: Mapping[str, Any]
+    metric: str
+    rows: Mapping[str, int]
+    full_depth: float
+    score: float
+    drop: float
+    drop_interval: tuple[float, float]
+    mean_exit_layer: float
+    layer_speed_up: float
+    exit_shares: tuple[float, ...]
+    layer_scores: tuple[float, ...]
+    untrained: tuple[int, ...]
+    curve: tuple[CurvePoint, ...]
+    temperatures: tuple[float, ...] | None = None
+    guarantee: Guarantee | None = None
+    latency: float | None = None
+    date: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers L."""
+        return len(self.exit_shares)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {**_as_lists(asdict(self)), "criterion": self.criterion.to_dict()}
+
+    @staticmethod
+    def from_dict(data: Any) -> Calibration:
+        """Rebuild a calibration from the data of `to_dict`.
+
+        Raises:
+            ValueError: the data is not that of a calibration.
+        """
+        names = {f.name for f in fields(Calibration)}
+        required = names - {"temperatures", "guarantee", "latency", "date", "versions"}
+        if not isinstance(data, Mapping) or not required <= set(data) <= names:
+            got = sorted(data) if isinstance(data, Mapping) else repr(data)
+            raise ValueError(f"calibration: expected the data of Calibration.to_dict, with {sorted(names)}, got {got}")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        try:
+            values["criterion"] = from_dict(data["criterion"])
+            values["curve"] = tuple(CurvePoint(**point) for point in data["curve"])
+            if data.get("guarantee") is not None:
+                values["guarantee"] = Guarantee(**data["guarantee"])
+        except TypeError as error:
+            raise ValueError(f"calibration: expected the data of Calibration.to_dict, got {error}") from error
+        return Calibration(**values)
+
+    def apply(self, model: Any) -> None:
+        """Set the criterion on a model and store the calibration in its config.
+
+        Args:
+            model: the early-exit model whose exits were calibrated.
+        """
+        model.set_criterion(self.criterion)
+        model.config.calibration = self.to_dict()
+
+    def __str__(self) -> str:
+        target = ", ".join(f"{name} {value}" for name, value in self.target.items() if name != "name")
+        low, high = self.drop_interval
+        lines = [
+            f"{self.criterion}",
+            f"  target       {self.target['name']}: {target}",
+            f"  chosen on    {self.rows['tuning']} rows; checked on {self.rows['check']} other rows:",
+            f"  {self.metric:12} {self.score:.4f}, full depth {self.full_depth:.4f}, drop {self.drop:.4f} "
+            f"(95 %: {low:.4f} to {high:.4f})",
+            f"  mean layer   {self.mean_exit_layer:.2f} of {self.depth} ({self.layer_speed_up:.2f}x fewer layers)",
+            "  exit shares  " + " ".join(f"{share:.0%}" for share in self.exit_shares),
+        ]
+        if self.guarantee is not None:
+            g = self.guarantee
+            lines.append(
+                f"  guarantee    risk against {g.against} at most {g.delta:g} with probability {1 - g.epsilon:g} "
+                f"(measured {g.risk:.4f}, p = {g.p_value:.3g})"
+            )
+        if self.latency is not None:
+            lines.append(f"  latency      {self.latency:.2f} ms a batch")
+        if self.untrained:
+            lines.append(f"  warning      no better than chance: exits {', '.join(map(str, self.untrained))}")
+        return "\n".join(lines)
+
+
+def _as_lists(value: Any) -> Any:
+    """Return the value with tuples as lists, as JSON stores them."""
+    if isinstance(value, (list, tuple)):
+        return [_as_lists(item) for item in value]
+    return {k: _as_lists(v) for k, v in value.items()} if isinstance(value, Mapping) else value

@@ -1,0 +1,236 @@
+"""Choose the setting of a criterion for a target, on one part of the rows, and report what it costs on the others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.hf.calibration import Calibration, CurvePoint, Guarantee
+from earlyexit_kernels.hf.model import early_exit_model_in
+from earlyexit_kernels.tuning.choices import CHOICES
+from earlyexit_kernels.tuning.grids import GRIDS, settings
+from earlyexit_kernels.tuning.intervals import drop_interval
+from earlyexit_kernels.tuning.latency import BatchLatency
+from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
+from earlyexit_kernels.tuning.risk import check_rows, risk_p_values
+from earlyexit_kernels.tuning.scored import AGREEMENT, Rows, Setting
+from earlyexit_kernels.tuning.sweep import collect_trace
+from earlyexit_kernels.tuning.targets import Latency, Risk, Target
+from earlyexit_kernels.types import ExitTrace, default_problem_type
+
+DEFAULT_METRIC = {"regression": "pearson"}
+
+
+def calibrate(
+    model_or_trace: Any,
+    data: Any = None,
+    *,
+    target: Target,
+    criterion: str | Sequence[Criterion] = "entropy",
+    metric: str | None = None,
+    check: float = 0.5,
+    points: int = 48,
+    batch_size: int = 32,
+    collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    problem_type: str | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Choose the setting of a criterion for a target, and set it on the model.
+
+    One full-depth pass over the data is replayed for every setting. The rows are split at random: the setting is chosen
+    on the *tuning* rows, and what it costs is measured on the *check* rows. Use rows that the model was not trained on.
+
+    Args:
+        model_or_trace: an early-exit model, on which the chosen criterion and the calibration are set, or the trace of
+            one.
+        data: for a model the data set, whose items are mappings with ``input_ids`` and ``labels``; for a trace the
+            labels ``[N]``. Without labels the answers of full depth are taken for labels, and the metric is
+            ``"agreement"``.
+        target: `MaxDrop`, `SpeedUp`, `Latency` (with a model) or `Risk` (requires the extra ``tuning``).
+        criterion: name of a rule; ``"auto"``: every rule that the exits allow; or settings to choose from.
+        metric: name in `tuning.metrics.METRICS`; default: accuracy, Pearson correlation for regression.
+        check: share of the rows that are check rows, in (0, 1).
+        points: approximate number of thresholds to try per rule, at least 8.
+        batch_size: rows per batch of the full-depth pass.
+        collate_fn: pads a list of items; default: pad on the right with the pad token of the backbone.
+        problem_type: as in transformers; default: that of the model or trace.
+        seed: of the split.
+
+    Returns:
+        The calibration; `model.calibration` returns it too, also after `save_pretrained` and a load.
+
+    Raises:
+        ValueError: the target cannot be reached (the message names the nearest setting), a rule that the exits do not
+            allow or that cannot be replayed, or labels that do not fit the trace.
+        ImportError: `Risk` without MAPIE.
+
+    Differs from CALM (Schuster et al., NeurIPS 2022) in `Risk`: the order of the tests is found on other rows than
+    those tested on, so that it may be any order.
+
+    Example:
+
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> labels = torch.arange(400) % 2
+        >>> right = torch.nn.functional.one_hot(labels, 2).float()
+        >>> easy = (torch.arange(400) % 3 > 0)[:, None]
+        >>> trace = ee.ExitTrace(torch.stack([right * easy * 4, right * 6], dim=1))  # two exits
+        >>> found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.0))
+        >>> found.score, round(found.mean_exit_layer, 1)
+        (1.0, 1.3)
+    """
+    if not isinstance(target, Target):
+        raise ValueError(f"calibrate: expected target=MaxDrop(0.005), SpeedUp, Latency or Risk, got {target!r}")
+    model = early_exit_model_in(model_or_trace) if isinstance(model_or_trace, torch.nn.Module) else None
+    if isinstance(target, Latency) and model is None:
+        raise ValueError("calibrate: Latency is measured, which requires a model and its data set, got a trace")
+    if model is not None:
+        trace, labels = collect_trace(model, data, collate_fn=collate_fn, batch_size=batch_size)
+    elif isinstance(model_or_trace, ExitTrace):
+        trace, labels = model_or_trace, None if data is None else np.asarray(data)
+    else:
+        raise ValueError(
+            f"calibrate: expected an early-exit model or a trace, as model.trace(**batch) returns, got "
+            f"{type(model_or_trace).__name__}"
+        )
+    rows = _rows(trace, labels, metric, problem_type, target)
+    tuning, checked = _split(rows, check, seed)
+    if isinstance(target, Risk):
+        check_rows(target, len(checked))
+    candidates = tuning.settings(_candidates(tuning, criterion, points))
+    timed = None
+    if isinstance(target, Latency):
+        timed = BatchLatency(model, data, batch_size=target.batch_size, collate_fn=collate_fn)
+    choice = CHOICES[type(target)](target, candidates, tuning, checked, timed)
+    found = _calibration(choice, target, candidates, tuning, checked, timed)
+    if model is not None:
+        found.apply(model)
+    if trace.depth in found.untrained:
+        warnings.warn(
+            f"calibrate: the last exit is no better than chance ({found.metric} {found.full_depth:.3f}); train the "
+            "model first",
+            stacklevel=2,
+        )
+    return found
+
+
+def _rows(
+    trace: ExitTrace, labels: NDArray | None, metric: str | None, problem_type: str | None, target: Target
+) -> Rows:
+    """Check labels and metric against a trace.
+
+    Raises:
+        ValueError: names what does not fit.
+    """
+    task = problem_type or trace.problem_type or default_problem_type(trace.logits.shape[2])
+    full = predictions_of(trace.logits[:, -1].numpy(), task)
+    invalid = int((~np.isfinite(trace.logits.numpy())).any(axis=(1, 2)).sum())
+    if invalid:
+        raise ValueError(f"calibrate: expected finite logits, got NaN or infinity in {invalid} of {len(full)} rows")
+    if labels is None or (isinstance(target, Risk) and target.against == "full_depth"):
+        if task == "regression":
+            raise ValueError("calibrate: expected labels; numbers have no agreement with full depth")
+        return Rows(trace, full, AGREEMENT, task)
+    if labels.shape != full.shape:
+        raise ValueError(
+            f"calibrate: expected a label for each row of the trace, {list(full.shape)}, got {list(labels.shape)}"
+        )
+    if isinstance(target, Risk) and task == "regression":
+        raise ValueError("calibrate: Risk counts wrong answers, and is not defined for regression")
+    classes = 2 if task == "multi_label_classification" else trace.logits.shape[2]
+    if task != "regression" and not np.isin(labels, np.arange(classes)).all():
+        wrong = labels[~np.isin(labels, np.arange(classes))][0]
+        raise ValueError(f"calibrate: expected labels in [0, {classes - 1}], got {wrong}")
+    if not np.isfinite(np.asarray(labels, dtype=np.float64)).all():
+        raise ValueError("calibrate: expected finite labels, got NaN or infinity")
+    if len(np.unique(labels)) < 2:
+        raise ValueError(f"calibrate: expected at least two different labels, all {len(labels)} are {labels.flat[0]}")
+    name = metric or DEFAULT_METRIC.get(task, "accuracy")
+    if name not in METRICS:
+        raise ValueError(f"calibrate: expected metric to be one of {sorted(METRICS)}, got {name!r}")
+    return Rows(trace, labels, name, task)
+
+
+def _split(rows: Rows, check: float, seed: int) -> tuple[Rows, Rows]:
+    """Split rows at random into tuning and check rows."""
+    if not 0 < check < 1:
+        raise ValueError(f"calibrate: expected check in (0, 1), the share of the rows to check on, got {check!r}")
+    count = round(len(rows) * check)
+    if not 1 <= count < len(rows):
+        raise ValueError(f"calibrate: expected rows to choose on and rows to check on, got {len(rows)} rows in total")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return rows.take(np.sort(order[count:])), rows.take(np.sort(order[:count]))
+
+
+def _candidates(tuning: Rows, criterion: Any, points: int) -> list[Criterion]:
+    """Return the settings to choose from.
+
+    Raises:
+        ValueError: the rule is unknown, or cannot be replayed on this trace.
+    """
+    if not isinstance(criterion, str):
+        given = list(criterion) if isinstance(criterion, (list, tuple)) else [criterion]
+        if not given or not all(isinstance(rule, Criterion) for rule in given):
+            raise ValueError(
+                f"calibrate: expected criterion to be a name, 'auto', or a list of criteria, got {criterion!r}"
+            )
+        return given
+    found = settings(tuning.trace, points=points, problem_type=tuning.problem_type)
+    if criterion == "auto":
+        return [rule for group in found.values() for rule in group]
+    if criterion not in found:
+        hint = ""
+        if criterion == "skip_gate":
+            hint = "; a rule that skips layers cannot be replayed: calibrate its exit rule, e.g. 'entropy'"
+        elif criterion in GRIDS:
+            hint = f"; the exits or the problem type {tuning.problem_type} do not allow it"
+        raise ValueError(f"calibrate: expected criterion to be 'auto' or one of {list(found)}, got {criterion!r}{hint}")
+    return list(found[criterion])
+
+
+def _calibration(
+    choice: Setting,
+    target: Target,
+    candidates: Sequence[Setting],
+    tuning: Rows,
+    checked: Rows,
+    timed: Callable[[Criterion], float] | None,
+) -> Calibration:
+    """Measure the chosen setting on the check rows."""
+    ((rule, predictions, layers),) = checked.replay([choice.criterion])
+    depth, full = checked.trace.depth, checked.full_depth
+    full_score, early_score = checked.score(full), checked.score(predictions)
+    lost = checked.lost(predictions)
+    curve = [CurvePoint(s.criterion.to_dict(), s.mean_exit_layer, s.score) for s in candidates]
+    guarantee = None
+    if isinstance(target, Risk):
+        p_value = float(risk_p_values([lost], target.delta)[0])
+        guarantee = Guarantee(target.delta, target.epsilon, target.against, float(lost.mean()), p_value)
+    return Calibration(
+        criterion=rule,
+        target=target.to_dict(),
+        metric=checked.metric,
+        rows={"tuning": len(tuning), "check": len(checked)},
+        full_depth=full_score,
+        score=early_score,
+        drop=full_score - early_score,
+        drop_interval=drop_interval(checked.function, full, predictions, checked.labels),
+        mean_exit_layer=float(layers.mean()),
+        layer_speed_up=depth / float(layers.mean()),
+        exit_shares=tuple(float((layers == layer).mean()) for layer in range(1, depth + 1)),
+        layer_scores=tuple(checked.score(checked.at_layer(layer)) for layer in range(1, depth + 1)),
+        untrained=tuple(layer for layer in range(1, depth + 1) if checked.is_chance(layer)),
+        curve=tuple(p for p in reversed(curve) if p.criterion["name"] == rule.name),
+        guarantee=guarantee,
+        latency=None if timed is None else timed(rule),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions={name: metadata.version(name) for name in ("earlyexit_kernels", "torch", "transformers")},
+    )

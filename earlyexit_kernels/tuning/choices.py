@@ -1,0 +1,86 @@
+"""Choose a setting for a target: one function for each target, in `CHOICES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.tuning.risk import last_passed, risk_p_values
+from earlyexit_kernels.tuning.scored import Rows, Setting
+from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
+
+
+def _unreachable(target: Target, nearest: str) -> ValueError:
+    return ValueError(f"calibrate: no setting reaches {target}; the nearest is {nearest}")
+
+
+def _within_drop(target: MaxDrop, candidates: Sequence[Setting], tuning: Rows, *_: Any) -> Setting:
+    """Return the fastest setting whose loss plus one standard error is at most the drop allowed."""
+    full = tuning.score(tuning.full_depth)
+
+    def bound(setting: Setting) -> float:
+        return full - setting.score + setting.standard_error
+
+    kept = [s for s in candidates if bound(s) <= target.drop + 1e-9]
+    if not kept:
+        best = min(candidates, key=lambda s: (bound(s), s.mean_exit_layer))
+        loss = f"{full - best.score:.4f} plus a standard error of {best.standard_error:.4f}"
+        raise _unreachable(target, f"{best.criterion}, which loses {loss} on {len(tuning)} tuning rows")
+    return min(kept, key=lambda s: (s.mean_exit_layer, -s.score))
+
+
+def _fast_enough(target: SpeedUp, candidates: Sequence[Setting], tuning: Rows, *_: Any) -> Setting:
+    """Return the setting with the highest score among those that are fast enough."""
+    depth = tuning.trace.depth
+    kept = [s for s in candidates if depth / s.mean_exit_layer >= target.speed_up - 1e-9]
+    if not kept:
+        best = min(candidates, key=lambda s: s.mean_exit_layer)
+        raise _unreachable(target, f"{best.criterion} with {depth / best.mean_exit_layer:.2f}")
+    return max(kept, key=lambda s: (s.score, -s.mean_exit_layer))
+
+
+def _within_latency(
+    target: Latency, candidates: Sequence[Setting], tuning: Rows, checked: Rows, timed: Callable[[Criterion], float]
+) -> Setting:
+    """Return the slowest setting on the front of score against layers that is within the latency, by bisection."""
+    front = _front(candidates, lambda s: s.score)
+    low, high = 0, len(front)
+    while low < high:
+        middle = (low + high) // 2
+        if timed(front[middle].criterion) <= target.ms:
+            high = middle
+        else:
+            low = middle + 1
+    if low == len(front):
+        raise _unreachable(target, f"{front[-1].criterion} with {timed(front[-1].criterion):.2f} ms")
+    return front[low]
+
+
+def _within_risk(target: Risk, candidates: Sequence[Setting], tuning: Rows, checked: Rows, *_: Any) -> Setting:
+    """Return the last setting that passes when they are tested from the slowest to the fastest on the check rows."""
+    front = _front(candidates, lambda s: -s.risk)
+    losses = [checked.lost(predictions) for _, predictions, _ in checked.replay([s.criterion for s in front])]
+    last = last_passed(risk_p_values(losses, target.delta), target.epsilon)
+    if last is None:
+        first = front[0].criterion
+        raise _unreachable(target, f"{first}, whose risk is {losses[0].mean():.4f} on {len(checked)} check rows")
+    return front[last]
+
+
+def _front(candidates: Sequence[Setting], quality: Callable[[Setting], float]) -> list[Setting]:
+    """Return the settings that are better than every faster one, slowest first."""
+    front: list[Setting] = []
+    for setting in sorted(candidates, key=lambda s: (s.mean_exit_layer, -quality(s))):
+        if not front or quality(setting) > quality(front[-1]):
+            front.append(setting)
+    return front[::-1]
+
+
+#: Target -> ``(target, candidates, tuning, checked, timed) -> setting``.
+CHOICES: dict[type[Target], Callable[..., Setting]] = {
+    MaxDrop: _within_drop,
+    SpeedUp: _fast_enough,
+    Latency: _within_latency,
+    Risk: _within_risk,
+}

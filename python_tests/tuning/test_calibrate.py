@@ -1,0 +1,294 @@
+"""Calibration: the setting chosen for each target, the record saved with the model, and refused input."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from support.models import CLASSES, early_exit
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import Entropy, Margin, Patience
+from earlyexit_kernels.tuning import calibrate as calibrate_module
+
+DEPTH = 4
+
+
+def noisy_trace(rows=2000, *, seed=0, classes=3, noise=(1.6, 1.2, 0.8, 0.6)):
+    """Return a trace of easy and hard rows, whose exits are more often right the deeper they are, and the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    right = torch.nn.functional.one_hot(labels, classes).float()
+    hard = torch.rand(rows, 1, 1, generator=generator)
+    errors = torch.randn(rows, DEPTH, classes, generator=generator) * torch.tensor(noise)[:, None]
+    return ee.ExitTrace(right[:, None] * 6 * (1 - hard) + errors), labels.numpy()
+
+
+def scored(trace, labels, criterion):
+    logits, layers = ee.replay(trace, criterion)
+    return float((logits.argmax(1).numpy() == labels).mean()), float(layers.double().mean())
+
+
+def test_max_drop_chooses_the_fastest_setting_within_the_drop():
+    """Against a plain search over the same settings and rows."""
+    trace, labels = noisy_trace()
+    found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.01), check=0.25, seed=3)
+    order = np.random.default_rng(3).permutation(2000)
+    tuning, checked = np.sort(order[500:]), np.sort(order[:500])
+    own = trace.take(torch.from_numpy(tuning))
+    full = own.logits[:, -1].argmax(1).numpy() == labels[tuning]
+    within = []
+    for threshold in [point.criterion["threshold"] for point in found.curve]:
+        logits, layers = ee.replay(own, Entropy(threshold=threshold))
+        losses = full.astype(float) - (logits.argmax(1).numpy() == labels[tuning])
+        if losses.mean() + losses.std(ddof=1) / 1500**0.5 <= 0.01:
+            within.append((float(layers.double().mean()), threshold))
+    assert len(found.curve) >= 40 and found.criterion == Entropy(threshold=min(within)[1])
+    score, layer = scored(trace.take(torch.from_numpy(checked)), labels[checked], found.criterion)
+    assert (found.score, found.mean_exit_layer) == (score, layer)
+    assert found.layer_speed_up == DEPTH / layer > 1.1 and sum(found.exit_shares) == pytest.approx(1)
+    low, high = found.drop_interval
+    assert low <= found.drop <= high and found.drop == found.full_depth - found.score
+    assert found.rows == {"tuning": 1500, "check": 500} and len(found.layer_scores) == DEPTH
+
+
+def test_speed_up_chooses_the_best_score_that_is_fast_enough():
+    trace, labels = noisy_trace()
+    found = ee.calibrate(trace, labels, target=ee.SpeedUp(1.5))
+    fast = [p for p in found.curve if DEPTH / p.mean_exit_layer >= 1.5]
+    assert 0 < len(fast) < len(found.curve)
+    assert found.criterion.threshold == max(fast, key=lambda p: (p.score, -p.mean_exit_layer)).criterion["threshold"]
+
+
+def test_auto_is_at_least_as_fast_as_each_rule():
+    trace, labels = noisy_trace()
+    options = {"target": ee.MaxDrop(0.02), "points": 24}
+
+    def layers_when_chosen(criterion):
+        found = ee.calibrate(trace, labels, criterion=criterion, **options)
+        return next(p.mean_exit_layer for p in found.curve if p.criterion == found.criterion.to_dict())
+
+    alone = {name: layers_when_chosen(name) for name in ("entropy", "margin", "patience", "energy")}
+    assert layers_when_chosen("auto") <= min(alone.values()) < max(alone.values())
+
+
+def test_settings_to_choose_from_may_be_given():
+    given = [Margin(threshold=0.9), Patience(patience=3)]
+    assert ee.calibrate(*noisy_trace(), target=ee.MaxDrop(0.2), criterion=given).criterion in given
+
+
+@pytest.mark.parametrize("against", ["labels", "full_depth"])
+def test_risk_tests_from_the_slowest_setting_to_the_fastest(against):
+    pytest.importorskip("mapie")
+    trace, labels = noisy_trace(4000)
+    found = ee.calibrate(trace, labels, target=ee.Risk(delta=0.03, against=against))
+    bound = found.guarantee
+    assert bound.p_value <= bound.epsilon == 0.05 and bound.risk < bound.delta == 0.03
+    assert found.metric == ("accuracy" if against == "labels" else "agreement")
+    assert found.layer_speed_up > 1
+    looser = ee.calibrate(trace, labels, target=ee.Risk(delta=0.1, against=against))
+    assert looser.mean_exit_layer < found.mean_exit_layer
+
+
+@pytest.mark.parametrize("rule", ["entropy", "patient_confidence"])
+def test_risk_exceeds_the_bound_at_most_as_often_as_promised(rule):
+    """The risk over 20,000 rows, for settings chosen on 600 rows each; `benchmarks.guarantee` draws more."""
+    pytest.importorskip("mapie")
+    (trace, labels), delta, epsilon, draws = noisy_trace(20_000), 0.05, 0.2, 60
+    right = trace.logits[:, -1].argmax(1).numpy() == labels
+    risks = {}
+    for seed in range(draws):
+        rows = np.random.default_rng(seed).integers(len(labels), size=600)
+        part, target = trace.take(torch.from_numpy(rows)), ee.Risk(delta=delta, epsilon=epsilon)
+        rule_found = ee.calibrate(part, labels[rows], target=target, criterion=rule, points=8).criterion
+        if rule_found not in risks:
+            early = ee.replay(trace, rule_found)[0].argmax(1).numpy() == labels
+            risks[rule_found, seed] = float((right & ~early).mean())
+    broken = sum(risk > delta for risk in risks.values())
+    assert len(risks) == draws and max(risks.values()) > 0
+    assert broken <= 20, "by chance in 1 of 400 runs at most"
+
+
+def test_without_labels_full_depth_is_the_truth():
+    trace, _ = noisy_trace()
+    found = ee.calibrate(trace, target=ee.MaxDrop(0.02))
+    assert found.metric == "agreement" and found.full_depth == 1.0 and 0.95 < found.score < 1
+
+
+@pytest.mark.parametrize("metric", ["matthews", "macro_f1"])
+def test_other_metrics_decide(metric):
+    trace, labels = noisy_trace(800)
+    found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.02), metric=metric)
+    assert found.metric == metric and found.layer_speed_up > 1
+    low, high = found.drop_interval
+    assert low < high
+
+
+def test_regression_and_several_labels():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(400, generator=generator)
+    logits = truth[:, None, None] + torch.randn(400, 3, 1, generator=generator) * torch.tensor([1.0, 0.3, 0.1])[:, None]
+    found = ee.calibrate(ee.ExitTrace(logits), truth, target=ee.MaxDrop(0.05), criterion="patience")
+    assert found.metric == "pearson" and found.score > 0.9 and found.untrained == ()
+    labels = (torch.randn(400, 4, generator=generator) > 0).long()
+    several = ee.ExitTrace(
+        (labels[:, None] * 2.0 - 1) * torch.tensor([0.0, 2.0, 3.0])[:, None]
+        + torch.randn(400, 3, 4, generator=generator) * 0.1,
+        {"hidden_cosine": torch.rand(400, 3, generator=generator)},
+        problem_type="multi_label_classification",
+    )
+    found = ee.calibrate(several, labels, target=ee.SpeedUp(1.2), criterion="hidden_cosine")
+    assert 0.3 < found.score < found.full_depth == 1.0 and found.untrained == (1,)
+
+
+def test_exits_at_chance_are_named():
+    trace, labels = noisy_trace()
+    logits = trace.logits.clone()
+    logits[:, 0] = torch.randn_like(logits[:, 0])
+    assert ee.calibrate(ee.ExitTrace(logits), labels, target=ee.MaxDrop(0.05)).untrained == (1,)
+    with pytest.warns(UserWarning, match="last exit is no better than chance"):
+        found = ee.calibrate(ee.ExitTrace(torch.randn(400, 3, 3)), labels[:400], target=ee.MaxDrop(0.5))
+    assert found.untrained == (1, 2, 3) and "exits 1, 2, 3" in str(found)
+
+
+# the model
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Items of different lengths with labels, drawn for a model of random weights."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(3, 12, size=60)
+    return [{"input_ids": generator.integers(5, 90, size=n).tolist(), "labels": int(n % CLASSES)} for n in lengths]
+
+
+def calibrated(rows, **options):
+    model = early_exit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # random weights
+        return model, ee.calibrate(model, rows, **{"target": ee.SpeedUp(1.2), "points": 8, **options})
+
+
+def test_model_takes_criterion_and_record_and_saves_both(rows, tmp_path):
+    model, found = calibrated(rows)
+    assert model.criterion == found.criterion and model.calibration == found and found.layer_speed_up >= 1.1
+    json.dumps(found.to_dict())
+    model.save_pretrained(tmp_path)
+    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.calibration == found and str(loaded.calibration) == str(found)
+    assert loaded.criterion == found.criterion
+    exits = ee.predict_with_exits(loaded, rows).exit_layer
+    order = np.random.default_rng(0).permutation(len(rows))
+    checked = np.sort(order[: len(rows) // 2])
+    shares = [float((exits[checked] == layer).mean()) for layer in range(1, loaded.depth + 1)]
+    assert shares == pytest.approx(found.exit_shares)
+
+
+def test_record_is_dropped_with_its_criterion_and_its_weights(rows):
+    model, found = calibrated(rows)
+    model.set_criterion(found.criterion)
+    assert model.calibration == found
+    model.set_criterion(Entropy(threshold=0.123))
+    assert model.calibration is None and model.config.calibration is None
+    found.apply(model)
+    assert model.calibration == found and model.criterion == found.criterion
+    model.train()
+    model(input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([0])).loss.backward()
+    assert model.calibration is None
+
+
+def test_record_of_another_criterion_in_the_config_is_not_shown(rows):
+    model, _ = calibrated(rows)
+    model.config.calibration = {**model.config.calibration, "criterion": Entropy(threshold=0.5).to_dict()}
+    assert model.calibration is None
+
+
+def test_latency_is_measured(rows, monkeypatch):
+    """With a clock that counts the layers run."""
+    asked = []
+
+    class Clock:
+        def __init__(self, model, dataset, *, batch_size, collate_fn):
+            asked.append(batch_size)
+            self.model, self.dataset = model, dataset
+
+        def __call__(self, criterion):
+            before = self.model.criterion
+            self.model.set_criterion(criterion)
+            layers = float(ee.predict_with_exits(self.model, self.dataset).exit_layer.mean())
+            self.model.set_criterion(before)
+            return layers
+
+    monkeypatch.setattr(calibrate_module, "BatchLatency", Clock)
+    _, found = calibrated(rows, target=ee.Latency(ms=2.5, batch_size=4))
+    assert asked == [4] and found.latency <= 2.5
+    with pytest.raises(ValueError, match=r"no setting reaches Latency\(ms=0.5.*with 1.0"):
+        calibrated(rows, target=ee.Latency(ms=0.5))
+
+
+def test_latency_of_a_model(rows):
+    _, found = calibrated(rows, target=ee.Latency(ms=10_000))
+    assert 0 < found.latency < 10_000
+
+
+# refused input
+
+TRACE, LABELS = noisy_trace(40)
+NAN = ee.ExitTrace(TRACE.logits.clone().index_fill_(0, torch.tensor([3]), torch.nan))
+
+
+@pytest.mark.parametrize(
+    ("expected", "given"),
+    [
+        (r"expected a label for each row of the trace, \[40\], got \[39\]", {"data": LABELS[:39]}),
+        (r"labels in \[0, 2\], got 7", {"data": np.where(LABELS == 1, 7, LABELS)}),
+        ("at least two different labels, all 40 are 0", {"data": LABELS * 0}),
+        ("NaN or infinity in 1 of 40 rows", {"model_or_trace": NAN}),
+        (r"expected target=MaxDrop\(0.005\)", {"target": 0.005}),
+        ("metric to be one of", {"metric": "acuracy"}),
+        (r"check in \(0, 1\)", {"check": 1.0}),
+        ("rows to choose on and rows to check on, got 1 rows", {"model_or_trace": TRACE.take(slice(1)), "data": None}),
+        ("'auto' or one of .*got 'entrophy'", {"criterion": "entrophy"}),
+        ("skips layers cannot be replayed", {"criterion": "skip_gate"}),
+        ("got 'learned'; the exits or the problem type", {"criterion": "learned"}),
+        ("a name, 'auto', or a list of criteria", {"criterion": [Entropy]}),
+        ("a name, 'auto', or a list of criteria", {"criterion": []}),
+        ("an early-exit model or a trace", {"model_or_trace": TRACE.logits}),
+        ("Latency is measured", {"target": ee.Latency(ms=1)}),
+        ("at least 299 check rows.*got 20", {"target": ee.Risk(0.01)}),
+        (r"nearest is Patience\(patience=1.*with", {"target": ee.SpeedUp(4), "criterion": "patience"}),
+        ("points >= 8", {"points": 3}),
+    ],
+)
+def test_refused(expected, given):
+    arguments = {"model_or_trace": TRACE, "data": LABELS, "target": ee.MaxDrop(0.5), **given}
+    with pytest.raises(ValueError, match=expected):
+        ee.calibrate(arguments.pop("model_or_trace"), arguments.pop("data"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ee.MaxDrop(-0.1),
+        lambda: ee.SpeedUp(0.5),
+        lambda: ee.Latency(ms=float("nan")),
+        lambda: ee.Latency(ms=1, batch_size=0),
+        lambda: ee.Risk(0),
+        lambda: ee.Risk(0.1, epsilon=1),
+        lambda: ee.Risk(0.1, against="truth"),
+    ],
+)
+def test_targets_out_of_range(build):
+    with pytest.raises(ValueError, match="expected"):
+        build()
+
+
+@pytest.mark.parametrize("damage", [[], {"criterion": {"name": "entropy", "threshold": 0.1}}, {"curve": [{"x": 1}]}])
+def test_damaged_record_is_refused(damage, rows):
+    _, found = calibrated(rows)
+    data = {**found.to_dict(), **damage} if isinstance(damage, dict) and "curve" in damage else damage
+    with pytest.raises(ValueError, match="calibration: expected the data of"):
+        ee.EarlyExitConfig(calibration=data)
