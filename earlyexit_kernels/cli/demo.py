@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, pipeline, set_seed
 
-from earlyexit_kernels.cli.evaluate import draw, layer_table, parameter_text
+from earlyexit_kernels.cli.evaluate import draw, layer_table
 from earlyexit_kernels.cli.outputs import check_folder, check_plot, save_tokenizer, written
 from earlyexit_kernels.cli.train import training_arguments
 from earlyexit_kernels.criteria import Criterion, Patience
@@ -21,7 +21,7 @@ from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.load import EncodedSplit, encode, toy_splits
-from earlyexit_kernels.tuning.report import environment, markdown_table, write_json
+from earlyexit_kernels.tuning.report import environment, markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.sweep import Sweep, collect_trace, fastest_within_drop, sweep
 from earlyexit_kernels.tuning.timing import Ratio, interleave, paired_ratio
 

@@ -14,14 +14,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, check_vocabulary, loaded_from
 from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.recipe import Recipe
-from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import from_dict
-from earlyexit_kernels.tasks.load import Task, encode, load_task
+from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
+from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning.grids import skip_settings
 from earlyexit_kernels.tuning.plots import plot_tradeoff
-from earlyexit_kernels.tuning.report import device_text, environment, markdown_table, write_json
+from earlyexit_kernels.tuning.report import device_text, environment, markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.sweep import Sweep, collect_trace, sweep, sweep_skipping
+from earlyexit_kernels.types import ExitTrace
 
 #: Gate value from which layers are skipped, for methods without a `skip_threshold`.
 SKIP_FROM = 0.5
@@ -112,46 +113,92 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A trained model with its rows and the outputs of all exits on them; the splits are "tuning" and "reporting".
+
+    Attributes:
+        model: the early-exit model.
+        task: the task that it is evaluated on.
+        splits: texts and labels, by split.
+        data: token ids, by split.
+        traces: trace and labels ``[N]``, by split.
+        batching: how rows are batched, as arguments of `collect_trace`.
+    """
+
+    model: EarlyExitForSequenceClassification
+    task: Task
+    splits: dict[str, Split]
+    data: dict[str, EncodedSplit]
+    traces: dict[str, tuple[ExitTrace, Any]]
+    batching: dict[str, Any]
+
+
 def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluation:
-    """Trace both splits, replay every criterion and, if the model has gates, run the rules that skip layers.
+    """Trace both splits and sweep every rule.
+
+    Raises:
+        ValueError: as `trace_splits`.
+    """
+    found = trace_splits(folder, recipe, task=args.task, batch_size=args.batch_size)
+    result = sweep_rules(found, drop=args.drop, points=args.points)
+    task, model, rows = found.task, found.model, {name: len(split) for name, split in found.splits.items()}
+    title = (
+        f"Chosen on {rows['tuning']} held-out train rows (score loss at most {args.drop:g}), reported on the "
+        f"{task.evaluation} split of {task.name} ({rows['reporting']} rows)."
+    )
+    setup = f"{device_text(environment())}, {str(model.dtype).removeprefix('torch.')}"
+    return Evaluation(folder, recipe, task.name, model.objective.rule, result, title, rows["reporting"], setup)
+
+
+def trace_splits(folder: Path, recipe: Recipe, *, task: str | None, batch_size: int) -> Traced:
+    """Load a model and its rows, and trace the held-out rows and the reporting split.
+
+    Args:
+        folder: written by `earlyexit train`.
+        recipe: of this folder.
+        task: name of the task to evaluate on, or None for that of the recipe.
+        batch_size: rows per batch.
 
     Raises:
         ValueError: not an early-exit model, other classes than the task's, a tokenizer that does not know the text, or
             no held-out rows.
     """
-    task = load_task(recipe.task if args.task is None else args.task, seed=recipe.seed)
-    model = load_model(folder, task)
+    loaded = load_task(recipe.task if task is None else task, seed=recipe.seed)
+    model = load_model(folder, loaded)
     with loaded_from(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    held_out = recipe.held_out(task)
+    held_out = recipe.held_out(loaded)
     if not len(held_out):
         raise ValueError(f"{folder} was trained with --holdout 0; expected held-out rows to choose thresholds on")
-    batching: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": args.batch_size}
-    splits = {"tuning": held_out, "reporting": task.split(task.evaluation)}
+    batching: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": batch_size}
+    splits = {"tuning": held_out, "reporting": loaded.split(loaded.evaluation)}
     check_max_length(recipe.max_length, tokenizer, held_out)
     data = {name: encode(split, tokenizer, max_length=recipe.max_length) for name, split in splits.items()}
     check_vocabulary(data["tuning"], "train", tokenizer, model, folder)
     check_lengths(data, model)
-    tuning, reporting = (collect_trace(model, rows, progress=name, **batching) for name, rows in data.items())
+    traces = {name: collect_trace(model, rows, progress=name, **batching) for name, rows in data.items()}
+    return Traced(model, loaded, splits, data, traces, batching)
+
+
+def sweep_rules(found: Traced, *, drop: float, points: int) -> Sweep:
+    """Replay every criterion and, if the model has gates, run the rules that skip layers; arguments as for `sweep`."""
+    tuning, reporting = found.traces["tuning"], found.traces["reporting"]
     result = sweep(
         tuning,
         reporting,
-        metrics=task.metrics,
-        drop=args.drop,
-        points=args.points,
-        problem_type=task.problem_type,
+        metrics=found.task.metrics,
+        drop=drop,
+        points=points,
+        problem_type=found.task.problem_type,
         progress="sweep",
     )
-    if "gate" in model.heads.aux_names:
-        skip_from = model.objective.to_dict().get("skip_threshold", SKIP_FROM)
+    if "gate" in found.model.heads.aux_names:
+        skip_from = found.model.objective.to_dict().get("skip_threshold", SKIP_FROM)
         group = skip_settings(tuning[0], skip_from=(skip_from, NEVER_SKIP))
-        result = sweep_skipping(model, result, group, *data.values(), progress="skipping", **batching)
-    title = (
-        f"Chosen on {len(held_out)} held-out train rows (score loss at most {args.drop:g}), reported on the "
-        f"{task.evaluation} split of {task.name} ({len(reporting[1])} rows)."
-    )
-    setup = f"{device_text(environment())}, {str(model.dtype).removeprefix('torch.')}"
-    return Evaluation(folder, recipe, task.name, model.objective.rule, result, title, len(reporting[1]), setup)
+        data = found.data["tuning"], found.data["reporting"]
+        result = sweep_skipping(found.model, result, group, *data, progress="skipping", **found.batching)
+    return result
 
 
 def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
@@ -178,20 +225,6 @@ def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
 
 def _listed(labels: Sequence[str]) -> str:
     return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
-
-
-def parameter_text(criterion: Criterion) -> str:
-    """Describe the parameters of a criterion, e.g. ``threshold 0.35``."""
-    words = []
-    for name, value in criterion.to_dict().items():
-        if isinstance(value, dict):
-            inner: Any = getattr(criterion, name)
-            words.append(f"{name} {inner.name} ({parameter_text(inner)})")
-        elif isinstance(value, float):
-            words.append(f"{name} {value:.4g}")
-        elif name != "name" and value is not None and value is not False:
-            words.append(f"{name} {value}")
-    return ", ".join(words)
 
 
 def layer_table(result: Sweep) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from earlyexit_kernels.criteria import Criterion
+
 _PACKAGES = ("earlyexit_kernels", "torch", "transformers", "triton", "accelerate", "numpy")
 
 
@@ -93,10 +95,19 @@ def write_json(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]
         records: JSON-ready data.
         fields: further top-level entries, e.g. the arguments of the command.
     """
+    document = _finite({"environment": environment(), **fields, "records": list(records)})
+    return write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file whole or not at all.
+
+    Args:
+        path: output file; missing folders are created.
+        text: its contents, written as UTF-8.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    document = _finite({"environment": environment(), **fields, "records": list(records)})
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     beside = partial_file(target)
     if beside is None:
         target.write_text(text, encoding="utf-8")
@@ -107,7 +118,7 @@ def write_json(path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]
 
 
 def partial_file(target: Path) -> Path | None:
-    """Return the file that `write_json` writes first and then renames; None for a device or pipe, written directly."""
+    """Return the file that `write_text` writes first and then renames; None for a device or pipe, written directly."""
     if target.exists() and not target.is_file():
         return None
     file = target.resolve()
@@ -121,6 +132,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parameter_text(criterion: Criterion) -> str:
+    """Describe the parameters of a criterion, e.g. ``threshold 0.35``."""
+    words = []
+    for name, value in criterion.to_dict().items():
+        if isinstance(value, dict):
+            inner: Any = getattr(criterion, name)
+            words.append(f"{name} {inner.name} ({parameter_text(inner)})")
+        elif isinstance(value, float):
+            words.append(f"{name} {value:.4g}")
+        elif name != "name" and value is not None and value is not False:
+            words.append(f"{name} {value}")
+    return ", ".join(words)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
