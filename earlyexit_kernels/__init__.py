@@ -26,6 +26,7 @@ from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.sweep import collect_trace, sweep
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
+from earlyexit_kernels.tuning.traces import load_trace, save_trace
 from earlyexit_kernels.types import ExitTrace
 
 __version__ = "0.1.0"
@@ -51,12 +52,14 @@ __all__ = [
     "calibrate",
     "collect_trace",
     "criteria",
+    "load_trace",
     "objectives",
     "ops",
     "phases",
     "predict_with_exits",
     "replay",
     "replay_each",
+    "save_trace",
     "sweep",
     "to_early_exit",
 ]

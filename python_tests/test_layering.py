@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "engine": "backbones backends criteria errors hashing heads ops types numpy torch transformers",
     "hf": "arguments backbones backends criteria engine errors heads objectives types huggingface_hub numpy "
     "safetensors torch transformers",
-    "tuning": "arguments criteria engine hf types mapie matplotlib numpy sklearn torch tqdm",
+    "tuning": "arguments criteria engine hf types mapie matplotlib numpy safetensors sklearn torch tqdm",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",
     "cli": "* __init__ numpy safetensors torch transformers",
     "__init__": "* transformers",
