@@ -104,7 +104,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
 
     @property
     def calibration(self) -> Calibration | None:
-        """How the current criterion was chosen by `calibrate`; None if it was set otherwise, or after training."""
+        """How `calibrate` chose the current criterion; None if another one is set, or after training."""
         config: Any = self.config
         found = None if config.calibration is None else Calibration.from_dict(config.calibration)
         return found if found is not None and found.criterion == self.criterion else None
@@ -130,8 +130,6 @@ class EarlyExitForSequenceClassification(Checkpointed):
         self.execution.check_criterion(self.view(rule))
         self._criterion = rule
         config.criterion = None if isinstance(rule, FullDepth) else rule.to_dict()
-        if self.calibration is None:
-            config.calibration = None
 
     @property
     def invalid_rows(self) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -20,10 +22,12 @@ from earlyexit_kernels.tuning.grids import GRIDS, settings
 from earlyexit_kernels.tuning.intervals import drop_interval
 from earlyexit_kernels.tuning.latency import BatchLatency
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
+from earlyexit_kernels.tuning.per_layer import refine
 from earlyexit_kernels.tuning.risk import check_rows, risk_p_values
 from earlyexit_kernels.tuning.scored import AGREEMENT, Rows, Setting
 from earlyexit_kernels.tuning.sweep import collect_trace
-from earlyexit_kernels.tuning.targets import Latency, Risk, Target
+from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
+from earlyexit_kernels.tuning.temperature import fit_temperatures, scale_exits, scaled
 from earlyexit_kernels.types import ExitTrace, default_problem_type
 
 DEFAULT_METRIC = {"regression": "pearson"}
@@ -38,6 +42,8 @@ def calibrate(
     metric: str | None = None,
     check: float = 0.5,
     points: int = 48,
+    per_layer: bool = False,
+    temperature: bool = False,
     batch_size: int = 32,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     problem_type: str | None = None,
@@ -59,6 +65,9 @@ def calibrate(
         metric: name in `tuning.metrics.METRICS`; default: accuracy, Pearson correlation for regression.
         check: share of the rows that are check rows, in (0, 1).
         points: approximate number of thresholds to try per rule, at least 8.
+        per_layer: after the choice, search for a threshold of each layer; with `MaxDrop` and `SpeedUp`.
+        temperature: first divide the logits of each exit by a temperature, fitted on the tuning rows. The exits of the
+            model are changed (the labels of each exit are not).
         batch_size: rows per batch of the full-depth pass.
         collate_fn: pads a list of items; default: pad on the right with the pad token of the backbone.
         problem_type: as in transformers; default: that of the model or trace.
@@ -90,6 +99,10 @@ def calibrate(
     if not isinstance(target, Target):
         raise ValueError(f"calibrate: expected target=MaxDrop(0.005), SpeedUp, Latency or Risk, got {target!r}")
     model = early_exit_model_in(model_or_trace) if isinstance(model_or_trace, torch.nn.Module) else None
+    if per_layer and not isinstance(target, (MaxDrop, SpeedUp)):
+        raise ValueError(f"calibrate: per_layer=True is for MaxDrop and SpeedUp, got {target}")
+    if temperature and model is None:
+        raise ValueError("calibrate: temperature=True changes the exits of a model, got a trace")
     if isinstance(target, Latency) and model is None:
         raise ValueError("calibrate: Latency is measured, which requires a model and its data set, got a trace")
     if model is not None:
@@ -105,13 +118,23 @@ def calibrate(
     tuning, checked = _split(rows, check, seed)
     if isinstance(target, Risk):
         check_rows(target, len(checked))
+    temperatures = None
+    if temperature:
+        temperatures = _temperatures(tuning, model)
+        tuning, checked = (replace(part, trace=scaled(part.trace, temperatures)) for part in (tuning, checked))
     candidates = tuning.settings(_candidates(tuning, criterion, points))
     timed = None
     if isinstance(target, Latency):
         timed = BatchLatency(model, data, batch_size=target.batch_size, collate_fn=collate_fn)
-    choice = CHOICES[type(target)](target, candidates, tuning, checked, timed)
+    choose = partial(CHOICES[type(target)], target, tuning=tuning, checked=checked, timed=timed)
+    choice = choose(candidates)
+    if per_layer:
+        choice = refine(choice, candidates, tuning, choose)
     found = _calibration(choice, target, candidates, tuning, checked, timed)
     if model is not None:
+        if temperatures is not None:
+            scale_exits(model, temperatures)
+            found = replace(found, temperatures=temperatures)
         found.apply(model)
     if trace.depth in found.untrained:
         warnings.warn(
@@ -168,6 +191,17 @@ def _split(rows: Rows, check: float, seed: int) -> tuple[Rows, Rows]:
         raise ValueError(f"calibrate: expected rows to choose on and rows to check on, got {len(rows)} rows in total")
     order = np.random.default_rng(seed).permutation(len(rows))
     return rows.take(np.sort(order[count:])), rows.take(np.sort(order[:count]))
+
+
+def _temperatures(tuning: Rows, model: Any) -> tuple[float, ...]:
+    """Return the temperature of each exit on the tuning rows."""
+    if tuning.problem_type != "single_label_classification":
+        raise ValueError(f"calibrate: temperature=True is for one class a row, got {tuning.problem_type}")
+    if len(model.heads.out) != tuning.trace.depth:
+        raise ValueError(
+            "calibrate: temperature=True requires an exit of its own for each layer, this model shares one"
+        )
+    return fit_temperatures(tuning.trace, tuning.labels)
 
 
 def _candidates(tuning: Rows, criterion: Any, points: int) -> list[Criterion]:

@@ -34,8 +34,8 @@ class Target:
 class MaxDrop(Target):
     """Choose the fastest setting that loses at most `drop`.
 
-    The loss on the tuning rows plus one standard error must be at most `drop`: the fastest of many settings is partly
-    so by chance, and without the standard error loses more than `drop` on other rows.
+    The loss on the tuning rows plus half a standard error must be at most `drop`: the fastest of many settings is
+    partly so by chance, and would otherwise lose more than `drop` on other rows, on average. `Risk` gives a bound.
 
     Attributes:
         drop: maximum loss of the metric against full depth, at least 0; 0.005 is half a point of accuracy.

@@ -8,11 +8,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.models import CLASSES, early_exit
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, Patience
 from earlyexit_kernels.tuning import calibrate as calibrate_module
+from earlyexit_kernels.tuning.temperature import fit_temperatures, scaled
 
 DEPTH = 4
 
@@ -44,7 +46,7 @@ def test_max_drop_chooses_the_fastest_setting_within_the_drop():
     for threshold in [point.criterion["threshold"] for point in found.curve]:
         logits, layers = ee.replay(own, Entropy(threshold=threshold))
         losses = full.astype(float) - (logits.argmax(1).numpy() == labels[tuning])
-        if losses.mean() + losses.std(ddof=1) / 1500**0.5 <= 0.01:
+        if losses.mean() + 0.5 * losses.std(ddof=1) / 1500**0.5 <= 0.01:
             within.append((float(layers.double().mean()), threshold))
     assert len(found.curve) >= 40 and found.criterion == Entropy(threshold=min(within)[1])
     score, layer = scored(trace.take(torch.from_numpy(checked)), labels[checked], found.criterion)
@@ -121,7 +123,7 @@ def test_without_labels_full_depth_is_the_truth():
 @pytest.mark.parametrize("metric", ["matthews", "macro_f1"])
 def test_other_metrics_decide(metric):
     trace, labels = noisy_trace(800)
-    found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.02), metric=metric)
+    found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.02), metric=metric, points=8)
     assert found.metric == metric and found.layer_speed_up > 1
     low, high = found.drop_interval
     assert low < high
@@ -152,6 +154,32 @@ def test_exits_at_chance_are_named():
     with pytest.warns(UserWarning, match="last exit is no better than chance"):
         found = ee.calibrate(ee.ExitTrace(torch.randn(400, 3, 3)), labels[:400], target=ee.MaxDrop(0.5))
     assert found.untrained == (1, 2, 3) and "exits 1, 2, 3" in str(found)
+
+
+def test_threshold_of_each_layer_is_at_least_as_fast_on_the_tuning_rows():
+    """A trace whose first exit is overconfident: one threshold for all layers has to be low."""
+    trace, labels = noisy_trace(6000)
+    logits = trace.logits.clone()
+    logits[:, 0] *= 3
+    trace, options = ee.ExitTrace(logits), {"target": ee.MaxDrop(0.02), "check": 0.2, "points": 24}
+    uniform = ee.calibrate(trace, labels, **options)
+    found = ee.calibrate(trace, labels, per_layer=True, **options)
+    assert len(found.criterion.threshold) == DEPTH - 1 and found.criterion.threshold[0] < found.criterion.threshold[1]
+    assert found.layer_speed_up > uniform.layer_speed_up + 0.3 and found.drop < 0.04
+    fast = ee.calibrate(trace, labels, per_layer=True, **{**options, "target": ee.SpeedUp(1.8)})
+    assert fast.score >= ee.calibrate(trace, labels, **{**options, "target": ee.SpeedUp(1.8)}).score - 0.01
+
+
+def test_temperature_minimises_the_loss_of_each_exit():
+    trace, labels = noisy_trace(500)
+    found = fit_temperatures(trace, labels)
+    truth = torch.from_numpy(labels)
+    for layer, temperature in enumerate(found):
+        loss = [
+            float(F.cross_entropy(trace.logits[:, layer].double() / (temperature * k), truth)) for k in (0.99, 1, 1.01)
+        ]
+        assert loss[1] < min(loss[0], loss[2])
+    assert fit_temperatures(scaled(trace, found), labels) == pytest.approx((1.0,) * DEPTH, rel=1e-5)
 
 
 # the model
@@ -187,13 +215,14 @@ def test_model_takes_criterion_and_record_and_saves_both(rows, tmp_path):
     assert shares == pytest.approx(found.exit_shares)
 
 
-def test_record_is_dropped_with_its_criterion_and_its_weights(rows):
+def test_record_belongs_to_its_criterion_and_its_weights(rows):
     model, found = calibrated(rows)
     model.set_criterion(found.criterion)
     assert model.calibration == found
     model.set_criterion(Entropy(threshold=0.123))
-    assert model.calibration is None and model.config.calibration is None
+    assert model.calibration is None
     found.apply(model)
+    ee.collect_trace(model, rows)  # runs without the criterion
     assert model.calibration == found and model.criterion == found.criterion
     model.train()
     model(input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([0])).loss.backward()
@@ -234,6 +263,22 @@ def test_latency_of_a_model(rows):
     assert 0 < found.latency < 10_000
 
 
+def test_temperatures_are_put_into_the_exits(rows):
+    """The saved model needs no temperature at run time, and gives each exit's labels as before."""
+    plain = early_exit()
+    before, _ = ee.collect_trace(plain, rows)
+    model, found = calibrated(rows, temperature=True)
+    after, _ = ee.collect_trace(model, rows)
+    assert len(found.temperatures) == model.depth and len(set(found.temperatures)) > 1
+    assert (after.logits - scaled(before, found.temperatures).logits).abs().max() < 1e-5
+    assert torch.equal(after.logits.argmax(-1), before.logits.argmax(-1)) and model.calibration == found
+    shared = early_exit(num_labels=1)
+    with pytest.raises(ValueError, match="temperature=True is for one class a row, got regression"):
+        ee.calibrate(
+            shared, [{**row, "labels": float(i)} for i, row in enumerate(rows)], target=ee.SpeedUp(1), temperature=True
+        )
+
+
 # refused input
 
 TRACE, LABELS = noisy_trace(40)
@@ -261,6 +306,12 @@ NAN = ee.ExitTrace(TRACE.logits.clone().index_fill_(0, torch.tensor([3]), torch.
         ("at least 299 check rows.*got 20", {"target": ee.Risk(0.01)}),
         (r"nearest is Patience\(patience=1.*with", {"target": ee.SpeedUp(4), "criterion": "patience"}),
         ("points >= 8", {"points": 3}),
+        (
+            "per_layer=True requires a rule with a threshold for each layer",
+            {"criterion": "patience", "per_layer": True},
+        ),
+        ("per_layer=True is for MaxDrop and SpeedUp", {"target": ee.Risk(0.3), "per_layer": True}),
+        ("temperature=True changes the exits of a model, got a trace", {"temperature": True}),
     ],
 )
 def test_refused(expected, given):
