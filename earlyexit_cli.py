@@ -77,7 +77,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         type=_checked("source"),
         help="folder or hub name of a BERT-like encoder or classifier",
     )
-    add("--task", required=True, type=_checked("task"), help=f"one of {', '.join(TASKS)}")
+    rows = parser.add_mutually_exclusive_group(required=True)
+    rows.add_argument("--task", type=_checked("task"), help=f"one of {', '.join(TASKS)}")
+    rows.add_argument("--train", type=_checked("table"), help="own rows: a CSV, TSV, JSON lines or Parquet file")
+    add("--dev", type=_checked("table"), help="rows to report on, with --train (default: the rows held out)")
+    add("--text-column", type=_checked("column"), help="column of the text, with --train (default: text)")
+    add("--pair-column", type=_checked("column"), help="column of the second text, with --train (default: none)")
+    add(
+        "--label-column",
+        type=_checked("column"),
+        help="column of the label, with --train: names or whole numbers are classes, decimals are predicted by "
+        "regression (default: label)",
+    )
     add("--output", required=True, type=_checked("path"), help="folder to save the model in")
     add(
         "--method", type=_checked("method"), default="joint", help=f"one of {', '.join(METHODS)} (default: %(default)s)"
@@ -99,8 +110,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--holdout",
         type=_checked("rows_or_none"),
-        default=HOLDOUT,
-        help="number of train rows held out to tune thresholds (default: %(default)s)",
+        help=f"number of train rows held out to tune thresholds (default: {HOLDOUT}; of --train at most a fifth, and "
+        "none if there is a --dev)",
     )
     add(
         "--epochs",
@@ -127,6 +138,16 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=_checked("seed"), default=0, help="random seed (default: %(default)s)")
 
 
+def add_dev_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that replaces the rows of a model trained with --train."""
+    parser.add_argument(
+        "--dev",
+        type=_checked("table"),
+        help="file with other rows, in the columns of the file that the model was trained on (default: the rows that "
+        "were held out, or the dev file)",
+    )
+
+
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `earlyexit eval`."""
     add = parser.add_argument
@@ -138,6 +159,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="one or more folders written by `earlyexit train`",
     )
     add("--task", type=_checked("task"), help="task to evaluate on (default: the one the model was trained on)")
+    add_dev_argument(parser)
     add(
         "--drop",
         type=_checked("drop"),

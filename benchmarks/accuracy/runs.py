@@ -189,7 +189,9 @@ class Trained:
 
 def swept(run: Run) -> Evaluation:
     """Return the sweep of `earlyexit eval`."""
-    options = argparse.Namespace(task=None, batch_size=run.budget.batch_size, drop=0.0, points=run.budget.points)
+    options = argparse.Namespace(
+        task=None, dev=None, batch_size=run.budget.batch_size, drop=0.0, points=run.budget.points
+    )
     return evaluate(run.folder, run.recipe(), options)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from earlyexit_kernels.arguments import Check, choice, number, whole
 from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.tasks.files import FORMATS
 from earlyexit_kernels.tasks.load import TASK_NAMES
 from earlyexit_kernels.tuning.grids import MIN_POINTS
 
@@ -42,6 +43,23 @@ def path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
     return Path(text).expanduser()
+
+
+def table(text: str) -> Path:
+    """Convert to the path of a file with rows; its ending is that of a known format."""
+    target = path(text)
+    if target.suffix.lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(
+            f"expected a file name that ends in {', '.join(FORMATS)}, got {text[:SHOWN]!r}"
+        )
+    return target
+
+
+def column(text: str) -> str:
+    """Accept the name of a column that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected the name of a column, got {text!r}")
+    return text
 
 
 def source(text: str) -> str:

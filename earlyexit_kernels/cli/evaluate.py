@@ -16,7 +16,7 @@ from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import from_dict
-from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
+from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning.grids import skip_settings
 from earlyexit_kernels.tuning.plots import plot_tradeoff
@@ -121,6 +121,7 @@ class Traced:
         model: the early-exit model.
         task: the task that it is evaluated on.
         splits: texts and labels, by split.
+        kinds: what the rows are, by split, e.g. "held-out train rows".
         data: token ids, by split.
         traces: trace and labels ``[N]``, by split.
         batching: how rows are batched, as arguments of `collect_trace`.
@@ -129,6 +130,7 @@ class Traced:
     model: EarlyExitForSequenceClassification
     task: Task
     splits: dict[str, Split]
+    kinds: dict[str, str]
     data: dict[str, EncodedSplit]
     traces: dict[str, tuple[ExitTrace, Any]]
     batching: dict[str, Any]
@@ -140,45 +142,45 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
     Raises:
         ValueError: as `trace_splits`.
     """
-    found = trace_splits(folder, recipe, task=args.task, batch_size=args.batch_size)
+    found = trace_splits(folder, recipe, task=args.task, dev=args.dev, batch_size=args.batch_size)
     result = sweep_rules(found, drop=args.drop, points=args.points)
     task, model, rows = found.task, found.model, {name: len(split) for name, split in found.splits.items()}
     title = (
-        f"Chosen on {rows['tuning']} held-out train rows (score loss at most {args.drop:g}), reported on the "
-        f"{task.evaluation} split of {task.name} ({rows['reporting']} rows)."
+        f"Chosen on {rows['tuning']} {found.kinds['tuning']} (score loss at most {args.drop:g}), reported on "
+        f"{found.kinds['reporting']} ({rows['reporting']} rows)."
     )
     setup = f"{device_text(environment())}, {str(model.dtype).removeprefix('torch.')}"
     return Evaluation(folder, recipe, task.name, model.objective.rule, result, title, rows["reporting"], setup)
 
 
-def trace_splits(folder: Path, recipe: Recipe, *, task: str | None, batch_size: int) -> Traced:
+def trace_splits(folder: Path, recipe: Recipe, *, task: str | None, dev: Path | None = None, batch_size: int) -> Traced:
     """Load a model and its rows, and trace the held-out rows and the reporting split.
 
     Args:
         folder: written by `earlyexit train`.
         recipe: of this folder.
         task: name of the task to evaluate on, or None for that of the recipe.
+        dev: file with other rows, as for `Recipe.load_data`.
         batch_size: rows per batch.
 
     Raises:
         ValueError: not an early-exit model, other classes than the task's, a tokenizer that does not know the text, or
             no held-out rows.
     """
-    loaded = load_task(recipe.task if task is None else task, seed=recipe.seed)
+    loaded = recipe.load_data(task=task, dev=dev)
     model = load_model(folder, loaded)
     with loaded_from(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    held_out = recipe.held_out(loaded)
-    if not len(held_out):
-        raise ValueError(f"{folder} was trained with --holdout 0; expected held-out rows to choose thresholds on")
+    tuning, reporting = recipe.both_rows(loaded)
+    kinds = {"tuning": tuning[1], "reporting": reporting[1]}
     batching: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": batch_size}
-    splits = {"tuning": held_out, "reporting": loaded.split(loaded.evaluation)}
-    check_max_length(recipe.max_length, tokenizer, held_out)
+    splits = {"tuning": tuning[0], "reporting": reporting[0]}
+    check_max_length(recipe.max_length, tokenizer, tuning[0])
     data = {name: encode(split, tokenizer, max_length=recipe.max_length) for name, split in splits.items()}
     check_vocabulary(data["tuning"], "train", tokenizer, model, folder)
     check_lengths(data, model)
     traces = {name: collect_trace(model, rows, progress=name, **batching) for name, rows in data.items()}
-    return Traced(model, loaded, splits, data, traces, batching)
+    return Traced(model, loaded, splits, kinds, data, traces, batching)
 
 
 def sweep_rules(found: Traced, *, drop: float, points: int) -> Sweep:

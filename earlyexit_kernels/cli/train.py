@@ -33,7 +33,7 @@ from earlyexit_kernels.cli.inputs import (
     loaded_from,
 )
 from earlyexit_kernels.cli.outputs import check_folder, save_tokenizer
-from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.cli.recipe import HELD_OUT, Recipe
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.saving import save_or_rescue
@@ -41,11 +41,12 @@ from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from_dict
 from earlyexit_kernels.tasks import hub
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
+from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
 from earlyexit_kernels.tuning.report import markdown_table
 from earlyexit_kernels.tuning.sweep import collect_trace, truncations
 
 WEIGHT_DECAY = 0.01
-#: Default of --holdout.
+#: Default of --holdout, and of own files the maximum of the default.
 HOLDOUT = 1000
 
 
@@ -54,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
     objective = objective_from(args.method, args.set)
     plans = phase_plans(objective, args)
     ask_hub = functools.cache(hub.unreachable_reason)  # once for the task and the model
-    task = load_task(args.task, seed=args.seed, ask_hub=ask_hub)
+    own, task = load_rows(args, ask_hub)
     check_task(objective, task.problem_type, task.num_labels)
     base, tokenizer = load_base(args.model, task, ask_hub=ask_hub)
-    recipe = _recipe(args, task)
+    recipe = _recipe(args, task, own)
     train_split, _ = recipe.train_splits(task)
-    check_rows(task, train_split, task.split(recipe.evaluation_split))
+    evaluation_split = recipe.evaluation_rows(task)
+    check_rows(task, train_split, evaluation_split)
     if torch.set_flush_denormal(True):
         print("Denormal numbers are flushed to zero: they can make CPU training ten times slower.")
     set_seed(args.seed)
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     )
     check_max_length(recipe.max_length, tokenizer, train_split)
     train_set = encode(train_split, tokenizer, max_length=recipe.max_length)
-    evaluation = encode(task.split(recipe.evaluation_split), tokenizer, max_length=recipe.max_length)
+    evaluation = encode(evaluation_split, tokenizer, max_length=recipe.max_length)
     check_vocabulary(train_set, "train", tokenizer, model, args.model)
     check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
     check_folder("--output", args.output)
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     save_or_rescue(args.output, model.save_pretrained, functools.partial(save_tokenizer, tokenizer), recipe.save)
     header = ("exit after layer", *task.metrics)
     rows = [(k, *(f"{score[m]:.4f}" for m in task.metrics)) for k, score in enumerate(scores, start=1)]
-    print(f"\nScore of every exit on the {recipe.evaluation_split} split ({len(labels)} rows):\n")
+    print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")
     print(f"{markdown_table(header, rows)}\n")
     print(f"Saved in {args.output}; next: earlyexit eval --model {args.output}")
     return 0
@@ -158,18 +160,57 @@ def _for_each_phase(objective: Objective, name: str, given: Sequence[float] | No
     return list(given) * (len(specs) if len(given) == 1 else 1)
 
 
-def _recipe(args: argparse.Namespace, task: Task) -> Recipe:
+def load_rows(args: argparse.Namespace, ask_hub: Callable[[], str]) -> tuple[OwnData | None, Task]:
+    """Load the task, or read the user's own files.
+
+    Raises:
+        ValueError: options for own files beside --task, or as for `load_task` and `read_own`.
+        OSError: as for `load_task` and `read_own`.
+    """
+    given = {name: getattr(args, name) for name in ("dev", "text_column", "pair_column", "label_column")}
+    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if args.train is None:
+        if named:
+            raise ValueError(f"{', '.join(named)}: expected --train FILE; --task {args.task} has its own rows")
+        return None, load_task(args.task, seed=args.seed, ask_hub=ask_hub)
+    columns = Columns(args.text_column or "text", args.pair_column, args.label_column or "label")
+    own, task = read_own(args.train, args.dev, columns)
+    labels = f"{task.num_labels} classes ({listed(task.label_names)})"
+    print(
+        f"Labels of {own.name}, column {columns.label!r}: "
+        f"{'numbers (regression)' if task.problem_type == 'regression' else labels}"
+    )
+    return own, task
+
+
+def _recipe(args: argparse.Namespace, task: Task, own: OwnData | None) -> Recipe:
     total = len(task.split("train"))
-    rows = total - args.holdout if args.train_rows is None else args.train_rows
-    if not 1 <= rows <= total - args.holdout:
+    held_out = _holdout(args, total)
+    rows = total - held_out if args.train_rows is None else args.train_rows
+    if not 1 <= rows <= total - held_out:
         raise ValueError(_too_many_rows(args, task.name, total))
-    task.split(task.evaluation)  # raises if it has no visible labels
-    return Recipe(task.name, args.seed, args.holdout, rows, args.max_length, task.evaluation)
+    evaluation = task.evaluation
+    if own is not None and args.dev is None:
+        evaluation = HELD_OUT
+        if held_out < 1:
+            raise ValueError("--holdout: expected at least one row to report on, or a file with --dev, got 0")
+    else:
+        task.split(evaluation)  # raises if it has no visible labels
+    return Recipe(args.task, args.seed, held_out, rows, args.max_length, evaluation, data=own)
+
+
+def _holdout(args: argparse.Namespace, total: int) -> int:
+    """Return the number of train rows to hold out."""
+    if args.holdout is not None:
+        return int(args.holdout)
+    if args.train is None:
+        return HOLDOUT
+    return 0 if args.dev is not None else max(1, min(HOLDOUT, total // 5))
 
 
 def _too_many_rows(args: argparse.Namespace, task: str, total: int) -> str:
     """Return the error message for rows that the train split does not have, with numbers that would fit."""
-    given = f"--holdout {args.holdout}" + (" (the default)" if args.holdout == HOLDOUT else "")
+    given = f"--holdout {_holdout(args, total)}" + (" (the default)" if args.holdout is None else "")
     held_out = min(HOLDOUT, max(total // 5, min(total - 1, 1)))
     fitting = f"--holdout {held_out}"
     if args.train_rows is not None:

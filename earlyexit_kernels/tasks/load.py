@@ -32,6 +32,7 @@ class Task:
         metrics: names in `metrics.METRICS`; the first is the deciding metric.
         problem_type: as in transformers.
         source: origin of the rows, for messages and reports.
+        hidden: label of rows whose label is hidden, or None if none is.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Task:
     metrics: tuple[str, ...]
     problem_type: str
     source: str
+    hidden: int | None = HIDDEN
 
     @property
     def num_labels(self) -> int:
@@ -62,7 +64,7 @@ class Task:
         split = self.splits[name]
         if not len(split):
             raise ValueError(f"the {name!r} split of task {self.name!r} in {self.source} has no rows")
-        if any(label == HIDDEN for label in split.labels):
+        if any(label == self.hidden for label in split.labels):
             raise ValueError(
                 f"the labels of the {name!r} split of task {self.name!r} are hidden (-1), so it cannot be trained or "
                 f"evaluated on; splits: {list(self.splits)}"

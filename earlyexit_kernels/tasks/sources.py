@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from earlyexit_kernels.tasks.files import TABS, read_delimited
 from earlyexit_kernels.tasks.hub import offline_if_unreachable
 
 DATA_VARIABLE = "EARLYEXIT_DATA"
@@ -101,42 +101,18 @@ def read_folder(name: str, folder: Path) -> dict[str, Split]:
 
 
 def _read_tsv(path: Path, info: TaskInfo) -> Split:
-    lines = _lines(path)
-    header = next(lines, "").split("\t")
-    columns = _PAIR if "sentence1" in header else ("sentence",)
-    if "label" not in header or not set(columns) <= set(header):
+    table = read_delimited(path, **TABS)
+    names = _PAIR if "sentence1" in table.columns else ("sentence",)
+    if not {"label", *names} <= set(table.columns):
         raise ValueError(
             f"{path}, line 1: expected a header with idx, label and sentence (or sentence1, sentence2), got "
-            f"{reprlib.repr(header)}"
+            f"{reprlib.repr(list(table.columns))}"
         )
-    at = [header.index(column) for column in columns]
-    sentences: list[Text] = []
-    labels: list[float] = []
-    for number, line in enumerate(lines, start=2):
-        row, where = line.split("\t"), f"{path}, line {number}"
-        if len(row) != len(header):
-            raise ValueError(f"{where}: expected {len(header)} columns, got {len(row)}")
-        sentences.append(row[at[0]] if len(at) == 1 else (row[at[0]], row[at[1]]))
-        labels.append(_label(row[header.index("label")], info, where))
-    if not labels:
+    if not len(table):
         raise ValueError(f"{path}, line 2: expected at least one row below the header, got none")
-    return Split(sentences, labels)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Return the lines of a UTF-8 file without line ends; a byte order mark is skipped.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not UTF-8; the message names the line.
-    """
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8 text, got the byte {data[error.start]:#04x}") from None
-    return (line.rstrip("\n") for line in io.StringIO(text.removeprefix("\ufeff"), newline=None))
+    columns = [table.columns[name] for name in names]
+    labels = [_label(value, info, table.where(row)) for row, value in enumerate(table.columns["label"])]
+    return Split(list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True)), labels)
 
 
 def _label(value: Any, info: TaskInfo, where: str) -> float:

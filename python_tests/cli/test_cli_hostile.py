@@ -28,11 +28,17 @@ REQUIRED = {
     "env": [],
 }
 NUMBERS = ["nan", "inf", "-1", "x", ""]
+FILES = ["", " ", "rows", "rows.txt", "rows.csv.gz", ".."]
 #: Command -> option -> values that must be refused.
 INVALID = {
     "train": {
         "--model": ["", " "],
         "--task": ["", "sst3"],
+        "--train": FILES,
+        "--dev": FILES,
+        "--text-column": ["", " "],
+        "--pair-column": [""],
+        "--label-column": [""],
         "--output": [""],
         "--method": ["", "magic"],
         "--pooling": ["max", "family"],
@@ -50,6 +56,7 @@ INVALID = {
     "eval": {
         "--model": [""],
         "--task": ["", "sst3"],
+        "--dev": FILES,
         "--drop": [*NUMBERS, "3"],
         "--points": [*NUMBERS, "7", "1e9", "1000000000"],
         "--batch-size": [*NUMBERS, "0"],

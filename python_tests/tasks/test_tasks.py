@@ -229,7 +229,7 @@ def test_score_of_classes_and_of_regression():
         metrics.score(("bleu",), np.zeros((1, 2)), [0])
 
 
-@pytest.mark.parametrize(("predictions", "labels"), [([], []), ([1], [1, 0]), ([[1]], [[1]])])
+@pytest.mark.parametrize(("predictions", "labels"), [([], []), ([1], [1, 0]), ([[1]], [1])])
 def test_metrics_refuse_wrong_shapes(predictions, labels):
     with pytest.raises(ValueError, match=r"expected predictions and labels of one shape"):
         metrics.accuracy(predictions, labels)
