@@ -163,13 +163,12 @@ def collect_trace(
 @contextmanager
 def _without_criterion(model: Any) -> Iterator[None]:
     """Remove the criterion within the block: models with a rule that skips layers cannot be traced."""
-    before, calibration = model.criterion, model.config.calibration
+    before = model.criterion
     model.set_criterion(None)
     try:
         yield
     finally:
         model.set_criterion(before)
-        model.config.calibration = calibration  # was dropped with the criterion
 
 
 def _at_layer(trace: ExitTrace, exit_layer: NDArray) -> NDArray:

@@ -14,7 +14,6 @@ from support.models import CLASSES, early_exit
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, Patience
 from earlyexit_kernels.tuning import calibrate as calibrate_module
-from earlyexit_kernels.tuning.sweep import collect_trace
 from earlyexit_kernels.tuning.temperature import fit_temperatures, scaled
 
 DEPTH = 4
