@@ -141,6 +141,17 @@ def collect_trace(
 
     Raises:
         ValueError: no items, or only some have labels.
+
+    Example:
+
+        >>> import earlyexit_kernels as ee
+        >>> from transformers import BertConfig
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> model = ee.EarlyExitForSequenceClassification(ee.EarlyExitConfig(backbone_config=BertConfig(**sizes)))
+        >>> rows = [{"input_ids": [101, 7, 102], "labels": 1}, {"input_ids": [101, 102], "labels": 0}]
+        >>> trace, labels = ee.collect_trace(model, rows)
+        >>> trace.logits.shape, labels.tolist()
+        (torch.Size([2, 3, 2]), [1, 0])
     """
     model.eval()
     traces, labels = [], []
@@ -288,6 +299,16 @@ def sweep(
 
     Raises:
         ValueError: the splits have different shapes, or an argument is out of range.
+
+    Example:
+
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> logits = torch.tensor([[[0.1, 0.0], [3.0, 0.0]], [[0.0, 4.0], [0.0, 5.0]]]).repeat(50, 1, 1)
+        >>> split = ee.ExitTrace(logits), torch.tensor([0, 1] * 50)
+        >>> found = ee.sweep(split, split)
+        >>> found.chosen("entropy").reporting.mean_exit_layer, found.oracle
+        (1.0, 1.0)
     """
     if tuning[0].logits.shape[1:] != reporting[0].logits.shape[1:]:
         shapes = [list(split[0].logits.shape) for split in (tuning, reporting)]

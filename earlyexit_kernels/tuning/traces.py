@@ -72,6 +72,13 @@ def load_trace(path: str | Path) -> tuple[ExitTrace, NDArray | None]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or not one of `save_trace`.
+
+    >>> import tempfile, torch
+    >>> import earlyexit_kernels as ee
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ee.save_trace(f"{folder}/dev.safetensors", ee.ExitTrace(torch.zeros(2, 3, 5)))
+    ...     ee.load_trace(f"{folder}/dev.safetensors")[0].depth
+    3
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_trace: expected a file that save_trace wrote, {path} does not exist")
