@@ -32,15 +32,20 @@ def to_early_exit(
     ``.half()`` or ``.to()`` on one moves both. The given instance is otherwise unchanged; hooks and adapters that are
     added to it later have no effect on the new model.
 
+    A model that has exits already is converted to another method: the new model shares its encoder, and starts with
+    copies of the exits, halting outputs and gates that both methods have in the same form; others are new. So DACT may
+    start from exits trained with ``"joint"``.
+
     Args:
-        hf_model: a ``...ForSequenceClassification`` instance of a supported family.
+        hf_model: a ``...ForSequenceClassification`` instance of a supported family, or an early-exit model.
         method: training method: a name, for the settings of the paper, or one of `earlyexit_kernels.objectives`, such
             as ``Palbert(beta=0.1)``. It determines the exits: halting heads, gates, attention exits.
         criterion: exit criterion. Default: full depth, or the method's own inference rule if it differs (DACT's
             accumulated answer, SmartBERT's skip gates). `set_criterion` changes it later.
         pooling: None: each exit has the head of the family and starts as a copy of the stock head; its dense module is
             shared or its own, as the method requires. ``"first"`` or ``"mean"``: a new linear on the pooled hidden
-            state; the last one starts as a copy of the stock output layer if the shapes agree.
+            state; the last one starts as a copy of the stock output layer if the shapes agree. For a model with exits
+            None keeps the pooling of that model.
         halting: add an untrained halting head (for experiments).
         strict: raise on invalid logits (NaN, several +inf, or all -inf).
 
@@ -58,18 +63,17 @@ def to_early_exit(
         >>> model = ee.to_early_exit(stock, method="palbert", criterion=ee.criteria.QExit(q=0.5))
         >>> model.depth, model.heads.aux_names
         (3, ('hidden_cosine', 'halting'))
+        >>> ee.to_early_exit(model, method="dact").backbone.embeddings.word_embeddings.weight is (
+        ...     model.backbone.embeddings.word_embeddings.weight
+        ... )
+        True
     """
-    adapter, base, names = _parts(hf_model)
+    with_exits = isinstance(hf_model, EarlyExitForSequenceClassification)
+    adapter, base, names = (hf_model.adapter, hf_model.backbone, {}) if with_exits else _parts(hf_model)
     config: Any = hf_model.config
     objective = objective_of(method)
-    stock = adapter.head
-    head_config = HeadConfig(
-        pooling=pooling,
-        activation=stock.activation,
-        dropout=names[stock.dropout].p,
-        dropout_before_dense=stock.dropout_before_dense,
-        **{"halting": halting, **objective.head_changes(adapter.shares_layers)},
-    )
+    form = _form_with_exits(hf_model, pooling) if with_exits else _form_of_stock(adapter.head, names, pooling)
+    head_config = HeadConfig(**form, **{"halting": halting, **objective.head_changes(adapter.shares_layers)})
     memo = {id(t): t for t in [*base.parameters(), *base.buffers()]}
     backbone = copy.deepcopy(base, memo)
     for module in backbone.modules():
@@ -87,8 +91,13 @@ def to_early_exit(
         dtype=hf_model.dtype,
     )
     model = EarlyExitForSequenceClassification(outer, backbone)
-    _start_from_stock(model.heads, names, stock)
-    reference = next(names[stock.out].parameters())
+    if with_exits:
+        carried = hf_model.heads
+        _start_from_exits(model.heads, carried)
+    else:
+        carried = names[adapter.head.out]
+        _start_from_stock(model.heads, names, adapter.head)
+    reference = next(carried.parameters())
     model.heads.to(device=reference.device, dtype=hf_model.dtype)
     data = objective.answering()
     model.set_criterion(from_dict(data) if criterion is None and data is not None else criterion)
@@ -114,11 +123,6 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
             "AutoModelForSequenceClassification"
         )
     config: Any = hf_model.config
-    if config.model_type == EarlyExitConfig.model_type:
-        raise ValueError(
-            "to_early_exit: the model already has exits; change its criterion with set_criterion, or convert the stock "
-            "model for another method"
-        )
     adapter = adapter_of(config.model_type)
     base = getattr(hf_model, adapter.base, None)
     names = dict(hf_model.named_modules())
@@ -138,6 +142,32 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
     return adapter, base, names
 
 
+def _form_of_stock(stock: StockHead, names: dict[str, Any], pooling: str | None) -> dict[str, Any]:
+    """Return the fields of `HeadConfig` that follow from a stock head."""
+    return {
+        "pooling": pooling,
+        "activation": stock.activation,
+        "dropout": names[stock.dropout].p,
+        "dropout_before_dense": stock.dropout_before_dense,
+    }
+
+
+def _form_with_exits(model: EarlyExitForSequenceClassification, pooling: str | None) -> dict[str, Any]:
+    """Return these fields for a model that has exits.
+
+    Raises:
+        ValueError: it has another pooling.
+    """
+    config = model.heads.config
+    if pooling not in (None, config.pooling):
+        raise ValueError(
+            f"to_early_exit: the exits of this model have pooling={config.pooling!r}, got pooling={pooling!r}; leave "
+            "the argument out, or convert the stock model"
+        )
+    names = ("pooling", "activation", "dropout", "dropout_before_dense")
+    return {name: getattr(config, name) for name in names}
+
+
 def _short(thing: Any) -> str:
     """Describe a value for a message; the repr of a module would have a line for each submodule."""
     return type(thing).__name__ if isinstance(thing, nn.Module) else repr(thing)
@@ -151,3 +181,25 @@ def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead)
     for out in own:
         if out.weight.shape == names[stock.out].weight.shape:
             out.load_state_dict(names[stock.out].state_dict())
+
+
+#: Bank of `ExitHeads` -> fields of `HeadConfig` that have to agree for its parameters to have the same meaning.
+MEANING = {
+    **dict.fromkeys(("dense", "attention", "out"), ("form", "width", "attention_heads")),
+    "halting": ("form", "halting_input", "halting_layers"),
+    "uncertainty": ("form",),
+    **dict.fromkeys(("gates", "projectors", "contrast"), ("width",)),
+}
+
+
+def _start_from_exits(heads: ExitHeads, others: ExitHeads) -> None:
+    """Copy the modules that two methods have in the same form.
+
+    A module that all layers shared starts each of several; one for all layers starts as the last of several.
+    """
+    for name, fields in MEANING.items():
+        bank, given = getattr(heads, name), getattr(others, name)
+        if len(given) and all(getattr(heads.config, field) == getattr(others.config, field) for field in fields):
+            for number, module in enumerate(bank):
+                source = given[number] if len(given) == len(bank) else given[-1]
+                module.load_state_dict(source.state_dict())

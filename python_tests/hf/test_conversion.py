@@ -167,11 +167,6 @@ def test_other_objects_are_refused(thing):
         ee.to_early_exit(thing)
 
 
-def test_model_with_exits_is_refused():
-    with pytest.raises(ValueError, match="already has exits"):
-        ee.to_early_exit(early_exit())
-
-
 def test_chunked_feed_forward_is_refused():
     with pytest.raises(ValueError, match="chunk_size_feed_forward"):
         ee.to_early_exit(stock(chunk_size_feed_forward=2))
