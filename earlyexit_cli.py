@@ -249,3 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from earlyexit_kernels.cli import run  # after --help and --version have been answered
 
     return run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

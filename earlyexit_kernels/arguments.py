@@ -43,6 +43,8 @@ def number(*, low: float = -math.inf, high: float = math.inf, inside: bool = Fal
 
     def check(where: str, value: Any) -> float:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if real and not isinstance(value, numbers.Integral):  # which may be too large for a float
+            value = float(value)
         finite = real and -sys.float_info.max <= value <= sys.float_info.max
         if not finite or not (low < value < high if inside else low <= value <= high):
             raise ValueError(f"{where}: expected a finite number{allowed}, got {_shown(value)}")

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,10 @@ TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _load_extension() -> str:
     if importlib.util.find_spec("earlyexit_kernels._C") is None:
-        return "the extension is not built; run `make build`, or reinstall with a C++ compiler and EARLYEXIT_BUILD=auto"
+        return (
+            f"the extension is not built in {Path(__file__).parent}; run `make build` in a checkout, or reinstall with "
+            "a C++ compiler and EARLYEXIT_BUILD=auto"
+        )
     try:
         importlib.import_module("earlyexit_kernels._C")
     except ImportError as error:

@@ -1,6 +1,7 @@
 """Score pairs of texts with an early-exit model in `CrossEncoder` of sentence-transformers.
 
-Untrained weights: the scores mean nothing. Train the model as in convert_and_train.py on pairs and scores.
+Requires sentence-transformers. The weights are untrained, so the scores mean nothing: train the model as in
+convert_and_train.py, on pairs and scores.
 """
 
 import torch

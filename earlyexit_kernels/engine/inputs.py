@@ -68,7 +68,8 @@ def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, chec
         raise ValueError("input_ids: expected integers of shape [N, S], got None")
     shape, max_length, device = ids.shape, adapter.longest(backbone.config), backbone.device
     if ids.dim() != 2:
-        raise ValueError(f"input_ids: expected integers of shape [N, S], got shape {list(shape)}")
+        single = "; for one row pass input_ids[None]" if ids.dim() == 1 else ""
+        raise ValueError(f"input_ids: expected integers of shape [N, S], got shape {list(shape)}{single}")
     if shape[0] and not shape[1]:
         raise ValueError(f"input_ids: expected at least one token a row, got shape {list(shape)}")
     if shape[1] > max_length:
@@ -136,7 +137,7 @@ def _check_mask(mask: Tensor, shape: torch.Size) -> None:
 def _check_ids(name: str, ids: Tensor, shape: torch.Size, size: int | None) -> None:
     """Check for integers in [0, size), one for each token, or one row of them for all rows."""
     if ids.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"{name}: expected integers, got {ids.dtype}")
+        raise ValueError(f"{name}: expected integers, got {ids.dtype}; pass {name}.long() if these are ids")
     if tuple(ids.shape) not in (tuple(shape), (1, shape[1])):
         raise ValueError(f"{name}: expected the shape of input_ids {list(shape)}, got {list(ids.shape)}")
     if size is None or ids.device.type != "cpu" or not ids.numel():

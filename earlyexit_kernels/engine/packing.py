@@ -194,7 +194,7 @@ def refuse_masked_first(refused: bool) -> None:
     if refused:
         raise ValueError(
             "attention_mask: the first token of a row is masked, but these exits read it; pad on the right "
-            "(tokenizer.padding_side = 'right'), or convert with pooling='mean'"
+            "(tokenizer.padding_side = 'right')"
         )
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from earlyexit_kernels.objectives.base import IGNORED
 from earlyexit_kernels.types import INTEGER_DTYPES
 
+#: Setting of a stock model for several labels a row.
+SEVERAL = "stock.config.problem_type = 'multi_label_classification'"
 _REAL = (*INTEGER_DTYPES, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,13 +35,16 @@ def check_labels(labels: Tensor, problem_type: str, rows: int, classes: int) -> 
     if problem_type == "regression" and classes == 1:
         shapes = [(rows,), (rows, 1)]
     if tuple(labels.shape) not in shapes:
+        several = single and tuple(labels.shape) == (rows, classes)
+        cure = "; for several labels a row, convert with " if several else ""
         raise ValueError(
             f"labels: expected shape {list(shapes[0])} for {problem_type} of {rows} rows and {classes} classes, got "
-            f"{list(labels.shape)}"
+            f"{list(labels.shape)}{cure}" + SEVERAL * several
         )
     if labels.dtype not in (INTEGER_DTYPES if single else _REAL):
         expected = "integers" if single else "numbers"
-        raise ValueError(f"labels: expected {expected} for {problem_type}, got {labels.dtype}")
+        cure = "; class numbers are labels.long(), and regression requires a model with num_labels=1" if single else ""
+        raise ValueError(f"labels: expected {expected} for {problem_type}, got {labels.dtype}{cure}")
     if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         _check_values(labels, problem_type, classes)
     return labels.long() if single else labels

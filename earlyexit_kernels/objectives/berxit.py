@@ -98,8 +98,9 @@ class Berxit(Objective):
             return every, True
         if step.step is None:
             raise ValueError(
-                "Berxit(strategy='alternating') needs the number of optimiser steps done, got None; give the Trainer "
-                "callbacks=phase.callbacks(), which counts them, or choose another strategy"
+                "Berxit(strategy='alternating') needs the number of optimiser steps done, got None; "
+                "train with `for phase in earlyexit_kernels.phases(model): Trainer(model, args=phase.args(base), "
+                "callbacks=phase.callbacks(), ...).train()`, which counts them, or choose another strategy"
             )
         odd = every if self.odd_includes_last else early
         return (last if step.step % 2 == 0 else odd), True

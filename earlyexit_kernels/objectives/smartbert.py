@@ -127,8 +127,9 @@ class Smartbert(Objective):
             return hard
         if step.epoch is None:
             raise ValueError(
-                f"Smartbert(soft_epochs={self.soft_epochs:g}) needs the number of epochs done, got None; give the "
-                "Trainer callbacks=phase.callbacks(), which counts them"
+                f"Smartbert(soft_epochs={self.soft_epochs:g}) needs the number of epochs done, got None; "
+                "train with `for phase in earlyexit_kernels.phases(model): Trainer(model, args=phase.args(base), "
+                "callbacks=phase.callbacks(), ...).train()`, which counts them"
             )
         return hard if step.epoch >= self.soft_epochs else hard._replace(hard=False)
 

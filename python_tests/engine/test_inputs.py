@@ -173,9 +173,7 @@ def test_hidden_states_and_attentions_are_refused(asked, training):
 @pytest.mark.parametrize("pooling", [None, "first"])
 def test_left_padding_is_refused_unless_pooling_is_mean(family, pooling):
     model = early_exit(family, pooling=pooling)
-    with pytest.raises(
-        ValueError, match=r"pad on the right \(tokenizer.padding_side = 'right'\), or convert with pooling='mean'"
-    ):
+    with pytest.raises(ValueError, match=r"pad on the right \(tokenizer.padding_side = 'right'\)$"):
         model(**batch_for(model, "left"))
     batch = batch_for(model, "holes")
     batch["attention_mask"][2, 0] = 0
