@@ -177,6 +177,26 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=_checked("png"), help="PNG file to write; NAME-1.png, NAME-2.png, ... for several models")
 
 
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit report`."""
+    add = parser.add_argument
+    add("--model", required=True, type=_checked("path"), help="folder written by `earlyexit train`")
+    add(
+        "--output",
+        type=_checked("page"),
+        default=Path("report.html"),
+        help="HTML file to write; the numbers go beside it, with the ending .json (default: %(default)s)",
+    )
+    add(
+        "--drop",
+        type=_checked("drop"),
+        default=0.0,
+        help="maximum score loss allowed on the held-out rows when settings are chosen (default: %(default)s)",
+    )
+    add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add("--no-texts", action="store_true", help="leave the texts of the rows out of both files")
+
+
 def add_no_arguments(parser: argparse.ArgumentParser) -> None:
     """Add nothing: `earlyexit env` takes no arguments."""
 
@@ -213,6 +233,12 @@ COMMANDS = {
         "from the method's paper is listed first and marked with *. Rules that skip layers run the model once per\n"
         "threshold; all others are replayed from one full-depth pass.",
         add_eval_arguments,
+    ),
+    "report": Command(
+        "Write a page about a model: what early exit costs and saves, which rows leave where, and what to mend.",
+        "Describes the criterion saved with the model, or one chosen on the held-out rows. The HTML page needs no\n"
+        "network and no script; every number in it is also in the JSON file. Requires the extra plot.",
+        add_report_arguments,
     ),
     "env": Command("Show versions, the machine, and the back-ends that are available.", "", add_no_arguments),
 }

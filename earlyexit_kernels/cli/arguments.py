@@ -69,12 +69,16 @@ def source(text: str) -> str:
     return text
 
 
-def png(text: str) -> Path:
-    """Convert to a path whose name ends in ``.png``."""
-    target = path(text)
-    if target.suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"expected a file name that ends in .png, got {text[:SHOWN]!r}")
-    return target
+def _ending(suffix: str) -> Callable[[str], Path]:
+    """Return a converter that accepts file names with this ending."""
+
+    def convert(text: str) -> Path:
+        target = path(text)
+        if target.suffix.lower() != suffix:
+            raise argparse.ArgumentTypeError(f"expected a file name that ends in {suffix}, got {text[:SHOWN]!r}")
+        return target
+
+    return convert
 
 
 def rate_or_same(text: str) -> float | None:
@@ -82,6 +86,7 @@ def rate_or_same(text: str) -> float | None:
     return None if text == "same" else learning_rate(text)
 
 
+png, page = _ending(".png"), _ending(".html")
 #: Ranges of the numbers; the upper limits are far above useful values and far below those at which libraries fail.
 rows = _converter(int, whole(low=1, high=10**9))
 rows_or_none = _converter(int, whole(low=0, high=10**9))

@@ -34,10 +34,32 @@ def standard_error(metric: Metric, first: NDArray, second: NDArray, labels: NDAr
     if metric is accuracy and labels.ndim == 1:
         differences = (first == labels).astype(np.float64) - (second == labels)
         return float(differences.std(ddof=1) / math.sqrt(rows))
+    return _jackknife(lambda kept: metric(first[kept], labels[kept]) - metric(second[kept], labels[kept]), rows)
+
+
+def score_error(metric: Metric, predictions: NDArray, labels: NDArray) -> float:
+    """Return the standard error of ``metric(predictions)`` over the draw of the rows.
+
+    For accuracy ``sqrt(p (1 - p) / N)``, else by the jackknife over `GROUPS` groups of rows.
+
+    Args:
+        metric: function of predictions and labels.
+        predictions: ``[N]``.
+        labels: ``[N]``.
+    """
+    if metric is accuracy:
+        share = accuracy(predictions, labels)
+        return math.sqrt(share * (1 - share) / len(labels))
+    return _jackknife(lambda kept: metric(predictions[kept], labels[kept]), len(labels))
+
+
+def _jackknife(statistic: Callable[[NDArray], float], rows: int) -> float:
+    """Return the standard error of a statistic of the rows in a mask ``[N]``; 0 for one row."""
+    if rows < 2:
+        return 0.0
     groups = min(GROUPS, rows)
     group = np.random.default_rng(0).permutation(rows) % groups
-    kept = [group != left_out for left_out in range(groups)]
-    values = np.array([metric(first[k], labels[k]) - metric(second[k], labels[k]) for k in kept])
+    values = np.array([statistic(group != left_out) for left_out in range(groups)])
     return float(np.sqrt((groups - 1) / groups * ((values - values.mean()) ** 2).sum()))
 
 

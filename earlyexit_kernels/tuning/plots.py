@@ -75,7 +75,7 @@ def plot_tradeoff(
         color, marker, line = _BASELINES[number % len(_BASELINES)]
         axes.plot(*_columns(points), color=color, linestyle=line, marker=marker, label=name)
     rows = rows if metric == "accuracy" else None
-    for number, (names, points) in enumerate(_merged(curves)):
+    for number, (names, points) in enumerate(merged(curves)):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         xs, ys = _columns(points)
         axes.plot(xs, ys, color=color, marker=marker, markersize=4, label=" =\n".join(names))
@@ -106,17 +106,17 @@ def _columns(points: _Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in ordered], [y for _, y in ordered]
 
 
-def _merged(curves: Mapping[str, _Points]) -> list[tuple[list[str], _Points]]:
+def merged(curves: Mapping[str, _Points]) -> list[tuple[list[str], _Points]]:
     """Merge curves that coincide; with two classes all confidence rules are equivalent."""
-    merged: list[tuple[list[str], _Points]] = []
+    found: list[tuple[list[str], _Points]] = []
     for name, points in curves.items():
-        for names, others in merged:
+        for names, others in found:
             if _coincide(points, others):
                 names.append(name)
                 break
         else:
-            merged.append(([name], points))
-    return merged
+            found.append(([name], points))
+    return found
 
 
 def _coincide(first: _Points, second: _Points, *, tolerance: float = 0.005) -> bool:

@@ -24,6 +24,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 REQUIRED = {
     "train": ["--model", "base", "--task", "toy", "--output", "out"],
     "eval": ["--model", "trained"],
+    "report": ["--model", "trained"],
     "demo": [],
     "env": [],
 }
@@ -62,6 +63,13 @@ INVALID = {
         "--batch-size": [*NUMBERS, "0"],
         "--output": [""],
         "--plot": ["", "curve.jpg", "..", ".png"],
+    },
+    "report": {
+        "--model": [""],
+        "--output": ["", "page.htm", "page", ".html"],
+        "--drop": [*NUMBERS, "3"],
+        "--batch-size": [*NUMBERS, "0"],
+        "--no-texts": ["yes"],
     },
     "demo": {"--output": [""], "--seed": [*NUMBERS, "4294967296"], "--threads": [*NUMBERS, "0", "1000000000"]},
     "env": {"--nothing": ["1"]},

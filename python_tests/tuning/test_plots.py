@@ -28,7 +28,7 @@ def test_plot_is_a_png(tmp_path):
 
 def test_coinciding_curves_are_merged():
     same = [(6.0, 0.9), (2.0, 0.8002), (3.0, 0.9), (1.0, 0.7)]
-    merged = plots._merged({**CURVES, "margin": same})
+    merged = plots.merged({**CURVES, "margin": same})
     assert [names for names, _ in merged] == [["entropy", "margin"], ["patience"]]
 
 

@@ -1,0 +1,138 @@
+"""Write a page about a trained early-exit model, and its numbers as JSON."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from earlyexit_kernels.cli.evaluate import Traced, method_text, sweep_rules, trace_splits
+from earlyexit_kernels.cli.outputs import check_file, written
+from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.engine.replay import replay
+from earlyexit_kernels.hf.predict import predict_with_exits
+from earlyexit_kernels.tuning import page_numbers
+from earlyexit_kernels.tuning.intervals import score_error
+from earlyexit_kernels.tuning.metrics import predictions_of
+from earlyexit_kernels.tuning.page import page
+from earlyexit_kernels.tuning.page_numbers import Answers
+from earlyexit_kernels.tuning.report import environment, parameter_text, write_json, write_text
+from earlyexit_kernels.tuning.scored import Rows
+from earlyexit_kernels.tuning.sweep import Sweep, random_exit
+
+#: Number of thresholds tried for each rule, as `earlyexit eval` does unless told otherwise.
+POINTS = 24
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trace the model, sweep the rules, and write both files."""
+    if not args.model.is_dir():
+        raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {args.model} is not one")
+    if find_spec("matplotlib") is None:
+        raise ImportError("the charts of a report require matplotlib: `pip install earlyexit_kernels[plot]`")
+    recipe, numbers = Recipe.load(args.model), args.output.with_suffix(".json")
+    for file in (args.output, numbers):
+        check_file("--output", file)
+    torch.set_flush_denormal(True)
+    found = trace_splits(args.model, recipe, task=None, batch_size=args.batch_size)
+    result = sweep_rules(found, drop=args.drop, points=POINTS)
+    data = report_data(args.model, recipe, found, result, texts=not args.no_texts)
+    text = page(data)
+    with written(numbers):
+        write_json(numbers, result.records(), **data)
+    with written(args.output):
+        write_text(args.output, text)
+    print(f"Report: {args.output}\nEvery number: {numbers}")
+    return 0
+
+
+def report_data(folder: Path, recipe: Recipe, found: Traced, result: Sweep, *, texts: bool) -> dict[str, Any]:
+    """Return the numbers of a report, JSON-ready.
+
+    Args:
+        folder: of the model.
+        recipe: how it was trained.
+        found: the model and its rows.
+        result: sweep over these rows.
+        texts: whether texts of rows are included.
+    """
+    model, task, split = found.model, found.task, found.splits["reporting"]
+    trace, labels = found.traces["reporting"]
+    rows = Rows(trace, np.asarray(labels), result.metric, task.problem_type)
+    source, criterion = described_criterion(model, result)
+    answers = _answers(found, criterion)
+    lengths = [len(found.data["reporting"][row]["input_ids"]) for row in range(len(rows))]
+    config: Any = model.config
+    listed = page_numbers.first_and_last(rows, answers, split.sentences if texts else None, lengths, task.label_names)
+    calibration = model.calibration
+    return {
+        "environment": environment(),
+        "model": {
+            "name": folder.resolve().name,
+            "family": config.backbone_config.model_type,
+            "depth": model.depth,
+            "width": config.backbone_config.hidden_size,
+            "method": method_text(recipe.method).removeprefix("method "),
+            "task": task.name,
+            "train_rows": recipe.train_rows,
+            "tuning_rows": len(found.splits["tuning"]),
+            **found.kinds,
+        },
+        "drop": result.drop,
+        "summary": {
+            **page_numbers.summary(rows, answers),
+            "setting": parameter_text(criterion),
+            "source": source,
+            **_random(rows, answers),
+        },
+        "calibration": calibration.to_dict() if calibration is not None else None,
+        "multiply_adds": page_numbers.multiply_adds(model, lengths, answers),
+        "chance_level": page_numbers.chance_level(rows),
+        "dead_share": page_numbers.DEAD_SHARE,
+        "oracle": page_numbers.oracle(rows),
+        "curves": page_numbers.curves(result, rows),
+        "layers": page_numbers.by_layer(rows, answers),
+        "histograms": page_numbers.histograms(rows, answers, lengths, task.label_names),
+        "rows": {"texts": texts, **listed},
+    }
+
+
+def described_criterion(model: Any, result: Sweep) -> tuple[str, Criterion]:
+    """Return the criterion that a report describes, and where it comes from (a key of `page.SOURCES`).
+
+    That of the model; where it has none, the setting of all rules that is fastest on the tuning rows among those that
+    lose at most `result.drop` there, else full depth.
+    """
+    if model.criterion is not None:
+        return "model", model.criterion
+    chosen = [point for name in result.points if (point := result.chosen(name)) is not None]
+    fastest = min(chosen, key=lambda point: point.tuning.mean_layers_run, default=None)
+    return ("full_depth", FullDepth()) if fastest is None else ("fastest", fastest.criterion)
+
+
+def _answers(found: Traced, criterion: Criterion) -> Answers:
+    """Return the answers of a criterion on the reporting rows; one that skips layers requires a run of the model."""
+    if criterion.skip_from is None:
+        logits, layers = replay(found.traces["reporting"][0], criterion, problem_type=found.task.problem_type)
+        return Answers(criterion, logits.numpy(), layers.numpy(), layers.numpy())
+    before = found.model.criterion
+    found.model.set_criterion(criterion)
+    try:
+        out = predict_with_exits(found.model, found.data["reporting"], **found.batching)
+    finally:
+        found.model.set_criterion(before)
+    return Answers(criterion, out.logits, out.exit_layer, out.layers_run)
+
+
+def _random(rows: Rows, answers: Answers) -> dict[str, float | None]:
+    """Return the standard error of the score, and the score of random exit; None where layers are skipped."""
+    predictions = predictions_of(answers.logits, rows.problem_type)
+    shares = np.bincount(answers.exit_layer, minlength=rows.trace.depth + 1)[1:] / len(rows)
+    skips = answers.criterion.skip_from is not None
+    drawn = None if skips else random_exit(rows.trace, rows.labels, shares.tolist(), metric=rows.metric)
+    return {"standard_error": score_error(rows.function, predictions, rows.labels), "random_exit": drawn}

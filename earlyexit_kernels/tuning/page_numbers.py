@@ -1,0 +1,269 @@
+"""The numbers of a report page: what a criterion does on some rows, and which rows leave where."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.tuning.flops import row_macs
+from earlyexit_kernels.tuning.intervals import drop_interval, score_error
+from earlyexit_kernels.tuning.metrics import ece, predictions_of, probabilities
+from earlyexit_kernels.tuning.plots import merged
+from earlyexit_kernels.tuning.report import parameter_text
+from earlyexit_kernels.tuning.scored import Rows
+from earlyexit_kernels.tuning.sweep import Point, Sweep
+
+SINGLE_LABEL, REGRESSION = "single_label_classification", "regression"
+#: Share of the rows below which hardly any row leaves at an exit.
+DEAD_SHARE = 0.005
+#: Classes that get a histogram of their own; the others are counted together.
+MAX_CLASSES = 8
+#: Rows in each of the lists of the first and the last to leave, and characters of a text.
+LISTED, SHOWN = 10, 200
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a criterion does on N rows.
+
+    Attributes:
+        criterion: the rule.
+        logits: ``[N, C]``, of the answers.
+        exit_layer: ``[N]``, 1-based.
+        layers_run: ``[N]``.
+    """
+
+    criterion: Criterion
+    logits: NDArray
+    exit_layer: NDArray
+    layers_run: NDArray
+
+
+def right(rows: Rows, predictions: NDArray) -> NDArray:
+    """Return which predictions are right, ``[N]`` bool; with several labels a row, all of them must be."""
+    equal: NDArray = np.equal(predictions, rows.labels)
+    return np.all(equal.reshape(len(rows), -1), axis=1)
+
+
+def summary(rows: Rows, answers: Answers) -> dict[str, Any]:
+    """Return score, loss and layers of a criterion."""
+    early, full = predictions_of(answers.logits, rows.problem_type), rows.full_depth
+    mean = float(answers.layers_run.mean())
+    return {
+        "criterion": answers.criterion.to_dict(),
+        "metric": rows.metric,
+        "rows": len(rows),
+        "depth": rows.trace.depth,
+        "score": rows.score(early),
+        "full_depth": rows.score(full),
+        "drop": rows.score(full) - rows.score(early),
+        "drop_interval": list(drop_interval(rows.function, full, early, rows.labels)),
+        "mean_exit_layer": float(answers.exit_layer.mean()),
+        "mean_layers_run": mean,
+        "layer_speed_up": rows.trace.depth / mean if mean else None,
+    }
+
+
+def multiply_adds(model: Any, lengths: Sequence[int], answers: Answers) -> dict[str, float]:
+    """Return the mean multiply-adds of a row by part, relative to full depth with its one exit."""
+    depth = torch.full((len(lengths),), model.depth)
+    full = row_macs(model, lengths, depth, criterion=FullDepth()).total.double().mean()
+    early = row_macs(
+        model,
+        lengths,
+        torch.from_numpy(answers.exit_layer),
+        torch.from_numpy(answers.layers_run),
+        criterion=answers.criterion,
+    )
+    parts = {name: getattr(early, name).double().mean() / full for name in ("encoder", "exits", "gates", "total")}
+    return {"full_depth_per_row": float(full), **{name: float(share) for name, share in parts.items()}}
+
+
+def by_layer(rows: Rows, answers: Answers) -> list[dict[str, Any]]:
+    """Return what each exit does alone, and how many rows leave there.
+
+    Each entry has the layer, its score, ``ece`` and ``overthinking`` (the share of rows that are right at this exit and
+    wrong at the last; both None where they are not defined), the share of the rows that leave there and the score of
+    those, whether the exit is no better than ``chance``, and whether it is ``dead``: not the last, and fewer than
+    `DEAD_SHARE` of the rows leave there.
+    """
+    depth, classes = rows.trace.depth, rows.trace.logits.shape[2]
+    last = right(rows, rows.full_depth)
+    given = right(rows, predictions_of(answers.logits, rows.problem_type))
+    found = []
+    for layer in range(1, depth + 1):
+        predictions, leaves = rows.at_layer(layer), answers.exit_layer == layer
+        share = float(leaves.mean())
+        classified = rows.problem_type != REGRESSION
+        calibrated = rows.problem_type == SINGLE_LABEL and classes > 1
+        found.append(
+            {
+                "layer": layer,
+                "score": rows.score(predictions),
+                "ece": ece(rows.trace.logits[:, layer - 1].numpy(), rows.labels) if calibrated else None,
+                "overthinking": float((right(rows, predictions) & ~last).mean()) if classified else None,
+                "leaving": share,
+                "right_of_leaving": float(given[leaves].mean()) if classified and leaves.any() else None,
+                "chance": rows.is_chance(layer),
+                "dead": layer < depth and share < DEAD_SHARE,
+            }
+        )
+    return found
+
+
+def chance_level(rows: Rows) -> float | None:
+    """Return the accuracy of always answering the most frequent label; None for regression."""
+    if rows.problem_type == REGRESSION:
+        return None
+    return float(np.unique(rows.labels, axis=0, return_counts=True)[1].max() / len(rows))
+
+
+def oracle(rows: Rows) -> dict[str, float] | None:
+    """Return accuracy and mean layer if each row left at its first right exit, or at exit 1 if none is right.
+
+    No rule that takes the answer of one exit is above and to the left of this point. None for regression.
+    """
+    if rows.problem_type == REGRESSION:
+        return None
+    table = np.stack([right(rows, rows.at_layer(layer)) for layer in range(1, rows.trace.depth + 1)], axis=1)
+    return {"score": float(table.any(axis=1).mean()), "mean_layers_run": float((1 + table.argmax(axis=1)).mean())}
+
+
+def histograms(rows: Rows, answers: Answers, lengths: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the share of rows that leave at each layer, by class (of a number: by terciles) and by length."""
+    tokens = np.asarray(lengths)
+    if rows.problem_type == REGRESSION:
+        labels = _terciles(np.asarray(rows.labels, dtype=np.float64), "{}")
+    elif rows.labels.ndim == 2:
+        labels = [(name, rows.labels[:, k] == 1) for k, name in enumerate(names)]
+    else:
+        labels = [(name, rows.labels == k) for k, name in enumerate(names)]
+    labels = sorted(labels, key=lambda group: -int(group[1].sum())) if len(labels) > MAX_CLASSES else labels
+    if len(labels) > MAX_CLASSES:
+        others = np.any([mask for _, mask in labels[MAX_CLASSES:]], axis=0)
+        labels = [*labels[:MAX_CLASSES], (f"{len(labels) - MAX_CLASSES} other classes", others)]
+    groups = {"all": [("all", tokens > 0)], "class": labels, "length": _terciles(tokens, "{} tokens")}
+    return {
+        kind: [_histogram(name, answers.exit_layer[mask], rows.trace.depth) for name, mask in found if mask.any()]
+        for kind, found in groups.items()
+    }
+
+
+def _terciles(values: NDArray, form: str) -> list[tuple[str, NDArray]]:
+    """Return three groups of about equal size; fewer where many values are equal."""
+    edges = [-math.inf, *np.quantile(values, (1 / 3, 2 / 3), method="inverted_cdf"), math.inf]
+    masks = [(values > low) & (values <= high) for low, high in itertools.pairwise(edges)]
+    kept = [values[mask] for mask in masks if mask.any()]
+    names = [f"{v.min():g}" if v.min() == v.max() else f"{v.min():g} to {v.max():g}" for v in kept]
+    return [(form.format(name), mask) for name, mask in zip(names, [m for m in masks if m.any()], strict=True)]
+
+
+def _histogram(name: str, exit_layer: NDArray, depth: int) -> dict[str, Any]:
+    counts = np.bincount(exit_layer, minlength=depth + 1)[1:]
+    return {
+        "name": name,
+        "rows": len(exit_layer),
+        "mean_exit_layer": float(exit_layer.mean()),
+        "shares": [float(share) for share in counts / len(exit_layer)],
+    }
+
+
+def first_and_last(
+    rows: Rows, answers: Answers, texts: Sequence[Any] | None, lengths: Sequence[int], names: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the `LISTED` rows that leave first and last; of rows that leave together the surest, or least sure, first.
+
+    Args:
+        rows: labels and problem type.
+        answers: of the criterion.
+        texts: N texts, or pairs of texts, shortened here to `SHOWN` characters; None leaves them out.
+        lengths: tokens of each row.
+        names: of the classes.
+    """
+    predictions = predictions_of(answers.logits, rows.problem_type)
+    single = rows.problem_type == SINGLE_LABEL and answers.logits.shape[1] > 1
+    sure = probabilities(answers.logits).max(axis=1) if single else np.zeros(len(rows))
+    correct = right(rows, predictions)
+
+    def row(number: int) -> dict[str, Any]:
+        text = None if texts is None else texts[number]
+        parts = [] if text is None else [text] if isinstance(text, str) else list(text)
+        return {
+            "row": number,
+            "exit_layer": int(answers.exit_layer[number]),
+            "tokens": int(lengths[number]),
+            "texts": [part if len(part) <= SHOWN else part[: SHOWN - 1].rstrip() + "…" for part in parts],
+            "label": named(rows.labels[number], rows.problem_type, names),
+            "prediction": named(predictions[number], rows.problem_type, names),
+            "probability": float(sure[number]) if single else None,
+            "right": bool(correct[number]) if rows.problem_type != REGRESSION else None,
+        }
+
+    first = np.lexsort((-sure, answers.exit_layer))[:LISTED]
+    last = np.lexsort((sure, -answers.exit_layer))[:LISTED]
+    return {"first": [row(int(n)) for n in first], "last": [row(int(n)) for n in last]}
+
+
+def named(label: Any, problem_type: str, names: Sequence[str]) -> str:
+    """Return a label in words: the name of the class, the names of all labels that are set, or a number."""
+    if problem_type == REGRESSION:
+        return f"{float(label):.2f}"
+    if np.ndim(label) == 1:
+        return ", ".join(name for name, is_set in zip(names, label, strict=True) if is_set) or "none"
+    return names[int(label)]
+
+
+def curves(result: Sweep, rows: Rows) -> list[dict[str, Any]]:
+    """Return the curve of each rule on the reporting rows; rules whose curves coincide are one entry.
+
+    Each entry has the names of the rules, the points (layers, score, standard error, the expected score of random exit
+    at the same shares), and the chosen setting of each rule, or None where no setting keeps the score.
+    """
+
+    def place(point: Point) -> dict[str, Any]:
+        found = point.reporting
+        return {
+            "mean_layers_run": found.mean_layers_run,
+            "layer_speed_up": found.layer_speed_up,
+            "score": found.scores[result.metric],
+            "standard_error": _standard_error(rows, point),
+            "random_exit": found.random_exit,
+        }
+
+    scored = {
+        name: [(p.reporting.mean_layers_run, p.reporting.scores[result.metric]) for p in points]
+        for name, points in result.points.items()
+    }
+    found = []
+    for names, _ in merged(scored):
+        chosen = {name: result.chosen(name) for name in names}
+        found.append(
+            {
+                "rules": names,
+                "points": [place(point) for point in result.points[names[0]]],
+                "chosen": {
+                    name: point and {"setting": parameter_text(point.criterion), **place(point)}
+                    for name, point in chosen.items()
+                },
+            }
+        )
+    return found
+
+
+def _standard_error(rows: Rows, point: Point) -> float | None:
+    """Return the standard error of a score; None where a rule skips layers and the metric is not an accuracy."""
+    score = point.reporting.scores[rows.metric]
+    if rows.metric == "accuracy":
+        return math.sqrt(score * (1 - score) / len(rows))
+    if point.criterion.skip_from is not None:
+        return None
+    ((_, predictions, _),) = rows.replay([point.criterion])
+    return score_error(rows.function, predictions, rows.labels)

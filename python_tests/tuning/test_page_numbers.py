@@ -1,0 +1,228 @@
+"""The numbers of a report page against loops over the rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import matthews_corrcoef
+from support.html_pages import Page
+
+from earlyexit_kernels import ExitTrace, replay
+from earlyexit_kernels.criteria import Margin, MaxProbability
+from earlyexit_kernels.tuning import page_numbers
+from earlyexit_kernels.tuning import sweep as sweeps
+from earlyexit_kernels.tuning.intervals import score_error
+from earlyexit_kernels.tuning.metrics import matthews
+from earlyexit_kernels.tuning.page_charts import exit_bars
+from earlyexit_kernels.tuning.page_format import fixed, interval, loss, percent
+from earlyexit_kernels.tuning.page_numbers import Answers
+from earlyexit_kernels.tuning.scored import Rows
+
+ROWS, DEPTH, NAMES = 240, 4, ["one", "two", "three"]
+LENGTHS = [3 + (7 * row) % 23 for row in range(ROWS)]
+
+
+def rows_of(classes: int = 3, *, metric: str = "accuracy", seed: int = 0) -> Rows:
+    """Rows of which deeper exits answer more correctly, and the first exit none better than chance."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (ROWS,), generator=generator)
+    right = torch.nn.functional.one_hot(labels, classes).float()[:, None]
+    strength = torch.tensor([0.0, 1.0, 2.0, 2.5])[:, None]
+    logits = right * strength + torch.randn(ROWS, DEPTH, classes, generator=generator)
+    return Rows(ExitTrace(logits), labels.numpy(), metric, "single_label_classification")
+
+
+def answers_of(rows: Rows, rule: MaxProbability | Margin) -> Answers:
+    logits, layers = replay(rows.trace, rule)
+    return Answers(rule, logits.numpy(), layers.numpy(), layers.numpy())
+
+
+@pytest.fixture
+def rows():
+    return rows_of()
+
+
+@pytest.fixture
+def answers(rows):
+    found = answers_of(rows, MaxProbability(threshold=(0.995, 0.8, 0.8)))
+    assert set(found.exit_layer) == {2, 3, 4} or set(found.exit_layer) == {1, 2, 3, 4}
+    return found
+
+
+def test_summary(rows, answers):
+    found = page_numbers.summary(rows, answers)
+    right = sum(int(answers.logits[n].argmax() == rows.labels[n]) for n in range(ROWS))
+    full = sum(int(rows.trace.logits[n, -1].argmax() == rows.labels[n]) for n in range(ROWS))
+    assert found["score"] == pytest.approx(right / ROWS) and found["full_depth"] == pytest.approx(full / ROWS)
+    assert found["drop"] == pytest.approx((full - right) / ROWS)
+    assert found["drop_interval"][0] < found["drop"] < found["drop_interval"][1]
+    assert found["mean_layers_run"] == pytest.approx(sum(answers.exit_layer) / ROWS)
+    assert found["layer_speed_up"] == pytest.approx(DEPTH * ROWS / sum(answers.exit_layer))
+
+
+def test_by_layer(rows, answers):
+    table = page_numbers.by_layer(rows, answers)
+    for layer, entry in enumerate(table, start=1):
+        right, over, leave, leave_right = 0, 0, 0, 0
+        for n in range(ROWS):
+            here = int(rows.trace.logits[n, layer - 1].argmax()) == rows.labels[n]
+            last = int(rows.trace.logits[n, -1].argmax()) == rows.labels[n]
+            right, over = right + here, over + (here and not last)
+            if answers.exit_layer[n] == layer:
+                leave, leave_right = leave + 1, leave_right + here
+        assert entry["layer"] == layer and entry["score"] == pytest.approx(right / ROWS)
+        assert entry["overthinking"] == pytest.approx(over / ROWS) and entry["leaving"] == pytest.approx(leave / ROWS)
+        assert entry["right_of_leaving"] == (pytest.approx(leave_right / leave) if leave else None)
+        assert entry["dead"] == (layer < DEPTH and leave < 0.005 * ROWS)
+    assert [entry["chance"] for entry in table] == [True, False, False, False] and table[0]["dead"]
+    assert sum(entry["leaving"] for entry in table) == pytest.approx(1) and table[1]["overthinking"] > 0
+
+
+def test_calibration_error_of_a_layer(rows, answers):
+    """By the definition of Naeini et al. (2015), with 15 bins."""
+    entry = page_numbers.by_layer(rows, answers)[2]
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for n in range(ROWS):
+        exponents = [math.exp(float(z)) for z in rows.trace.logits[n, 2]]
+        sure = max(exponents) / sum(exponents)
+        answer = exponents.index(max(exponents))
+        bins.setdefault(int(sure * 15), []).append((sure, answer == rows.labels[n]))
+    gaps = [abs(sum(sure for sure, _ in found) - sum(right for _, right in found)) for found in bins.values()]
+    assert entry["ece"] == pytest.approx(sum(gaps) / ROWS) and entry["ece"] > 0
+
+
+def test_oracle(rows):
+    layers, right = [], 0
+    for n in range(ROWS):
+        hits = [k for k in range(DEPTH) if int(rows.trace.logits[n, k].argmax()) == rows.labels[n]]
+        layers.append(1 + hits[0] if hits else 1)
+        right += bool(hits)
+    found = page_numbers.oracle(rows)
+    assert found == {"score": pytest.approx(right / ROWS), "mean_layers_run": pytest.approx(sum(layers) / ROWS)}
+
+
+def test_histograms(rows, answers):
+    found = page_numbers.histograms(rows, answers, LENGTHS, NAMES)
+    assert [group["name"] for group in found["class"]] == NAMES
+    for kind in ("class", "length", "all"):
+        assert sum(group["rows"] for group in found[kind]) == ROWS
+        assert all(sum(group["shares"]) == pytest.approx(1) for group in found[kind])
+    two = [layer for layer, label in zip(answers.exit_layer, rows.labels, strict=True) if label == 1]
+    assert found["class"][1]["shares"] == pytest.approx([two.count(k) / len(two) for k in range(1, DEPTH + 1)])
+    assert found["class"][1]["mean_exit_layer"] == pytest.approx(sum(two) / len(two))
+    ends = [[int(end) for end in group["name"].removesuffix(" tokens").split(" to ")] for group in found["length"]]
+    assert ends[0][0] == 3 and ends[-1][1] == 25 and ends[0][1] < ends[1][0] and ends[1][1] < ends[2][0]
+    assert [sum(low <= n <= high for n in LENGTHS) for low, high in ends] == [g["rows"] for g in found["length"]]
+    assert min(group["rows"] for group in found["length"]) > ROWS / 4
+
+
+def test_many_classes_share_a_histogram():
+    rows = rows_of(classes=12)
+    answers = answers_of(rows, MaxProbability(threshold=0.9))
+    found = page_numbers.histograms(rows, answers, LENGTHS, [f"class {k}" for k in range(12)])["class"]
+    assert len(found) == 9 and found[-1]["name"] == "4 other classes" and sum(g["rows"] for g in found) == ROWS
+    counts = sorted(np.bincount(rows.labels, minlength=12).tolist(), reverse=True)
+    assert [group["rows"] for group in found[:-1]] == counts[:8]
+
+
+def test_lengths_that_are_all_equal_are_one_group(rows, answers):
+    (group,) = page_numbers.histograms(rows, answers, [7] * ROWS, NAMES)["length"]
+    assert group["name"] == "7 tokens" and group["rows"] == ROWS
+
+
+def test_first_and_last(rows, answers):
+    texts = [f"row {n} " + "x" * (300 * (n % 2)) for n in range(ROWS)]
+    found = page_numbers.first_and_last(rows, answers, texts, LENGTHS, NAMES)
+    sure = [max(torch.softmax(torch.tensor(z).double(), 0)).item() for z in answers.logits]
+    first = sorted(range(ROWS), key=lambda n: (answers.exit_layer[n], -sure[n]))[:10]
+    last = sorted(range(ROWS), key=lambda n: (-answers.exit_layer[n], sure[n]))[:10]
+    assert [row["row"] for row in found["first"]] == first and [row["row"] for row in found["last"]] == last
+    for row in found["first"] + found["last"]:
+        n = row["row"]
+        assert row["label"] == NAMES[rows.labels[n]] and row["prediction"] == NAMES[answers.logits[n].argmax()]
+        assert row["right"] == (row["label"] == row["prediction"]) and row["tokens"] == LENGTHS[n]
+        (text,) = row["texts"]
+        assert len(text) == (200 if n % 2 else len(texts[n])) and text.startswith(f"row {n} ")
+    hidden = page_numbers.first_and_last(rows, answers, None, LENGTHS, NAMES)
+    assert all(row["texts"] == [] for row in hidden["first"])
+
+
+def test_several_labels_a_row():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(2, (ROWS, 3), generator=generator)
+    logits = (labels[:, None] * 4 - 2.0) * torch.tensor([0.2, 1, 1, 2])[:, None] + torch.randn(ROWS, DEPTH, 3)
+    rows = Rows(ExitTrace(logits), labels.numpy(), "accuracy", "multi_label_classification")
+    layers = np.full(ROWS, 2)
+    answers = Answers(MaxProbability(threshold=0.5), logits[:, 1].numpy(), layers, layers)
+    table = page_numbers.by_layer(rows, answers)
+    exact = float(((logits[:, 1] > 0) == labels).all(dim=1).double().mean())
+    assert table[1]["score"] == pytest.approx(exact) == table[1]["right_of_leaving"] and table[1]["ece"] is None
+    groups = page_numbers.histograms(rows, answers, LENGTHS, NAMES)["class"]
+    assert [group["rows"] for group in groups] == labels.sum(dim=0).tolist()
+    row = page_numbers.first_and_last(rows, answers, None, LENGTHS, NAMES)["first"][0]
+    assert row["label"] == (", ".join(name for name, k in zip(NAMES, labels[row["row"]], strict=True) if k) or "none")
+
+
+def test_curves_are_those_of_the_sweep():
+    tuning, rows = rows_of(classes=2, seed=1), rows_of(classes=2)
+    result = sweeps.sweep((tuning.trace, tuning.labels), (rows.trace, rows.labels), drop=0.02, points=12)
+    found = page_numbers.curves(result, rows)
+    assert sorted(name for curve in found for name in curve["rules"]) == sorted(result.points)
+    for curve in found:
+        for point, swept in zip(curve["points"], result.points[curve["rules"][0]], strict=True):
+            score = swept.reporting.scores["accuracy"]
+            assert (point["mean_layers_run"], point["score"]) == (swept.reporting.mean_layers_run, score)
+            assert point["standard_error"] == pytest.approx(math.sqrt(score * (1 - score) / ROWS))
+            assert point["random_exit"] == swept.reporting.random_exit
+        for name, chosen in curve["chosen"].items():
+            swept = result.chosen(name)
+            assert (chosen is None) == (swept is None)
+            assert chosen is None or chosen["score"] == swept.reporting.scores["accuracy"]
+    assert any(point for curve in found for point in curve["chosen"].values())
+
+
+def test_standard_error_of_another_metric(monkeypatch):
+    """The jackknife that leaves out one row at a time, where there are as many groups as rows."""
+    rows = rows_of(classes=2, metric="matthews")
+    labels, predictions = rows.labels[:20], rows.at_layer(2)[:20]
+    kept = [[m for m in range(20) if m != n] for n in range(20)]
+    values = [matthews_corrcoef(labels[k], predictions[k]) for k in kept]
+    mean = sum(values) / 20
+    expected = math.sqrt(19 / 20 * sum((value - mean) ** 2 for value in values))
+    assert score_error(matthews, predictions, labels) == pytest.approx(expected) and expected > 0
+    monkeypatch.setattr(sweeps, "RANDOM_DRAWS", 1)  # slow, and not looked at
+    both = [(rows.trace, rows.labels)] * 2
+    result = sweeps.sweep(*both, metrics=("matthews",), points=8)
+    errors = [point["standard_error"] for curve in page_numbers.curves(result, rows) for point in curve["points"]]
+    assert all(0 < error < 0.2 for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (fixed(None), "\N{EN DASH}"),
+        (fixed(-0.12345), "\N{MINUS SIGN}0.123"),
+        (percent(0.1234), "12.3 %"),
+        (loss(0.0123, "accuracy"), "loses 1.2 points"),
+        (loss(-0.0123, "pearson"), "gains 0.012"),
+        (loss(0.0, "accuracy"), "loses nothing"),
+        (interval([-0.01, 0.02], "accuracy"), "\N{MINUS SIGN}1.0 to 2.0 points"),
+        (interval([-0.01, 0.02], "matthews"), "\N{MINUS SIGN}0.010 to 0.020"),
+    ],
+)
+def test_numbers_in_words(shown, expected):
+    assert shown == expected
+
+
+def test_names_of_classes_are_shown_as_they_are(recwarn):
+    """Also those of other scripts, with signs of HTML, or that matplotlib would read as mathematics."""
+    pytest.importorskip("matplotlib")
+    names = ["日本語", "<b>&", "$x_1$"]
+    groups = [{"name": name, "rows": 2, "mean_exit_layer": 1.5, "shares": [0.5, 0.5]} for name in names]
+    found = Page(exit_bars("bars", "A title <1>", groups))
+    texts = [text for tags, text in found.texts if tags[-1] == "text"]
+    assert [f"{name} (2 rows, mean layer 1.50)" for name in names] == [t for t in texts if "rows" in t]
+    assert not found.problems and ("title", {"id": "bars-title"}) in found.elements and not recwarn.list
