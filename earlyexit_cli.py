@@ -173,6 +173,12 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of thresholds to try per criterion, at least 8 (default: %(default)s)",
     )
     add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add(
+        "--metric",
+        type=_checked("metric"),
+        nargs="+",
+        help="scores, the first of which decides (default: those of the task, or accuracy)",
+    )
     add("--output", type=_checked("path"), help="JSON file to write")
     add("--plot", type=_checked("png"), help="PNG file to write; NAME-1.png, NAME-2.png, ... for several models")
 
@@ -194,7 +200,52 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         help="maximum score loss allowed on the held-out rows when settings are chosen (default: %(default)s)",
     )
     add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add_dev_argument(parser)
     add("--no-texts", action="store_true", help="leave the texts of the rows out of both files")
+
+
+def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit calibrate`."""
+    add = parser.add_argument
+    add("--model", required=True, type=_checked("path"), help="folder written by `earlyexit train`")
+    target = parser.add_mutually_exclusive_group(required=True).add_argument
+    target("--max-drop", type=_checked("drop"), help="target: maximum loss of the score, e.g. 0.005")
+    target("--speed-up", type=_checked("speed_up"), help="target: layers of the model per layer run, e.g. 2")
+    target("--latency-ms", type=_checked("milliseconds"), help="target: milliseconds of a batch on this machine")
+    target(
+        "--risk", type=_checked("probability"), help="target: guaranteed maximum share of rows made wrong, e.g. 0.01"
+    )
+    add("--latency-batch-size", type=_checked("batch_size"), help="rows of a batch of --latency-ms (default: 1)")
+    add("--epsilon", type=_checked("probability"), help="probability that --risk is exceeded (default: 0.05)")
+    add(
+        "--against",
+        choices=("labels", "full_depth"),
+        help="--risk counts rows that full depth answers correctly, or rows with another answer than full depth "
+        "(default: labels)",
+    )
+    add("--metric", type=_checked("metric"), help="score, e.g. macro_f1 (default: that of the task, or accuracy)")
+    add_dev_argument(parser)
+    add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add(
+        "--apply",
+        type=_checked("rule"),
+        metavar="CRITERION",
+        help="save this criterion with the model, or `auto` for the best of all",
+    )
+    add("--output", type=_checked("path"), help="JSON file to write")
+
+
+def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit predict`."""
+    add = parser.add_argument
+    add("--model", required=True, type=_checked("path"), help="folder with a saved early-exit model")
+    rows = parser.add_mutually_exclusive_group(required=True).add_argument
+    rows("--input", type=_checked("table"), help="CSV, TSV, JSON lines or Parquet file to read")
+    rows("--text", action="append", help="a text; repeatable; the answers are printed")
+    add("--output", type=_checked("table"), help="new file: the columns of --input, and label, score and exit_layer")
+    add("--text-column", type=_checked("column"), help="column of the text (default: that of training, or text)")
+    add("--pair-column", type=_checked("column"), help="column of the second text (default: that of training)")
+    add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
 
 
 def add_no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,6 +290,17 @@ COMMANDS = {
         "Describes the criterion saved with the model, or one chosen on the held-out rows. The HTML page needs no\n"
         "network and no script; every number in it is also in the JSON file. Requires the extra plot.",
         add_report_arguments,
+    ),
+    "calibrate": Command(
+        "Choose the setting of every criterion for a target, and save one with the model.",
+        "Runs the model once over the rows that were held out, or the dev file. Every setting is chosen on one half\n"
+        "of them and measured on the other half. --apply changes config.json and the model card, not the weights.",
+        add_calibrate_arguments,
+    ),
+    "predict": Command(
+        "Classify the rows of a file, or texts, with a saved early-exit model.",
+        "Adds the columns label, score and exit_layer to those of the input. An existing file is not overwritten.",
+        add_predict_arguments,
     ),
     "env": Command("Show versions, the machine, and the back-ends that are available.", "", add_no_arguments),
 }

@@ -190,7 +190,7 @@ class Trained:
 def swept(run: Run) -> Evaluation:
     """Return the sweep of `earlyexit eval`."""
     options = argparse.Namespace(
-        task=None, dev=None, batch_size=run.budget.batch_size, drop=0.0, points=run.budget.points
+        task=None, dev=None, metric=None, batch_size=run.budget.batch_size, drop=0.0, points=run.budget.points
     )
     return evaluate(run.folder, run.recipe(), options)
 

@@ -9,10 +9,18 @@ import sys
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from earlyexit_kernels.cli import demo, env, evaluate, report, train
+from earlyexit_kernels.cli import calibrate, demo, env, evaluate, predict, report, train
 from earlyexit_kernels.errors import BackendUnavailableError, MissingHeadsError
 
-COMMANDS = {"demo": demo, "train": train, "eval": evaluate, "report": report, "env": env}
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "eval": evaluate,
+    "calibrate": calibrate,
+    "report": report,
+    "predict": predict,
+    "env": env,
+}
 
 #: Errors in the input or the environment, reported in one line. Any other class is a bug and shows its traceback.
 _USER_ERRORS = (

@@ -11,7 +11,8 @@ from earlyexit_kernels.arguments import Check, choice, number, whole
 from earlyexit_kernels.objectives import OBJECTIVES
 from earlyexit_kernels.tasks.files import FORMATS
 from earlyexit_kernels.tasks.load import TASK_NAMES
-from earlyexit_kernels.tuning.grids import MIN_POINTS
+from earlyexit_kernels.tuning.grids import GRIDS, MIN_POINTS
+from earlyexit_kernels.tuning.metrics import LOGIT_METRICS, METRICS
 
 #: Characters of a text that an error shows.
 SHOWN = 80
@@ -98,6 +99,13 @@ points = _converter(int, whole(low=MIN_POINTS, high=1000))
 epochs = _converter(float, number(low=0, high=10_000, inside=True))
 learning_rate = _converter(float, number(low=0, high=1, inside=True))
 drop = _converter(float, number(low=0, high=2))
+speed_up = _converter(float, number(low=1, high=1000))
+milliseconds = _converter(float, number(low=0, high=10**9, inside=True))
+probability = _converter(float, number(low=0, high=1, inside=True))
 
 task = one_of(*TASK_NAMES)
 method = one_of(*sorted(OBJECTIVES))
+metric = one_of(*METRICS, *LOGIT_METRICS)
+#: A criterion to save with the model, or the best of all.
+AUTO = "auto"
+rule = one_of(AUTO, *GRIDS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, check_vocabulary, loaded_from
+from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, check_vocabulary, loaded_from, metrics_for
 from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import from_dict
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode
+from earlyexit_kernels.tasks.own import listed
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning.grids import skip_settings
 from earlyexit_kernels.tuning.plots import plot_tradeoff
@@ -125,6 +126,7 @@ class Traced:
         data: token ids, by split.
         traces: trace and labels ``[N]``, by split.
         batching: how rows are batched, as arguments of `collect_trace`.
+        metrics: names of the scores, the first of which decides.
     """
 
     model: EarlyExitForSequenceClassification
@@ -134,6 +136,7 @@ class Traced:
     data: dict[str, EncodedSplit]
     traces: dict[str, tuple[ExitTrace, Any]]
     batching: dict[str, Any]
+    metrics: tuple[str, ...]
 
 
 def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluation:
@@ -142,7 +145,7 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
     Raises:
         ValueError: as `trace_splits`.
     """
-    found = trace_splits(folder, recipe, task=args.task, dev=args.dev, batch_size=args.batch_size)
+    found = trace_splits(folder, recipe, task=args.task, dev=args.dev, metrics=args.metric, batch_size=args.batch_size)
     result = sweep_rules(found, drop=args.drop, points=args.points)
     task, model, rows = found.task, found.model, {name: len(split) for name, split in found.splits.items()}
     title = (
@@ -153,7 +156,15 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
     return Evaluation(folder, recipe, task.name, model.objective.rule, result, title, rows["reporting"], setup)
 
 
-def trace_splits(folder: Path, recipe: Recipe, *, task: str | None, dev: Path | None = None, batch_size: int) -> Traced:
+def trace_splits(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    task: str | None,
+    dev: Path | None = None,
+    metrics: Sequence[str] | None = None,
+    batch_size: int,
+) -> Traced:
     """Load a model and its rows, and trace the held-out rows and the reporting split.
 
     Args:
@@ -161,6 +172,7 @@ def trace_splits(folder: Path, recipe: Recipe, *, task: str | None, dev: Path | 
         recipe: of this folder.
         task: name of the task to evaluate on, or None for that of the recipe.
         dev: file with other rows, as for `Recipe.load_data`.
+        metrics: as for `metrics_for`.
         batch_size: rows per batch.
 
     Raises:
@@ -168,19 +180,33 @@ def trace_splits(folder: Path, recipe: Recipe, *, task: str | None, dev: Path | 
             no held-out rows.
     """
     loaded = recipe.load_data(task=task, dev=dev)
+    names = metrics_for(loaded, metrics)
     model = load_model(folder, loaded)
-    with loaded_from(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tuning, reporting = recipe.both_rows(loaded)
     kinds = {"tuning": tuning[1], "reporting": reporting[1]}
-    batching: dict[str, Any] = {"collate_fn": DataCollatorWithPadding(tokenizer), "batch_size": batch_size}
     splits = {"tuning": tuning[0], "reporting": reporting[0]}
-    check_max_length(recipe.max_length, tokenizer, tuning[0])
-    data = {name: encode(split, tokenizer, max_length=recipe.max_length) for name, split in splits.items()}
-    check_vocabulary(data["tuning"], "train", tokenizer, model, folder)
-    check_lengths(data, model)
+    data, collate = encoded(folder, model, splits, max_length=recipe.max_length)
+    batching: dict[str, Any] = {"collate_fn": collate, "batch_size": batch_size}
     traces = {name: collect_trace(model, rows, progress=name, **batching) for name, rows in data.items()}
-    return Traced(model, loaded, splits, kinds, data, traces, batching)
+    return Traced(model, loaded, splits, kinds, data, traces, batching, names)
+
+
+def encoded(
+    folder: Path, model: EarlyExitForSequenceClassification, splits: Mapping[str, Split], *, max_length: int | None
+) -> tuple[dict[str, EncodedSplit], Callable]:
+    """Return the token ids of splits by the tokenizer of a model's folder, and what pads a list of rows.
+
+    Raises:
+        ValueError: a tokenizer that does not know the text, or rows that are too long for the model.
+    """
+    with loaded_from(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    first = next(iter(splits))
+    check_max_length(max_length, tokenizer, splits[first])
+    data = {name: encode(split, tokenizer, max_length=max_length) for name, split in splits.items()}
+    check_vocabulary(data[first], "train" if first == "tuning" else first, tokenizer, model, folder)
+    check_lengths(data, model)
+    return data, DataCollatorWithPadding(tokenizer)
 
 
 def sweep_rules(found: Traced, *, drop: float, points: int) -> Sweep:
@@ -189,7 +215,7 @@ def sweep_rules(found: Traced, *, drop: float, points: int) -> Sweep:
     result = sweep(
         tuning,
         reporting,
-        metrics=found.task.metrics,
+        metrics=found.metrics,
         drop=drop,
         points=points,
         problem_type=found.task.problem_type,
@@ -209,31 +235,39 @@ def load_model(folder: Path, task: Task) -> EarlyExitForSequenceClassification:
     Raises:
         ValueError: the folder contains another model, or one for other classes than the task's.
     """
+    model = load_any(folder)
+    labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    if labels != task.label_names:
+        raise ValueError(
+            f"--task: expected a task with the labels of the model in {folder}, {listed(labels)}; {task.name} has "
+            f"{listed(task.label_names)}"
+        )
+    return model
+
+
+def load_any(folder: Path) -> EarlyExitForSequenceClassification:
+    """Load the early-exit model of a folder for any classes, on the GPU if there is one.
+
+    Raises:
+        ValueError: the folder contains another model.
+    """
     with loaded_from(folder):
         model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
     if not isinstance(model, EarlyExitForSequenceClassification):
         raise ValueError(
             f"--model: expected a model with exits, {folder} contains a {type(model).__name__}; train it first"
         )
-    labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    if labels != task.label_names:
-        raise ValueError(
-            f"--task: expected a task with the labels of the model in {folder}, {_listed(labels)}; {task.name} has "
-            f"{_listed(task.label_names)}"
-        )
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model
 
 
-def _listed(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
-
-
 def layer_table(result: Sweep) -> str:
     """Return a table of static truncation: the score of each exit alone."""
-    header = ("static truncation to layer", f"{result.metric} (reporting)", "layer speed-up", "layers saved")
+    names = tuple(result.layers["reporting"][0])
+    scored = tuple(f"{name} (reporting)" for name in names)
+    header = ("static truncation to layer", *scored, "layer speed-up", "layers saved")
     rows = [
-        (k, f"{scores[result.metric]:.4f}", f"{result.depth / k:.2f}", f"{1 - k / result.depth:.0%}")
+        (k, *(f"{scores[m]:.4f}" for m in names), f"{result.depth / k:.2f}", f"{1 - k / result.depth:.0%}")
         for k, scores in enumerate(result.layers["reporting"], start=1)
     ]
     return markdown_table(header, rows)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.tasks.load import EncodedSplit, Task
 from earlyexit_kernels.tasks.sources import Split
+from earlyexit_kernels.tuning.metrics import LOGIT_METRICS
 
 
 @contextmanager
@@ -79,6 +80,31 @@ def check_rows(task: Task, trained: Split, evaluation: Split) -> None:
 
 def _name(task: Task, label: float) -> str:
     return f"{label:g}" if task.problem_type == "regression" else f"{int(label)} ({task.label_names[int(label)]})"
+
+
+def metrics_for(task: Task, named: Sequence[str] | None, *, predictions_only: bool = False) -> tuple[str, ...]:
+    """Return the metrics of a task, or those named, of which the first one decides.
+
+    Args:
+        task: what is predicted.
+        named: names in `METRICS` or `LOGIT_METRICS`, or None.
+        predictions_only: leave out `LOGIT_METRICS`.
+
+    Raises:
+        ValueError: a metric that the task does not have, or of which the lower value is better as the first one.
+    """
+    if named is None:
+        return task.metrics
+    allowed = [m for m in ("accuracy", "macro_f1", "matthews", "f1") if m != "f1" or task.num_labels == 2]
+    allowed += [] if predictions_only else [*LOGIT_METRICS]
+    if task.problem_type == "regression":
+        allowed = ["pearson", "spearman"]
+    unknown = [name for name in named if name not in allowed]
+    if unknown or len(set(named)) < len(named):
+        raise ValueError(f"--metric: expected different names among {', '.join(allowed)}, got {' '.join(named)}")
+    if named[0] == "ece":
+        raise ValueError("--metric: ece is an error, by which nothing is chosen; name another metric before it")
+    return tuple(named)
 
 
 def check_max_length(max_length: int | None, tokenizer: Any, split: Split) -> None:

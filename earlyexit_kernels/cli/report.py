@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for file in (args.output, numbers):
         check_file("--output", file)
     torch.set_flush_denormal(True)
-    found = trace_splits(args.model, recipe, task=None, batch_size=args.batch_size)
+    found = trace_splits(args.model, recipe, task=None, dev=args.dev, batch_size=args.batch_size)
     result = sweep_rules(found, drop=args.drop, points=POINTS)
     data = report_data(args.model, recipe, found, result, texts=not args.no_texts)
     text = page(data)

@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from earlyexit_kernels.cli.card import README, card, check_card
 from earlyexit_kernels.cli.inputs import (
     check_encoder,
     check_lengths,
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     evaluation = encode(evaluation_split, tokenizer, max_length=recipe.max_length)
     check_vocabulary(train_set, "train", tokenizer, model, args.model)
     check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
+    check_card(args.output)
     check_folder("--output", args.output)
     base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
     for phase, plan in zip(phases(model), plans, strict=True):
@@ -84,12 +86,14 @@ def run(args: argparse.Namespace) -> int:
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     scores = truncations(trace, labels, metrics=task.metrics)
     recipe = replace(recipe, method=objective.to_dict(), phases=tuple(plans), scores=scores)
-    save_or_rescue(args.output, model.save_pretrained, functools.partial(save_tokenizer, tokenizer), recipe.save)
+    text = card(args.output, recipe, task, model, len(labels))
+    savers = model.save_pretrained, functools.partial(save_tokenizer, tokenizer), recipe.save
+    save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
     header = ("exit after layer", *task.metrics)
     rows = [(k, *(f"{score[m]:.4f}" for m in task.metrics)) for k, score in enumerate(scores, start=1)]
     print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")
     print(f"{markdown_table(header, rows)}\n")
-    print(f"Saved in {args.output}; next: earlyexit eval --model {args.output}")
+    print(f"Saved in {args.output}; next: earlyexit calibrate --model {args.output} --max-drop 0.005")
     return 0
 
 

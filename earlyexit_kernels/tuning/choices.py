@@ -15,8 +15,12 @@ from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Ta
 MARGIN = 0.5
 
 
-def _unreachable(target: Target, nearest: str) -> ValueError:
-    return ValueError(f"calibrate: no setting reaches {target}; the nearest is {nearest}")
+class UnreachableTargetError(ValueError):
+    """No setting reaches a target; `nearest` describes the one that misses it least."""
+
+    def __init__(self, target: Target, nearest: str) -> None:
+        super().__init__(f"calibrate: no setting reaches {target}; the nearest is {nearest}")
+        self.nearest = nearest
 
 
 def _within_drop(target: MaxDrop, candidates: Sequence[Setting], tuning: Rows, **_: Any) -> Setting:
@@ -30,7 +34,7 @@ def _within_drop(target: MaxDrop, candidates: Sequence[Setting], tuning: Rows, *
     if not kept:
         best = min(candidates, key=lambda s: (bound(s), s.mean_exit_layer))
         loss = f"{full - best.score:.4f} plus half a standard error of {best.standard_error:.4f}"
-        raise _unreachable(target, f"{best.criterion}, which loses {loss} on {len(tuning)} tuning rows")
+        raise UnreachableTargetError(target, f"{best.criterion}, which loses {loss} on {len(tuning)} tuning rows")
     return min(kept, key=lambda s: (s.mean_exit_layer, -s.score))
 
 
@@ -40,7 +44,7 @@ def _fast_enough(target: SpeedUp, candidates: Sequence[Setting], tuning: Rows, *
     kept = [s for s in candidates if depth / s.mean_exit_layer >= target.speed_up - 1e-9]
     if not kept:
         best = min(candidates, key=lambda s: s.mean_exit_layer)
-        raise _unreachable(target, f"{best.criterion} with {depth / best.mean_exit_layer:.2f}")
+        raise UnreachableTargetError(target, f"{best.criterion} with {depth / best.mean_exit_layer:.2f}")
     return max(kept, key=lambda s: (s.score, -s.mean_exit_layer))
 
 
@@ -57,7 +61,7 @@ def _within_latency(
         else:
             low = middle + 1
     if low == len(front):
-        raise _unreachable(target, f"{front[-1].criterion} with {timed(front[-1].criterion):.2f} ms")
+        raise UnreachableTargetError(target, f"{front[-1].criterion} with {timed(front[-1].criterion):.2f} ms")
     return front[low]
 
 
@@ -68,7 +72,9 @@ def _within_risk(target: Risk, candidates: Sequence[Setting], tuning: Rows, chec
     last = last_passed(risk_p_values(losses, target.delta), target.epsilon)
     if last is None:
         first = front[0].criterion
-        raise _unreachable(target, f"{first}, whose risk is {losses[0].mean():.4f} on {len(checked)} check rows")
+        raise UnreachableTargetError(
+            target, f"{first}, whose risk is {losses[0].mean():.4f} on {len(checked)} check rows"
+        )
     return front[last]
 
 

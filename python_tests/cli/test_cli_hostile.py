@@ -13,7 +13,7 @@ from support.commands import error_of, exit_code
 
 from earlyexit_cli import build_parser, main
 from earlyexit_kernels import to_early_exit
-from earlyexit_kernels.cli import env, evaluate, train
+from earlyexit_kernels.cli import calibrate, env, evaluate, predict, train
 from earlyexit_kernels.cli.outputs import check_file, written
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.tasks import toy
@@ -25,6 +25,8 @@ REQUIRED = {
     "train": ["--model", "base", "--task", "toy", "--output", "out"],
     "eval": ["--model", "trained"],
     "report": ["--model", "trained"],
+    "calibrate": ["--model", "trained", "--max-drop", "0.1"],
+    "predict": ["--model", "trained", "--input", "in.csv", "--output", "out.csv"],
     "demo": [],
     "env": [],
 }
@@ -59,6 +61,7 @@ INVALID = {
         "--task": ["", "sst3"],
         "--dev": FILES,
         "--drop": [*NUMBERS, "3"],
+        "--metric": ["bleu", ""],
         "--points": [*NUMBERS, "7", "1e9", "1000000000"],
         "--batch-size": [*NUMBERS, "0"],
         "--output": [""],
@@ -70,6 +73,31 @@ INVALID = {
         "--drop": [*NUMBERS, "3"],
         "--batch-size": [*NUMBERS, "0"],
         "--no-texts": ["yes"],
+        "--dev": FILES,
+    },
+    "calibrate": {
+        "--model": [""],
+        "--max-drop": [*NUMBERS, "3"],
+        "--speed-up": [*NUMBERS, "0.5", "1e9"],
+        "--latency-ms": [*NUMBERS, "0"],
+        "--risk": [*NUMBERS, "0", "1"],
+        "--latency-batch-size": [*NUMBERS, "0"],
+        "--epsilon": [*NUMBERS, "0", "1"],
+        "--against": ["", "both"],
+        "--metric": ["bleu", "", "ece"],
+        "--dev": FILES,
+        "--batch-size": [*NUMBERS, "0"],
+        "--apply": ["", "magic", "full_depth"],
+        "--output": [""],
+    },
+    "predict": {
+        "--model": [""],
+        "--input": FILES,
+        "--text": ["a"],
+        "--output": FILES,
+        "--text-column": ["", " "],
+        "--pair-column": [""],
+        "--batch-size": [*NUMBERS, "0"],
     },
     "demo": {"--output": [""], "--seed": [*NUMBERS, "4294967296"], "--threads": [*NUMBERS, "0", "1000000000"]},
     "env": {"--nothing": ["1"]},
@@ -83,7 +111,13 @@ def no_work(monkeypatch):
     def start(*arguments, **named):
         pytest.fail("work started")
 
-    for module, name in ((train, "_train_phase"), (train, "collect_trace"), (evaluate, "collect_trace")):
+    for module, name in (
+        (train, "_train_phase"),
+        (train, "collect_trace"),
+        (evaluate, "collect_trace"),
+        (calibrate, "collect_trace"),
+        (predict, "predict_with_exits"),
+    ):
         monkeypatch.setattr(module, name, start)
 
 
@@ -101,7 +135,8 @@ def trained(tmp_path, small_task):
 @pytest.mark.parametrize(
     ("command", "option"), [(command, option) for command, options in INVALID.items() for option in options]
 )
-def test_value_out_of_range_is_refused(capsys, command, option):
+def test_value_out_of_range_is_refused(capsys, monkeypatch, trained, command, option):
+    monkeypatch.chdir(trained.parent)
     for value in INVALID[command][option]:
         message = error_of(capsys, [command, *REQUIRED[command], f"{option}={value}"])
         assert option in message and len(message) < 500, value

@@ -1,0 +1,161 @@
+"""The model card of a trained model: README.md in its folder, with a section that a calibration renews."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.criteria import from_dict
+from earlyexit_kernels.hf.calibration import Calibration
+from earlyexit_kernels.tasks.load import Task
+from earlyexit_kernels.tasks.own import listed
+from earlyexit_kernels.tuning.report import markdown_table, parameter_text
+
+README = "README.md"
+#: Around the section of the calibration; everything outside of it stays when it is renewed.
+BEGIN, END = "<!-- earlyexit: calibration -->", "<!-- earlyexit: end -->"
+SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+#: Rows of the table of the curve.
+CURVE_ROWS = 12
+CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags:
+- early-exit
+---
+
+# {title}
+
+A {family} encoder of {depth} layers with an exit after every layer, trained with `earlyexit_kernels` by the method
+`{method}`.
+
+- Rows: {rows}
+- Labels: {labels}
+
+## Use
+
+```python
+import earlyexit_kernels  # first: it registers the model type "early-exit"
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="{folder}", truncation=True, max_length={length})
+print(classify({example}))
+```
+
+## Score of every exit
+
+On {evaluation_rows} {evaluation} rows that the model was not trained on.
+
+{scores}
+
+{calibration}
+"""
+NOT_CALIBRATED = """## Calibration
+
+No criterion is set, so that every row runs all layers. This chooses one:
+
+    earlyexit calibrate --model {folder} --max-drop 0.005 --apply auto
+"""
+
+
+def check_card(folder: Path) -> None:
+    """Refuse a folder with a README.md that is not a model card of this package, which a save would replace.
+
+    Raises:
+        ValueError: names the file.
+    """
+    path = folder / README
+    if path.is_file() and BEGIN.encode() not in path.read_bytes():
+        raise ValueError(
+            f"--output: {path} is not a model card of `earlyexit train`, and would be replaced; give another folder, "
+            "or move the file"
+        )
+
+
+def card(folder: Path, recipe: Recipe, task: Task, model: Any, evaluation_rows: int) -> str:
+    """Return the model card after training; files are named without their folders."""
+    pairs = not isinstance(task.split(next(iter(task.splits))).sentences[0], str)
+    longest = model.adapter.longest(model.config.backbone_config)
+    header = ("exit after layer", *task.metrics)
+    scores = [(k, *(f"{s[m]:.4f}" for m in task.metrics)) for k, s in enumerate(recipe.scores, start=1)]
+    numbers = task.problem_type == "regression"
+    return CARD.format(
+        title=f"Early exits for {_plain(recipe.name)}",
+        family=model.config.backbone_config.model_type,
+        depth=model.depth,
+        method=recipe.method["name"],
+        rows=_rows_text(recipe),
+        labels="numbers (regression)" if numbers else f"{task.num_labels} classes, {_plain(listed(task.label_names))}",
+        folder=folder.name,
+        length=min(recipe.max_length or longest, longest),
+        example='{"text": "a text", "text_pair": "its pair"}' if pairs else '"a text"',
+        evaluation_rows=evaluation_rows,
+        evaluation=recipe.evaluation_split,
+        scores=markdown_table(header, scores),
+        calibration=f"{BEGIN}\n{NOT_CALIBRATED.format(folder=folder.name)}{END}",
+    )
+
+
+def _rows_text(recipe: Recipe) -> str:
+    held_out = f"{recipe.train_rows} rows trained on, {recipe.holdout} held out (seed {recipe.seed})"
+    if recipe.data is None:
+        return f"task {recipe.task}, {held_out}"
+    own = recipe.data
+    dev = "" if own.dev is None else f", dev file {_plain(Path(own.dev).name)}"
+    texts = " and ".join(_plain(name) for name in (own.columns.text, own.columns.pair) if name is not None)
+    return f"file {_plain(own.name)}{dev}, column {texts}, label in {_plain(own.columns.label)}; {held_out}"
+
+
+def _plain(text: str) -> str:
+    """Return a text on one line, without characters that begin code or HTML."""
+    return re.sub(r"[`<>]", "", " ".join(text.split()))
+
+
+def renewed(folder: Path, found: Calibration) -> str | None:
+    """Return the model card of a folder with the section of a calibration; None if it has no such section."""
+    path = folder / README
+    if not path.is_file() or BEGIN.encode() not in path.read_bytes():
+        return None
+    text = path.read_text(encoding="utf-8")
+    return SECTION.sub(lambda _: f"{BEGIN}\n{_section(found)}\n{END}", text, count=1) if SECTION.search(text) else None
+
+
+def _section(found: Calibration) -> str:
+    target = ", ".join(f"{name} {value}" for name, value in found.target.items())
+    low, high = found.drop_interval
+    facts = [
+        ("criterion", f"{found.criterion.name}, {parameter_text(found.criterion)}"),
+        ("target", target.removeprefix("name ")),
+        (f"{found.metric}, early exit", f"{found.score:.4f}"),
+        (f"{found.metric}, full depth", f"{found.full_depth:.4f}"),
+        ("drop", f"{found.drop:.4f} (95 %: {low:.4f} to {high:.4f})"),
+        ("mean exit layer", f"{found.mean_exit_layer:.2f} of {found.depth}"),
+        ("layer speed-up", f"{found.layer_speed_up:.2f}"),
+        ("rows that leave at each layer", " ".join(f"{share:.0%}" for share in found.exit_shares)),
+    ]
+    if found.guarantee is not None:
+        g = found.guarantee
+        bound = f"at most {g.delta:g} with probability {1 - g.epsilon:g}, measured {g.risk:.4f}"
+        facts.append((f"risk against {g.against}", bound))
+    if found.latency is not None:
+        facts.append(("latency", f"{found.latency:.2f} ms a batch"))
+    step = -(-len(found.curve) // CURVE_ROWS) or 1
+    curve = [
+        (_setting(point.criterion), f"{point.mean_exit_layer:.2f}", f"{point.score:.4f}")
+        for point in found.curve[::step]
+    ]
+    return "\n\n".join(
+        [
+            "## Calibration",
+            f"Chosen on {found.rows['tuning']} rows, measured on {found.rows['check']} others, {found.date[:10]}.",
+            markdown_table(("", "value"), facts),
+            f"Settings of the same criterion on the {found.rows['tuning']} rows:",
+            markdown_table(("setting", "mean exit layer", found.metric), curve),
+        ]
+    )
+
+
+def _setting(data: Any) -> str:
+    return parameter_text(from_dict(data))

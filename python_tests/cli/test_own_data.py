@@ -1,0 +1,382 @@
+"""`train`, `calibrate`, `eval` and `predict` on a user's own files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.commands import error_of
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+import earlyexit_kernels as ee
+from earlyexit_cli import main
+from earlyexit_kernels.cli import calibrate
+from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.tasks.files import read_table, write_table
+from earlyexit_kernels.tasks.load import encode
+from earlyexit_kernels.tuning.sweep import collect_trace
+
+NAMES = ("bad", "good")
+
+
+def write_rows(path: Path, rows: int, *, seed: int = 0, **columns: str) -> Path:
+    """Write generated sentences with their labels; `columns` renames text and label."""
+    found = toy.write_splits(seed=seed, train_rows=0, dev_rows=4 * rows + 20, test_rows=0)["dev"]
+    found = [sentence for sentence in found if sentence.level <= 2][:rows]
+    assert len(found) == rows
+    texts, labels = [s.text for s in found], [NAMES[s.label] for s in found]
+    write_table(path, {columns.get("text", "text"): texts, columns.get("label", "label"): labels})
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Folder with train.csv, of 240 rows, and other.csv."""
+    folder = tmp_path_factory.mktemp("files")
+    write_rows(folder / "train.csv", 240, text="review", label="opinion")
+    write_rows(folder / "other.csv", 60, seed=1, text="review", label="opinion")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(base, files, tmp_path_factory):
+    """Folder written by `earlyexit train --train train.csv`."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    columns = ["--text-column", "review", "--label-column", "opinion"]
+    rows = ["--train", str(files / "train.csv"), *columns, "--holdout", "120"]
+    assert main(["train", "--model", str(base), *rows, "--output", str(folder), "--epochs", "16", "--lr", "5e-3"]) == 0
+    return folder
+
+
+@pytest.fixture
+def model(trained, tmp_path):
+    """A copy of `trained`."""
+    return Path(shutil.copytree(trained, tmp_path / "out"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# train
+
+
+def test_train_records_files_columns_and_classes(trained, files):
+    recipe = Recipe.load(trained)
+    assert recipe.task is None and recipe.data is not None and recipe.data.train == str(files / "train.csv")
+    assert (recipe.holdout, recipe.train_rows, recipe.evaluation_split) == (120, 120, "held-out")
+    assert recipe.data.label_names == NAMES and recipe.data.columns.text == "review"
+    loaded = AutoModelForSequenceClassification.from_pretrained(trained, local_files_only=True)
+    assert loaded.config.id2label == dict(enumerate(NAMES)) and loaded.criterion is None
+    card = (trained / "README.md").read_text()
+    assert "train.csv" in card and str(files) not in card and "import earlyexit_kernels" in card
+    assert card.count("| ") > 3 and "no criterion" in card.lower()
+
+
+@pytest.mark.parametrize(("dev", "holdout", "split"), [(False, 20, "held-out"), (True, 0, "dev")])
+def test_a_fifth_of_the_rows_is_held_out_unless_there_is_a_dev_file(base, tmp_path, capsys, dev, holdout, split):
+    write_rows(tmp_path / "train.csv", 100)
+    write_rows(tmp_path / "dev.csv", 30, seed=1)
+    given = ["--dev", str(tmp_path / "dev.csv")] if dev else []
+    arguments = ["--train", str(tmp_path / "train.csv"), *given, "--output", str(tmp_path / "out"), "--epochs", "1"]
+    assert main(["train", "--model", str(base), *arguments]) == 0
+    recipe = Recipe.load(tmp_path / "out")
+    assert (recipe.holdout, recipe.train_rows, recipe.evaluation_split) == (holdout, 100 - holdout, split)
+    assert "2 classes (bad, good)" in capsys.readouterr().out
+    assert main(["eval", "--model", str(tmp_path / "out"), "--points", "8", "--drop", "1"]) == 0
+    half = 15 if dev else 10
+    kind = "dev rows" if dev else "held-out train rows"
+    assert f"Chosen on {half} {kind} " in capsys.readouterr().out
+
+
+def test_numbers_are_predicted_by_regression(base, tmp_path, capsys):
+    rows = [(f"the plot {i} was dull .", i / 10) for i in range(60)]
+    write_table(tmp_path / "train.tsv", {"text": [t for t, _ in rows], "stars": [n for _, n in rows]})
+    arguments = ["--train", str(tmp_path / "train.tsv"), "--label-column", "stars", "--output", str(tmp_path / "out")]
+    assert main(["train", "--model", str(base), *arguments, "--epochs", "1"]) == 0
+    assert "numbers (regression)" in capsys.readouterr().out
+    assert main(["predict", "--model", str(tmp_path / "out"), "--text", "the plot was dull ."]) == 0
+    assert capsys.readouterr().out.startswith("stars (")
+    write_table(tmp_path / "in.tsv", {"text": ["the plot was dull ."] * 3})
+    out = ["--input", str(tmp_path / "in.tsv"), "--output", str(tmp_path / "out.tsv")]
+    assert main(["predict", "--model", str(tmp_path / "out"), *out]) == 0
+    assert set(read_table(tmp_path / "out.tsv").columns["label"]) == {"stars"}
+    message = error_of(capsys, ["calibrate", "--model", str(tmp_path / "out"), "--max-drop", "1", "--metric", "f1"])
+    assert "--metric: expected different names among pearson, spearman, got f1" in message
+
+
+def test_pairs_of_texts(base, tmp_path, capsys):
+    rows = [("the plot was dull .", f"the cast was {('witty', 'weak')[i % 2]} .", i % 2) for i in range(40)]
+    columns = {name: [row[at] for row in rows] for at, name in enumerate(("a", "b", "same"))}
+    write_table(tmp_path / "train.csv", columns)
+    names = ["--text-column", "a", "--pair-column", "b", "--label-column", "same"]
+    arguments = ["--train", str(tmp_path / "train.csv"), *names, "--output", str(tmp_path / "out"), "--epochs", "1"]
+    assert main(["train", "--model", str(base), *arguments]) == 0
+    assert '"text_pair"' in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert "pairs of texts" in error_of(capsys, ["predict", "--model", str(tmp_path / "out"), "--text", "a"])
+    out = ["--input", str(tmp_path / "train.csv"), "--output", str(tmp_path / "out.csv")]
+    assert main(["predict", "--model", str(tmp_path / "out"), *out]) == 0
+    assert rows_of(tmp_path / "out.csv")[0].keys() == {"a", "b", "same", "label", "score", "exit_layer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "toy", "--dev", "dev.csv"], "--dev: expected --train FILE"),
+        (["--task", "toy", "--text-column", "text", "--label-column", "x"], "--text-column, --label-column: expected"),
+        (["--task", "toy", "--train", "train.csv"], "--train: not allowed with argument --task"),
+        ([], "one of the arguments --task --train is required"),
+        (["--train", "train.csv", "--text-column", "x"], "--text-column: train.csv has no column 'x'"),
+        (["--train", "train.csv", "--holdout", "0"], "expected at least one row to report on, or a file with --dev"),
+        (["--train", "train.csv", "--holdout", "40"], "expected fewer rows"),
+        (["--train", "nowhere.csv"], "nowhere.csv"),
+        (["--train", "folder.csv"], "folder.csv"),
+        (["--train", "train.csv", "--dev", "train.csv"], "--dev: expected other rows than those of --train"),
+    ],
+)
+def test_train_refuses(base, tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("train.csv"), 40)
+    Path("folder.csv").mkdir()
+    message = error_of(capsys, ["train", "--model", str(base), *arguments, "--output", "out"])
+    assert words in message and not Path("out").exists()
+
+
+def test_train_does_not_replace_a_readme_of_others(base, tmp_path, capsys):
+    write_rows(tmp_path / "train.csv", 40)
+    (tmp_path / "README.md").write_text("mine")
+    message = error_of(
+        capsys,
+        ["train", "--model", str(base), "--train", str(tmp_path / "train.csv"), "--output", str(tmp_path)],
+    )
+    assert "README.md is not a model card" in message and (tmp_path / "README.md").read_text() == "mine"
+
+
+# calibrate
+
+
+def test_calibrate_prints_every_rule_and_changes_nothing(model, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    output = tmp_path / "found.json"
+    assert main(["calibrate", "--model", str(model), "--speed-up", "1.5", "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "chosen on half of 120 held-out train rows" in out and "| entropy " in out and "--apply auto" in out
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+    records = json.loads(output.read_text())["records"]
+    found = {record["rule"]: record.get("calibration") for record in records}
+    assert found["entropy"]["layer_speed_up"] > 1 and found["patience"] is None
+    assert "patience cannot reach the target; the nearest is Patience(" in out
+
+
+def test_apply_changes_the_config_and_the_card_only(model, capsys):
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in model.iterdir()}
+    card = model / "README.md"
+    card.write_text(card.read_text().replace("## Use", "My words.\n\n## Use"))
+    assert main(["calibrate", "--model", str(model), "--max-drop", "0.2", "--apply", "entropy"]) == 0
+    assert "Entropy(threshold=" in capsys.readouterr().out
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in model.iterdir()}
+    assert {name for name in after if after[name] != before.get(name)} == {"config.json", "README.md"}
+    text = card.read_text()
+    assert "My words." in text and "mean exit layer" in text and "No criterion" not in text
+    loaded = AutoModelForSequenceClassification.from_pretrained(model, local_files_only=True)
+    assert loaded.criterion.name == "entropy" and loaded.calibration.target == {"name": "max_drop", "drop": 0.2}
+    assert main(["calibrate", "--model", str(model), "--max-drop", "0.2", "--apply", "auto"]) == 0
+    assert card.read_text().count("## Calibration") == 1 and "My words." in card.read_text()
+
+
+PIPELINE = """
+import json, sys
+import earlyexit_kernels
+from transformers import pipeline
+
+folder, texts = sys.argv[1], json.loads(sys.stdin.read())
+layers = {}
+for size in (1, 32):
+    classify = pipeline("text-classification", model=folder, truncation=True, max_length=64)
+    found = layers[size] = []
+    classify.model.register_forward_hook(lambda module, args, out: found.extend(out.exit_layer.tolist()))
+    answers = classify(texts, batch_size=size)
+print(json.dumps(layers))
+"""
+
+
+def test_a_new_process_exits_where_the_replay_said(model, tmp_path):
+    arguments = ["calibrate", "--model", str(model), "--max-drop", "0.02"]
+    assert main([*arguments, "--output", str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["records"]
+    shares = {one["rule"]: min(one["calibration"]["exit_shares"]) for one in found if "calibration" in one}
+    assert main([*arguments, "--apply", max(shares, key=shares.__getitem__)]) == 0
+    loaded = AutoModelForSequenceClassification.from_pretrained(model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    recipe = Recipe.load(model)
+    rows, _ = recipe.unseen_rows(recipe.load_data())
+    data = encode(rows, tokenizer, max_length=64)
+    trace, _ = collect_trace(loaded, data, collate_fn=DataCollatorWithPadding(tokenizer))
+    expected = ee.replay(trace, loaded.criterion)[1].tolist()
+    assert set(expected) == {1, 2}, "the test needs rows that leave at different layers"
+    run = subprocess.run(
+        [sys.executable, "-c", PIPELINE, str(model)],
+        input=json.dumps(list(rows.sentences)),
+        env={"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(run.stdout) == {"1": expected, "32": expected}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "one of the arguments --max-drop --speed-up --latency-ms --risk is required"),
+        (["--max-drop", "0.1", "--speed-up", "2"], "not allowed with"),
+        (["--max-drop", "-1"], "--max-drop"),
+        (["--speed-up", "0.5"], "--speed-up: expected a finite number in [1, 1000]"),
+        (["--risk", "1"], "--risk: expected a finite number in (0, 1)"),
+        (["--latency-ms", "0"], "--latency-ms"),
+        (["--max-drop", "0.1", "--epsilon", "0.1"], "--epsilon: expected beside --risk"),
+        (["--max-drop", "0.1", "--against", "labels"], "--against: expected beside --risk"),
+        (["--max-drop", "0.1", "--latency-batch-size", "2"], "--latency-batch-size: expected beside --latency-ms"),
+        (["--max-drop", "0.1", "--metric", "pearson"], "--metric: expected different names among accuracy,"),
+        (["--max-drop", "0.1", "--apply", "magic"], "--apply: expected one of ('auto', 'entropy',"),
+        (["--max-drop", "0.1", "--apply", "learned"], "--apply: expected auto or a criterion of this model"),
+        (["--speed-up", "1000", "--apply", "entropy"], "no setting reaches SpeedUp(speed_up=1000.0); the nearest is"),
+        (["--speed-up", "1000", "--apply", "auto"], "no setting reaches SpeedUp(speed_up=1000.0); the nearest is"),
+        (["--risk", "0.001"], "expected at least 2995 check rows"),
+    ],
+)
+def test_calibrate_refuses_and_leaves_the_model(model, capsys, arguments, words):
+    before = (model / "config.json").read_bytes()
+    assert words in error_of(capsys, ["calibrate", "--model", str(model), *arguments])
+    assert (model / "config.json").read_bytes() == before
+
+
+def test_risk_and_latency_are_shown(model, capsys, monkeypatch):
+    pytest.importorskip("mapie", reason="Risk requires the extra 'tuning'")
+    monkeypatch.setattr(calibrate, "settings", lambda *args, **named: {"entropy": []})
+    assert main(["calibrate", "--model", str(model), "--risk", "0.3", "--against", "full_depth"]) == 0
+    assert "risk (at most 0.3)" in capsys.readouterr().out
+    assert main(["calibrate", "--model", str(model), "--latency-ms", "10000", "--apply", "entropy"]) == 0
+    assert "ms a batch" in capsys.readouterr().out and "| latency" in (model / "README.md").read_text()
+
+
+def test_a_failed_write_leaves_the_model(model, capsys, monkeypatch):
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+
+    def full(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("earlyexit_kernels.hf.saving._flush", full)
+    message = error_of(capsys, ["calibrate", "--model", str(model), "--max-drop", "0.1", "--apply", "entropy"])
+    assert f"{model} could not be written: No space left on device" in message
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_other_rows_replace_those_of_training(model, files, capsys):
+    moved = files / "train.csv"
+    moved.rename(files / "away.csv")
+    try:
+        for command in (["calibrate", "--max-drop", "0.5"], ["eval", "--points", "8"]):
+            message = error_of(capsys, [*command, "--model", str(model)])
+            assert "train.csv" in message and "is gone" in message and "--dev" in message
+            assert main([*command, "--model", str(model), "--dev", str(files / "other.csv")]) == 0
+            assert "rows of other.csv" in capsys.readouterr().out
+    finally:
+        (files / "away.csv").rename(moved)
+
+
+def test_dev_is_refused_for_a_model_of_a_task(base, tmp_path, capsys, small_task):
+    arguments = ["--task", "toy", "--holdout", "24", "--output", str(tmp_path), "--epochs", "1"]
+    assert main(["train", "--model", str(base), *arguments]) == 0
+    message = error_of(capsys, ["calibrate", "--model", str(tmp_path), "--max-drop", "1", "--dev", "x.csv"])
+    assert "--dev: expected a model trained with --train" in message
+    assert main(["calibrate", "--model", str(tmp_path), "--max-drop", "1"]) == 0
+    assert "24 held-out train rows" in capsys.readouterr().out
+
+
+# eval
+
+
+def test_eval_shows_the_metrics_asked_for(model, capsys):
+    pytest.importorskip("sklearn", reason="macro_f1 and auroc require the extra 'tuning'")
+    assert main(["eval", "--model", str(model), "--points", "8", "--metric", "macro_f1", "auroc", "ece"]) == 0
+    out = capsys.readouterr().out
+    assert "| macro_f1 (reporting) | auroc (reporting) | ece (reporting) |" in out
+    assert "ece is an error" in error_of(capsys, ["eval", "--model", str(model), "--metric", "ece"])
+    assert "--metric: expected" in error_of(capsys, ["eval", "--model", str(model), "--metric", "pearson"])
+
+
+# predict
+
+
+def test_predictions_are_the_rows_with_three_more_columns(model, tmp_path, files, capsys):
+    assert main(["calibrate", "--model", str(model), "--max-drop", "0.05", "--apply", "entropy"]) == 0
+    for name in ("in.csv", "in.tsv", "in.jsonl", "in.parquet"):
+        write_rows(tmp_path / name, 40, seed=2, text="review", label="truth")
+        out = tmp_path / f"out-{name}"
+        assert main(["predict", "--model", str(model), "--input", str(tmp_path / name), "--output", str(out)]) == 0
+        before, after = read_table(tmp_path / name).columns, read_table(out).columns
+        assert list(after) == ["review", "truth", "label", "score", "exit_layer"]
+        assert all(list(after[column]) == list(before[column]) for column in before)
+        assert set(after["label"]) <= set(NAMES) and {int(layer) for layer in after["exit_layer"]} <= {1, 2}
+    assert "40 rows, mean exit layer" in capsys.readouterr().out
+
+
+def test_texts_are_answered_on_the_terminal(model, capsys):
+    assert main(["predict", "--model", str(model), "--text", "the plot was dull .", "--text", "zzz " * 200]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("exit layer 2: the plot was dull .") and "exit layer" in second
+
+
+def test_a_model_saved_in_python_predicts(tmp_path, capsys):
+    ee.to_early_exit(toy.toy_model(layers=2, hidden=16)).save_pretrained(tmp_path / "model")
+    toy.toy_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(["predict", "--model", str(tmp_path / "model"), "--text", "the plot was dull ."]) == 0
+    assert "tive (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "one of the arguments --input --text is required"),
+        (["--input", "in.csv"], "expected --output FILE"),
+        (["--text", "a", "--output", "new.csv"], "--output: expected beside --input"),
+        (["--input", "in.csv", "--output", "in.csv"], "in.csv exists, and is not overwritten"),
+        (["--input", "in.csv", "--output", "new.txt"], "expected a file name that ends in .csv"),
+        (
+            ["--input", "labelled.csv", "--output", "new.csv"],
+            "has a column 'label', which the predictions would replace",
+        ),
+        (["--input", "in.csv", "--output", "new.csv", "--text-column", "x"], "in.csv has no column 'x'"),
+        (["--input", "no.csv", "--output", "new.csv"], "no.csv"),
+        (["--input", "in.csv", "--output", "in.csv/new.csv"], "--output: expected a folder that can be written to"),
+    ],
+)
+def test_predict_refuses_and_writes_nothing(model, tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("in.csv"), 4, text="review", label="truth")
+    write_rows(Path("labelled.csv"), 4, text="review")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert words in error_of(capsys, ["predict", "--model", str(model), *arguments])
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_predictions_are_written_whole_or_not_at_all(model, tmp_path, capsys, monkeypatch):
+    write_rows(tmp_path / "in.csv", 4, text="review", label="truth")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    out = ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "new.csv")]
+    message = error_of(capsys, ["predict", "--model", str(model), *out])
+    assert f"{tmp_path / 'new.csv'} could not be written: No space left on device" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out"]
