@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import summary
+from benchmarks.accuracy import calibration_tables
 from benchmarks.accuracy import tables as accuracy
 from benchmarks.end_to_end import tables as end_to_end
 from benchmarks.gpu import tables as gpu
@@ -191,6 +192,7 @@ TABLES = {
     **micro.TABLES,
     **summary.TABLES,
     **accuracy.TABLES,
+    **calibration_tables.TABLES,
     **end_to_end.TABLES,
     **gpu.TABLES,
 }

@@ -24,9 +24,9 @@ from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
 from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.tuning.calibrate import calibrate
-from earlyexit_kernels.tuning.sweep import collect_trace, sweep
+from earlyexit_kernels.tuning.sweep import sweep
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
-from earlyexit_kernels.tuning.traces import load_trace, save_trace
+from earlyexit_kernels.tuning.traces import collect_trace, load_trace, save_trace
 from earlyexit_kernels.types import ExitTrace
 
 __version__ = "0.1.0"

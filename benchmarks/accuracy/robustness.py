@@ -16,7 +16,8 @@ from benchmarks.accuracy.runs import SPEED_UPS, Run, Trained
 from benchmarks.harness import Record
 from earlyexit_kernels.criteria import Criterion, FullDepth, Patience
 from earlyexit_kernels.tasks.sources import Split
-from earlyexit_kernels.tuning.sweep import collect_trace, nearest_speed_up, outcome, sweep
+from earlyexit_kernels.tuning.sweep import nearest_speed_up, outcome, sweep
+from earlyexit_kernels.tuning.traces import collect_trace
 
 #: Shares of the words that are hit, and draws of each.
 SHARES, DRAWS = (0.1, 0.2, 0.4), 3

@@ -27,7 +27,8 @@ from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
 from earlyexit_kernels.tuning.metrics import score
-from earlyexit_kernels.tuning.sweep import Point, collect_trace, nearest_speed_up, outcome
+from earlyexit_kernels.tuning.sweep import Point, nearest_speed_up, outcome
+from earlyexit_kernels.tuning.traces import collect_trace
 from earlyexit_kernels.types import ExitTrace
 
 RESULTS = harness.RESULTS / "accuracy"

@@ -44,7 +44,8 @@ from earlyexit_kernels.tasks import hub
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
 from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
 from earlyexit_kernels.tuning.report import markdown_table
-from earlyexit_kernels.tuning.sweep import collect_trace, truncations
+from earlyexit_kernels.tuning.sweep import truncations
+from earlyexit_kernels.tuning.traces import collect_trace
 
 WEIGHT_DECAY = 0.01
 #: Default of --holdout, and of own files the maximum of the default.

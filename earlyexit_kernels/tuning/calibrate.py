@@ -25,9 +25,9 @@ from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
 from earlyexit_kernels.tuning.per_layer import refine
 from earlyexit_kernels.tuning.risk import check_rows, risk_p_values
 from earlyexit_kernels.tuning.scored import AGREEMENT, Rows, Setting
-from earlyexit_kernels.tuning.sweep import collect_trace
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
 from earlyexit_kernels.tuning.temperature import fit_temperatures, scale_exits, scaled
+from earlyexit_kernels.tuning.traces import collect_trace
 from earlyexit_kernels.types import ExitTrace, default_problem_type
 
 DEFAULT_METRIC = {"regression": "pearson"}
@@ -96,24 +96,11 @@ def calibrate(
         >>> found.score, round(found.mean_exit_layer, 1)
         (1.0, 1.3)
     """
-    if not isinstance(target, Target):
-        raise ValueError(f"calibrate: expected target=MaxDrop(0.005), SpeedUp, Latency or Risk, got {target!r}")
-    model = early_exit_model_in(model_or_trace) if isinstance(model_or_trace, torch.nn.Module) else None
-    if per_layer and not isinstance(target, (MaxDrop, SpeedUp)):
-        raise ValueError(f"calibrate: per_layer=True is for MaxDrop and SpeedUp, got {target}")
-    if temperature and model is None:
-        raise ValueError("calibrate: temperature=True changes the exits of a model, got a trace")
-    if isinstance(target, Latency) and model is None:
-        raise ValueError("calibrate: Latency is measured, which requires a model and its data set, got a trace")
-    if model is not None:
-        trace, labels = collect_trace(model, data, collate_fn=collate_fn, batch_size=batch_size)
-    elif isinstance(model_or_trace, ExitTrace):
+    model = _checked_model(model_or_trace, target, per_layer, temperature)
+    if model is None:
         trace, labels = model_or_trace, None if data is None else np.asarray(data)
     else:
-        raise ValueError(
-            f"calibrate: expected an early-exit model or a trace, as model.trace(**batch) returns, got "
-            f"{type(model_or_trace).__name__}"
-        )
+        trace, labels = collect_trace(model, data, collate_fn=collate_fn, batch_size=batch_size)
     rows = _rows(trace, labels, metric, problem_type, target)
     tuning, checked = _split(rows, check, seed)
     if isinstance(target, Risk):
@@ -143,6 +130,29 @@ def calibrate(
             stacklevel=2,
         )
     return found
+
+
+def _checked_model(model_or_trace: Any, target: Any, per_layer: bool, temperature: bool) -> Any:
+    """Return the early-exit model, or None for a trace, after a check of what the target and the options require.
+
+    Raises:
+        ValueError: neither a model nor a trace, not a target, or an option that does not fit them.
+    """
+    if not isinstance(target, Target):
+        raise ValueError(f"calibrate: expected target=MaxDrop(0.005), SpeedUp, Latency or Risk, got {target!r}")
+    model = early_exit_model_in(model_or_trace) if isinstance(model_or_trace, torch.nn.Module) else None
+    if model is None and not isinstance(model_or_trace, ExitTrace):
+        raise ValueError(
+            f"calibrate: expected an early-exit model or a trace, as model.trace(**batch) returns, got "
+            f"{type(model_or_trace).__name__}"
+        )
+    if per_layer and not isinstance(target, (MaxDrop, SpeedUp)):
+        raise ValueError(f"calibrate: per_layer=True is for MaxDrop and SpeedUp, got {target}")
+    if temperature and model is None:
+        raise ValueError("calibrate: temperature=True changes the exits of a model, got a trace")
+    if isinstance(target, Latency) and model is None:
+        raise ValueError("calibrate: Latency is measured, which requires a model and its data set, got a trace")
+    return model
 
 
 def _rows(

@@ -15,22 +15,20 @@ chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.engine.replay import replay
-from earlyexit_kernels.hf.predict import INPUTS, LABELS, PadRight, predict_with_exits
+from earlyexit_kernels.engine.replay import replay_each
+from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.tuning.metrics import predictions_of, score
+from earlyexit_kernels.tuning.traces import without_criterion
 from earlyexit_kernels.types import ExitTrace
 
 #: Number of random draws for metrics that are not a mean over rows and so have no closed form.
@@ -118,70 +116,6 @@ class Sweep:
         return [*truncations, *points, limits]
 
 
-@torch.inference_mode()
-def collect_trace(
-    model: Any,
-    dataset: Any,
-    *,
-    collate_fn: Callable | None = None,
-    batch_size: int = 32,
-    progress: str | None = None,
-) -> tuple[ExitTrace, Any]:
-    """Run all layers over a data set and collect the outputs of every exit; the criterion of the model is ignored.
-
-    Args:
-        model: an early-exit model; left in eval mode, with its criterion unchanged.
-        dataset: items are mappings with ``input_ids`` and optionally ``labels``, as from `tasks.load.encode`.
-        collate_fn: pads a list of items; default: pad on the right with the pad token of the backbone.
-        batch_size: rows per batch.
-        progress: title of a progress bar, or None for none.
-
-    Returns:
-        the trace, float32 on the CPU, and the labels ``[N]``, or None if the items have none.
-
-    Raises:
-        ValueError: no items, or only some have labels.
-
-    Example:
-
-        >>> import earlyexit_kernels as ee
-        >>> from transformers import BertConfig
-        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
-        >>> model = ee.EarlyExitForSequenceClassification(ee.EarlyExitConfig(backbone_config=BertConfig(**sizes)))
-        >>> rows = [{"input_ids": [101, 7, 102], "labels": 1}, {"input_ids": [101, 102], "labels": 0}]
-        >>> trace, labels = ee.collect_trace(model, rows)
-        >>> trace.logits.shape, labels.tolist()
-        (torch.Size([2, 3, 2]), [1, 0])
-    """
-    model.eval()
-    traces, labels = [], []
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or PadRight.of(model))
-    with _without_criterion(model):
-        for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
-            labels += [batch[name] for name in LABELS if name in batch]
-            trace = model.trace(**{name: batch[name].to(model.device) for name in INPUTS if name in batch})
-            aux = {name: values.float().cpu() for name, values in trace.aux.items()}
-            keys = None if trace.keys is None else trace.keys.cpu()
-            traces.append(replace(trace, logits=trace.logits.float().cpu(), aux=aux, keys=keys))
-    if not traces or len(labels) not in (0, len(traces)):
-        raise ValueError(
-            f"collect_trace: expected items, all with labels or all without, got {len(traces)} batches, "
-            f"{len(labels)} of them with labels"
-        )
-    return ExitTrace.cat(traces), torch.cat(labels).numpy() if labels else None
-
-
-@contextmanager
-def _without_criterion(model: Any) -> Iterator[None]:
-    """Remove the criterion within the block: models with a rule that skips layers cannot be traced."""
-    before = model.criterion
-    model.set_criterion(None)
-    try:
-        yield
-    finally:
-        model.set_criterion(before)
-
-
 def _at_layer(trace: ExitTrace, exit_layer: NDArray) -> NDArray:
     """Return the logits ``[N, C]`` of each row's exit at the 1-based layers ``[N]``."""
     return trace.logits.numpy()[np.arange(len(exit_layer)), exit_layer - 1]
@@ -223,10 +157,27 @@ def outcome(
     problem_type: str | None = None,
 ) -> Outcome:
     """Replay a criterion over a trace and score it; ``metrics[0]`` is the deciding metric."""
-    logits, exit_layer = replay(trace, criterion, problem_type=problem_type)
-    layers = exit_layer.numpy()
-    found = _outcome(score(metrics, logits.numpy(), labels), layers, layers, trace.depth)
-    return replace(found, random_exit=random_exit(trace, labels, found.exit_shares, metric=metrics[0]))
+    return next(outcomes(trace, labels, [criterion], metrics=metrics, problem_type=problem_type))
+
+
+def outcomes(
+    trace: ExitTrace,
+    labels: ArrayLike,
+    criteria: Iterable[Criterion],
+    *,
+    metrics: Sequence[str],
+    problem_type: str | None = None,
+) -> Iterator[Outcome]:
+    """Yield the outcome of each criterion, as `outcome` does, in one pass over blocks of the trace."""
+    by_layer = [layer[metrics[0]] for layer in truncations(trace, labels, metrics=metrics[:1])]
+    for logits, exit_layer in replay_each(trace, criteria, problem_type=problem_type):
+        layers = exit_layer.numpy()
+        found = _outcome(score(metrics, logits.numpy(), labels), layers, layers, trace.depth)
+        if metrics[0] == "accuracy":
+            expected = float(np.dot(found.exit_shares, by_layer))
+        else:
+            expected = random_exit(trace, labels, found.exit_shares, metric=metrics[0])
+        yield replace(found, random_exit=expected)
 
 
 def _outcome(scores: dict[str, float], exit_layer: NDArray, layers_run: NDArray, depth: int) -> Outcome:
@@ -290,7 +241,7 @@ def sweep(
     """Evaluate every criterion at all its settings on both splits, and choose one setting each on the tuning split.
 
     Args:
-        tuning, reporting: trace and labels ``[N]`` of each split, as from `collect_trace`.
+        tuning, reporting: trace and labels ``[N]`` of each split, as from `traces.collect_trace`.
         metrics: names in `metrics.METRICS`; the first is the deciding metric.
         drop: maximum score loss against full depth allowed on the tuning split, at least 0.
         points: number of thresholds to try per criterion.
@@ -323,10 +274,8 @@ def sweep(
     with tqdm(total=sum(map(len, groups.values())), desc=progress, disable=progress is None, leave=False) as bar:
         for name, group in groups.items():
             evaluated = []
-            for criterion in group:
-                on_tuning, on_reporting = (
-                    outcome(*split, criterion, metrics=metrics, problem_type=problem_type) for split in splits.values()
-                )
+            results = [outcomes(*split, group, metrics=metrics, problem_type=problem_type) for split in splits.values()]
+            for criterion, on_tuning, on_reporting in zip(group, *results, strict=True):
                 evaluated.append(Point(criterion, on_tuning, on_reporting))
                 bar.update()
             found[name] = _with_choice(evaluated, full, metric=metrics[0], drop=drop)
@@ -376,7 +325,7 @@ def sweep_skipping(
         return _outcome(scores, out.exit_layer, out.layers_run, result.depth)
 
     evaluated = []
-    with _without_criterion(model):
+    with without_criterion(model):
         for criterion in tqdm(criteria, desc=progress, disable=progress is None, leave=False):
             model.set_criterion(criterion)
             evaluated.append(Point(criterion, run(tuning), run(reporting)))

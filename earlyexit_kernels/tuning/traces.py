@@ -1,8 +1,11 @@
-"""Save a trace with its labels in one safetensors file, and load it."""
+"""Collect the trace of a data set; save it with its labels in one safetensors file, and load it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,78 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
+from earlyexit_kernels.hf.predict import INPUTS, LABELS, PadRight
 from earlyexit_kernels.types import ANY_TASK, AUX_ACTIVATIONS, ExitTrace
 
 FORMAT, VERSION = "earlyexit_kernels.trace", "1"
 AUX = "aux."
+
+
+@torch.inference_mode()
+def collect_trace(
+    model: Any,
+    dataset: Any,
+    *,
+    collate_fn: Callable | None = None,
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> tuple[ExitTrace, Any]:
+    """Run all layers over a data set and collect the outputs of every exit; the criterion of the model is ignored.
+
+    Args:
+        model: an early-exit model; left in eval mode, with its criterion unchanged.
+        dataset: items are mappings with ``input_ids`` and optionally ``labels``, as from `tasks.load.encode`.
+        collate_fn: pads a list of items; default: pad on the right with the pad token of the backbone.
+        batch_size: rows per batch.
+        progress: title of a progress bar, or None for none.
+
+    Returns:
+        the trace, float32 on the CPU, and the labels ``[N]``, or None if the items have none.
+
+    Raises:
+        ValueError: no items, or only some have labels.
+
+    Example:
+
+        >>> import earlyexit_kernels as ee
+        >>> from transformers import BertConfig
+        >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+        >>> model = ee.EarlyExitForSequenceClassification(ee.EarlyExitConfig(backbone_config=BertConfig(**sizes)))
+        >>> rows = [{"input_ids": [101, 7, 102], "labels": 1}, {"input_ids": [101, 102], "labels": 0}]
+        >>> trace, labels = ee.collect_trace(model, rows)
+        >>> trace.logits.shape, labels.tolist()
+        (torch.Size([2, 3, 2]), [1, 0])
+    """
+    model.eval()
+    traces, labels = [], []
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or PadRight.of(model))
+    with without_criterion(model):
+        for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+            labels += [batch[name] for name in LABELS if name in batch]
+            trace = model.trace(**{name: batch[name].to(model.device) for name in INPUTS if name in batch})
+            aux = {name: values.float().cpu() for name, values in trace.aux.items()}
+            keys = None if trace.keys is None else trace.keys.cpu()
+            traces.append(replace(trace, logits=trace.logits.float().cpu(), aux=aux, keys=keys))
+    if not traces or len(labels) not in (0, len(traces)):
+        raise ValueError(
+            f"collect_trace: expected items, all with labels or all without, got {len(traces)} batches, "
+            f"{len(labels)} of them with labels"
+        )
+    return ExitTrace.cat(traces), torch.cat(labels).numpy() if labels else None
+
+
+@contextmanager
+def without_criterion(model: Any) -> Iterator[None]:
+    """Remove the criterion within the block: models with a rule that skips layers cannot be traced."""
+    before = model.criterion
+    model.set_criterion(None)
+    try:
+        yield
+    finally:
+        model.set_criterion(before)
 
 
 def save_trace(path: str | Path, trace: ExitTrace, labels: ArrayLike | None = None) -> None:

@@ -23,7 +23,8 @@ from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.criteria import Entropy, FullDepth, Margin, SkipGate
 from earlyexit_kernels.tasks import load, toy
 from earlyexit_kernels.tuning.flops import row_macs
-from earlyexit_kernels.tuning.sweep import Sweep, collect_trace
+from earlyexit_kernels.tuning.sweep import Sweep
+from earlyexit_kernels.tuning.traces import collect_trace
 
 pytest.importorskip("matplotlib")
 HOSTILE = '<script>alert("x")</script> & <b>bold</b>'

@@ -16,6 +16,7 @@ from earlyexit_kernels.tasks.load import encode
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning import sweep as sweeps
 from earlyexit_kernels.tuning.grids import settings
+from earlyexit_kernels.tuning.traces import collect_trace
 from earlyexit_kernels.types import ExitTrace
 
 #: Predictions of exits 1 to 3 on four rows, and the labels.
@@ -157,7 +158,7 @@ def test_collect_trace_keeps_rows_in_order():
     sentences = ["the plot was dull .", "the cast was not very witty .", "nobody believes that the hero was weak ."]
     data = encode(Split(sentences, [0, 1, 1]), tokenizer)
     collate = DataCollatorWithPadding(tokenizer)
-    trace, labels = sweeps.collect_trace(model, data, collate_fn=collate, batch_size=2)
+    trace, labels = collect_trace(model, data, collate_fn=collate, batch_size=2)
     assert labels.tolist() == [0, 1, 1] and trace.logits.shape == (3, 2, 2)
     for row, sentence in enumerate(sentences):
         alone = model.trace(**tokenizer(sentence, return_tensors="pt")).logits[0]
@@ -167,7 +168,7 @@ def test_collect_trace_keeps_rows_in_order():
 def test_collect_trace_keeps_keys_and_aux():
     tokenizer, model = toy.toy_tokenizer(), to_early_exit(toy.toy_model(0, layers=2, hidden=16), method="palbert")
     data = encode(Split(["the plot was dull .", "the cast was witty ."], [0, 1]), tokenizer)
-    trace, _ = sweeps.collect_trace(model, data, collate_fn=DataCollatorWithPadding(tokenizer), batch_size=1)
+    trace, _ = collect_trace(model, data, collate_fn=DataCollatorWithPadding(tokenizer), batch_size=1)
     assert trace.keys is not None and len(set(trace.keys.tolist())) == 2
     assert trace.aux["halting"].shape == trace.aux["hidden_cosine"].shape == (2, 2)
 
@@ -191,7 +192,7 @@ def gated():
 def test_sweep_skipping_counts_layers_run(gated):
     model, data, collate = gated
     before = model.criterion
-    traced = [sweeps.collect_trace(model, rows, collate_fn=collate) for rows in data]
+    traced = [collect_trace(model, rows, collate_fn=collate) for rows in data]
     replayed = sweeps.sweep(*traced, points=8)
     numbers = ((0.5, 0.0), (1.0, 0.0), (0.5, 9.0))
     criteria = [SkipGate(threshold=skip, exit=Entropy(threshold=leave)) for skip, leave in numbers]
@@ -210,7 +211,7 @@ def test_sweep_skipping_counts_layers_run(gated):
 def test_sweep_skipping_requires_gates(gated):
     _, data, collate = gated
     model = to_early_exit(toy.toy_model(0, layers=3, hidden=16))
-    replayed = sweeps.sweep(*(sweeps.collect_trace(model, rows, collate_fn=collate) for rows in data), points=8)
+    replayed = sweeps.sweep(*(collect_trace(model, rows, collate_fn=collate) for rows in data), points=8)
     with pytest.raises(ValueError, match="'gate'"):
         criteria = [SkipGate(threshold=0.5, exit=Entropy(threshold=0.1))]
         sweeps.sweep_skipping(model, replayed, criteria, *data, collate_fn=collate)
