@@ -23,8 +23,8 @@ from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.choices import UnreachableTargetError
 from earlyexit_kernels.tuning.grids import MIN_POINTS, settings
 from earlyexit_kernels.tuning.report import markdown_table, parameter_text, write_json
-from earlyexit_kernels.tuning.sweep import collect_trace
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
+from earlyexit_kernels.tuning.traces import collect_trace
 
 
 def run(args: argparse.Namespace) -> int:

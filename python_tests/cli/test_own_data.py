@@ -20,7 +20,7 @@ from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.files import read_table, write_table
 from earlyexit_kernels.tasks.load import encode
-from earlyexit_kernels.tuning.sweep import collect_trace
+from earlyexit_kernels.tuning.traces import collect_trace
 
 NAMES = ("bad", "good")
 
