@@ -78,9 +78,7 @@ def _warnings(data: Mapping[str, Any]) -> str:
         found.append(f"Exits at chance: {chance}. Their score is not above {than} by two standard errors.")
     if dead:
         share = percent(data["dead_share"])
-        found.append(
-            f"Dead exits: {dead}. Less than {share} of the rows leave there, yet every row that passes computes them."
-        )
+        found.append(f"Dead exits: {dead}. Less than {share} of the rows leave there; the others compute them in vain.")
     random = now["random_exit"]
     early = now["mean_exit_layer"] < now["depth"]
     if early and random is not None and now["score"] - random <= now["standard_error"]:
@@ -125,7 +123,8 @@ def _chart_numbers(data: Mapping[str, Any]) -> dict[str, Any]:
     now, layers = data["summary"], [entry["score"] for entry in data["layers"]]
     oracle = data["oracle"] if now["metric"] == "accuracy" else None
     points = [point for curve in data["curves"] for point in curve["points"]]
-    scores = [*layers, now["score"], *(point["score"] for point in points), *([oracle["score"]] if oracle else ())]
+    bands = [p["score"] + sign * (p["standard_error"] or 0) for p in points for sign in (-1, 1)]
+    scores = [*layers, now["score"], *bands, *([oracle["score"]] if oracle else ())]
     return {
         "depth": now["depth"],
         "metric": now["metric"].replace("_", " "),

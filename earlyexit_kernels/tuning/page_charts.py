@@ -87,7 +87,8 @@ def _axes(figure: Any, numbers: Mapping[str, Any]) -> Any:
     axes.set_ylabel(numbers["metric"])
     low, high = numbers["scores"]
     axes.set_xlim(numbers["fewest_layers"] - 0.2, numbers["depth"] + 0.2)
-    axes.set_ylim(low - 0.08 * (high - low + 1e-3), high + 0.08 * (high - low + 1e-3))
+    margin = 0.05 * (high - low) or 0.01
+    axes.set_ylim(low - margin, high + margin)
     step = -(-numbers["depth"] // 12)
     axes.set_xticks(range(1, numbers["depth"] + 1, step))
     axes.grid(color=GRID, linewidth=0.5)
@@ -123,7 +124,7 @@ def exit_bars(name: str, title: str, groups: Sequence[Mapping[str, Any]]) -> str
             layers = range(1, depth + 1)
             axes.bar(layers, group["shares"], color=BLUE, alpha=0.75, width=0.8)
             if depth <= MAX_LABELLED:
-                for layer, share in zip(layers, group["shares"], strict=True):
+                for layer, share in ((k, share) for k, share in zip(layers, group["shares"], strict=True) if share):
                     axes.text(layer, share + 0.03 * top, f"{share:.0%}", ha="center", va="bottom", fontsize=9)
             heading = f"{group['name']} ({group['rows']} rows, mean layer {group['mean_exit_layer']:.2f})"
             axes.set_title(_plain(heading), loc="left", fontsize=10)

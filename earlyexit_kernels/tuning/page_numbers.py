@@ -92,8 +92,8 @@ def by_layer(rows: Rows, answers: Answers) -> list[dict[str, Any]]:
 
     Each entry has the layer, its score, ``ece`` and ``overthinking`` (the share of rows that are right at this exit and
     wrong at the last; both None where they are not defined), the share of the rows that leave there and the score of
-    those, whether the exit is no better than ``chance``, and whether it is ``dead``: not the last, and fewer than
-    `DEAD_SHARE` of the rows leave there.
+    those, whether the exit is no better than ``chance``, and whether it is ``dead``: not the last, read by the
+    rule, and fewer than `DEAD_SHARE` of the rows leave there.
     """
     depth, classes = rows.trace.depth, rows.trace.logits.shape[2]
     last = right(rows, rows.full_depth)
@@ -113,7 +113,7 @@ def by_layer(rows: Rows, answers: Answers) -> list[dict[str, Any]]:
                 "leaving": share,
                 "right_of_leaving": float(given[leaves].mean()) if classified and leaves.any() else None,
                 "chance": rows.is_chance(layer),
-                "dead": layer < depth and share < DEAD_SHARE,
+                "dead": layer < depth and share < DEAD_SHARE and answers.criterion.exit_rule.is_due(layer, depth),
             }
         )
     return found

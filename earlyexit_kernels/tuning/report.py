@@ -140,7 +140,8 @@ def parameter_text(criterion: Criterion) -> str:
     for name, value in criterion.to_dict().items():
         if isinstance(value, dict):
             inner: Any = getattr(criterion, name)
-            words.append(f"{name} {inner.name} ({parameter_text(inner)})")
+            text = parameter_text(inner)
+            words.append(f"{name} {inner.name}" + (f" ({text})" if text else ""))
         elif isinstance(value, float):
             words.append(f"{name} {value:.4g}")
         elif name != "name" and value is not None and value is not False:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from earlyexit_kernels.criteria import Entropy, FullDepth, Patience, SkipGate
 from earlyexit_kernels.tuning import report
 
 
@@ -88,3 +89,16 @@ def test_commit_is_that_of_the_checkout():
         pytest.skip("the package does not lie in a git checkout")
     head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     assert head.startswith(report.environment()["commit"].removesuffix("+"))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "text"),
+    [
+        (Patience(patience=2), "patience 2"),
+        (SkipGate(threshold=0.5, exit=Entropy(threshold=0.35)), "threshold 0.5, exit entropy (threshold 0.35)"),
+        (SkipGate(threshold=0.5, exit=FullDepth()), "threshold 0.5, exit full_depth"),
+        (FullDepth(), ""),
+    ],
+)
+def test_parameters_of_a_criterion_in_words(criterion, text):
+    assert report.parameter_text(criterion) == text
