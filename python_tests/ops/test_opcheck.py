@@ -10,6 +10,7 @@ from support.backends import backend_params
 
 from earlyexit_kernels.backends import BACKENDS
 from earlyexit_kernels.criteria import RULES
+from earlyexit_kernels.ops import schema
 
 OPS = torch.ops.earlyexit_kernels
 N, C, H = 5, 3, 8
@@ -72,6 +73,30 @@ def pack_arguments() -> tuple:
     return batch, ids, mask, positions, types, found, row_ids, offsets, torch.full((3, 12), 9), counts
 
 
+def resident_arguments(source="logits") -> tuple:
+    """Positional arguments of resident_exit; at the last layer every row leaves, so that all mutable tensors change."""
+    inputs = exit_step_arguments(source)
+    hidden, offsets, weight, bias, logits, aux, row_ids, *written_and_rule = inputs
+    rows, tokens = row_ids.numel(), 2 * row_ids.numel()
+    if hidden is not None:
+        hidden = torch.cat((hidden, torch.zeros_like(hidden)))
+    offsets = torch.arange(0, tokens + 1, 2, dtype=torch.int32)
+    planned = (torch.full((size,), 9, dtype=torch.int32) for size in (rows + 1, rows, 4))
+    return hidden, weight, bias, logits, aux, row_ids, offsets, *planned, *written_and_rule, 1, tokens, 0
+
+
+def layer_arguments(buckets=1) -> tuple:
+    """Positional arguments of encoder_layer, without gradients: 4 tokens in one bucket, or rows of 3 and 1 in two."""
+    shapes = ((3 * H, H), (3 * H,), (H, H), (H,), (H,), (H,), (2 * H, H), (2 * H,), (H, 2 * H), (H,), (H,), (H,))
+    x, *weights = (torch.randn(*shape) for shape in ((4, H), *shapes))
+    call = (x, weights, [], [1e-5, 1e-5], 2, "gelu", "none", False)
+    if buckets == 1:
+        return *call, [2], [2], [None], [None], [None], None
+    filled = torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
+    slots, kept = [torch.tensor([0, 1, 2, 2]), torch.tensor([3])], [torch.arange(3), None]
+    return *call, [1, 1], [4, 1], slots, [filled, None], kept, torch.arange(4)
+
+
 ENCODER_OPS = ("rows_linear", "first_tokens_linear", "rows_attention", "rows_add_norm")
 CASES = {
     "logits": ("exit_step", lambda: exit_step_arguments()),
@@ -90,6 +115,10 @@ CASES = {
     "gather_grad": ("gather_rows", lambda: gather_arguments(grad=True)),
     "gather_empty": ("gather_rows", lambda: gather_arguments(0)),
     "pack": ("pack_tokens", pack_arguments),
+    "resident": ("resident_exit", resident_arguments),
+    "resident_first": ("resident_exit", lambda: resident_arguments("first")),
+    "layer": ("encoder_layer", layer_arguments),
+    "layer_buckets": ("encoder_layer", lambda: layer_arguments(2)),
     **{op: (op, functools.partial(encoder_arguments, op)) for op in ENCODER_OPS},
     **{f"{op}_grad": (op, functools.partial(encoder_arguments, op, grad=True)) for op in ENCODER_OPS},
     **{f"{op}_empty": (op, functools.partial(encoder_arguments, op, tokens=False)) for op in ENCODER_OPS},
@@ -101,7 +130,11 @@ def op_of(name, backend):
 
 
 def has(name, backend):
-    return backend != "cpp" or name not in (*ENCODER_OPS, "pack_tokens")
+    return backend in schema._back_ends(name, "cpu")
+
+
+def test_every_op_has_a_case():
+    assert {name for name, _ in CASES.values()} == set(schema._OPS)
 
 
 every_case = pytest.mark.parametrize(
@@ -135,7 +168,7 @@ def test_mutates_only_declared_arguments(backend, case):
     }
     declared = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert changed <= declared
-    if case in ("logits", "first", "mean_grad", "gather", "pack", *ENCODER_OPS):
+    if case in ("logits", "first", "mean_grad", "gather", "pack", "resident", "resident_first", *ENCODER_OPS):
         assert changed == declared
     memory = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor) and x.numel()}
     assert all(x.untyped_storage().data_ptr() not in memory for x in returned if x is not None and x.numel())
@@ -144,6 +177,7 @@ def test_mutates_only_declared_arguments(backend, case):
 def test_back_ends_share_one_schema():
     for name in {name for name, _ in CASES.values()}:
         back_ends = [backend for backend in BACKENDS if has(name, backend)]
+        assert back_ends
         schemas = {str(op_of(name, backend)._schema).split("(", 1)[1] for backend in back_ends}
         assert len(schemas) == 1
 
