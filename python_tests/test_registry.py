@@ -25,7 +25,10 @@ from earlyexit_kernels.types import AUX_ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc" / "criteria"
-SOURCE = re.compile(r"arXiv\s+(//\s*)?\d{4}\.\d{4,5}|ACL\s+(//\s*)?Anthology\s+(//\s*)?\d{4}\.[a-z.-]+\d+")
+#: A paper by its number, or the words for what has no paper.
+SOURCE = re.compile(
+    r"arXiv\s+(//\s*)?\d{4}\.\d{4,5}|ACL\s+(//\s*)?Anthology\s+(//\s*)?\d{4}\.[a-z.-]+\d+|Source: this package\."
+)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -95,6 +98,20 @@ def test_python_and_cpp_list_the_same_rules():
 def test_max_params_are_equal_in_python_and_cpp():
     (most,) = re.findall(r"constexpr int kMaxParams = (\d+);", (CSRC.parent / "call.h").read_text())
     assert int(most) == criteria.base.MAX_PARAMS
+
+
+@pytest.mark.parametrize(
+    ("text", "names_one"),
+    [
+        ("PABEE. NeurIPS 2020, arXiv\n// 2006.04152.", True),
+        ("BERxiT. EACL 2021, ACL Anthology 2021.eacl-main.8: a head", True),
+        ("// Source: this package.", True),
+        ("A rule of this package.", False),
+        ("arXiv, NeurIPS 2020", False),
+    ],
+)
+def test_what_names_a_source(text, names_one):
+    assert bool(SOURCE.search(text)) == names_one
 
 
 @pytest.mark.parametrize("name", [name for name in CRITERIA if name != "full_depth"])

@@ -49,24 +49,35 @@ def rounding(params: Any, score: float, logits: float, largest: float, layers: i
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What the tests know of one criterion; the fields after `settings` may be left out for one that wraps a rule.
+    """What the tests know of one criterion; fields after `settings` are for rules.
 
     Attributes:
-        saved: criteria and the data of their `to_dict`; the first one is the example of the contract tests.
-        refused: constructor arguments, and words of the error, the argument's name first.
-        settings: name -> setting for the tests of the ops.
-        decide: the oracle's decision of a row in float64.
-        draw: a random setting for the fuzzer.
-        state: ``(params, C, key of the row) ->`` the oracle's state before layer 1.
-        spreading: ``trace ->`` settings of which one lets the rows leave at many exits.
+        saved: pairs of a criterion and the data that its `to_dict` returns beside ``"name"``, all fields with their
+            defaults; the tests read them back. The first criterion is the example of the contract tests.
+        refused: constructor arguments, and words of the error, the argument's name first; at least one for each field.
+        settings: name -> setting for the tests of the ops; one has the name of the criterion.
+        decide: ``(z, aux, state, params, at) -> (leaves, score, distance, answer)``, the oracle's decision of one row
+            in float64, a function ``decide_<name>`` of `oracle.py`. `aux` is the row's scalar, `at` the layer and the
+            depth, and `state` is changed in place; `score` is the number that is compared, `distance` how far it is
+            from the value at which the decision changes.
+        draw: ``(random numbers, C, depth) ->`` a random setting for the fuzzer, from `random_settings.py`.
+        state: ``(params, C, key of the row) ->`` the oracle's state before layer 1; default: none.
+        spreading: ``trace ->`` settings to choose from. Tests of whole models take the one with which the rows leave at
+            the most exits, so that compaction has rows to move; `STEPS`, 19 thresholds from 0.05 to 0.95, suit most.
         exits: number of exits, at least, at which rows then leave; 1 for a rule by which no row leaves early.
         variants: further settings for whole models, by name.
         own_answer: whether the answer differs from the exit's logits.
-        tolerance: error of a float32 score, from the oracle's params and score, the error of the logits, the largest
-            logit and the number of layers to come.
-        scores: ``(logits, scalars, criterion) ->`` the numbers that a field is compared with, and that field; for
-            criteria whose grid lays out thresholds.
-        covers_costs: whether the grid covers mean exit layers from 1 to the depth.
+        tolerance: ``(params, score, logits, largest, layers) ->`` maximum error of a float32 score, for the fuzzer;
+            `logits` is the error of the logits, `largest` the largest logit and `layers` the number of layers to come.
+            A decision whose `distance` is smaller is not compared with the oracle: with too small a tolerance the
+            fuzzer reports rounding, and too large a one hides errors. The default, `rounding`, is for scores in [0, 1]
+            computed from class probabilities; give another for a score that is larger, that is not computed from
+            logits, or that adds up over layers.
+        scores: for a criterion whose grid places thresholds, a pair: ``(logits, scalars, criterion) ->`` the numbers
+            that a field is compared with, and the name of that field. Logits ``[N, L - 1, C]`` and raw scalars
+            ``[N, L - 1]`` by name are those of the exits before the last; the numbers have any shape, float64. Write
+            them from the definition, in `grid_scores.py` if they take more than a line, not with the code of the grid.
+        covers_costs: whether the grid reaches mean exit layers from 1 to the depth, in steps below 1.6 layers.
     """
 
     saved: Sequence[tuple[Criterion, dict[str, Any]]]
