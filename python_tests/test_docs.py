@@ -1,7 +1,7 @@
 """The documents: their Python runs, their links resolve, the README stays short, examples and docstring examples run.
 
 The Python blocks of a page are cumulative: they run in order, in one namespace and an empty folder, without a network.
-Those of docs/extending.md, which register classes, run in a process of their own.
+Those of docs/extending*.md, which register classes, run in a process of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *PAGES]
-IN_A_PROCESS = {"extending.md"}
+IN_A_PROCESS = {"extending.md", "extending_models.md", "extending_ops.md"}
+FUTURE = "from __future__ import annotations\n"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Lines and bytes of the README, the tables included.
 MAX_LINES, MAX_BYTES = 160, 14_000
@@ -44,12 +45,17 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def program_of(path: Path) -> str:
-    """All Python of a page, on the lines of the page so that a traceback names them."""
+    """All Python of a page, on the lines of the page so that a traceback names them.
+
+    A program may have `FUTURE` in its first block only; a page that shows a whole module has it there too.
+    """
     lines = ["\n"] * (text_of(path).count("\n") + 1)
     for match in BLOCK.finditer(text_of(path)):
         if match[1] == "python":
             first = text_of(path)[: match.start(2)].count("\n")
             body = match[2].splitlines(keepends=True)
+            if FUTURE in lines:
+                body = ["\n" if line == FUTURE else line for line in body]
             lines[first : first + len(body)] = body
     return "".join(lines)
 
