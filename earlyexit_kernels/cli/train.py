@@ -228,7 +228,9 @@ def _too_many_rows(args: argparse.Namespace, task: str, total: int) -> str:
 
 
 def load_base(name: str, task: Task, *, ask_hub: Callable[[], str] | None = None) -> tuple[Any, Any]:
-    """Load a stock classifier for a task, and its tokenizer, from a folder (without network access) or the hub.
+    """Load a stock classifier for a task, or a model with exits for its labels, and its tokenizer.
+
+    A folder is loaded without network access; other names are those of the hub.
 
     Args:
         name: folder or hub name.
@@ -260,9 +262,9 @@ def load_base(name: str, task: Task, *, ask_hub: Callable[[], str] | None = None
 
 def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any]:
     with loaded_from(name):
-        if AutoConfig.from_pretrained(name, **loading).model_type == EarlyExitConfig.model_type:
-            raise ValueError("it already has exits; give the stock model that it was converted from")
         tokenizer = AutoTokenizer.from_pretrained(name, **loading)
+        if AutoConfig.from_pretrained(name, **loading).model_type == EarlyExitConfig.model_type:
+            return _with_exits(AutoModelForSequenceClassification.from_pretrained(name, **loading), task), tokenizer
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=task.num_labels,
@@ -275,6 +277,21 @@ def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any]:
         )
         check_encoder(model, info)
     return model, tokenizer
+
+
+def _with_exits(model: Any, task: Task) -> Any:
+    """Return a model with exits, to be converted to another method, if it was trained for the labels of the task.
+
+    Raises:
+        ValueError: it was trained for other labels.
+    """
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    if (names, model.problem_type) != (task.label_names, task.problem_type):
+        raise ValueError(
+            f"its exits are for {model.problem_type} of {list(names)}, the task is {task.problem_type} of "
+            f"{list(task.label_names)}; give a model for these labels, or the stock model that it was converted from"
+        )
+    return model
 
 
 def training_arguments(

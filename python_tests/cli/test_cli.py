@@ -88,9 +88,20 @@ def test_default_holdout_of_a_small_data_set_says_what_would_fit(capsys, base, t
     assert main([*arguments, *fitting.split(), "--epochs", "1"]) == 0
 
 
-def test_model_with_exits_is_refused_by_name(capsys, trained, tmp_path):
-    message = error_of(capsys, ["train", "--model", str(trained), "--task", "toy", "--output", str(tmp_path)])
-    assert f"--model: {trained} " in message and "already has exits" in message
+def test_model_with_exits_is_trained_by_another_method(capsys, trained, tmp_path, small_task):
+    """From the encoder and the exits of the first method, without steps that change them."""
+    arguments = ["--task", "toy", "--holdout", "16", "--epochs", "1", "--lr", "1e-30", "--head-lr", "1e-30"]
+    assert main(["train", "--model", str(trained), "--method", "dact", "--output", str(tmp_path), *arguments]) == 0
+    before, after = (EarlyExitForSequenceClassification.from_pretrained(f) for f in (trained, tmp_path))
+    assert after.objective.name == "dact" and before.objective.name != "dact"
+    for name, weight in before.heads.out.state_dict().items():
+        assert torch.equal(weight, after.heads.out.state_dict()[name])
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"words {i},{'abc'[i % 3]}\n" for i in range(30)))
+    message = error_of(
+        capsys, ["train", "--model", str(trained), "--train", str(rows), "--output", str(tmp_path / "o")]
+    )
+    assert f"--model: {trained} " in message and "['a', 'b', 'c']" in message and "stock model" in message
 
 
 def test_model_is_checked_before_the_rows(capsys, tmp_path, small_task):
