@@ -184,7 +184,7 @@ def _rules(data: Mapping[str, Any]) -> str:
     metric = numbers["metric"]
     header = ("rule", "chosen setting", metric, "standard error", "layers run", "fewer layers, x", "random exit")
     caption = f"The fastest setting of each rule that loses at most {data['drop']:g} on the tuning rows."
-    chosen = table("rules", header, cells, caption=caption, classes={"chosen setting": "text"})
+    chosen = table("rules", header, cells, caption=caption, classes={"chosen setting": "setting"})
     note = (
         "The lines and marks are those of the chart above, rings are the chosen settings. Rules that give the same "
         "curve share a chart."
@@ -242,7 +242,7 @@ def _rows(data: Mapping[str, Any]) -> str:
         "last": "The last to leave; of rows that leave together, those with the lowest probability.",
     }
     shows = data["rows"]["texts"]
-    header = ("row", "layer", "label", "answer", *(("text",) if shows else ()), "probability", "tokens")
+    header = ("row", "layer", *(("text",) if shows else ()), "label", "answer", "probability", "tokens")
     classes = {"text": "long", "label": "text", "answer": "text"}
     tables = []
     for which, caption in captions.items():
@@ -250,9 +250,9 @@ def _rows(data: Mapping[str, Any]) -> str:
             (
                 str(row["row"]),
                 str(row["exit_layer"]),
+                *(("<br>".join(html.escape(text) for text in row["texts"]),) if shows else ()),
                 html.escape(row["label"]),
                 html.escape(row["prediction"]) + (" <strong>(wrong)</strong>" if row["right"] is False else ""),
-                *(("<br>".join(html.escape(text) for text in row["texts"]),) if shows else ()),
                 fixed(row["probability"]),
                 str(row["tokens"]),
             )

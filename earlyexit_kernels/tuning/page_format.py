@@ -30,7 +30,8 @@ def table(
         header: titles of the columns.
         rows: HTML of the cells; the first cell of a row is its heading.
         caption: above the table.
-        classes: title of a column -> its class, ``"number"`` unless given: ``"text"``, or ``"long"`` for wide texts.
+        classes: title of a column -> its class, ``"number"`` unless given: ``"text"``, or ``"setting"`` and
+            ``"long"`` for texts that need some width.
     """
     kinds = ["" if not k else f' class="{classes.get(title, "number")}"' for k, title in enumerate(header)]
     head = "".join(f'<th scope="col"{kind}>{html.escape(name)}</th>' for kind, name in zip(kinds, header, strict=True))

@@ -59,6 +59,6 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0; bor
 thead th { vertical-align: bottom; }
 th.number { text-align: right; min-width: 4rem; }
 td.number { text-align: right; white-space: nowrap; }
-td.text { min-width: 7rem; }
-td.long { min-width: 14rem; overflow-wrap: anywhere; }
+td.setting { min-width: 8rem; }
+td.long { min-width: 10.5rem; overflow-wrap: anywhere; }
 """
