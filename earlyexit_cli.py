@@ -68,15 +68,9 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="train on a tenth of the rows: shows the steps, not the result")
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `earlyexit train`."""
+def _add_rows_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name the rows to train on."""
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        type=_checked("source"),
-        help="folder or hub name of a BERT-like encoder or classifier",
-    )
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument("--task", type=_checked("task"), help=f"one of {', '.join(TASKS)}")
     rows.add_argument("--train", type=_checked("table"), help="own rows: a CSV, TSV, JSON lines or Parquet file")
@@ -89,6 +83,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="column of the label, with --train: names or whole numbers are classes, decimals are predicted by "
         "regression (default: label)",
     )
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit train`."""
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        type=_checked("source"),
+        help="folder or hub name of a BERT-like encoder or classifier",
+    )
+    _add_rows_arguments(parser)
     add("--output", required=True, type=_checked("path"), help="folder to save the model in")
     add(
         "--method", type=_checked("method"), default="joint", help=f"one of {', '.join(METHODS)} (default: %(default)s)"

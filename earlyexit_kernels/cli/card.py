@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,6 @@ def card(folder: Path, recipe: Recipe, task: Task, model: Any, evaluation_rows: 
     """Return the model card after training; files are named without their folders."""
     pairs = not isinstance(task.split(next(iter(task.splits))).sentences[0], str)
     longest = model.adapter.longest(model.config.backbone_config)
-    header = ("exit after layer", *task.metrics)
-    scores = [(k, *(f"{s[m]:.4f}" for m in task.metrics)) for k, s in enumerate(recipe.scores, start=1)]
     numbers = task.problem_type == "regression"
     return CARD.format(
         title=f"Early exits for {_plain(recipe.name)}",
@@ -93,9 +92,15 @@ def card(folder: Path, recipe: Recipe, task: Task, model: Any, evaluation_rows: 
         example='{"text": "a text", "text_pair": "its pair"}' if pairs else '"a text"',
         evaluation_rows=evaluation_rows,
         evaluation=recipe.evaluation_split,
-        scores=markdown_table(header, scores),
+        scores=score_table(recipe.scores, task.metrics),
         calibration=f"{BEGIN}\n{NOT_CALIBRATED.format(folder=folder.name)}{END}",
     )
+
+
+def score_table(scores: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> str:
+    """Return a table of the metrics of each exit alone."""
+    rows = [(k, *(f"{score[m]:.4f}" for m in metrics)) for k, score in enumerate(scores, start=1)]
+    return markdown_table(("exit after layer", *metrics), rows)
 
 
 def _rows_text(recipe: Recipe) -> str:

@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from earlyexit_kernels.cli.card import README, card, check_card
+from earlyexit_kernels.cli.card import README, card, check_card, score_table
 from earlyexit_kernels.cli.inputs import (
     check_encoder,
     check_lengths,
@@ -43,7 +43,7 @@ from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from
 from earlyexit_kernels.tasks import hub
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
 from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
-from earlyexit_kernels.tuning.report import markdown_table
+from earlyexit_kernels.tuning.scored import Rows
 from earlyexit_kernels.tuning.sweep import truncations
 from earlyexit_kernels.tuning.traces import collect_trace
 
@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> int:
     text = card(args.output, recipe, task, model, len(labels))
     savers = model.save_pretrained, functools.partial(save_tokenizer, tokenizer), recipe.save
     save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
-    header = ("exit after layer", *task.metrics)
-    rows = [(k, *(f"{score[m]:.4f}" for m in task.metrics)) for k, score in enumerate(scores, start=1)]
     print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")
-    print(f"{markdown_table(header, rows)}\n")
+    print(f"{score_table(scores, task.metrics)}\n")
+    if Rows(trace, labels, task.metric, task.problem_type).is_chance(model.depth):
+        print("The last exit is no better than chance: give more rows, --epochs or another --lr before you go on.\n")
     print(f"Saved in {args.output}; next: earlyexit calibrate --model {args.output} --max-drop 0.005")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from earlyexit_kernels.tasks.files import read_table, write_table
 from earlyexit_kernels.tasks.load import encode
 from earlyexit_kernels.tuning.traces import collect_trace
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("bad", "good")
 
 
@@ -63,6 +65,24 @@ def model(trained, tmp_path):
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_commands_of_the_document_run(tmp_path, monkeypatch, capsys):
+    """The four commands of docs/data.md, on the rows that its first block of Python writes."""
+    pytest.importorskip("matplotlib", reason="the report requires the extra 'plot'")
+    section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## Your own files")[2]
+    program, _, commands = section.partition("```python\n")[2].partition("```\n")
+    commands = [shlex.split(line)[1:] for line in commands.splitlines() if line.startswith("    earlyexit ")][:4]
+    assert [command[0] for command in commands] == ["train", "calibrate", "report", "predict"]
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    for command in commands:
+        assert main(command) == 0
+    predictions = rows_of(tmp_path / "predictions.csv")
+    assert len(predictions) == 100 and {row["label"] for row in predictions} == set(NAMES)
+    scores = [score["accuracy"] for score in Recipe.load(tmp_path / "out").scores]
+    assert max(scores) > 0.8, "the example learns too little to show anything"
+    assert len({row["exit_layer"] for row in predictions}) > 1
 
 
 # train
@@ -153,10 +173,8 @@ def test_train_refuses(base, tmp_path, capsys, monkeypatch, arguments, words):
 def test_train_does_not_replace_a_readme_of_others(base, tmp_path, capsys):
     write_rows(tmp_path / "train.csv", 40)
     (tmp_path / "README.md").write_text("mine")
-    message = error_of(
-        capsys,
-        ["train", "--model", str(base), "--train", str(tmp_path / "train.csv"), "--output", str(tmp_path)],
-    )
+    rows = ["--train", str(tmp_path / "train.csv"), "--output", str(tmp_path)]
+    message = error_of(capsys, ["train", "--model", str(base), *rows])
     assert "README.md is not a model card" in message and (tmp_path / "README.md").read_text() == "mine"
 
 
