@@ -32,7 +32,7 @@ from earlyexit_kernels.tuning.traces import without_criterion
 from earlyexit_kernels.types import ExitTrace
 
 #: Number of random draws for metrics that are not a mean over rows and so have no closed form.
-RANDOM_DRAWS = 100
+RANDOM_DRAWS = 25
 
 
 @dataclass(frozen=True)
