@@ -64,6 +64,32 @@ EVAL: dict[str, Values] = {
     "--task": {"sst2": True, "sst3": False, "stsb": False},
     "--output": {"out.json": True, "/dev/full": False, ".": False, "nowhere/out.json": None},
 }
+CALIBRATE: dict[str, Values] = {
+    "--metric": {"accuracy": True, "pearson": False, "bleu": False, "": False},
+    "--apply": {"auto": None, "patience": None, "learned": False, "magic": False, "": False},
+    "--batch-size": {"4": True, **WHOLE},
+    "--dev": {"other.csv": None, "dev.tsv": False, "nowhere.csv": False, "x": False},
+    "--output": {"out.json": True, "/dev/full": False, ".": False},
+    "--epsilon": {"0.1": None, **POSITIVE},
+}
+TARGETS: Values = {
+    "--max-drop=1": True,
+    "--max-drop=0": None,
+    "--speed-up=1.5": True,
+    "--speed-up=1000": True,
+    "--latency-ms=10000": True,
+    "--risk=0.5": None,
+    "--risk=0.001": False,
+    "--speed-up=0.5": False,
+    "--max-drop=0.1 --speed-up=2": False,
+}
+PREDICT: dict[str, Values] = {
+    "--input": {"rows.csv": True, "rows.tsv": True, "other.csv": False, "nowhere.csv": False, "x": False, "..": False},
+    "--output": {"new.csv": True, "new.tsv": True, "new.jsonl": True, "rows.csv": False, "new": False, "": False},
+    "--text-column": {"text": True, "words": False, "": False},
+    "--pair-column": {"words": False, "text": True, "": False},
+    "--batch-size": {"4": True, **WHOLE},
+}
 DEMO: dict[str, Values] = {
     "--threads": {"0": False, "-1": False, "x": False, "1.5": False, "nan": False},
     "--seed": {"-1": None, "x": False, "1.5": False},
@@ -142,7 +168,8 @@ def run(case: Case) -> None:
         here = Path(name)
         for name in ("base", "trained", "data"):
             shutil.copytree(root / name, here / name)
-        kinds = (_values_of_train, _values_of_eval, _values_of_demo, _data, _data, _model, _recipe)
+        values = (_values_of_train, _values_of_eval, _values_of_calibrate, _values_of_predict, _values_of_demo)
+        kinds = (*values, _data, _data, _own_files, _own_files, _model, _recipe)
         before = Path.cwd()
         os.chdir(here)
         try:
@@ -219,6 +246,66 @@ def _values_of_demo(case: Case, here: Path) -> None:
     argv, verdict = drawn(case, DEMO)
     shutil.copy(here / "trained" / "config.json", here / "config.json")
     judge(case, here, ["demo", "--quick", *argv], verdict, lambda: "")
+
+
+def _values_of_calibrate(case: Case, here: Path) -> None:
+    target = case.choice(sorted(TARGETS))
+    argv, verdict = drawn(case, CALIBRATE)
+    case.note = f"{target} {case.note}"
+    (here / "other.csv").write_text("text,label\nthe plot was dull .,a\nthe cast was brilliant .,b\n")
+    expected = TARGETS[target]
+    both = False if False in (verdict, expected) else None if None in (verdict, expected) else True
+    saved = (here / "trained" / "config.json").read_bytes()
+    argv = ["calibrate", "--model", str(here / "trained"), *target.split(), *argv]
+
+    def sound() -> str:
+        changed = (here / "trained" / "config.json").read_bytes() != saved
+        applied = any(argument.startswith("--apply") for argument in argv)
+        return "" if changed == applied else f"config.json is {'' if changed else 'not '}changed"
+
+    judge(case, here, argv, both, sound)
+
+
+def _values_of_predict(case: Case, here: Path) -> None:
+    rows = [("text", "truth"), ("the plot was dull .", "a"), ("the \u00e9 was", "")]
+    (here / "rows.csv").write_text("".join(f"{a},{b}\n" for a, b in rows))
+    (here / "rows.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    (here / "other.csv").write_text("text,label\nthe plot was dull .,a\n")
+    argv, verdict = drawn(case, PREDICT)
+    output = next((value for name, _, value in (one.partition("=") for one in argv) if name == "--output"), "new.csv")
+    given = ["--input=rows.csv", "--output=new.csv", *argv]
+
+    def sound() -> str:
+        return "" if Path(output).is_file() and Path(output).stat().st_size else f"{output} is not written"
+
+    judge(case, here, ["predict", "--model", str(here / "trained"), *given], verdict, sound)
+
+
+#: Own files: contents of train.csv, and the expected result.
+OWN: dict[str, tuple[bytes, bool | None]] = {
+    "classes": (b"text,label\n" + b"the plot was dull .,a\nthe cast was brilliant .,b\n" * 20, True),
+    "quoted": (b"text,label\r\n" + b'"the plot, was dull .",a\r\n"the ""cast""\nwas .",b\r\n' * 20, True),
+    "mixed labels": (b"text,label\n" + b"the plot was dull .,a\nthe cast was brilliant .,1\n" * 20, False),
+    "one class": (b"text,label\n" + b"the plot was dull .,a\n" * 20, False),
+    "empty label": (b"text,label\n" + b"the plot was dull .,\nthe cast was brilliant .,b\n" * 20, False),
+    "NaN": (b"text,label\n" + b"the plot was dull .,nan\nthe cast was brilliant .,1.5\n" * 20, False),
+    "doubled column": (b"text,label,text\n" + b"the plot was dull .,a,b\nthe cast was brilliant .,b,c\n" * 20, False),
+    "no label": (b"text\n" + b"the plot was dull .\nthe cast was brilliant .\n" * 20, False),
+    "open quote": (b"text,label\n" + b"the plot was dull .,a\nthe cast was brilliant .,b\n" * 20 + b'"the', False),
+}
+
+
+def _own_files(case: Case, here: Path) -> None:
+    """Train on a file of one's own, which may be cut at any byte."""
+    kind = case.choice(sorted(OWN))
+    data, verdict = OWN[kind]
+    if case.chance(0.3):
+        kind, verdict, data = f"{kind}, cut", None, data[: case.integer(0, len(data))]
+    (here / "train.csv").write_bytes(data)
+    case.note = f"train.csv, {kind}"
+    options = ["--train", "train.csv", "--epochs", "1", "--batch-size", "8"]
+    argv = ["train", "--model", str(here / "base"), "--output", str(here / "new"), *options]
+    judge(case, here, argv, verdict, lambda: trained_well(here / "new"))
 
 
 #: Damage to a TSV file: function of its bytes, and the expected result.
