@@ -35,6 +35,12 @@ RESULTS = harness.RESULTS / "accuracy"
 #: Layer speed-ups at which methods are compared.
 SPEED_UPS = (1.5, 2.0)
 ARGUMENTS_FILE = "train_arguments.json"
+#: Settings that were the defaults of methods when the committed runs were made, where these have changed since.
+FORMER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "palbert": {"prior": 0.1},
+    "dact": {"start": None},
+    "smartbert": {"gate_bias": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Budget:
         train_rows: rows to train on, where there are as many; None is all.
         holdout: train rows that settings are chosen on.
         epochs, frozen_epochs: of a phase that trains the encoder, and of one that freezes it.
-        lr, head_lr: peak rates of the encoder and of the exits.
+        lr, head_lr: peak rates of the encoder, and of the exits and gates.
         batch_size: rows of a batch.
         points: settings of a rule with a threshold.
     """
@@ -109,13 +115,15 @@ class Run:
 def train_arguments(run: Run, train_rows: int) -> list[str]:
     """Return the arguments of `earlyexit train` for a run, without the folder."""
     budget = run.budget
-    given = [f"{key}={json.dumps(value)}" for key, value in run.settings.items()]
+    settings = FORMER_DEFAULTS.get(run.method, {}) | dict(run.settings)
+    given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     phases = objective_from(run.method, given).phases
     epochs = [budget.epochs if "backbone" in phase.trains else budget.frozen_epochs for phase in phases]
     return [
         *("train", "--model", run.model, "--task", run.task, "--method", run.method, "--pooling", "mean"),
         *("--train-rows", str(train_rows), "--holdout", str(budget.holdout), "--seed", "0"),
-        *("--lr", str(budget.lr), "--head-lr", str(budget.head_lr), "--batch-size", str(budget.batch_size)),
+        *("--lr", str(budget.lr), "--head-lr", str(budget.head_lr), "--gate-lr", str(budget.head_lr)),
+        *("--batch-size", str(budget.batch_size)),
         *("--epochs", *map(str, epochs)),
         *(word for text in given for word in ("--set", text)),
     ]

@@ -30,7 +30,7 @@ class Recipe:
         max_length: maximum tokens per row, or None.
         evaluation_split: the split of `scores`.
         method: ``to_dict()`` of the training method.
-        phases: name, epochs and learning rates of each phase.
+        phases: name, epochs, learning rates and number of rows of each phase.
         scores: metric values of each exit 1..L after training.
         data: own files, or None for a task.
     """

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset, Subset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -39,7 +40,7 @@ from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.saving import save_or_rescue
 from earlyexit_kernels.hf.training import Phase, phases
-from earlyexit_kernels.objectives import OBJECTIVES, Objective, check_task, from_dict
+from earlyexit_kernels.objectives import Objective, PhaseSpec, check_task, objective_of
 from earlyexit_kernels.tasks import hub
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
 from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
@@ -50,6 +51,8 @@ from earlyexit_kernels.tuning.traces import collect_trace
 WEIGHT_DECAY = 0.01
 #: Default of --holdout, and of own files the maximum of the default.
 HOLDOUT = 1000
+#: Share of the train rows that is kept from the other phases for one that needs rows of its own.
+OTHER_ROWS = 0.2
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,12 +84,14 @@ def run(args: argparse.Namespace) -> int:
     check_card(args.output)
     check_folder("--output", args.output)
     base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
-    for phase, plan in zip(phases(model), plans, strict=True):
+    sets = rows_of_phases(model.objective.phases, train_set)
+    for phase, plan, own_set in zip(phases(model), plans, sets, strict=True):
+        plan["rows"] = len(own_set)
         print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan)}")
-        _train_phase(phase, plan, base_arguments, train_set, collate)
+        _train_phase(phase, plan, base_arguments, own_set, collate)
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     scores = truncations(trace, labels, metrics=task.metrics)
-    recipe = replace(recipe, method=objective.to_dict(), phases=tuple(plans), scores=scores)
+    recipe = replace(recipe, method=model.objective.to_dict(), phases=tuple(plans), scores=scores)
     text = card(args.output, recipe, task, model, len(labels))
     savers = model.save_pretrained, functools.partial(save_tokenizer, tokenizer), recipe.save
     save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
@@ -99,11 +104,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train_phase(
-    phase: Phase, plan: dict[str, Any], base: TrainingArguments, train_set: EncodedSplit, collate: Callable
+    phase: Phase, plan: dict[str, Any], base: TrainingArguments, train_set: Dataset, collate: Callable
 ) -> None:
     """Train one phase with the Trainer."""
     arguments = phase.args(base, output_dir=base.output_dir, num_train_epochs=plan["epochs"], learning_rate=plan["lr"])
-    optimizer = phase.optimizer(arguments, head_lr=plan["head_lr"], halting_lr=plan["halting_lr"])
+    rates = {name: plan[name] for name in ("head_lr", "halting_lr", "gate_lr")}
+    optimizer = phase.optimizer(arguments, **rates)
     Trainer(
         model=phase.model,
         args=arguments,
@@ -125,16 +131,17 @@ def objective_from(method: str, given: Sequence[str]) -> Objective:
         ValueError: an unknown method or option, a value out of range, or text of another form.
     """
     changes = {}
-    known = [f.name for f in fields(OBJECTIVES[method])] if method in OBJECTIVES else []
+    default = objective_of(method)
+    known = [f.name for f in fields(default)]
     for text in given:
         key, sign, value = text.partition("=")
-        if not sign or (known and key not in known):
+        if not sign or key not in known:
             raise ValueError(f"--set {text}: expected KEY=VALUE with an option of {method!r}, {', '.join(known)}")
         try:
             changes[key] = json.loads(value)
         except (ValueError, RecursionError):
             changes[key] = value
-    return from_dict({**changes, "name": method})
+    return replace(default, **changes)
 
 
 def phase_plans(objective: Objective, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -144,12 +151,29 @@ def phase_plans(objective: Objective, args: argparse.Namespace) -> list[dict[str
     for spec, epochs, lr in zip(objective.phases, *numbers, strict=True):
         head_lr = lr if args.head_lr is None else args.head_lr
         halting_lr = head_lr if args.halting_lr is None else args.halting_lr
-        plans.append({"name": spec.name, "epochs": epochs, "lr": lr, "head_lr": head_lr, "halting_lr": halting_lr})
+        gate_lr = lr if args.gate_lr is None else args.gate_lr
+        rates = {"lr": lr, "head_lr": head_lr, "halting_lr": halting_lr, "gate_lr": gate_lr}
+        plans.append({"name": spec.name, "epochs": epochs, **rates})
     return plans
 
 
+def rows_of_phases(specs: Sequence[PhaseSpec], train_set: EncodedSplit) -> list[Subset]:
+    """Return the train rows of each phase: all, or where a phase needs other rows, the last fifth for it alone.
+
+    Raises:
+        ValueError: there are too few rows.
+    """
+    total = len(train_set)
+    kept = max(1, round(total * OTHER_ROWS)) if any(spec.other_rows for spec in specs) else 0
+    if kept == total:
+        raise ValueError(f"expected at least 2 train rows, one of them for a phase of its own, got {total}")
+    first, last = range(total - kept), range(total - kept, total)
+    return [Subset(train_set, last if spec.other_rows else first) for spec in specs]
+
+
 def _plan_text(plan: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else str(value) for name, value in plan.items())
+    numbers = (f"{name} {value:g}" for name, value in plan.items() if isinstance(value, float))
+    return ", ".join((plan["name"], *numbers, f"rows {plan['rows']}"))
 
 
 def _for_each_phase(objective: Objective, name: str, given: Sequence[float] | None) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.heads.config import GATE_HEADS
+from earlyexit_kernels.heads.halting import LinearWithInitialBias
 from earlyexit_kernels.types import RowStates
 
 
@@ -72,13 +73,14 @@ class SkipGate(nn.Module):
         width: W, width of the attention.
         dropout: of the attention, in training.
         pooling: None or ``"first"`` for the first token, or ``"mean"``.
+        bias: initial bias of the logit.
     """
 
-    def __init__(self, size: int, width: int, dropout: float, pooling: str | None) -> None:
+    def __init__(self, size: int, width: int, dropout: float, pooling: str | None, bias: float) -> None:
         super().__init__()
         self.pooling = pooling
         self.attention = TokenAttention(size, width, GATE_HEADS, dropout)
-        self.out = nn.Linear(width, 1)
+        self.out = LinearWithInitialBias(width, bias)
 
     def forward(self, states: RowStates) -> Tensor:
         """Return the gate logits ``[B]``."""

@@ -78,7 +78,7 @@ class ExitHeads(nn.Module):
         self.out = _bank(sizes.out, nn.Linear, size, classes)
         self.halting = _bank(sizes.halting, HaltingHead, size, *halting)
         self.uncertainty = _bank(sizes.uncertainty, nn.Linear, size, 1)
-        self.gates = _bank(sizes.gates, SkipGate, hidden_size, width, dropout, pooling)
+        self.gates = _bank(sizes.gates, SkipGate, hidden_size, width, dropout, pooling, config.gate_bias)
         self.projectors = _bank(sizes.projectors, Projection, hidden_size, width)
         self.contrast = _bank(sizes.contrast, Projection, width, width)
 

@@ -22,6 +22,7 @@ CHECKS: dict[str, Check] = {
     ),
     "dropout": number(low=0.0, high=1.0),
     "halting_bias": number(),
+    "gate_bias": number(),
 }
 #: Attention heads of a gate.
 GATE_HEADS = 2
@@ -32,6 +33,7 @@ CONDITIONS: dict[str, Callable[[HeadConfig], bool]] = {
     "attention_heads": lambda config: config.form == "attention",
     # an initial value is not part of the shape
     "halting_bias": lambda config: False,
+    "gate_bias": lambda config: False,
 }
 
 
@@ -60,6 +62,7 @@ class HeadConfig:
         halting_bias: initial bias of the halting output.
         uncertainty: add an uncertainty output, one for all layers.
         gates: add a gate before each layer, which may skip it.
+        gate_bias: initial bias of the gates' outputs.
         contrast: add the token projections for contrastive training.
 
     Raises:
@@ -82,6 +85,7 @@ class HeadConfig:
     halting_bias: float = 0.0
     uncertainty: bool = False
     gates: bool = False
+    gate_bias: float = 0.0
     contrast: bool = False
 
     def __post_init__(self) -> None:

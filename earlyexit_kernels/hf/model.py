@@ -252,7 +252,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         """
         self.phase_state.set_objective(self, objective)
         config: Any = self.config
-        config.method = objective.to_dict()
+        config.method = self.objective.to_dict()
 
     @property
     def phase(self) -> PhaseSpec | None:

@@ -52,7 +52,7 @@ class PhaseState:
         """
         check_task(objective, model.problem_type, model.config.num_labels)
         _check_heads(objective, model.heads.config, model.adapter.shares_layers)
-        self.objective = objective
+        self.objective = objective.at_depth(model.depth)
         self.enter(model, 0 if len(objective.phases) == 1 else None)
 
     def enter(self, model: nn.Module, number: int | None) -> None:

@@ -89,7 +89,12 @@ class Phase:
         return [ProgressCallback()]
 
     def optimizer(
-        self, args: TrainingArguments, *, head_lr: float | None = None, halting_lr: float | None = None
+        self,
+        args: TrainingArguments,
+        *,
+        head_lr: float | None = None,
+        halting_lr: float | None = None,
+        gate_lr: float | None = None,
     ) -> torch.optim.Optimizer:
         """Return AdamW for the parameters of this phase, for ``Trainer(optimizers=(phase.optimizer(args), None))``.
 
@@ -98,18 +103,24 @@ class Phase:
 
         Args:
             args: `learning_rate` (of the encoder), `weight_decay` and the settings of Adam.
-            head_lr: learning rate of all other parameters; new exits learn slowly at the rate of an encoder. Default:
-                `learning_rate`.
+            head_lr: learning rate of exits and of all other parameters; new exits learn slowly at the rate of an
+                encoder. Default: `learning_rate`.
             halting_lr: learning rate of halting heads. Default: `head_lr`.
+            gate_lr: learning rate of skip gates. Default: `learning_rate`, as in SmartBERT's paper; at a higher one
+                gates may close before the encoder has learnt the task.
 
         Raises:
             ValueError: a rate, or another number, is negative or not finite.
         """
         _check_numbers("phase.optimizer", args)
-        for name, rate in {"head_lr": head_lr, "halting_lr": halting_lr}.items():
+        for name, rate in {"head_lr": head_lr, "halting_lr": halting_lr, "gate_lr": gate_lr}.items():
             optional(number(low=0.0))(f"phase.optimizer({name}=...)", rate)
         head_lr = args.learning_rate if head_lr is None else head_lr
-        rates = {"backbone": args.learning_rate, "halting": head_lr if halting_lr is None else halting_lr}
+        rates = {
+            "backbone": args.learning_rate,
+            "halting": head_lr if halting_lr is None else halting_lr,
+            "gates": args.learning_rate if gate_lr is None else gate_lr,
+        }
         halting_decays = self.model.objective.halting_weight_decay
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():

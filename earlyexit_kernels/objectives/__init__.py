@@ -114,6 +114,9 @@ def _loss_problem(cls: type[Objective]) -> str:
 def from_dict(data: Mapping[str, Any]) -> Objective:
     """Build an objective from the data of `Objective.to_dict`.
 
+    A field that the data lacks has the default, or what it was before the field existed (`Objective.when_missing`), so
+    that models saved by an earlier version keep their method.
+
     Raises:
         ValueError: an unknown name, or arguments that the method does not take.
 
@@ -124,15 +127,20 @@ def from_dict(data: Mapping[str, Any]) -> Objective:
     """
     arguments = dict(data)
     name = arguments.pop("name", None)
+    cls = _class_of(name)
+    try:
+        return cls(**{**cls.when_missing, **arguments})
+    except TypeError as error:
+        raise ValueError(f"method {name!r}: {error}") from None
+
+
+def _class_of(name: Any) -> type[Objective]:
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(
             f"method: expected one of {sorted(OBJECTIVES)}, got {name!r}; for a method of another package, import the "
             "module that registers it with earlyexit_kernels.objectives.register"
         )
-    try:
-        return OBJECTIVES[name](**arguments)
-    except TypeError as error:
-        raise ValueError(f"method {name!r}: {error}") from None
+    return OBJECTIVES[name]
 
 
 def objective_of(method: str | Mapping[str, Any] | Objective) -> Objective:
@@ -153,7 +161,7 @@ def objective_of(method: str | Mapping[str, Any] | Objective) -> Objective:
         return method
     if isinstance(method, type) and issubclass(method, Objective):
         raise ValueError(f"method: expected a name or an instance, got the class; write {method.__name__}()")
-    return from_dict(method if isinstance(method, Mapping) else {"name": method})
+    return from_dict(method) if isinstance(method, Mapping) else _class_of(method)()
 
 
 def check_task(objective: Objective, problem_type: str, classes: int) -> None:

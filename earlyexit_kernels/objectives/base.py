@@ -39,6 +39,7 @@ class PhaseSpec:
             each early exit's features), or None.
         needs_labels: whether the loss reads labels.
         balances: whether each layer receives the average of the gradients of the exits above it instead of their sum.
+        other_rows: whether it is meant for rows that the phases before it have not trained on.
 
     Raises:
         ValueError: an unknown part or kind of projection, or a number that is negative or not finite.
@@ -56,6 +57,7 @@ class PhaseSpec:
     projections: str | None = None
     needs_labels: bool = True
     balances: bool = False
+    other_rows: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trains", frozenset(self.trains))
@@ -100,6 +102,8 @@ class Objective:
         rule: the exit rule that the paper trains for, a key of the criteria table.
         halting_weight_decay: whether weight decay applies to the halting heads.
         checks: check of each field, by name.
+        when_missing: value of a field that saved data lacks, where the method had not its default before it had the
+            field.
 
     Raises:
         ValueError: an argument out of range.
@@ -115,6 +119,7 @@ class Objective:
     rule: ClassVar[str]
     halting_weight_decay: ClassVar[bool] = True
     checks: ClassVar[Mapping[str, Check]] = {}
+    when_missing: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         check_fields(self, self.checks)
@@ -131,6 +136,14 @@ class Objective:
             shares_layers: whether the backbone uses one layer several times, as ALBERT does.
         """
         return {}
+
+    def at_depth(self, depth: int) -> Objective:
+        """Return the method with the settings that follow from the number of layers; a model uses and saves these.
+
+        Args:
+            depth: L of the model.
+        """
+        return self
 
     def answering(self) -> dict[str, Any] | None:
         """Return the data of the default criterion of a model trained by this method.
@@ -256,6 +269,11 @@ def exit_losses(logits: Tensor, labels: Tensor | None, problem_type: str) -> Ten
     repeated = columns(needed(labels)).repeat_interleave(exits, dim=0)
     flat = repeated[:, 0] if problem_type == "single_label_classification" else repeated
     return task_loss(logits.flatten(0, 1), flat, problem_type).view(rows, exits)
+
+
+def layer_numbers(losses: Tensor) -> Tensor:
+    """Return 1..M ``[M]`` for losses ``[N, M]`` of M exits."""
+    return torch.arange(1, losses.shape[1] + 1, device=losses.device, dtype=losses.dtype)
 
 
 def needed(labels: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from earlyexit_kernels.objectives.base import (
     columns,
     exit_losses,
     labelled,
+    layer_numbers,
     needed,
     row_mean,
 )
@@ -41,7 +42,8 @@ class Berxit(Objective):
 
     Args:
         strategy: ``"alternating"``: L_L at even optimiser steps (from 0), all exits at odd ones; ``"two_stage"``: as
-            DeeBERT, with the uncertainty trained beside the early exits; ``"joint"``: all exits at every step.
+            DeeBERT, with the uncertainty trained beside the early exits; ``"joint"``: sum_l L_l at every step;
+            ``"weight_linear"``: sum_l l L_l / sum_l l at every step, the loss of `Joint`.
         odd_includes_last: odd steps sum over l <= L, as in the paper; False: l < L, as in the LTE variant of its code.
         learned_weight: weight of the uncertainty's loss, at least 0.
 
@@ -63,7 +65,7 @@ class Berxit(Objective):
     tasks: ClassVar[frozenset[str]] = frozenset({"single_label_classification", "regression"})
     rule: ClassVar[str] = "learned"
     checks: ClassVar[Mapping[str, Check]] = {
-        "strategy": choice("alternating", "two_stage", "joint"),
+        "strategy": choice("alternating", "two_stage", "joint", "weight_linear"),
         "odd_includes_last": flag,
         "learned_weight": number(low=0.0),
     }
@@ -82,7 +84,10 @@ class Berxit(Objective):
 
     def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
         exits, learns = self._exits(trace.depth, step)
-        losses = exit_losses(trace.logits[:, exits], labels, step.problem_type).sum(dim=1)
+        losses = exit_losses(trace.logits[:, exits], labels, step.problem_type)
+        if self.strategy == "weight_linear":
+            losses = losses * layer_numbers(losses) / layer_numbers(losses).sum()
+        losses = losses.sum(dim=1)
         if learns:
             u = self.aux(trace, "uncertainty").sigmoid()
             error = (u - wrongness(trace.logits, needed(labels), step.problem_type)).square().mean(dim=1)
@@ -94,7 +99,7 @@ class Berxit(Objective):
         early, last, every = slice(0, depth - 1), slice(depth - 1, depth), slice(0, depth)
         if self.strategy == "two_stage":
             return (last, False) if step.phase == BACKBONE else (early, True)
-        if self.strategy == "joint":
+        if self.strategy in ("joint", "weight_linear"):
             return every, True
         if step.step is None:
             raise ValueError(

@@ -1,7 +1,8 @@
 """Ensemble of internal classifiers: train exits to be accurate and to differ from each other.
 
 Early Exiting with Ensemble Internal Classifiers. Tianxiang Sun et al. 2021, arXiv 2105.13792, eq. 14:
-L = sum_i CE(p_i, y) - lambda sum_{i>=2} min_{j<i} CE(p_i, p_j), with CE(p_i, p_j) = -sum_k p_j(k) log p_i(k).
+L = sum_i alpha_i (CE(p_i, y) - lambda min_{j<i} CE(p_i, p_j)), with alpha_i = 1, no minimum for i = 1, and
+CE(p_i, p_j) = -sum_k p_j(k) log p_i(k).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from earlyexit_kernels.objectives.base import (
     at_least_float32,
     exit_losses,
     labelled,
+    layer_numbers,
     row_mean,
 )
 from earlyexit_kernels.types import CLASSIFICATION, ExitTrace
@@ -35,6 +37,8 @@ class Ensemble(Objective):
 
     Args:
         diversity: lambda in [0, 1].
+        weights: alpha_i of the exits: ``"equal"`` is 1, ``"depth"`` is i, the weights of `Joint` before it divides by
+            their sum.
         min_over: ``"sample"`` takes the minimum for each row; ``"batch"`` compares means over the batch (of all
             processes), as a third-party implementation does. The formula does not define it.
         detach_target: no gradient into p_j of the previous exit.
@@ -51,6 +55,7 @@ class Ensemble(Objective):
     """
 
     diversity: float = 0.1
+    weights: str = "equal"
     min_over: str = "sample"
     detach_target: bool = False
     skip_last: bool = False
@@ -60,6 +65,7 @@ class Ensemble(Objective):
     rule: ClassVar[str] = "voting"
     checks: ClassVar[Mapping[str, Check]] = {
         "diversity": number(low=0.0, high=1.0),
+        "weights": choice("equal", "depth"),
         "min_over": choice("sample", "batch"),
         "detach_target": flag,
         "skip_last": flag,
@@ -72,11 +78,13 @@ class Ensemble(Objective):
 
     def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
         rows = labelled(labels, step.problem_type, trace.logits)
-        right = row_mean(exit_losses(trace.logits, labels, step.problem_type).sum(dim=1), rows)
+        losses = exit_losses(trace.logits, labels, step.problem_type)
+        alpha = layer_numbers(losses) if self.weights == "depth" else torch.ones_like(layer_numbers(losses))
+        right = row_mean((losses * alpha).sum(dim=1), rows)
         log_p = at_least_float32(trace.logits).log_softmax(dim=-1)
         target = log_p.exp().detach() if self.detach_target else log_p.exp()
         last = trace.depth - 1 if self.skip_last else trace.depth
-        apart = [self._nearest(cross_entropies(log_p[:, i], target[:, :i]), rows) for i in range(1, last)]
+        apart = [alpha[i] * self._nearest(cross_entropies(log_p[:, i], target[:, :i]), rows) for i in range(1, last)]
         return right - self.diversity * torch.stack(apart).sum() if apart else right
 
     def _nearest(self, distances: Tensor, rows: Tensor) -> Tensor:

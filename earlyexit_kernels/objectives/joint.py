@@ -13,11 +13,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from earlyexit_kernels.arguments import Check, flag
-from earlyexit_kernels.objectives.base import Objective, PhaseSpec, TrainingStep, exit_losses, labelled, row_mean
+from earlyexit_kernels.objectives.base import (
+    Objective,
+    PhaseSpec,
+    TrainingStep,
+    exit_losses,
+    labelled,
+    layer_numbers,
+    row_mean,
+)
 from earlyexit_kernels.types import ExitTrace
 
 
@@ -51,6 +58,6 @@ class Joint(Objective):
 
     def loss(self, trace: ExitTrace, labels: Tensor | None, step: TrainingStep) -> Tensor:
         losses = exit_losses(trace.logits, labels, step.problem_type)
-        weights = torch.arange(1, trace.depth + 1, device=losses.device, dtype=losses.dtype)
+        weights = layer_numbers(losses)
         rows = labelled(labels, step.problem_type, trace.logits)
         return row_mean(losses @ weights / weights.sum(), rows)

@@ -45,12 +45,16 @@ class Smartbert(Objective):
     included, h_L not), the second the features of the early exits.
 
     Args:
-        gate_weight: lambda, at least 0, the reward of skipping; there is no target rate.
+        gate_weight: lambda, at least 0, the reward of skipping; there is no target rate. Its gradient for each gate is
+            lambda / (sum_l mean g_l)^2: the paper's .04 on twelve layers has the effect of about .01 on six.
+        gate_bias: initial bias of the gates' logits; -1.5 is g = .18, closed gates. With 0, as in the paper, all gates
+            start on the threshold .5.
         gate_penalty: ``"reciprocal"`` is lambda / sum_l mean g_l; ``"linear"`` is lambda sum_l mean (1 - g_l).
         skip_threshold: s in [0, 1]; a hard gate skips where g >= s.
         soft_epochs: epochs of the first phase in which layers are mixed by g; afterwards, and in the second phase, by
             1[g >= s] with the gradient of g. The paper has 3 of 5 epochs: a shorter phase requires fewer, or gates
-            never become hard.
+            never become hard. Choose as many as the task takes to learn: while the layers do not lower the task loss,
+            the reward alone moves the gates, and every layer may end skipped, for any `gate_weight` above 0.
         contrast_backbone: eta1 of the first phase, in [0, 1]; with 0 nothing is projected.
         contrast_exits: eta2 of the second phase, in [0, 1]; with 0 nothing is projected.
         temperature_backbone: of the similarities in the first phase, above 0.
@@ -72,6 +76,7 @@ class Smartbert(Objective):
     """
 
     gate_weight: float = 0.04
+    gate_bias: float = -1.5
     gate_penalty: str = "reciprocal"
     skip_threshold: float = 0.5
     soft_epochs: float = 3.0
@@ -84,8 +89,10 @@ class Smartbert(Objective):
     name: ClassVar[str] = "smartbert"
     tasks: ClassVar[frozenset[str]] = CLASSIFICATION
     rule: ClassVar[str] = "skip_gate"
+    when_missing: ClassVar[Mapping[str, Any]] = {"gate_bias": 0.0}
     checks: ClassVar[Mapping[str, Check]] = {
         "gate_weight": number(low=0.0),
+        "gate_bias": number(),
         "gate_penalty": choice("reciprocal", "linear"),
         "skip_threshold": number(low=0.0, high=1.0),
         "soft_epochs": number(low=0.0),
@@ -116,7 +123,8 @@ class Smartbert(Objective):
 
     def head_changes(self, shares_layers: bool) -> dict[str, Any]:
         contrast = self.contrast_backbone > 0 or self.contrast_exits > 0
-        return {"form": "attention", "width": 128, "attention_heads": 4, "gates": True, "contrast": contrast}
+        form = {"form": "attention", "width": 128, "attention_heads": 4}
+        return {**form, "gates": True, "gate_bias": self.gate_bias, "contrast": contrast}
 
     def answering(self) -> dict[str, Any] | None:
         return {"name": "skip_gate", "threshold": self.skip_threshold, "exit": {"name": "full_depth"}}

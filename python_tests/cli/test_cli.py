@@ -123,12 +123,12 @@ def test_unknown_method_is_refused(capsys, base, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--set", "pondering=1"], "with an option of 'dact', ponder, include_last, "),
+        (["--set", "pondering=1"], "with an option of 'dact', start, ponder, include_last, "),
         (["--set", "ponder"], "--set ponder: expected KEY=VALUE"),
         (["--set", "name=joint"], "--set name=joint: expected KEY=VALUE"),
         (["--set", "ponder=-1"], "Dact(ponder=...): expected a finite number at least 0, got -1"),
         (["--set", "ponder=much"], "got 'much'"),
-        (["--epochs", "1", "2"], "--epochs: expected one number, or one for each of the 1 phases of 'dact'"),
+        (["--epochs", "1", "2", "3"], "--epochs: expected one number, or one for each of the 2 phases of 'dact'"),
         (["--lr", "0"], "--lr: expected a finite number in (0, 1), got 0.0"),
     ],
 )
@@ -179,8 +179,8 @@ def test_train_saves_model_tokenizer_and_recipe(trained):
     assert recipe.evaluation_split == "dev" and len(recipe.scores) == 3
     assert (recipe.method["name"], recipe.method["beta"], recipe.method["kl"]) == ("palbert", 0.25, "posterior_prior")
     assert recipe.method == model.objective.to_dict() and model.criterion is None
-    rates = {"lr": 1e-3, "head_lr": 1e-3, "halting_lr": 1e-3}
-    assert recipe.phases == [{"name": "ponder", "epochs": 1.0, **rates}]
+    rates = {"lr": 1e-3, "head_lr": 1e-3, "halting_lr": 1e-3, "gate_lr": 1e-3}
+    assert recipe.phases == [{"name": "ponder", "epochs": 1.0, **rates, "rows": 96}]
     rows, held_out = recipe.train_splits(load_task("toy", seed=3))
     assert len(rows) == 96 and len(held_out) == 64 and not set(rows.sentences) & set(held_out.sentences)
 
@@ -207,6 +207,22 @@ def test_phases_have_the_epochs_and_rates_of_the_method_by_default():
     plans = train.phase_plans(train.objective_from(args.method, args.set), args)
     assert [(p["epochs"], p["lr"], p["head_lr"]) for p in plans] == [(3.0, 2e-5, 1e-3), (5.0, 2e-4, 1e-3)]
     assert {p["halting_lr"] for p in plans} == {1e-4}
+    assert [p["gate_lr"] for p in plans] == [2e-5, 2e-4], "the encoder's"
+    args = build_parser().parse_args(["train", *required, "--method", "smartbert", "--gate-lr", "5e-5"])
+    assert {p["gate_lr"] for p in train.phase_plans(train.objective_from(args.method, args.set), args)} == {5e-5}
+
+
+def test_phase_with_rows_of_its_own(base, tmp_path, small_task, monkeypatch):
+    """PALBERT's halting head learns from a fifth of the train rows, which no other phase has seen."""
+    seen = []
+    monkeypatch.setattr(train, "_train_phase", lambda phase, plan, base, rows, collate: seen.append(rows))
+    recipe = train_few(base, tmp_path, "--method", "palbert", "--set", "halting_phase=true", "--epochs", "1")
+    assert [list(rows.indices) for rows in seen] == [list(range(26)), list(range(26, 32))]
+    assert [phase["rows"] for phase in recipe.phases] == [26, 6] and recipe.train_rows == 32
+    specs = train.objective_from("palbert", ["halting_phase=true"]).phases
+    with pytest.raises(ValueError, match=r"at least 2 train rows, .* got 1"):
+        train.rows_of_phases(specs, range(1))
+    assert [len(rows) for rows in train.rows_of_phases(specs[:1], range(9))] == [9]
 
 
 def test_eval_of_several_models_marks_rule_of_each_method(base, tmp_path, small_task, capsys):

@@ -51,6 +51,7 @@ INVALID = {
         "--lr": [*NUMBERS, "0", "2", "1e400"],
         "--head-lr": [*NUMBERS, "0", "2", "Same"],
         "--halting-lr": [*NUMBERS, "0", "2"],
+        "--gate-lr": [*NUMBERS, "0", "2"],
         "--batch-size": [*NUMBERS, "0", "1.5", "9" * 30],
         "--max-length": [*NUMBERS, "0", "-5", "1e9"],
         "--seed": [*NUMBERS, "4294967296"],

@@ -145,6 +145,17 @@ def test_dropout_of_a_difference_is_applied_once(pooling):
     assert seen == {0.0, 2.0}
 
 
+def test_gate_bias_is_the_initial_bias():
+    """-1.5 unless it is given; 0 is how all linears of the family start. Other weights do not depend on it."""
+    torch.manual_seed(0)
+    closed = early_exit("bert", method="smartbert").heads.state_dict()
+    torch.manual_seed(0)
+    plain = early_exit("bert", method=ee.objectives.Smartbert(gate_bias=0.0)).heads.state_dict()
+    biases = [name for name in closed if name.startswith("gates.") and name.endswith(".out.bias")]
+    assert len(biases) == DEPTH and all(closed[n].tolist() == [-1.5] and plain[n].tolist() == [0.0] for n in biases)
+    assert all(torch.equal(closed[name], value) for name, value in plain.items() if name not in biases)
+
+
 def test_halting_bias_is_the_initial_bias():
     model = early_exit("bert", method=ee.objectives.Dact(halting_bias=-1.5))
     assert all(head.out.bias.item() == -1.5 for head in model.heads.halting) and len(model.heads.halting) == DEPTH

@@ -101,7 +101,7 @@ def test_invalid_numbers_are_refused(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1e-3])
-@pytest.mark.parametrize("name", ["head_lr", "halting_lr"])
+@pytest.mark.parametrize("name", ["head_lr", "halting_lr", "gate_lr"])
 def test_invalid_rates_are_refused(tmp_path, name, value):
     (phase,) = ee.phases(converted("palbert"))
     with pytest.raises(ValueError, match=rf"phase.optimizer\({name}=...\): expected a finite number .* got {value}"):
@@ -171,7 +171,9 @@ RATES = [
     ("palbert", {"head_lr": 5e-3}, {"heads.": 5e-3}),
     ("palbert", {"halting_lr": 7e-3}, {"heads.halting.": 7e-3}),
     ("dact", {"head_lr": 5e-3, "halting_lr": 7e-3}, {"heads.halting.": 7e-3, "heads.": 5e-3}),
-    ("smartbert", {"head_lr": 5e-3}, {"heads.": 5e-3}),
+    ("smartbert", {"head_lr": 5e-3}, {"heads.gates.": 1e-3, "heads.": 5e-3}),
+    ("smartbert", {"head_lr": 5e-3, "gate_lr": 7e-4}, {"heads.gates.": 7e-4, "heads.": 5e-3}),
+    ("joint", {"gate_lr": 7e-4}, {}),
 ]
 
 

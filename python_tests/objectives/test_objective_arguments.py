@@ -50,6 +50,26 @@ def test_phase_arguments_are_checked():
         PhaseSpec(name="p", projections="outputs")
 
 
+def test_phases_of_other_settings():
+    """The paper's start of DACT, none, and the phase of PALBERT's halting head."""
+    last, dact = Dact(start="last").phases
+    assert (last.name, last.epochs, last.lr) == ("backbone", 2.0, 2e-5)
+    assert last.trains == {"backbone", "dense", "last_exit"} and dact == Dact().phases[1]
+    assert Dact(start=None).phases == (PhaseSpec(name="dact", epochs=3.0, lr=2e-5),)
+    ponder, halting = Palbert(halting_phase=True).phases
+    assert Palbert().phases == (ponder,) and not ponder.other_rows
+    assert (halting.name, halting.trains, halting.other_rows) == ("halting", {"halting"}, True)
+
+
+def test_a_model_records_the_prior_of_its_depth():
+    model = ee.to_early_exit(stock("bert", num_hidden_layers=3), method="palbert")
+    assert (
+        model.objective.prior == pytest.approx(1 - 0.9**5.5) and model.config.method["prior"] == model.objective.prior
+    )
+    other = ee.to_early_exit(stock("bert", num_hidden_layers=3), method=Palbert(prior=0.1))
+    assert other.config.method["prior"] == 0.1
+
+
 @pytest.mark.parametrize("shares", [True, False])
 def test_palbert_shares_exits_of_shared_layers(shares):
     """As in the public code for ALBERT; the halting head is always shared."""
@@ -69,6 +89,7 @@ SAVED = [
             "close_tail": True,
             "halting_input": "concat",
             "halting_layers": 1,
+            "halting_phase": False,
         },
     ),
     (Berxit(), {"name": "berxit", "strategy": "alternating", "odd_includes_last": True, "learned_weight": 1.0}),
@@ -79,6 +100,32 @@ SAVED = [
 @pytest.mark.parametrize(("objective", "data"), SAVED)
 def test_saved_data(objective, data):
     assert objective.to_dict() == data and from_dict(data) == objective
+
+
+#: Methods saved before a field existed, and what they did then.
+EARLIER = [
+    ({"name": "dact", "ponder": 0.03, "include_last": True, "shared": False, "halting_bias": -2.2}, Dact(start=None)),
+    ({"name": "palbert", "beta": 0.5, "prior": 0.1}, Palbert(prior=0.1)),
+    ({"name": "ensemble", "diversity": 0.1}, Ensemble(weights="equal")),
+    ({"name": "smartbert", "gate_weight": 0.04, "soft_epochs": 1.8}, Smartbert(gate_bias=0.0, soft_epochs=1.8)),
+]
+
+
+@pytest.mark.parametrize(("data", "wanted"), EARLIER, ids=[data["name"] for data, _ in EARLIER])
+def test_data_of_earlier_versions(data, wanted):
+    """Also within a model's config and in a recipe; a method by name, or built, has the new defaults."""
+    wanted = dataclasses.replace(wanted, **{k: v for k, v in data.items() if k != "name"})
+    assert from_dict(data) == objective_of(data) == wanted
+    assert objective_of(data["name"]) == type(wanted)()
+    model = ee.to_early_exit(stock("bert", num_hidden_layers=3), method=data["name"])
+    model.config.method = data
+    assert ee.EarlyExitForSequenceClassification(model.config).objective == wanted
+
+
+def test_values_of_missing_fields_are_valid():
+    for cls in set(OBJECTIVES.values()):
+        cls(**cls.when_missing)
+        assert set(cls.when_missing) <= {field.name for field in dataclasses.fields(cls)}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

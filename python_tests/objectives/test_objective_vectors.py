@@ -61,6 +61,22 @@ def test_palbert_prior():
     assert log_prior(0.1, 1).exp().tolist() == [1.0]
 
 
+@pytest.mark.parametrize("depth", [2, 3, 6, 12, 24])
+def test_palbert_prior_of_a_depth(depth):
+    """The last layer has the prior mass that the paper's has: .9^11."""
+    prior = Palbert().at_depth(depth).prior
+    assert log_prior(prior, depth).exp()[-1].item() == pytest.approx(0.9**11, abs=1e-12)
+    assert Palbert().at_depth(6).prior == pytest.approx(0.2069, abs=1e-4)
+    assert Palbert().at_depth(12).prior == 0.1 and 0 < Palbert().at_depth(1).prior < 1
+    assert Palbert(prior=0.3).at_depth(depth) == Palbert(prior=0.3)
+
+
+def test_palbert_without_a_prior_reads_the_depth():
+    trace = ExitTrace(torch.tensor([[[100.0, -100.0]] * 4]).double(), {"halting": logit(*LAMBDA)})
+    given = Palbert(prior=1 - 0.9 ** (11 / 3)).loss(trace, ZERO, AT)
+    assert Palbert().loss(trace, ZERO, AT).item() == pytest.approx(given.item(), abs=1e-12)
+
+
 def test_palbert_posterior():
     for closed, last in ((True, 0.36), (False, 0.108)):
         assert log_posterior(logit(*LAMBDA), close_tail=closed).exp()[0].tolist() == near(0.1, 0.18, 0.36, last)
@@ -106,13 +122,22 @@ def test_dact():
         assert p[0].tolist() == near(*(0.3, 0.15, 0.075, 0.0375)[:n])
     trace = ExitTrace(log(*DACT), {"halting": s})
     for include, rho in ((True, 0.5625), (False, 0.525)):
-        loss = Dact(ponder=0.2, include_last=include).loss(trace, ZERO, AT)
-        assert loss.item() == pytest.approx(-math.log(0.5905875) + 0.2 * rho, abs=1e-6)
+        for start, phase in ((None, 0), ("joint", 1), ("last", 1)):
+            step = TrainingStep(problem_type=SINGLE, phase=phase)
+            loss = Dact(start=start, ponder=0.2, include_last=include).loss(trace, ZERO, step)
+            assert loss.item() == pytest.approx(-math.log(0.5905875) + 0.2 * rho, abs=1e-6)
+
+
+def test_dact_starts_without_halting():
+    """Losses 1, .5 and .25: weights 1/6, 2/6 and 3/6, or the last one."""
+    trace = ExitTrace(log(*((math.exp(-x), 1 - math.exp(-x)) for x in (1.0, 0.5, 0.25))))
+    for start, wanted in (("joint", 2.75 / 6), ("last", 0.25)):
+        assert Dact(start=start).loss(trace, ZERO, AT).item() == pytest.approx(wanted)
 
 
 def test_dact_limits_the_loss_of_a_wrong_answer():
     trace = ExitTrace(torch.tensor([[[-90.0, 90.0]] * 2]), {"halting": torch.zeros(1, 2)})
-    assert Dact(ponder=0).loss(trace, ZERO, AT).item() == pytest.approx(-math.log(1e-8))
+    assert Dact(start=None, ponder=0).loss(trace, ZERO, AT).item() == pytest.approx(-math.log(1e-8))
 
 
 ENSEMBLE = ExitTrace(log((0.6, 0.4), (0.9, 0.1), (0.5, 0.5)))
@@ -129,10 +154,25 @@ ENSEMBLE = ExitTrace(log((0.6, 0.4), (0.9, 0.1), (0.5, 0.5)))
         ({"diversity": 1}, 1.309333 - 0.984250 - 0.693147),
         ({"diversity": 1, "cap": 0.8}, 1.309333 - 0.8 - 0.693147),
         ({"diversity": 1, "cap": 0.5}, 1.309333 - 1.0),
+        ({"weights": "depth", "diversity": 0}, 0.5108256 + 2 * 0.1053605 + 3 * 0.6931472),
+        ({"weights": "depth"}, 2.8009882 - 0.1 * (2 * 0.984250 + 3 * 0.693147)),
+        ({"weights": "depth", "diversity": 1, "skip_last": True}, 2.8009882 - 2 * 0.984250),
+        ({"weights": "depth", "diversity": 1, "min_over": "batch", "cap": 0.5}, 2.8009882 - 0.5 * 5),
     ],
 )
 def test_ensemble(arguments, wanted):
     assert Ensemble(**arguments).loss(ENSEMBLE, ZERO, AT).item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_ensemble_by_depth_equals_the_formula():
+    case = Case(Ensemble(weights="depth", diversity=0.3))
+    p, labels = case.trace().logits.softmax(-1).tolist(), case.labels().tolist()
+    total = 0.0
+    for row, y in zip(p, labels, strict=True):
+        for i, q in enumerate(row):
+            nearest = min((-sum(b * math.log(a) for a, b in zip(q, row[j], strict=True)) for j in range(i)), default=0)
+            total += (i + 1) * (-math.log(q[y]) - 0.3 * nearest)
+    assert case.loss(case.trace(), case.labels()).item() == pytest.approx(total / ROWS, abs=1e-12)
 
 
 def test_ensemble_minima_over_rows_and_over_the_batch_differ():
@@ -182,6 +222,14 @@ def test_berxit(arguments, step, phase, exits):
     at = TrainingStep(problem_type=SINGLE, step=step, phase=phase)
     loss = Berxit(learned_weight=2, **arguments).loss(trace, ZERO, at)
     assert loss.item() == pytest.approx(-sum(math.log(p[i]) for i in exits) + 2 * 0.15)
+
+
+def test_berxit_by_depth():
+    """Weights 1/6, 2/6 and 3/6, and the uncertainty as in `test_berxit`."""
+    trace = ExitTrace(log((0.6, 0.4), (0.8, 0.2), (0.4, 0.6)), {"uncertainty": logit(0.2, 0.4, 0.5)})
+    loss = Berxit(strategy="weight_linear", learned_weight=2).loss(trace, ZERO, AT)
+    wanted = -(math.log(0.6) + 2 * math.log(0.8) + 3 * math.log(0.4)) / 6 + 2 * 0.15
+    assert loss.item() == pytest.approx(wanted, abs=1e-12)
 
 
 def test_berxit_two_stages_start_without_the_uncertainty():

@@ -9,7 +9,7 @@ from typing import Any
 
 from earlyexit_kernels import criteria, objectives
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.objectives import OBJECTIVES, Objective
+from earlyexit_kernels.objectives import OBJECTIVES, PARTS, Objective
 
 MULTI, REGRESSION = "multi_label_classification", "regression"
 #: Parts that learn in the first phase of methods that train the encoder with the last exit first.
@@ -36,6 +36,11 @@ class MethodCase:
     tasks: tuple[str, ...] = ()
     trains: tuple[str, ...] = ("",)
 
+    @property
+    def freezes(self) -> bool:
+        """Whether the second phase trains the early exits only."""
+        return len(self.phases) > 1 and self.phases[1][1] == {"early_exits"}
+
 
 METHODS: dict[str, MethodCase] = {
     "joint": MethodCase(
@@ -51,7 +56,13 @@ METHODS: dict[str, MethodCase] = {
         rule=criteria.QExit(q=0.15),
         phases=[("ponder", None, 25, 1e-5, None, True)],
         otherwise=objectives.Palbert(
-            beta=0.1, prior=0.3, kl="posterior_prior", close_tail=False, halting_input="diff", halting_layers=1
+            beta=0.1,
+            prior=0.3,
+            kl="posterior_prior",
+            close_tail=False,
+            halting_input="diff",
+            halting_layers=1,
+            halting_phase=True,
         ),
         refused=[
             ({"beta": -1}, ("beta", "-1", "at least 0")),
@@ -64,15 +75,19 @@ METHODS: dict[str, MethodCase] = {
             ({"halting_layers": 0}, ("halting_layers", "0", "whole number at least 1")),
             ({"halting_layers": 2.0}, ("halting_layers", "2.0", "whole number")),
             ({"halting_layers": True}, ("halting_layers", "True", "whole number")),
+            ({"halting_phase": 1}, ("halting_phase", "1", "True or False")),
         ],
         tasks=(MULTI, REGRESSION),
     ),
     "ensemble": MethodCase(
         rule=criteria.Voting(threshold=2),
         phases=[("ensemble", None, 3, 2e-5, None, True)],
-        otherwise=objectives.Ensemble(diversity=0.3, min_over="batch", detach_target=True, skip_last=True, cap=2.0),
+        otherwise=objectives.Ensemble(
+            diversity=0.3, weights="depth", min_over="batch", detach_target=True, skip_last=True, cap=2.0
+        ),
         refused=[
             ({"diversity": 1.1}, ("diversity", "1.1", "[0, 1]")),
+            ({"weights": "linear"}, ("weights", "'linear'", "depth")),
             ({"min_over": "row"}, ("min_over", "'row'", "sample")),
             ({"detach_target": "yes"}, ("detach_target", "'yes'", "True or False")),
             ({"skip_last": 0}, ("skip_last", "0", "True or False")),
@@ -88,6 +103,7 @@ METHODS: dict[str, MethodCase] = {
         ],
         otherwise=objectives.Smartbert(
             gate_weight=0.1,
+            gate_bias=0.0,
             gate_penalty="linear",
             skip_threshold=0.7,
             soft_epochs=1,
@@ -100,6 +116,7 @@ METHODS: dict[str, MethodCase] = {
         ),
         refused=[
             ({"gate_weight": -1}, ("gate_weight", "-1", "at least 0")),
+            ({"gate_bias": "closed"}, ("gate_bias", "'closed'", "finite number")),
             ({"gate_penalty": "square"}, ("gate_penalty", "'square'", "reciprocal")),
             ({"skip_threshold": 1.5}, ("skip_threshold", "1.5", "[0, 1]")),
             ({"soft_epochs": -1}, ("soft_epochs", "-1", "at least 0")),
@@ -117,15 +134,20 @@ METHODS: dict[str, MethodCase] = {
     ),
     "dact": MethodCase(
         rule=criteria.Dact(),
-        phases=[("dact", None, 3, 2e-5, None, True)],
-        otherwise=objectives.Dact(ponder=0.2, include_last=False, shared=True, halting_bias=-1.0),
+        phases=[
+            ("exits", set(PARTS) - {"halting"}, 2, 2e-5, None, True),
+            ("dact", None, 2, 1e-5, None, True),
+        ],
+        otherwise=objectives.Dact(start="last", ponder=0.2, include_last=False, shared=True, halting_bias=-1.0),
         refused=[
+            ({"start": "first"}, ("start", "'first'", "joint")),
             ({"ponder": -0.1}, ("ponder", "-0.1", "at least 0")),
             ({"ponder": 10**400}, ("ponder", "finite number")),
             ({"include_last": None}, ("include_last", "None", "True or False")),
             ({"shared": None}, ("shared", "None", "True or False")),
             ({"halting_bias": "high"}, ("halting_bias", "'high'", "finite number")),
         ],
+        trains=(r"(?!heads\.halting\.)", ""),
     ),
     "deebert": MethodCase(
         rule=criteria.Entropy(threshold=0.1),
@@ -163,6 +185,8 @@ METHODS: dict[str, MethodCase] = {
 }
 #: Methods of several phases.
 PHASED = tuple(name for name, case in METHODS.items() if len(case.trains) > 1)
+#: Methods whose second phase trains the early exits only.
+FREEZING = tuple(name for name, case in METHODS.items() if case.freezes)
 
 
 def method_case(name: str) -> MethodCase:
