@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
     check_card(args.output)
     check_folder("--output", args.output)
+    if (args.output / "config.json").is_file():
+        print(f"{args.output} has a model already, which this one replaces when it is trained.")
     base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
     sets = rows_of_phases(model.objective.phases, train_set)
     for phase, plan, own_set in zip(phases(model), plans, sets, strict=True):

@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from support.commands import error_of, exit_code
+from support.commands import error_of
 
 from earlyexit_cli import build_parser, main
 from earlyexit_kernels import to_early_exit
-from earlyexit_kernels.cli import calibrate, env, evaluate, predict, train
-from earlyexit_kernels.cli.outputs import check_file, written
+from earlyexit_kernels.cli import calibrate, evaluate, predict, train
+from earlyexit_kernels.cli.outputs import check_file
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
@@ -374,34 +373,3 @@ def test_full_disk_names_the_folder(capsys, base, small_task, tmp_path, monkeypa
     arguments = ["--model", str(base), "--task", "toy", "--holdout", "24", "--output", str(tmp_path / "out")]
     message = error_of(capsys, ["train", *arguments])
     assert message.startswith(f"error: nothing could be saved, neither in {tmp_path / 'out'} ([Errno 28] No space left")
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), SafetensorError("I/O error"), OSError("I/O error")])
-def test_failed_write_names_its_path(error):
-    with pytest.raises(OSError, match=r"^model could not be written: I/O error$"), written(Path("model")):
-        raise error
-
-
-# classes of errors
-
-
-@pytest.mark.parametrize("error", [TypeError("wrong"), RuntimeError("wrong"), KeyError("wrong"), AssertionError()])
-def test_bug_shows_its_traceback(monkeypatch, error):
-    monkeypatch.setattr(env, "run", _raising(error))
-    with pytest.raises(type(error)):
-        main(["env"])
-
-
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 2), (OSError(), 2)])
-def test_other_errors_have_exit_code_and_one_line(capsys, monkeypatch, error, code):
-    monkeypatch.setattr(env, "run", _raising(error))
-    assert exit_code(["env"]) == code
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == ([] if code == 130 else [f"error: {type(error).__name__}"])
-
-
-def _raising(error: BaseException):
-    def run(args):
-        raise error
-
-    return run
