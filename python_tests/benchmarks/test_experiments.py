@@ -13,7 +13,8 @@ from benchmarks.accuracy import experiments, robustness, runs, tables
 from benchmarks.accuracy.experiments import EXPERIMENTS
 from benchmarks.accuracy.runs import Budget, Run
 from earlyexit_cli import build_parser
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.cli.train import objective_from
+from earlyexit_kernels.objectives import OBJECTIVES, from_dict
 from earlyexit_kernels.tasks import load, toy
 
 
@@ -25,6 +26,14 @@ def test_plans_have_the_names_of_the_committed_results():
     names = {run.name for name in EXPERIMENTS for run in planned(name)}
     assert names == {path.stem for path in runs.RESULTS.glob("*-seed*.json")}
     assert {OBJECTIVES[run.method] for run in planned("methods")} == set(OBJECTIVES.values())
+
+
+def test_plans_train_with_the_settings_of_the_committed_results():
+    for run in (run for name in EXPERIMENTS for run in planned(name)):
+        recorded = json.loads((runs.RESULTS / f"{run.name}.json").read_text())["recipe"]["method"]
+        parsed = build_parser().parse_args([*runs.train_arguments(run, 32), "--output", "x"])
+        settings = objective_from(parsed.method, parsed.set).to_dict()
+        assert settings == pytest.approx(from_dict(recorded).to_dict()), run.name
 
 
 @pytest.fixture

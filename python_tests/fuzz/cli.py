@@ -45,8 +45,7 @@ WHOLE: Values = {
 TRAIN: dict[str, Values] = {
     "--lr": {"1e-3": True, "1e30": None, **POSITIVE},
     "--head-lr": {"same": True, "1e-2": True, **POSITIVE},
-    "--halting-lr": {"1e-3": True, **POSITIVE},
-    "--gate-lr": {"1e-3": True, **POSITIVE},
+    **{option: {"1e-3": True, **POSITIVE} for option in ("--halting-lr", "--gate-lr")},
     "--epochs": {"1": True, "0.5": None, **POSITIVE},
     "--batch-size": {"4": True, "1000": True, **WHOLE},
     "--max-length": {"16": True, "1": None, "2": None, "100000": None, **WHOLE},
