@@ -229,5 +229,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     checking = parser.parse_args().check
-    if not rewrite(check=checking) and checking:
+    current = rewrite(check=checking)
+    if checking and not current:
         sys.exit("the tables are out of date; run `python -m benchmarks.readme`")
+    print("the tables were up to date" if current else "rewrote the tables")
