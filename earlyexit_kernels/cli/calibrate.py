@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{name} cannot reach the target; the nearest is {nearest}")
     if args.output is not None:
         _write(args, found, missed)
+    if not found and args.apply is None:
+        raise ValueError(f"no criterion of this model reaches {target}; the nearest settings are listed above")
     if args.apply is None:
         print("\nTo save one of them with the model, repeat with --apply CRITERION, or --apply auto for the best")
         return 0

@@ -12,6 +12,7 @@ from earlyexit_kernels.objectives import from_dict
 from earlyexit_kernels.tasks.load import TASK_NAMES, Task, holdout, load_task
 from earlyexit_kernels.tasks.own import OwnData, load_own
 from earlyexit_kernels.tasks.sources import Split
+from earlyexit_kernels.tuning.calibrate import split_indices
 
 RECIPE_FILE = "earlyexit_task.json"
 #: Evaluation split of own files without a dev file.
@@ -169,8 +170,9 @@ class Recipe:
         rows, kind = self.unseen_rows(task)
         if len(rows) < 2:
             raise ValueError(f"expected rows to choose on and rows to report on, got one of {kind}")
-        second, first = holdout(rows, len(rows) // 2, seed=self.seed)
-        return (first, kind), (second, f"other {kind}")
+        # the rows that `earlyexit calibrate` chooses on, so that a report of what it chose is of other rows
+        chosen_on, others = (rows.take(part.tolist()) for part in split_indices(len(rows)))
+        return (chosen_on, kind), (others, f"other {kind}")
 
 
 #: Check of each field of a saved recipe; the method is checked by building it.

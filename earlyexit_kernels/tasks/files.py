@@ -57,7 +57,10 @@ def read_table(path: Path) -> Table:
             no rows.
         ImportError: `datasets` is required and not installed.
     """
-    table = format_of(path).read(path)
+    read = format_of(path).read
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a file, it does not exist")
+    table = read(path)
     if not len(table):
         raise ValueError(f"{path}{', line 2' * bool(table.columns)}: expected at least one row, got none")
     return table

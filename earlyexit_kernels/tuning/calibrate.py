@@ -30,6 +30,8 @@ from earlyexit_kernels.tuning.temperature import fit_temperatures, scale_exits, 
 from earlyexit_kernels.tuning.traces import collect_trace
 from earlyexit_kernels.types import ExitTrace, default_problem_type
 
+#: Share of the rows that are check rows.
+CHECK = 0.5
 DEFAULT_METRIC = {"regression": "pearson"}
 
 
@@ -40,7 +42,7 @@ def calibrate(
     target: Target,
     criterion: str | Sequence[Criterion] = "entropy",
     metric: str | None = None,
-    check: float = 0.5,
+    check: float = CHECK,
     points: int = 48,
     per_layer: bool = False,
     temperature: bool = False,
@@ -194,13 +196,23 @@ def _rows(
 
 def _split(rows: Rows, check: float, seed: int) -> tuple[Rows, Rows]:
     """Split rows at random into tuning and check rows."""
+    tuning, checked = split_indices(len(rows), check, seed)
+    return rows.take(tuning), rows.take(checked)
+
+
+def split_indices(rows: int, check: float = CHECK, seed: int = 0) -> tuple[NDArray, NDArray]:
+    """Return the indices of the tuning and of the check rows, each ascending.
+
+    Raises:
+        ValueError: `check` is out of range, or one of the parts would be empty.
+    """
     if not 0 < check < 1:
         raise ValueError(f"calibrate: expected check in (0, 1), the share of the rows to check on, got {check!r}")
-    count = round(len(rows) * check)
-    if not 1 <= count < len(rows):
-        raise ValueError(f"calibrate: expected rows to choose on and rows to check on, got {len(rows)} rows in total")
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return rows.take(np.sort(order[count:])), rows.take(np.sort(order[:count]))
+    count = round(rows * check)
+    if not 1 <= count < rows:
+        raise ValueError(f"calibrate: expected rows to choose on and rows to check on, got {rows} rows in total")
+    order = np.random.default_rng(seed).permutation(rows)
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
 def _temperatures(tuning: Rows, model: Any) -> tuple[float, ...]:

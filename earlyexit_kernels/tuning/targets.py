@@ -38,7 +38,7 @@ class MaxDrop(Target):
     partly so by chance, and would otherwise lose more than `drop` on other rows, on average. `Risk` gives a bound.
 
     Attributes:
-        drop: maximum loss of the metric against full depth, at least 0; 0.005 is half a point of accuracy.
+        drop: maximum loss of the metric against full depth, in [0, 0.5]; 0.005 is half a point of accuracy.
 
     >>> import earlyexit_kernels as ee
     >>> ee.MaxDrop(0.005)
@@ -48,7 +48,7 @@ class MaxDrop(Target):
     drop: float
 
     name: ClassVar[str] = "max_drop"
-    checks: ClassVar[Mapping[str, Check]] = {"drop": number(low=0.0)}
+    checks: ClassVar[Mapping[str, Check]] = {"drop": number(low=0.0, high=0.5)}
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def calibrated(plain, tmp_path_factory, splits):
         patch.setattr(load, "toy_splits", lambda **_: splits)
         warnings.simplefilter("ignore", UserWarning)  # a model this small learns little
         found = trace_splits(folder, Recipe.load(folder), task=None, batch_size=32)
-        batching = {"collate_fn": found.batching["collate_fn"], "target": MaxDrop(1.0)}
+        batching = {"collate_fn": found.batching["collate_fn"], "target": MaxDrop(0.5)}
         first = calibrate(found.model, found.data["tuning"], temperature=True, **batching)
         rule = Margin(threshold=middle_margins(found))
         second = calibrate(found.model, found.data["tuning"], criterion=[rule], **batching)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,9 +20,9 @@ from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.files import read_table, write_table
 from earlyexit_kernels.tasks.load import encode
+from earlyexit_kernels.tuning.calibrate import split_indices
 from earlyexit_kernels.tuning.traces import collect_trace
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("bad", "good")
 
 
@@ -65,24 +64,6 @@ def model(trained, tmp_path):
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def test_commands_of_the_document_run(tmp_path, monkeypatch, capsys):
-    """The four commands of docs/data.md, on the rows that its first block of Python writes."""
-    pytest.importorskip("matplotlib", reason="the report requires the extra 'plot'")
-    section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## Your own files")[2]
-    program, _, commands = section.partition("```python\n")[2].partition("```\n")
-    commands = [shlex.split(line)[1:] for line in commands.splitlines() if line.startswith("    earlyexit ")][:4]
-    assert [command[0] for command in commands] == ["train", "calibrate", "report", "predict"]
-    monkeypatch.chdir(tmp_path)
-    exec(program, {})
-    for command in commands:
-        assert main(command) == 0
-    predictions = rows_of(tmp_path / "predictions.csv")
-    assert len(predictions) == 100 and {row["label"] for row in predictions} == set(NAMES)
-    scores = [score["accuracy"] for score in Recipe.load(tmp_path / "out").scores]
-    assert max(scores) > 0.8, "the example learns too little to show anything"
-    assert len({row["exit_layer"] for row in predictions}) > 1
 
 
 # train
@@ -128,7 +109,7 @@ def test_numbers_are_predicted_by_regression(base, tmp_path, capsys):
     out = ["--input", str(tmp_path / "in.tsv"), "--output", str(tmp_path / "out.tsv")]
     assert main(["predict", "--model", str(tmp_path / "out"), *out]) == 0
     assert set(read_table(tmp_path / "out.tsv").columns["label"]) == {"stars"}
-    message = error_of(capsys, ["calibrate", "--model", str(tmp_path / "out"), "--max-drop", "1", "--metric", "f1"])
+    message = error_of(capsys, ["calibrate", "--model", str(tmp_path / "out"), "--max-drop", "0.5", "--metric", "f1"])
     assert "--metric: expected different names among pearson, spearman, got f1" in message
 
 
@@ -311,12 +292,27 @@ def test_other_rows_replace_those_of_training(model, files, capsys):
         (files / "away.csv").rename(moved)
 
 
+def test_report_is_of_other_rows_than_calibrate_chose_on(model):
+    recipe = Recipe.load(model)
+    task = recipe.load_data()
+    (chosen_on, _), (others, _) = recipe.both_rows(task)
+    rows, _ = recipe.unseen_rows(task)
+    tuning, checked = split_indices(len(rows))
+    assert list(chosen_on.sentences) == [rows.sentences[i] for i in tuning]
+    assert list(others.sentences) == [rows.sentences[i] for i in checked]
+
+
+def test_target_that_no_criterion_reaches_is_an_error(model, capsys):
+    message = error_of(capsys, ["calibrate", "--model", str(model), "--speed-up", "1000"])
+    assert "no criterion of this model reaches SpeedUp(speed_up=1000.0)" in message
+
+
 def test_dev_is_refused_for_a_model_of_a_task(base, tmp_path, capsys, small_task):
     arguments = ["--task", "toy", "--holdout", "24", "--output", str(tmp_path), "--epochs", "1"]
     assert main(["train", "--model", str(base), *arguments]) == 0
-    message = error_of(capsys, ["calibrate", "--model", str(tmp_path), "--max-drop", "1", "--dev", "x.csv"])
+    message = error_of(capsys, ["calibrate", "--model", str(tmp_path), "--max-drop", "0.5", "--dev", "x.csv"])
     assert "--dev: expected a model trained with --train" in message
-    assert main(["calibrate", "--model", str(tmp_path), "--max-drop", "1"]) == 0
+    assert main(["calibrate", "--model", str(tmp_path), "--max-drop", "0.5"]) == 0
     assert "24 held-out train rows" in capsys.readouterr().out
 
 

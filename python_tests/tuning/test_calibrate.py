@@ -324,6 +324,7 @@ def test_refused(expected, given):
     "build",
     [
         lambda: ee.MaxDrop(-0.1),
+        lambda: ee.MaxDrop(1),  # a point of accuracy is 0.01
         lambda: ee.SpeedUp(0.5),
         lambda: ee.Latency(ms=float("nan")),
         lambda: ee.Latency(ms=1, batch_size=0),
