@@ -1,1 +1,1 @@
-"""Data sets for training and evaluation: named tasks, folders, the hub, and a generated toy task."""
+"""Data sets for training and evaluation: named tasks, a user's own files, the hub, and a generated toy task."""

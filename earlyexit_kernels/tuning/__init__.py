@@ -1,1 +1,1 @@
-"""Choosing a criterion: traces swept over grids of settings, metrics, multiply-adds, timing and reports."""
+"""Choosing a criterion: traces, grids of settings, sweeps, calibration, metrics, multiply-adds, timing and reports."""

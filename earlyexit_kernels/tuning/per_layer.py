@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.tuning.scored import Rows, Setting
@@ -44,19 +45,22 @@ def refine(
     return found
 
 
-def _each(criterion: Criterion, depth: int) -> tuple[float, ...]:
+def _each(criterion: Criterion, depth: int) -> tuple[Any, ...]:
     """Return the threshold of each layer before the last one.
 
     Raises:
         ValueError: the rule has no thresholds for each layer.
     """
     threshold = getattr(criterion, "threshold", None)
-    if not hasattr(type(criterion), "checks") or threshold is None or criterion.name == "voting":
+    each = threshold if isinstance(threshold, tuple) else (threshold,) * (depth - 1)
+    try:
+        dataclasses.replace(criterion, threshold=each)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"calibrate: per_layer=True requires a rule with a threshold for each layer, such as 'entropy', got "
             f"{criterion.name!r}"
-        )
-    return threshold if isinstance(threshold, tuple) else (threshold,) * (depth - 1)
+        ) from error
+    return each
 
 
 def _differs_in_threshold(criterion: Criterion, other: Criterion) -> bool:
