@@ -21,7 +21,7 @@ DOCS_VENV := $(VENV)-docs
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs fuzz sanitize-cpu lint bench bench-compare gpu-check gpu-sanitize build clean setup
+.PHONY: help demo test docs fuzz sanitize-cpu lint bench bench-compare evidence gpu-check gpu-sanitize build clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -59,6 +59,9 @@ bench: setup $(VENV)/.peers ## measure this machine: JSON, plots and the tables 
 bench-compare: setup ## time this version and another in alternation: make bench-compare BASE=<git ref>
 	@echo "comparing with $(BASE)"
 	@$(PY) -m benchmarks.compare $(BASE) $(ARGS)
+
+evidence: setup ## test the papers' claims on real text; hours, continues where it stopped: make evidence ARGS="--only dact"
+	@$(PY) -m benchmarks.evidence $(ARGS)
 
 gpu-check: ## build, test and measure on the local GPU, nine minutes at most; run again to continue (PYTHON=...)
 	@$(PYTHON) -m benchmarks.gpu.check $(ARGS)

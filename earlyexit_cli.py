@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 TASKS = ("toy", "sst2", "cola", "mrpc", "rte", "stsb", "wnli", "qnli", "trec")
 METHODS = ("berxit", "dact", "deebert", "ensemble", "fastbert", "joint", "pabee", "palbert", "smartbert")
 POOLINGS = ("first", "mean")
+FORMS = ("linear", "attention")
 HOLDOUT = 1000
 
 
@@ -107,6 +108,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="set an option of the method, e.g. ponder=0.05; repeatable",
     )
     add("--pooling", choices=POOLINGS, help="input of the exits (default: each has the head of the base model)")
+    add("--form", choices=FORMS, help="form of the exits (default: that of the method's paper)")
     add(
         "--train-rows",
         type=_checked("rows"),

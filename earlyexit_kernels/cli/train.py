@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if torch.set_flush_denormal(True):
         print("Denormal numbers are flushed to zero: they can make CPU training ten times slower.")
     set_seed(args.seed)
-    model = to_early_exit(base, method=objective, pooling=args.pooling)
+    model = to_early_exit(base, method=objective, pooling=args.pooling, form=args.form)
     collate = DataCollatorWithPadding(tokenizer)
     print(
         f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {task.name} ({task.source}) with "

@@ -23,6 +23,7 @@ def to_early_exit(
     method: str | Objective = "joint",
     criterion: Criterion | None = None,
     pooling: str | None = None,
+    form: str | None = None,
     halting: bool = False,
     strict: bool = False,
 ) -> EarlyExitForSequenceClassification:
@@ -46,11 +47,13 @@ def to_early_exit(
             shared or its own, as the method requires. ``"first"`` or ``"mean"``: a new linear on the pooled hidden
             state; the last one starts as a copy of the stock output layer if the shapes agree. For a model with exits
             None keeps the pooling of that model.
+        form: ``"linear"`` or ``"attention"`` (self-attention of width 128 before the pooling), as in `HeadConfig`.
+            None: that of the method's paper, which is attention for FastBERT and SmartBERT.
         halting: add an untrained halting head (for experiments).
         strict: raise on invalid logits (NaN, several +inf, or all -inf).
 
     Raises:
-        ValueError: an unsupported family, an unknown method or pooling, a criterion that does not fit,
+        ValueError: an unsupported family, an unknown method, pooling or form, a criterion that does not fit,
             ``chunk_size_feed_forward > 0``, or a decoder.
         TypeError: not a sequence classifier.
 
@@ -72,8 +75,11 @@ def to_early_exit(
     adapter, base, names = (hf_model.adapter, hf_model.backbone, {}) if with_exits else _parts(hf_model)
     config: Any = hf_model.config
     objective = objective_of(method)
-    form = _form_with_exits(hf_model, pooling) if with_exits else _form_of_stock(adapter.head, names, pooling)
-    head_config = HeadConfig(**form, **{"halting": halting, **objective.head_changes(adapter.shares_layers)})
+    given = _given_with_exits(hf_model, pooling) if with_exits else _given_by_stock(adapter.head, names, pooling)
+    changes = {"halting": halting, **objective.head_changes(adapter.shares_layers)}
+    if form is not None:
+        changes["form"] = form
+    head_config = HeadConfig(**given, **changes)
     memo = {id(t): t for t in [*base.parameters(), *base.buffers()]}
     backbone = copy.deepcopy(base, memo)
     for module in backbone.modules():
@@ -142,7 +148,7 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
     return adapter, base, names
 
 
-def _form_of_stock(stock: StockHead, names: dict[str, Any], pooling: str | None) -> dict[str, Any]:
+def _given_by_stock(stock: StockHead, names: dict[str, Any], pooling: str | None) -> dict[str, Any]:
     """Return the fields of `HeadConfig` that follow from a stock head."""
     return {
         "pooling": pooling,
@@ -152,7 +158,7 @@ def _form_of_stock(stock: StockHead, names: dict[str, Any], pooling: str | None)
     }
 
 
-def _form_with_exits(model: EarlyExitForSequenceClassification, pooling: str | None) -> dict[str, Any]:
+def _given_with_exits(model: EarlyExitForSequenceClassification, pooling: str | None) -> dict[str, Any]:
     """Return these fields for a model that has exits.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.engine.full_depth import TraceOptions
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
-from earlyexit_kernels.objectives import PARTS, Objective, PhaseSpec, TrainingStep, check_task
+from earlyexit_kernels.objectives import PARTS, Objective, PhaseSpec, TrainingStep, check_task, objective_of
 from earlyexit_kernels.types import ExitTrace
 
 logger = logging.getLogger("earlyexit_kernels")
@@ -51,7 +51,11 @@ class PhaseState:
             ValueError: it does not fit the heads or the task of the model.
         """
         check_task(objective, model.problem_type, model.config.num_labels)
-        _check_heads(objective, model.heads.config, model.adapter.shares_layers)
+        changes = objective.head_changes(model.adapter.shares_layers)
+        # the form of a model's own method was chosen at its conversion
+        if objective.name == objective_of(model.config.method).name:
+            changes.pop("form", None)
+        _check_heads(objective, model.heads.config, changes)
         self.objective = objective.at_depth(model.depth)
         self.enter(model, 0 if len(objective.phases) == 1 else None)
 
@@ -152,8 +156,7 @@ class PhaseState:
         return self.objective.loss(trace, labels, step) + unused
 
 
-def _check_heads(objective: Objective, shape: HeadConfig, shares_layers: bool) -> None:
-    changes = objective.head_changes(shares_layers)
+def _check_heads(objective: Objective, shape: HeadConfig, changes: dict[str, Any]) -> None:
     others = {k: v for k, v in changes.items() if getattr(shape, k) != v and shape.matters(k)}
     if others:
         raise ValueError(

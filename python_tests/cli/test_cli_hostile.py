@@ -44,6 +44,7 @@ INVALID = {
         "--output": [""],
         "--method": ["", "magic"],
         "--pooling": ["max", "family"],
+        "--form": ["bilinear", ""],
         "--train-rows": [*NUMBERS, "0", "1.5", "9" * 5000],
         "--holdout": [*NUMBERS, "1e3"],
         "--epochs": [*NUMBERS, "0", "1e9", "1e400"],

@@ -61,3 +61,20 @@ def test_loss_of_an_empty_batch_is_zero(name):
         loss = model(**empty, labels=torch.zeros(0, dtype=torch.long)).loss
         loss.backward()
         assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize(("method", "form"), [("fastbert", "linear"), ("joint", "attention")])
+def test_form_of_the_exits_is_chosen_at_conversion(method, form, tmp_path):
+    model = ee.to_early_exit(stock("bert", **TINY), method=method, pooling="mean", form=form)
+    assert model.heads.config.form == form and bool(len(model.heads.attention)) == (form == "attention")
+    names = [phase.name for phase in ee.phases(model)]
+    model.save_pretrained(tmp_path)
+    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.heads.config.form == form and [phase.name for phase in ee.phases(loaded)] == names
+
+
+def test_form_that_a_method_cannot_train_is_refused():
+    with pytest.raises(ValueError, match="expected form='attention'"):
+        ee.to_early_exit(stock("bert", **TINY), method="smartbert", form="linear")
+    with pytest.raises(ValueError, match="form"):
+        ee.to_early_exit(stock("bert", **TINY), form="convolution")

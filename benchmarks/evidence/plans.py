@@ -1,0 +1,184 @@
+"""List the trainings of each experiment, with the budget that all of them share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from earlyexit_kernels.cli.train import objective_from
+
+SEEDS = (0, 1, 2)
+#: Rows to train on; of RTE all that are not held out.
+ROWS = {"trec": 4000, "sst2": 4000, "cola": 4000, "mrpc": 2000, "stsb": 2000, "rte": 1990}
+#: Train rows that settings are chosen on.
+HOLDOUT = 500
+#: Epochs in which the encoder is trained, and epochs of a phase that trains exits alone.
+EPOCHS, EXIT_EPOCHS = 2.0, 2.0
+#: Peak learning rates of the encoder and of the exits; gates have the encoder's.
+LR, HEAD_LR = 5e-5, 1e-3
+SIX, TWELVE, SHARED = "six", "twelve", "shared"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model to train and to measure.
+
+    Attributes:
+        task, method, seed: of `earlyexit train`; the seed also draws the rows.
+        settings: options of the method that are not its defaults.
+        own_form: whether the exits have the form of the method's paper; if not, they are linear.
+        encoder: `SIX`, `TWELVE` or `SHARED` layers, as `encoders` makes them.
+        epochs: of each phase (default: `EPOCHS`, or `EXIT_EPOCHS` where the encoder is frozen).
+        lr: of the encoder.
+        start: the training that this one goes on from.
+        noise: whether to measure it on text with typing errors too.
+    """
+
+    task: str
+    method: str
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    own_form: bool = False
+    encoder: str = SIX
+    epochs: tuple[float, ...] | None = None
+    lr: float = LR
+    start: Training | None = None
+    noise: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the result, without the seed's rows or the budget."""
+        words = [f"{key}={value}" for key, value in self.settings.items()]
+        words += ["own"] if self.own_form else []
+        words += [self.encoder] if self.encoder != SIX else []
+        words += [f"after-{self.start.method}"] if self.start else []
+        return "-".join([self.task, self.method, *words, f"seed{self.seed}"])
+
+    def arguments(self, model: str, output: str) -> list[str]:
+        """Return the arguments of the command `earlyexit` that trains it.
+
+        Args:
+            model: folder of the encoder, or of the trained model that it starts from.
+            output: folder for the trained model.
+        """
+        given = [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
+        phases = objective_from(self.method, given).phases
+        epochs = self.epochs or [EPOCHS if "backbone" in phase.trains else EXIT_EPOCHS for phase in phases]
+        return [
+            *("train", "--model", model, "--task", self.task, "--method", self.method, "--output", output),
+            *("--pooling", "mean", *(() if self.own_form else ("--form", "linear"))),
+            *("--train-rows", str(ROWS[self.task]), "--holdout", str(HOLDOUT), "--seed", str(self.seed)),
+            *("--lr", str(self.lr), "--head-lr", str(HEAD_LR), "--epochs", *map(str, epochs)),
+            *(word for text in given for word in ("--set", text)),
+        ]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Trainings that are compared with each other.
+
+    Attributes:
+        claim: what the paper says.
+        trainings: in the order in which they are run.
+    """
+
+    claim: str
+    trainings: tuple[Training, ...]
+
+
+#: Settings that the budget requires: DACT's two phases share the epochs of one, SmartBERT's gates are soft for 3 of 5.
+BUDGETED: dict[str, dict[str, Any]] = {
+    "dact": {"epochs": (EPOCHS / 2, EPOCHS / 2), "settings": {"ponder": 0.1}},
+    "smartbert": {"settings": {"soft_epochs": 0.6 * EPOCHS, "gate_weight": 0.01}},
+}
+#: Method -> whether its paper's exits are of another form than the linear one of the comparison.
+METHODS = {
+    "joint": False,
+    "palbert": False,
+    "ensemble": False,
+    "smartbert": True,
+    "dact": False,
+    "deebert": False,
+    "berxit": False,
+    "fastbert": True,
+}
+REGRESSION = ("joint", "palbert", "deebert", "berxit")
+#: SmartBERT's own experiment trains the encoder for one epoch more: skips begin when the task is learnt.
+SMARTBERT_EPOCHS = (3.0, 2.0)
+
+
+def _of_method(task: str, method: str, seed: int, own_form: bool = False) -> Training:
+    given = dict(BUDGETED.get(method, {}))
+    if method == "smartbert" and not own_form:  # only attention exits have the token features that are contrasted
+        given["settings"] = given["settings"] | {"contrast_backbone": 0.0, "contrast_exits": 0.0}
+    return Training(task, method, seed, own_form=own_form, **given)
+
+
+def _methods(*tasks: str) -> Iterator[Training]:
+    for task in tasks:
+        for seed in SEEDS:
+            for method, other_form in METHODS.items():
+                if task != "stsb" or method in REGRESSION:
+                    yield _of_method(task, method, seed)
+                    if other_form:
+                        yield _of_method(task, method, seed, own_form=True)
+
+
+def _dact() -> Iterator[Training]:
+    for seed in SEEDS:
+        joint = Training("trec", "joint", seed)
+        yield joint
+        for ponder in (0.03, 0.1, 0.3, 1.0):
+            yield Training("trec", "dact", seed, {"start": None, "ponder": ponder}, lr=1e-5, start=joint)
+
+
+def _smartbert(task: str) -> Iterator[Training]:
+    for seed in SEEDS:
+        yield Training(task, "deebert", seed, own_form=True, epochs=SMARTBERT_EPOCHS)
+        for weight in (0.003, 0.01, 0.03):
+            settings = {"soft_epochs": 0.6 * SMARTBERT_EPOCHS[0], "gate_weight": weight}
+            yield Training(task, "smartbert", seed, settings, own_form=True, epochs=SMARTBERT_EPOCHS)
+
+
+def _palbert() -> Iterator[Training]:
+    for seed in SEEDS:
+        for beta in (0.5, 0.05):
+            for prior in (0.1, 0.3):
+                yield Training("sst2", "palbert", seed, {"beta": beta, "prior": prior})
+        yield Training("sst2", "palbert", seed, {"beta": 0.05, "prior": 0.3, "halting_phase": True})
+
+
+def _ensemble() -> Iterator[Training]:
+    for task in ("trec", "sst2"):
+        for seed in SEEDS:
+            for diversity in (0.0, 0.05, 0.1, 0.3):
+                yield Training(task, "ensemble", seed, {} if diversity == 0.1 else {"diversity": diversity})
+
+
+def _pabee() -> Iterator[Training]:
+    for task in ("sst2", "trec"):
+        for seed in SEEDS:
+            for encoder in (TWELVE, SHARED):
+                yield Training(task, "joint", seed, encoder=encoder, noise=task == "sst2" and encoder == TWELVE)
+
+
+#: In the order in which `make evidence` runs them.
+EXPERIMENTS: dict[str, Experiment] = {
+    "dact": Experiment("DACT-BERT is best at small budgets", tuple(_dact())),
+    "smartbert_cola": Experiment(
+        "skipping layers and exits together need fewer multiply-adds than exits", tuple(_smartbert("cola"))
+    ),
+    "palbert": Experiment("Q-exit is far better than PonderNet's sampled exit", tuple(_palbert())),
+    "ensemble": Experiment("the diversity loss and voting each improve the trade-off", tuple(_ensemble())),
+    "pabee": Experiment("patience is 1.57x faster, more accurate than full depth, and robust", tuple(_pabee())),
+    "smartbert_mrpc": Experiment("as on CoLA", tuple(_smartbert("mrpc"))),
+    "methods": Experiment("each method is better than those before it", tuple(_methods(*ROWS))),
+}
+
+
+def all_trainings(names: tuple[str, ...] = ()) -> dict[str, Training]:
+    """Return the trainings of some experiments (default: all) by name, in the order in which they are run."""
+    chosen = names or tuple(EXPERIMENTS)
+    return {training.name: training for name in chosen for training in EXPERIMENTS[name].trainings}
