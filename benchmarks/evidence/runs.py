@@ -1,0 +1,94 @@
+"""Train and measure some of the models, and write their records."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+from benchmarks.evidence.measure import measure
+from benchmarks.evidence.plans import Training
+from earlyexit_cli import build_parser
+from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli.train import run as train
+from earlyexit_kernels.tuning.report import environment, write_text
+
+RESULTS = harness.RESULTS / "evidence"
+
+
+def result_file(training: Training, results: Path = RESULTS) -> Path:
+    """Return the file of a training's records."""
+    return results / f"{training.name}.json"
+
+
+def groups(trainings: Sequence[Training], results: Path) -> list[tuple[Training, ...]]:
+    """Return what is left, with trainings that start from the same model together, after it."""
+    found: dict[str, list[Training]] = {}
+    for training in trainings:
+        if not result_file(training, results).is_file():
+            first = training.start or training
+            found.setdefault(first.name, []).append(training)
+    return [tuple(group) for group in found.values()]
+
+
+def run_group(group: Sequence[Training], encoders: dict[str, str], work: Path, results: Path) -> list[str]:
+    """Train and measure some models in this process on one thread; return their names."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    done = []
+    for training in group:
+        start = training.start
+        if start is not None:
+            train_once(start, encoders[start.encoder], work)
+        model = encoders[training.encoder] if start is None else str(work / start.name)
+        started = time.monotonic()
+        train_once(training, model, work)
+        trained = time.monotonic()
+        with _logged(work / f"{training.name}.log"):
+            records = measure(work / training.name, noise=training.noise)
+        seconds = {"training": round(trained - started), "measuring": round(time.monotonic() - trained)}
+        write(training, records, seconds, work, results)
+        done.append(training.name)
+    for training in (*group, *(training.start for training in group if training.start)):
+        shutil.rmtree(work / training.name, ignore_errors=True)
+    return done
+
+
+def train_once(training: Training, model: str, work: Path) -> None:
+    """Train a model unless its folder exists."""
+    folder = work / training.name
+    if (folder / RECIPE_FILE).is_file():
+        return
+    with _logged(work / f"{training.name}.log"):
+        train(build_parser().parse_args(training.arguments(model, str(folder))))
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
+
+
+def write(
+    training: Training, records: Sequence[harness.Record], seconds: dict[str, int], work: Path, results: Path
+) -> None:
+    """Write the records of a training, one on a line."""
+    recipe = asdict(Recipe.load(work / training.name))
+    head = {
+        "name": training.name,
+        "command": " ".join(["earlyexit", *training.arguments("ENCODER", "OUTPUT")]),
+        "method": recipe["method"],
+        "seconds": seconds,
+        "environment": environment(),
+    }
+    lines = ",\n".join(json.dumps(record) for record in records)
+    fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
+    write_text(result_file(training, results), f'{{{fields},\n"records": [\n{lines}\n]}}\n')
