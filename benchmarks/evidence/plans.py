@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -105,63 +106,91 @@ METHODS = {
     "fastbert": True,
 }
 REGRESSION = ("joint", "palbert", "deebert", "berxit")
+#: Settings that the experiments of single methods compare.
+PONDERS = (0.03, 0.1, 0.3, 1.0)
+GATE_WEIGHTS = (0.003, 0.01, 0.03)
+BETAS, PRIORS = (0.5, 0.05), (0.1, 0.3)
+DIVERSITIES, DEFAULT_DIVERSITY = (0.0, 0.05, 0.1, 0.3), 0.1
 #: SmartBERT's own experiment trains the encoder for one epoch more: skips begin when the task is learnt.
 SMARTBERT_EPOCHS = (3.0, 2.0)
 
 
-def _of_method(task: str, method: str, seed: int, own_form: bool = False) -> Training:
+def of_method(task: str, method: str, seed: int, *, own_form: bool = False) -> Training:
+    """Return a method under the common budget."""
     given = dict(BUDGETED.get(method, {}))
     if method == "smartbert" and not own_form:  # only attention exits have the token features that are contrasted
         given["settings"] = given["settings"] | {"contrast_backbone": 0.0, "contrast_exits": 0.0}
     return Training(task, method, seed, own_form=own_form, **given)
 
 
+def dact_after_joint(seed: int, ponder: float) -> Training:
+    """Return DACT's own phase on TREC, which goes on from jointly trained exits."""
+    start = of_method("trec", "joint", seed)
+    return Training("trec", "dact", seed, {"start": None, "ponder": ponder}, lr=1e-5, start=start)
+
+
+def without_gates(task: str, seed: int) -> Training:
+    """Return SmartBERT's exits, trained in as many epochs, without gates."""
+    return Training(task, "deebert", seed, own_form=True, epochs=SMARTBERT_EPOCHS)
+
+
+def with_gates(task: str, seed: int, *, weight: float) -> Training:
+    """Return SmartBERT with a weight of the reward for skipping."""
+    settings = {"soft_epochs": 0.6 * SMARTBERT_EPOCHS[0], "gate_weight": weight}
+    return Training(task, "smartbert", seed, settings, own_form=True, epochs=SMARTBERT_EPOCHS)
+
+
+def palbert(seed: int, beta: float, prior: float, *, other_rows: bool = False) -> Training:
+    """Return PALBERT on SST-2; with `other_rows` its halting head learns again, on rows new to the encoder."""
+    settings = {"beta": beta, "prior": prior} | ({"halting_phase": True} if other_rows else {})
+    return Training("sst2", "palbert", seed, settings)
+
+
+def ensemble(task: str, seed: int, diversity: float) -> Training:
+    """Return the ensemble with a weight of the diversity loss."""
+    return Training(task, "ensemble", seed, {} if diversity == DEFAULT_DIVERSITY else {"diversity": diversity})
+
+
+def at_depth(task: str, seed: int, encoder: str) -> Training:
+    """Return jointly trained exits on an encoder, as PABEE's."""
+    return Training(task, "joint", seed, encoder=encoder, noise=task == "sst2" and encoder == TWELVE)
+
+
 def _methods(*tasks: str) -> Iterator[Training]:
-    for task in tasks:
-        for seed in SEEDS:
-            for method, other_form in METHODS.items():
-                if task != "stsb" or method in REGRESSION:
-                    yield _of_method(task, method, seed)
-                    if other_form:
-                        yield _of_method(task, method, seed, own_form=True)
+    for task, seed in itertools.product(tasks, SEEDS):
+        for method, other_form in METHODS.items():
+            if task != "stsb" or method in REGRESSION:
+                yield of_method(task, method, seed)
+                if other_form:
+                    yield of_method(task, method, seed, own_form=True)
 
 
 def _dact() -> Iterator[Training]:
     for seed in SEEDS:
-        joint = Training("trec", "joint", seed)
-        yield joint
-        for ponder in (0.03, 0.1, 0.3, 1.0):
-            yield Training("trec", "dact", seed, {"start": None, "ponder": ponder}, lr=1e-5, start=joint)
+        yield of_method("trec", "joint", seed)
+        yield from (dact_after_joint(seed, ponder) for ponder in PONDERS)
 
 
 def _smartbert(task: str) -> Iterator[Training]:
     for seed in SEEDS:
-        yield Training(task, "deebert", seed, own_form=True, epochs=SMARTBERT_EPOCHS)
-        for weight in (0.003, 0.01, 0.03):
-            settings = {"soft_epochs": 0.6 * SMARTBERT_EPOCHS[0], "gate_weight": weight}
-            yield Training(task, "smartbert", seed, settings, own_form=True, epochs=SMARTBERT_EPOCHS)
+        yield without_gates(task, seed)
+        yield from (with_gates(task, seed, weight=weight) for weight in GATE_WEIGHTS)
 
 
 def _palbert() -> Iterator[Training]:
     for seed in SEEDS:
-        for beta in (0.5, 0.05):
-            for prior in (0.1, 0.3):
-                yield Training("sst2", "palbert", seed, {"beta": beta, "prior": prior})
-        yield Training("sst2", "palbert", seed, {"beta": 0.05, "prior": 0.3, "halting_phase": True})
+        yield from (palbert(seed, beta, prior) for beta, prior in itertools.product(BETAS, PRIORS))
+        yield palbert(seed, BETAS[-1], PRIORS[-1], other_rows=True)
 
 
 def _ensemble() -> Iterator[Training]:
-    for task in ("trec", "sst2"):
-        for seed in SEEDS:
-            for diversity in (0.0, 0.05, 0.1, 0.3):
-                yield Training(task, "ensemble", seed, {} if diversity == 0.1 else {"diversity": diversity})
+    for task, seed, diversity in itertools.product(("trec", "sst2"), SEEDS, DIVERSITIES):
+        yield ensemble(task, seed, diversity)
 
 
 def _pabee() -> Iterator[Training]:
-    for task in ("sst2", "trec"):
-        for seed in SEEDS:
-            for encoder in (TWELVE, SHARED):
-                yield Training(task, "joint", seed, encoder=encoder, noise=task == "sst2" and encoder == TWELVE)
+    for task, seed, encoder in itertools.product(("sst2", "trec"), SEEDS, (TWELVE, SHARED)):
+        yield at_depth(task, seed, encoder)
 
 
 #: In the order in which `make evidence` runs them.
