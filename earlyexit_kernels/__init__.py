@@ -23,6 +23,7 @@ from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
 from earlyexit_kernels.hf.training import Phase, phases
+from earlyexit_kernels.serving.drift import ExitDrift
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.sweep import sweep
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
@@ -38,6 +39,7 @@ __all__ = [
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
+    "ExitDrift",
     "ExitPredictions",
     "ExitTrace",
     "InvalidLogitsError",
