@@ -28,11 +28,12 @@ from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.sweep import sweep
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
 from earlyexit_kernels.tuning.traces import collect_trace, load_trace, save_trace
-from earlyexit_kernels.types import ExitTrace
+from earlyexit_kernels.types import Answers, ExitTrace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answers",
     "AttentionReplacedError",
     "BackendUnavailableError",
     "Calibration",

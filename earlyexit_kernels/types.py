@@ -135,6 +135,28 @@ class ExitOutput:
         return ExitOutput(logits, exit_layer, layers_run, invalid)
 
 
+class Answers(NamedTuple):
+    """The answers of the rows of a batch that left together.
+
+    Attributes:
+        rows: ``[n]`` int64, their indices in the batch.
+        logits: ``[n, C]`` float32, the answer of the exit at which each row left.
+        exit_layer: ``[n]`` int64, 1-based layer of that exit.
+
+    Example:
+
+        >>> import torch
+        >>> import earlyexit_kernels as ee
+        >>> part = ee.Answers(torch.tensor([2]), torch.tensor([[0.0, 2.0]]), torch.tensor([1]))
+        >>> part.rows.tolist(), part.logits.argmax(dim=1).tolist(), part.exit_layer.tolist()
+        ([2], [1], [1])
+    """
+
+    rows: Tensor
+    logits: Tensor
+    exit_layer: Tensor
+
+
 class Gating(NamedTuple):
     """How skip gates mix the output of a layer with its input in training.
 

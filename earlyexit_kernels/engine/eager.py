@@ -11,7 +11,7 @@ which rows run a layer, so it reads all numbers at once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from earlyexit_kernels.engine.packing import (
 )
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import bare_op
-from earlyexit_kernels.types import ExitOutput
+from earlyexit_kernels.types import Answers, ExitOutput
 
 COMPACTIONS = ("auto", "always", "never")
 
@@ -133,8 +133,80 @@ class _Exits:
         return invalid
 
 
-@torch.no_grad()
-def run(
+@dataclass
+class Pass:
+    """One packed batch on its way through the layers; `start` makes it, and `run` or `parts` takes it to the end.
+
+    Attributes:
+        layers, heads: L layers and their exits.
+        options: how the batch is run.
+        skip_from: of the criterion.
+        live, exits: the rows, and what has become of them.
+        layers_run: ``[N]`` int64, or None where no layer can be skipped.
+    """
+
+    layers: Sequence[Callable[..., Any]]
+    heads: ExitHeads
+    options: RunOptions
+    skip_from: float | None
+    live: LiveBatch
+    exits: _Exits
+    layers_run: Tensor | None
+
+    def run(self) -> ExitOutput:
+        """Return the answers of all rows.
+
+        Raises:
+            InvalidLogitsError: invalid logits, with `options.strict`.
+        """
+        for _ in self._layers_done():
+            pass
+        return self._output()
+
+    def parts(self) -> Generator[Answers, None, ExitOutput]:
+        """Yield the answers of the rows that leave at a layer, before the next layer runs; return those of all rows.
+
+        Finding these rows reads from the device once a layer, for which CUDA has to finish its work.
+
+        Raises:
+            InvalidLogitsError: invalid logits, with `options.strict`.
+        """
+        request = self.exits.request
+        for layer in self._layers_done():
+            rows = (request.exit_layer == layer).nonzero()[:, 0]
+            if rows.shape[0]:
+                yield Answers(rows, request.answers[rows], request.exit_layer[rows])
+        return self._output()
+
+    def _layers_done(self) -> Iterator[int]:
+        """Run the layers as long as rows are live; yield the number of each after its exit."""
+        live, exits, skips, depth = self.live, self.exits, self.skip_from, len(self.layers)
+        for layer, run_layer in enumerate(self.layers, start=1):
+            runs = None if skips is None else _rows_that_run(self.heads, layer, live, skips)
+            if self.layers_run is not None:
+                ids = live.batch.row_ids
+                self.layers_run[ids[ids >= 0 if runs is None else runs].long()] += 1
+            if runs is None:
+                live.hidden = hidden_of(run_layer(live.hidden, None, plan=live.plan))
+                exits.step(layer, live)
+            else:
+                _run_in_part(layer, run_layer, live, runs, exits, self.options.backend)
+            yield layer
+            if live.live == 0 or layer == depth:
+                break
+            if live.live < live.batch.row_ids.shape[0] and _compacts(live, self.options):
+                live.batch, live.hidden, _ = compact_batch(
+                    live.batch, live.hidden, live.live, live.live_tokens, self.options.backend
+                )
+                live.plan = plan_attention(live.batch)
+
+    def _output(self) -> ExitOutput:
+        invalid, request = self.exits.finish(), self.exits.request
+        layers_run = request.exit_layer.clone() if self.layers_run is None else self.layers_run
+        return ExitOutput(request.answers, request.exit_layer, layers_run, invalid)
+
+
+def start(
     hidden: Tensor,
     batch: PackedBatch,
     layers: Sequence[Callable[..., Any]],
@@ -143,8 +215,8 @@ def run(
     classes: int,
     options: RunOptions,
     keys: Tensor | None = None,
-) -> ExitOutput:
-    """Run a packed batch until every row has its answer.
+) -> Pass:
+    """Return the pass of a packed batch before layer 1.
 
     Args:
         hidden: ``[1, T, H]`` after the embeddings.
@@ -155,43 +227,18 @@ def run(
         classes: C.
         options: how the batch is run.
         keys: ``[N]`` int64, for rules with `uses_keys`.
-
-    Raises:
-        InvalidLogitsError: invalid logits, with `options.strict`.
     """
-    depth, skips, rule, device = len(layers), criterion.skip_from, criterion.exit_rule, hidden.device
-    rows = batch.row_ids.shape[0]
+    skips, rule, device, rows = criterion.skip_from, criterion.exit_rule, hidden.device, batch.row_ids.shape[0]
     live = LiveBatch(batch, hidden, plan_attention(batch), rows, hidden.shape[1])
     exits = _Exits(
-        RequestExits.new(rule, rows=rows, classes=classes, depth=depth, device=device, keys=keys),
+        RequestExits.new(rule, rows=rows, classes=classes, depth=len(layers), device=device, keys=keys),
         exit_source(heads, rule.needs, live.states),
         bare_op("exit_step", resolve_backend(rule.name, options.backend, device.type), device.type),
-        counts_for(depth, device, exact=skips is not None),
+        counts_for(len(layers), device, exact=skips is not None),
         options.strict,
     )
-    exit_layer = exits.request.exit_layer
-    layers_run = None if skips is None else torch.zeros_like(exit_layer)
-    for layer, run_layer in enumerate(layers, start=1):
-        runs = None if skips is None else _rows_that_run(heads, layer, live, skips)
-        if layers_run is not None:
-            ids = live.batch.row_ids
-            layers_run[ids[ids >= 0 if runs is None else runs].long()] += 1
-        if runs is None:
-            live.hidden = hidden_of(run_layer(live.hidden, None, plan=live.plan))
-            exits.step(layer, live)
-        else:
-            _run_in_part(layer, run_layer, live, runs, exits, options.backend)
-        if live.live == 0 or layer == depth:
-            break
-        if live.live < live.batch.row_ids.shape[0] and _compacts(live, options):
-            live.batch, live.hidden, _ = compact_batch(
-                live.batch, live.hidden, live.live, live.live_tokens, options.backend
-            )
-            live.plan = plan_attention(live.batch)
-    invalid = exits.finish()
-    return ExitOutput(
-        exits.request.answers, exit_layer, exit_layer.clone() if layers_run is None else layers_run, invalid
-    )
+    layers_run = None if skips is None else torch.zeros_like(exits.request.exit_layer)
+    return Pass(layers, heads, options, skips, live, exits, layers_run)
 
 
 def _rows_that_run(heads: ExitHeads, layer: int, rows: LiveBatch, skip_from: float) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from earlyexit_kernels.engine.invalid import InvalidRows
 from earlyexit_kernels.engine.replay import replay
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.types import ExitOutput, ExitTrace
+from earlyexit_kernels.types import Answers, ExitOutput, ExitTrace
 
 logger = logging.getLogger("earlyexit_kernels")
 
@@ -143,11 +143,33 @@ class Execution:
             check_known(view.criterion.exit_rule)
         result = self.run_graph(view, inputs) if inputs.input_ids.is_cuda else None
         if result is None:
-            result = self._run_eagerly(view, inputs, strict) if inputs.rows else _no_answers(view)
+            result = self._start(view, inputs, strict).run() if inputs.rows else _no_answers(view)
         self.invalid.add(result.invalid_rows, strict)
         return result
 
-    def _run_eagerly(self, view: ModelView, inputs: Inputs, strict: bool) -> ExitOutput:
+    @torch.no_grad()
+    def stream(self, view: ModelView, inputs: Inputs, *, strict: bool) -> Iterator[Answers]:
+        """Yield the answers of a batch as rows leave: those of one layer together, or all from a CUDA graph.
+
+        Args:
+            view, inputs, strict: as for `run`.
+
+        Raises:
+            InvalidLogitsError, ValueError: as for `run`.
+        """
+        if view.criterion.exit_rule.name not in RULES:
+            check_known(view.criterion.exit_rule)
+        result = self.run_graph(view, inputs) if inputs.input_ids.is_cuda else None
+        if result is not None:
+            rows = result.exit_layer.argsort(stable=True)
+            yield Answers(rows, result.logits[rows], result.exit_layer[rows])
+        elif inputs.rows:
+            result = yield from self._start(view, inputs, strict).parts()
+        if result is not None:
+            self.invalid.add(result.invalid_rows, strict)
+
+    def _start(self, view: ModelView, inputs: Inputs, strict: bool) -> eager.Pass:
+        """Embed a batch of at least one row for the eager loop."""
         hidden, batch, keys = embed_rows(view, inputs, with_keys=view.criterion.exit_rule.uses_keys)
         options = eager.RunOptions(
             backend=_requested(self._backend, view),
@@ -156,7 +178,7 @@ class Execution:
             layer_macs=self._layer_macs,
         )
         layers = self.encoder_layers(view)
-        return eager.run(hidden, batch, layers, view.heads, view.criterion, view.classes, options, keys)
+        return eager.start(hidden, batch, layers, view.heads, view.criterion, view.classes, options, keys)
 
     @torch.no_grad()
     def run_full_depth(self, view: ModelView, inputs: Inputs, *, strict: bool, problem_type: str) -> ExitOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from earlyexit_kernels.criteria.base import refused_criterion_message
 from earlyexit_kernels.engine.choice import Explanation
 from earlyexit_kernels.engine.fixed_depth import FixedDepth
 from earlyexit_kernels.engine.full_depth import TraceOptions
-from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_message, refuse_other_arguments
+from earlyexit_kernels.engine.inputs import Inputs, refuse_other_arguments
 from earlyexit_kernels.engine.packing import PACKED_ATTENTION
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
+from earlyexit_kernels.hf.batches import check_batch, check_model_inputs, refuse_states, shape_of_ids
 from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.checkpoint import Checkpointed
 from earlyexit_kernels.hf.config import EarlyExitConfig
@@ -27,7 +29,7 @@ from earlyexit_kernels.hf.limits import linear_weights_per_layer
 from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.phase_state import PhaseState
 from earlyexit_kernels.objectives import Objective, PhaseSpec, mean_task_loss, objective_of
-from earlyexit_kernels.types import ExitTrace, default_problem_type
+from earlyexit_kernels.types import Answers, ExitTrace, default_problem_type
 
 
 class EarlyExitForSequenceClassification(Checkpointed):
@@ -213,11 +215,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         Raises:
             ValueError: `input_ids` has another shape.
         """
-        if not isinstance(input_ids, Tensor):
-            raise ValueError(not_a_tensor_message("input_ids", input_ids))
-        if input_ids.dim() != 2:
-            raise ValueError(f"explain: expected input_ids of shape [N, S], got {list(input_ids.shape)}")
-        return self.execution.explain(self.view(), *input_ids.shape, training=self.training)
+        return self.execution.explain(self.view(), *shape_of_ids("explain", input_ids), training=self.training)
 
     def refresh(self) -> None:
         """Drop packed copies of weights and CUDA graphs; the next batch makes them again.
@@ -301,14 +299,9 @@ class EarlyExitForSequenceClassification(Checkpointed):
             AttentionReplacedError: the attention of the backbone has been changed.
         """
         config: Any = self.config
-        hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if hidden_states or (config.output_attentions if output_attentions is None else output_attentions):
-            raise ValueError(
-                "output_hidden_states and output_attentions are not supported: rows leave at different layers, so "
-                "there is no full set to return; call model.backbone instead"
-            )
+        refuse_states(config, output_hidden_states, output_attentions)
         refuse_other_arguments(others)
-        inputs = self._checked(Inputs(input_ids, attention_mask, token_type_ids, position_ids))  # type: ignore[arg-type]
+        inputs = check_model_inputs(self, Inputs(input_ids, attention_mask, token_type_ids, position_ids))  # type: ignore[arg-type]
         if labels is not None:
             labels = check_labels(labels, self.problem_type, inputs.rows, config.num_labels)
         # one view for the pass: another thread may set a criterion before it ends
@@ -333,6 +326,33 @@ class EarlyExitForSequenceClassification(Checkpointed):
         )
         return output if return_dict is not False else output.to_tuple()
 
+    def stream(self, **batch: Tensor) -> Iterator[Answers]:
+        """Classify a batch in eval mode and yield answers as soon as they are final, in exit order, each row once.
+
+        They are those of `forward`, bit for bit. A batch that a CUDA graph runs comes as one part. The call checks the
+        inputs, the iterator runs the layers. A pass under way keeps its criterion and may be left at any part; weights
+        must not change before its last part. `invalid_rows` counts its rows at its end.
+
+        Args:
+            batch: inputs as for `forward`, without labels.
+
+        Raises:
+            RuntimeError: the model is in train mode, where no row leaves before the last layer.
+            ValueError, InvalidLogitsError: as for `forward`; the latter from the iterator.
+
+        Example:
+
+            >>> import torch
+            >>> import earlyexit_kernels as ee
+            >>> from earlyexit_kernels.tasks.toy import toy_model
+            >>> model = ee.to_early_exit(toy_model(layers=3, hidden=8)).eval()
+            >>> for rows, logits, exit_layer in model.stream(input_ids=torch.tensor([[2, 7, 3], [2, 9, 3]])):
+            ...     print(rows.tolist(), tuple(logits.shape), exit_layer.tolist())  # without a criterion: in one part
+            [0, 1] (2, 2) [3, 3]
+        """
+        view, inputs = self.view(), check_batch(self, "stream", batch)
+        return self.execution.stream(view, inputs, strict=bool(self.config.strict))
+
     @torch.no_grad()
     def trace(self, **batch: Tensor) -> ExitTrace:
         """Return the outputs of every exit on a batch, from one full-depth pass, for `replay`.
@@ -344,13 +364,8 @@ class EarlyExitForSequenceClassification(Checkpointed):
             RuntimeError: the model is in train mode, in which dropout would change the outputs.
             ValueError: an unknown input, or the criterion skips layers.
         """
-        if self.training:
-            raise RuntimeError("trace: expected the model in eval mode, got train mode; call model.eval() first")
-        given = {k: v for k, v in batch.items() if k != "labels" and v is not None}
-        unknown = sorted(set(given) - set(Inputs._fields))
-        if unknown:
-            raise ValueError(f"trace: expected inputs among {Inputs._fields}, got {unknown}")
-        inputs, strict = self._checked(Inputs(**{"input_ids": None, **given})), bool(self.config.strict)  # type: ignore
+        inputs = check_batch(self, "trace", {k: v for k, v in batch.items() if k != "labels"})
+        strict = bool(self.config.strict)
         return self.execution.trace(self.view(), inputs, TraceOptions(), strict=strict, problem_type=self.problem_type)
 
     def fixed_depth(self) -> FixedDepth:
@@ -369,18 +384,6 @@ class EarlyExitForSequenceClassification(Checkpointed):
                 "model.config.strict = False"
             )
         return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
-
-    def _checked(self, given: Inputs) -> Inputs:
-        """Check the inputs of a pass, and that the backbone still fits the exits."""
-        layers = len(self.adapter.layers(self.backbone))
-        if layers != self.depth:
-            raise ValueError(
-                f"the backbone has {layers} layers, the model has {self.depth} exits; change the layers of the stock "
-                "model and its config.num_hidden_layers before to_early_exit"
-            )
-        backbone: Any = self.backbone
-        self.heads.check_beside(backbone.get_input_embeddings().weight)
-        return check_inputs(given, self.adapter, backbone)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings of the backbone, as in transformers; those of the stock model keep their size."""
