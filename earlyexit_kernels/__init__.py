@@ -24,6 +24,7 @@ from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
 from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.serving.drift import ExitDrift
+from earlyexit_kernels.serving.text_pipeline import ExitPipeline
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.sweep import sweep
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
@@ -41,6 +42,7 @@ __all__ = [
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
     "ExitDrift",
+    "ExitPipeline",
     "ExitPredictions",
     "ExitTrace",
     "InvalidLogitsError",
