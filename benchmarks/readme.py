@@ -21,6 +21,7 @@ from benchmarks import summary
 from benchmarks.accuracy import calibration_tables
 from benchmarks.accuracy import tables as accuracy
 from benchmarks.end_to_end import tables as end_to_end
+from benchmarks.evidence import tables as evidence
 from benchmarks.gpu import tables as gpu
 from benchmarks.micro import tables as micro
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
@@ -193,6 +194,7 @@ TABLES = {
     **summary.TABLES,
     **accuracy.TABLES,
     **calibration_tables.TABLES,
+    **evidence.TABLES,
     **end_to_end.TABLES,
     **gpu.TABLES,
 }
