@@ -254,7 +254,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=_checked("table"), help="new file: the columns of --input, and label, score and exit_layer")
     add("--text-column", type=_checked("column"), help="column of the text (default: that of training, or text)")
     add("--pair-column", type=_checked("column"), help="column of the second text (default: that of training)")
-    add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add("--max-tokens", type=_checked("tokens"), default=4096, help="tokens per batch (default: %(default)s)")
 
 
 def add_no_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
 from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.serving.drift import ExitDrift
+from earlyexit_kernels.serving.scorer import Scorer
 from earlyexit_kernels.serving.text_pipeline import ExitPipeline
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.sweep import sweep
@@ -51,6 +52,7 @@ __all__ = [
     "MissingHeadsError",
     "Phase",
     "Risk",
+    "Scorer",
     "SpeedUp",
     "available_backends",
     "backbones",

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer
 
 from earlyexit_kernels.cli.evaluate import load_any
 from earlyexit_kernels.cli.inputs import loaded_from
 from earlyexit_kernels.cli.outputs import check_folder, written
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
-from earlyexit_kernels.hf.predict import ExitPredictions, predict_with_exits
-from earlyexit_kernels.tasks.files import read_table, write_table
-from earlyexit_kernels.tasks.load import encode
+from earlyexit_kernels.serving.answers import ERROR
+from earlyexit_kernels.serving.scorer import Scorer
+from earlyexit_kernels.tasks.files import Table, read_table, write_table
 from earlyexit_kernels.tasks.own import Columns, texts_of
-from earlyexit_kernels.tasks.sources import HIDDEN, Split, Text
-from earlyexit_kernels.tuning.metrics import probabilities
+from earlyexit_kernels.tasks.sources import Text
 
 #: Columns added to those of the input.
 ADDED = ("label", "score", "exit_layer")
@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     text, pair = args.text_column or columns.text, args.pair_column or columns.pair
     if args.input is None:
         _check_texts(args, pair)
-        answers = _answers(args, recipe, args.text)
-        for one, label, score, layer in zip(args.text, *answers, strict=True):
-            print(f"{label} ({score:.4f}), exit layer {layer}: {one}")
+        answers, errors = _answers(args, recipe, args.text)
+        for one, error, label, score, layer in zip(args.text, errors, *answers.values(), strict=True):
+            print(f"no answer, {error}: {one}" if error else f"{label} ({score:.4f}), exit layer {layer}: {one}")
         return 0
     _check_output(args)
     table = read_table(args.input)
@@ -43,11 +43,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--input: {args.input} has a column {doubled[0]!r}, which the predictions would replace; rename it"
         )
-    answers = _answers(args, recipe, texts_of(table, text, pair))
+    answers, errors = _answers(args, recipe, texts_of(table, text, pair))
     with written(args.output):
-        write_table(args.output, {**table.columns, **dict(zip(ADDED, answers, strict=True))})
-    print(f"{args.output}: {len(table)} rows, mean exit layer {np.mean(answers[2]):.2f}")
+        write_table(args.output, {**table.columns, **answers})
+    print(f"{args.output}: {_summary(table, answers, errors)}")
     return 0
+
+
+def _summary(table: Table, answers: dict[str, list[Any]], errors: list[str]) -> str:
+    """Return the number of rows, their mean exit layer, and how many have no answer."""
+    layers = [layer for layer in answers["exit_layer"] if layer is not None]
+    mean = f", mean exit layer {np.mean(layers):.2f}" if layers else ""
+    failed = [row for row, error in enumerate(errors) if error]
+    without = f", {len(failed)} without an answer ({table.where(failed[0])}: {errors[failed[0]]})" if failed else ""
+    return f"{len(table)} rows{mean}{without}"
 
 
 def _check_texts(args: argparse.Namespace, pair: str | None) -> None:
@@ -68,29 +77,26 @@ def _check_output(args: argparse.Namespace) -> None:
 
 def _answers(
     args: argparse.Namespace, recipe: Recipe | None, texts: list[Text]
-) -> tuple[list[str], list[float], list[int]]:
-    """Return the label, the score and the exit layer of each text.
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return the columns to add, with None where there is no answer, and why there is none, or empty strings.
 
     Raises:
         ValueError: several labels a row, or as for `load_any`.
     """
     model = load_any(args.model)
     if model.config.problem_type == "multi_label_classification":
-        raise ValueError(f"--model: expected one label a row, {args.model} has several; use predict_with_exits")
+        raise ValueError(f"--model: expected one label a row, {args.model} has several; use Scorer in Python")
     longest = model.adapter.longest(model.config.backbone_config)
+    max_length = longest if recipe is None else min(recipe.max_length or longest, longest)
     with loaded_from(args.model):
         tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    max_length = longest if recipe is None else min(recipe.max_length or longest, longest)
-    rows = encode(Split(texts, [HIDDEN] * len(texts)), tokenizer, max_length=max_length)
-    collate = DataCollatorWithPadding(tokenizer)
-    found = predict_with_exits(model, rows, batch_size=args.batch_size, collate_fn=collate)
-    classes, scores = _best(found)
-    return [model.config.id2label[int(one)] for one in classes], scores.tolist(), found.exit_layer.tolist()
-
-
-def _best(found: ExitPredictions) -> tuple[np.ndarray, np.ndarray]:
-    """Return the most probable class and its probability, or for one output class 0 and the number, as `pipeline`."""
-    if found.logits.shape[1] == 1:
-        return np.zeros(len(found.logits), dtype=np.int64), found.logits[:, 0].astype(np.float64).round(6)
-    scores = probabilities(found.logits)
-    return found.logits.argmax(axis=1), scores.max(axis=1).round(6)
+        options: dict[str, Any] = {"max_tokens": args.max_tokens, "max_length": max_length}
+        scorer = Scorer(model, tokenizer, truncate=True, bad_rows="report", **options)
+    table = scorer(texts)
+    columns = {"label": [model.config.id2label[0]] * len(texts), **table}  # of regression: the name of the number
+    columns["score"] = [round(score, 6) for score in table["score"]]
+    answers = {
+        name: [None if error else value for value, error in zip(columns[name], table[ERROR], strict=True)]
+        for name in ADDED
+    }
+    return answers, table[ERROR]

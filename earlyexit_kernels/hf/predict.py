@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ def predict_with_exits(
     was_training = model.training
     model.eval()
     try:
-        return _predict(model, loader, gather)
+        return predict_batches(model, loader, gather)
     finally:
         model.train(was_training)
 
@@ -105,12 +105,22 @@ def _as_they_are(tensors: Any) -> Any:
     return tensors
 
 
-def _predict(model: EarlyExitForSequenceClassification, loader: Any, gather: Callable[[Any], Any]) -> ExitPredictions:
-    """Run over the batches; `gather` collects the rows of all processes."""
+def predict_batches(
+    model: EarlyExitForSequenceClassification,
+    batches: Iterable[Mapping[str, Tensor]],
+    gather: Callable[[Any], Any] = _as_they_are,
+) -> ExitPredictions:
+    """Run a model in eval mode over batches, in their order.
+
+    Args:
+        model: in eval mode.
+        batches: inputs by name, on any device, and labels if there are any.
+        gather: collects the rows of all processes.
+    """
     parts: list[tuple[np.ndarray, ...]] = []
     labels: list[np.ndarray] = []
     with torch.inference_mode():
-        for batch in loader:
+        for batch in batches:
             inputs = {k: batch[k].to(model.device) for k in INPUTS if k in batch}
             out: Any = model(**inputs)
             answers = gather((out.logits.float(), out.exit_layer, out.layers_run))

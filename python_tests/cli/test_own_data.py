@@ -394,3 +394,20 @@ def test_predictions_are_written_whole_or_not_at_all(model, tmp_path, capsys, mo
     message = error_of(capsys, ["predict", "--model", str(model), *out])
     assert f"{tmp_path / 'new.csv'} could not be written: No space left on device" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out"]
+
+
+def test_rows_without_an_answer_are_counted_and_left_empty(model, tmp_path, capsys):
+    write_table(tmp_path / "in.csv", {"review": ["the plot was dull .", "", "the cast was witty ."]})
+    for name in ("out.csv", "out.jsonl"):
+        out = ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / name), "--max-tokens", "4"]
+        assert main(["predict", "--model", str(model), *out]) == 0
+        message = (
+            f"3 rows, mean exit layer 2.00, 1 without an answer ({tmp_path / 'in.csv'}, line 3: expected some text"
+        )
+        assert message in capsys.readouterr().out
+        columns = read_table(tmp_path / name).columns
+        empty = "" if name == "out.csv" else None
+        assert [columns[column][1] for column in ("label", "score", "exit_layer")] == [empty] * 3
+        assert {columns["label"][0], columns["label"][2]} <= set(NAMES)
+    assert main(["predict", "--model", str(model), "--text", ""]) == 0
+    assert capsys.readouterr().out == "no answer, expected some text, got an empty one: \n"

@@ -88,7 +88,7 @@ PREDICT: dict[str, Values] = {
     "--output": {"new.csv": True, "new.tsv": True, "new.jsonl": True, "rows.csv": False, "new": False, "": False},
     "--text-column": {"text": True, "words": False, "": False},
     "--pair-column": {"words": False, "text": True, "": False},
-    "--batch-size": {"4": True, **WHOLE},
+    "--max-tokens": {"4": True, **WHOLE},
 }
 DEMO: dict[str, Values] = {
     "--threads": {"0": False, "-1": False, "x": False, "1.5": False, "nan": False},
