@@ -63,7 +63,7 @@ def columns_of(
     best = logits.numpy().argmax(axis=1)  # the first of equal ones
     names, rows = model.config.id2label, values.tolist()
     columns: dict[str, list[Any]] = {
-        LABEL: [None if error else names[int(one)] for one, error in zip(best, errors, strict=True)],
+        LABEL: ["" if error else names[int(one)] for one, error in zip(best, errors, strict=True)],
         SCORE: [math.nan if error else row[one] for row, one, error in zip(rows, best, errors, strict=True)],
         EXIT_LAYER: exit_layer.tolist(),
         ERROR: errors,

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from earlyexit_kernels.arguments import number, whole
 from earlyexit_kernels.hf.calibration import Calibration
+from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 
 logger = logging.getLogger("earlyexit_kernels")
 
@@ -106,7 +107,7 @@ class ExitDrift:
         Raises:
             ValueError: not layers of the model.
         """
-        layers = np.asarray(exit_layer)
+        layers = exit_layer.cpu().numpy() if isinstance(exit_layer, torch.Tensor) else np.asarray(exit_layer)
         depth = self.calibration.depth
         if not layers.size:
             return
@@ -147,6 +148,23 @@ class ExitDrift:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles start without rows."""
         return _rebuilt, (self.calibration, self.window, self.alpha)
+
+
+def drift_of(model: EarlyExitForSequenceClassification, window: int) -> ExitDrift | None:
+    """Return a comparison with the calibration of a model, or None if it has none.
+
+    Raises:
+        ValueError: the calibration is of another number of layers.
+    """
+    calibration = model.calibration
+    if calibration is None:
+        return None
+    if calibration.depth != model.depth:
+        raise ValueError(
+            f"expected a calibration of {model.depth} layers, as the model has, got one of {calibration.depth}; "
+            "calibrate the model on rows of its own"
+        )
+    return ExitDrift(calibration, window=window)
 
 
 def _rebuilt(calibration: Calibration, window: int, alpha: float) -> ExitDrift:

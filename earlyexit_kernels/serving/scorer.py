@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from earlyexit_kernels.arguments import choice, flag, optional, whole
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.hf.predict import PadRight, predict_batches
 from earlyexit_kernels.serving.answers import FUNCTIONS, column_names, columns_of
-from earlyexit_kernels.serving.drift import ExitDrift
+from earlyexit_kernels.serving.drift import drift_of
 from earlyexit_kernels.serving.rows import encode, rows_of, token_batches
 from earlyexit_kernels.serving.source import Source, check_tokenizer, checked_model, length_limit
 
@@ -56,7 +57,7 @@ class Scorer:
     for pairs ``text_pair`` among them, it returns these columns and those of the answers, as
     `datasets.map(batched=True)` and `map_batches` of Ray expect. The columns of the answers:
 
-    - ``label``: name of the class with the largest score, or None for a row without an answer; left out for a
+    - ``label``: name of the class with the largest score; an empty string for a row without an answer; left out for a
       regression model with one output.
     - ``score``: its score, by the function that transformers' pipeline applies: softmax, sigmoid for several labels a
       row, nothing for regression; NaN for a row without an answer.
@@ -82,13 +83,14 @@ class Scorer:
             None: it does not.
 
     Attributes:
-        model, tokenizer: as given or loaded.
+        model: as given or loaded.
+        tokenizer: a copy of that given, or loaded.
         drift: an `ExitDrift`, or None for a model without a calibration. It observes rows as long as the criterion of
             the model is the calibrated one.
 
     Raises:
         TypeError: a model without exits.
-        ValueError: an option out of range, or a tokenizer of another model.
+        ValueError: an option out of range, a tokenizer of another model, or a calibration of another number of layers.
 
     Example:
 
@@ -122,12 +124,12 @@ class Scorer:
         if isinstance(model, (str, os.PathLike)):
             self._source = Source.of(model, tokenizer)
             model, tokenizer = self._source.load()
-        self.model, self.tokenizer = checked_model(model), tokenizer
+        self.model = checked_model(model)
         check_tokenizer(tokenizer, self.model)
+        # truncation is a setting of a tokenizer, which another thread that shares it would change
+        self.tokenizer = copy.deepcopy(tokenizer)
         self._max_length = length_limit(max_length, tokenizer, self.model)
-        self.drift: ExitDrift | None = None
-        if drift_window is not None and self.model.calibration is not None:
-            self.drift = ExitDrift(self.model.calibration, window=drift_window)
+        self.drift = None if drift_window is None else drift_of(self.model, drift_window)
 
     def __call__(self, texts: Any) -> dict[str, Any]:
         """Return the answers to texts.

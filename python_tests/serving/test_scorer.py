@@ -121,7 +121,7 @@ def test_a_row_with_invalid_logits_fails_alone(varied):
         found = scorer(ROWS)
     for row in range(len(ROWS)):
         if row in poisoned:
-            assert found["label"][row] is None and math.isnan(found["score"][row])
+            assert found["label"][row] == "" and math.isnan(found["score"][row])
             assert found["error"][row] == "the model gives invalid logits for this row"
             assert found["exit_layer"][row] == model.depth and all(map(math.isnan, found["scores"][row]))
         else:
@@ -139,7 +139,7 @@ def test_one_infinite_logit_is_an_answer_and_two_are_not():
         found = scorer(ROWS[:2])
         assert found["label"] == ["LABEL_1"] * 2 and found["score"] == [1.0] * 2
         with parameter_set(bias, 2, float("inf")):
-            assert scorer(ROWS[:2])["label"] == [None] * 2
+            assert scorer(ROWS[:2])["label"] == [""] * 2
 
 
 def test_calls_in_several_threads(varied):
@@ -147,6 +147,15 @@ def test_calls_in_several_threads(varied):
     expected = scorer(ROWS)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(scorer, [ROWS] * 8)) == [expected] * 8
+
+
+def test_scorers_of_one_tokenizer_in_several_threads(varied):
+    """Truncation is a setting of the tokenizer, which one of them needs and the other must not have."""
+    scorers = [ee.Scorer(*varied, truncate=True, max_length=10), ee.Scorer(*varied)]
+    expected = [scorer(ROWS) for scorer in scorers]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            assert list(pool.map(lambda scorer: scorer(ROWS), scorers * 3)) == expected * 3
 
 
 def test_a_model_in_train_mode_is_refused():
@@ -182,6 +191,14 @@ def test_rows_are_not_compared_under_another_criterion(calibrated):
     scorer(ROWS)
     assert scorer.drift.rows == 0
     assert ee.Scorer(model, words).drift is None, "another criterion has no calibration"
+
+
+def test_a_calibration_of_another_model_is_refused(calibrated):
+    model, words = calibrated
+    other, _ = model_and_tokenizer(ROWS, exits=False, num_hidden_layers=3)
+    model.calibration.apply(other)
+    with pytest.raises(ValueError, match="expected a calibration of 3 layers, as the model has, got one of 4"):
+        ee.Scorer(other, words)
 
 
 def test_the_comparison_can_be_left_out(calibrated, varied):

@@ -91,6 +91,15 @@ def test_datasets_map(saved):
             assert found[name][:] == (pytest.approx(values, abs=1e-6) if name == "score" else values)
 
 
+def test_datasets_map_over_a_first_batch_without_an_answer(saved):
+    """The type of a column is that of its first batch."""
+    datasets = pytest.importorskip("datasets", reason="requires the extra 'train'")
+    rows = datasets.Dataset.from_dict({"text": ["", *ROWS]})
+    found = rows.map(ee.Scorer(saved[2], bad_rows="report", scores=True), batched=True, batch_size=1)
+    assert found["error"][:2] == ["expected some text, got an empty one", ""]
+    assert found["exit_layer"][1:] == ee.Scorer(saved[2])(ROWS)["exit_layer"]
+
+
 def test_datasets_does_not_take_answers_of_other_weights_from_its_cache(saved):
     """The cache of `datasets` is keyed by the pickle of the function."""
     fingerprint = pytest.importorskip("datasets.fingerprint", reason="requires the extra 'train'")

@@ -58,7 +58,7 @@ def test_bad_rows_are_reported_and_the_others_answered(varied):
             assert [found[name][place] for place in places] == values
     assert found["error"][1 : len(BAD) + 1] == list(BAD.values())
     for row in range(1, len(BAD) + 1):
-        assert (found["label"][row], found["exit_layer"][row]) == (None, 0)
+        assert (found["label"][row], found["exit_layer"][row]) == ("", 0)
         assert math.isnan(found["score"][row]) and all(map(math.isnan, found["scores"][row]))
 
 
