@@ -264,6 +264,11 @@ class FusedLayers:
     def __reduce__(self) -> tuple[Any, ...]:
         return FusedLayers, ()
 
+    @property
+    def packed(self) -> object:
+        """The packed weights, or None; another object as soon as they are dropped or packed again."""
+        return self._packed
+
     def forget(self) -> None:
         """Drop the packed weights, also those that another thread is packing now."""
         with self._lock:

@@ -10,6 +10,24 @@ from torch import Tensor
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_message
 
 
+def check_encoder(model: Any) -> None:
+    """Check that the backbone of a model still fits its exits.
+
+    Args:
+        model: `EarlyExitForSequenceClassification`.
+
+    Raises:
+        ValueError: it has another number of layers, dtype or device.
+    """
+    layers = len(model.adapter.layers(model.backbone))
+    if layers != model.depth:
+        raise ValueError(
+            f"the backbone has {layers} layers, the model has {model.depth} exits; change the layers of the stock "
+            "model and its config.num_hidden_layers before to_early_exit"
+        )
+    model.heads.check_beside(model.backbone.get_input_embeddings().weight)
+
+
 def check_model_inputs(model: Any, given: Inputs) -> Inputs:
     """Check the inputs of a pass, and that the backbone of the model still fits its exits.
 
@@ -20,13 +38,7 @@ def check_model_inputs(model: Any, given: Inputs) -> Inputs:
     Raises:
         ValueError, AttentionReplacedError: as for `forward`.
     """
-    layers = len(model.adapter.layers(model.backbone))
-    if layers != model.depth:
-        raise ValueError(
-            f"the backbone has {layers} layers, the model has {model.depth} exits; change the layers of the stock "
-            "model and its config.num_hidden_layers before to_early_exit"
-        )
-    model.heads.check_beside(model.backbone.get_input_embeddings().weight)
+    check_encoder(model)
     return check_inputs(given, model.adapter, model.backbone)
 
 
