@@ -139,9 +139,7 @@ class Execution:
             InvalidLogitsError: there are some, and `strict` is set.
             ValueError: the class of the criterion was registered again since.
         """
-        if view.criterion.exit_rule.name not in RULES:
-            check_known(view.criterion.exit_rule)
-        result = self.run_graph(view, inputs) if inputs.input_ids.is_cuda else None
+        result = self._from_graph(view, inputs)
         if result is None:
             result = self._start(view, inputs, strict).run() if inputs.rows else _no_answers(view)
         self.invalid.add(result.invalid_rows, strict)
@@ -149,17 +147,8 @@ class Execution:
 
     @torch.no_grad()
     def stream(self, view: ModelView, inputs: Inputs, *, strict: bool) -> Iterator[Answers]:
-        """Yield the answers of a batch as rows leave: those of one layer together, or all from a CUDA graph.
-
-        Args:
-            view, inputs, strict: as for `run`.
-
-        Raises:
-            InvalidLogitsError, ValueError: as for `run`.
-        """
-        if view.criterion.exit_rule.name not in RULES:
-            check_known(view.criterion.exit_rule)
-        result = self.run_graph(view, inputs) if inputs.input_ids.is_cuda else None
+        """Yield the answers of a batch as rows leave, or all at once from a CUDA graph; see `run`."""
+        result = self._from_graph(view, inputs)
         if result is not None:
             rows = result.exit_layer.argsort(stable=True)
             yield Answers(rows, result.logits[rows], result.exit_layer[rows])
@@ -167,6 +156,12 @@ class Execution:
             result = yield from self._start(view, inputs, strict).parts()
         if result is not None:
             self.invalid.add(result.invalid_rows, strict)
+
+    def _from_graph(self, view: ModelView, inputs: Inputs) -> ExitOutput | None:
+        """Check the criterion, and answer a batch by a CUDA graph if it can run there."""
+        if view.criterion.exit_rule.name not in RULES:
+            check_known(view.criterion.exit_rule)
+        return self.run_graph(view, inputs) if inputs.input_ids.is_cuda else None
 
     def _start(self, view: ModelView, inputs: Inputs, strict: bool) -> eager.Pass:
         """Embed a batch of at least one row for the eager loop."""

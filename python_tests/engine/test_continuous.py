@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
+from support import reference_networks
 from support.leaving_models import HEADS, most_spread
 from support.models import (
     DEPTH,
@@ -24,7 +25,7 @@ from support.weight_changes import WAYS, layer_of
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, MaxProbability, Patience, SkipGate
-from earlyexit_kernels.engine import continuous
+from earlyexit_kernels.engine import advance, continuous, packing
 
 POISON = 119
 #: Every row leaves at layer 1.
@@ -124,6 +125,22 @@ def test_masks_types_and_positions(kind):
     batch["position_ids"] = torch.arange(1, 21).expand(12, -1)
     batch["attention_mask"][3] = 0  # a row without tokens
     assert_equal_to(model(**batch), random_arrivals(ee.ContinuousBatch(model), batch, seed=4))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"method": "fastbert"}], ids=["dense", "attention"])
+def test_plan_of_cuda(arguments, monkeypatch):
+    """Attention by offsets, as on CUDA."""
+    model, batch = varied("albert", num_hidden_groups=1, **arguments)
+    expected, layout = model(**batch), advance._layout
+
+    def by_offsets(lengths, device):
+        offsets, _ = layout(lengths, device)
+        return offsets, packing.AttentionPlan(offsets=offsets, longest=max(lengths))
+
+    monkeypatch.setattr(advance, "_layout", by_offsets)
+    monkeypatch.setattr(packing, "_varlen", reference_networks.attended_by_row)
+    model.set_layers("family")
+    assert_equal_to(expected, random_arrivals(ee.ContinuousBatch(model), batch, seed=5))
 
 
 def test_back_ends_agree(backend):

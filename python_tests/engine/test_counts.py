@@ -233,6 +233,40 @@ def test_bounds_and_exact_counts_give_equal_results(criterion, lag, delay, monke
     assert any(spare) or lag != 1 or len(expected[1].exit_layer.unique()) < 3, "no bound was one too many"
 
 
+@pytest.mark.parametrize(("lag", "delay"), ARRIVALS)
+def test_stream_with_late_counts(lag, delay, monkeypatch):
+    """Each row comes once, with equal bits, although layers run after the last row has left."""
+    model, batch, _ = setting("bert", "auto", "entropy")
+    monkeypatch.setattr(model.execution, "_layers", "family")
+    choose, _ = as_on_cuda(monkeypatch)
+    model.compaction = "always"
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    for rule in (model.criterion, ee.criteria.Entropy(threshold=9.0)):
+        model.set_criterion(rule)
+        expected = model(**batch)
+        choose(lag, delay)
+        parts = list(model.stream(**batch))
+        rows = torch.cat([part.rows for part in parts])
+        assert torch.equal(rows.sort().values, torch.arange(len(LENGTHS)))
+        assert torch.equal(torch.cat([part.logits for part in parts]), expected.logits[rows])
+        assert torch.equal(torch.cat([part.exit_layer for part in parts]), expected.exit_layer[rows])
+
+
+def test_memory_of_a_stream_left_half_way_is_not_reused(monkeypatch):
+    """The device may still write to it."""
+    model, batch, _ = setting("bert", "auto", "entropy")
+    monkeypatch.setattr(model.execution, "_layers", "family")
+    choose, _ = as_on_cuda(monkeypatch)
+    choose(1, 1)
+    model(**batch)
+    idle = counts._IDLE[("cpu", DEPTH)]
+    before = len(idle)
+    parts = model.stream(**batch)
+    next(parts)
+    parts.close()
+    assert len(idle) == before - 1
+
+
 def test_every_back_end_supports_bounds(backend, monkeypatch):
     """Kernels run on rows without tokens and tokens without rows; all tokens are moved at each exit."""
     model, batch, _ = setting("bert", backend)
