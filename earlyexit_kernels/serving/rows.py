@@ -36,8 +36,10 @@ def rows_of(given: Any) -> list[Any]:
 
 
 def _listed(name: str, values: Any) -> list[Any]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        cure = "; pass a list with one text" if isinstance(values, (str, bytes)) else ""
+    cure = "; pass a list with one text" if isinstance(values, (str, bytes)) else ""
+    if hasattr(values, "columns"):  # a frame, which iterates over the names of its columns
+        cure = "; pass its columns, frame.to_dict('list'), or one of them"
+    if cure or isinstance(values, (set, frozenset)) or not isinstance(values, Iterable):
         raise ValueError(f"Scorer: expected {name} to be a list, got {type(values).__name__}{cure}")
     return values.tolist() if hasattr(values, "tolist") else list(values)
 

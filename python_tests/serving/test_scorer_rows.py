@@ -104,6 +104,7 @@ def test_the_limit_of_the_tokenizer_and_of_the_call(varied):
         ("a film", "expected texts to be a list, got str; pass a list with one text"),
         (None, "expected texts to be a list, got NoneType"),
         (7, "expected texts to be a list, got int"),
+        ({"a film", "a play"}, "expected texts to be a list, got set"),
         ({}, r"expected a column 'text', and 'text_pair' for pairs, got \[\]"),
         ({"sentence": ["a"]}, r"expected a column 'text', and 'text_pair' for pairs, got \['sentence'\]; rename"),
         ({"text": "a film"}, "expected text to be a list, got str"),
@@ -115,6 +116,17 @@ def test_the_limit_of_the_tokenizer_and_of_the_call(varied):
 def test_a_wrong_call_is_refused(varied, given, words):
     with pytest.raises(ValueError, match=words):
         ee.Scorer(*varied, bad_rows="report")(given)
+
+
+def test_a_frame_is_refused(varied):
+    """The iterator of a frame yields the names of its columns."""
+    pandas = pytest.importorskip("pandas", reason="datasets, from the extra 'train', brings pandas")
+    frame = pandas.DataFrame({"text": ROWS})
+    with pytest.raises(ValueError, match=r"got DataFrame; pass its columns, frame.to_dict\('list'\)"):
+        ee.Scorer(*varied)(frame)
+    answers = ee.Scorer(*varied)(ROWS)
+    assert ee.Scorer(*varied)(frame.to_dict("list")) == {"text": ROWS, **answers}
+    assert ee.Scorer(*varied)(frame["text"]) == answers
 
 
 def fast_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
