@@ -145,6 +145,8 @@ class Execution:
         self.invalid.add(result.invalid_rows, strict)
         return result
 
+    # parts may be asked for in and outside of inference mode, whose tensors cannot be written to outside of it
+    @torch.inference_mode(False)
     @torch.no_grad()
     def stream(self, view: ModelView, inputs: Inputs, *, strict: bool) -> Iterator[Answers]:
         """Yield the answers of a batch as rows leave, or all at once from a CUDA graph; see `run`."""

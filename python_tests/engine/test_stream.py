@@ -90,6 +90,21 @@ def test_pass_keeps_its_criterion_and_grad_mode():
     assert torch.equal(exit_layer, expected.exit_layer) and torch.equal(logits, expected.logits)
 
 
+@pytest.mark.parametrize("rule", ["patience", "q_exit"])
+def test_parts_in_and_outside_of_inference_mode(rule, backend):
+    model, batch = model_for_rule(rule)
+    model.set_backend(backend)
+    expected = model(**batch)
+    for first in (True, False):
+        parts, found = model.stream(**batch), []
+        with torch.inference_mode(first):
+            found.append(next(parts))
+        with torch.inference_mode(not first):
+            assert torch.is_inference_mode_enabled() is not first
+            found += parts
+        assert torch.equal(joined(found, 16)[0], expected.logits)
+
+
 def test_pass_left_half_way_leaves_the_model_usable():
     model, batch = varied()
     expected = model(**batch)
