@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.criteria import Criterion, resolve_backend
+from earlyexit_kernels.criteria import RULES, Criterion, check_known, resolve_backend
 from earlyexit_kernels.engine.exits import ExitMemory, LinearSource, ModuleSource, RequestExits
 from earlyexit_kernels.engine.full_depth import hidden_of
 from earlyexit_kernels.engine.packing import AttentionPlan, PackedBatch, PackedStates, plan_attention, row_keys
@@ -231,6 +231,8 @@ def _decide(weights: Weights, group: _Group, states: PackedStates) -> tuple[list
         states: tokens after the layer.
     """
     rule, layer, n, device = group.rule, group.layer, len(group.rows), states.hidden.device
+    if rule.name not in RULES:
+        check_known(rule)
     memory = ExitMemory(group.memory)
     answers = torch.zeros(n, weights.view.classes, dtype=torch.float32, device=device)
     exits = RequestExits(rule, weights.depth, group.state, answers, torch.zeros(n, dtype=torch.int64, device=device))

@@ -265,9 +265,9 @@ class FusedLayers:
         return FusedLayers, ()
 
     @property
-    def packed(self) -> object:
-        """The packed weights, or None; another object as soon as they are dropped or packed again."""
-        return self._packed
+    def made_from(self) -> ModuleFingerprint | None:
+        """What weights were packed from, or None; another object as soon as they are dropped or packed again."""
+        return None if self._packed is None else self._packed.made_from
 
     def forget(self) -> None:
         """Drop the packed weights, also those that another thread is packing now."""
