@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 TASKS = ("toy", "sst2", "cola", "mrpc", "rte", "stsb", "wnli", "qnli", "trec")
 METHODS = ("berxit", "dact", "deebert", "ensemble", "fastbert", "joint", "pabee", "palbert", "smartbert")
-POOLINGS = ("first", "mean")
+POOLINGS = ("first", "mean", "family")
 FORMS = ("linear", "attention")
 HOLDOUT = 1000
 
@@ -97,6 +97,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_rows_arguments(parser)
     add("--output", required=True, type=_checked("path"), help="folder to save the model in")
+    add("--overwrite", action="store_true", help="replace a model that --output has already")
     add(
         "--method", type=_checked("method"), default="joint", help=f"one of {', '.join(METHODS)} (default: %(default)s)"
     )
@@ -107,7 +108,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="set an option of the method, e.g. ponder=0.05; repeatable",
     )
-    add("--pooling", choices=POOLINGS, help="input of the exits (default: each has the head of the base model)")
+    add(
+        "--pooling",
+        choices=POOLINGS,
+        help="input of the exits: the first token, the mean of the tokens, or what the head of the base model reads "
+        "(default: that of a trained classifier, mean for an encoder without one)",
+    )
     add("--form", choices=FORMS, help="form of the exits (default: that of the method's paper)")
     add(
         "--train-rows",

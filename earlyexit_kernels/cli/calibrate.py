@@ -26,6 +26,14 @@ from earlyexit_kernels.tuning.report import markdown_table, parameter_text, writ
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
 from earlyexit_kernels.tuning.traces import collect_trace
 
+#: Target -> which setting of all rules `auto` is.
+AUTO_REASONS: dict[type[Target], str] = {
+    MaxDrop: "of all settings within the drop on the tuning rows it runs the fewest layers",
+    SpeedUp: "of all settings that are fast enough on the tuning rows it has the highest score",
+    Latency: "of all settings within the latency it has the highest score on the tuning rows",
+    Risk: "of all settings that pass the tests it runs the fewest layers",
+}
+
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of every criterion for the target, and write what was asked for."""
@@ -66,7 +74,12 @@ def run(args: argparse.Namespace) -> int:
     chosen = _applied(args.apply, found, choose)
     with written(args.model):
         renewed_card = apply_to_folder(args.model, chosen)
+    if args.apply == AUTO:
+        print(f"\nauto chose {chosen.criterion.name}: {AUTO_REASONS[type(target)]}")
+    if missed_by := _missed(target, chosen):
+        print(f"\nnote: on the check rows {missed_by}; a target is met on the tuning rows, and about met on others")
     print(f"\nSaved in {args.model / CONFIG}{f' and {README}' if renewed_card else ''}:\n\n{chosen}")
+    print(f"\nNext: earlyexit report --model {args.model} --output report.html, or earlyexit predict")
     return 0
 
 
@@ -88,6 +101,15 @@ def target_from(args: argparse.Namespace) -> Target:
     if args.latency_ms is not None:
         return Latency(args.latency_ms, args.latency_batch_size or 1)
     return Risk(args.risk, args.epsilon or Risk.epsilon, args.against or Risk.against)
+
+
+def _missed(target: Target, found: Calibration) -> str | None:
+    """Return by how much the check rows miss a target that is not a guarantee, or None where they meet it."""
+    if isinstance(target, MaxDrop) and found.drop > target.drop:
+        return f"the drop is {found.drop:.4f}"
+    if isinstance(target, SpeedUp) and found.layer_speed_up < target.speed_up:
+        return f"the layer speed-up is {found.layer_speed_up:.2f}"
+    return None
 
 
 def _each(rules: Sequence[str], choose: Callable[..., Calibration]) -> tuple[dict[str, Calibration], dict[str, str]]:

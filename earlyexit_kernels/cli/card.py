@@ -146,18 +146,17 @@ def _section(found: Calibration) -> str:
         facts.append((f"risk against {g.against}", bound))
     if found.latency is not None:
         facts.append(("latency", f"{found.latency:.2f} ms a batch"))
-    step = -(-len(found.curve) // CURVE_ROWS) or 1
-    curve = [
-        (_setting(point.criterion), f"{point.mean_exit_layer:.2f}", f"{point.score:.4f}")
-        for point in found.curve[::step]
-    ]
+    # settings that differ in neither number are one row
+    points = {(f"{p.mean_exit_layer:.2f}", f"{p.score:.4f}"): _setting(p.criterion) for p in found.curve}
+    step = -(-len(points) // CURVE_ROWS) or 1
+    curve = [(setting, *numbers) for numbers, setting in sorted(points.items(), key=lambda item: float(item[0][0]))]
     return "\n\n".join(
         [
             "## Calibration",
             f"Chosen on {found.rows['tuning']} rows, measured on {found.rows['check']} others, {found.date[:10]}.",
             markdown_table(("", "value"), facts),
             f"Settings of the same criterion on the {found.rows['tuning']} rows:",
-            markdown_table(("setting", "mean exit layer", found.metric), curve),
+            markdown_table(("setting", "mean exit layer", found.metric), curve[::step]),
         ]
     )
 

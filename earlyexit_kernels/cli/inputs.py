@@ -33,8 +33,10 @@ def loaded_from(source: Any) -> Iterator[None]:
         raise ValueError(f"--model: {source} cannot be loaded: {text}") from error
 
 
-def check_encoder(model: Any, info: Mapping[str, Any]) -> None:
+def check_encoder(model: Any, info: Mapping[str, Any]) -> bool:
     """Raise if weights of the encoder would be random; a new classifier or pooler is accepted.
+
+    Returns whether the classifier is new.
 
     Args:
         model: a stock classifier.
@@ -50,6 +52,7 @@ def check_encoder(model: Any, info: Mapping[str, Any]) -> None:
             f"expected a complete checkpoint, got one in which {len(encoder)} weight(s) of the encoder are missing or "
             f"differ in shape from config.json, e.g. {encoder[0]}"
         )
+    return any(not key.startswith(f"{model.base_model_prefix}.") for key in fresh)
 
 
 def check_rows(task: Task, trained: Split, evaluation: Split) -> None:

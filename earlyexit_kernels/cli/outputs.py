@@ -32,6 +32,22 @@ def check_folder(argument: str, folder: Path) -> None:
             file.write(b"\0")
 
 
+def check_no_model(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that has a model, unless it is to be replaced.
+
+    Args:
+        folder: the argument --output.
+        overwrite: the argument --overwrite.
+
+    Raises:
+        FileExistsError: it has one.
+    """
+    if not overwrite and (folder / "config.json").is_file():
+        raise FileExistsError(
+            f"--output: {folder} has a model already, which is not overwritten; give another folder, or --overwrite"
+        )
+
+
 def check_file(argument: str, file: Path) -> None:
     """Check that `report.write_json` can write a file; missing folders are created, an existing file is not changed.
 

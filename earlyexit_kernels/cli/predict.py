@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     text, pair = args.text_column or columns.text, args.pair_column or columns.pair
     if args.input is None:
         _check_texts(args, pair)
-        answers, errors = _answers(args, recipe, args.text)
+        answers, errors, _ = _answers(args, recipe, args.text)
         for one, error, label, score, layer in zip(args.text, errors, *answers.values(), strict=True):
             print(f"no answer, {error}: {one}" if error else f"{label} ({score:.4f}), exit layer {layer}: {one}")
         return 0
@@ -43,17 +43,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--input: {args.input} has a column {doubled[0]!r}, which the predictions would replace; rename it"
         )
-    answers, errors = _answers(args, recipe, texts_of(table, text, pair))
+    answers, errors, depth = _answers(args, recipe, texts_of(table, text, pair))
     with written(args.output):
         write_table(args.output, {**table.columns, **answers})
-    print(f"{args.output}: {_summary(table, answers, errors)}")
+    print(f"{args.output}: {_summary(table, answers, errors, depth)}")
     return 0
 
 
-def _summary(table: Table, answers: dict[str, list[Any]], errors: list[str]) -> str:
+def _summary(table: Table, answers: dict[str, list[Any]], errors: list[str], depth: int) -> str:
     """Return the number of rows, their mean exit layer, and how many have no answer."""
     layers = [layer for layer in answers["exit_layer"] if layer is not None]
-    mean = f", mean exit layer {np.mean(layers):.2f}" if layers else ""
+    mean = f", mean exit layer {np.mean(layers):.2f} of {depth}" if layers else ""
     failed = [row for row, error in enumerate(errors) if error]
     without = f", {len(failed)} without an answer ({table.where(failed[0])}: {errors[failed[0]]})" if failed else ""
     return f"{len(table)} rows{mean}{without}"
@@ -77,8 +77,8 @@ def _check_output(args: argparse.Namespace) -> None:
 
 def _answers(
     args: argparse.Namespace, recipe: Recipe | None, texts: list[Text]
-) -> tuple[dict[str, list[Any]], list[str]]:
-    """Return the columns to add, with None where there is no answer, and why there is none, or empty strings.
+) -> tuple[dict[str, list[Any]], list[str], int]:
+    """Return the columns to add, with None where there is no answer; why there is none, or empty strings; and L.
 
     Raises:
         ValueError: several labels a row, or as for `load_any`.
@@ -99,4 +99,4 @@ def _answers(
         name: [None if error else value for value, error in zip(columns[name], table[ERROR], strict=True)]
         for name in ADDED
     }
-    return answers, table[ERROR]
+    return answers, table[ERROR], model.depth

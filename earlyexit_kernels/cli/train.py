@@ -16,27 +16,22 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
+from earlyexit_kernels.cli.base_model import load_base
 from earlyexit_kernels.cli.card import README, card, check_card, score_table
 from earlyexit_kernels.cli.inputs import (
-    check_encoder,
     check_lengths,
     check_max_length,
     check_rows,
     check_vocabulary,
-    loaded_from,
 )
-from earlyexit_kernels.cli.outputs import check_folder, save_tokenizer
+from earlyexit_kernels.cli.outputs import check_folder, check_no_model, save_tokenizer
 from earlyexit_kernels.cli.recipe import HELD_OUT, Recipe
-from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.saving import save_or_rescue
 from earlyexit_kernels.hf.training import Phase, phases
@@ -59,21 +54,25 @@ def run(args: argparse.Namespace) -> int:
     """Train, save, and print the score of every exit."""
     objective = objective_from(args.method, args.set)
     plans = phase_plans(objective, args)
+    check_no_model(args.output, args.overwrite)
+    check_card(args.output)
     ask_hub = functools.cache(hub.unreachable_reason)  # once for the task and the model
     own, task = load_rows(args, ask_hub)
     check_task(objective, task.problem_type, task.num_labels)
-    base, tokenizer = load_base(args.model, task, ask_hub=ask_hub)
+    set_seed(args.seed)
+    base, tokenizer, new_head = load_base(args.model, task, ask_hub=ask_hub)
+    pooling = _pooling(args.pooling, new_head)
     recipe = _recipe(args, task, own)
     train_split, _ = recipe.train_splits(task)
     evaluation_split = recipe.evaluation_rows(task)
     check_rows(task, train_split, evaluation_split)
     if torch.set_flush_denormal(True):
-        print("Denormal numbers are flushed to zero: they can make CPU training ten times slower.")
-    set_seed(args.seed)
-    model = to_early_exit(base, method=objective, pooling=args.pooling, form=args.form)
+        print("Numbers below 1e-38 are rounded to zero, since CPUs are slow with them.")
+    model = to_early_exit(base, method=objective, pooling=pooling, form=args.form)
     collate = DataCollatorWithPadding(tokenizer)
+    source = task.name if own is not None else f"{task.name} ({task.source})"
     print(
-        f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {task.name} ({task.source}) with "
+        f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {source} with "
         f"method {objective.name!r}"
     )
     check_max_length(recipe.max_length, tokenizer, train_split)
@@ -81,15 +80,12 @@ def run(args: argparse.Namespace) -> int:
     evaluation = encode(evaluation_split, tokenizer, max_length=recipe.max_length)
     check_vocabulary(train_set, "train", tokenizer, model, args.model)
     check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
-    check_card(args.output)
     check_folder("--output", args.output)
-    if (args.output / "config.json").is_file():
-        print(f"{args.output} has a model already, which this one replaces when it is trained.")
     base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
     sets = rows_of_phases(model.objective.phases, train_set)
     for phase, plan, own_set in zip(phases(model), plans, sets, strict=True):
         plan["rows"] = len(own_set)
-        print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan)}")
+        print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan, model.heads.aux_names)}")
         _train_phase(phase, plan, base_arguments, own_set, collate)
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     scores = truncations(trace, labels, metrics=task.metrics)
@@ -99,10 +95,33 @@ def run(args: argparse.Namespace) -> int:
     save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
     print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")
     print(f"{score_table(scores, task.metrics)}\n")
-    if Rows(trace, labels, task.metric, task.problem_type).is_chance(model.depth):
-        print("The last exit is no better than chance: give more rows, --epochs or another --lr before you go on.\n")
-    print(f"Saved in {args.output}; next: earlyexit calibrate --model {args.output} --max-drop 0.005")
+    if advice := _advice(Rows(trace, labels, task.metric, task.problem_type), pooling):
+        print(f"{advice}\n")
+    print(f"Saved in {args.output}; next: earlyexit calibrate --model {args.output} --max-drop 0.005 --apply auto")
     return 0
+
+
+def _pooling(given: str | None, new_head: bool) -> str | None:
+    """Return the argument `pooling` of `to_early_exit`, and say which one was chosen where none was given."""
+    if given is not None:
+        return None if given == "family" else given
+    if not new_head:
+        return None
+    print("The model has no trained classifier: its exits read the mean of the tokens (--pooling mean).")
+    return "mean"
+
+
+def _advice(rows: Rows, pooling: str | None) -> str | None:
+    """Return what to do about exits that are no better than chance, or None where all are better."""
+    untrained = [layer for layer in range(1, rows.trace.depth + 1) if rows.is_chance(layer)]
+    if rows.trace.depth in untrained:
+        return "The last exit is no better than chance: give more rows, --epochs or another --lr before you go on."
+    if not untrained:
+        return None
+    remedy = (
+        "give more rows or --epochs" if pooling == "mean" else "--pooling mean often helps, more rows or --epochs too"
+    )
+    return f"No better than chance: exits {', '.join(map(str, untrained))}. Rows cannot leave there; {remedy}."
 
 
 def _train_phase(
@@ -173,8 +192,10 @@ def rows_of_phases(specs: Sequence[PhaseSpec], train_set: EncodedSplit) -> list[
     return [Subset(train_set, last if spec.other_rows else first) for spec in specs]
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
-    numbers = (f"{name} {value:g}" for name, value in plan.items() if isinstance(value, float))
+def _plan_text(plan: dict[str, Any], aux: Sequence[str]) -> str:
+    """Describe a phase; rates of parts that the model does not have are left out."""
+    absent = [name for name, part in {"halting_lr": "halting", "gate_lr": "gate"}.items() if part not in aux]
+    numbers = (f"{name} {x:g}" for name, x in plan.items() if isinstance(x, float) and name not in absent)
     return ", ".join((plan["name"], *numbers, f"rows {plan['rows']}"))
 
 
@@ -251,73 +272,6 @@ def _too_many_rows(args: argparse.Namespace, task: str, total: int) -> str:
     return (
         f"{given}: expected fewer rows, the train split of task {task!r} has {total} rows in total; {fitting} would fit"
     )
-
-
-def load_base(name: str, task: Task, *, ask_hub: Callable[[], str] | None = None) -> tuple[Any, Any]:
-    """Load a stock classifier for a task, or a model with exits for its labels, and its tokenizer.
-
-    A folder is loaded without network access; other names are those of the hub.
-
-    Args:
-        name: folder or hub name.
-        task: sets the labels of the classifier.
-        ask_hub: as for `hub.offline_if_unreachable`.
-
-    Raises:
-        FileNotFoundError: the path does not exist.
-        OSError: the hub does not have the name, or cannot be reached.
-    """
-    local = Path(name).is_dir()
-    if Path(name).is_file():
-        raise NotADirectoryError(f"--model: expected a folder with a saved model, or a hub name; {name} is a file")
-    if not local and name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"--model: expected a folder with a saved model, or a hub name; {name} does not exist")
-    if local:
-        return _load_stock(name, task, local_files_only=True)
-    with hub.offline_if_unreachable(ask_hub) as reason:
-        try:
-            return _load_stock(name, task)
-        except OSError as error:
-            if not reason:
-                raise
-            raise ConnectionError(
-                f"--model: {name} is neither a folder nor a downloaded model, and the Hugging Face hub cannot be "
-                f"reached ({reason}); connect, or give a folder with a saved model"
-            ) from error
-
-
-def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any]:
-    with loaded_from(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, **loading)
-        if AutoConfig.from_pretrained(name, **loading).model_type == EarlyExitConfig.model_type:
-            return _with_exits(AutoModelForSequenceClassification.from_pretrained(name, **loading), task), tokenizer
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=task.num_labels,
-            id2label=dict(enumerate(task.label_names)),
-            label2id={label: i for i, label in enumerate(task.label_names)},
-            problem_type=task.problem_type,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **loading,
-        )
-        check_encoder(model, info)
-    return model, tokenizer
-
-
-def _with_exits(model: Any, task: Task) -> Any:
-    """Return a model with exits, to be converted to another method, if it was trained for the labels of the task.
-
-    Raises:
-        ValueError: it was trained for other labels.
-    """
-    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    if (names, model.problem_type) != (task.label_names, task.problem_type):
-        raise ValueError(
-            f"its exits are for {model.problem_type} of {list(names)}, the task is {task.problem_type} of "
-            f"{list(task.label_names)}; give a model for these labels, or the stock model that it was converted from"
-        )
-    return model
 
 
 def training_arguments(

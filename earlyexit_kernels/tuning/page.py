@@ -75,16 +75,21 @@ def _warnings(data: Mapping[str, Any]) -> str:
     if chance:
         level = data["chance_level"]
         than = "0, the correlation of a guess," if level is None else f"{fixed(level)}, the share of the largest class,"
-        found.append(f"Exits at chance: {chance}. Their score is not above {than} by two standard errors.")
+        found.append(
+            f"Exits at chance: {chance}. Their score is not above {than} by two standard errors. Rows cannot "
+            "leave there: train longer or on more rows, or with exits that read the mean of the tokens."
+        )
     if dead:
         share = percent(data["dead_share"])
         found.append(f"Dead exits: {dead}. Less than {share} of the rows leave there; the others compute them in vain.")
     random = now["random_exit"]
     early = now["mean_exit_layer"] < now["depth"]
     if early and random is not None and now["score"] - random <= now["standard_error"]:
+        than = f"one standard error ({fixed(now['standard_error'])}) above"
+        than = "below" if now["score"] < random else f"less than {than}"
         found.append(
-            f"The criterion hardly finds the rows that are easy: its score, {fixed(now['score'])}, is at most one "
-            f"standard error ({fixed(now['standard_error'])}) above {fixed(random)}, that of random exit (see below)."
+            f"The criterion hardly finds the rows that are easy: its score, {fixed(now['score'])}, is {than} that of "
+            f"random exit, {fixed(random)} (see below)."
         )
     items = "".join(f"<li>{text}</li>" for text in found)
     return f'<ul class="warnings">{items}</ul>' if found else ""

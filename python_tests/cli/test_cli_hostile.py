@@ -43,7 +43,7 @@ INVALID = {
         "--label-column": [""],
         "--output": [""],
         "--method": ["", "magic"],
-        "--pooling": ["max", "family"],
+        "--pooling": ["max", "none"],
         "--form": ["bilinear", ""],
         "--train-rows": [*NUMBERS, "0", "1.5", "9" * 5000],
         "--holdout": [*NUMBERS, "1e3"],
@@ -146,7 +146,9 @@ def test_value_out_of_range_is_refused(capsys, monkeypatch, trained, command, op
 def test_every_option_has_invalid_values():
     parser = build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
-    tried = {name: set(options) | {"--help", "-h", "--set", "--quick"} for name, options in INVALID.items()}
+    tried = {
+        name: set(options) | {"--help", "-h", "--set", "--quick", "--overwrite"} for name, options in INVALID.items()
+    }
     for name, command in commands.items():
         assert {option for action in command._actions for option in action.option_strings} <= tried[name]
 

@@ -402,7 +402,7 @@ def test_rows_without_an_answer_are_counted_and_left_empty(model, tmp_path, caps
         out = ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / name), "--max-tokens", "4"]
         assert main(["predict", "--model", str(model), *out]) == 0
         message = (
-            f"3 rows, mean exit layer 2.00, 1 without an answer ({tmp_path / 'in.csv'}, line 3: expected some text"
+            f"3 rows, mean exit layer 2.00 of 2, 1 without an answer ({tmp_path / 'in.csv'}, line 3: expected some text"
         )
         assert message in capsys.readouterr().out
         columns = read_table(tmp_path / name).columns

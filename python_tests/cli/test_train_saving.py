@@ -46,7 +46,7 @@ def test_full_disk_does_not_lose_the_model(command, capsys, monkeypatch, tmp_pat
     assert {"config.json", "model.safetensors", RECIPE_FILE, "tokenizer.json"} <= before.keys()
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save)
     capsys.readouterr()
-    assert main([*arguments, "--seed", "1"]) == 2
+    assert main([*arguments, "--seed", "1", "--overwrite"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     rescued = next((tmp_path / "temporary").glob("earlyexit-*"))
     assert line.startswith("error: ") and "No space left" in line and f"the trained model is in {rescued}" in line

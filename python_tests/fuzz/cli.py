@@ -73,10 +73,11 @@ CALIBRATE: dict[str, Values] = {
     "--epsilon": {"0.1": None, **POSITIVE},
 }
 TARGETS: Values = {
-    "--max-drop=1": True,
+    "--max-drop=0.5": True,
+    "--max-drop=1": False,
     "--max-drop=0": None,
     "--speed-up=1.5": True,
-    "--speed-up=1000": True,
+    "--speed-up=1000": False,
     "--latency-ms=10000": True,
     "--risk=0.5": None,
     "--risk=0.001": False,
