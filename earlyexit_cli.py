@@ -263,6 +263,34 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=_checked("tokens"), default=4096, help="tokens per batch (default: %(default)s)")
 
 
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit serve`."""
+    add = parser.add_argument
+    count = _checked("count")
+    add("model", metavar="MODEL", type=_checked("path"), help="folder with a saved early-exit model")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is every one (default: %(default)s)")
+    add("--port", type=_checked("port"), default=8000, help="port; 0 is any free one (default: %(default)s)")
+    add("--workers", type=count, default=1, help="processes with a copy of the model each (default: %(default)s)")
+    add("--max-tokens", type=count, default=512, help="tokens of a step of a worker (default: %(default)s)")
+    add(
+        "--max-wait-ms",
+        type=_checked("milliseconds"),
+        default=5000.0,
+        help="an input that no worker has begun after this time is refused with 503 (default: %(default)s)",
+    )
+    add("--max-queue", type=count, default=4096, help="inputs that may wait; more get 503 (default: %(default)s)")
+    add("--max-inputs", type=count, default=256, help="inputs of a request; more get 413 (default: %(default)s)")
+    add("--max-body-bytes", type=count, default=2**20, help="size of a request (default: %(default)s)")
+    add("--rate-limit", type=_checked("positive"), help="requests a second of a client; more get 429 (default: any)")
+    add("--min-threshold", type=_checked("threshold"), help="least threshold that a request may choose (default: none)")
+    add("--max-threshold", type=_checked("threshold"), help="largest threshold that a request may choose")
+    add(
+        "--api-key-file",
+        type=_checked("path"),
+        help="file with the key that clients must send (default: the variable EARLYEXIT_API_KEY, or no key)",
+    )
+
+
 def add_no_arguments(parser: argparse.ArgumentParser) -> None:
     """Add nothing: `earlyexit env` takes no arguments."""
 
@@ -316,6 +344,12 @@ COMMANDS = {
         "Classify the rows of a file, or texts, with a saved early-exit model.",
         "Adds the columns label, score and exit_layer to those of the input. An existing file is not overwritten.",
         add_predict_arguments,
+    ),
+    "serve": Command(
+        "Serve a saved early-exit model over HTTP.",
+        "Listens when the model is loaded: POST /predict, and /, /health, /info, /metrics. SIGTERM ends it when the\n"
+        "requests under way are answered. Requires the extra serve.",
+        add_serve_arguments,
     ),
     "env": Command("Show versions, the machine, and the back-ends that are available.", "", add_no_arguments),
 }

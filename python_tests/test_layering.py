@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "hf": "arguments backbones backends criteria engine errors heads objectives types huggingface_hub numpy "
     "safetensors torch transformers",
     "tuning": "arguments criteria engine hf types mapie matplotlib numpy safetensors sklearn torch tqdm",
-    "serving": "arguments criteria hf ops numpy torch transformers",
+    "serving": "arguments criteria hf ops types fastapi numpy prometheus_client pydantic torch transformers uvicorn",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",
     "cli": "* __init__ numpy safetensors torch transformers",
     "__init__": "* transformers",

@@ -12,6 +12,10 @@ from pathlib import Path
 #: Elements without an end tag.
 VOID = {"meta", "link", "br", "img", "hr", "input", "use"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+#: Of Chromium: print a page after some seconds of its own time, without a network beyond it.
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --window-size=1400,1000
+    --virtual-time-budget=5000 --dump-dom"""
 #: Opens a page in a frame of some width and writes down how wide its body is.
 PROBE = """<!DOCTYPE html><title>-</title><iframe id="f" style="border:0;width:{width}px;height:900px"
 srcdoc="{page}"></iframe><script>
@@ -76,11 +80,8 @@ def overflow(source: str, width: int, folder: Path) -> tuple[int, int, int, str]
     """
     probe = folder / f"probe-{width}.html"
     probe.write_text(PROBE.format(width=width, page=html.escape(source)), encoding="utf-8")
-    flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-        --disable-component-update --disable-sync --hide-scrollbars --enable-logging=stderr --window-size=1400,1000
-        --virtual-time-budget=5000 --dump-dom"""
     done = subprocess.run(
-        [str(BROWSER), *flags.split(), f"--user-data-dir={folder / f'profile-{width}'}", probe.as_uri()],
+        [str(BROWSER), *FLAGS.split(), f"--user-data-dir={folder / f'profile-{width}'}", probe.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,

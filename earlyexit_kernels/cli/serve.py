@@ -1,0 +1,76 @@
+"""Serve a saved early-exit model over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
+from earlyexit_kernels.criteria import from_dict
+from earlyexit_kernels.hf.calibration import Calibration
+from earlyexit_kernels.serving.settings import Settings
+
+#: Environment variable with the API key.
+KEY_VARIABLE = "EARLYEXIT_API_KEY"
+#: Arguments that are settings of the same name.
+NAMES = """host port workers max_tokens max_wait_ms max_queue max_inputs max_body_bytes rate_limit min_threshold
+    max_threshold""".split()
+#: Packages of the extra `serve`.
+REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    missing = [name for name in REQUIRED if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"serve: expected the packages {', '.join(missing)}: `pip install earlyexit_kernels[serve]`")
+    if not args.model.is_dir():
+        raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} is not one")
+    recipe = Recipe.load(args.model) if (args.model / RECIPE_FILE).is_file() else None
+    settings = Settings(
+        model=args.model,
+        max_length=None if recipe is None else recipe.max_length,
+        api_key=api_key(args.api_key_file),
+        **{name: getattr(args, name) for name in NAMES},
+    )
+    from earlyexit_kernels.serving import server  # requires the extra `serve`
+
+    server.run(settings, lambda url, info: print(started_line(url, settings, info), flush=True))
+    return 0
+
+
+def api_key(file: Path | None) -> str | None:
+    """Return the API key in a file, or in the environment; None where there is neither.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the key is empty or not plain ASCII, or both are given.
+    """
+    variable = os.environ.get(KEY_VARIABLE)
+    if file is None and variable is None:
+        return None
+    if file is not None and variable is not None:
+        raise ValueError(f"--api-key-file: expected either the file or the variable {KEY_VARIABLE}, got both")
+    key = (variable if file is None else file.read_text(encoding="utf-8")) or ""
+    key = key.strip()
+    if not key or not key.isascii() or len(key.split()) > 1:
+        source = KEY_VARIABLE if file is None else f"--api-key-file {file}"
+        raise ValueError(f"{source}: expected a key of ASCII characters without spaces")
+    return key
+
+
+def started_line(url: str, settings: Settings, info: dict[str, Any]) -> str:
+    """Return the line that is printed when the server listens."""
+    parts = [f"method {info['method']['name']}", str(from_dict(info["criterion"]))]
+    if info["calibration"] is None:
+        parts.append("not calibrated")
+    else:
+        found = Calibration.from_dict(info["calibration"])
+        parts.append(f"calibrated for {found.target['name']} (mean exit layer {found.mean_exit_layer:.2f})")
+    parts.append(
+        f"{info['depth']} layers on {info['device']}, {settings.workers} worker(s), {info['scheduler']} batching"
+    )
+    return f"serving {settings.model} at {url}: {', '.join(parts)}"

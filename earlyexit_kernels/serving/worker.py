@@ -1,0 +1,127 @@
+"""The process that runs the model: ``python -m earlyexit_kernels.serving.worker``, started by the server only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.serving.continuous import Continuous
+from earlyexit_kernels.serving.protocol import Channel, Order, Row
+from earlyexit_kernels.serving.schedulers import Done, Scheduler, WholeBatches
+from earlyexit_kernels.serving.source import check_tokenizer
+
+#: Schedulers by the names of `settings.SCHEDULERS`.
+SCHEDULERS: dict[str, Callable[[EarlyExitForSequenceClassification, int], Scheduler]] = {
+    "continuous": Continuous,
+    "stream": partial(WholeBatches, stream=True),
+    "whole": partial(WholeBatches, stream=False),
+}
+
+
+def main() -> None:
+    """Load the model that the first message names, and answer rows until the input ends."""
+    channel = Channel(os.dup(0), os.dup(1))
+    os.dup2(2, 1)  # what libraries print must not come between the messages
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group; the server ends the worker when it has drained
+    logging.basicConfig(level=logging.WARNING, format="worker: %(message)s")
+    disable_progress_bar()
+    first = channel.receive(wait=True)
+    if not first:
+        return
+    order = Order(**first[0])
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(order.threads)
+    torch.set_flush_denormal(True)
+    try:
+        model = load(order.model)
+    except Exception as error:  # transformers raises almost any class for a broken file
+        channel.send({"failed": " ".join(str(error).removeprefix("Scorer: ").split()) or type(error).__name__})
+        return
+    name, scheduler = scheduler_of(order.scheduler, model, order.max_tokens)
+    warm_up(scheduler)
+    channel.send({"ready": {**described(model), "scheduler": name}})
+    serve(channel, scheduler)
+
+
+def load(folder: str) -> EarlyExitForSequenceClassification:
+    """Load an early-exit model in eval mode, on the GPU if there is one.
+
+    Raises:
+        ValueError: the folder contains another model, or a tokenizer of another one.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+    if not isinstance(model, EarlyExitForSequenceClassification):
+        raise ValueError(f"expected a model with exits, {folder} contains a {type(model).__name__}; train it first")
+    check_tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.config.strict = False  # rows with invalid logits fail alone; strict fails their whole batch
+    return model.eval()
+
+
+def scheduler_of(name: str, model: EarlyExitForSequenceClassification, max_tokens: int) -> tuple[str, Scheduler]:
+    """Return a scheduler and its name, which is another one where gates skip layers: a pool cannot do that.
+
+    Args:
+        name: the scheduler asked for.
+        model: in eval mode.
+        max_tokens: of a step.
+    """
+    if name == "continuous" and model.view().criterion.skip_from is not None:
+        name = "stream"
+    return name, SCHEDULERS[name](model, max_tokens)
+
+
+@torch.inference_mode()
+def warm_up(scheduler: Scheduler) -> None:
+    """Run a row, so that the first request does not wait for packed copies of the weights."""
+    scheduler.add([Row(0, [0])])
+    while scheduler.busy:
+        scheduler.step()
+
+
+def described(model: EarlyExitForSequenceClassification) -> dict[str, Any]:
+    """Return what the server and its clients may know of a model, JSON-ready."""
+    config: Any = model.config
+    calibration = model.calibration
+    return {
+        "model_type": config.backbone_config.model_type,
+        "method": model.objective.to_dict(),
+        "problem_type": model.problem_type,
+        "labels": [config.id2label[index] for index in range(config.num_labels)],
+        "depth": model.depth,
+        "criterion": model.view().criterion.to_dict(),
+        "calibration": None if calibration is None else calibration.to_dict(),
+        "max_length": model.adapter.longest(config.backbone_config),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": model.layer_kind,
+    }
+
+
+@torch.inference_mode()
+def serve(channel: Channel, scheduler: Scheduler) -> None:
+    """Run steps while there are rows; return when the channel is closed."""
+    while True:
+        dropped: list[int] = []
+        for message in channel.receive(wait=not scheduler.busy):
+            scheduler.add(Row(*row) for row in message.get("rows", ()))
+            dropped += scheduler.drop(message.get("drop", ()))
+        if channel.closed:
+            return
+        done = scheduler.step() if scheduler.busy else Done([], [])
+        if done.answers or done.failed or dropped:
+            channel.send({"answers": done.answers, "failed_rows": done.failed, "dropped": dropped})
+
+
+if __name__ == "__main__":
+    main()

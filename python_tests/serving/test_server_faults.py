@@ -1,0 +1,201 @@
+"""The server over a real socket: too many requests, slow and vanishing clients, workers that end or hang."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
+
+from support.fake_worker import SLOW_SECONDS
+from support.servers import ORDERS, SECONDS, client_of, fake_server
+
+from earlyexit_kernels.serving import pool
+from earlyexit_kernels.tasks import toy
+
+SLOW, END, HANG = (f"the {ORDERS[order]}" for order in ("slow", "end", "hang"))
+#: Tokens of `SLOW`; so a worker holds at most ten rows.
+TOKENS = 4
+HELD = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    toy.toy_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Look often, and start workers again at once."""
+    monkeypatch.setattr(pool, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(pool, "RETRY_SECONDS", (0.05, 0.1))
+
+
+def until(condition):
+    """Wait for a condition, and return its value."""
+    end = time.monotonic() + SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition has not become true"
+        time.sleep(0.01)
+    return value
+
+
+def numbers(client):
+    return client.get("/metrics.json").json()
+
+
+def connection(url):
+    at = urlsplit(url)
+    return socket.create_connection((at.hostname, at.port), timeout=SECONDS)
+
+
+def request_of(inputs):
+    body = json.dumps({"inputs": inputs}).encode()
+    return b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def test_rate_is_limited_for_each_client(folder):
+    with fake_server(folder, rate_limit=0.01) as url:
+        first, second = (
+            client_of(url, transport=httpx.HTTPTransport(local_address=address))
+            for address in ("127.0.0.1", "127.0.0.2")
+        )
+        with first, second:
+            assert first.post("/predict", json={"inputs": "a"}).status_code == 200
+            refused = first.post("/predict", json={"inputs": "a"})
+            assert refused.status_code == 429 and refused.json()["error_type"] == "Overloaded"
+            assert 90 <= int(refused.headers["retry-after"]) <= 100
+            assert first.get("/health").status_code == 200
+            assert second.post("/predict", json={"inputs": "a"}).status_code == 200
+
+
+def test_full_queue(folder):
+    with (
+        fake_server(folder, max_queue=4, max_inputs=4, max_tokens=TOKENS) as url,
+        client_of(url) as client,
+        ThreadPoolExecutor(12) as threads,
+    ):
+        asked = [threads.submit(client.post, "/predict", json={"inputs": [SLOW] * 4}) for _ in range(12)]
+        answers = [one.result() for one in asked]
+        refused = [one for one in answers if one.status_code != 200]
+        assert refused and len(refused) < len(answers)
+        for one in refused:
+            assert one.status_code == 503 and one.headers["retry-after"] == "1"
+            assert "queue is full" in one.json()["error"]
+        assert client.post("/predict", json={"inputs": "a"}).status_code == 200
+        assert numbers(client)["queue_rows"] == 0
+
+
+def test_rows_that_wait_too_long(folder, quick):
+    with fake_server(folder, max_tokens=TOKENS, max_wait_ms=3000 * SLOW_SECONDS) as url, client_of(url) as client:
+        late = client.post("/predict", json={"inputs": [SLOW] * 3 * HELD})
+        assert late.status_code == 503 and "waited too long" in late.json()["error"]
+        assert client.post("/predict", json={"inputs": "a"}).status_code == 200
+        assert numbers(client)["rows"] < 2 * HELD
+
+
+def test_rows_of_a_client_that_has_gone_are_dropped(folder):
+    with fake_server(folder, max_tokens=TOKENS) as url, client_of(url) as client:
+        with connection(url) as gone:
+            gone.sendall(request_of([SLOW] * 200))
+            until(lambda: numbers(client)["rows"] >= 1)
+        assert client.post("/predict", json={"inputs": "a"}).status_code == 200
+        now = numbers(client)
+        assert now["queue_rows"] == 0 and now["rows"] < 100
+        assert until(lambda: numbers(client)["requests"].get("499")) == 1
+
+
+def test_client_that_has_gone_while_lines_are_sent(folder):
+    accept = {"Accept": "application/x-ndjson"}
+    with fake_server(folder, max_tokens=TOKENS) as url, client_of(url) as client:
+        with client.stream("POST", "/predict", json={"inputs": [SLOW] * 200}, headers=accept) as got:
+            next(got.iter_lines())
+        assert client.post("/predict", json={"inputs": "a"}).status_code == 200
+        assert numbers(client)["rows"] < 100
+
+
+def test_half_requests(folder):
+    """Of a client that has gone, and of a slow one."""
+    with fake_server(folder, body_seconds=0.2) as url, client_of(url) as client:
+        whole = request_of("a")
+        with connection(url) as half:
+            half.sendall(whole[:-3])
+        with connection(url) as slow:
+            slow.sendall(whole[:-3])
+            answer = slow.recv(2**16)
+            assert answer.startswith(b"HTTP/1.1 408 ") and b"within 0.2 s" in answer
+        with connection(url) as wrong:
+            wrong.sendall(b"no HTTP\r\n\r\n")
+            assert wrong.recv(2**16).startswith(b"HTTP/1.1 400 ")
+        assert client.post("/predict", json={"inputs": "a"}).status_code == 200
+
+
+def test_client_that_does_not_read(folder):
+    """Its answer waits in its socket; others are answered."""
+    with fake_server(folder, body_seconds=0.5, max_queue=10_000) as url, client_of(url) as client:
+        with connection(url) as lazy:
+            lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            for _ in range(20):
+                lazy.sendall(request_of(["the plot was dull"] * 256))
+            for _ in range(5):
+                assert client.post("/predict", json={"inputs": "a"}).status_code == 200
+        until(lambda: numbers(client)["queue_rows"] == 0)
+
+
+def test_worker_that_ends_under_load(folder, quick):
+    """Its rows get 503, another is started, and nothing hangs."""
+    with (
+        fake_server(folder, workers=2, max_tokens=TOKENS) as url,
+        client_of(url, limits=httpx.Limits(max_connections=64)) as client,
+        ThreadPoolExecutor(64) as threads,
+    ):
+        asked = [threads.submit(client.post, "/predict", json={"inputs": [SLOW] * 2}) for _ in range(12)]
+        last = threads.submit(client.post, "/predict", json={"inputs": ["a", END]})
+        asked += [threads.submit(client.post, "/predict", json={"inputs": [SLOW] * 2}) for _ in range(12)]
+        lost = last.result()
+        assert lost.status_code == 503 and lost.headers["retry-after"] == "1"
+        assert "the worker that had this input has ended" in lost.json()["error"]
+        statuses = {one.result().status_code for one in asked}
+        assert 200 in statuses and statuses <= {200, 503}
+        until(lambda: client.get("/health").status_code == 200)
+        assert numbers(client)["restarts"] == 1
+        assert client.post("/predict", json={"inputs": ["a"] * 20}).status_code == 200
+
+
+def test_lost_rows_among_lines(folder, quick):
+    accept = {"Accept": "application/x-ndjson"}
+    with fake_server(folder) as url, client_of(url) as client:
+        lines = client.post("/predict", json={"inputs": ["a", END, "a"]}, headers=accept).text.splitlines()
+        found = {one["index"]: one.get("error_type", "answered") for one in map(json.loads, lines)}
+        assert sorted(found) == [0, 1, 2] and found[1] == found[2] == "Unhealthy"
+
+
+def test_worker_that_hangs_is_replaced(folder, quick):
+    with fake_server(folder, stalled_seconds=10 * SLOW_SECONDS) as url, client_of(url) as client:
+        lost = client.post("/predict", json={"inputs": HANG})
+        assert lost.status_code == 503
+        until(lambda: client.get("/health").status_code == 200)
+        assert client.post("/predict", json={"inputs": SLOW}).status_code == 200
+
+
+def test_health_without_a_worker(folder, quick, monkeypatch):
+    """Requests wait for the next worker, but not for ever."""
+    with fake_server(folder, max_wait_ms=300.0) as url, client_of(url) as client:
+        monkeypatch.setattr(pool, "RETRY_SECONDS", (SECONDS, SECONDS))
+        from earlyexit_kernels.serving import worker_process
+
+        worker_process.WORKER = ("-c", "raise SystemExit(3)")
+        assert client.post("/predict", json={"inputs": END}).status_code == 503
+        until(lambda: client.get("/health").status_code == 503)
+        refused = client.post("/predict", json={"inputs": "a"})
+        assert refused.status_code == 503 and "waited too long" in refused.json()["error"]
