@@ -3,7 +3,8 @@
 Arrivals are a seeded Poisson process, at rates relative to the plain model's throughput on full batches. One server
 takes the rows that have arrived, oldest first, up to a largest batch, pads and answers them; if none waits, the clock
 moves to the next arrival. Time spent answering is measured, time spent waiting is computed. Variants take turns, one
-session each.
+session each. Our model with its own exits also answers rows as they leave a batch (`stream`), and in a pool that takes
+rows at any time (`ContinuousBatch`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+import earlyexit_kernels as ee
+from benchmarks.end_to_end import models
 from benchmarks.end_to_end.baselines import PLAIN, Answering
-from benchmarks.end_to_end.forced import FULL, NEVER, OWN
+from benchmarks.end_to_end.engines import FUSED_LAYERS, engine_model
+from benchmarks.end_to_end.forced import FULL, OWN
 from benchmarks.end_to_end.measure import REST, answer_fields, header, prepared
-from benchmarks.end_to_end.suites import HALF, RUNTIMES
+from benchmarks.end_to_end.suites import RUNTIMES
 from benchmarks.end_to_end.variants import Case
 from benchmarks.end_to_end.workloads import Sst2, Workload, padded
 from benchmarks.harness import Implementation, Record, Variant, ratio_fields, time_fields
@@ -31,9 +35,11 @@ Stopwatch: TypeAlias = Callable[[Callable[[], Any]], float]
 SUITE = "server"
 LARGEST = 16
 #: Arrivals per second, over the rows per second of the plain model.
-RATES = (0.4, 0.8, 1.2)
-SESSIONS = 2
-CASES = (Case("MiniLM", Sst2(LARGEST, 8), (NEVER, OWN, HALF), RUNTIMES),)
+RATES = (0.4, 0.8, 1.2, 2.0)
+SESSIONS = 3
+CASES = (Case("MiniLM", Sst2(LARGEST, 20), (OWN,), RUNTIMES, engines=(FUSED_LAYERS,)),)
+#: Rows that leave at or before this layer are early, at the last one late.
+EARLY = 2
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
@@ -77,6 +83,54 @@ def serve(
     return latencies
 
 
+def serve_stream(
+    model: models.Model, queries: Sequence[Tensor], arrived: Sequence[float], largest: int, stopwatch: Stopwatch
+) -> list[float]:
+    """As `serve`, but a row is answered when it leaves its batch."""
+    now, served, latencies = 0.0, 0, [0.0] * len(arrived)
+    while served < len(arrived):
+        now = max(now, arrived[served])
+        end = served + 1
+        while end < min(len(arrived), served + largest) and arrived[end] <= now:
+            end += 1
+        parts = model.stream(**padded(queries[served:end]))
+        part: Any = ()
+        while part is not None:
+            found: list[Any] = []
+            now += stopwatch(lambda: found.append(next(parts, None)))  # noqa: B023  called within this turn
+            (part,) = found
+            for row in () if part is None else part.rows.tolist():
+                latencies[served + row] = now - arrived[served + row]
+        served = end
+    return latencies
+
+
+def serve_pool(
+    model: models.Model, queries: Sequence[Tensor], arrived: Sequence[float], largest: int, stopwatch: Stopwatch
+) -> list[float]:
+    """As `serve`, but rows join a pool when they arrive and are answered when they leave it."""
+    pool = ee.ContinuousBatch(model)
+    now, joined, latencies = 0.0, 0, [0.0] * len(arrived)
+    while joined < len(arrived) or len(pool):
+        if not len(pool):
+            now = max(now, arrived[joined])
+        end = joined
+        while end < len(arrived) and arrived[end] <= now:
+            end += 1
+        if end > joined:
+            now += stopwatch(lambda: pool.add(**padded(queries[joined:end])))  # noqa: B023
+            joined = end
+        answers: list[Any] = []
+        now += stopwatch(lambda: answers.extend(pool.step()))  # noqa: B023
+        for answer in answers:
+            latencies[answer.id] = now - arrived[answer.id]
+    return latencies
+
+
+#: Way of serving a model of ours, beside whole batches.
+WAYS = {"streaming": serve_stream, "continuous": serve_pool}
+
+
 def records(repeats: int) -> Iterator[Record]:
     """Yield the records of all cases at all rates."""
     torch.set_flush_denormal(True)
@@ -95,15 +149,61 @@ def case_records(case: Case, sessions: int, stopwatch: Stopwatch = seconds) -> I
         return
     queries = [ids[mask.bool()] for b in work.batches for ids, mask in zip(*b.values(), strict=True)]
     capacity = _capacity(found.ready[plain].call, work, stopwatch)
+    servers = _servers(case, found.ready)
+    own = next((v for v in found.ready if (v.engine, v.exits) == (FUSED_LAYERS, OWN)), None)
+    exits = None if own is None else _exit_layers(found.ready[own], work)
     for rate in RATES:
         arrived = [arrivals(rate * capacity, len(queries), seed) for seed in range(sessions)]
-        times = _sessions(found.ready, queries, arrived, stopwatch)
-        for variant, own in times.items():
+        times = _sessions(servers, queries, arrived, stopwatch)
+        for (variant, way), latencies in times.items():
+            named = variant._replace(engine=f"{variant.engine}, {way}") if way else variant
             fields = {"rate": rate, "rows_per_second": round(rate * capacity, 2), "largest_batch": LARGEST}
-            record = header(SUITE, case, variant, "" if variant == plain else PLAIN)
+            record = header(SUITE, case, named, "" if variant == plain else PLAIN)
             record |= answer_fields(case, found, variant) | fields
-            record |= time_fields([1000 * second for session in own for second in session]) | {"sessions": sessions}
-            yield record | ({} if variant == plain else ratio_fields(*map(_medians, (own, times[plain]))))
+            record |= time_fields([1000 * second for session in latencies for second in session])
+            record |= {"sessions": sessions, "goodput": round(_goodput(latencies, arrived), 2)}
+            record |= {} if exits is None else _by_depth(latencies, exits, models.subject(case.subject).depth)
+            yield record | ({} if variant == plain else ratio_fields(*map(_medians, (latencies, times[plain, ""]))))
+
+
+Session: TypeAlias = Callable[[Sequence[Tensor], Sequence[float], int, Stopwatch], list[float]]
+Server: TypeAlias = tuple[Callable[[], Any], Session]
+
+
+def _servers(case: Case, ready: Mapping[Variant, Implementation]) -> dict[tuple[Variant, str], Server]:
+    """Return what prepares and what runs a session, by variant and way of serving; the usual way has no name."""
+    found: dict[tuple[Variant, str], Server] = {}
+    for variant, one in ready.items():
+        found[variant, ""] = one.prepare, partial(serve, one.call)
+        if (variant.engine, variant.exits) == (FUSED_LAYERS, OWN):
+            model = engine_model(models.subject(case.subject), FUSED_LAYERS)  # that of the variant
+            for way, serve_model in WAYS.items():
+                found[variant, way] = one.prepare, partial(serve_model, model)
+    return found
+
+
+def _exit_layers(own: Implementation, work: Workload) -> Tensor:
+    """Return the layer at which each row leaves by the model's own exits."""
+    own.prepare()
+    return torch.cat([own.call(batch)[1] for batch in work.batches])
+
+
+def _goodput(latencies: Sequence[Sequence[float]], arrived: Sequence[Sequence[float]]) -> float:
+    """Return rows answered per second of the sessions, from the first arrival to the last answer."""
+    spans = [
+        max(at + wait for at, wait in zip(times, own, strict=True)) - times[0]
+        for own, times in zip(latencies, arrived, strict=True)
+    ]
+    return sum(len(own) for own in latencies) / sum(spans)
+
+
+def _by_depth(latencies: Sequence[Sequence[float]], exits: Tensor, depth: int) -> Record:
+    """Return the median latency of rows that leave early, and of those that leave last, in milliseconds."""
+    found = {}
+    for name, rows in {"early": exits <= EARLY, "late": exits == depth}.items():
+        times = [1000 * session[row] for session in latencies for row in rows.nonzero()[:, 0].tolist()]
+        found[f"{name}_ms"] = round(quantiles(times, (0.5,))[0], 6) if times else None
+    return found
 
 
 def _capacity(answer: Answering, work: Workload, stopwatch: Stopwatch) -> float:
@@ -113,20 +213,21 @@ def _capacity(answer: Answering, work: Workload, stopwatch: Stopwatch) -> float:
 
 
 def _sessions(
-    ready: Mapping[Variant, Implementation],
+    servers: Mapping[tuple[Variant, str], Server],
     queries: Sequence[Tensor],
     arrived: Sequence[Sequence[float]],
     stopwatch: Stopwatch,
-) -> dict[Variant, list[list[float]]]:
-    """Return the seconds of every row, by variant and session; in a session all variants have the same arrivals."""
-    found: dict[Variant, list[list[float]]] = {variant: [] for variant in ready}
-    order, shuffle = list(ready), random.Random(0).shuffle
+) -> dict[tuple[Variant, str], list[list[float]]]:
+    """Return the seconds of every row, by server and session; in a session all servers have the same arrivals."""
+    found: dict[tuple[Variant, str], list[list[float]]] = {name: [] for name in servers}
+    order, shuffle = list(servers), random.Random(0).shuffle
     for times in arrived:
         shuffle(order)
-        for variant in order:
-            ready[variant].prepare()
+        for name in order:
+            prepare, session = servers[name]
+            prepare()
             time.sleep(REST)
-            found[variant].append(serve(ready[variant].call, queries, times, LARGEST, stopwatch))
+            found[name].append(session(queries, times, LARGEST, stopwatch))
     return found
 
 

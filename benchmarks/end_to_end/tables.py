@@ -77,6 +77,8 @@ _CELLS: dict[str, Callable[[Record], str]] = {
     "p50 ms": lambda r: f"{r['median_ms']:.1f}",
     "p90 ms": lambda r: f"{r['p90_ms']:.1f}",
     "p99 ms": lambda r: f"{r['p99_ms']:.1f}",
+    "answered / s": lambda r: f"{r['goodput']:.1f}" if "goodput" in r else "",
+    "p50 early, late ms": lambda r: f"{r['early_ms']:.1f}, {r['late_ms']:.1f}" if r.get("early_ms") else "",
     "time / plain": _ratio,
     "p50 / plain": _ratio,
     "efficiency": lambda r: f"{r['efficiency']:.2f}" if "efficiency" in r else "",
@@ -94,7 +96,10 @@ COLUMNS: dict[str, Sequence[str]] = {
         *("case", "engine", "layer-rows", "tokens", "rows", "rows / s", "p50 ms", "time / plain", "efficiency"),
         "flips",
     ),
-    server.SUITE: ("case", "engine", "rate", "rows / s", "p50 ms", "p90 ms", "p99 ms", "p50 / plain"),
+    server.SUITE: (
+        *("case", "engine", "rate", "rows / s", "answered / s", "p50 ms", "p99 ms", "p50 early, late ms"),
+        "p50 / plain",
+    ),
     PROFILE: ("case", "ms", *(kind.replace("_", " ") for kind in PROFILED), "GFLOP/s", "torch, 1024 tokens"),
 }
 

@@ -241,11 +241,38 @@ def test_server_rates_are_relative_to_the_plain_model():
     case = Case("MiniLM", Fixed(4, 8), ("never exit",))
     with torch.inference_mode():
         records = list(server.case_records(case, 2, stopwatch))
-    assert [r["rows_per_second"] for r in records if r["engine"] == "transformers"] == [16.0, 32.0, 48.0]
+    assert [r["rows_per_second"] for r in records if r["engine"] == "transformers"] == [16.0, 32.0, 48.0, 80.0]
     ours = one(records, engine="family layers", rate=0.4)
     # both take 0.1 s a batch and have the same arrivals
     assert (ours["ratio"], ours["baseline"], ours["sessions"]) == (1.0, "transformers", 2)
     assert 100.0 <= ours["median_ms"] <= ours["p90_ms"] <= ours["p99_ms"]
+    assert 0 < ours["goodput"] <= 40.0, "rows a second of a server that takes 0.1 s for at most 4 rows"
+
+
+def test_server_answers_rows_as_they_leave_a_batch_and_a_pool():
+    """Each call takes a second: a layer of a pool, the layers of a stream up to the next exit."""
+
+    def stopwatch(call):
+        call()
+        return 1.0
+
+    model = ee.to_early_exit(toy.toy_model(layers=3, hidden=16)).eval()
+    queries = [torch.tensor([2, *range(5, 5 + n), 3]) for n in range(1, 7)]
+    batch = server.padded(queries)
+    trace = model.trace(**batch)
+    first = torch.special.entr(trace.logits[:, 0].double().softmax(dim=1)).sum(dim=1).sort().values
+    model.set_criterion(ee.criteria.Entropy(threshold=[float(first[2:4].mean()), 0.0]))
+    exits = model(**batch).exit_layer
+    early = exits == 1
+    assert early.sum() == 3, "half of the rows leave at the first exit, the others at the last"
+    with torch.inference_mode():
+        streamed = server.serve_stream(model, queries, [0.0] * 6, 16, stopwatch)
+        pooled = server.serve_pool(model, queries, [0.0] * 6, 16, stopwatch)
+        late = server.serve_pool(model, queries, [0.0] * 5 + [100.0], 16, stopwatch)
+    assert streamed == [1.0 if one else 2.0 for one in early]
+    assert pooled == [2.0 if one else 4.0 for one in early], "the call that adds the rows takes a second too"
+    assert late[5] == (2.0 if early[5] else 4.0), "the clock moves to the next arrival"
+    assert server._by_depth([streamed], exits, 3) == {"early_ms": 1000.0, "late_ms": 2000.0}
 
 
 MEASURED = {"suite": "offline", "subject": "BERT-base", "shape": "B 32, S 32", "backend": "cpp", "dtype": "float32"}
