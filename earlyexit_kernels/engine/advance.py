@@ -94,12 +94,14 @@ class Weights:
         layers: L encoder layers ``layer(hidden, None, plan=...)``.
         linear: the exits as linears, or None where they have other modules too.
         backend: of the ops, as requested.
+        device: of the model.
     """
 
     view: ModelView
     layers: Sequence[Callable[..., Any]]
     linear: LinearExits | None
     backend: str
+    device: torch.device
 
     @property
     def depth(self) -> int:
@@ -152,7 +154,7 @@ def advance(weights: Weights, rows: Sequence[Row], *, find_invalid: bool) -> Ste
     """
     # rows that share an exit lie beside each other
     rows = sorted(rows, key=lambda row: (row.depth, id(row.rule), row.number))
-    hidden = _gathered(weights.view, rows)
+    hidden = _gathered(weights, rows)
     offsets, plan = _layout(tuple(row.tokens for row in rows), hidden.device)
     groups = _groups(weights.view, rows, offsets, plan, hidden)
     after = hidden_of(weights.layers[rows[0].depth](hidden[None], None, plan=plan))[0]
@@ -161,7 +163,7 @@ def advance(weights: Weights, rows: Sequence[Row], *, find_invalid: bool) -> Ste
     for group in groups:
         states = PackedStates(after[group.tokens], group.offsets, group.plan)
         if group.rule.is_due(group.layer, weights.depth):
-            found, wrong = _decide(weights, group, states)
+            found, wrong = _decide(weights, group, states, after.shape[0])
             if wrong and find_invalid:
                 found = [p._replace(invalid=_is_invalid(weights, group, states, i)) for i, p in enumerate(found)]
             invalid[group.layer - 1] += wrong
@@ -176,17 +178,18 @@ def advance(weights: Weights, rows: Sequence[Row], *, find_invalid: bool) -> Ste
 def _layout(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, AttentionPlan]:
     """Return offsets ``[n + 1]`` int32 and attention plan of rows of these lengths; rows often stay together."""
     offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    ids = torch.arange(len(lengths), dtype=torch.int32, device=device)
+    ids = offsets[:-1]  # a plan does not depend on them
     batch = PackedBatch(None, offsets, ids, None if device.type == "cuda" else lengths, max(lengths))
     return offsets, plan_attention(batch)
 
 
-def _gathered(view: ModelView, rows: Sequence[Row]) -> Tensor:
+def _gathered(weights: Weights, rows: Sequence[Row]) -> Tensor:
     """Return the input of the layer ``[T, H]``: embeddings of rows at depth 0, which come first, and hidden states."""
     new = [row.inputs for row in rows if row.depth == 0]
     parts = [row.hidden for row in rows if row.hidden is not None]
     if new:
-        ids, positions, types = torch.cat(new, dim=1).to(view.backbone.device).unsqueeze(1).unbind()
+        view, inputs = weights.view, new[0] if len(new) == 1 else torch.cat(new, dim=1)
+        ids, positions, types = inputs.to(weights.device).unsqueeze(1).unbind()
         parts.insert(0, view.adapter.first_states(view.backbone, ids, positions, types)[0])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -222,13 +225,14 @@ def _before(view: ModelView, rows: Sequence[Row], states: PackedStates) -> tuple
     return state, {name: torch.stack([row.memory[name] for row in rows]) for name in rows[0].memory}
 
 
-def _decide(weights: Weights, group: _Group, states: PackedStates) -> tuple[list[Progress], int]:
+def _decide(weights: Weights, group: _Group, states: PackedStates, step_tokens: int) -> tuple[list[Progress], int]:
     """Return what the exit after a layer does to the rows of a group, and how many have invalid logits.
 
     Args:
         weights: of the model.
         group: its state is **changed**.
         states: tokens after the layer.
+        step_tokens: tokens of all groups of the step.
     """
     rule, layer, n, device = group.rule, group.layer, len(group.rows), states.hidden.device
     if rule.name not in RULES:
@@ -246,8 +250,8 @@ def _decide(weights: Weights, group: _Group, states: PackedStates) -> tuple[list
     found = []
     for i, own in enumerate(states.hidden.split([row.tokens for row in group.rows])):
         logits = answers[i] if left[i] else None
-        # of a step, a row keeps its own part only
-        hidden = own if left[i] else own.clone()
+        # a row that stays keeps no more of the step than its own part
+        hidden = own if left[i] or own.shape[0] == step_tokens else own.clone()
         found.append(Progress(hidden, by_row[i], {name: x[i].clone() for name, x in new_memory.items()}, logits))
     return found, int(invalid)
 
@@ -259,4 +263,4 @@ def _is_invalid(weights: Weights, group: _Group, states: PackedStates, i: int) -
     own = PackedStates(states.hidden[start : start + row.tokens], *_layout((row.tokens,), states.hidden.device))
     memory = {name: x[i : i + 1] for name, x in group.memory.items()}
     one = _Group([row], own.offsets, own.plan, slice(0, row.tokens), group.state[:, i : i + 1].clone(), memory)
-    return bool(_decide(weights, one, own)[1])
+    return bool(_decide(weights, one, own, row.tokens)[1])

@@ -173,7 +173,7 @@ def _number(row: Row) -> int:
 
 def _failure(row: Row, weights: Weights, error: Exception) -> Answer:
     """Return the answer of a row whose next layer or exit failed."""
-    logits = torch.full((weights.view.classes,), math.nan, dtype=torch.float32, device=weights.view.backbone.device)
+    logits = torch.full((weights.view.classes,), math.nan, dtype=torch.float32, device=weights.device)
     return Answer(row.number, logits, row.depth + 1, error)
 
 

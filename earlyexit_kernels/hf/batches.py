@@ -42,13 +42,14 @@ def check_model_inputs(model: Any, given: Inputs) -> Inputs:
     return check_inputs(given, model.adapter, model.backbone)
 
 
-def check_batch(model: Any, caller: str, batch: Mapping[str, Any]) -> Inputs:
+def check_batch(model: Any, caller: str, batch: Mapping[str, Any], *, encoder: bool = True) -> Inputs:
     """Check the inputs of a pass that runs in eval mode only, and return them.
 
     Args:
         model: `EarlyExitForSequenceClassification`.
         caller: name of the function that was called, for messages.
         batch: keyword arguments; None stands for an input that is not given.
+        encoder: also check that the backbone fits the exits.
 
     Raises:
         RuntimeError: the model is in train mode.
@@ -59,7 +60,9 @@ def check_batch(model: Any, caller: str, batch: Mapping[str, Any]) -> Inputs:
     given = {name: value for name, value in batch.items() if value is not None}
     if unknown := sorted(set(given) - set(Inputs._fields)):
         raise ValueError(f"{caller}: expected inputs among {Inputs._fields}, got {unknown}")
-    return check_model_inputs(model, Inputs(**{"input_ids": None, **given}))
+    if encoder:
+        check_encoder(model)
+    return check_inputs(Inputs(**{"input_ids": None, **given}), model.adapter, model.backbone)
 
 
 def shape_of_ids(caller: str, input_ids: Any) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class ContinuousBatch:
         model: EarlyExitForSequenceClassification,
         *,
         max_tokens: int = 65536,
-        step_tokens: int = 512,
+        step_tokens: int = 1024,
         deadline: int = 512,
     ) -> None:
         if not isinstance(model, EarlyExitForSequenceClassification):
@@ -118,7 +118,7 @@ class ContinuousBatch:
         """
         model, rule = self._model, self._criterion(criterion)
         urgency = self._deadline if deadline is None else AT_LEAST_ONE("add(deadline=...)", deadline)
-        inputs = check_batch(model, "add", batch)
+        inputs = check_batch(model, "add", batch, encoder=False)  # a step checks that
         if not inputs.rows:
             return []
         packed = pack_inputs(model.view(), inputs)
@@ -186,14 +186,14 @@ class ContinuousBatch:
             raise RuntimeError("step: expected the model in eval mode, got train mode; call model.eval() first")
         view, known = model.view(), self._weights
         check_attention(view.backbone.config._attn_implementation)
-        settings = model.execution.settings(view)
-        if known is not None and settings == self._settings and self._made_from.is_current(view.roots):
+        same_settings = model.execution.settings() == self._settings
+        if known is not None and same_settings and self._made_from.is_current(view.roots):
             return known
         check_encoder(model)
         # taken first, so that a change while the layers are read is detected at the next step
         self._made_from = ContentFingerprint(view.roots)
         layers, linear = tuple(model.execution.encoder_layers(view)), view.heads.linear_exits(view.backbone.dtype)
-        self._weights = Weights(view, layers, linear, model.execution.requested_backend(view))
-        self._settings = model.execution.settings(view)
+        self._weights = Weights(view, layers, linear, model.execution.requested_backend(view), model.device)
+        self._settings = model.execution.settings()
         self._pool.restart(layers)
         return self._weights

@@ -310,10 +310,9 @@ class Execution:
         """
         return _requested(self._backend, view)
 
-    def settings(self, view: ModelView) -> tuple[object, ...]:
+    def settings(self) -> tuple[object, ...]:
         """Return what changes whenever a pass would run other layers or ops than before on the same weights."""
-        autocast = torch.is_autocast_enabled("cpu")
-        return self._layers, self.fused.made_from, autocast, self.requested_backend(view)
+        return self._layers, self.fused.made_from, self._backend, torch.is_autocast_enabled("cpu")
 
     def _fused_layers(self, view: ModelView, *, pack: bool) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
         """Return the fused layers, if `pack` is set, and the reason against them or None.
