@@ -275,7 +275,11 @@ def test_models_that_do_not_fit_are_refused():
         model.train() and pool.add(**batch)
     with pytest.raises(RuntimeError, match="step: expected the model in eval mode"):
         pool.step()
-    model.eval().backbone.config._attn_implementation = "sdpa"
+    model.eval().heads.half()
+    with pytest.raises(ValueError, match=r"the exits are torch.float16"):
+        pool.step()
+    model.heads.float()
+    model.backbone.config._attn_implementation = "sdpa"
     with pytest.raises(ee.AttentionReplacedError):
         pool.step()
     assert len(pool) == 12
