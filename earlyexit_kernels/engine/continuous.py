@@ -113,6 +113,8 @@ class DepthPool:
         failures: list[Answer] = []
         try:
             steps = [advance(weights, rows, find_invalid=strict)]
+        except torch.AcceleratorError:
+            raise  # after an error of the device nothing runs in this process
         except Exception as error:
             logger.warning("a step over %d rows failed and is taken row by row: %s", count, error)
             steps = []

@@ -139,6 +139,7 @@ class ContinuousBatch:
 
         Raises:
             RuntimeError: the model is in train mode.
+            torch.AcceleratorError: the device has failed; the pool is as before, but nothing runs in this process.
             AttentionReplacedError: the attention of the backbone has been changed.
             ValueError: the backbone no longer fits the exits.
         """

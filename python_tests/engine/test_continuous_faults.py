@@ -63,18 +63,20 @@ def test_row_that_raises_fails_alone(caplog):
     assert_equal_to(expected, answers)
 
 
-def test_interrupt_leaves_the_pool_as_it_was():
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.AcceleratorError])
+def test_step_that_ends_the_process_leaves_the_pool_as_it_was(error):
+    """An interrupt, and an error of the device, after which no row could run alone."""
     model, batch = varied()
     expected, pool = model(**batch), ee.ContinuousBatch(model)
     pool.add(**batch)
     answers, before = pool.step(), (len(pool), pool.tokens, pool.waiting)
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        raise error
 
     model.set_layers("family")
     hook = model.backbone.encoder.layer[0].register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         pool.step()
     hook.remove()
     assert (len(pool), pool.tokens) == before[:2]
