@@ -223,7 +223,11 @@ class Pool:
         pause, longest = RETRY_SECONDS
         while True:
             try:
-                return await worker.start()
+                await worker.start()
+                if worker.info == self.info:
+                    return
+                await worker.stop()
+                raise ValueError(f"the model in {self.settings.model} has changed; restart the server to serve it")
             except (OSError, ValueError) as error:
                 logger.error("%s; trying again in %g s", error, pause)
             await asyncio.sleep(pause)

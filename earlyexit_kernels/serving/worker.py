@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.serving.continuous import Continuous
 from earlyexit_kernels.serving.protocol import Channel, Order, Row
@@ -49,7 +52,8 @@ def main() -> None:
         return
     name, scheduler = scheduler_of(order.scheduler, model, order.max_tokens)
     warm_up(scheduler)
-    channel.send({"ready": {**described(model), "scheduler": name}})
+    digest = hashlib.sha256((Path(order.model) / CONFIG).read_bytes()).hexdigest()
+    channel.send({"ready": {**described(model), "scheduler": name, "config_sha256": digest}})
     serve(channel, scheduler)
 
 

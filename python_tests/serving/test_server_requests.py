@@ -169,7 +169,8 @@ def test_health_info_and_metrics(client):
     assert "earlyexit_exit_share" not in text  # this model has no calibration
     now = client.get("/metrics.json").json()
     assert sum(now["exit_rows"]) == now["rows"] >= 20 and now["latency_ms"]["p50"] > 0
-    assert "PredictRequest" in client.get("/openapi.json").text
+    fields = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert set(fields["application/json"]["schema"]["properties"]) == {"inputs", "truncate", "raw_scores", "threshold"}
 
 
 def test_answers_of_200_clients_are_neither_mixed_nor_lost(client, words):

@@ -64,6 +64,13 @@ def fake_server(folder: Path, **settings: Any) -> Iterator[str]:
             assert not thread.is_alive()
 
 
+def fake_workers() -> list[int]:
+    """Return the process ids of the fake workers of this process."""
+    children = Path("/proc/self/task").glob("*/children")
+    pids = [int(one) for file in children for one in file.read_text().split()]
+    return [pid for pid in pids if b"fake_worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 class Command:
     """`earlyexit serve` as a process, with workers whose model fails on some words; see `faulty_worker`."""
 
