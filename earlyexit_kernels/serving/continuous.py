@@ -9,8 +9,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.hf.continuous import ContinuousBatch
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
@@ -69,8 +67,6 @@ class Continuous:
             self._join(rows)
         answers = self._pool.step()
         for answer in answers:
-            if isinstance(answer.error, torch.AcceleratorError):
-                raise answer.error  # after an error of the device nothing runs in this process
             if answer.error is not None:
                 logger.error("the model failed on a row at layer %d: %s", answer.exit_layer, answer.error)
         found = [(self._keys.pop(answer.id), answer) for answer in answers]

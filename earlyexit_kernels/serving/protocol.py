@@ -79,7 +79,10 @@ class Channel:
         return [json.loads(text) for text in lines]
 
     def send(self, message: dict[str, Any]) -> None:
-        """Write a message."""
+        """Write a message; nothing is written where the server has gone."""
         rest = memoryview(line(message))
-        while rest:
-            rest = rest[os.write(self._target, rest) :]
+        try:
+            while rest:
+                rest = rest[os.write(self._target, rest) :]
+        except BrokenPipeError:
+            self.closed = True
