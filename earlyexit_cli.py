@@ -60,12 +60,7 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=_checked("path"), default=Path("demo_output"), help="output folder (default: %(default)s)")
     add("--seed", type=_checked("seed"), default=0, help="random seed (default: %(default)s)")
-    add(
-        "--threads",
-        type=_checked("threads"),
-        default=1,
-        help="CPU threads; more do not help on a model this small (default: %(default)s)",
-    )
+    add("--threads", type=_checked("threads"), default=1, help="CPU threads; more do not help (default: %(default)s)")
     add("--quick", action="store_true", help="train on a tenth of the rows: shows the steps, not the result")
 
 
@@ -101,13 +96,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--method", type=_checked("method"), default="joint", help=f"one of {', '.join(METHODS)} (default: %(default)s)"
     )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set an option of the method, e.g. ponder=0.05; repeatable",
-    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="option of the method, repeatable: ponder=0.05")
     add(
         "--pooling",
         choices=POOLINGS,
@@ -115,12 +104,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: that of a trained classifier, mean for an encoder without one)",
     )
     add("--form", choices=FORMS, help="form of the exits (default: that of the method's paper)")
-    add(
-        "--train-rows",
-        type=_checked("rows"),
-        default=None,
-        help="number of rows to train on (default: all that are not held out)",
-    )
+    add("--train-rows", type=_checked("rows"), help="number of rows to train on (default: all that are not held out)")
     add(
         "--holdout",
         type=_checked("rows_or_none"),
@@ -166,13 +150,7 @@ def add_dev_argument(parser: argparse.ArgumentParser) -> None:
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `earlyexit eval`."""
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        type=_checked("path"),
-        nargs="+",
-        help="one or more folders written by `earlyexit train`",
-    )
+    add("--model", required=True, type=_checked("path"), nargs="+", help="folders written by `earlyexit train`")
     add("--task", type=_checked("task"), help="task to evaluate on (default: the one the model was trained on)")
     add_dev_argument(parser)
     add(
@@ -258,9 +236,30 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     rows("--input", type=_checked("table"), help="CSV, TSV, JSON lines or Parquet file to read")
     rows("--text", action="append", help="a text; repeatable; the answers are printed")
     add("--output", type=_checked("table"), help="new file: the columns of --input, and label, score and exit_layer")
+    _add_scorer_arguments(parser)
+
+
+def _add_scorer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that predict and score share."""
+    add = parser.add_argument
     add("--text-column", type=_checked("column"), help="column of the text (default: that of training, or text)")
     add("--pair-column", type=_checked("column"), help="column of the second text (default: that of training)")
     add("--max-tokens", type=_checked("tokens"), default=4096, help="tokens per batch (default: %(default)s)")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `earlyexit score`."""
+    add = parser.add_argument
+    add("--model", required=True, type=_checked("path"), help="folder with a saved early-exit model")
+    add(
+        "--input", required=True, nargs="+", help="files, folders or patterns; also URIs, such as s3://bucket/*.parquet"
+    )
+    add("--output", required=True, type=_checked("path"), help="folder for scored/ and errors/")
+    _add_scorer_arguments(parser)
+    add("--truncate", action="store_true", help="cut texts that are too long, which otherwise go to errors/")
+    add("--workers", type=_checked("count"), help="copies of the model (default: one a GPU or core, 8 a machine)")
+    add("--address", help="of a cluster of Ray (default: this machine)")
+    add("--overwrite", action="store_true", help="remove the rows of an earlier run, instead of going on with it")
 
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
@@ -344,6 +343,12 @@ COMMANDS = {
         "Classify the rows of a file, or texts, with a saved early-exit model.",
         "Adds the columns label, score and exit_layer to those of the input. An existing file is not overwritten.",
         add_predict_arguments,
+    ),
+    "score": Command(
+        "Classify the rows of many files, by workers on this machine or a cluster of Ray.",
+        "Writes --output/scored with the columns of the input, label, score and exit_layer; rows without an answer go\n"
+        "to --output/errors. The same command again goes on where a run has ended. Requires the extra ray.",
+        add_score_arguments,
     ),
     "serve": Command(
         "Serve a saved early-exit model over HTTP.",

@@ -35,9 +35,10 @@ MAY_IMPORT = {
     "hf": "arguments backbones backends criteria engine errors heads objectives types huggingface_hub numpy "
     "safetensors torch transformers",
     "tuning": "arguments criteria engine hf types mapie matplotlib numpy safetensors sklearn torch tqdm",
-    "serving": "arguments criteria hf ops types fastapi numpy prometheus_client pydantic torch transformers uvicorn",
+    "serving": "arguments criteria hf ops types fastapi numpy prometheus_client pyarrow pydantic ray "
+    "torch transformers uvicorn",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",
-    "cli": "* __init__ numpy safetensors torch transformers",
+    "cli": "* __init__ numpy safetensors torch tqdm transformers",
     "__init__": "* transformers",
     "__main__": "earlyexit_cli",
 }

@@ -9,7 +9,7 @@ import sys
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from earlyexit_kernels.cli import calibrate, demo, env, evaluate, predict, report, serve, train
+from earlyexit_kernels.cli import calibrate, demo, env, evaluate, predict, report, score, serve, train
 from earlyexit_kernels.errors import BackendUnavailableError, MissingHeadsError
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "report": report,
     "predict": predict,
+    "score": score,
     "serve": serve,
     "env": env,
 }

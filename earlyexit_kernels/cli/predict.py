@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.model.is_dir():
         raise FileNotFoundError(f"--model: expected a folder with a saved model, {args.model} is not one")
     recipe = Recipe.load(args.model) if (args.model / RECIPE_FILE).is_file() else None
-    own = None if recipe is None else recipe.data
-    columns = Columns() if own is None else own.columns
-    text, pair = args.text_column or columns.text, args.pair_column or columns.pair
+    text, pair = text_columns(args, recipe)
     if args.input is None:
         _check_texts(args, pair)
         answers, errors, _ = _answers(args, recipe, args.text)
@@ -81,18 +80,10 @@ def _answers(
     """Return the columns to add, with None where there is no answer; why there is none, or empty strings; and L.
 
     Raises:
-        ValueError: several labels a row, or as for `load_any`.
+        ValueError: as for `scorer_of`.
     """
-    model = load_any(args.model)
-    if model.config.problem_type == "multi_label_classification":
-        raise ValueError(f"--model: expected one label a row, {args.model} has several; use Scorer in Python")
-    longest = model.adapter.longest(model.config.backbone_config)
-    max_length = longest if recipe is None else min(recipe.max_length or longest, longest)
-    with loaded_from(args.model):
-        tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-        options: dict[str, Any] = {"max_tokens": args.max_tokens, "max_length": max_length}
-        scorer = Scorer(model, tokenizer, truncate=True, bad_rows="report", **options)
-    table = scorer(texts)
+    scorer = scorer_of(args.model, recipe, truncate=True, max_tokens=args.max_tokens)
+    model, table = scorer.model, scorer(texts)
     columns = {"label": [model.config.id2label[0]] * len(texts), **table}  # of regression: the name of the number
     columns["score"] = [round(score, 6) for score in table["score"]]
     answers = {
@@ -100,3 +91,26 @@ def _answers(
         for name in ADDED
     }
     return answers, table[ERROR], model.depth
+
+
+def text_columns(args: argparse.Namespace, recipe: Recipe | None) -> tuple[str, str | None]:
+    """Return the columns of the text and of its pair: as asked for, or those of training."""
+    columns = Columns() if recipe is None or recipe.data is None else recipe.data.columns
+    return args.text_column or columns.text, args.pair_column or columns.pair
+
+
+def scorer_of(folder: Path, recipe: Recipe | None, *, truncate: bool, max_tokens: int) -> Scorer:
+    """Return a scorer of a saved model that reports rows without an answer; rows are as long as in training.
+
+    Raises:
+        ValueError: several labels a row, or as for `load_any`.
+    """
+    model = load_any(folder)
+    if model.config.problem_type == "multi_label_classification":
+        raise ValueError(f"--model: expected one label a row, {folder} has several; use Scorer in Python")
+    longest = model.adapter.longest(model.config.backbone_config)
+    max_length = longest if recipe is None else min(recipe.max_length or longest, longest)
+    with loaded_from(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "max_length": max_length}
+        return Scorer(model, tokenizer, truncate=truncate, bad_rows="report", **options)
