@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 # their order, since those with the fewest tests are not the shortest
 PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 # in a variable, since `call` takes a comma for the end of an argument
-EXTRAS := .[test,train,plot,bench]
+EXTRAS := .[test,train,plot,bench,serve]
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --no-compile
 # $(call timed,COMMAND): run it and print the seconds that it took
 timed = started=$$(date +%s) && $(1) && echo "    done in $$(( $$(date +%s) - started )) s"
@@ -89,7 +89,7 @@ $(VENV)/.torch:
 $(VENV)/.package: $(VENV)/.torch pyproject.toml
 	@echo "installing the build requirements"
 	@$(call timed,$(PIP_INSTALL) "setuptools>=77" wheel ninja pybind11)
-	@echo "installing earlyexit_kernels with its extras test, train, plot and bench; this may take minutes"
+	@echo "installing earlyexit_kernels with its extras test, train, plot, bench and serve; this may take minutes"
 	@export EARLYEXIT_BUILD=none && $(call timed,$(PIP_INSTALL) --no-build-isolation -e "$(EXTRAS)")
 	@touch $@
 

@@ -11,7 +11,7 @@ from support.commands import error_of
 from transformers import AutoModelForSequenceClassification
 
 from earlyexit_cli import build_parser, main
-from earlyexit_kernels import EarlyExitForSequenceClassification
+from earlyexit_kernels import EarlyExitForSequenceClassification, to_early_exit
 from earlyexit_kernels.cli import demo, train
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.objectives import OBJECTIVES
@@ -339,3 +339,19 @@ def test_tokenizer_of_other_text_is_refused(base, tmp_path, capsys, monkeypatch)
     assert "80% of the tokens of the first 32 rows" in message
     assert f"It has {tokens} tokens, the model {tokens} embeddings" in message and "made for other text" in message
     assert "files of a tokenizer" not in message
+
+
+def test_a_model_saved_in_python_predicts(tmp_path, capsys):
+    to_early_exit(toy.toy_model(layers=2, hidden=16)).save_pretrained(tmp_path / "model")
+    toy.toy_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(["predict", "--model", str(tmp_path / "model"), "--text", "the plot was dull ."]) == 0
+    assert "tive (" in capsys.readouterr().out
+
+
+def test_dev_is_refused_for_a_model_of_a_task(base, tmp_path, capsys, small_task):
+    arguments = ["--task", "toy", "--holdout", "24", "--output", str(tmp_path), "--epochs", "1"]
+    assert main(["train", "--model", str(base), *arguments]) == 0
+    message = error_of(capsys, ["calibrate", "--model", str(tmp_path), "--max-drop", "0.5", "--dev", "x.csv"])
+    assert "--dev: expected a model trained with --train" in message
+    assert main(["calibrate", "--model", str(tmp_path), "--max-drop", "0.5"]) == 0
+    assert "24 held-out train rows" in capsys.readouterr().out

@@ -307,15 +307,6 @@ def test_target_that_no_criterion_reaches_is_an_error(model, capsys):
     assert "no criterion of this model reaches SpeedUp(speed_up=1000.0)" in message
 
 
-def test_dev_is_refused_for_a_model_of_a_task(base, tmp_path, capsys, small_task):
-    arguments = ["--task", "toy", "--holdout", "24", "--output", str(tmp_path), "--epochs", "1"]
-    assert main(["train", "--model", str(base), *arguments]) == 0
-    message = error_of(capsys, ["calibrate", "--model", str(tmp_path), "--max-drop", "0.5", "--dev", "x.csv"])
-    assert "--dev: expected a model trained with --train" in message
-    assert main(["calibrate", "--model", str(tmp_path), "--max-drop", "0.5"]) == 0
-    assert "24 held-out train rows" in capsys.readouterr().out
-
-
 # eval
 
 
@@ -348,13 +339,6 @@ def test_texts_are_answered_on_the_terminal(model, capsys):
     assert main(["predict", "--model", str(model), "--text", "the plot was dull .", "--text", "zzz " * 200]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("exit layer 2: the plot was dull .") and "exit layer" in second
-
-
-def test_a_model_saved_in_python_predicts(tmp_path, capsys):
-    ee.to_early_exit(toy.toy_model(layers=2, hidden=16)).save_pretrained(tmp_path / "model")
-    toy.toy_tokenizer().save_pretrained(tmp_path / "model")
-    assert main(["predict", "--model", str(tmp_path / "model"), "--text", "the plot was dull ."]) == 0
-    assert "tive (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

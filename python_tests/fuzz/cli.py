@@ -396,6 +396,5 @@ def _recipe(case: Case, here: Path) -> None:
     case.note = f"{name} with {key} = {data.get(key, 'removed')!r}"
     rows = name == RECIPE_FILE and key in ("train_rows", "holdout", "seed", "task", "max_length")
     invalid = rows and key in data and data[key] not in (True, 1e9)
-    judge(
-        case, here, ["eval", "--model", str(here / "trained"), "--points", "8"], False if invalid else None, lambda: ""
-    )
+    arguments = ["eval", "--model", str(here / "trained"), "--points", "8"]
+    judge(case, here, arguments, False if invalid else None, lambda: "")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 from support.commands import error_of
 
-from earlyexit_kernels.cli import train
+from earlyexit_kernels.cli import base_model
 from earlyexit_kernels.tasks import hub
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 
@@ -82,7 +82,7 @@ def test_train_asks_the_hub_once(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "get_session", lambda: session)
     monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: data)
-    monkeypatch.setattr(train, "_load_stock", _raise_os_error)
+    monkeypatch.setattr(base_model, "_load_stock", _raise_os_error)
     arguments = ["--model", "nobody/nothing", "--task", "sst2", "--holdout", "0", "--output", str(tmp_path)]
     assert "no such model" in error_of(capsys, ["train", *arguments])
     assert session.requests == 1
