@@ -64,6 +64,7 @@ class Implementation:
         check: runs the work once and compares the answer with the reference.
         prepare: called before each call, untimed; restores what `call` changes.
         ours: whether it is one of this package's engines, for which goals are set.
+        model: the early-exit model of one of ours.
     """
 
     variant: Variant
@@ -71,6 +72,7 @@ class Implementation:
     check: Callable[[], Checked] = Checked
     prepare: Call = do_nothing
     ours: bool = False
+    model: Any = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 import earlyexit_kernels as ee
 from benchmarks.end_to_end import models
 from benchmarks.end_to_end.baselines import PLAIN, Answering
-from benchmarks.end_to_end.engines import FUSED_LAYERS, engine_model
+from benchmarks.end_to_end.engines import FUSED_LAYERS
 from benchmarks.end_to_end.forced import FULL, OWN
 from benchmarks.end_to_end.measure import REST, answer_fields, header, prepared
 from benchmarks.end_to_end.suites import RUNTIMES
@@ -149,7 +149,7 @@ def case_records(case: Case, sessions: int, stopwatch: Stopwatch = seconds) -> I
         return
     queries = [ids[mask.bool()] for b in work.batches for ids, mask in zip(*b.values(), strict=True)]
     capacity = _capacity(found.ready[plain].call, work, stopwatch)
-    servers = _servers(case, found.ready)
+    servers = _servers(found.ready)
     own = next((v for v in found.ready if (v.engine, v.exits) == (FUSED_LAYERS, OWN)), None)
     exits = None if own is None else _exit_layers(found.ready[own], work)
     for rate in RATES:
@@ -170,15 +170,14 @@ Session: TypeAlias = Callable[[Sequence[Tensor], Sequence[float], int, Stopwatch
 Server: TypeAlias = tuple[Callable[[], Any], Session]
 
 
-def _servers(case: Case, ready: Mapping[Variant, Implementation]) -> dict[tuple[Variant, str], Server]:
+def _servers(ready: Mapping[Variant, Implementation]) -> dict[tuple[Variant, str], Server]:
     """Return what prepares and what runs a session, by variant and way of serving; the usual way has no name."""
     found: dict[tuple[Variant, str], Server] = {}
     for variant, one in ready.items():
         found[variant, ""] = one.prepare, partial(serve, one.call)
         if (variant.engine, variant.exits) == (FUSED_LAYERS, OWN):
-            model = engine_model(models.subject(case.subject), FUSED_LAYERS)  # that of the variant
             for way, serve_model in WAYS.items():
-                found[variant, way] = one.prepare, partial(serve_model, model)
+                found[variant, way] = one.prepare, partial(serve_model, one.model)
     return found
 
 

@@ -122,7 +122,7 @@ class _Variants:
         answer, truths = functools.partial(_answer, model), self.truths(variant.engine, family)
         named = variant._replace(backend=model.backend)
         check = functools.partial(self._check, answer, truths, rule, prepare=set_rule)
-        return Implementation(named, self.call(answer), check, set_rule, ours=True)
+        return Implementation(named, self.call(answer), check, set_rule, ours=True, model=model)
 
     def baseline(self, variant: Variant) -> Implementation:
         """Return a baseline."""

@@ -249,6 +249,23 @@ def test_server_rates_are_relative_to_the_plain_model():
     assert 0 < ours["goodput"] <= 40.0, "rows a second of a server that takes 0.1 s for at most 4 rows"
 
 
+def test_every_way_of_serving_runs_the_exits_of_its_variant(monkeypatch):
+    monkeypatch.setattr(server, "OWN", "uniform, 50 %")
+    case = Case("MiniLM", Fixed(4, 8), ("uniform, 50 %",), engines=("fused layers",))
+    with torch.inference_mode():
+        _, found, _ = measure.prepared("server", case, lambda work, answer: answer)
+        ways = {
+            way: one
+            for (variant, way), one in server._servers(found.ready).items()
+            if variant.engine != baselines.PLAIN
+        }
+        assert set(ways) == {"", "streaming", "continuous"}
+        for way, (prepare, session) in ways.items():
+            prepare()
+            if way:
+                assert session.args[0].criterion is not None, way
+
+
 def test_server_answers_rows_as_they_leave_a_batch_and_a_pool():
     """Each call takes a second: a layer of a pool, the layers of a stream up to the next exit."""
 
