@@ -244,7 +244,7 @@ def _add_scorer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--text-column", type=_checked("column"), help="column of the text (default: that of training, or text)")
     add("--pair-column", type=_checked("column"), help="column of the second text (default: that of training)")
-    add("--max-tokens", type=_checked("tokens"), default=4096, help="tokens per batch (default: %(default)s)")
+    add("--max-tokens", type=_checked("count"), default=4096, help="tokens per batch (default: %(default)s)")
 
 
 def add_score_arguments(parser: argparse.ArgumentParser) -> None:

@@ -83,7 +83,7 @@ def measure(folder: Path, *, noise: bool = False) -> list[Record]:
         found += [_replayed(subject, "sampled_exit", draws), _replayed(subject, "expectation", [Expectation()])]
         if traced.model.objective.name == "dact":
             found.append(_replayed(subject, "bound", [Dact(bound=bound) for bound in ("paper", "tight")]))
-    if "gate" in trace.aux or "gate" in traced.model.heads.aux_names:
+    if "gate" in traced.model.heads.aux_names:
         found += _skipping(subject)
     if noise:
         found += list(_noisy(subject))

@@ -80,20 +80,26 @@ def methods(task: str, *, results: Path = RESULTS) -> str:
 
 def dact(*, results: Path = RESULTS) -> str:
     """DACT by its bound alone, beside entropy on the model that it started from at the same multiply-adds."""
-    header = ("ponder", "full answer", "bound alone", "fewer layers, x", "multiply-adds", "joint and entropy there")
+    header = ("ponder", "bound alone", "fewer layers, x", "multiply-adds", "joint and entropy there")
     rows = []
-    joint = _group(lambda seed: Training("trec", "joint", seed), results)
     for ponder in plans.PONDERS:
-        group = _group(lambda seed, ponder=ponder: plans.dact_after_joint(seed, ponder), results)
+        arm = functools.partial(plans.dact_after_joint, ponder=ponder)
+        files = {seed: result_file(arm(seed), results) for seed in SEEDS}
+        group = {seed: Result(file) for seed, file in files.items() if file.is_file()}
         if not group:
             continue
-        bounds = [r.record("rule", rule="bound") for r in group]
-        score, layers, macs = ([b["reporting"][name][0] for b in bounds if b] for name in ("score", "layers", "macs"))
-        depth = len(group[0].layers["reporting"])
-        answer = [r.record("rule", rule="bound")["reporting"]["score"][0] for r in group]  # type: ignore[index]
-        there = [start.rule("entropy", share) for start, share in zip(joint, macs, strict=False)]
-        cells = (spread(answer), spread(score), spread((depth / x for x in layers), 2), spread(macs, 2), _scores(there))
-        rows.append((f"{ponder:g}{seeds_note(group)}", *cells))
+        bound = {seed: r.columns("bound") for seed, r in group.items()}
+        depth = len(next(iter(group.values())).layers["reporting"])
+        starts = {seed: Result(result_file(plans.of_method("trec", "joint", seed), results)) for seed in group}
+        rows.append(
+            (
+                f"{ponder:g}{seeds_note(list(group.values()))}",
+                spread(columns["score"][0] for columns in bound.values()),
+                spread((depth / columns["layers"][0] for columns in bound.values()), 2),
+                spread((columns["macs"][0] for columns in bound.values()), 2),
+                _scores([starts[seed].rule("entropy", columns["macs"][0]) for seed, columns in bound.items()]),
+            )
+        )
     return _table(header, rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
@@ -172,3 +173,20 @@ def check_lengths(data: Mapping[str, EncodedSplit], model: EarlyExitForSequenceC
                 f"--max-length: a row of the {name} split has {length} tokens, the model takes at most {longest}; "
                 f"train with --max-length {longest} or less"
             )
+
+
+def check_packages(command: str, extra: str, names: Sequence[str]) -> None:
+    """Raise if a command lacks packages of its extra.
+
+    Args:
+        command: for the message.
+        extra: that installs them.
+        names: of the packages.
+
+    Raises:
+        ImportError: names those that are not installed.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        packages = f"expected the packages {', '.join(missing)}"
+        raise ImportError(f"{command}: {packages}: `pip install earlyexit_kernels[{extra}]`")

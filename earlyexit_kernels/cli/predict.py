@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from earlyexit_kernels.cli.evaluate import load_any
 from earlyexit_kernels.cli.inputs import loaded_from
 from earlyexit_kernels.cli.outputs import check_folder, written
-from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli.recipe import Recipe, recipe_of
 from earlyexit_kernels.serving.answers import ERROR
 from earlyexit_kernels.serving.scorer import Scorer
 from earlyexit_kernels.tasks.files import Table, read_table, write_table
@@ -25,9 +25,7 @@ ADDED = ("label", "score", "exit_layer")
 
 def run(args: argparse.Namespace) -> int:
     """Print the answers to texts, or write those to a file."""
-    if not args.model.is_dir():
-        raise FileNotFoundError(f"--model: expected a folder with a saved model, {args.model} is not one")
-    recipe = Recipe.load(args.model) if (args.model / RECIPE_FILE).is_file() else None
+    recipe = recipe_of("--model", args.model)
     text, pair = text_columns(args, recipe)
     if args.input is None:
         _check_texts(args, pair)

@@ -184,3 +184,19 @@ RECIPE_CHECKS: dict[str, Check] = {
     "max_length": optional(whole(low=1)),
     "evaluation_split": choice("dev", "test", HELD_OUT),
 }
+
+
+def recipe_of(argument: str, folder: Path) -> Recipe | None:
+    """Return the recipe of a saved model, or None for one that was trained in Python.
+
+    Args:
+        argument: name of the argument, for the message.
+        folder: of the model.
+
+    Raises:
+        FileNotFoundError: it is not a folder.
+        ValueError: as for `Recipe.load`.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument}: expected a folder with a saved model, {folder} is not one")
+    return Recipe.load(folder) if (folder / RECIPE_FILE).is_file() else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 from tqdm import tqdm
 
+from earlyexit_kernels.cli.inputs import check_packages
 from earlyexit_kernels.cli.predict import scorer_of, text_columns
-from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli.recipe import Recipe, recipe_of
 
 #: Packages of the extra `ray`.
 REQUIRED = ("ray", "pyarrow")
@@ -19,15 +19,11 @@ REQUIRED = ("ray", "pyarrow")
 
 def run(args: argparse.Namespace) -> int:
     """Score the blocks that are not finished; the exit code is 2 if a file cannot be read."""
-    missing = [name for name in REQUIRED if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"score: expected the packages {', '.join(missing)}: `pip install earlyexit_kernels[ray]`")
-    if not args.model.is_dir():
-        raise FileNotFoundError(f"--model: expected a folder with a saved model, {args.model} is not one")
+    check_packages("score", "ray", REQUIRED)
+    recipe = recipe_of("--model", args.model)
     from earlyexit_kernels.serving.blocks import BLOCK_ROWS, ERRORS, SCORED, Output, model_digest, plan
     from earlyexit_kernels.serving.table_files import find_files
 
-    recipe = Recipe.load(args.model) if (args.model / RECIPE_FILE).is_file() else None
     columns = tuple(name for name in text_columns(args, recipe) if name is not None)
     files = find_files(args.input)
     blocks, failed = plan(files, columns, BLOCK_ROWS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
+from earlyexit_kernels.cli.inputs import check_packages
+from earlyexit_kernels.cli.recipe import recipe_of
 from earlyexit_kernels.criteria import from_dict
 from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.serving.settings import Settings
@@ -24,12 +24,8 @@ REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    missing = [name for name in REQUIRED if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"serve: expected the packages {', '.join(missing)}: `pip install earlyexit_kernels[serve]`")
-    if not args.model.is_dir():
-        raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} is not one")
-    recipe = Recipe.load(args.model) if (args.model / RECIPE_FILE).is_file() else None
+    check_packages("serve", "serve", REQUIRED)
+    recipe = recipe_of("MODEL", args.model)
     settings = Settings(
         model=args.model,
         max_length=None if recipe is None else recipe.max_length,

@@ -16,7 +16,7 @@ from earlyexit_kernels.engine.embedding import pack_inputs
 from earlyexit_kernels.engine.fingerprint import ContentFingerprint
 from earlyexit_kernels.engine.packing import check_attention
 from earlyexit_kernels.errors import PoolFullError
-from earlyexit_kernels.hf.batches import check_batch, check_encoder
+from earlyexit_kernels.hf.inputs import check_backbone, check_batch
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.types import Answer
 
@@ -190,7 +190,7 @@ class ContinuousBatch:
         same_settings = model.execution.settings() == self._settings
         if known is not None and same_settings and self._made_from.is_current(view.roots):
             return known
-        check_encoder(model)
+        check_backbone(model)
         # taken first, so that a change while the layers are read is detected at the next step
         self._made_from = ContentFingerprint(view.roots)
         layers, linear = tuple(model.execution.encoder_layers(view)), view.heads.linear_exits(view.backbone.dtype)

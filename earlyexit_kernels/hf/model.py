@@ -19,11 +19,11 @@ from earlyexit_kernels.engine.inputs import Inputs, refuse_other_arguments
 from earlyexit_kernels.engine.packing import PACKED_ATTENTION
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
-from earlyexit_kernels.hf.batches import check_batch, check_model_inputs, refuse_states, shape_of_ids
 from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.checkpoint import Checkpointed
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.execution import Execution, full_depth_output
+from earlyexit_kernels.hf.inputs import check_batch, check_model_inputs, refuse_states, shape_of_ids
 from earlyexit_kernels.hf.labels import check_labels
 from earlyexit_kernels.hf.limits import linear_weights_per_layer
 from earlyexit_kernels.hf.output import EarlyExitOutput

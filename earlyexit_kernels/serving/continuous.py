@@ -14,7 +14,7 @@ from earlyexit_kernels.hf.continuous import ContinuousBatch
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.hf.predict import PadRight
 from earlyexit_kernels.serving.protocol import Found, Row
-from earlyexit_kernels.serving.schedulers import Done, row_inputs
+from earlyexit_kernels.serving.schedulers import Done, row_inputs, taken_out
 from earlyexit_kernels.serving.settings import POOL_STEPS
 
 logger = logging.getLogger("earlyexit_kernels")
@@ -54,8 +54,7 @@ class Continuous:
     def drop(self, keys: Iterable[int]) -> list[int]:
         """Remove rows, at whatever depth, and return their keys."""
         unwanted = set(keys)
-        dropped = [row.key for row in self._waiting if row.key in unwanted]
-        self._waiting = deque(row for row in self._waiting if row.key not in unwanted)
+        dropped = taken_out(self._waiting, unwanted)
         for number in [number for number, key in self._keys.items() if key in unwanted]:
             self._pool.discard(number)
             dropped.append(self._keys.pop(number))

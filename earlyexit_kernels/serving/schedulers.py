@@ -73,10 +73,7 @@ class WholeBatches:
 
     def drop(self, keys: Iterable[int]) -> list[int]:
         """Remove rows that have not begun, and return their keys."""
-        unwanted = set(keys)
-        dropped = [row.key for row in self._waiting if row.key in unwanted]
-        self._waiting = deque(row for row in self._waiting if row.key not in unwanted)
-        return dropped
+        return taken_out(self._waiting, set(keys))
 
     def step(self) -> Done:
         """Run until rows are answered."""
@@ -114,6 +111,15 @@ class WholeBatches:
     def _streamed(self, rows: list[Row]) -> Iterator[list[Found]]:
         for part in self.model.stream(**self._inputs(rows)):
             yield answers_of(rows, part)
+
+
+def taken_out(rows: deque[Row], unwanted: set[int]) -> list[int]:
+    """Remove the rows with unwanted keys, and return their keys."""
+    dropped = [row.key for row in rows if row.key in unwanted]
+    kept = [row for row in rows if row.key not in unwanted]
+    rows.clear()
+    rows.extend(kept)
+    return dropped
 
 
 def row_inputs(row: Row) -> dict[str, list[int]]:

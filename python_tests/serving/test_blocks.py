@@ -12,7 +12,7 @@ import pytest
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
-from support.text_models import model_and_tokenizer, texts  # noqa: E402
+from support.text_models import saved_model, texts  # noqa: E402
 
 import earlyexit_kernels as ee  # noqa: E402
 from earlyexit_kernels.serving import blocks as module  # noqa: E402
@@ -25,11 +25,7 @@ ROWS = texts(40)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model, words = model_and_tokenizer(ROWS)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("model"), ROWS)
 
 
 def parquet(path, rows=ROWS, **options):

@@ -16,11 +16,11 @@ pa = pytest.importorskip("pyarrow")
 ray = pytest.importorskip("ray")
 import pyarrow.parquet as pq  # noqa: E402
 from support.commands import error_of  # noqa: E402
-from support.text_models import model_and_tokenizer, texts  # noqa: E402
+from support.text_models import saved_model, texts  # noqa: E402
 
 import earlyexit_kernels as ee  # noqa: E402
 from earlyexit_cli import main  # noqa: E402
-from earlyexit_kernels.cli import score  # noqa: E402
+from earlyexit_kernels.cli import inputs  # noqa: E402
 
 ROWS = texts(40)
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,11 +29,7 @@ SECONDS = 300
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    model, words = model_and_tokenizer(ROWS)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("model"), ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +113,6 @@ def test_errors(saved, tmp_path, capsys, monkeypatch):
     parquet(tmp_path / "in" / "a.parquet", ROWS)
     message = error_of(capsys, command(saved, tmp_path, "--text-column", "review"))
     assert "expected a column 'review', got id, text" in message and not (tmp_path / "out").exists()
-    monkeypatch.setattr(score, "find_spec", lambda name: None if name == "ray" else object())
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "ray" else object())
     message = error_of(capsys, command(saved, tmp_path))
     assert message.endswith("expected the packages ray: `pip install earlyexit_kernels[ray]`")

@@ -16,7 +16,7 @@ from support.commands import error_of
 from support.servers import Command, client_of
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.cli import serve
+from earlyexit_kernels.cli import inputs, serve
 from earlyexit_kernels.serving.settings import Settings
 from earlyexit_kernels.tasks import toy
 
@@ -161,7 +161,7 @@ def test_errors(capsys, tmp_path, folder, monkeypatch):
     message = error_of(capsys, ["serve", str(folder), "--min-threshold", "0.5"])
     assert "expected both, the smaller one first" in message
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else object())
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "uvicorn" else object())
     message = error_of(capsys, ["serve", str(folder)])
     assert message.endswith("expected the packages uvicorn: `pip install earlyexit_kernels[serve]`")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,3 +38,10 @@ def answers_one_by_one(model: Any, words: Any, rows: list[Any]) -> list[tuple[to
         out = model(**words(*([row] if isinstance(row, str) else row), return_tensors="pt"))
         found.append((out.logits[0], int(out.exit_layer[0])))
     return found
+
+
+def saved_model(folder: Path, rows: list[str]) -> Path:
+    """Save the model and the tokenizer of `model_and_tokenizer` in a folder, and return it."""
+    for one in model_and_tokenizer(rows):
+        one.save_pretrained(folder)
+    return folder

@@ -10,7 +10,7 @@ from torch import Tensor
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_message
 
 
-def check_encoder(model: Any) -> None:
+def check_backbone(model: Any) -> None:
     """Check that the backbone of a model still fits its exits.
 
     Args:
@@ -38,7 +38,7 @@ def check_model_inputs(model: Any, given: Inputs) -> Inputs:
     Raises:
         ValueError, AttentionReplacedError: as for `forward`.
     """
-    check_encoder(model)
+    check_backbone(model)
     return check_inputs(given, model.adapter, model.backbone)
 
 
@@ -61,7 +61,7 @@ def check_batch(model: Any, caller: str, batch: Mapping[str, Any], *, encoder: b
     if unknown := sorted(set(given) - set(Inputs._fields)):
         raise ValueError(f"{caller}: expected inputs among {Inputs._fields}, got {unknown}")
     if encoder:
-        check_encoder(model)
+        check_backbone(model)
     return check_inputs(Inputs(**{"input_ids": None, **given}), model.adapter, model.backbone)
 
 
