@@ -133,6 +133,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--halting-lr", type=_checked("learning_rate"), help="peak learning rate of halting heads (default: --head-lr)")
     add("--gate-lr", type=_checked("learning_rate"), help="peak learning rate of skip gates (default: the encoder's)")
     add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
+    add("--bf16", action="store_true", help="train in bfloat16 mixed precision, faster on processors that have it")
     add("--max-length", type=_checked("max_length"), default=128, help="maximum tokens per row (default: %(default)s)")
     add("--seed", type=_checked("seed"), default=0, help="random seed (default: %(default)s)")
 

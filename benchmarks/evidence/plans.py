@@ -35,6 +35,8 @@ class Training:
         lr: of the encoder.
         start: the training that this one goes on from.
         noise: whether to measure it on text with typing errors too.
+        bf16: whether to train in bfloat16 mixed precision.
+        gate_lr: of the gates (default: the encoder's).
     """
 
     task: str
@@ -47,12 +49,16 @@ class Training:
     lr: float = LR
     start: Training | None = None
     noise: bool = False
+    bf16: bool = False
+    gate_lr: float | None = None
 
     @property
     def name(self) -> str:
         """Name of the result, without the seed's rows or the budget."""
         words = [f"{key}={value}" for key, value in self.settings.items()]
+        words += [f"gate_lr={self.gate_lr}"] if self.gate_lr else []
         words += ["own"] if self.own_form else []
+        words += ["bf16"] if self.bf16 else []
         words += [self.encoder] if self.encoder != SIX else []
         words += [f"after-{self.start.method}"] if self.start else []
         return "-".join([self.task, self.method, *words, f"seed{self.seed}"])
@@ -72,6 +78,8 @@ class Training:
             *("--pooling", "mean", *(() if self.own_form else ("--form", "linear"))),
             *("--train-rows", str(ROWS[self.task]), "--holdout", str(HOLDOUT), "--seed", str(self.seed)),
             *("--lr", str(self.lr), "--head-lr", str(HEAD_LR), "--epochs", *map(str, epochs)),
+            *(("--bf16",) if self.bf16 else ()),
+            *(("--gate-lr", str(self.gate_lr)) if self.gate_lr else ()),
             *(word for text in given for word in ("--set", text)),
         ]
 
@@ -120,24 +128,28 @@ def of_method(task: str, method: str, seed: int, *, own_form: bool = False) -> T
     given = dict(BUDGETED.get(method, {}))
     if method == "smartbert" and not own_form:  # only attention exits have the token features that are contrasted
         given["settings"] = given["settings"] | {"contrast_backbone": 0.0, "contrast_exits": 0.0}
-    return Training(task, method, seed, own_form=own_form, **given)
+    return Training(task, method, seed, own_form=own_form, bf16=True, **given)
+
+
+def dact_start(seed: int) -> Training:
+    """Return the jointly trained exits that DACT's own phase goes on from."""
+    return Training("trec", "joint", seed)
 
 
 def dact_after_joint(seed: int, ponder: float) -> Training:
-    """Return DACT's own phase on TREC, which goes on from jointly trained exits."""
-    start = of_method("trec", "joint", seed)
-    return Training("trec", "dact", seed, {"start": None, "ponder": ponder}, lr=1e-5, start=start)
+    """Return DACT's own phase on TREC."""
+    return Training("trec", "dact", seed, {"start": None, "ponder": ponder}, lr=1e-5, start=dact_start(seed))
 
 
 def without_gates(task: str, seed: int) -> Training:
     """Return SmartBERT's exits, trained in as many epochs, without gates."""
-    return Training(task, "deebert", seed, own_form=True, epochs=SMARTBERT_EPOCHS)
+    return Training(task, "deebert", seed, own_form=True, epochs=SMARTBERT_EPOCHS, bf16=True)
 
 
 def with_gates(task: str, seed: int, *, weight: float) -> Training:
     """Return SmartBERT with a weight of the reward for skipping."""
     settings = {"soft_epochs": round(0.6 * SMARTBERT_EPOCHS[0], 3), "gate_weight": weight}
-    return Training(task, "smartbert", seed, settings, own_form=True, epochs=SMARTBERT_EPOCHS)
+    return Training(task, "smartbert", seed, settings, own_form=True, epochs=SMARTBERT_EPOCHS, bf16=True)
 
 
 def palbert(seed: int, beta: float, prior: float, *, other_rows: bool = False) -> Training:
@@ -153,7 +165,7 @@ def ensemble(task: str, seed: int, diversity: float) -> Training:
 
 def at_depth(task: str, seed: int, encoder: str) -> Training:
     """Return jointly trained exits on an encoder, as PABEE's."""
-    return Training(task, "joint", seed, encoder=encoder, noise=task == "sst2" and encoder == TWELVE)
+    return Training(task, "joint", seed, encoder=encoder, noise=task == "sst2" and encoder == TWELVE, bf16=True)
 
 
 def _methods(task: str) -> Iterator[Training]:
@@ -167,7 +179,7 @@ def _methods(task: str) -> Iterator[Training]:
 
 def _dact() -> Iterator[Training]:
     for seed in SEEDS:
-        yield of_method("trec", "joint", seed)
+        yield dact_start(seed)
         yield from (dact_after_joint(seed, ponder) for ponder in PONDERS)
 
 

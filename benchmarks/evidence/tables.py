@@ -90,7 +90,7 @@ def dact(*, results: Path = RESULTS) -> str:
             continue
         bound = {seed: r.columns("bound") for seed, r in group.items()}
         depth = len(next(iter(group.values())).layers["reporting"])
-        starts = {seed: Result(result_file(plans.of_method("trec", "joint", seed), results)) for seed in group}
+        starts = {seed: Result(result_file(plans.dact_start(seed), results)) for seed in group}
         rows.append(
             (
                 f"{ponder:g}{seeds_note(list(group.values()))}",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.arguments import Check, choice, optional, whole
+from earlyexit_kernels.arguments import Check, choice, flag, optional, whole
 from earlyexit_kernels.objectives import from_dict
 from earlyexit_kernels.tasks.load import TASK_NAMES, Task, holdout, load_task
 from earlyexit_kernels.tasks.own import OwnData, load_own
@@ -34,6 +34,7 @@ class Recipe:
         phases: name, epochs, learning rates and number of rows of each phase.
         scores: metric values of each exit 1..L after training.
         data: own files, or None for a task.
+        bf16: whether it was trained in bfloat16 mixed precision.
     """
 
     task: str | None
@@ -46,6 +47,7 @@ class Recipe:
     phases: tuple[dict[str, Any], ...] = ()
     scores: tuple[dict[str, float], ...] = ()
     data: OwnData | None = None
+    bf16: bool = False
 
     @property
     def name(self) -> str:
@@ -183,6 +185,7 @@ RECIPE_CHECKS: dict[str, Check] = {
     "train_rows": whole(low=1),
     "max_length": optional(whole(low=1)),
     "evaluation_split": choice("dev", "test", HELD_OUT),
+    "bf16": flag,
 }
 
 

@@ -81,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
     check_vocabulary(train_set, "train", tokenizer, model, args.model)
     check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
     check_folder("--output", args.output)
-    base_arguments = training_arguments(args.output, args.seed, plans[0]["epochs"], plans[0]["lr"], args.batch_size)
+    first = plans[0]
+    base_arguments = training_arguments(
+        args.output, args.seed, first["epochs"], first["lr"], args.batch_size, bf16=args.bf16
+    )
     sets = rows_of_phases(model.objective.phases, train_set)
     for phase, plan, own_set in zip(phases(model), plans, sets, strict=True):
         plan["rows"] = len(own_set)
@@ -248,7 +251,7 @@ def _recipe(args: argparse.Namespace, task: Task, own: OwnData | None) -> Recipe
             raise ValueError("--holdout: expected at least one row to report on, or a file with --dev, got 0")
     else:
         task.split(evaluation)  # raises if it has no visible labels
-    return Recipe(args.task, args.seed, held_out, rows, args.max_length, evaluation, data=own)
+    return Recipe(args.task, args.seed, held_out, rows, args.max_length, evaluation, data=own, bf16=args.bf16)
 
 
 def _holdout(args: argparse.Namespace, total: int) -> int:
@@ -289,6 +292,7 @@ def training_arguments(
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
+        use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused there
         dataloader_pin_memory=torch.cuda.is_available(),
         **others,
     )

@@ -194,6 +194,20 @@ def test_every_method_trains_and_saves(base, tmp_path, small_task, method):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()], "folders of phases are left"
 
 
+@pytest.mark.parametrize("method", ["dact", "smartbert", "ensemble"])
+def test_bfloat16_rounds_products_and_keeps_weights_in_float32(base, tmp_path, small_task, method):
+    recipes, weights = [], []
+    for arguments in ([], ["--bf16"]):
+        folder = tmp_path / f"with{len(arguments)}"
+        recipes.append(train_few(base, folder, "--method", method, "--epochs", "1", *arguments))
+        model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert [recipe.bf16 for recipe in recipes] == [False, True]
+    difference = (weights[0] - weights[1]).abs().max()
+    assert 0 < difference < 0.01
+
+
 def test_phases_have_separate_epochs_and_rates(base, tmp_path, small_task, capsys):
     numbers = ["--epochs", "1", "2", "--lr", "1e-3", "1e-4", "--head-lr", "same"]
     recipe = train_few(base, tmp_path / "given", "--method", "fastbert", *numbers)
