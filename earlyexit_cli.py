@@ -271,7 +271,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is every one (default: %(default)s)")
     add("--port", type=_checked("port"), default=8000, help="port; 0 is any free one (default: %(default)s)")
     add("--workers", type=count, default=1, help="processes with a copy of the model each (default: %(default)s)")
-    add("--max-tokens", type=count, default=512, help="tokens of a step of a worker (default: %(default)s)")
+    add("--max-tokens", type=count, default=2048, help="tokens of a batch (default: %(default)s)")
     add(
         "--max-wait-ms",
         type=_checked("milliseconds"),

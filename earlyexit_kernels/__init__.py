@@ -15,11 +15,9 @@ from earlyexit_kernels.errors import (
     BackendUnavailableError,
     InvalidLogitsError,
     MissingHeadsError,
-    PoolFullError,
 )
 from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.config import EarlyExitConfig
-from earlyexit_kernels.hf.continuous import ContinuousBatch
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.hf.output import EarlyExitOutput
@@ -32,17 +30,15 @@ from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.sweep import sweep
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
 from earlyexit_kernels.tuning.traces import collect_trace, load_trace, save_trace
-from earlyexit_kernels.types import Answer, Answers, ExitTrace
+from earlyexit_kernels.types import Answers, ExitTrace
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Answer",
     "Answers",
     "AttentionReplacedError",
     "BackendUnavailableError",
     "Calibration",
-    "ContinuousBatch",
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
@@ -55,7 +51,6 @@ __all__ = [
     "MaxDrop",
     "MissingHeadsError",
     "Phase",
-    "PoolFullError",
     "Risk",
     "Scorer",
     "SpeedUp",

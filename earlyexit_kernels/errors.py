@@ -60,17 +60,3 @@ class MissingHeadsError(RuntimeError):
     Traceback (most recent call last):
     MissingHeadsError: the checkpoint lacks 1 weight of the heads
     """
-
-
-class PoolFullError(RuntimeError):
-    """A `ContinuousBatch` has no room for these rows now; take steps, then add them again.
-
-    >>> import torch
-    >>> import earlyexit_kernels as ee
-    >>> from earlyexit_kernels.tasks.toy import toy_model
-    >>> pool = ee.ContinuousBatch(ee.to_early_exit(toy_model(layers=2, hidden=8)).eval(), max_tokens=4)
-    >>> _ = pool.add(input_ids=torch.tensor([[2, 7, 3]]))
-    >>> pool.add(input_ids=torch.tensor([[2, 7, 3]]))  # doctest: +IGNORE_EXCEPTION_DETAIL
-    Traceback (most recent call last):
-    PoolFullError: the pool holds 3 of at most 4 tokens, 3 more do not fit
-    """

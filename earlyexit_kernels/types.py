@@ -157,30 +157,6 @@ class Answers(NamedTuple):
     exit_layer: Tensor
 
 
-class Answer(NamedTuple):
-    """The answer of one row of a pool.
-
-    Attributes:
-        id: from `ContinuousBatch.add`.
-        logits: ``[C]`` float32, the answer of the exit at which the row left; NaN if a layer or an exit failed.
-        exit_layer: 1-based layer of that exit, or of the failure.
-        error: None, or why the logits are no answer: `InvalidLogitsError`, or what a layer raised on this row alone.
-
-    Example:
-
-        >>> import torch
-        >>> import earlyexit_kernels as ee
-        >>> answer = ee.Answer(7, torch.tensor([0.0, 2.0]), 1, None)
-        >>> answer.id, int(answer.logits.argmax()), answer.error is None
-        (7, 1, True)
-    """
-
-    id: int
-    logits: Tensor
-    exit_layer: int
-    error: Exception | None
-
-
 class Gating(NamedTuple):
     """How skip gates mix the output of a layer with its input in training.
 

@@ -3,8 +3,7 @@
 Arrivals are a seeded Poisson process, at rates relative to the plain model's throughput on full batches. One server
 takes the rows that have arrived, oldest first, up to a largest batch, pads and answers them; if none waits, the clock
 moves to the next arrival. Time spent answering is measured, time spent waiting is computed. Variants take turns, one
-session each. Our model with its own exits also answers rows as they leave a batch (`stream`), and in a pool that takes
-rows at any time (`ContinuousBatch`).
+session each. Our model with its own exits also answers rows as they leave a batch (`stream`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-import earlyexit_kernels as ee
 from benchmarks.end_to_end import models
 from benchmarks.end_to_end.baselines import PLAIN, Answering
 from benchmarks.end_to_end.engines import FUSED_LAYERS
@@ -105,30 +103,8 @@ def serve_stream(
     return latencies
 
 
-def serve_pool(
-    model: models.Model, queries: Sequence[Tensor], arrived: Sequence[float], largest: int, stopwatch: Stopwatch
-) -> list[float]:
-    """As `serve`, but rows join a pool when they arrive and are answered when they leave it."""
-    pool = ee.ContinuousBatch(model)
-    now, joined, latencies = 0.0, 0, [0.0] * len(arrived)
-    while joined < len(arrived) or len(pool):
-        if not len(pool):
-            now = max(now, arrived[joined])
-        end = joined
-        while end < len(arrived) and arrived[end] <= now:
-            end += 1
-        if end > joined:
-            now += stopwatch(lambda: pool.add(**padded(queries[joined:end])))  # noqa: B023
-            joined = end
-        answers: list[Any] = []
-        now += stopwatch(lambda: answers.extend(pool.step()))  # noqa: B023
-        for answer in answers:
-            latencies[answer.id] = now - arrived[answer.id]
-    return latencies
-
-
-#: Way of serving a model of ours, beside whole batches.
-WAYS = {"streaming": serve_stream, "continuous": serve_pool}
+#: Ways of serving a model of ours, beside whole batches.
+WAYS = {"streaming": serve_stream}
 
 
 def records(repeats: int) -> Iterator[Record]:

@@ -116,7 +116,9 @@ METHODS = {
 REGRESSION = ("joint", "palbert", "deebert", "berxit")
 #: Settings that the experiments of single methods compare.
 PONDERS = (0.03, 0.1, 0.3, 1.0)
-GATE_WEIGHTS = (0.003, 0.01, 0.03)
+#: Initial bias of SmartBERT's gates, weight of the reward for skipping, and peak learning rate of the gates (None: the
+#: encoder's): the paper's start on the threshold, our default, and gates that learn as fast as exits.
+GATES = ((0.0, 0.01, None), (-1.5, 0.01, None), (-1.5, 0.01, HEAD_LR), (-1.5, 0.03, HEAD_LR))
 BETAS, PRIORS = (0.5, 0.05), (0.1, 0.3)
 DIVERSITIES, DEFAULT_DIVERSITY = (0.0, 0.05, 0.1, 0.3), 0.1
 #: SmartBERT's own experiment trains the encoder for one epoch more: skips begin when the task is learnt.
@@ -146,10 +148,12 @@ def without_gates(task: str, seed: int) -> Training:
     return Training(task, "deebert", seed, own_form=True, epochs=SMARTBERT_EPOCHS, bf16=True)
 
 
-def with_gates(task: str, seed: int, *, weight: float) -> Training:
-    """Return SmartBERT with a weight of the reward for skipping."""
-    settings = {"soft_epochs": round(0.6 * SMARTBERT_EPOCHS[0], 3), "gate_weight": weight}
-    return Training(task, "smartbert", seed, settings, own_form=True, epochs=SMARTBERT_EPOCHS, bf16=True)
+def with_gates(task: str, seed: int, *, bias: float, weight: float, rate: float | None) -> Training:
+    """Return SmartBERT with gates of one of `GATES`."""
+    soft = round(0.6 * SMARTBERT_EPOCHS[0], 3)
+    settings = {"soft_epochs": soft, "gate_bias": bias, "gate_weight": weight}
+    budget = {"own_form": True, "epochs": SMARTBERT_EPOCHS, "bf16": True}
+    return Training(task, "smartbert", seed, settings, gate_lr=rate, **budget)
 
 
 def palbert(seed: int, beta: float, prior: float, *, other_rows: bool = False) -> Training:
@@ -186,7 +190,8 @@ def _dact() -> Iterator[Training]:
 def _smartbert(task: str) -> Iterator[Training]:
     for seed in SEEDS:
         yield without_gates(task, seed)
-        yield from (with_gates(task, seed, weight=weight) for weight in GATE_WEIGHTS)
+        for bias, weight, rate in GATES:
+            yield with_gates(task, seed, bias=bias, weight=weight, rate=rate)
 
 
 def _palbert() -> Iterator[Training]:

@@ -104,15 +104,17 @@ def dact(*, results: Path = RESULTS) -> str:
 
 
 def smartbert(task: str, *, results: Path = RESULTS) -> str:
-    """SmartBERT's four arms for each weight of the gates, and exits of a model that was trained without gates."""
-    header = ["gate weight", "neither", "skips alone", "layers run"]
+    """SmartBERT's four arms for each start of the gates, and exits of a model that was trained without gates."""
+    header = ["gates: bias, weight, rate", "neither", "skips alone", "layers run"]
     for share in SHARES:
         header += [f"exits at {share:g}", f"skips and exits at {share:g}"]
     rows = []
     arms: dict[str, Callable[[int], Training]] = {
         "no gates": functools.partial(plans.without_gates, task),
-        **{f"{weight:g}": functools.partial(plans.with_gates, task, weight=weight) for weight in plans.GATE_WEIGHTS},
     }
+    for bias, weight, rate in plans.GATES:
+        arm = functools.partial(plans.with_gates, task, bias=bias, weight=weight, rate=rate)
+        arms[f"{bias:g}, {weight:g}, {rate or plans.LR:g}"] = arm
     for name, arm in arms.items():
         group = _group(arm, results)
         if not group:

@@ -66,7 +66,5 @@ def started_line(url: str, settings: Settings, info: dict[str, Any]) -> str:
     else:
         found = Calibration.from_dict(info["calibration"])
         parts.append(f"calibrated for {found.target['name']} (mean exit layer {found.mean_exit_layer:.2f})")
-    parts.append(
-        f"{info['depth']} layers on {info['device']}, {settings.workers} worker(s), {info['scheduler']} batching"
-    )
+    parts.append(f"{info['depth']} layers on {info['device']}, {settings.workers} worker(s)")
     return f"serving {settings.model} at {url}: {', '.join(parts)}"

@@ -26,31 +26,13 @@ class EmbeddedRows(NamedTuple):
     keys: Tensor | None
 
 
-class PackedInputs(NamedTuple):
-    """Packed rows before the embeddings.
-
-    Attributes:
-        batch: the rows.
-        ids, positions, types: ``[1, T]`` int64.
-    """
-
-    batch: PackedBatch
-    ids: Tensor
-    positions: Tensor
-    types: Tensor
-
-    def by_row(self) -> list[Tensor]:
-        """Return ids, positions and types ``[3, t]`` of each row, copied."""
-        lengths = self.batch.lengths or self.batch.offsets.diff().tolist()
-        return [x.clone() for x in torch.cat((self.ids, self.positions, self.types)).split(lengths, dim=1)]
-
-
-def pack_inputs(view: ModelView, inputs: Inputs) -> PackedInputs:
-    """Pack a batch of at least one row.
+def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool) -> EmbeddedRows:
+    """Pack and embed a batch of at least one row.
 
     Args:
         view: of the model.
         inputs: checked.
+        with_keys: compute a key for each row, for criteria that draw random numbers.
 
     Raises:
         ValueError: the first token of a row is masked and the exits read it.
@@ -60,21 +42,8 @@ def pack_inputs(view: ModelView, inputs: Inputs) -> PackedInputs:
     if positions is None:
         positions = view.adapter.positions(view.backbone, ids)
     types = torch.zeros_like(ids) if types is None else types
-    return PackedInputs(
-        batch, batch.take(ids), batch.take(positions.expand(ids.shape)), batch.take(types.expand(ids.shape))
+    tokens = batch.take(ids)
+    hidden = view.adapter.first_states(
+        view.backbone, tokens, batch.take(positions.expand(ids.shape)), batch.take(types.expand(ids.shape))
     )
-
-
-def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool) -> EmbeddedRows:
-    """Pack and embed a batch of at least one row.
-
-    Args:
-        view, inputs: as for `pack_inputs`.
-        with_keys: compute a key for each row, for criteria that draw random numbers.
-
-    Raises:
-        ValueError: as for `pack_inputs`.
-    """
-    batch, ids, positions, types = pack_inputs(view, inputs)
-    hidden = view.adapter.first_states(view.backbone, ids, positions, types)
-    return EmbeddedRows(hidden, batch, row_keys(ids, batch.offsets) if with_keys else None)
+    return EmbeddedRows(hidden, batch, row_keys(tokens, batch.offsets) if with_keys else None)

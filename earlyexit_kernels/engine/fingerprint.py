@@ -123,27 +123,6 @@ class ModuleFingerprint:
         )
 
 
-class ContentFingerprint:
-    """Snapshot of modules and of the contents of all their parameters and buffers.
-
-    Contents are compared as by `ModuleFingerprint` on the CPU, and by version counters alone on other devices.
-
-    Args:
-        roots: modules to compare, with everything inside them.
-    """
-
-    def __init__(self, roots: Sequence[nn.Module]) -> None:
-        tensors = [x for root in roots for x in (*root.parameters(), *root.buffers())]
-        on_cpu = [x for x in tensors if x.device.type == "cpu" and x.layout == torch.strided]
-        self._modules = ModuleFingerprint(roots, on_cpu)
-        self._others = [x for x in tensors if x.device.type != "cpu"]
-        self._versions = [_version(x) for x in self._others]
-
-    def is_current(self, roots: Sequence[nn.Module]) -> bool:
-        """Return whether `roots` are the same modules as before and nothing inside them has changed."""
-        return self._modules.is_current(roots) and [_version(x) for x in self._others] == self._versions
-
-
 def _snapshot_class() -> Any:
     if available_backends("cpu")["cpp"]:
         return PythonFingerprint

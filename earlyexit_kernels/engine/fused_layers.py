@@ -264,11 +264,6 @@ class FusedLayers:
     def __reduce__(self) -> tuple[Any, ...]:
         return FusedLayers, ()
 
-    @property
-    def made_from(self) -> ModuleFingerprint | None:
-        """What weights were packed from, or None; another object as soon as they are dropped or packed again."""
-        return None if self._packed is None else self._packed.made_from
-
     def forget(self) -> None:
         """Drop the packed weights, also those that another thread is packing now."""
         with self._lock:

@@ -169,7 +169,7 @@ class Execution:
         """Embed a batch of at least one row for the eager loop."""
         hidden, batch, keys = embed_rows(view, inputs, with_keys=view.criterion.exit_rule.uses_keys)
         options = eager.RunOptions(
-            backend=self.requested_backend(view),
+            backend=_requested(self._backend, view),
             compaction=self._compaction,
             strict=strict,
             layer_macs=self._layer_macs,
@@ -301,18 +301,6 @@ class Execution:
             self.logged.add(reason or "fused")
             _log_layers(view, reason)
         return view.layers if fused is None else fused
-
-    def requested_backend(self, view: ModelView) -> str:
-        """Return the name of the back-end of the ops as it was requested, ``"auto"`` included.
-
-        Raises:
-            BackendUnavailableError: it cannot run in float64.
-        """
-        return _requested(self._backend, view)
-
-    def settings(self) -> tuple[object, ...]:
-        """Return what changes whenever a pass would run other layers or ops than before on the same weights."""
-        return self._layers, self.fused.made_from, self._backend, torch.is_autocast_enabled("cpu")
 
     def _fused_layers(self, view: ModelView, *, pack: bool) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
         """Return the fused layers, if `pack` is set, and the reason against them or None.

@@ -10,24 +10,6 @@ from torch import Tensor
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_message
 
 
-def check_backbone(model: Any) -> None:
-    """Check that the backbone of a model still fits its exits.
-
-    Args:
-        model: `EarlyExitForSequenceClassification`.
-
-    Raises:
-        ValueError: it has another number of layers, dtype or device.
-    """
-    layers = len(model.adapter.layers(model.backbone))
-    if layers != model.depth:
-        raise ValueError(
-            f"the backbone has {layers} layers, the model has {model.depth} exits; change the layers of the stock "
-            "model and its config.num_hidden_layers before to_early_exit"
-        )
-    model.heads.check_beside(model.backbone.get_input_embeddings().weight)
-
-
 def check_model_inputs(model: Any, given: Inputs) -> Inputs:
     """Check the inputs of a pass, and that the backbone of the model still fits its exits.
 
@@ -38,18 +20,23 @@ def check_model_inputs(model: Any, given: Inputs) -> Inputs:
     Raises:
         ValueError, AttentionReplacedError: as for `forward`.
     """
-    check_backbone(model)
+    layers = len(model.adapter.layers(model.backbone))
+    if layers != model.depth:
+        raise ValueError(
+            f"the backbone has {layers} layers, the model has {model.depth} exits; change the layers of the stock "
+            "model and its config.num_hidden_layers before to_early_exit"
+        )
+    model.heads.check_beside(model.backbone.get_input_embeddings().weight)
     return check_inputs(given, model.adapter, model.backbone)
 
 
-def check_batch(model: Any, caller: str, batch: Mapping[str, Any], *, encoder: bool = True) -> Inputs:
+def check_batch(model: Any, caller: str, batch: Mapping[str, Any]) -> Inputs:
     """Check the inputs of a pass that runs in eval mode only, and return them.
 
     Args:
         model: `EarlyExitForSequenceClassification`.
         caller: name of the function that was called, for messages.
         batch: keyword arguments; None stands for an input that is not given.
-        encoder: also check that the backbone fits the exits.
 
     Raises:
         RuntimeError: the model is in train mode.
@@ -60,9 +47,7 @@ def check_batch(model: Any, caller: str, batch: Mapping[str, Any], *, encoder: b
     given = {name: value for name, value in batch.items() if value is not None}
     if unknown := sorted(set(given) - set(Inputs._fields)):
         raise ValueError(f"{caller}: expected inputs among {Inputs._fields}, got {unknown}")
-    if encoder:
-        check_backbone(model)
-    return check_inputs(Inputs(**{"input_ids": None, **given}), model.adapter, model.backbone)
+    return check_model_inputs(model, Inputs(**{"input_ids": None, **given}))
 
 
 def shape_of_ids(caller: str, input_ids: Any) -> tuple[int, int]:

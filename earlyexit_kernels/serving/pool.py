@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 from earlyexit_kernels.serving.protocol import Found, Row
-from earlyexit_kernels.serving.settings import HELD_STEPS, Settings
+from earlyexit_kernels.serving.settings import HELD_BATCHES, Settings
 from earlyexit_kernels.serving.worker_process import WorkerProcess
 
 logger = logging.getLogger("earlyexit_kernels")
@@ -191,9 +191,9 @@ class Pool:
             asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Give rows to the workers that hold the fewest tokens, up to `HELD_STEPS` steps each."""
+        """Give rows to the workers that hold the fewest tokens, up to `HELD_BATCHES` batches each."""
         self._dispatching = False
-        room = HELD_STEPS * self.settings.max_tokens
+        room = HELD_BATCHES * self.settings.max_tokens
         batches: dict[WorkerProcess, list[Row]] = {}
         while self._queue:
             key, (_, row) = next(iter(self._queue.items()))

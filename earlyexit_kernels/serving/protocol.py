@@ -12,7 +12,7 @@ import os
 import select
 from typing import Any, NamedTuple
 
-#: Bytes of a read; also the limit of a line, which is far longer than a step of the largest `max_tokens` needs.
+#: Bytes of a read; also the limit of a line, which is far longer than a batch of the largest `max_tokens` needs.
 CHUNK = 2**16
 MAX_LINE = 2**28
 
@@ -35,10 +35,9 @@ class Found(NamedTuple):
 
 
 class Order(NamedTuple):
-    """What a worker shall run: folder of the model, scheduler, tokens of a step and CPU threads."""
+    """What a worker shall run: folder of the model, tokens of a batch and CPU threads."""
 
     model: str
-    scheduler: str
     max_tokens: int
     threads: int
 

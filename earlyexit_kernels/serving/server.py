@@ -84,7 +84,7 @@ def check_thresholds(settings: Settings, info: dict[str, Any]) -> None:
         if end is None:
             return
         rule = info["criterion"]
-        if not isinstance(rule.get("threshold"), float) or info["scheduler"] != "continuous":
+        if not isinstance(rule.get("threshold"), float) or info["skips_layers"]:
             raise ValueError(
                 "--min-threshold: expected a model whose criterion has one threshold and skips no layers, its own is "
                 f"{from_dict(rule)}"

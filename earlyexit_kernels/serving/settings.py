@@ -6,15 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.arguments import check_fields, choice, number, optional, whole
+from earlyexit_kernels.arguments import check_fields, number, optional, whole
 
-#: How rows share the steps of a worker; rows of all depths, or batches whose
-#: rows are answered as they leave, or at the end of the batch.
-SCHEDULERS = ("continuous", "stream", "whole")
-
-#: Steps of rows that may run together, so that every layer has a full one waiting where few rows leave early; and steps
-#: that a worker holds, so that rows are there when others leave.
-POOL_STEPS, HELD_STEPS = 8, 10
+#: Batches that a worker holds: the one that runs, and the next, which begins when that has ended.
+HELD_BATCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +20,8 @@ class Settings:
         model: folder of the model and its tokenizer.
         host, port: address; port 0 is any free one.
         workers: processes with a copy of the model each.
-        scheduler: one of `SCHEDULERS`.
         max_length: tokens of a row, or None for all that the model takes.
-        max_tokens: tokens of a step; a longer row gets a step of its own.
+        max_tokens: tokens of a batch; a longer row gets one of its own.
         max_wait_ms: milliseconds that a row may wait before a worker begins it.
         max_queue: rows that may wait.
         max_inputs: texts of a request.
@@ -44,9 +38,8 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
-    scheduler: str = "continuous"
     max_length: int | None = None
-    max_tokens: int = 512
+    max_tokens: int = 2048
     max_wait_ms: float = 5000.0
     max_queue: int = 4096
     max_inputs: int = 256
@@ -67,7 +60,6 @@ class Settings:
             {
                 "port": whole(low=0, high=65535),
                 "workers": count,
-                "scheduler": choice(*SCHEDULERS),
                 "max_length": optional(count),
                 "max_tokens": count,
                 "max_wait_ms": positive,

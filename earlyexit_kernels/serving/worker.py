@@ -6,8 +6,6 @@ import hashlib
 import logging
 import os
 import signal
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
-from earlyexit_kernels.serving.continuous import Continuous
+from earlyexit_kernels.serving.batches import Batches, Done
 from earlyexit_kernels.serving.protocol import Channel, Order, Row
-from earlyexit_kernels.serving.schedulers import Done, Scheduler, WholeBatches
 from earlyexit_kernels.serving.source import check_tokenizer
-
-#: Schedulers by the names of `settings.SCHEDULERS`.
-SCHEDULERS: dict[str, Callable[[EarlyExitForSequenceClassification, int], Scheduler]] = {
-    "continuous": Continuous,
-    "stream": partial(WholeBatches, stream=True),
-    "whole": partial(WholeBatches, stream=False),
-}
 
 
 def main() -> None:
@@ -50,11 +40,11 @@ def main() -> None:
     except Exception as error:  # transformers raises almost any class for a broken file
         channel.send({"failed": " ".join(str(error).removeprefix("Scorer: ").split()) or type(error).__name__})
         return
-    name, scheduler = scheduler_of(order.scheduler, model, order.max_tokens)
-    warm_up(scheduler)
+    batches = Batches(model, order.max_tokens)
+    warm_up(batches)
     digest = hashlib.sha256((Path(order.model) / CONFIG).read_bytes()).hexdigest()
-    channel.send({"ready": {**described(model), "scheduler": name, "config_sha256": digest}})
-    serve(channel, scheduler)
+    channel.send({"ready": {**described(model), "config_sha256": digest}})
+    serve(channel, batches)
 
 
 def load(folder: str) -> EarlyExitForSequenceClassification:
@@ -72,25 +62,12 @@ def load(folder: str) -> EarlyExitForSequenceClassification:
     return model.eval()
 
 
-def scheduler_of(name: str, model: EarlyExitForSequenceClassification, max_tokens: int) -> tuple[str, Scheduler]:
-    """Return a scheduler and its name, which is another one where gates skip layers: a pool cannot do that.
-
-    Args:
-        name: the scheduler asked for.
-        model: in eval mode.
-        max_tokens: of a step.
-    """
-    if name == "continuous" and model.view().criterion.skip_from is not None:
-        name = "stream"
-    return name, SCHEDULERS[name](model, max_tokens)
-
-
 @torch.inference_mode()
-def warm_up(scheduler: Scheduler) -> None:
+def warm_up(batches: Batches) -> None:
     """Run a row, so that the first request does not wait for packed copies of the weights."""
-    scheduler.add([Row(0, [0])])
-    while scheduler.busy:
-        scheduler.step()
+    batches.add([Row(0, [0])])
+    while batches.busy:
+        batches.step()
 
 
 def described(model: EarlyExitForSequenceClassification) -> dict[str, Any]:
@@ -104,6 +81,7 @@ def described(model: EarlyExitForSequenceClassification) -> dict[str, Any]:
         "labels": [config.id2label[index] for index in range(config.num_labels)],
         "depth": model.depth,
         "criterion": model.view().criterion.to_dict(),
+        "skips_layers": model.view().criterion.skip_from is not None,
         "calibration": None if calibration is None else calibration.to_dict(),
         "max_length": model.adapter.longest(config.backbone_config),
         "device": str(model.device),
@@ -113,16 +91,16 @@ def described(model: EarlyExitForSequenceClassification) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def serve(channel: Channel, scheduler: Scheduler) -> None:
+def serve(channel: Channel, batches: Batches) -> None:
     """Run steps while there are rows; return when the channel is closed."""
     while True:
         dropped: list[int] = []
-        for message in channel.receive(wait=not scheduler.busy):
-            scheduler.add(Row(*row) for row in message.get("rows", ()))
-            dropped += scheduler.drop(message.get("drop", ()))
+        for message in channel.receive(wait=not batches.busy):
+            batches.add(Row(*row) for row in message.get("rows", ()))
+            dropped += batches.drop(message.get("drop", ()))
         if channel.closed:
             return
-        done = scheduler.step() if scheduler.busy else Done([], [])
+        done = batches.step() if batches.busy else Done([], [])
         if done.answers or done.failed or dropped:
             channel.send({"answers": done.answers, "failed_rows": done.failed, "dropped": dropped})
 

@@ -37,7 +37,7 @@ class WorkerProcess:
         self.tokens: dict[int, int] = {}
         self.held = 0
         threads = max(1, len(os.sched_getaffinity(0)) // settings.workers)
-        self._order = Order(str(settings.model), settings.scheduler, settings.max_tokens, threads)
+        self._order = Order(str(settings.model), settings.max_tokens, threads)
         self._process: asyncio.subprocess.Process | None = None
         self._heard = 0.0
 

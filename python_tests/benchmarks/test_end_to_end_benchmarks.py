@@ -259,7 +259,7 @@ def test_every_way_of_serving_runs_the_exits_of_its_variant(monkeypatch):
             for (variant, way), one in server._servers(found.ready).items()
             if variant.engine != baselines.PLAIN
         }
-        assert set(ways) == {"", "streaming", "continuous"}
+        assert set(ways) == {"", "streaming"}
         for way, (prepare, session) in ways.items():
             prepare()
             if way:

@@ -25,8 +25,8 @@ from earlyexit_kernels.serving import pool, worker_process
 from earlyexit_kernels.tasks import toy
 
 SLOW, END, HANG = (f"the {ORDERS[order]}" for order in ("slow", "end", "hang"))
-#: Tokens of `SLOW`; so a worker holds at most ten rows.
-TOKENS = 4
+#: Tokens of five `SLOW`, in two batches of which a worker holds ten rows.
+TOKENS = 20
 HELD = 10
 
 

@@ -50,7 +50,7 @@ def main(orders: dict[str, int]) -> None:
         "calibration": json.loads(recorded.read_text()) if recorded.is_file() else None,
         "max_length": 64,
         "device": "cpu",
-        "scheduler": "continuous",
+        "skips_layers": False,
         "config_sha256": str((Path(order["model"]) / NOTE).is_file()),
     }
     channel.send({"ready": about})
