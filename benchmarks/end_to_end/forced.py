@@ -57,7 +57,7 @@ MIXES: dict[str, Callable[[int, int], list[int]]] = {
     **dict.fromkeys((NEVER, FAMILY), lambda rows, depth: [depth] * rows),
     "all at layer 1": lambda rows, depth: [1] * rows,
     **{f"all at {share} %": partial(together, share=share / 100) for share in (25, 50, 75)},
-    **{f"uniform, {share} %": partial(uniform, share=share / 100) for share in (50, 39, 23, 18)},
+    **{f"uniform, {share} %": partial(uniform, share=share / 100) for share in (50, 39, 25, 23, 18)},
     **{f"long tail, {share} %": partial(long_tail, share=share / 100) for share in (39, 23, 18)},
     "one row stays": lambda rows, depth: [1] * (rows - 1) + [depth],
 }

@@ -1,7 +1,8 @@
 """The models that are timed: a plain Hugging Face classifier, and the same encoder with exits.
 
-BERT-base has random weights. MiniLM (H 384, 6 layers) has random weights too, unless EARLYEXIT_MODEL names a folder
-written by ``earlyexit train``; its plain model is then the plain encoder with the trained last exit.
+BERT-base and ALBERT (of MiniLM's width, one layer at all twelve depths) have random weights. MiniLM (H 384, 6 layers)
+has random weights too, unless EARLYEXIT_MODEL names a folder written by ``earlyexit train``; its plain model is then
+the plain encoder with the trained last exit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AlbertConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import earlyexit_kernels as ee
@@ -68,14 +69,17 @@ class Subject:
         return self.plain(**batch).logits.float()
 
 
-def random_subject(name: str, **sizes: Any) -> Subject:
-    """Return a BERT with random weights and sdpa attention; its exits read each row's first token."""
+#: Sizes of a small encoder.
+SMALL = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+
+
+def random_subject(name: str, config: Any) -> Subject:
+    """Return a model with random weights and sdpa attention; its exits read each row's first token."""
     torch.manual_seed(0)
-    config = BertConfig(num_labels=CLASSES, **sizes)
     config._attn_implementation = "sdpa"
-    plain = BertForSequenceClassification(config).eval().to(device())
+    plain = AutoModelForSequenceClassification.from_config(config).eval().to(device())
     model = ee.to_early_exit(plain, pooling="first")
-    return Subject(name, "random", "float32", plain, plain.bert, model, ee.to_early_exit(plain))
+    return Subject(name, "random", "float32", plain, plain.base_model, model, ee.to_early_exit(plain))
 
 
 def trained_subject(name: str, folder: str) -> Subject:
@@ -102,11 +106,14 @@ def minilm() -> Subject:
     folder = os.environ.get(MODEL_VARIABLE)
     if folder:
         return trained_subject("MiniLM", folder)
-    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    return random_subject("MiniLM", **sizes)
+    return random_subject("MiniLM", BertConfig(num_labels=CLASSES, num_hidden_layers=6, **SMALL))
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"BERT-base": lambda: random_subject("BERT-base"), "MiniLM": minilm}
+SUBJECTS: dict[str, Callable[[], Subject]] = {
+    "BERT-base": lambda: random_subject("BERT-base", BertConfig(num_labels=CLASSES)),
+    "MiniLM": minilm,
+    "ALBERT": lambda: random_subject("ALBERT", AlbertConfig(num_labels=CLASSES, num_hidden_layers=12, **SMALL)),
+}
 
 
 @functools.cache

@@ -36,5 +36,6 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("MiniLM", Fixed(16, 32), (NEVER, HALF), RUNTIMES, backends=("auto", "torch")),
         *(Case("MiniLM", Fixed(8, length), (NEVER, HALF)) for length in (128, 384)),
         Case("MiniLM", Sst2(32, 4), (FULL, NEVER, OWN, HALF), USUAL, OWN),
+        Case("ALBERT", Fixed(64, 32), (FULL, NEVER, "uniform, 25 %")),
     ),
 }  # fmt: skip

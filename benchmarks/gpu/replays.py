@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from transformers import BertConfig
 
 from benchmarks.end_to_end.answers import Truth, check_answers
 from benchmarks.end_to_end.engines import GRAPH, engine_model
 from benchmarks.end_to_end.forced import entropy_per_exit
-from benchmarks.end_to_end.models import Model, Subject, random_subject
+from benchmarks.end_to_end.models import CLASSES, Model, Subject, random_subject
 from benchmarks.end_to_end.workloads import padded
 from benchmarks.machine import device
 from earlyexit_kernels.backends import resolve
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def replay(replays: int, *, launched: bool = False) -> tuple[int, list[str]]:
     """Run batches; return how many answers were checked, and what is wrong with them."""
-    subject = random_subject("small", **SIZES, **SMALL)
+    subject = random_subject("small", BertConfig(num_labels=CLASSES, **SIZES, **SMALL))
     rule = _rule(subject)
     model = engine_model(subject, GRAPH)
     model.set_criterion(rule)

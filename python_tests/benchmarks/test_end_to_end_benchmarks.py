@@ -266,8 +266,8 @@ def test_every_way_of_serving_runs_the_exits_of_its_variant(monkeypatch):
                 assert session.args[0].criterion is not None, way
 
 
-def test_server_answers_rows_as_they_leave_a_batch_and_a_pool():
-    """Each call takes a second: a layer of a pool, the layers of a stream up to the next exit."""
+def test_server_answers_rows_as_they_leave_a_batch():
+    """Each call takes a second: the layers of a stream up to the next exit."""
 
     def stopwatch(call):
         call()
@@ -284,11 +284,9 @@ def test_server_answers_rows_as_they_leave_a_batch_and_a_pool():
     assert early.sum() == 3, "half of the rows leave at the first exit, the others at the last"
     with torch.inference_mode():
         streamed = server.serve_stream(model, queries, [0.0] * 6, 16, stopwatch)
-        pooled = server.serve_pool(model, queries, [0.0] * 6, 16, stopwatch)
-        late = server.serve_pool(model, queries, [0.0] * 5 + [100.0], 16, stopwatch)
+        late = server.serve_stream(model, queries, [0.0] * 5 + [100.0], 16, stopwatch)
     assert streamed == [1.0 if one else 2.0 for one in early]
-    assert pooled == [2.0 if one else 4.0 for one in early], "the call that adds the rows takes a second too"
-    assert late[5] == (2.0 if early[5] else 4.0), "the clock moves to the next arrival"
+    assert late[5] == (1.0 if early[5] else 2.0), "the clock moves to the next arrival"
     assert server._by_depth([streamed], exits, 3) == {"early_ms": 1000.0, "late_ms": 2000.0}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig
 
 from benchmarks import machine
 from benchmarks.end_to_end import answers, engines, measure, models
@@ -100,7 +101,8 @@ def small_bench() -> Bench:
 
 def use_tiny_models(monkeypatch) -> None:
     """Replace the models of the benchmarks by tiny ones of the same names, and remove pauses between measurements."""
-    subjects = {name: partial(models.random_subject, name, vocab_size=100, **SIZES) for name in models.SUBJECTS}
+    config = BertConfig(num_labels=models.CLASSES, vocab_size=100, **SIZES)
+    subjects = {name: partial(models.random_subject, name, config) for name in models.SUBJECTS}
     monkeypatch.setattr(models, "SUBJECTS", subjects)
     monkeypatch.setattr(measure, "REST", 0)
     monkeypatch.setitem(answers.PROBES, "cpu", Fixed(4, 8))
