@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
     """Score the blocks that are not finished; the exit code is 2 if a file cannot be read."""
     check_packages("score", "ray", REQUIRED)
     recipe = recipe_of("--model", args.model)
-    from earlyexit_kernels.serving.blocks import BLOCK_ROWS, ERRORS, SCORED, Output, model_digest, plan
-    from earlyexit_kernels.serving.table_files import find_files
+    from earlyexit_kernels.serving.tables.blocks import BLOCK_ROWS, ERRORS, SCORED, Output, model_digest, plan
+    from earlyexit_kernels.serving.tables.files import find_files
 
     columns = tuple(name for name in text_columns(args, recipe) if name is not None)
     files = find_files(args.input)
@@ -64,7 +64,7 @@ def _scored(left: list[Any], job: dict[str, Any], args: argparse.Namespace, *, d
     """Score blocks, and return of each file that cannot be read its name and the reason."""
     if not left:
         return {}
-    from earlyexit_kernels.serving.block_scorer import score_blocks  # requires the extra `ray`
+    from earlyexit_kernels.serving.tables.actors import score_blocks  # requires the extra `ray`
 
     failed: dict[str, str] = {}
     with tqdm(total=done + len(left), initial=done, unit="block", disable=None) as bar:

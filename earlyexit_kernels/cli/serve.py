@@ -11,7 +11,7 @@ from earlyexit_kernels.cli.inputs import check_packages
 from earlyexit_kernels.cli.recipe import recipe_of
 from earlyexit_kernels.criteria import from_dict
 from earlyexit_kernels.hf.calibration import Calibration
-from earlyexit_kernels.serving.settings import Settings
+from earlyexit_kernels.serving.http.settings import Settings
 
 #: Environment variable with the API key.
 KEY_VARIABLE = "EARLYEXIT_API_KEY"
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         api_key=api_key(args.api_key_file),
         **{name: getattr(args, name) for name in NAMES},
     )
-    from earlyexit_kernels.serving import server  # requires the extra `serve`
+    from earlyexit_kernels.serving.http import server  # requires the extra `serve`
 
     server.run(settings, lambda url, info: print(started_line(url, settings, info), flush=True))
     return 0

@@ -10,8 +10,8 @@ from support.text_models import answers_one_by_one, model_and_tokenizer, texts
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, SkipGate
-from earlyexit_kernels.serving.batches import Batches
-from earlyexit_kernels.serving.protocol import Row
+from earlyexit_kernels.serving.http.batches import Batches
+from earlyexit_kernels.serving.http.protocol import Row
 from earlyexit_kernels.tasks import toy
 
 ROWS = texts(30)

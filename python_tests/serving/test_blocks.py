@@ -15,10 +15,10 @@ import pyarrow.parquet as pq  # noqa: E402
 from support.text_models import saved_model, texts  # noqa: E402
 
 import earlyexit_kernels as ee  # noqa: E402
-from earlyexit_kernels.serving import blocks as module  # noqa: E402
-from earlyexit_kernels.serving.block_scorer import BlockScorer, Job, shares  # noqa: E402
-from earlyexit_kernels.serving.blocks import DiskError, Output, model_digest, plan  # noqa: E402
-from earlyexit_kernels.serving.table_files import find_files  # noqa: E402
+from earlyexit_kernels.serving.tables import blocks as module  # noqa: E402
+from earlyexit_kernels.serving.tables.actors import BlockScorer, Job, shares  # noqa: E402
+from earlyexit_kernels.serving.tables.blocks import DiskError, Output, model_digest, plan  # noqa: E402
+from earlyexit_kernels.serving.tables.files import find_files  # noqa: E402
 
 ROWS = texts(40)
 

@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from earlyexit_kernels.serving import guard
-from earlyexit_kernels.serving.guard import RateLimit, check_key, read_body
-from earlyexit_kernels.serving.lines import ClientGoneError
-from earlyexit_kernels.serving.texts import RefusedError
+from earlyexit_kernels.serving.http import guard
+from earlyexit_kernels.serving.http.guard import RateLimit, check_key, read_body
+from earlyexit_kernels.serving.http.lines import ClientGoneError
+from earlyexit_kernels.serving.http.requests import RefusedError
 
 
 class Clock:

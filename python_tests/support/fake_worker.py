@@ -29,7 +29,7 @@ def answer_to(input_ids: list[int]) -> tuple[int, list[float]]:
 
 def _protocol():
     """Load the protocol without its package, which imports torch."""
-    path = Path(__file__).resolve().parents[2] / "earlyexit_kernels" / "serving" / "protocol.py"
+    path = Path(__file__).resolve().parents[2] / "earlyexit_kernels" / "serving" / "http" / "protocol.py"
     spec = importlib.util.spec_from_file_location("protocol", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["protocol"] = module

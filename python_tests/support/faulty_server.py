@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from earlyexit_cli import main
-from earlyexit_kernels.serving import worker_process
+from earlyexit_kernels.serving.http import worker_process
 
 if __name__ == "__main__":
     worker_process.WORKER = (str(Path(__file__).with_name("faulty_worker.py")),)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from earlyexit_kernels.serving import worker
+from earlyexit_kernels.serving.http import worker
 from earlyexit_kernels.tasks import toy
 
 RAISES, GIVES_NAN = (toy.vocabulary().index(word) for word in ("opera", "record"))

@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from earlyexit_kernels.serving import server, worker_process
-from earlyexit_kernels.serving.settings import Settings
+from earlyexit_kernels.serving.http import server, worker_process
+from earlyexit_kernels.serving.http.settings import Settings
 from earlyexit_kernels.tasks import toy
 
 HERE = Path(__file__).parent

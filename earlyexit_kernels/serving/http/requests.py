@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from earlyexit_kernels.ops.exit_step import valid_rows
 from earlyexit_kernels.serving.answers import DEFAULT_FUNCTION, FUNCTIONS
-from earlyexit_kernels.serving.protocol import Found
+from earlyexit_kernels.serving.http.protocol import Found
+from earlyexit_kernels.serving.http.settings import Settings
 from earlyexit_kernels.serving.rows import encode
-from earlyexit_kernels.serving.settings import Settings
 
 #: Fields that the answer to a refused request names, and characters of a name.
 NAMED, NAME_LENGTH = 3, 40

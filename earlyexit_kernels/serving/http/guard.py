@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from earlyexit_kernels.serving.lines import ClientGoneError
-from earlyexit_kernels.serving.texts import RefusedError
+from earlyexit_kernels.serving.http.lines import ClientGoneError
+from earlyexit_kernels.serving.http.requests import RefusedError
 
 #: Clients whose rate is remembered; where there are more, those that asked longest ago are forgotten.
 CLIENTS = 10_000

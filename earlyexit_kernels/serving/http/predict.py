@@ -13,11 +13,17 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from earlyexit_kernels.serving.guard import read_body
-from earlyexit_kernels.serving.lines import ClientGoneError, Lines
-from earlyexit_kernels.serving.pool import FAILED, FULL, INVALID, Failure, Pool, QueueFullError, Ticket
-from earlyexit_kernels.serving.protocol import Found
-from earlyexit_kernels.serving.texts import PredictRequest, RefusedError, Tokenizer, check_threshold, predictions
+from earlyexit_kernels.serving.http.guard import read_body
+from earlyexit_kernels.serving.http.lines import ClientGoneError, Lines
+from earlyexit_kernels.serving.http.pool import FAILED, FULL, INVALID, Failure, Pool, QueueFullError, Ticket
+from earlyexit_kernels.serving.http.protocol import Found
+from earlyexit_kernels.serving.http.requests import (
+    PredictRequest,
+    RefusedError,
+    Tokenizer,
+    check_threshold,
+    predictions,
+)
 
 NDJSON = "application/x-ndjson"
 #: Seconds after which a client may try again where the server is overloaded or a worker was lost.

@@ -15,7 +15,7 @@ import torch
 
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.hf.predict import PadRight
-from earlyexit_kernels.serving.protocol import Found, Row
+from earlyexit_kernels.serving.http.protocol import Found, Row
 
 logger = logging.getLogger("earlyexit_kernels")
 

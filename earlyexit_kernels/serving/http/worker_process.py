@@ -9,11 +9,11 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-from earlyexit_kernels.serving.protocol import MAX_LINE, Order, line
-from earlyexit_kernels.serving.settings import Settings
+from earlyexit_kernels.serving.http.protocol import MAX_LINE, Order, line
+from earlyexit_kernels.serving.http.settings import Settings
 
 #: Arguments of Python that start a worker.
-WORKER = ("-m", "earlyexit_kernels.serving.worker")
+WORKER = ("-m", "earlyexit_kernels.serving.http.worker")
 #: Seconds in which a worker ends by itself after its input has ended.
 END_SECONDS = 5.0
 

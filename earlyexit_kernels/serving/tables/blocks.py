@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from earlyexit_kernels.serving.source import Source
-from earlyexit_kernels.serving.table_files import Contents, File
+from earlyexit_kernels.serving.tables.files import Contents, File
 
 #: Rows of a block.
 BLOCK_ROWS = 50_000

@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from earlyexit_kernels.serving.guard import RateLimit, check_key, check_rate
-from earlyexit_kernels.serving.metrics import Metrics
-from earlyexit_kernels.serving.settings import Settings
-from earlyexit_kernels.serving.texts import RefusedError
+from earlyexit_kernels.serving.http.guard import RateLimit, check_key, check_rate
+from earlyexit_kernels.serving.http.metrics import Metrics
+from earlyexit_kernels.serving.http.requests import RefusedError
+from earlyexit_kernels.serving.http.settings import Settings
 
 #: Paths that are counted by name; all others are counted together.
 COUNTED = ("/", "/health", "/info", "/metrics", "/metrics.json", "/openapi.json", "/predict")

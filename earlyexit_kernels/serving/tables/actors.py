@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 
 from earlyexit_kernels.serving.answers import ERROR, EXIT_LAYER, LABEL, SCORE
-from earlyexit_kernels.serving.blocks import (
+from earlyexit_kernels.serving.scorer import Scorer
+from earlyexit_kernels.serving.tables.blocks import (
     ADDED,
     DAMAGED,
     ERRORS,
@@ -24,7 +25,6 @@ from earlyexit_kernels.serving.blocks import (
     TableWriter,
     reason_of,
 )
-from earlyexit_kernels.serving.scorer import Scorer
 
 #: Workers of a machine at most, as each holds the weights.
 MOST_WORKERS = 8

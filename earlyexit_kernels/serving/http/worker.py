@@ -1,4 +1,4 @@
-"""The process that runs the model: ``python -m earlyexit_kernels.serving.worker``, started by the server only."""
+"""The process that runs the model: ``python -m earlyexit_kernels.serving.http.worker``, started by the server only."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
-from earlyexit_kernels.serving.batches import Batches, Done
-from earlyexit_kernels.serving.protocol import Channel, Order, Row
+from earlyexit_kernels.serving.http.batches import Batches, Done
+from earlyexit_kernels.serving.http.protocol import Channel, Order, Row
 from earlyexit_kernels.serving.source import check_tokenizer
 
 

@@ -8,9 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
-from earlyexit_kernels.serving.protocol import Found, Row
-from earlyexit_kernels.serving.settings import HELD_BATCHES, Settings
-from earlyexit_kernels.serving.worker_process import WorkerProcess
+from earlyexit_kernels.serving.http.protocol import Found, Row
+from earlyexit_kernels.serving.http.settings import HELD_BATCHES, Settings
+from earlyexit_kernels.serving.http.worker_process import WorkerProcess
 
 logger = logging.getLogger("earlyexit_kernels")
 

@@ -12,11 +12,11 @@ import prometheus_client
 import uvicorn
 
 from earlyexit_kernels.criteria import from_dict
-from earlyexit_kernels.serving.app import create_app
-from earlyexit_kernels.serving.metrics import Metrics
-from earlyexit_kernels.serving.pool import Pool
-from earlyexit_kernels.serving.settings import Settings
-from earlyexit_kernels.serving.texts import Tokenizer
+from earlyexit_kernels.serving.http.app import create_app
+from earlyexit_kernels.serving.http.metrics import Metrics
+from earlyexit_kernels.serving.http.pool import Pool
+from earlyexit_kernels.serving.http.requests import Tokenizer
+from earlyexit_kernels.serving.http.settings import Settings
 
 #: Connections beside those of rows in the queue, above which uvicorn answers 503.
 CONNECTIONS = 1024

@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from earlyexit_kernels.serving.door import GONE, Door, refusal
-from earlyexit_kernels.serving.lines import ClientGoneError
-from earlyexit_kernels.serving.metrics import Metrics
-from earlyexit_kernels.serving.pool import Pool
-from earlyexit_kernels.serving.predict import Predict
-from earlyexit_kernels.serving.status_page import HEADERS, PAGE
-from earlyexit_kernels.serving.texts import PredictRequest, RefusedError, Tokenizer
+from earlyexit_kernels.serving.http.door import GONE, Door, refusal
+from earlyexit_kernels.serving.http.lines import ClientGoneError
+from earlyexit_kernels.serving.http.metrics import Metrics
+from earlyexit_kernels.serving.http.pool import Pool
+from earlyexit_kernels.serving.http.predict import Predict
+from earlyexit_kernels.serving.http.requests import PredictRequest, RefusedError, Tokenizer
+from earlyexit_kernels.serving.http.status_page import HEADERS, PAGE
 
 #: Packages whose versions `/info` reports.
 REPORTED = ("earlyexit_kernels", "torch", "transformers", "fastapi", "uvicorn")

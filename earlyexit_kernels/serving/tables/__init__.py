@@ -1,0 +1,1 @@
+"""Scoring the rows of many files by workers, block by block."""
