@@ -84,12 +84,7 @@ def _add_rows_arguments(parser: argparse.ArgumentParser) -> None:
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `earlyexit train`."""
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        type=_checked("source"),
-        help="folder or hub name of a BERT-like encoder or classifier",
-    )
+    add("--model", required=True, type=_checked("source"), help="folder or hub name of an encoder or a classifier")
     _add_rows_arguments(parser)
     add("--output", required=True, type=_checked("path"), help="folder to save the model in")
     add("--overwrite", action="store_true", help="replace a model that --output has already")
@@ -289,6 +284,8 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         type=_checked("path"),
         help="file with the key that clients must send (default: the variable EARLYEXIT_API_KEY, or no key)",
     )
+    add("--ray", type=_checked("replicas"), metavar="N[-M]", help="run N replicas on Ray Serve, or N to M by the load")
+    add("--address", help="of a cluster of Ray, with --ray (default: this machine)")
 
 
 def add_no_arguments(parser: argparse.ArgumentParser) -> None:

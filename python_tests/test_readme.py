@@ -33,7 +33,7 @@ def test_every_method_and_criterion_is_listed():
     assert set(re.findall(r"`(\w+)`", " ".join(rows_of("methods")))) == set(OBJECTIVES)
     assert [call[1:].partition("(")[0] for call in rows_of("criteria")] == names
     section = README.partition("## Criteria")[2].partition("\n## ")[0]
-    assert sorted(re.findall(r"`([A-Z]\w+)\(", section)) == sorted(names)
+    assert sorted(re.findall(r"`([A-Z]\w+)`", section)) == sorted(names)
     formulas = METHODS.partition("| criterion | condition | source |")[2].partition("\n\n")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", formulas, re.MULTILINE)) == sorted(names)
     for text in (README, METHODS):

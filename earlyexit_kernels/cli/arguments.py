@@ -88,7 +88,18 @@ def rate_or_same(text: str) -> float | None:
 
 
 png, page = _ending(".png"), _ending(".html")
+
+
 #: Ranges of the numbers; the upper limits are far above useful values and far below those at which libraries fail.
+def replicas(text: str) -> tuple[int, int]:
+    """Convert ``"2"`` or ``"1-8"`` to the least and the most replicas."""
+    least, _, most = text.partition("-")
+    found = count(least), count(most or least)
+    if "-" in text and (not most or found[0] >= found[1]):
+        raise argparse.ArgumentTypeError(f"expected a number or two rising numbers such as 1-8, got {text!r}")
+    return found
+
+
 rows = _converter(int, whole(low=1, high=10**9))
 rows_or_none = _converter(int, whole(low=0, high=10**9))
 batch_size = _converter(int, whole(low=1, high=10**6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,40 @@ def run(args: argparse.Namespace) -> int:
         api_key=api_key(args.api_key_file),
         **{name: getattr(args, name) for name in NAMES},
     )
+    if args.ray is not None:
+        return _run_replicas(settings, args)
+    if args.address is not None:
+        raise ValueError("--address: expected --ray beside it, the number of replicas")
     from earlyexit_kernels.serving.http import server  # requires the extra `serve`
 
     server.run(settings, lambda url, info: print(started_line(url, settings, info), flush=True))
+    return 0
+
+
+def _run_replicas(settings: Settings, args: argparse.Namespace) -> int:
+    """Serve by replicas on Ray Serve.
+
+    Raises:
+        ValueError: a setting that replicas do not share.
+    """
+    check_packages("serve --ray", "ray", ("ray",))
+    if settings.rate_limit is not None:
+        raise ValueError("--rate-limit: expected none with --ray, whose replicas count apart; limit in a proxy")
+    if settings.port == 0:
+        raise ValueError("--port: expected a port other than 0 with --ray")
+    from earlyexit_kernels.serving.http import replicas, worker
+    from earlyexit_kernels.serving.http.service import check_thresholds
+
+    settings = dataclasses.replace(settings, model=settings.model.resolve())
+    info = worker.described(worker.load(str(settings.model)))  # an error here rather than in each replica
+    check_thresholds(settings, info)
+    least, most = args.ray
+    number = f"{least} replica(s)" if least == most else f"{least} to {most} replicas"
+
+    def started(url: str) -> None:
+        print(f"{started_line(url, settings, info)} in each of {number}", flush=True)
+
+    replicas.run(settings, args.ray, args.address, started)
     return 0
 
 

@@ -119,6 +119,7 @@ INVALID = {
         "--api-key-file": [""],
         **{f"--{name}": [*NUMBERS, "0"] for name in ("workers", "max-tokens", "max-queue", "max-inputs")},
         "--max-body-bytes": [*NUMBERS, "0"],
+        "--ray": [*NUMBERS, "0", "2-", "-2", "2-1", "1-1", "1-2-3", "1-x"],
     },
     "demo": {"--output": [""], "--seed": [*NUMBERS, "4294967296"], "--threads": [*NUMBERS, "0", "1000000000"]},
     "env": {"--nothing": ["1"]},
@@ -167,7 +168,7 @@ def test_every_option_has_invalid_values():
     parser = build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
     # without values, or with values that only the network knows
-    others = {"--help", "-h", "--set", "--quick", "--overwrite", "--truncate", "--host", "--address", "--input"}
+    others = {*"--help -h --set --quick --bf16 --overwrite --truncate --host --address --input".split()}
     tried = {name: set(options) | others for name, options in INVALID.items()}
     for name, command in commands.items():
         assert {option for action in command._actions for option in action.option_strings} <= tried[name]

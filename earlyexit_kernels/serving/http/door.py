@@ -35,6 +35,9 @@ class Door:
         self._rate = None if settings.rate_limit is None else RateLimit(settings.rate_limit)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         started, status = time.monotonic(), GONE
 
         async def counted(message: Any) -> None:

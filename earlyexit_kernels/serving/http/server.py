@@ -8,14 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import prometheus_client
 import uvicorn
 
-from earlyexit_kernels.criteria import from_dict
-from earlyexit_kernels.serving.http.app import create_app
-from earlyexit_kernels.serving.http.metrics import Metrics
-from earlyexit_kernels.serving.http.pool import Pool
-from earlyexit_kernels.serving.http.requests import Tokenizer
+from earlyexit_kernels.serving.http.service import Service
 from earlyexit_kernels.serving.http.settings import Settings
 
 #: Connections beside those of rows in the queue, above which uvicorn answers 503.
@@ -38,12 +33,9 @@ def run(settings: Settings, started: Callable[[str, dict[str, Any]], None]) -> N
 
 async def serve(settings: Settings, started: Callable[[str, dict[str, Any]], None]) -> None:
     """Serve as `run` does; outside of the main thread, which receives the signals, until the task is cancelled."""
-    prometheus_client.disable_created_metrics()  # a second line for each, of which nothing here makes use
-    metrics = Metrics()
-    pool = Pool(settings, metrics.rows)
-    tokenizer = Tokenizer(settings.model)
+    service = Service(settings)
     config = uvicorn.Config(
-        create_app(pool, tokenizer, metrics),
+        service.app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -57,39 +49,17 @@ async def serve(settings: Settings, started: Callable[[str, dict[str, Any]], Non
     )
     sockets = await _bound(settings.host, settings.port)
     try:
-        await pool.start()
-        check_thresholds(settings, pool.info)
-        metrics.begin(pool)
-        longest = pool.info["max_length"]
-        tokenizer.max_length = min(settings.max_length or longest, longest, tokenizer.max_length)
+        await service.start()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, _stopped)
         host, port = sockets[0].getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        await _Server(config, lambda: started(url, pool.info)).serve(sockets=sockets)
+        await _Server(config, lambda: started(url, service.pool.info)).serve(sockets=sockets)
     finally:
         for socket in sockets:
             socket.close()
-        await pool.stop()
-
-
-def check_thresholds(settings: Settings, info: dict[str, Any]) -> None:
-    """Check that requests can choose a threshold, if the settings let them.
-
-    Raises:
-        ValueError: the criterion of the model has no threshold, one for each layer, or not these.
-    """
-    for end in (settings.min_threshold, settings.max_threshold):
-        if end is None:
-            return
-        rule = info["criterion"]
-        if not isinstance(rule.get("threshold"), float) or info["skips_layers"]:
-            raise ValueError(
-                "--min-threshold: expected a model whose criterion has one threshold and skips no layers, its own is "
-                f"{from_dict(rule)}"
-            )
-        from_dict({**rule, "threshold": end})
+        await service.stop()
 
 
 async def _bound(host: str, port: int) -> list[Any]:

@@ -37,8 +37,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     try:
         model = load(order.model)
-    except Exception as error:  # transformers raises almost any class for a broken file
-        channel.send({"failed": " ".join(str(error).removeprefix("Scorer: ").split()) or type(error).__name__})
+    except ValueError as error:
+        channel.send({"failed": str(error)})
         return
     batches = Batches(model, order.max_tokens)
     warm_up(batches)
@@ -51,12 +51,16 @@ def load(folder: str) -> EarlyExitForSequenceClassification:
     """Load an early-exit model in eval mode, on the GPU if there is one.
 
     Raises:
-        ValueError: the folder contains another model, or a tokenizer of another one.
+        ValueError: the folder contains another model, a tokenizer of another one, or damaged files.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
-    if not isinstance(model, EarlyExitForSequenceClassification):
-        raise ValueError(f"expected a model with exits, {folder} contains a {type(model).__name__}; train it first")
-    check_tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), model)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
+        if not isinstance(model, EarlyExitForSequenceClassification):
+            raise ValueError(f"expected a model with exits, {folder} contains a {type(model).__name__}; train it first")
+        check_tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), model)
+    except Exception as error:  # transformers raises almost any class for a broken file
+        reason = " ".join(str(error).removeprefix("Scorer: ").split())
+        raise ValueError(reason or type(error).__name__) from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     model.config.strict = False  # rows with invalid logits fail alone; strict fails their whole batch
     return model.eval()

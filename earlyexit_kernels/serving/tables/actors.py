@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from earlyexit_kernels.serving.answers import ERROR, EXIT_LAYER, LABEL, SCORE
+from earlyexit_kernels.serving.ray_session import ray_session
 from earlyexit_kernels.serving.scorer import Scorer
 from earlyexit_kernels.serving.tables.blocks import (
     ADDED,
@@ -28,8 +28,6 @@ from earlyexit_kernels.serving.tables.blocks import (
 
 #: Workers of a machine at most, as each holds the weights.
 MOST_WORKERS = 8
-#: Bytes of the object store of Ray, through which nothing but blocks and outcomes goes.
-STORE_BYTES = 128 * 2**20
 #: How often a worker that has died, as when memory is exhausted, is started again.
 RESTARTS = 3
 
@@ -159,15 +157,9 @@ def score_blocks(
         OSError: a worker died several times.
         ValueError: more workers than cores or GPUs.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+    with ray_session(address):
+        import ray
 
-    ours = not ray.is_initialized()
-    if ours:
-        here: dict[str, Any] = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
-        here |= {"object_store_memory": STORE_BYTES}
-        ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else here))
-    try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         gpus = int(sum(machine.get("GPU", 0) for machine in machines))
         if gpus:
@@ -180,9 +172,6 @@ def score_blocks(
         actor = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **needs)(BlockScorer)
         pool = [actor.remote(Job(**job, threads=threads)) for _ in range(workers)]
         yield from _distributed(blocks, pool)
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def _distributed(blocks: Sequence[Block], pool: Sequence[Any]) -> Iterator[tuple[Block, str]]:
