@@ -23,6 +23,7 @@ from benchmarks.accuracy import tables as accuracy
 from benchmarks.end_to_end import tables as end_to_end
 from benchmarks.evidence import tables as evidence
 from benchmarks.gpu import tables as gpu
+from benchmarks.http import tables as http
 from benchmarks.micro import tables as micro
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
@@ -197,6 +198,7 @@ TABLES = {
     **evidence.TABLES,
     **end_to_end.TABLES,
     **gpu.TABLES,
+    **http.TABLES,
 }
 #: The documents that may hold tables.
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

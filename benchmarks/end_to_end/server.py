@@ -31,11 +31,11 @@ from earlyexit_kernels.tuning.timing import quantiles
 
 Stopwatch: TypeAlias = Callable[[Callable[[], Any]], float]
 SUITE = "server"
-LARGEST = 16
+LARGEST = 64
 #: Arrivals per second, over the rows per second of the plain model.
 RATES = (0.4, 0.8, 1.2, 2.0)
 SESSIONS = 3
-CASES = (Case("MiniLM", Sst2(LARGEST, 20), (OWN,), RUNTIMES, engines=(FUSED_LAYERS,)),)
+CASES = (Case("MiniLM", Sst2(LARGEST, 5), (OWN,), RUNTIMES, engines=(FUSED_LAYERS,)),)
 #: Rows that leave at or before this layer are early, at the last one late.
 EARLY = 2
 

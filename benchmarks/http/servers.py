@@ -1,0 +1,86 @@
+"""Start the servers that are compared, each as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+
+import earlyexit_kernels as ee
+from benchmarks.http.names import FULL, LITSERVE
+
+START_SECONDS = 120.0
+#: Rows of a batch of LitServe, about as many as the default tokens of `earlyexit serve` are.
+LARGEST = 64
+
+
+class Running(NamedTuple):
+    """A server.
+
+    Attributes:
+        url: where it listens.
+        pid: of the process that speaks HTTP.
+    """
+
+    url: str
+    pid: int
+
+
+@contextlib.contextmanager
+def serving(name: str, model: Path, work: Path) -> Iterator[Running]:
+    """Run one of the servers while the block runs.
+
+    Args:
+        name: one of `names`.
+        model: folder of a model with a criterion.
+        work: folder for the copy without a criterion.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    folder = full_depth_copy(model, work) if name == FULL else model
+    ours = ["-m", "earlyexit_kernels", "serve", str(folder), "--port", port]
+    other = ["-m", "benchmarks.http.litserve_server", str(folder), "--port", port, "--largest", str(LARGEST)]
+    command = [sys.executable, *(other if name == LITSERVE else ours)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait(url, process)
+            yield Running(url, process.pid)
+        finally:
+            process.terminate()
+            process.wait(START_SECONDS)
+
+
+def full_depth_copy(model: Path, work: Path) -> Path:
+    """Return a folder with the same model without a criterion."""
+    folder = work / "full_depth"
+    if not folder.is_dir():
+        shutil.copytree(model, folder)
+        full = ee.EarlyExitForSequenceClassification.from_pretrained(folder)
+        full.set_criterion(None)
+        full.save_pretrained(folder)
+    return folder
+
+
+def _wait(url: str, process: subprocess.Popen) -> None:
+    """Wait until a server has answered a text.
+
+    Raises:
+        RuntimeError: it ended, or has not answered in time.
+    """
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.post(f"{url}/predict", json={"inputs": "a"}, timeout=START_SECONDS).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"{process.args}: expected an answer within {START_SECONDS:g} s, the process ended or is silent")
