@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import summary
-from benchmarks.accuracy import calibration_tables
-from benchmarks.accuracy import tables as accuracy
+from benchmarks.calibration import tables as calibration
 from benchmarks.end_to_end import tables as end_to_end
 from benchmarks.evidence import tables as evidence
 from benchmarks.gpu import tables as gpu
@@ -193,8 +192,7 @@ TABLES = {
     "sst2_criteria": sst2_criteria,
     **micro.TABLES,
     **summary.TABLES,
-    **accuracy.TABLES,
-    **calibration_tables.TABLES,
+    **calibration.TABLES,
     **evidence.TABLES,
     **end_to_end.TABLES,
     **gpu.TABLES,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.accuracy.noise import NOISES
+from benchmarks.evidence.noise import typos
 from benchmarks.harness import Record
 from earlyexit_kernels.cli.evaluate import NEVER_SKIP, SKIP_FROM, Traced, encoded, trace_splits
 from earlyexit_kernels.cli.recipe import Recipe
@@ -170,7 +170,7 @@ def _noisy(subject: Subject) -> Iterator[Record]:
     group = [Patience(patience=p) for p in range(1, subject.depth)]
     draws = []
     for seed in range(NOISE_DRAWS):
-        split = NOISES["typos"](subject.traced.splits["reporting"], NOISE, seed=seed)
+        split = typos(subject.traced.splits["reporting"], NOISE, seed=seed)
         data, _ = encoded(subject.folder, model, {"reporting": split}, max_length=subject.recipe.max_length)
         trace, labels = collect_trace(model, data["reporting"], **subject.traced.batching)
         full = predictions_of(trace.logits[:, -1].numpy(), task.problem_type)

@@ -1,4 +1,4 @@
-"""Seeded noise on sentences: typing errors and missing words."""
+"""Typing errors in sentences, drawn with a seed."""
 
 from __future__ import annotations
 
@@ -36,23 +36,6 @@ def typos(split: Split, share: float, *, seed: int = 0) -> Split:
         return [_mistyped(w, draw) if any(c.isalpha() for c in w) and draw() < share else w for w in found]
 
     return _changed(split, words)
-
-
-def drop_words(split: Split, share: float, *, seed: int = 0) -> Split:
-    """Drop each word with probability `share`; one random word of every text stays.
-
-    Arguments and result are those of `typos`.
-    """
-    draw = random.Random(seed).random
-
-    def words(found: Sequence[str]) -> list[str]:
-        kept = [w for w in found if draw() >= share]
-        return kept or [_pick(found, draw)]
-
-    return _changed(split, words)
-
-
-NOISES: dict[str, Callable[..., Split]] = {"typos": typos, "word_drop": drop_words}
 
 
 def _swapped(word: str) -> list[str]:

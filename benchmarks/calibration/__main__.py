@@ -1,4 +1,4 @@
-"""Check what `calibrate` promises: ``python -m benchmarks.accuracy.calibration --traces <folder of .npz>``.
+"""Check what `calibrate` promises: ``python -m benchmarks.calibration --traces <folder of .npz>``.
 
 - guarantee: on generated rows, the risk that a `Risk` target allows is exceeded in at most `epsilon` of the draws;
 - drop: on stored traces of trained models, the speed-up and the loss that `MaxDrop` has on rows not used to choose;
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, help="folder with the .npz files of the part `drop`")
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
-    parser.add_argument("--results", type=Path, default=RESULTS / "accuracy", help="folder (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS / "calibration", help="folder (default: %(default)s)")
     args = parser.parse_args()
     for part in args.part or PARTS:
         records = []
@@ -124,7 +124,7 @@ def main() -> None:
             records.append(record)
             print(record, flush=True)
         if records:
-            print(f"wrote {write_json(args.results / f'calibration-{part}.json', records)}")
+            print(f"wrote {write_json(args.results / f'{part}.json', records)}")
 
 
 if __name__ == "__main__":

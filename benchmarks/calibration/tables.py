@@ -6,14 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.accuracy.runs import RESULTS
+from benchmarks import harness
 from benchmarks.harness import Record
 from benchmarks.tables import NOT_MEASURED
 from earlyexit_kernels.tuning.report import markdown_table
 
+RESULTS = harness.RESULTS / "calibration"
+
 
 def _records(part: str, results: Path) -> list[Record]:
-    path = results / f"calibration-{part}.json"
+    path = results / f"{part}.json"
     return json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
 
 

@@ -1,0 +1,1 @@
+"""What `calibrate` promises, checked."""
