@@ -104,6 +104,12 @@ def test_arguments_that_do_not_fit(saved, capsys, given, words):
     assert words in error_of(capsys, ["serve", str(saved), *given])
 
 
+def test_a_port_that_is_taken(saved, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "in use" in error_of(capsys, ["serve", str(saved), "--ray", "1", "--port", port])
+
+
 def test_a_model_that_cannot_be_loaded(saved, tmp_path, capsys):
     for path in saved.iterdir():
         if path.name != "model.safetensors":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -52,8 +53,11 @@ def run(settings: Settings, replicas: tuple[int, int], address: str | None, star
 
     Raises:
         ConnectionError: there is no cluster at the address.
+        OSError: the port of this machine is taken, for which Ray Serve would wait.
         ValueError: a replica cannot be started.
     """
+    if address is None:
+        socket.create_server((settings.host, settings.port)).close()
     end = threading.Event()
     with ray_session(address):
         import ray
