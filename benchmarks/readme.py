@@ -24,6 +24,7 @@ from benchmarks.evidence import tables as evidence
 from benchmarks.gpu import tables as gpu
 from benchmarks.http import tables as http
 from benchmarks.micro import tables as micro
+from benchmarks.scoring import tables as scoring
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.objectives import OBJECTIVES, Objective
 from earlyexit_kernels.tuning.grids import settings, skip_settings
@@ -197,6 +198,7 @@ TABLES = {
     **end_to_end.TABLES,
     **gpu.TABLES,
     **http.TABLES,
+    **scoring.TABLES,
 }
 #: The documents that may hold tables.
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

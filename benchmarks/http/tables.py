@@ -7,9 +7,8 @@ from typing import Any
 
 from benchmarks.harness import Record, measured
 from benchmarks.http.names import FULL
+from benchmarks.tables import NOT_MEASURED
 from earlyexit_kernels.tuning.report import markdown_table
-
-NONE = "Not measured yet."
 
 
 def _records(part: str) -> list[Record]:
@@ -21,7 +20,7 @@ def overhead() -> str:
     found = _records("overhead")
     header = ("one client", "p50, ms", "p99, ms", "p50 less the model, ms")
     rows = [(r["server"], f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}", f"{r['overhead_ms']:.2f}") for r in found]
-    return markdown_table(header, rows) if rows else NONE
+    return markdown_table(header, rows) if rows else NOT_MEASURED
 
 
 def arrivals() -> str:
@@ -35,7 +34,7 @@ def arrivals() -> str:
         cells = [f"{r[name]:.1f}" for name in ("p50_ms", "p90_ms", "p99_ms")]
         rows.append((r["load"], f"{r['rate']:.0f}", r["server"], *cells, *ratios))
     header = ("load", "texts a second", "server", "p50, ms", "p90, ms", "p99, ms", "p50, ratio", "p99, ratio")
-    return markdown_table(header, rows) if rows else NONE
+    return markdown_table(header, rows) if rows else NOT_MEASURED
 
 
 def users() -> str:
@@ -46,7 +45,7 @@ def users() -> str:
          r["failures"])
         for r in _records("users")
     ]  # fmt: skip
-    return markdown_table(header, rows) if rows else NONE
+    return markdown_table(header, rows) if rows else NOT_MEASURED
 
 
 TABLES: dict[str, Callable[[], str]] = {"http_overhead": overhead, "http_arrivals": arrivals, "http_users": users}

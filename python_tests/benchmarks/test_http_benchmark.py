@@ -60,7 +60,7 @@ def test_users_of_locust(saved, tmp_path):
 
 def test_tables(monkeypatch):
     monkeypatch.setattr(tables, "measured", lambda suite: [])
-    assert {table() for table in tables.TABLES.values()} == {tables.NONE}
+    assert {table() for table in tables.TABLES.values()} == {tables.NOT_MEASURED}
     stats = {"Request Count": "10", "Failure Count": "1", "Requests/s": "4.5", "50%": "20", "99%": "30"}
     plain = arrivals.record(FULL, 2.0, 100.0, [10.0] * 9)
     found = [arrivals.record(OWN, 2.0, 100.0, [5.0] * 9), plain, users.record(OWN, 16, stats)]

@@ -1,0 +1,1 @@
+"""Scoring tables of many rows, measured."""
