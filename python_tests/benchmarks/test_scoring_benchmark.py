@@ -3,11 +3,11 @@
 import pytest
 
 pytest.importorskip("pyarrow")
-import pyarrow.parquet as pq  # noqa: E402
+import pyarrow.parquet as pq
 
-from benchmarks import harness  # noqa: E402
-from benchmarks.scoring import __main__ as scoring  # noqa: E402
-from benchmarks.scoring import tables  # noqa: E402
+from benchmarks import harness
+from benchmarks.scoring import __main__ as scoring
+from benchmarks.scoring import tables
 
 
 def test_rows_are_numbered_and_repeat_the_texts(tmp_path, monkeypatch):
@@ -17,7 +17,7 @@ def test_rows_are_numbered_and_repeat_the_texts(tmp_path, monkeypatch):
     found = [row for path in files for row in pq.read_table(path).to_pylist()]
     assert len(files) == 3 and scoring.rows_in(tmp_path / "rows") == 10
     assert [row["id"] for row in found] == list(range(10))
-    assert {len({row["text"] for row in found[n : n + 3]}) for n in range(0, 2)} == {3}
+    assert {len({row["text"] for row in found[n : n + 3]}) for n in range(2)} == {3}
 
 
 @pytest.mark.parametrize(("once", "words"), [(True, "every row once"), (False, "rows lost or doubled")])
