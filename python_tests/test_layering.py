@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "arguments": "",
     "types": "torch",
     "hashing": "torch",
+    "page_style": "",
     "backends": "errors torch triton",
     "backbones": "arguments torch",
     "criteria": "arguments backends errors hashing types torch",
@@ -34,8 +35,8 @@ MAY_IMPORT = {
     "engine": "backbones backends criteria errors hashing heads ops types numpy torch transformers",
     "hf": "arguments backbones backends criteria engine errors heads objectives types huggingface_hub numpy "
     "safetensors torch transformers",
-    "tuning": "arguments criteria engine hf types mapie matplotlib numpy safetensors sklearn torch tqdm",
-    "serving": "arguments criteria hf ops types fastapi numpy prometheus_client pyarrow pydantic ray "
+    "tuning": "arguments criteria engine hf page_style types mapie matplotlib numpy safetensors sklearn torch tqdm",
+    "serving": "arguments criteria hf ops page_style types fastapi numpy prometheus_client pyarrow pydantic ray "
     "torch transformers uvicorn",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",
     "cli": "* __init__ numpy safetensors torch tqdm transformers",
@@ -125,7 +126,7 @@ def test_no_cycles():
 def test_only_listed_modules_lie_in_the_root():
     """Every other module lies in the folder of its room."""
     loose = {path.stem for path in (ROOT / PACKAGE).glob("*.py")}
-    assert loose == {"__init__", "__main__", "arguments", "errors", "types", "backends", "hashing"}
+    assert loose == {"__init__", "__main__", "arguments", "errors", "types", "backends", "hashing", "page_style"}
 
 
 def test_every_package_from_outside_is_declared():

@@ -2,6 +2,8 @@
 
 from string import Template
 
+from earlyexit_kernels.page_style import STYLE as COMMON
+
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -21,19 +23,9 @@ $body
 </html>
 """)
 
-STYLE = """:root {
-  --ink: #1a1d21; --paper: #fff; --soft: #f3f5f7; --grid: #d3d8de; --blue: #005f9e; --orange: #b34700;
-  --grey: #5c6670; --warn: #fff3d6; --warn-line: #b37400;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e6e9ec; --paper: #14171a; --soft: #1e2328; --grid: #3a424a; --blue: #62b5f0; --orange: #ff9a57;
-    --grey: #a3adb8; --warn: #33290f; --warn-line: #d9a233;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1rem 1rem 3rem; }
+STYLE = (
+    COMMON
+    + """main { max-width: 62rem; margin: 0 auto; padding: 1rem 1rem 3rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--grid); padding-top: 1rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
@@ -62,3 +54,4 @@ td.number { text-align: right; white-space: nowrap; }
 td.setting { min-width: 8rem; }
 td.long { min-width: 10.5rem; overflow-wrap: anywhere; }
 """
+)

@@ -6,13 +6,14 @@ has room, replaces replicas that end, and starts and ends them as the load asks 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
-import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
+from earlyexit_kernels.serving.http.server import bound
 from earlyexit_kernels.serving.http.service import Service
 from earlyexit_kernels.serving.http.settings import Settings
 from earlyexit_kernels.serving.ray_session import ray_session
@@ -57,7 +58,8 @@ def run(settings: Settings, replicas: tuple[int, int], address: str | None, star
         ValueError: a replica cannot be started.
     """
     if address is None:
-        socket.create_server((settings.host, settings.port)).close()
+        for one in asyncio.run(bound(settings.host, settings.port)):
+            one.close()
     end = threading.Event()
     with ray_session(address):
         import ray

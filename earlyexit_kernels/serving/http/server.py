@@ -47,7 +47,7 @@ async def serve(settings: Settings, started: Callable[[str, dict[str, Any]], Non
         limit_concurrency=settings.max_queue + CONNECTIONS,
         timeout_graceful_shutdown=settings.drain_seconds,  # type: ignore[arg-type]  # asyncio.wait_for takes floats
     )
-    sockets = await _bound(settings.host, settings.port)
+    sockets = await bound(settings.host, settings.port)
     try:
         await service.start()
         if threading.current_thread() is threading.main_thread():
@@ -62,7 +62,7 @@ async def serve(settings: Settings, started: Callable[[str, dict[str, Any]], Non
         await service.stop()
 
 
-async def _bound(host: str, port: int) -> list[Any]:
+async def bound(host: str, port: int) -> list[Any]:
     """Return sockets bound to an address, before the model is loaded; they listen when uvicorn starts.
 
     Those that uvicorn binds have no protocol number, for which asyncio leaves Nagle's algorithm on: 40 ms a request.

@@ -1,5 +1,7 @@
 """The status page of the server: one HTML file without anything from elsewhere, which polls `/metrics.json`."""
 
+from earlyexit_kernels.page_style import STYLE as COMMON
+
 #: The page may run its own script and ask its own server, and nothing else.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -7,19 +9,9 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 
-STYLE = """:root {
-  --ink: #1a1d21; --paper: #fff; --soft: #f3f5f7; --grid: #d3d8de; --blue: #005f9e; --orange: #b34700;
-  --grey: #5c6670; --warn: #fff3d6; --warn-line: #b37400;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e6e9ec; --paper: #14171a; --soft: #1e2328; --grid: #3a424a; --blue: #62b5f0; --orange: #ff9a57;
-    --grey: #a3adb8; --warn: #33290f; --warn-line: #d9a233;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 46rem; margin: 0 auto; padding: 1rem 1rem 3rem; }
+STYLE = (
+    COMMON
+    + """main { max-width: 46rem; margin: 0 auto; padding: 1rem 1rem 3rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 1rem 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 1.75rem 0 .5rem; }
 p { margin: .25rem 0; overflow-wrap: anywhere; }
@@ -40,6 +32,7 @@ polyline { fill: none; stroke-width: 2; }
 [hidden] { display: none; }
 input, button { font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--grid); padding: .4rem; }
 """
+)
 
 SCRIPT = """"use strict"
 const part = name => document.getElementById(name)
