@@ -83,4 +83,5 @@ def _wait(url: str, process: subprocess.Popen) -> None:
             if httpx.post(f"{url}/predict", json={"inputs": "a"}, timeout=START_SECONDS).status_code == 200:
                 return
         time.sleep(0.2)
-    raise RuntimeError(f"{process.args}: expected an answer within {START_SECONDS:g} s, the process ended or is silent")
+    state = "is silent" if process.poll() is None else f"ended with exit code {process.returncode}"
+    raise RuntimeError(f"{process.args}: expected an answer within {START_SECONDS:g} s, the process {state}")
