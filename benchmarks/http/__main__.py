@@ -22,7 +22,7 @@ from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 
 #: Part -> its records, given model, folder for files, and texts.
 PARTS: dict[str, Callable[[Path, Path, Sequence[str]], Iterator[Record]]] = {
-    "overhead": partial(overhead.records, requests=1000),
+    "overhead": partial(overhead.records, requests=500),
     "arrivals": arrivals.records,
     "users": users.records,
 }

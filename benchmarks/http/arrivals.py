@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
-
 from benchmarks.harness import Record
+from benchmarks.http.client import Client
 from benchmarks.http.names import FULL, LITSERVE, OWN
 from benchmarks.http.servers import serving
 from earlyexit_kernels.tuning.timing import quantiles
@@ -34,18 +33,21 @@ def records(model: Path, work: Path, texts: Sequence[str], seconds: float = SECO
         capacity = asyncio.run(throughput(urls[FULL], texts, seconds))
         for load in LOADS:
             found: dict[str, list[float]] = {name: [] for name in SERVERS}
+            asked: dict[str, int] = dict.fromkeys(SERVERS, 0)
             for seed in range(SESSIONS):
                 for name in random.Random(seed).sample(SERVERS, len(SERVERS)):
-                    found[name] += asyncio.run(session(urls[name], texts, load * capacity, seed, seconds))
+                    latencies, sent = asyncio.run(session(urls[name], texts, load * capacity, seed, seconds))
+                    found[name] += latencies
+                    asked[name] += sent
             for name, latencies in found.items():
-                yield record(name, load, load * capacity, latencies)
+                yield record(name, load, load * capacity, latencies, refused=asked[name] - len(latencies))
 
 
-def record(server: str, load: float, rate: float, latencies: Sequence[float]) -> Record:
+def record(server: str, load: float, rate: float, latencies: Sequence[float], *, refused: int) -> Record:
     """Return the record of a server at a load."""
     p50, p90, p99 = (round(time, 2) for time in quantiles(latencies, (0.5, 0.9, 0.99)))
     head = {"suite": "http", "part": "arrivals", "server": server, "load": load, "rate": round(rate, 1)}
-    return head | {"answers": len(latencies), "p50_ms": p50, "p90_ms": p90, "p99_ms": p99}
+    return head | {"answers": len(latencies), "refused": refused, "p50_ms": p50, "p90_ms": p90, "p99_ms": p99}
 
 
 async def throughput(url: str, texts: Sequence[str], seconds: float) -> float:
@@ -53,41 +55,32 @@ async def throughput(url: str, texts: Sequence[str], seconds: float) -> float:
     answered = 0
     end = time.perf_counter() + seconds
 
-    async def one(client: httpx.AsyncClient, number: int) -> None:
+    async def one(client: Client, number: int) -> None:
         nonlocal answered
         while time.perf_counter() < end:
-            await _ask(client, texts[(number + answered) % len(texts)])
+            await client.ask(texts[(number + answered) % len(texts)])
             answered += 1
 
-    async with _client(url) as client:
+    async with Client(url) as client:
         start = time.perf_counter()
         await asyncio.gather(*(one(client, number) for number in range(CLIENTS)))
         return answered / (time.perf_counter() - start)
 
 
-async def session(url: str, texts: Sequence[str], rate: float, seed: int, seconds: float) -> list[float]:
-    """Return the milliseconds of every text of a Poisson process of `rate` a second, from its arrival."""
+async def session(url: str, texts: Sequence[str], rate: float, seed: int, seconds: float) -> tuple[list[float], int]:
+    """Return the milliseconds of the answers to a Poisson process of `rate` a second, and the number of its texts."""
     draw = random.Random(seed).expovariate
     latencies: list[float] = []
 
-    async def one(client: httpx.AsyncClient, text: str, arrived: float) -> None:
-        await _ask(client, text)
-        latencies.append(1000 * (time.perf_counter() - arrived))
+    async def one(client: Client, text: str, arrived: float) -> None:
+        if await client.ask(text):
+            latencies.append(1000 * (time.perf_counter() - arrived))
 
-    async with _client(url) as client:
+    async with Client(url) as client:
         arrived, asked = time.perf_counter(), []
         end = arrived + seconds
         while (arrived := arrived + draw(rate)) < end:
             await asyncio.sleep(max(0.0, arrived - time.perf_counter()))
             asked.append(asyncio.create_task(one(client, texts[len(asked) % len(texts)], arrived)))
         await asyncio.gather(*asked)
-    return latencies
-
-
-def _client(url: str) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    return httpx.AsyncClient(base_url=url, timeout=120, limits=limits)
-
-
-async def _ask(client: httpx.AsyncClient, text: str) -> None:
-    (await client.post("/predict", json={"inputs": text})).raise_for_status()
+    return latencies, len(asked)

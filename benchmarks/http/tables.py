@@ -32,8 +32,18 @@ def arrivals() -> str:
         plain = full[r["load"]]
         ratios = [f"{r[name] / plain[name]:.2f}" for name in ("p50_ms", "p99_ms")]
         cells = [f"{r[name]:.1f}" for name in ("p50_ms", "p90_ms", "p99_ms")]
-        rows.append((r["load"], f"{r['rate']:.0f}", r["server"], *cells, *ratios))
-    header = ("load", "texts a second", "server", "p50, ms", "p90, ms", "p99, ms", "p50, ratio", "p99, ratio")
+        rows.append((r["load"], f"{r['rate']:.0f}", r["server"], *cells, *ratios, r["refused"]))
+    header = (
+        "load",
+        "texts a second",
+        "server",
+        "p50, ms",
+        "p90, ms",
+        "p99, ms",
+        "p50, ratio",
+        "p99, ratio",
+        "refused",
+    )
     return markdown_table(header, rows) if rows else NOT_MEASURED
 
 

@@ -28,10 +28,10 @@ def saved(tmp_path_factory):
 
 def test_every_arrival_is_answered_and_timed(saved):
     with fake_server(saved) as url:
-        latencies = asyncio.run(arrivals.session(url, ROWS, rate=200.0, seed=0, seconds=0.5))
-        same = asyncio.run(arrivals.session(url, ROWS, rate=200.0, seed=0, seconds=0.5))
+        latencies, asked = asyncio.run(arrivals.session(url, ROWS, rate=200.0, seed=0, seconds=0.5))
+        same, _ = asyncio.run(arrivals.session(url, ROWS, rate=200.0, seed=0, seconds=0.5))
         assert asyncio.run(arrivals.throughput(url, ROWS, 0.3)) > 0
-    assert 50 < len(latencies) == len(same) < 200 and min(latencies) > 0
+    assert 50 < len(latencies) == asked == len(same) < 200 and min(latencies) > 0
 
 
 def test_calls_take_turns():
@@ -62,8 +62,8 @@ def test_tables(monkeypatch):
     monkeypatch.setattr(tables, "measured", lambda suite: [])
     assert {table() for table in tables.TABLES.values()} == {tables.NOT_MEASURED}
     stats = {"Request Count": "10", "Failure Count": "1", "Requests/s": "4.5", "50%": "20", "99%": "30"}
-    plain = arrivals.record(FULL, 2.0, 100.0, [10.0] * 9)
-    found = [arrivals.record(OWN, 2.0, 100.0, [5.0] * 9), plain, users.record(OWN, 16, stats)]
+    plain = arrivals.record(FULL, 2.0, 100.0, [10.0] * 9, refused=0)
+    found = [arrivals.record(OWN, 2.0, 100.0, [5.0] * 9, refused=2), plain, users.record(OWN, 16, stats)]
     found.append({"part": "overhead", "server": LITSERVE, "p50_ms": 3.0, "p99_ms": 4.0, "overhead_ms": 1.25})
     monkeypatch.setattr(tables, "measured", lambda suite: [harness.Measured("m", {}, found)])
     arrived, overheads, loaded = (tables.TABLES[f"http_{name}"]() for name in ("arrivals", "overhead", "users"))
