@@ -38,9 +38,17 @@ class Client:
         body = json.dumps({"inputs": text}).encode()
         head = "POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
-        writer.write(head.encode() + body)
-        answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        while True:
+            kept = bool(self._idle)
+            reader, writer = self._idle.pop() if kept else await asyncio.open_connection(*self._address)
+            try:
+                writer.write(head.encode() + body)
+                answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                break
+            except (ConnectionError, asyncio.IncompleteReadError):
+                writer.close()
+                if not kept:  # a server may close a connection that was idle, before it reads from it
+                    raise
         length = int(answer.partition("content-length:")[2].partition("\r\n")[0])
         content = await reader.readexactly(length)
         self._idle.append((reader, writer))

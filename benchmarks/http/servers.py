@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 
 import earlyexit_kernels as ee
 from benchmarks.http.names import FULL, LITSERVE
 
-START_SECONDS = 120.0
+START_SECONDS, END_SECONDS = 120.0, 40.0
 #: Rows of a batch of LitServe, about as many as the default tokens of `earlyexit serve` are.
 LARGEST = 64
 
@@ -50,14 +52,18 @@ def serving(name: str, model: Path, work: Path) -> Iterator[Running]:
     ours = ["-m", "earlyexit_kernels", "serve", str(folder), "--port", port]
     other = ["-m", "benchmarks.http.litserve_server", str(folder), "--port", port, "--largest", str(LARGEST)]
     command = [sys.executable, *(other if name == LITSERVE else ours)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, **quiet) as process:
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, process)
             yield Running(url, process.pid)
         finally:
             process.terminate()
-            process.wait(START_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves processes
 
 
 def full_depth_copy(model: Path, work: Path) -> Path:
