@@ -292,7 +292,6 @@ def training_arguments(
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
-        use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused there
         dataloader_pin_memory=torch.cuda.is_available(),
-        **others,
+        **{"use_cpu": not torch.accelerator.is_available()} | others,  # without it the Trainer refuses bf16 on a CPU
     )
