@@ -1,6 +1,28 @@
-"""Colours and type of the HTML pages: the report and the status page of the server."""
+"""The frame of the HTML pages, the report and the status page of the server: nothing comes from elsewhere."""
 
-STYLE = """:root {
+from string import Template
+
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>
+$style</style>
+</head>
+<body>
+<main>
+$body
+</main>
+</body>
+</html>
+""")
+
+#: Colours and type, before the rules of a page.
+COMMON = """:root {
   --ink: #1a1d21; --paper: #fff; --soft: #f3f5f7; --grid: #d3d8de; --blue: #005f9e; --orange: #b34700;
   --grey: #5c6670; --warn: #fff3d6; --warn-line: #b37400;
 }

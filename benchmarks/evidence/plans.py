@@ -17,7 +17,7 @@ ROWS = {"trec": 4000, "sst2": 4000, "cola": 8000, "mrpc": 2000, "stsb": 2000, "r
 HOLDOUT = 500
 #: Epochs in which the encoder is trained, and epochs of a phase that trains exits alone.
 EPOCHS, EXIT_EPOCHS = 2.0, 2.0
-#: Peak learning rates of the encoder and of the exits; gates have the encoder's.
+#: Peak learning rates of the encoder and of the exits; gates have the encoder's where `gate_lr` is not given.
 LR, HEAD_LR = 5e-5, 1e-3
 SIX, TWELVE, SHARED = "six", "twelve", "shared"
 

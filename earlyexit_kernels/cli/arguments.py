@@ -87,10 +87,6 @@ def rate_or_same(text: str) -> float | None:
     return None if text == "same" else learning_rate(text)
 
 
-png, page = _ending(".png"), _ending(".html")
-
-
-#: Ranges of the numbers; the upper limits are far above useful values and far below those at which libraries fail.
 def replicas(text: str) -> tuple[int, int]:
     """Convert ``"2"`` or ``"1-8"`` to the least and the most replicas."""
     least, _, most = text.partition("-")
@@ -100,6 +96,8 @@ def replicas(text: str) -> tuple[int, int]:
     return found
 
 
+png, page = _ending(".png"), _ending(".html")
+#: Ranges of the numbers; the upper limits are far above useful values and far below those at which libraries fail.
 rows = _converter(int, whole(low=1, high=10**9))
 rows_or_none = _converter(int, whole(low=0, high=10**9))
 batch_size = _converter(int, whole(low=1, high=10**6))

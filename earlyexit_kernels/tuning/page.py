@@ -6,9 +6,10 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from earlyexit_kernels.page_style import PAGE
 from earlyexit_kernels.tuning.page_charts import exit_bars, tradeoff
 from earlyexit_kernels.tuning.page_format import NONE, fixed, interval, loss, percent, table, words
-from earlyexit_kernels.tuning.page_style import PAGE, STYLE
+from earlyexit_kernels.tuning.page_style import STYLE
 from earlyexit_kernels.tuning.report import device_text
 
 #: Where the criterion of a report comes from -> how the page says so.

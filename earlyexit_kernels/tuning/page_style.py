@@ -1,27 +1,6 @@
-"""The frame of a report page: HTML and CSS without scripts and without anything from elsewhere."""
+"""CSS of a report page."""
 
-from string import Template
-
-from earlyexit_kernels.page_style import STYLE as COMMON
-
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>
-$style</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
+from earlyexit_kernels.page_style import COMMON
 
 STYLE = (
     COMMON

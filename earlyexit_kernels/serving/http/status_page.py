@@ -1,6 +1,7 @@
 """The status page of the server: one HTML file without anything from elsewhere, which polls `/metrics.json`."""
 
-from earlyexit_kernels.page_style import STYLE as COMMON
+from earlyexit_kernels.page_style import COMMON
+from earlyexit_kernels.page_style import PAGE as FRAME
 
 #: The page may run its own script and ask its own server, and nothing else.
 HEADERS = {
@@ -129,20 +130,7 @@ TILES = {
     "mean": "mean exit layer",
 }
 
-PAGE = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>earlyexit server</title>
-<style>
-{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>earlyexit server</h1>
+BODY = f"""<h1>earlyexit server</h1>
 <p id="notice" role="status" hidden></p>
 <form id="ask" hidden><label>API key <input id="key" type="password" autocomplete="off"></label>
 <button>use</button></form>
@@ -158,9 +146,7 @@ PAGE = f"""<!DOCTYPE html>
 <polyline id="p50"></polyline><polyline id="p99"></polyline>
 </svg>
 <p class="about">Milliseconds in the server, over the last two minutes; solid: median, dashed: 99 % are below.</p>
-</main>
 <script>
-{SCRIPT}</script>
-</body>
-</html>
-"""
+{SCRIPT}</script>"""
+
+PAGE = FRAME.substitute(title="earlyexit server", style=STYLE, body=BODY)
