@@ -67,49 +67,67 @@ void row_logits(const Call& call, int64_t i, float* pooled, float* z) {
   for (int64_t c = 0; c < call.classes; ++c) z[c] = dot(pooled, weight + c * call.width, call.width) + bias[c];
 }
 
-// Runs rows begin .. end; returns the number of rows with invalid logits.
+// What the op returns: the rows that stay, their tokens (1 a row without offsets), and the rows with invalid logits.
+struct Counts {
+  int32_t live = 0;
+  int32_t tokens = 0;
+  int32_t invalid = 0;
+};
+
+// Runs rows begin .. end.
 template <class scalar_t>
-int32_t step_rows(const Call& call, int64_t begin, int64_t end) {
+Counts step_rows(const Call& call, int64_t begin, int64_t end) {
   std::vector<float> scratch(call.width + 2 * call.classes);
   float* pooled = scratch.data();
   float* z = pooled + call.width;
   float* answer = z + call.classes;
-  int32_t invalid = 0;
+  Counts counts;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = call.row_ids[i];
     if (n < 0) continue;
     row_logits<scalar_t>(call, i, pooled, z);
     std::copy_n(z, call.classes, answer);
     const Decision decision = decide(call, i, n, z, answer);
-    invalid += decision.invalid;
+    counts.invalid += decision.invalid;
     if (decision.leaves) {
       std::copy_n(answer, call.classes, call.answers + n * call.classes);
       call.exit_layer[n] = call.layer;
       call.row_ids[i] = -1;
+    } else {
+      ++counts.live;
+      counts.tokens += call.offsets == nullptr ? 1 : call.offsets[i + 1] - call.offsets[i];
     }
   }
-  return invalid;
+  return counts;
 }
 
 // Minimum multiply-adds per thread: about 50 us on one core.
 constexpr int64_t kWorkPerThread = int64_t{1} << 18;
 
 template <class scalar_t>
-int32_t step_all(const Call& call) {
+Counts step_all(const Call& call) {
   const int64_t tokens = call.pools_mean() ? call.offsets[call.rows] : call.rows;
   const int64_t work = tokens * call.width + call.rows * call.classes * (call.width + 16);
   const int64_t grain = call.rows * kWorkPerThread / std::max<int64_t>(work, 1);
+  std::atomic<int32_t> live{0};
+  std::atomic<int32_t> present{0};
   std::atomic<int32_t> invalid{0};
   at::parallel_for(0, call.rows, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
-    invalid += step_rows<scalar_t>(call, begin, end);
+    const Counts part = step_rows<scalar_t>(call, begin, end);
+    live += part.live;
+    present += part.tokens;
+    invalid += part.invalid;
   });
-  return invalid;
+  return {live, present, invalid};
 }
 
 // Requires row ids within the request, and at least one token for every row to pool. Called before any write.
 void check_rows(const Call& call, int64_t tokens) {
   if (call.offsets != nullptr) check_offsets(kOp, "offsets", call.offsets, call.rows, tokens);
   const bool pools = call.weight != nullptr && call.pools_tokens();
+  int32_t highest = -1;
+  for (int64_t i = 0; i < call.rows; ++i) highest = std::max(highest, call.row_ids[i]);
+  if (!pools && highest < call.requests) return;
   for (int64_t i = 0; i < call.rows; ++i) {
     const int32_t n = call.row_ids[i];
     EE_CHECK(n < call.requests, kOp, "expected row_ids below the ", call.requests, " rows of answers, got ", n,
@@ -118,22 +136,6 @@ void check_rows(const Call& call, int64_t tokens) {
              " to have a token to pool, got an empty segment at ", call.offsets[i],
              "; drop empty rows before packing, or set their row id to -1");
   }
-}
-
-at::Tensor count_rows(const Call& call, int32_t invalid, const at::TensorOptions& options) {
-  at::Tensor counts = at::empty({3}, options);
-  int32_t live = 0;
-  int32_t tokens = 0;
-  for (int64_t i = 0; i < call.rows; ++i) {
-    if (call.row_ids[i] < 0) continue;
-    ++live;
-    tokens += call.offsets == nullptr ? 1 : call.offsets[i + 1] - call.offsets[i];
-  }
-  int32_t* out = counts.mutable_data_ptr<int32_t>();
-  out[0] = live;
-  out[1] = tokens;
-  out[2] = invalid;
-  return counts;
 }
 
 at::Tensor exit_step(
@@ -155,13 +157,18 @@ at::Tensor exit_step(
     call.bias = bias32.const_data_ptr();
   }
 
-  int32_t invalid = 0;
+  Counts counts;
   AT_DISPATCH_SWITCH(
       tensors.input().scalar_type(), kOp,
-      AT_DISPATCH_CASE(at::kFloat, [&] { invalid = step_all<scalar_t>(call); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { invalid = step_all<scalar_t>(call); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { invalid = step_all<scalar_t>(call); }));
-  return count_rows(call, invalid, row_ids.options());
+      AT_DISPATCH_CASE(at::kFloat, [&] { counts = step_all<scalar_t>(call); })
+      AT_DISPATCH_CASE(at::kHalf, [&] { counts = step_all<scalar_t>(call); })
+      AT_DISPATCH_CASE(at::kBFloat16, [&] { counts = step_all<scalar_t>(call); }));
+  at::Tensor out = at::empty({3}, row_ids.options());
+  int32_t* numbers = out.mutable_data_ptr<int32_t>();
+  numbers[0] = counts.live;
+  numbers[1] = counts.tokens;
+  numbers[2] = counts.invalid;
+  return out;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -75,14 +76,18 @@ class Rows:
         """Return the predictions of the exit after 1-based `layer`."""
         return predictions_of(self.trace.logits[:, layer - 1].numpy(), self.problem_type)
 
-    @property
+    @functools.cached_property
     def full_depth(self) -> NDArray:
         """Predictions of the last exit."""
         return self.at_layer(self.trace.depth)
 
     def lost(self, predictions: NDArray) -> NDArray:
         """Return which rows full depth answers correctly and `predictions` do not, ``[N]`` bool."""
-        return self._right(self.full_depth) & ~self._right(predictions)
+        return self._full_depth_right & ~self._right(predictions)
+
+    @functools.cached_property
+    def _full_depth_right(self) -> NDArray:
+        return self._right(self.full_depth)
 
     def is_chance(self, layer: int) -> bool:
         """Return whether an exit is no better than the most frequent label, by two standard errors.
@@ -100,7 +105,7 @@ class Rows:
 
     def _right(self, predictions: NDArray) -> NDArray:
         equal: NDArray = np.equal(predictions, self.labels)
-        return np.all(equal.reshape(len(equal), -1), axis=1)
+        return equal if equal.ndim == 1 else np.all(equal, axis=1)
 
     def replay(self, criteria: Sequence[Criterion]) -> Iterator[tuple[Criterion, NDArray, NDArray]]:
         """Yield each criterion with its predictions and exit layers ``[N]``."""
