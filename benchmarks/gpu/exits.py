@@ -79,7 +79,7 @@ class Exit:
         bare_op("resident_exit", backend, self.bench.device)(
             self.hidden[number], self.weight, self.bias, None, None, x["row_ids"], x["offsets"], x["old_offsets"],
             x["source"], x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(LAYER),
-            self.pooling, LAYER, DEPTH, TILE_TOKENS, self.capacity, 0,
+            self.pooling, LAYER, DEPTH, TILE_TOKENS, self.capacity, None,
         )  # fmt: skip
 
     def calls(self, backend: str) -> list[Call]:

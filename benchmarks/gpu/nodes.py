@@ -10,10 +10,9 @@ import torch
 from benchmarks.gpu.bench import Bench, header, micros
 from benchmarks.harness import Call, Record
 from earlyexit_kernels.criteria import Entropy
-from earlyexit_kernels.engine.graphs import ConditionalNodes
 from earlyexit_kernels.ops import bare_op, rows_add_norm, rows_attention, rows_linear
 
-NODES, TURNS, EMPTY = "gpu_nodes", "gpu_turns", "gpu_empty_launches"
+NODES, EMPTY = "gpu_nodes", "gpu_empty_launches"
 HEADS = 12
 
 
@@ -29,7 +28,7 @@ class Setter:
         self.answers = torch.zeros_like(self.logits)
         self.exit_layer = torch.zeros(1, dtype=torch.int64, device=self.logits.device)
 
-    def __call__(self, handle: int = 0) -> None:
+    def __call__(self, handle: int | None = None) -> None:
         self.exit(
             None, None, None, self.logits, None, self.row_ids, self.offsets, self.old_offsets, self.source,
             self.counts, self.state, self.answers, self.exit_layer, self.rule.name, self.rule.params(1), "none", 1, 2,
@@ -76,29 +75,6 @@ def node_records(bench: Bench) -> Iterator[Record]:
     yield header(NODES, "taken, over the same launches", "IF node") | micros(extra, bench.nodes)
     yield header(NODES, "skipped", "IF node") | micros(times["skipped"], bench.nodes)
     yield header(NODES, "exit and a small kernel", "no nodes") | micros(times["no nodes"], bench.nodes)
-
-
-def turn_records(bench: Bench) -> Iterator[Record]:
-    """Yield the time of an iteration of a loop in a graph, with a small kernel in each.
-
-    Raises:
-        NotMeasuredError: graphs with conditional nodes are not supported here.
-    """
-    turn, ran = bench.ints([0]), torch.zeros(1, dtype=torch.int64, device=bench.device)
-
-    def turns(graph: Any) -> None:
-        loop = ConditionalNodes(graph)
-        again = loop.handle(1)
-        turn.zero_()
-        loop.repeat(again, lambda: loop.take_turns(turn, again, [lambda: ran.add_(1)] * bench.nodes))
-
-    replay = bench.conditional_graph(turns)
-    replay()
-    record = header(TURNS, "turn, with a small kernel", "WHILE and SWITCH node")
-    if int(ran) != bench.nodes:
-        yield record | {"refused": f"{int(ran)} turns of {bench.nodes} ran"}
-        return
-    yield record | micros(bench.times({"turns": replay})["turns"], bench.nodes)
 
 
 def empty_records(bench: Bench) -> Iterator[Record]:

@@ -26,7 +26,6 @@ class Section:
 SECTIONS: dict[str, Section] = {
     "empty_launches": Section(nodes.empty_records, 60),
     "nodes": Section(nodes.node_records, 60),
-    "turns": Section(nodes.turn_records, 60),
     "exit_step": Section(exits.step_records, 120),
     "mean_pooling": Section(exits.mean_records, 60),
     "bits": Section(promises.bit_records, 180),

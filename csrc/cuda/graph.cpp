@@ -1,5 +1,4 @@
-// A CUDA graph with IF, WHILE and SWITCH nodes, whose conditions earlier kernels set; captured in segments on one
-// stream.
+// A CUDA graph with IF nodes, whose conditions earlier kernels set; captured in segments on one stream.
 //
 // The body of a node cannot be captured during the capture of its parent: the capture of the parent ends, the body is
 // captured on the same stream, and the capture of the parent continues after the node. With one stream, all segments
@@ -46,64 +45,59 @@ class ConditionalGraph : public torch::CustomClassHolder {
     capture(root_, nullptr);
   }
 
-  // Creates the condition of a node, with the value `first` until a kernel sets it.
-  int64_t handle(int64_t first) {
+  // Creates the condition of a node, which is 0 at the start of each replay, until a kernel sets it.
+  int64_t handle() {
     EE_CHECK(allocates_, kOp, "expected handle to be called between begin and end");
     cudaGraphConditionalHandle created;
-    C10_CUDA_CHECK(
-        cudaGraphConditionalHandleCreate(&created, root_, static_cast<unsigned>(first), cudaGraphCondAssignDefault));
-    EE_CHECK(created != 0, kOp, "expected a handle other than 0, which stands for no handle in the ops");
+    C10_CUDA_CHECK(cudaGraphConditionalHandleCreate(&created, root_, 0, cudaGraphCondAssignDefault));
     return static_cast<int64_t>(created);
   }
 
   // Work up to end_if runs if the condition is not 0.
-  void begin_if(int64_t handle) { open(handle, cudaGraphCondTypeIf, 1); }
-
-  // Work up to end_while runs as long as the condition is not 0.
-  void begin_while(int64_t handle) { open(handle, cudaGraphCondTypeWhile, 1); }
-
-  // Work up to end_switch is divided into `cases` cases by next_case; case k, counted from 0, runs if the condition is
-  // k.
-  void begin_switch(int64_t handle, int64_t cases) {
-#if CUDART_VERSION >= 12080
-    open(handle, cudaGraphCondTypeSwitch, cases);
+  void begin_if(int64_t handle) {
+    cudaStreamCaptureStatus status;
+    cudaGraph_t graph;
+    const cudaGraphNode_t* before;
+    const cudaGraphEdgeData* edges;
+    size_t count;
+    cudaGraphNodeParams params{};
+    params.type = cudaGraphNodeTypeConditional;
+    params.conditional.handle = static_cast<cudaGraphConditionalHandle>(handle);
+    params.conditional.type = cudaGraphCondTypeIf;
+    params.conditional.size = 1;
+    cudaGraphNode_t node;
+#if CUDART_VERSION >= 13000
+    C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream_, &status, nullptr, &graph, &before, &edges, &count));
 #else
-    EE_CHECK(false, kOp, "expected CUDA 12.8 for begin_switch, got a build against ", CUDART_VERSION);
+    C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v3(stream_, &status, nullptr, &graph, &before, &edges, &count));
 #endif
-  }
-
-  bool has_switch() const { return CUDART_VERSION >= 12080; }
-
-  void next_case() {
-    EE_CHECK(!open_.empty() && open_.back().entered < open_.back().bodies.size(), kOp,
-             "expected next_case between the cases of begin_switch, got too many calls");
+    EE_CHECK(status == cudaStreamCaptureStatusActive, kOp, "expected begin_if between begin and end");
+#if CUDART_VERSION >= 13000
+    C10_CUDA_CHECK(cudaGraphAddNode(&node, graph, before, edges, count, &params));
+#else
+    C10_CUDA_CHECK(cudaGraphAddNode_v2(&node, graph, before, edges, count, &params));
+#endif
     pause();
-    enter_body();
+    open_.push_back({graph, node});
+    capture(params.conditional.phGraph_out[0], nullptr);
   }
 
-  void close() {
-    EE_CHECK(!open_.empty() && open_.back().entered == open_.back().bodies.size(), kOp,
-             "expected the end of a node after its begin and all its cases");
+  void end_if() {
+    EE_CHECK(!open_.empty(), kOp, "expected end_if after begin_if");
     pause();
     const Node node = open_.back();
     open_.pop_back();
     capture(node.parent, &node.node);
   }
 
-  // Sets `chosen` to the counter `turn` [1] int32, increments the counter, and sets `again` to whether turns are left.
-  void take_turn(const at::Tensor& turn, int64_t chosen, int64_t again, int64_t turns) {
-    EE_CHECK(allocates_, kOp, "expected take_turn to be called between begin and end");
-    check_tensor(kOp, "turn", turn, at::kInt, {1});
-    launch_take_turn(turn.mutable_data_ptr<int32_t>(), static_cast<unsigned long long>(chosen),
-                     static_cast<unsigned long long>(again), static_cast<int32_t>(turns), stream_);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-
   void end() {
-    EE_CHECK(allocates_ && open_.empty(), kOp, "expected end to be called after begin and the end of all nodes");
+    EE_CHECK(allocates_ && open_.empty(), kOp, "expected end to be called after begin and end_if of all nodes");
     pause();
     stop_allocating();
-    C10_CUDA_CHECK(cudaGraphInstantiate(&runnable_, root_, 0));
+    cudaGraphInstantiateParams how{};
+    const cudaError_t error = cudaGraphInstantiateWithParams(&runnable_, root_, &how);
+    if (error != cudaSuccess) TORCH_WARN("cudaGraphInstantiateWithParams ended with result ", how.result_out);
+    C10_CUDA_CHECK(error);
     C10_CUDA_CHECK_WARN(cudaGraphUpload(runnable_, stream_));  // otherwise the first replay uploads it
   }
 
@@ -137,40 +131,7 @@ class ConditionalGraph : public torch::CustomClassHolder {
   struct Node {
     cudaGraph_t parent;
     cudaGraphNode_t node;
-    std::vector<cudaGraph_t> bodies;
-    size_t entered;
   };
-
-  void open(int64_t handle, cudaGraphConditionalNodeType type, int64_t bodies) {
-    cudaStreamCaptureStatus status;
-    cudaGraph_t graph;
-    const cudaGraphNode_t* before;
-    const cudaGraphEdgeData* edges;
-    size_t count;
-    cudaGraphNodeParams params{};
-    params.type = cudaGraphNodeTypeConditional;
-    params.conditional.handle = static_cast<cudaGraphConditionalHandle>(handle);
-    params.conditional.type = type;
-    params.conditional.size = static_cast<unsigned>(bodies);
-    cudaGraphNode_t node;
-#if CUDART_VERSION >= 13000
-    C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream_, &status, nullptr, &graph, &before, &edges, &count));
-#else
-    C10_CUDA_CHECK(cudaStreamGetCaptureInfo_v3(stream_, &status, nullptr, &graph, &before, &edges, &count));
-#endif
-    EE_CHECK(status == cudaStreamCaptureStatusActive, kOp, "expected a node to begin between begin and end");
-#if CUDART_VERSION >= 13000
-    C10_CUDA_CHECK(cudaGraphAddNode(&node, graph, before, edges, count, &params));
-#else
-    C10_CUDA_CHECK(cudaGraphAddNode_v2(&node, graph, before, edges, count, &params));
-#endif
-    pause();
-    const cudaGraph_t* created = params.conditional.phGraph_out;
-    open_.push_back({graph, node, {created, created + bodies}, 0});
-    enter_body();
-  }
-
-  void enter_body() { capture(open_.back().bodies[open_.back().entered++], nullptr); }
 
   void capture(cudaGraph_t into, const cudaGraphNode_t* behind) {
     C10_CUDA_CHECK(cudaStreamBeginCaptureToGraph(
@@ -203,16 +164,9 @@ TORCH_LIBRARY_FRAGMENT(earlyexit_kernels, library) {
   library.class_<ConditionalGraph>("ConditionalGraph")
       .def(torch::init<>())
       .def("begin", &ConditionalGraph::begin)
-      .def("handle", &ConditionalGraph::handle, "", {torch::arg("first") = 0})
+      .def("handle", &ConditionalGraph::handle)
       .def("begin_if", &ConditionalGraph::begin_if)
-      .def("end_if", &ConditionalGraph::close)
-      .def("begin_while", &ConditionalGraph::begin_while)
-      .def("end_while", &ConditionalGraph::close)
-      .def("has_switch", &ConditionalGraph::has_switch)
-      .def("begin_switch", &ConditionalGraph::begin_switch)
-      .def("next_case", &ConditionalGraph::next_case)
-      .def("end_switch", &ConditionalGraph::close)
-      .def("take_turn", &ConditionalGraph::take_turn)
+      .def("end_if", &ConditionalGraph::end_if)
       .def("end", &ConditionalGraph::end)
       .def("replay", &ConditionalGraph::replay)
       .def("abandon", &ConditionalGraph::abandon);

@@ -60,15 +60,12 @@ struct Settle {
   int32_t* counts;            // [4]: as above, and the tokens present after the compaction
   int32_t tile;               // tokens per tile; rows move if that saves a tile
   int32_t capacity;           // tokens of one side of the buffer
-  unsigned long long handle;  // condition of a graph node, set to whether rows are left; or 0 for none
+  bool sets_handle;           // whether to set the condition of a graph node to whether rows are left
+  unsigned long long handle;  // that condition
 };
 
 void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Settle& settle,
                           cudaStream_t stream);
-
-// Sets the conditions of graph nodes: `chosen` to *turn, which is then incremented, `again` to whether turns are left.
-void launch_take_turn(int32_t* turn, unsigned long long chosen, unsigned long long again, int32_t turns,
-                      cudaStream_t stream);
 
 void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
                     int32_t* source, int64_t rows, cudaStream_t stream);

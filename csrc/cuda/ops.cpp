@@ -84,7 +84,8 @@ void resident_exit(
     const std::optional<at::Tensor>& aux, const at::Tensor& row_ids, const at::Tensor& offsets,
     const at::Tensor& old_offsets, const at::Tensor& source, const at::Tensor& counts, const at::Tensor& state,
     const at::Tensor& answers, const at::Tensor& exit_layer, std::string_view criterion, at::ArrayRef<double> params,
-    std::string_view pooling, int64_t layer, int64_t depth, int64_t tile, int64_t capacity, int64_t handle) {
+    std::string_view pooling, int64_t layer, int64_t depth, int64_t tile, int64_t capacity,
+    std::optional<int64_t> handle) {
   constexpr const char* kOp = "resident_exit_cpp";
   constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() / 2;
   const std::optional<at::Tensor> segments = offsets;
@@ -106,7 +107,7 @@ void resident_exit(
   const Settle settle{offsets.mutable_data_ptr<int32_t>(), old_offsets.mutable_data_ptr<int32_t>(),
                       source.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>(),
                       static_cast<int32_t>(tile), static_cast<int32_t>(capacity),
-                      static_cast<unsigned long long>(handle)};
+                      handle.has_value(), static_cast<unsigned long long>(handle.value_or(0))};
   launch(kOp, launch_resident_exit, call, tensors, settle);
 }
 

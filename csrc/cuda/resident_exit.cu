@@ -28,7 +28,7 @@ struct SettleRows {
     to.counts[2] = invalid_rows;
     to.counts[3] = present;
 #if CUDART_VERSION >= 12040
-    if (to.handle != 0) cudaGraphSetConditional(to.handle, rows_of(live) > 0);
+    if (to.sets_handle) cudaGraphSetConditional(to.handle, rows_of(live) > 0);
 #endif
   }
 };

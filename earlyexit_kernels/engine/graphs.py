@@ -1,8 +1,7 @@
 """The graph engine: one CUDA graph of the device-resident loop for each bucket of batch sizes.
 
 A replay costs one launch and one synchronisation. With the compiled extension each group of layers is an IF node on the
-live count (csrc/cuda/graph.cpp), and the groups of an ALBERT, which share their weights, are one WHILE node. Without it
-the graph has no nodes, and its kernels return at once when no row is live.
+live count (csrc/cuda/graph.cpp). Without it the graph has no nodes, and its kernels return at once when no row is live.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -293,30 +292,13 @@ class ConditionalNodes:
 
     def __init__(self, graph: Any) -> None:
         self.graph = graph
-        self.handle, self.repeats = graph.handle, graph.has_switch()
+        self.handle = graph.handle
 
     def when(self, handle: int, body: Callable[[], None]) -> None:
         """Add an IF node."""
         self.graph.begin_if(handle)
         body()
         self.graph.end_if()
-
-    def repeat(self, handle: int, body: Callable[[], None]) -> None:
-        """Add a WHILE node."""
-        self.graph.begin_while(handle)
-        body()
-        self.graph.end_while()
-
-    def take_turns(self, turn: Tensor, again: int, bodies: Sequence[Callable[[], None]]) -> None:
-        """Add a SWITCH node."""
-        chosen = self.graph.handle()
-        self.graph.take_turn(turn, chosen, again, len(bodies))
-        self.graph.begin_switch(chosen, len(bodies))
-        for number, body in enumerate(bodies):
-            if number:
-                self.graph.next_case()
-            body()
-        self.graph.end_switch()
 
 
 def _conditional(loop: ResidentLoop) -> Callable[[], None]:

@@ -73,21 +73,11 @@ def _unsupported_module(roots: Sequence[nn.Module], dtype: torch.dtype) -> str |
 class Nodes(Protocol):
     """Conditional nodes of a CUDA graph. A handle is a number that kernels set and nodes test."""
 
-    @property
-    def repeats(self) -> bool:
-        """Whether `repeat` and `take_turns` are supported."""
-
-    def handle(self, first: int = 0) -> int:
-        """Return a new handle, which is set to `first` at the start of each replay."""
+    def handle(self) -> int:
+        """Return a new handle, which is 0 at the start of each replay."""
 
     def when(self, handle: int, body: Callable[[], None]) -> None:
         """Run `body` if the handle is not 0."""
-
-    def repeat(self, handle: int, body: Callable[[], None]) -> None:
-        """Run `body` while the handle is not 0."""
-
-    def take_turns(self, turn: Tensor, again: int, bodies: Sequence[Callable[[], None]]) -> None:
-        """Run body number `turn`, increment `turn` ``[1]`` int32, and set `again` to whether bodies remain."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +141,7 @@ class ResidentLoop:
     Attributes:
         counts: ``[L + 1, 4]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
             `ops.resident_exit`.
-        groups: the layers from one exit to the next; each group but the first can be put behind a conditional node.
+        groups: the layers from one exit to the next; each group but the first can be put into a conditional node.
     """
 
     # tensors made in inference mode could not be written to outside of it
@@ -182,7 +172,6 @@ class ResidentLoop:
         )
         self.first_state = self.request.state.clone()
         self.counts = torch.zeros(self.depth + 1, 4, dtype=torch.int32, device=self.device)
-        self.turn = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.groups = _groups(self.rule, self.depth)
         self.source = self._kernel_source()
 
@@ -200,12 +189,6 @@ class ResidentLoop:
     def pools_first(self) -> bool:
         """Whether the exits read the first token of each row."""
         return self.view.heads.config.pooling != "mean"
-
-    @property
-    def is_one_group(self) -> bool:
-        """Whether all groups run the same weights equally often, as in an ALBERT with one group of layers."""
-        same = all(each is self.weights[0] for each in self.weights)
-        return same and len({len(group) for group in self.groups}) == 1 < len(self.groups)
 
     def load(self, inputs: Inputs) -> None:
         """Copy a batch, at most as large as the bucket, into the buffers."""
@@ -228,42 +211,27 @@ class ResidentLoop:
         """Run all layers on the loaded batch.
 
         Args:
-            nodes: of the graph that captures this. Groups of layers then run only while rows are live: each but the
-                first in a node of its own, or all in one node that repeats if they are the same.
+            nodes: of the graph that captures this. Each group of layers but the first is then in a node, which runs if
+                rows are live.
         """
         with torch.no_grad():
             self._begin()
-            if nodes is not None and nodes.repeats and self.is_one_group:
-                self._repeat(nodes)
-                return
-            handle = 0
+            handle = None
             for group in self.groups:
-                after = nodes.handle() if nodes is not None and group is not self.groups[-1] else 0
+                after = nodes.handle() if nodes is not None and group is not self.groups[-1] else None
                 body = partial(self._run, group, after)
-                if nodes is not None and handle:
+                if nodes is not None and handle is not None:
                     nodes.when(handle, body)
                 else:
                     body()
                 handle = after
 
-    def _run(self, group: range, handle: int) -> None:
-        """Run a group of layers and its exit, which sets a handle to whether rows are live."""
-        self._encode_all(group)
+    def _run(self, group: range, handle: int | None) -> None:
+        """Run a group of layers and its exit, which sets a handle, if there is one, to whether rows are live."""
+        for layer in group:
+            for own in self.weights[layer - 1]:
+                self._encode(own)
         self._leave(group[-1], handle)
-
-    def _repeat(self, nodes: Nodes) -> None:
-        """Run all groups as the turns of one loop; only the exits differ."""
-        again = nodes.handle(1)
-        *early, last = self.groups
-        # no turn follows the last one, whatever its exit counts
-        exits = [*(partial(self._leave, group[-1], again) for group in early), partial(self._leave, last[-1], 0)]
-
-        def body() -> None:
-            self._encode_all(last)
-            nodes.take_turns(self.turn, again, exits)
-
-        self.turn.zero_()
-        nodes.repeat(again, body)
 
     def _begin(self) -> None:
         """Pack and embed the tokens, and reset the state of the rows."""
@@ -286,11 +254,6 @@ class ResidentLoop:
             memory = ExitMemory(view.heads.first_memory(_readable(self._states()), self.rule.needs))
             self.source = ChunkedSource(ModuleSource(view.heads, self.rule.needs, memory))
 
-    def _encode_all(self, group: range) -> None:
-        for layer in group:
-            for own in self.weights[layer - 1]:
-                self._encode(own)
-
     def _encode(self, own: LayerWeights) -> None:
         """Run one encoder layer on the live side."""
         kind, variant = own.activation
@@ -309,7 +272,7 @@ class ResidentLoop:
         rows_linear(inner, *own.outer, offsets, x.middle, backend=backend)
         rows_add_norm(x.middle, x.context, *own.norm, own.eps[1], offsets, x.hidden, out_absolute=True, backend=backend)
 
-    def _leave(self, layer: int, handle: int) -> None:
+    def _leave(self, layer: int, handle: int | None) -> None:
         """Run the exit of a layer, and move the live rows as planned."""
         rows, hidden = self.rows, self.activations.hidden
         inputs = self.source(layer, self._states(), rows.row_ids)

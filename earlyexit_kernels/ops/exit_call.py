@@ -64,7 +64,7 @@ class ResidentExitCall(NamedTuple):
     depth: int
     tile: int
     capacity: int
-    handle: int
+    handle: int | None
 
     @property
     def exit_call(self) -> ExitCall:

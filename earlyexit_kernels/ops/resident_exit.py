@@ -137,8 +137,8 @@ def _two_launches(
     """Return the op as a decision and a plan; `from_zero`: the decision requires offsets that start at 0."""
 
     def run(call: ResidentExitCall) -> None:
-        if call.handle:
-            raise ValueError(f"resident_exit: only back-end 'cpp' sets a graph's handle, got {call.handle}; pass 0")
+        if call.handle is not None:
+            raise ValueError(f"resident_exit: only back-end 'cpp' sets a graph's handle, got {call.handle}; pass None")
         if call.tile < 1:
             raise ValueError(f"resident_exit: expected tile >= 1 token, got {call.tile}")
         exit_call, offsets = call.exit_call, call.offsets
@@ -186,7 +186,7 @@ def resident_exit(
     logits: Tensor | None = None,
     aux: Tensor | None = None,
     pooling: str = "first",
-    handle: int = 0,
+    handle: int | None = None,
     backend: str = "auto",
 ) -> None:
     """Decide at one layer which rows leave, and plan where the live rows move, without synchronisation on CUDA.
@@ -209,7 +209,7 @@ def resident_exit(
         hidden: ``[2 T, H]`` tokens, or ``[R, F]`` features with ``pooling="none"``; float32, float16 or bfloat16.
         logits: ``[R, C]`` float32, float16 or bfloat16, instead of `hidden`, `weight` and `bias`.
         pooling: ``"first"`` token, ``"mean"`` of the tokens, or ``"none"``.
-        handle: conditional handle of a CUDA graph, which is set to whether rows are live, or 0 for none; back-end
+        handle: conditional handle of a CUDA graph, which is set to whether rows are live, or None; back-end
             ``"cpp"`` only.
         backend: ``"auto"``, ``"torch"``, ``"triton"``, or on CUDA ``"cpp"``, which needs one launch.
 

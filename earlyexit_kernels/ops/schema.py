@@ -24,7 +24,7 @@ RESIDENT_EXIT = (
     "(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, Tensor(a!) row_ids, "
     "Tensor(b!) offsets, Tensor(c!) old_offsets, Tensor(d!) source, Tensor(e!) counts, Tensor(f!) state, "
     "Tensor(g!) answers, Tensor(h!) exit_layer, str criterion, float[] params, str pooling, int layer, int depth, "
-    "int tile, int capacity, int handle) -> ()"
+    "int tile, int capacity, int? handle) -> ()"
 )
 COMPACT = "(Tensor row_ids, Tensor offsets) -> (Tensor, Tensor, Tensor)"
 ENCODER_LAYER = (

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 CARDS = ("sm_80", "sm_90", "sm_100")
 #: File -> number of kernels, counting every dtype or word type.
-KERNELS = {"compact": 5, "exit_step": 3, "resident_exit": 3, "take_turn": 1}
+KERNELS = {"compact": 5, "exit_step": 3, "resident_exit": 3}
 #: Header that a build of torch without CUDA lacks.
 GENERATED = Path("c10/cuda/impl/cuda_cmake_macros.h")
 

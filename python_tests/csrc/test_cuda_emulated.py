@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from ops import test_compact as compaction
@@ -28,9 +26,9 @@ def ops(tmp_path_factory):
     library = torch.library.Library(cuda_emulation.NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(f"{name}_cpp{schema}")
-    take_turn = ctypes.CDLL(str(cuda_emulation.load(tmp_path_factory.mktemp("emulated")))).take_turn
+    cuda_emulation.load(tmp_path_factory.mktemp("emulated"))
     namespace = getattr(torch.ops, cuda_emulation.NAMESPACE)
-    yield {"take_turn": take_turn} | {name: getattr(namespace, f"{name}_cpp").default for name in SCHEMAS}
+    yield {name: getattr(namespace, f"{name}_cpp").default for name in SCHEMAS}
     library._destroy()
 
 
@@ -213,7 +211,7 @@ def expected_after_exit(row_ids, offsets, invalid, tile, capacity) -> dict[str, 
     }
 
 
-def call_resident(op, given, criterion, layer, *, tile, capacity, depth=DEPTH, handle=0, pooling="none", **inputs):
+def call_resident(op, given, criterion, layer, *, tile, capacity, depth=DEPTH, handle=None, pooling="none", **inputs):
     rule = criterion.exit_rule
     sources = [inputs.get(name) for name in ("hidden", "weight", "bias", "logits", "aux")]
     places = ("row_ids", "offsets", "old_offsets", "source", "counts", "state", "answers", "exit_layer")
@@ -324,15 +322,6 @@ def test_partially_overlapping_buffers_are_refused(ops):
     hidden, offsets, source = torch.zeros(4, 2), torch.tensor([0, 1]).int(), torch.zeros(1).int()
     with pytest.raises(ValueError, match="share no memory"):
         ops["gather_rows"](hidden[:3], offsets, source, offsets, hidden[1:])
-
-
-def test_take_turn_counts_turns(ops):
-    turn, chosen, again = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
-    results = []
-    for _ in range(3):
-        ops["take_turn"](*(ctypes.c_void_p(x.data_ptr()) for x in (turn, chosen, again)), 3)
-        results.append((chosen.item(), again.item()))
-    assert results == [(0, 1), (1, 1), (2, 0)]
 
 
 def test_hidden_of_width_zero_is_refused(ops):

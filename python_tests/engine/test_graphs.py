@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import pickle
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -282,25 +281,8 @@ def test_conditional_nodes_enclose_their_bodies():
             return lambda *given: said.append((name, *given)) or len(said)
 
     nodes = ConditionalNodes(Graph())
-    said.clear()
-    assert nodes.repeats
     nodes.when(7, lambda: said.append("body"))
     assert said == [("begin_if", 7), "body", ("end_if",)]
-    said.clear()
-    turn = torch.zeros(1, dtype=torch.int32)
-    nodes.repeat(nodes.handle(1), lambda: nodes.take_turns(turn, 1, [partial(said.append, name) for name in "ab"]))
-    assert said == [
-        ("handle", 1),
-        ("begin_while", 1),
-        ("handle",),
-        ("take_turn", turn, 3, 1, 2),
-        ("begin_switch", 3, 2),
-        "a",
-        ("next_case",),
-        "b",
-        ("end_switch",),
-        ("end_while",),
-    ]
 
 
 def test_copies_start_without_graphs(model):

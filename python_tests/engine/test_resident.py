@@ -52,24 +52,22 @@ class HostNodes:
         ran: number of bodies that ran.
     """
 
-    repeats = True
-
     def __init__(self, loop) -> None:
-        self.values: list[int] = [0]
+        self.values: list[int] = []
         self.added: list[str] = []
         self.ran = 0
         leave = loop.exit
 
         def exit_and_set(*arguments):
             *others, handle = arguments
-            leave(*others, 0)
-            if handle:
+            leave(*others, None)
+            if handle is not None:
                 self.values[handle] = int(arguments[9][0] > 0)
 
         loop.exit = exit_and_set
 
-    def handle(self, first=0) -> int:
-        self.values.append(first)
+    def handle(self) -> int:
+        self.values.append(0)
         return len(self.values) - 1
 
     def when(self, handle, body) -> None:
@@ -77,18 +75,6 @@ class HostNodes:
         if self.values[handle]:
             self.ran += 1
             body()
-
-    def repeat(self, handle, body) -> None:
-        self.added.append("repeat")
-        while self.values[handle]:
-            self.ran += 1
-            body()
-
-    def take_turns(self, turn, again, bodies) -> None:
-        now = int(turn)
-        turn += 1
-        self.values[again] = int(now + 1 < len(bodies))
-        bodies[now]()
 
 
 def assert_as_eager(model, loop, batch, atol=2e-5) -> None:
@@ -210,12 +196,11 @@ def test_groups_of_layers_are_conditional():
 
 
 @pytest.mark.parametrize("threshold", [0.0, None, 2.0])
-def test_equal_groups_are_one_loop(threshold):
+def test_layers_of_shared_weights_are_behind_nodes_too(threshold):
     model = early_exit("albert", pooling="first", num_hidden_groups=1)
     batch = batch_for(model)
     model.set_criterion(splitting(model, batch) if threshold is None else Entropy(threshold=threshold))
     loop = loop_for(model, Bucket(4, 32), "torch")
-    assert loop.is_one_group
     nodes = HostNodes(loop)
     for _ in range(2):
         loop.load(Inputs(**batch))
@@ -223,25 +208,7 @@ def test_equal_groups_are_one_loop(threshold):
         out = model(**batch)
         assert torch.equal(loop.exit_layer, out.exit_layer)
         torch.testing.assert_close(loop.answers, out.logits, atol=2e-5, rtol=1e-4)
-    assert nodes.added == ["repeat"] * 2 and nodes.ran == 2 * int(out.exit_layer.max())
-    nodes.repeats = False
-    loop.launch(nodes)
-    assert nodes.added[2:] == ["when"] * 3
-
-
-def test_different_groups_are_no_loop():
-    assert not loop_for(early_exit("albert", pooling="first"), Bucket(4, 32), "torch").is_one_group
-    model = early_exit("albert", pooling="first", num_hidden_groups=1)
-    model.set_criterion(Entropy(threshold=0.7))
-    loop = loop_for(model, Bucket(4, 32), "torch")
-    loop.weights[2] = list(loop.weights[2])
-    assert not loop.is_one_group
-    loop = loop_for(model, Bucket(4, 32), "torch")
-    assert loop.is_one_group
-    loop.groups = [range(1, 3), range(3, 4), range(4, 5)]
-    assert not loop.is_one_group
-    loop.groups = [range(1, 5)]
-    assert not loop.is_one_group
+    assert nodes.added == ["when"] * 6 and nodes.ran == 2 * (int(out.exit_layer.max()) - 1)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def resident_arguments(source="logits") -> tuple:
         hidden = torch.cat((hidden, torch.zeros_like(hidden)))
     offsets = torch.arange(0, tokens + 1, 2, dtype=torch.int32)
     planned = (torch.full((size,), 9, dtype=torch.int32) for size in (rows + 1, rows, 4))
-    return hidden, weight, bias, logits, aux, row_ids, offsets, *planned, *written_and_rule, 1, tokens, 0
+    return hidden, weight, bias, logits, aux, row_ids, offsets, *planned, *written_and_rule, 1, tokens, None
 
 
 def layer_arguments(buckets=1) -> tuple:

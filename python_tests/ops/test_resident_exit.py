@@ -47,7 +47,7 @@ def resident(rows: int, present: int, side: int, seed: int = 0) -> dict[str, tor
     }
 
 
-def leave(x, backend, rule, *, tile=1, capacity=None, layer=1, depth=3, pooling="first", handle=0):
+def leave(x, backend, rule, *, tile=1, capacity=None, layer=1, depth=3, pooling="first", handle=None):
     """Run the op on a clone of `x`, and return the clone with the state."""
     x = {name: tensor.clone() for name, tensor in x.items()}
     capacity = x["hidden"].shape[0] // 2 if capacity is None else capacity

@@ -35,14 +35,6 @@ HEADERS = (
 
 #: Files that require a device.
 NOT_EMULATED = ("graph.cpp",)
-#: C function to call a kernel that only graphs launch.
-TAKE_TURN = """
-#include "kernels.h"
-extern "C" void take_turn(int32_t* turn, int32_t* chosen, int32_t* again, int32_t turns) {
-  const auto handle = [](int32_t* at) { return reinterpret_cast<unsigned long long>(at); };
-  earlyexit::launch_take_turn(turn, handle(chosen), handle(again), turns, nullptr);
-}
-"""
 
 
 def compiler() -> str | None:
@@ -56,7 +48,6 @@ def translated(folder: Path) -> list[Path]:
         header = folder / "headers" / name
         header.parent.mkdir(parents=True, exist_ok=True)
         header.write_text("")
-    (folder / "csrc" / "cuda" / "graph_calls.cpp").write_text(TAKE_TURN)
     files = []
     for path in sorted((folder / "csrc" / "cuda").iterdir()):
         text = path.read_text()
@@ -69,8 +60,8 @@ def translated(folder: Path) -> list[Path]:
     return files
 
 
-def load(folder: Path) -> Path:
-    """Build the ops in `folder`, load them, and return the library; the caller defines their schemas."""
+def load(folder: Path) -> None:
+    """Build the ops in `folder` and load them; the caller defines their schemas."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     library = folder / "emulated.so"
@@ -87,4 +78,3 @@ def load(folder: Path) -> Path:
     ]
     subprocess.run(command, check=True)
     torch.ops.load_library(library)
-    return library

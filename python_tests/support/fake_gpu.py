@@ -70,27 +70,6 @@ class Nodes:
         self.body.close()
 
 
-class Turns:
-    """Replaces `graphs.ConditionalNodes`; the host runs the loops."""
-
-    def __init__(self, graph: Nodes) -> None:
-        self.graph = graph
-        self.left = 0
-
-    def handle(self, first: int = 0) -> int:
-        self.left = first
-        return self.graph.handle()
-
-    def repeat(self, handle: int, body: Any) -> None:
-        while self.left:
-            body()
-
-    def take_turns(self, turn: torch.Tensor, again: int, bodies: Any) -> None:
-        bodies[int(turn)]()
-        turn += 1
-        self.left = int(turn) < len(bodies)
-
-
 def small_bench() -> Bench:
     """Return a `Bench` with the usual numbers of rows and the smallest other sizes."""
     return Bench(
@@ -139,7 +118,6 @@ def gpu(monkeypatch, captures) -> Bench:
     monkeypatch.setattr(Bench, "graph_of", lambda self, calls: lambda: [call() for call in calls])
     monkeypatch.setattr(Bench, "conditional_graph", _conditional_graph)
     monkeypatch.setattr(nodes, "bare_op", lambda *_: _opening)
-    monkeypatch.setattr(nodes, "ConditionalNodes", Turns)
     monkeypatch.setattr(whole, "has_conditional_nodes", lambda: True)
     monkeypatch.setattr(graphs, "_plain", lambda loop, stream: loop.launch)
     monkeypatch.setitem(engines.ENGINES, engines.GRAPH, _graph_on_cpu)
@@ -187,6 +165,6 @@ def _conditional_graph(self: Bench, record: Any, warm_up: Any = lambda: None) ->
 
 def _opening(*arguments: Any) -> None:
     *others, handle = arguments
-    if handle:
+    if handle is not None:
         _OPEN[-1].opened.add(handle)
-    bare_op("resident_exit", "torch", "cpu")(*others, 0)
+    bare_op("resident_exit", "torch", "cpu")(*others, None)
