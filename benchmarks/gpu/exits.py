@@ -29,6 +29,7 @@ from benchmarks.micro.decisions import (
 from benchmarks.micro.plain import SOURCES, chain_of
 from earlyexit_kernels.engine.resident import TILE_TOKENS
 from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.ops.resident_exit import COUNTS
 
 STEP, MEAN = "gpu_exit_step", "gpu_mean_pooling"
 EXIT, CHAIN, COMPILED, COPY = "exit", "torch chain", "compiled chain", "copy of as many bytes"
@@ -60,7 +61,7 @@ class Exit:
             "offsets": offsets,
             "old_offsets": torch.zeros_like(offsets),
             "source": bench.ints([0] * rows),
-            "counts": bench.ints([0] * 4),
+            "counts": bench.ints([0] * COUNTS),
             "state": self.rule.new_state(rows, torch.device(device), CLASSES),
             "answers": torch.zeros(rows, CLASSES, device=device),
             "exit_layer": torch.zeros(rows, dtype=torch.int64, device=device),

@@ -11,6 +11,7 @@ from benchmarks.gpu.bench import Bench, header, micros
 from benchmarks.harness import Call, Record
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.ops import bare_op, rows_add_norm, rows_attention, rows_linear
+from earlyexit_kernels.ops.resident_exit import COUNTS
 
 NODES, EMPTY = "gpu_nodes", "gpu_empty_launches"
 HEADS = 12
@@ -23,7 +24,7 @@ class Setter:
         self.exit, self.rule = bare_op("resident_exit", bench.exits, bench.device), Entropy(threshold=0.0)
         self.logits = bench.random(1, 3)
         self.row_ids, self.offsets = bench.ints([0]), bench.ints([0, 1])
-        self.old_offsets, self.source, self.counts = bench.ints([0, 0]), bench.ints([0]), bench.ints([0] * 4)
+        self.old_offsets, self.source, self.counts = bench.ints([0, 0]), bench.ints([0]), bench.ints([0] * COUNTS)
         self.state = self.rule.new_state(1, self.logits.device, 3)
         self.answers = torch.zeros_like(self.logits)
         self.exit_layer = torch.zeros(1, dtype=torch.int64, device=self.logits.device)

@@ -131,7 +131,7 @@ __device__ bool step_row(const Call& call, const Frame& frame, int64_t i, float*
 // live and of invalid rows.
 template <class T, class Finish>
 __global__ void __launch_bounds__(kMeanThreads, kMeanBlocks)
-    exit_kernel(const __grid_constant__ Call call, const __grid_constant__ Frame frame, int ticket,
+    exit_kernel(const __grid_constant__ Call call, const __grid_constant__ Frame frame, Counts* ticket,
                 const __grid_constant__ Finish finish) {
   extern __shared__ __align__(16) float shared[];
   float* scratch = frame.scratch == nullptr ? shared : frame.scratch + blockIdx.x * frame.floats;
@@ -142,8 +142,9 @@ __global__ void __launch_bounds__(kMeanThreads, kMeanBlocks)
 }
 
 template <class Finish>
-void launch_rows(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Finish& finish,
+void launch_rows(const Call& call, const Frame& frame, Dtype dtype, int32_t* counts, const Finish& finish,
                  cudaStream_t stream) {
+  auto* ticket = reinterpret_cast<Counts*>(counts + kTicket);
   const size_t shared_bytes = frame.scratch == nullptr ? frame.floats * sizeof(float) : 0;
   with_type(dtype, [&](auto type) {
     exit_kernel<decltype(type)><<<call.rows, frame.threads, shared_bytes, stream>>>(call, frame, ticket, finish);

@@ -18,9 +18,8 @@ struct CountRows {
 
 }  // namespace
 
-void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int ticket, int32_t* counts,
-                      cudaStream_t stream) {
-  launch_rows(call, frame, dtype, ticket, CountRows{counts}, stream);
+void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int32_t* counts, cudaStream_t stream) {
+  launch_rows(call, frame, dtype, counts, CountRows{counts}, stream);
 }
 
 }  // namespace earlyexit

@@ -9,7 +9,9 @@ namespace earlyexit {
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 
-constexpr int kTickets = 1 << 13;
+// Number of int32 that an exit writes its counts to, the last two of which are a ticket: see ticket.cuh.
+constexpr int64_t kCounts = 6;
+constexpr int64_t kTicket = 4;
 constexpr int kPackBytes = 16;
 constexpr int kThreads = 128;
 constexpr int kMeanThreads = 512;
@@ -48,23 +50,22 @@ inline Frame new_frame(const Call& call, Dtype dtype) {
   return frame;
 }
 
-// counts [3]: live rows, their tokens, rows with invalid logits.
-void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int ticket, int32_t* counts,
-                      cudaStream_t stream);
+// counts [kCounts]: live rows, their tokens, rows with invalid logits.
+void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int32_t* counts, cudaStream_t stream);
 
 // Compaction after an exit of the device-resident loop, with capacity for R rows; arrays as in the schema.
 struct Settle {
   int32_t* offsets;           // [R + 1], those of the call
   int32_t* old_offsets;       // [R + 1]
   int32_t* source;            // [R]
-  int32_t* counts;            // [4]: as above, and the tokens present after the compaction
+  int32_t* counts;            // [kCounts]: as above, and the tokens present after the compaction
   int32_t tile;               // tokens per tile; rows move if that saves a tile
   int32_t capacity;           // tokens of one side of the buffer
   bool sets_handle;           // whether to set the condition of a graph node to whether rows are left
   unsigned long long handle;  // that condition
 };
 
-void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Settle& settle,
+void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, const Settle& settle,
                           cudaStream_t stream);
 
 void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,

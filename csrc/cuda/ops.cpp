@@ -12,35 +12,15 @@
 #include <torch/library.h>
 
 #include <limits>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <string_view>
 #include <tuple>
-#include <utility>
 
 #include "../bind.h"
 #include "kernels.h"
 
 namespace earlyexit {
 namespace {
-
-// Launches that may run concurrently have different tickets. Launches of one stream are sequential. A captured launch
-// may be replayed on any stream: its ticket belongs to the row ids it writes, which concurrent launches cannot share.
-int ticket_of(const char* op, cudaStream_t stream, const void* row_ids) {
-  static std::mutex mutex;
-  static std::map<std::pair<bool, const void*>, int> tickets;
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-  const bool captured = status != cudaStreamCaptureStatusNone;
-  EE_CHECK(captured || stream != cudaStreamPerThread, op, "expected a stream with its own handle, got the per-thread ",
-           "default stream, whose handle all threads share; use torch.cuda.Stream()");
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = tickets.emplace(std::pair(captured, captured ? row_ids : stream), tickets.size()).first;
-  EE_CHECK(found->second < kTickets, op, "expected at most ", kTickets, " streams and captured row_ids per process; ",
-           "reuse the buffers of captured graphs instead of creating new ones");
-  return found->second;
-}
 
 Dtype dtype_of(const at::Tensor& input) {
   const at::ScalarType dtype = input.scalar_type();
@@ -49,7 +29,7 @@ Dtype dtype_of(const at::Tensor& input) {
 
 // Launches an exit kernel: calls `launcher` with the arguments of the call, followed by `last`.
 template <class Launcher, class Last>
-void launch(const char* op, Launcher launcher, const Call& call, const ExitTensors& tensors, const Last& last) {
+void launch(Launcher launcher, const Call& call, const ExitTensors& tensors, const Last& last) {
   const Dtype dtype = dtype_of(tensors.input());
   Frame frame = new_frame(call, dtype);
   at::Tensor scratch;
@@ -57,8 +37,7 @@ void launch(const char* op, Launcher launcher, const Call& call, const ExitTenso
     scratch = at::empty({call.rows, frame.floats}, tensors.answers.options());
     frame.scratch = scratch.mutable_data_ptr<float>();
   }
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  launcher(call, frame, dtype, ticket_of(op, stream, call.row_ids), last, stream);
+  launcher(call, frame, dtype, last, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -72,10 +51,9 @@ at::Tensor exit_step(
   const ExitTensors tensors{hidden, offsets, weight, bias, logits, aux, row_ids, state, answers, exit_layer};
   const Call call = bind_exit(kOp, tensors, criterion, params, pooling, layer, depth);
   const c10::cuda::CUDAGuard guard(row_ids.device());
-  if (call.rows == 0) return at::zeros({3}, row_ids.options());
-  at::Tensor counts = at::empty({3}, row_ids.options());
-  launch(kOp, launch_exit_step, call, tensors, counts.mutable_data_ptr<int32_t>());
-  return counts;
+  at::Tensor counts = at::zeros({kCounts}, row_ids.options());
+  if (call.rows > 0) launch(launch_exit_step, call, tensors, counts.mutable_data_ptr<int32_t>());
+  return counts.narrow(0, 0, 3);
 }
 
 void resident_exit(
@@ -99,16 +77,18 @@ void resident_exit(
            ", H], two sides of ", capacity, " tokens, got ", shape_name(hidden->sizes()));
   for (const auto& [name, tensor, size] : {std::tuple("old_offsets", &old_offsets, call.rows + 1),
                                            std::tuple("source", &source, call.rows),
-                                           std::tuple("counts", &counts, int64_t{4})}) {
+                                           std::tuple("counts", &counts, kCounts)}) {
     check_tensor(kOp, name, *tensor, at::kInt, {size});
     check_device(kOp, name, *tensor, "row_ids", row_ids);
   }
+  EE_CHECK(reinterpret_cast<uintptr_t>(counts.const_data_ptr()) % sizeof(int64_t) == 0, kOp,
+           "expected counts at an address of whole 8 bytes, got a slice; pass a tensor of its own");
   const c10::cuda::CUDAGuard guard(row_ids.device());
   const Settle settle{offsets.mutable_data_ptr<int32_t>(), old_offsets.mutable_data_ptr<int32_t>(),
                       source.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>(),
                       static_cast<int32_t>(tile), static_cast<int32_t>(capacity),
                       handle.has_value(), static_cast<unsigned long long>(handle.value_or(0))};
-  launch(kOp, launch_resident_exit, call, tensors, settle);
+  launch(launch_resident_exit, call, tensors, settle);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids, const at::Tensor& offsets) {

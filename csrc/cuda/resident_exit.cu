@@ -35,9 +35,9 @@ struct SettleRows {
 
 }  // namespace
 
-void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, int ticket, const Settle& settle,
+void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, const Settle& settle,
                           cudaStream_t stream) {
-  launch_rows(call, frame, dtype, ticket, SettleRows{settle}, stream);
+  launch_rows(call, frame, dtype, settle.counts, SettleRows{settle}, stream);
 }
 
 }  // namespace earlyexit

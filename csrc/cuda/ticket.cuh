@@ -3,14 +3,9 @@
 #pragma once
 
 #include "block.cuh"
-#include "kernels.h"
 
 namespace earlyexit {
 namespace {
-
-// Zero when the module is loaded, on each device, and at the end of each launch, so that the host never clears them;
-// ops.cpp assigns them to launches. The lower half counts arrivals, the upper half their invalid rows.
-__device__ Counts tickets[kTickets];
 
 // Adds to a counter on the device. Release: earlier writes of the block become visible before it. Acquire: writes of
 // blocks that added earlier are visible afterwards. __threadfence on both sides would order more and be slower.
@@ -23,17 +18,18 @@ __device__ inline Counts add_in_order(Counts* count, Counts value) {
   return before;
 }
 
-// Returns whether this is the last block; if so, `invalid_rows` is the total of all blocks. The arguments of thread 0
-// count.
-__device__ inline bool arrive(int ticket, bool invalid, int32_t& invalid_rows) {
+// Returns whether this is the last block; if so, `invalid_rows` is the total of all blocks. The ticket is 0 before the
+// launch, and again after it: its lower half counts arrivals, its upper half their invalid rows. The arguments of
+// thread 0 count.
+__device__ inline bool arrive(Counts* ticket, bool invalid, int32_t& invalid_rows) {
   __shared__ Counts before;
   // the last block may rewrite row ids, so all threads of this one must have read theirs
   __syncthreads();
-  if (threadIdx.x == 0) before = add_in_order(&tickets[ticket], new_counts(invalid, 1));
+  if (threadIdx.x == 0) before = add_in_order(ticket, new_counts(invalid, 1));
   __syncthreads();
   if (tokens_of(before) != static_cast<int32_t>(gridDim.x) - 1) return false;
   invalid_rows = rows_of(before) + invalid;
-  if (threadIdx.x == 0) tickets[ticket] = 0;
+  if (threadIdx.x == 0) *ticket = 0;
   return true;
 }
 

@@ -78,7 +78,7 @@ class Captured:
         replay: launches it.
         made_from: the modules whose weights it reads by address. Weights are not copied, so a weight that changes in
             place needs no new capture.
-        results: pinned copy of the loop's counts ``[L + 1, 4]``.
+        results: pinned copy of the loop's counts ``[L + 1, 6]``.
     """
 
     loop: ResidentLoop

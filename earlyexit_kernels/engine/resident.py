@@ -29,6 +29,7 @@ from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_add_norm, rows_attention, rows_linear
 from earlyexit_kernels.ops.checks import FLOATS
 from earlyexit_kernels.ops.exit_call import ResidentExitCall
+from earlyexit_kernels.ops.resident_exit import COUNTS
 
 #: Tokens per tile: rows are compacted if that leaves fewer tiles.
 TILE_TOKENS = 128
@@ -139,7 +140,7 @@ class ResidentLoop:
         exit_backend: of the exits; only ``"cpp"`` sets conditional handles.
 
     Attributes:
-        counts: ``[L + 1, 4]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
+        counts: ``[L + 1, 6]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
             `ops.resident_exit`.
         groups: the layers from one exit to the next; each group but the first can be put into a conditional node.
     """
@@ -171,7 +172,7 @@ class ResidentLoop:
             self.rule, rows=bucket.rows, classes=view.classes, depth=self.depth, device=self.device
         )
         self.first_state = self.request.state.clone()
-        self.counts = torch.zeros(self.depth + 1, 4, dtype=torch.int32, device=self.device)
+        self.counts = torch.zeros(self.depth + 1, COUNTS, dtype=torch.int32, device=self.device)
         self.groups = _groups(self.rule, self.depth)
         self.source = self._kernel_source()
 
@@ -239,7 +240,7 @@ class ResidentLoop:
         self.counts.zero_()
         self.pack(
             batch.size, batch.ids, batch.mask, batch.positions, batch.types,
-            rows.found, rows.row_ids, rows.offsets, rows.tokens, self.counts[0],
+            rows.found, rows.row_ids, rows.offsets, rows.tokens, self.counts[0, :4],
         )  # fmt: skip
         ids, positions, types = rows.tokens[:, None]
         embedded = view.adapter.embed(view.backbone, ids, positions, types)[0]

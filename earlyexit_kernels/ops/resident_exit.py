@@ -32,6 +32,8 @@ from earlyexit_kernels.ops.schema import RESIDENT_EXIT, bare_op, define
 
 #: Maximum number of rows, which one program plans.
 MAX_ROWS = 1024
+#: Numbers in `counts`: four results, and two words of scratch.
+COUNTS = 6
 
 
 @jit
@@ -41,7 +43,7 @@ def settle_rows_kernel(
     old_offsets,  # [R + 1] int32
     source,  # [R] int32
     found,  # [3] int32, as exit_step returns them
-    counts,  # [4] int32
+    counts,  # [6] int32
     rows,  # R
     capacity,  # T
     tile,
@@ -128,7 +130,7 @@ def settle_rows_torch(
     source.copy_(torch.where(moves & ~beyond, order, -1))
     row_ids.copy_(torch.where(moves, row_ids[order].masked_fill(beyond, -1), row_ids))
     offsets.copy_(torch.where(moves, moved, offsets))
-    counts.copy_(torch.stack((live.sum(), live_tokens, found[2], torch.where(moves, live_tokens, present))))
+    counts[:4].copy_(torch.stack((live.sum(), live_tokens, found[2], torch.where(moves, live_tokens, present))))
 
 
 def _two_launches(
@@ -202,8 +204,9 @@ def resident_exit(
             synchronise. **Changed** to those after the move.
         old_offsets: ``[R + 1]`` int32. **Changed** to the offsets before the move, if rows move.
         source: ``[R]`` int32. **Changed** to the old index of each moved row, -1 for none.
-        counts: ``[4]`` int32. **Changed** to the live rows, their tokens, the present rows with invalid logits, and the
-            tokens present after the move.
+        counts: ``[6]`` int32. **Changed**: the first four to the live rows, their tokens, the present rows with invalid
+            logits, and the tokens present after the move. The last two must be 0, and are 0 again afterwards: back-end
+            ``"cpp"`` counts its blocks there.
         capacity: T, tokens of one side.
         tile: tokens per tile, at least 1.
         hidden: ``[2 T, H]`` tokens, or ``[R, F]`` features with ``pooling="none"``; float32, float16 or bfloat16.
@@ -222,7 +225,7 @@ def resident_exit(
     >>> import earlyexit_kernels as ee
     >>> rule = ee.criteria.MaxProbability(threshold=0.9)
     >>> ints = lambda *values: torch.tensor(values, dtype=torch.int32)
-    >>> row_ids, source, counts = ints(0, 1), ints(0, 0), ints(0, 0, 0, 0)
+    >>> row_ids, source, counts = ints(0, 1), ints(0, 0), torch.zeros(6, dtype=torch.int32)
     >>> offsets, old_offsets = ints(0, 2, 3), ints(0, 0, 0)
     >>> state = rule.new_state(2, torch.device("cpu"), 2)
     >>> answers, exit_layer = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
@@ -231,7 +234,7 @@ def resident_exit(
     ...     counts=counts, state=state, answers=answers, exit_layer=exit_layer, capacity=4, tile=1,
     ...     logits=torch.tensor([[4.0, 0.0], [0.1, 0.0]]),
     ... )
-    >>> counts.tolist(), row_ids.tolist(), offsets.tolist(), source.tolist()
+    >>> counts[:4].tolist(), row_ids.tolist(), offsets.tolist(), source.tolist()
     ([1, 1, 0, 1], [1, -1], [4, 5, 5], [1, -1])
     """
     op = "resident_exit"
@@ -257,7 +260,7 @@ def _checked(op: str, rule: Criterion, call: ResidentExitCall) -> ResidentExitCa
     if rows > MAX_ROWS:
         raise ValueError(f"{op}: expected at most {MAX_ROWS} rows, got {rows}; split the batch")
     check_present(op, call.offsets, call.row_ids, capacity=call.capacity, device=device)
-    planned = {"offsets": rows + 1, "old_offsets": rows + 1, "source": rows, "counts": 4}
+    planned = {"offsets": rows + 1, "old_offsets": rows + 1, "source": rows, "counts": COUNTS}
     for name, size in planned.items():
         check_tensor(op, name, getattr(call, name), (size,), INT32, written=True, device=device)
     if call.hidden is not None and call.pooling != "none":

@@ -181,7 +181,7 @@ def resident(criterion, lengths, capacity, side, rows, requests, classes) -> dic
         "offsets": offsets + side * capacity,
         "old_offsets": torch.zeros(rows + 1).int(),
         "source": torch.full((rows,), -7, dtype=torch.int32),
-        "counts": torch.full((4,), -7, dtype=torch.int32),
+        "counts": torch.tensor([-7] * 4 + [0, 0], dtype=torch.int32),
         **memory(criterion, requests, classes),
     }
 
@@ -196,7 +196,7 @@ def expected_after_exit(row_ids, offsets, invalid, tile, capacity) -> dict[str, 
             "row_ids": row_ids,
             "offsets": offsets,
             "source": [-1] * len(row_ids),
-            "counts": [len(live), tokens, invalid, present],
+            "counts": [len(live), tokens, invalid, present, 0, 0],
         }
     start, rest = (0 if offsets[0] else capacity), [-1] * (len(row_ids) - len(live))
     ends = [start]
@@ -207,7 +207,7 @@ def expected_after_exit(row_ids, offsets, invalid, tile, capacity) -> dict[str, 
         "source": live + rest,
         "old_offsets": offsets,
         "offsets": ends + [ends[-1]] * len(rest),
-        "counts": [len(live), tokens, invalid, tokens],
+        "counts": [len(live), tokens, invalid, tokens, 0, 0],
     }
 
 
@@ -298,7 +298,8 @@ def source_pooling(source) -> str:
 INVALID = {
     "old_offsets": ({"old_offsets": torch.zeros(2).int()}, {}, ("old_offsets", "[3]", "got int32 [2]")),
     "source": ({"source": torch.zeros(2)}, {}, ("source", "int32 [2]", "got float32")),
-    "counts": ({"counts": torch.zeros(3).int()}, {}, ("counts", "[4]", "got int32 [3]")),
+    "counts": ({"counts": torch.zeros(3).int()}, {}, ("counts", "[6]", "got int32 [3]")),
+    "slice of counts": ({"counts": torch.zeros(7).int()[1:]}, {}, ("counts", "8 bytes", "a slice")),
     "tile": ({}, {"tile": 0}, ("tile", "got 0")),
     "capacity": ({}, {"capacity": 2**30}, ("capacity", "got 1073741824")),
     "sides": ({}, {"capacity": 5}, ("hidden", "[10, H]", "got [8, 8]")),

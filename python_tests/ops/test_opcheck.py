@@ -81,7 +81,7 @@ def resident_arguments(source="logits") -> tuple:
     if hidden is not None:
         hidden = torch.cat((hidden, torch.zeros_like(hidden)))
     offsets = torch.arange(0, tokens + 1, 2, dtype=torch.int32)
-    planned = (torch.full((size,), 9, dtype=torch.int32) for size in (rows + 1, rows, 4))
+    planned = (torch.full((size,), 9, dtype=torch.int32) for size in (rows + 1, rows, 6))
     return hidden, weight, bias, logits, aux, row_ids, offsets, *planned, *written_and_rule, 1, tokens, None
 
 
