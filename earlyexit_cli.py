@@ -185,8 +185,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--drop",
         type=_checked("drop"),
-        default=0.0,
-        help="maximum score loss allowed on the held-out rows when settings are chosen (default: %(default)s)",
+        help="maximum score loss on the held-out rows, for the settings of the other rules (default: that of the "
+        "model's calibration, or 0)",
     )
     add("--batch-size", type=_checked("batch_size"), default=32, help="rows per batch (default: %(default)s)")
     add_dev_argument(parser)
@@ -198,7 +198,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, type=_checked("path"), help="folder written by `earlyexit train`")
     target = parser.add_mutually_exclusive_group(required=True).add_argument
-    target("--max-drop", type=_checked("drop"), help="target: maximum loss of the score, e.g. 0.005")
+    target("--max-drop", type=_checked("max_drop"), help="target: maximum loss of the score, e.g. 0.005")
     target("--speed-up", type=_checked("speed_up"), help="target: layers of the model per layer run, e.g. 2")
     target("--latency-ms", type=_checked("milliseconds"), help="target: milliseconds of a batch on this machine")
     target(
@@ -231,7 +231,11 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     rows = parser.add_mutually_exclusive_group(required=True).add_argument
     rows("--input", type=_checked("table"), help="CSV, TSV, JSON lines or Parquet file to read")
     rows("--text", action="append", help="a text; repeatable; the answers are printed")
-    add("--output", type=_checked("table"), help="new file: the columns of --input, and label, score and exit_layer")
+    add(
+        "--output",
+        type=_checked("table"),
+        help="new file: the columns of --input, and label, score and exit_layer (predicted_label, ... if it has these)",
+    )
     _add_scorer_arguments(parser)
 
 

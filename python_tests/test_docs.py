@@ -110,12 +110,15 @@ def test_the_quick_start_prints_what_the_readme_says(in_empty_folder):
     """Sentences and labels are those of the README; the exit layers depend on the machine's rounding."""
     (shown,) = blocks(README, "text")
     expected = [match.groupdict() for match in LINE.finditer(shown)]
-    found = [match.groupdict() for match in LINE.finditer(output_of(README))]
+    output = output_of(README)
+    found = [match.groupdict() for match in LINE.finditer(output)]
     assert len(expected) == 3
     for key in ("sentence", "label", "depth"):
         assert [row[key] for row in found] == [row[key] for row in expected]
     plain, _, contrast = (int(row["layer"]) for row in found)
     assert plain < contrast, found
+    (speed_up,) = re.findall(r"\((\d\.\d\d)x fewer layers\)", output)
+    assert 1.8 < float(speed_up) < 3.5, "the comment after calibrate says 2.5"
     assert {path.name for path in Path("quick-start").iterdir()} >= {
         "config.json",
         "model.safetensors",

@@ -19,6 +19,7 @@ from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.saving import saved_whole
+from earlyexit_kernels.tasks.own import digest_of
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.choices import UnreachableTargetError
 from earlyexit_kernels.tuning.grids import MIN_POINTS, settings
@@ -29,9 +30,17 @@ from earlyexit_kernels.tuning.traces import collect_trace
 #: Target -> which setting of all rules `auto` is.
 AUTO_REASONS: dict[type[Target], str] = {
     MaxDrop: "of all settings within the drop on the tuning rows it runs the fewest layers",
-    SpeedUp: "of all settings that are fast enough on the tuning rows it has the highest score",
-    Latency: "of all settings within the latency it has the highest score on the tuning rows",
+    SpeedUp: "of all settings that are fast enough on the tuning rows it is the slowest within one standard error of "
+    "the highest score",
+    Latency: "of all settings within the latency it is the slowest within one standard error of the highest score",
     Risk: "of all settings that pass the tests it runs the fewest layers",
+}
+
+#: Whether the target is a guarantee -> how to go on after the table.
+NEXT_STEPS = {
+    False: "To save one of them with the model, repeat with --apply CRITERION, or --apply auto for the best",
+    True: "To save one with the model, repeat with --apply auto, which chooses the criterion on the tuning rows. The "
+    "guarantee does not hold for a criterion that was chosen by this table, whose risks are those of the check rows",
 }
 
 
@@ -46,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
     if args.apply is not None:
         check_folder("--model", args.model)
     task = recipe.load_data(dev=args.dev)
+    if args.dev is not None and recipe.data is not None and digest_of(args.dev) == recipe.data.digest:
+        print(
+            f"warning: --dev: {args.dev} is the file that the model was trained on, on whose rows it is surer than on "
+            "others; the setting will lose more than it seems. Give other rows\n"
+        )
     (metric,) = metrics_for(task, [args.metric or task.metric], predictions_only=True)
     model = load_model(args.model, task)
     rows, kind = recipe.unseen_rows(task)
@@ -61,23 +75,22 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--apply: expected auto or a criterion of this model, {', '.join(rules)}; got {args.apply}")
     found, missed = _each(rules, choose)
     print(f"{args.model}, {target}: chosen on half of {len(rows)} {kind}, checked on the other half\n")
-    print(result_table(found, target, metric, trace.depth))
+    if found:
+        print(result_table(found, target, metric, trace.depth), end="\n\n")
     for name, nearest in missed.items():
-        print(f"\n{name} cannot reach the target; the nearest is {nearest}")
+        print(f"{name} cannot reach the target; the nearest is {nearest}")
     if args.output is not None:
         _write(args, found, missed)
     if not found and args.apply is None:
         raise ValueError(f"no criterion of this model reaches {target}; the nearest settings are listed above")
     if args.apply is None:
-        print("\nTo save one of them with the model, repeat with --apply CRITERION, or --apply auto for the best")
+        print(NEXT_STEPS[type(target) is Risk])
         return 0
     chosen = _applied(args.apply, found, choose)
     with written(args.model):
         renewed_card = apply_to_folder(args.model, chosen)
     if args.apply == AUTO:
         print(f"\nauto chose {chosen.criterion.name}: {AUTO_REASONS[type(target)]}")
-    if missed_by := _missed(target, chosen):
-        print(f"\nnote: on the check rows {missed_by}; a target is met on the tuning rows, and about met on others")
     print(f"\nSaved in {args.model / CONFIG}{f' and {README}' if renewed_card else ''}:\n\n{chosen}")
     print(f"\nNext: earlyexit report --model {args.model} --output report.html, or earlyexit predict")
     return 0
@@ -101,15 +114,6 @@ def target_from(args: argparse.Namespace) -> Target:
     if args.latency_ms is not None:
         return Latency(args.latency_ms, args.latency_batch_size or 1)
     return Risk(args.risk, args.epsilon or Risk.epsilon, args.against or Risk.against)
-
-
-def _missed(target: Target, found: Calibration) -> str | None:
-    """Return by how much the check rows miss a target that is not a guarantee, or None where they meet it."""
-    if isinstance(target, MaxDrop) and found.drop > target.drop:
-        return f"the drop is {found.drop:.4f}"
-    if isinstance(target, SpeedUp) and found.layer_speed_up < target.speed_up:
-        return f"the layer speed-up is {found.layer_speed_up:.2f}"
-    return None
 
 
 def _each(rules: Sequence[str], choose: Callable[..., Calibration]) -> tuple[dict[str, Calibration], dict[str, str]]:
@@ -138,14 +142,17 @@ def _applied(name: str, found: Mapping[str, Calibration], choose: Callable[..., 
 def result_table(found: Mapping[str, Calibration], target: Target, metric: str, depth: int) -> str:
     """Return a table of the calibrations, fastest first, on the check rows."""
     header = ["criterion", "setting", metric, "full depth", "drop", "drop, 95 %", "mean exit layer", "layer speed-up"]
-    more = {"risk": [f"risk (at most {getattr(target, 'delta', 0):g})"], "latency": ["ms a batch"]}.get(target.name, [])
+    more = {
+        "risk": [f"risk (at most {getattr(target, 'delta', 0):g})"],
+        "latency": ["ms a batch", "full depth, ms"],
+    }.get(target.name, [])
     rows = []
     for name, one in sorted(found.items(), key=lambda item: item[1].mean_exit_layer):
         low, high = one.drop_interval
         cells = [name, parameter_text(one.criterion), f"{one.score:.4f}", f"{one.full_depth:.4f}", f"{one.drop:.4f}"]
         cells += [f"{low:.4f} to {high:.4f}", f"{one.mean_exit_layer:.2f} of {depth}", f"{one.layer_speed_up:.2f}"]
         cells += [f"{one.guarantee.risk:.4f}"] if one.guarantee is not None else []
-        cells += [f"{one.latency:.2f}"] if one.latency is not None else []
+        cells += [f"{ms:.2f}" for ms in (one.latency, one.full_depth_latency) if ms is not None]
         rows.append(cells)
     return markdown_table([*header, *more], rows)
 

@@ -104,8 +104,10 @@ def metrics_for(task: Task, named: Sequence[str] | None, *, predictions_only: bo
     if task.problem_type == "regression":
         allowed = ["pearson", "spearman"]
     unknown = [name for name in named if name not in allowed]
-    if unknown or len(set(named)) < len(named):
-        raise ValueError(f"--metric: expected different names among {', '.join(allowed)}, got {' '.join(named)}")
+    if unknown:
+        raise ValueError(f"--metric: expected a metric of this task, {', '.join(allowed)}, got {unknown[0]}")
+    if len(set(named)) < len(named):
+        raise ValueError(f"--metric: expected different names, got {' '.join(named)}")
     if named[0] == "ece":
         raise ValueError("--metric: ece is an error, by which nothing is chosen; name another metric before it")
     return tuple(named)

@@ -15,6 +15,10 @@ from safetensors import SafetensorError
 
 from earlyexit_kernels.tuning.report import partial_file
 
+#: One of these is among the first bytes of a file of results: its HTML title, or the first entry of its JSON.
+MARKS = (b"<title>Early-exit report", b'"environment"')
+READ_BYTES = 4096
+
 
 def check_folder(argument: str, folder: Path) -> None:
     """Create a folder if it does not exist, and check that files can be written there.
@@ -49,15 +53,16 @@ def check_no_model(folder: Path, overwrite: bool) -> None:
 
 
 def check_file(argument: str, file: Path) -> None:
-    """Check that `report.write_json` can write a file; missing folders are created, an existing file is not changed.
+    """Check that a file of results can be written; missing folders are created, an existing file is not changed.
 
     Args:
         argument: name of the argument, for the message.
-        file: output file.
+        file: output file, HTML or JSON. One that these commands wrote earlier may be replaced.
 
     Raises:
-        OSError: it is a folder, or cannot be written.
+        OSError: it is a folder, cannot be written, or has something else in it.
     """
+    _check_replaceable(argument, file)
     with _refused(argument, "file", file):
         _check_no_folder(file)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +72,19 @@ def check_file(argument: str, file: Path) -> None:
                 beside.unlink()
         elif not os.access(file, os.W_OK):  # not opened: a pipe without a reader would block
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _check_replaceable(argument: str, file: Path) -> None:
+    """Raise FileExistsError if a file has something else than results in it."""
+    if not file.is_file() or not os.access(file, os.R_OK):
+        return
+    with file.open("rb") as held:
+        begin = held.read(READ_BYTES)
+    if begin and not any(mark in begin for mark in MARKS):
+        raise FileExistsError(
+            f"{argument}: {file} exists and was not written by earlyexit, so that it is not overwritten; give another "
+            "file"
+        )
 
 
 def check_plot(argument: str, file: Path) -> None:

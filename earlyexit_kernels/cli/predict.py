@@ -21,6 +21,8 @@ from earlyexit_kernels.tasks.sources import Text
 
 #: Columns added to those of the input.
 ADDED = ("label", "score", "exit_layer")
+#: Begins their names where the input has such columns, as the file of a test set has its labels.
+PREFIX = "predicted_"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,16 +37,29 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _check_output(args)
     table = read_table(args.input)
-    doubled = [name for name in ADDED if name in table.columns]
-    if doubled:
-        raise ValueError(
-            f"--input: {args.input} has a column {doubled[0]!r}, which the predictions would replace; rename it"
-        )
+    names = _new_columns(table)
     answers, errors, depth = _answers(args, recipe, texts_of(table, text, pair))
     with written(args.output):
-        write_table(args.output, {**table.columns, **answers})
+        write_table(args.output, {**table.columns, **{names[name]: values for name, values in answers.items()}})
     print(f"{args.output}: {_summary(table, answers, errors, depth)}")
+    if names["label"] != "label":
+        print(f"The input has columns of these names; the answers are in {', '.join(names.values())}")
     return 0
+
+
+def _new_columns(table: Table) -> dict[str, str]:
+    """Return the names of the columns to add; they begin with `PREFIX` if the input has a column of the same name.
+
+    Raises:
+        ValueError: it has columns of these names too.
+    """
+    prefix = PREFIX if any(name in table.columns for name in ADDED) else ""
+    names = {name: f"{prefix}{name}" for name in ADDED}
+    if doubled := [name for name in names.values() if name in table.columns]:
+        raise ValueError(
+            f"--input: {table.path} has a column {doubled[0]!r}, which the predictions would replace; rename it"
+        )
+    return names
 
 
 def _summary(table: Table, answers: dict[str, list[Any]], errors: list[str], depth: int) -> str:

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         check_file("--output", file)
     torch.set_flush_denormal(True)
     found = trace_splits(args.model, recipe, task=None, dev=args.dev, batch_size=args.batch_size)
-    result = sweep_rules(found, drop=args.drop, points=POINTS)
+    drop = _saved_drop(found.model) if args.drop is None else args.drop
+    result = sweep_rules(found, drop=drop, points=POINTS)
     data = report_data(args.model, recipe, found, result, texts=not args.no_texts)
     text = page(data)
     with written(numbers):
@@ -49,6 +50,12 @@ def run(args: argparse.Namespace) -> int:
         write_text(args.output, text)
     print(f"Report: {args.output}\nEvery number: {numbers}")
     return 0
+
+
+def _saved_drop(model: Any) -> float:
+    """Return the drop that the model was calibrated for; 0 without such a calibration."""
+    calibration = model.calibration
+    return 0.0 if calibration is None else calibration.target.get("drop", 0.0)
 
 
 def report_data(folder: Path, recipe: Recipe, found: Traced, result: Sweep, *, texts: bool) -> dict[str, Any]:

@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     train_split, _ = recipe.train_splits(task)
     evaluation_split = recipe.evaluation_rows(task)
     check_rows(task, train_split, evaluation_split)
-    if torch.set_flush_denormal(True):
-        print("Numbers below 1e-38 are rounded to zero, since CPUs are slow with them.")
+    torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
     model = to_early_exit(base, method=objective, pooling=pooling, form=args.form)
     collate = DataCollatorWithPadding(tokenizer)
     source = task.name if own is not None else f"{task.name} ({task.source})"
@@ -272,9 +271,7 @@ def _too_many_rows(args: argparse.Namespace, task: str, total: int) -> str:
         given = f"--train-rows {args.train_rows} and {given}"
         left = total - args.train_rows
         fitting = f"--holdout {min(held_out, left)}" if left > 0 else f"--train-rows {total - held_out} {fitting}"
-    return (
-        f"{given}: expected fewer rows, the train split of task {task!r} has {total} rows in total; {fitting} would fit"
-    )
+    return f"{given}: expected fewer rows, {task} has {total} train rows in total; {fitting} would fit"
 
 
 def training_arguments(

@@ -69,6 +69,7 @@ class Calibration:
         temperatures: by which the logits of each exit were divided before the choice, or None.
         guarantee: for a `Risk` target.
         latency: measured milliseconds of a batch, for a `Latency` target.
+        full_depth_latency: those of full depth.
         date: in UTC.
         versions: of the packages, by name.
 
@@ -97,10 +98,11 @@ class Calibration:
     exit_shares: tuple[float, ...]
     layer_scores: tuple[float, ...]
     untrained: tuple[int, ...]
-    curve: tuple[CurvePoint, ...]
+    curve: tuple[CurvePoint, ...] = field(repr=False)
     temperatures: tuple[float, ...] | None = None
     guarantee: Guarantee | None = None
     latency: float | None = None
+    full_depth_latency: float | None = None
     date: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -108,6 +110,15 @@ class Calibration:
     def depth(self) -> int:
         """Number of layers L."""
         return len(self.exit_shares)
+
+    @property
+    def target_miss(self) -> str | None:
+        """By how much the check rows miss a target that is not a guarantee, in words; None where they meet it."""
+        if self.target["name"] == "max_drop" and self.drop > self.target["drop"] + 1e-9:
+            return f"the drop is {self.drop:.4f}"
+        if self.target["name"] == "speed_up" and self.layer_speed_up < self.target["speed_up"] - 1e-9:
+            return f"the layer speed-up is {self.layer_speed_up:.2f}"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -121,7 +132,7 @@ class Calibration:
             ValueError: the data is not that of a calibration.
         """
         names = {f.name for f in fields(Calibration)}
-        required = names - {"temperatures", "guarantee", "latency", "date", "versions"}
+        required = names - {"temperatures", "guarantee", "latency", "full_depth_latency", "date", "versions"}
         if not isinstance(data, Mapping) or not required <= set(data) <= names:
             got = sorted(data) if isinstance(data, Mapping) else repr(data)
             raise ValueError(f"calibration: expected the data of Calibration.to_dict, with {sorted(names)}, got {got}")
@@ -165,7 +176,10 @@ class Calibration:
                 f"(measured {g.risk:.4f}, p = {g.p_value:.3g})"
             )
         if self.latency is not None:
-            lines.append(f"  latency      {self.latency:.2f} ms a batch")
+            full = "" if self.full_depth_latency is None else f", full depth {self.full_depth_latency:.2f} ms"
+            lines.append(f"  latency      {self.latency:.2f} ms a batch{full}")
+        if (miss := self.target_miss) is not None:
+            lines.append(f"  note         on the check rows {miss}; the target is met on the tuning rows")
         if self.untrained:
             lines.append(f"  warning      no better than chance: exits {', '.join(map(str, self.untrained))}")
         return "\n".join(lines)

@@ -163,5 +163,11 @@ class PadRight:
             batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         for name in LABELS:
             if name in rows[0]:
-                batch[name] = torch.as_tensor(np.asarray([row[name] for row in rows]))
+                numbers = np.asarray([row[name] for row in rows])
+                if numbers.dtype.kind not in "biuf":
+                    raise ValueError(
+                        f"expected numbers as {name!r}, got {rows[0][name]!r}; the numbers of classes by name are in "
+                        "model.config.label2id"
+                    )
+                batch[name] = torch.as_tensor(numbers)
         return batch

@@ -24,6 +24,8 @@ from typing import Any
 #: Columns are separated by TAB, without quoting, so that a quotation mark is part of the text.
 TABS: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
 COMMAS: dict[str, Any] = {"delimiter": ",", "strict": True}
+#: Byte order marks of UTF-16.
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,11 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8 text, got the byte {data[error.start]:#04x}") from None
+        encoding = "UTF-16" if data[:2] in UTF_16 else "LATIN1"
+        cure = f"convert it, e.g. with iconv -f {encoding} -t UTF-8"
+        raise ValueError(
+            f"{path}, line {line}: expected UTF-8 text, got the byte {data[error.start]:#04x}; {cure}"
+        ) from None
 
 
 def read_delimited(path: Path, **options: Any) -> Table:
@@ -132,7 +138,9 @@ def read_delimited(path: Path, **options: Any) -> Table:
         lines, cells, line = [], [], rows.line_num + 1
         for row in rows:
             if len(row) != len(header):
-                raise ValueError(f"{path}, line {line}: expected {len(header)} columns, got {len(row)}")
+                raise ValueError(
+                    f"{path}, line {line}: expected {len(header)} columns, got {len(row)}{_separator_hint(header)}"
+                )
             lines.append(line)
             cells.append(row)
             line = rows.line_num + 1
@@ -143,6 +151,13 @@ def read_delimited(path: Path, **options: Any) -> Table:
     return Table(
         path, dict(zip(header, zip(*cells, strict=True) if cells else ((),) * len(header), strict=True)), lines
     )
+
+
+def _separator_hint(header: Sequence[str]) -> str:
+    """Return a hint for a header that another character than a comma seems to separate, or an empty string."""
+    if len(header) == 1 and ";" in header[0]:
+        return "; its header looks separated by ';', expected commas"
+    return ""
 
 
 def _refuse_doubled(where: str, names: Sequence[str]) -> None:

@@ -84,10 +84,11 @@ def read_own(train: Path, dev: Path | None, columns: Columns) -> tuple[OwnData, 
     if dev is not None and dev.exists() and train.exists() and dev.samefile(train):
         raise ValueError(f"--dev: expected other rows than those of --train, got {dev} for both")
     table = read_table(train)
+    _check_columns(table, columns)
     label_names, problem_type = _label_names(table, columns)
     own = OwnData(
         str(train.resolve()),
-        _digest(train),
+        digest_of(train),
         None if dev is None else str(dev.resolve()),
         columns,
         label_names,
@@ -118,7 +119,7 @@ def load_own(own: OwnData, *, dev: Path | None = None) -> Task:
                 f"{path}, with which the model was trained, is gone; give a file with the same columns with --dev, "
                 "with rows that the model was not trained on"
             )
-    if _digest(Path(own.train)) != own.digest:
+    if digest_of(Path(own.train)) != own.digest:
         raise ValueError(
             f"{own.train} has changed since the model was trained, so that the rows held out cannot be told from those "
             "trained on; give a file with the same columns with --dev, with rows that the model was not trained on"
@@ -141,7 +142,8 @@ def texts_of(table: Table, text: str, pair: str | None) -> list[Text]:
     return list(zip(first, _text_column(table, pair, "--pair-column"), strict=True))
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -165,6 +167,16 @@ def column_of(table: Table, name: str, option: str) -> Sequence[Any]:
     if name not in table.columns:
         raise ValueError(f"{option}: {table.path} has no column {name!r}; it has {reprlib.repr(list(table.columns))}")
     return table.columns[name]
+
+
+def _check_columns(table: Table, columns: Columns) -> None:
+    """Raise ValueError if columns are missing; the message names all of them with their options."""
+    named = {"--text-column": columns.text, "--pair-column": columns.pair, "--label-column": columns.label}
+    missing = {option: name for option, name in named.items() if name is not None and name not in table.columns}
+    if missing:
+        asked = " and ".join(f"{name!r} ({option})" for option, name in missing.items())
+        plural = "s" * (len(missing) > 1)
+        raise ValueError(f"{table.path} has no column{plural} {asked}; it has {reprlib.repr(list(table.columns))}")
 
 
 def _text_column(table: Table, name: str, option: str) -> list[str]:
@@ -194,7 +206,8 @@ def _parsed(value: Any, where: str) -> str | int | float:
     if isinstance(value, bool):
         return str(value)
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{where}: expected a label, a name or a finite number, got {reprlib.repr(value)}")
+        got = "none: the cell is empty" if value is None else reprlib.repr(value)
+        raise ValueError(f"{where}: expected a label, a name or a finite number, got {got}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.hf.calibration import Calibration, CurvePoint, Guarantee
 from earlyexit_kernels.hf.model import early_exit_model_in
 from earlyexit_kernels.tuning.choices import CHOICES
@@ -32,6 +33,8 @@ from earlyexit_kernels.types import ExitTrace, default_problem_type
 
 #: Share of the rows that are check rows.
 CHECK = 0.5
+#: Minimum number of tuning rows and of check rows: on fewer, settings that ruin the answers look harmless.
+MIN_ROWS = 25
 DEFAULT_METRIC = {"regression": "pearson"}
 
 
@@ -57,8 +60,8 @@ def calibrate(
     on the *tuning* rows, and what it costs is measured on the *check* rows. Use rows that the model was not trained on.
 
     Args:
-        model_or_trace: an early-exit model, on which the chosen criterion and the calibration are set, or the trace of
-            one.
+        model_or_trace: an early-exit model, on which the chosen criterion and the calibration are set, and which is
+            left in eval mode; or the trace of one.
         data: for a model the data set, whose items are mappings with ``input_ids`` and ``labels``; for a trace the
             labels ``[N]``. Without labels the answers of full depth are taken for labels, and the metric is
             ``"agreement"``.
@@ -80,7 +83,8 @@ def calibrate(
 
     Raises:
         ValueError: the target cannot be reached (the message names the nearest setting), a rule that the exits do not
-            allow or that cannot be replayed, or labels that do not fit the trace.
+            allow or that cannot be replayed, labels that do not fit the trace, or fewer than `MIN_ROWS` tuning rows or
+            check rows.
         ImportError: `Risk` without MAPIE.
 
     Differs from CALM (Schuster et al., NeurIPS 2022) in `Risk`: the order of the tests is found on other rows than
@@ -106,7 +110,8 @@ def calibrate(
     rows = _rows(trace, labels, metric, problem_type, target)
     tuning, checked = _split(rows, check, seed)
     if isinstance(target, Risk):
-        check_rows(target, len(checked))
+        check_rows(target, len(checked), len(rows))
+    _check_enough(rows, check)
     temperatures = None
     if temperature:
         temperatures = _temperatures(tuning, model)
@@ -195,19 +200,33 @@ def _rows(
 
 
 def _split(rows: Rows, check: float, seed: int) -> tuple[Rows, Rows]:
-    """Split rows at random into tuning and check rows."""
+    """Split rows at random into tuning and check rows.
+
+    Raises:
+        ValueError: `check` is out of range, or a part would be empty.
+    """
+    if not 0 < check < 1:
+        raise ValueError(f"calibrate: expected check in (0, 1), the share of the rows to check on, got {check!r}")
     tuning, checked = split_indices(len(rows), check, seed)
     return rows.take(tuning), rows.take(checked)
+
+
+def _check_enough(rows: Rows, check: float) -> None:
+    """Raise ValueError if a part has fewer than `MIN_ROWS` rows."""
+    needed = math.ceil(MIN_ROWS / min(check, 1 - check))
+    if len(rows) < needed:
+        raise ValueError(
+            f"calibrate: expected at least {needed} rows, of which {MIN_ROWS} or more are tuning rows and as many are "
+            f"check rows, got {len(rows)}; on so few, a setting that ruins the answers may look harmless"
+        )
 
 
 def split_indices(rows: int, check: float = CHECK, seed: int = 0) -> tuple[NDArray, NDArray]:
     """Return the indices of the tuning and of the check rows, each ascending.
 
     Raises:
-        ValueError: `check` is out of range, or one of the parts would be empty.
+        ValueError: one of the parts would be empty.
     """
-    if not 0 < check < 1:
-        raise ValueError(f"calibrate: expected check in (0, 1), the share of the rows to check on, got {check!r}")
     count = round(rows * check)
     if not 1 <= count < rows:
         raise ValueError(f"calibrate: expected rows to choose on and rows to check on, got {rows} rows in total")
@@ -287,6 +306,7 @@ def _calibration(
         curve=tuple(p for p in reversed(curve) if p.criterion["name"] == rule.name),
         guarantee=guarantee,
         latency=None if timed is None else timed(rule),
+        full_depth_latency=None if timed is None else timed(FullDepth()),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={name: metadata.version(name) for name in ("earlyexit_kernels", "torch", "transformers")},
     )

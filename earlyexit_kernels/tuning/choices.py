@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.tuning.report import parameter_text
 from earlyexit_kernels.tuning.risk import last_passed, risk_p_values
 from earlyexit_kernels.tuning.scored import Rows, Setting
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
@@ -13,6 +15,9 @@ from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Ta
 #: Standard errors that `MaxDrop` adds to the loss on the tuning rows. On generated traces of 250 to 4,000 rows the
 #: mean loss on other rows is then at most the drop allowed; with 0 it is up to 1.8 times as large.
 MARGIN = 0.5
+#: Standard errors by which the score of a slower setting may be below the best one that `SpeedUp` and `Latency` allow:
+#: the best of many settings is partly so by chance, and time that is allowed may be used.
+TOLERANCE = 1.0
 
 
 class UnreachableTargetError(ValueError):
@@ -34,25 +39,26 @@ def _within_drop(target: MaxDrop, candidates: Sequence[Setting], tuning: Rows, *
     if not kept:
         best = min(candidates, key=lambda s: (bound(s), s.mean_exit_layer))
         loss = f"{full - best.score:.4f} plus half a standard error of {best.standard_error:.4f}"
-        raise UnreachableTargetError(target, f"{best.criterion}, which loses {loss} on {len(tuning)} tuning rows")
+        raise UnreachableTargetError(target, f"{_named(best)}, which loses {loss} on {len(tuning)} tuning rows")
     return min(kept, key=lambda s: (s.mean_exit_layer, -s.score))
 
 
 def _fast_enough(target: SpeedUp, candidates: Sequence[Setting], tuning: Rows, **_: Any) -> Setting:
-    """Return the setting with the highest score among those that are fast enough."""
+    """Return the slowest setting that is fast enough and whose score is within `TOLERANCE` of the best of these."""
     depth = tuning.trace.depth
     kept = [s for s in candidates if depth / s.mean_exit_layer >= target.speed_up - 1e-9]
     if not kept:
         best = min(candidates, key=lambda s: s.mean_exit_layer)
-        raise UnreachableTargetError(target, f"{best.criterion} with {depth / best.mean_exit_layer:.2f}")
-    return max(kept, key=lambda s: (s.score, -s.mean_exit_layer))
+        speed_up = f"a layer speed-up of {depth / best.mean_exit_layer:.2f}"
+        raise UnreachableTargetError(target, f"{_named(best)}, with {speed_up}")
+    return _front(kept, lambda s: s.score, tolerance=TOLERANCE)[0]
 
 
 def _within_latency(
     target: Latency, candidates: Sequence[Setting], tuning: Rows, checked: Rows, timed: Callable[[Criterion], float]
 ) -> Setting:
     """Return the slowest setting on the front of score against layers that is within the latency, by bisection."""
-    front = _front(candidates, lambda s: s.score)
+    front = _front(candidates, lambda s: s.score, tolerance=TOLERANCE)
     low, high = 0, len(front)
     while low < high:
         middle = (low + high) // 2
@@ -61,7 +67,7 @@ def _within_latency(
         else:
             low = middle + 1
     if low == len(front):
-        raise UnreachableTargetError(target, f"{front[-1].criterion} with {timed(front[-1].criterion):.2f} ms")
+        raise UnreachableTargetError(target, f"{_named(front[-1])}, with {timed(front[-1].criterion):.2f} ms a batch")
     return front[low]
 
 
@@ -71,20 +77,35 @@ def _within_risk(target: Risk, candidates: Sequence[Setting], tuning: Rows, chec
     losses = [checked.lost(predictions) for _, predictions, _ in checked.replay([s.criterion for s in front])]
     last = last_passed(risk_p_values(losses, target.delta), target.epsilon)
     if last is None:
-        first = front[0].criterion
         raise UnreachableTargetError(
-            target, f"{first}, whose risk is {losses[0].mean():.4f} on {len(checked)} check rows"
+            target, f"{_named(front[0])}, whose risk is {losses[0].mean():.4f} on {len(checked)} check rows"
         )
     return front[last]
 
 
-def _front(candidates: Sequence[Setting], quality: Callable[[Setting], float]) -> list[Setting]:
-    """Return the settings that are better than every faster one, slowest first."""
-    front: list[Setting] = []
-    for setting in sorted(candidates, key=lambda s: (s.mean_exit_layer, -quality(s))):
-        if not front or quality(setting) > quality(front[-1]):
+def _front(
+    candidates: Sequence[Setting], quality: Callable[[Setting], float], *, tolerance: float = 0.0
+) -> list[Setting]:
+    """Return the settings that are better than every faster one, slowest first.
+
+    Args:
+        candidates: the settings.
+        quality: of a setting; higher is better.
+        tolerance: standard errors by which a setting may be worse than the best faster one.
+    """
+    ordered = sorted(candidates, key=lambda s: (s.mean_exit_layer, -quality(s)))
+    front, best = ordered[:1], ordered[0]
+    for setting in ordered[1:]:
+        allowed = tolerance * math.hypot(setting.standard_error, best.standard_error)
+        if quality(setting) > quality(best) - allowed and setting.mean_exit_layer > front[-1].mean_exit_layer:
             front.append(setting)
+        best = max(best, setting, key=quality)
     return front[::-1]
+
+
+def _named(setting: Setting) -> str:
+    """Return a criterion and its setting in words."""
+    return ", ".join(filter(None, (setting.criterion.name, parameter_text(setting.criterion))))
 
 
 #: Target -> ``(target, candidates, *, tuning, checked, timed) -> setting``.

@@ -77,12 +77,15 @@ def _warnings(data: Mapping[str, Any]) -> str:
         level = data["chance_level"]
         than = "0, the correlation of a guess," if level is None else f"{fixed(level)}, the share of the largest class,"
         found.append(
-            f"Exits at chance: {chance}. Their score is not above {than} by two standard errors. Rows cannot "
-            "leave there: train longer or on more rows, or with exits that read the mean of the tokens."
+            f"Exits at chance: {chance}. Their score is not above {than} by two standard errors. Rows that leave "
+            "there are answered by chance: train longer, on more rows, or with exits that read the mean of the tokens."
         )
     if dead:
         share = percent(data["dead_share"])
-        found.append(f"Dead exits: {dead}. Less than {share} of the rows leave there; the others compute them in vain.")
+        found.append(
+            f"Dead exits: {dead}. Less than {share} of the rows leave there; the others compute them in "
+            "vain. A more lenient setting, or longer training of these exits, lets more rows leave there."
+        )
     random = now["random_exit"]
     early = now["mean_exit_layer"] < now["depth"]
     if early and random is not None and now["score"] - random <= now["standard_error"]:
@@ -117,8 +120,10 @@ def _calibration(data: Mapping[str, Any]) -> str:
     if found["temperatures"] is not None:
         rows.append(("logits divided by", ", ".join(fixed(value) for value in found["temperatures"])))
     if found["latency"] is not None:
-        rows.append(("latency", f"{fixed(found['latency'], 2)} ms for a batch"))
-    rows.append(("date", html.escape(found["date"])))
+        full = found.get("full_depth_latency")
+        beside = "" if full is None else f", full depth {fixed(full, 2)} ms"
+        rows.append(("latency", f"{fixed(found['latency'], 2)} ms for a batch{beside}"))
+    rows.append(("date", html.escape(found["date"][:10])))
     caption = "How the saved criterion was chosen, and what it did on rows that it was not chosen on."
     shown = table("calibration", ("item", "value"), rows, caption=caption, classes={"value": "text"})
     return f"<h2>Calibration</h2>\n{shown}"
@@ -189,7 +194,10 @@ def _rules(data: Mapping[str, Any]) -> str:
     ]
     metric = numbers["metric"]
     header = ("rule", "chosen setting", metric, "standard error", "layers run", "fewer layers, x", "random exit")
-    caption = f"The fastest setting of each rule that loses at most {data['drop']:g} on the tuning rows."
+    caption = (
+        f"The fastest setting of each rule that loses at most {data['drop']:g} on the tuning rows, chosen without the "
+        "margin for chance of <code>earlyexit calibrate</code>, with which a rule may get a slower setting."
+    )
     chosen = table("rules", header, cells, caption=caption, classes={"chosen setting": "setting"})
     note = (
         "The lines and marks are those of the chart above, rings are the chosen settings. Rules that give the same "
@@ -234,12 +242,17 @@ def _layers(data: Mapping[str, Any]) -> str:
 def _multiply_adds(data: Mapping[str, Any]) -> str:
     macs = data["multiply_adds"]
     labels = {"encoder": "encoder layers", "exits": "exits", "gates": "gates", "total": "together"}
-    rows = [(label, f"{fixed(100 * macs[name], 2)} %") for name, label in labels.items()]
+    rows = [
+        (label, f"{fixed(100 * macs[name], 2)} %") for name, label in labels.items() if name != "gates" or macs[name]
+    ]
     millions = fixed(macs["full_depth_per_row"] / 1e6, 1)
     caption = f"Mean of a row, relative to full depth with its last exit alone ({millions} million multiply-adds)."
-    note = "Counted, not measured: time also depends on the batch and on the machine."
-    shown = table("multiply-adds", ("part", "share"), rows, caption=caption, classes={})
-    return f"<h2>Multiply-adds</h2>\n{shown}\n<p>{note}</p>"
+    note = (
+        "Counted, not measured: time also depends on the batch and on the machine; "
+        "<code>earlyexit calibrate --latency-ms</code> measures it."
+    )
+    found = table("multiply-adds", ("part", "share"), rows, caption=caption, classes={})
+    return f"<h2>Multiply-adds</h2>\n{found}\n<p>{note}</p>"
 
 
 def _rows(data: Mapping[str, Any]) -> str:

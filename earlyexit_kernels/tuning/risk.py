@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,14 +42,21 @@ def last_passed(p_values: NDArray, epsilon: float) -> int | None:
     return int(rejected.max()) if len(rejected) else None
 
 
-def check_rows(target: Risk, rows: int) -> None:
+def check_rows(target: Risk, rows: int, total: int) -> None:
     """Refuse fewer check rows than any guarantee requires.
+
+    Args:
+        target: the risk.
+        rows: number of check rows.
+        total: number of all rows.
 
     Raises:
         ValueError: names the number needed.
     """
     if rows < target.rows_needed:
+        needed = math.ceil(target.rows_needed * total / rows)
         raise ValueError(
             f"{target}: expected at least {target.rows_needed} check rows, with which a setting without any loss "
-            f"passes, got {rows}; give more rows, a larger share of them with `check`, or a larger delta or epsilon"
+            f"passes, got {rows} of {total} rows; give at least {needed} rows that the model was not trained on, or a "
+            "larger delta or epsilon"
         )

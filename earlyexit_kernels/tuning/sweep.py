@@ -271,7 +271,9 @@ def sweep(
     groups = settings(tuning[0], points=points, problem_type=problem_type)
     found: dict[str, tuple[Point, ...]] = {}
     full = layers["tuning"][-1][metrics[0]]
-    with tqdm(total=sum(map(len, groups.values())), desc=progress, disable=progress is None, leave=False) as bar:
+    with tqdm(
+        total=sum(map(len, groups.values())), desc=progress, disable=progress is None or None, leave=False
+    ) as bar:
         for name, group in groups.items():
             evaluated = []
             results = [outcomes(*split, group, metrics=metrics, problem_type=problem_type) for split in splits.values()]
@@ -326,7 +328,7 @@ def sweep_skipping(
 
     evaluated = []
     with without_criterion(model):
-        for criterion in tqdm(criteria, desc=progress, disable=progress is None, leave=False):
+        for criterion in tqdm(criteria, desc=progress, disable=progress is None or None, leave=False):
             model.set_criterion(criterion)
             evaluated.append(Point(criterion, run(tuning), run(reporting)))
     points = _with_choice(evaluated, full_depth[result.metric], metric=result.metric, drop=result.drop)

@@ -55,6 +55,9 @@ class MaxDrop(Target):
 class SpeedUp(Target):
     """Choose the setting with the highest score among those that run 1 / `speed_up` of the layers, or fewer.
 
+    Of the settings whose scores are within one standard error of the highest, the slowest is chosen: the best of many
+    settings is partly so by chance.
+
     Attributes:
         speed_up: L / mean exit layer, at least 1.
 
@@ -72,6 +75,8 @@ class SpeedUp(Target):
 @dataclass(frozen=True)
 class Latency(Target):
     """Choose the setting with the highest score among those whose batches take at most `ms`, measured on this machine.
+
+    Of the settings whose scores are within one standard error of the highest, the slowest is chosen, as for `SpeedUp`.
 
     Attributes:
         ms: milliseconds, the median over batches of the tuning rows.

@@ -78,7 +78,7 @@ def interleave(
     shuffle = random.Random(seed).shuffle
     order = list(alternatives)
     times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for turn in tqdm(range(warmup + repeats), desc=progress, disable=progress is None, leave=False):
+    for turn in tqdm(range(warmup + repeats), desc=progress, disable=progress is None or None, leave=False):
         shuffle(order)
         for name in order:
             if prepare is not None:

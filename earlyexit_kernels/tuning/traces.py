@@ -63,7 +63,7 @@ def collect_trace(
     traces, labels = [], []
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or PadRight.of(model))
     with without_criterion(model):
-        for batch in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+        for batch in tqdm(loader, desc=progress, disable=progress is None or None, leave=False):
             labels += [batch[name] for name in LABELS if name in batch]
             trace = model.trace(**{name: batch[name].to(model.device) for name in INPUTS if name in batch})
             aux = {name: values.float().cpu() for name, values in trace.aux.items()}

@@ -110,7 +110,7 @@ def test_numbers_are_predicted_by_regression(base, tmp_path, capsys):
     assert main(["predict", "--model", str(tmp_path / "out"), *out]) == 0
     assert set(read_table(tmp_path / "out.tsv").columns["label"]) == {"stars"}
     message = error_of(capsys, ["calibrate", "--model", str(tmp_path / "out"), "--max-drop", "0.5", "--metric", "f1"])
-    assert "--metric: expected different names among pearson, spearman, got f1" in message
+    assert "--metric: expected a metric of this task, pearson, spearman, got f1" in message
 
 
 def test_pairs_of_texts(base, tmp_path, capsys):
@@ -128,6 +128,40 @@ def test_pairs_of_texts(base, tmp_path, capsys):
     assert rows_of(tmp_path / "out.csv")[0].keys() == {"a", "b", "same", "label", "score", "exit_layer"}
 
 
+def test_own_labels_are_kept_beside_the_answers(model, tmp_path, capsys):
+    write_table(tmp_path / "test.csv", {"review": ["the plot was dull ."] * 2, "label": ["bad", "good"]})
+    arguments = ["predict", "--model", str(model), "--input", str(tmp_path / "test.csv")]
+    assert main([*arguments, "--output", str(tmp_path / "out.csv")]) == 0
+    assert "answers are in predicted_label, predicted_score, predicted_exit_layer" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["label"] for row in rows] == ["bad", "good"] and rows[0]["predicted_label"]
+    write_table(tmp_path / "twice.csv", {"review": ["a"], "label": ["x"], "predicted_score": ["1"]})
+    arguments[-1] = str(tmp_path / "twice.csv")
+    assert "has a column 'predicted_score'" in error_of(capsys, [*arguments, "--output", str(tmp_path / "o.csv")])
+
+
+def test_calibration_on_the_train_file_warns(model, tmp_path, capsys):
+    train = Path(json.loads((model / "earlyexit_task.json").read_text())["data"]["train"])
+    assert main(["calibrate", "--model", str(model), "--max-drop", "0.1", "--dev", str(train)]) == 0
+    assert "is the file that the model was trained on" in capsys.readouterr().out
+    other = tmp_path / "other.csv"
+    other.write_text(train.read_text() + train.read_text().splitlines()[1] + "\n")
+    assert main(["calibrate", "--model", str(model), "--max-drop", "0.1", "--dev", str(other)]) == 0
+    assert "was trained on" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["report", "calibrate", "eval"])
+def test_files_of_others_are_not_overwritten(model, tmp_path, capsys, command):
+    given = {"report": [], "calibrate": ["--max-drop", "0.1"], "eval": []}[command]
+    file = tmp_path / ("page.html" if command == "report" else "numbers.json")
+    file.write_text('{"mine": 1}')
+    arguments = [command, "--model", str(model), *given, "--output", str(file)]
+    assert "was not written by earlyexit" in error_of(capsys, arguments)
+    assert file.read_text() == '{"mine": 1}'
+    file.unlink()
+    assert main(arguments) == 0 and main(arguments) == 0, "its own results are replaced"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -135,7 +169,7 @@ def test_pairs_of_texts(base, tmp_path, capsys):
         (["--task", "toy", "--text-column", "text", "--label-column", "x"], "--text-column, --label-column: expected"),
         (["--task", "toy", "--train", "train.csv"], "--train: not allowed with argument --task"),
         ([], "one of the arguments --task --train is required"),
-        (["--train", "train.csv", "--text-column", "x"], "--text-column: train.csv has no column 'x'"),
+        (["--train", "train.csv", "--text-column", "x"], "train.csv has no column 'x' (--text-column); it has"),
         (["--train", "train.csv", "--holdout", "0"], "expected at least one row to report on, or a file with --dev"),
         (["--train", "train.csv", "--holdout", "40"], "expected fewer rows"),
         (["--train", "nowhere.csv"], "nowhere.csv"),
@@ -172,7 +206,7 @@ def test_calibrate_prints_every_rule_and_changes_nothing(model, tmp_path, capsys
     records = json.loads(output.read_text())["records"]
     found = {record["rule"]: record.get("calibration") for record in records}
     assert found["entropy"]["layer_speed_up"] > 1 and found["patience"] is None
-    assert "patience cannot reach the target; the nearest is Patience(" in out
+    assert "patience cannot reach the target; the nearest is patience, patience 1, with a layer speed-up of" in out
 
 
 def test_apply_changes_the_config_and_the_card_only(model, capsys):
@@ -238,13 +272,14 @@ def test_a_new_process_exits_where_the_replay_said(model, tmp_path):
         ([], "one of the arguments --max-drop --speed-up --latency-ms --risk is required"),
         (["--max-drop", "0.1", "--speed-up", "2"], "not allowed with"),
         (["--max-drop", "-1"], "--max-drop"),
+        (["--max-drop", "0.6"], "--max-drop: expected a finite number in [0, 0.5]"),
         (["--speed-up", "0.5"], "--speed-up: expected a finite number in [1, 1000]"),
         (["--risk", "1"], "--risk: expected a finite number in (0, 1)"),
         (["--latency-ms", "0"], "--latency-ms"),
         (["--max-drop", "0.1", "--epsilon", "0.1"], "--epsilon: expected beside --risk"),
         (["--max-drop", "0.1", "--against", "labels"], "--against: expected beside --risk"),
         (["--max-drop", "0.1", "--latency-batch-size", "2"], "--latency-batch-size: expected beside --latency-ms"),
-        (["--max-drop", "0.1", "--metric", "pearson"], "--metric: expected different names among accuracy,"),
+        (["--max-drop", "0.1", "--metric", "pearson"], "--metric: expected a metric of this task, accuracy,"),
         (["--max-drop", "0.1", "--apply", "magic"], "--apply: expected one of ('auto', 'entropy',"),
         (["--max-drop", "0.1", "--apply", "learned"], "--apply: expected auto or a criterion of this model"),
         (["--speed-up", "1000", "--apply", "entropy"], "no setting reaches SpeedUp(speed_up=1000.0); the nearest is"),
@@ -349,10 +384,6 @@ def test_texts_are_answered_on_the_terminal(model, capsys):
         (["--text", "a", "--output", "new.csv"], "--output: expected beside --input"),
         (["--input", "in.csv", "--output", "in.csv"], "in.csv exists, and is not overwritten"),
         (["--input", "in.csv", "--output", "new.txt"], "expected a file name that ends in .csv"),
-        (
-            ["--input", "labelled.csv", "--output", "new.csv"],
-            "has a column 'label', which the predictions would replace",
-        ),
         (["--input", "in.csv", "--output", "new.csv", "--text-column", "x"], "in.csv has no column 'x'"),
         (["--input", "no.csv", "--output", "new.csv"], "no.csv"),
         (["--input", "in.csv", "--output", "in.csv/new.csv"], "--output: expected a folder that can be written to"),
@@ -361,7 +392,6 @@ def test_texts_are_answered_on_the_terminal(model, capsys):
 def test_predict_refuses_and_writes_nothing(model, tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     write_rows(Path("in.csv"), 4, text="review", label="truth")
-    write_rows(Path("labelled.csv"), 4, text="review")
     before = sorted(path.name for path in tmp_path.iterdir())
     assert words in error_of(capsys, ["predict", "--model", str(model), *arguments])
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -185,3 +185,11 @@ def test_predict_with_exits_on_a_model():
     for item, said in (("a text", "got str"), ({"text": "a"}, r"got keys \['text'\]")):
         with pytest.raises(ValueError, match=f"items that are mappings with 'input_ids', {said}; make them"):
             ee.predict_with_exits(model, [item])
+
+
+def test_names_as_labels_are_refused():
+    """Trainers and files have names of classes; a model counts classes from 0."""
+    model = early_exit("bert")
+    rows = [{"input_ids": [5, 6, 7], "labels": "positive"}, {"input_ids": [5, 6], "labels": "negative"}]
+    with pytest.raises(ValueError, match=r"expected numbers as 'labels', got 'positive'; .* model.config.label2id"):
+        ee.calibrate(model.eval(), rows, target=ee.MaxDrop(0.01))

@@ -53,6 +53,13 @@ def test_csv_has_quotes_line_ends_and_a_byte_order_mark(tmp_path):
         ("a.csv", b'text,label\n"a,1\n', "line 2: expected CSV, got unexpected end of data"),
         ("a.csv", b"text,label,text\na,1,b\n", "line 1: expected different columns, got 'text' twice"),
         ("a.csv", b"text,label\na,1\ncaf\xe9,1\n", "line 3: expected UTF-8 text, got the byte 0xe9"),
+        ("a.csv", b"text,label\na,1\ncaf\xe9,1\n", "convert it, e.g. with iconv -f LATIN1 -t UTF-8"),
+        (
+            "a.csv",
+            "text,label\na,1\n".encode("utf-16"),
+            "line 1: expected UTF-8 text, got the byte 0xff; convert it, e.g. with iconv -f UTF-16",
+        ),
+        ("a.csv", b"text;label\na;1\nb, c;2\n", "line 3: expected 1 columns, got 2; its header looks separated by ';'"),
         ("a.tsv", b"text\tlabel\na\t1\nb 1\n", "line 3: expected 2 columns, got 1"),
         ("a.jsonl", b"", "expected at least one row, got none"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3: expected a JSON object"),
