@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     output = Output(args.output)
     with output.opened(run, overwrite=args.overwrite):
         left = [block for block in blocks if not output.is_finished(block)]
+        to_score = f"{len(left)} of {len(blocks)} blocks of up to {BLOCK_ROWS} rows"
+        print(f"{len(files)} file(s), {to_score} to score", file=sys.stderr, flush=True)
         job: dict[str, Any] = {
             "model": os.path.abspath(args.model),
             "output": os.path.abspath(args.output),

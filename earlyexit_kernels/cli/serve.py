@@ -12,6 +12,7 @@ from earlyexit_kernels.cli.inputs import check_packages
 from earlyexit_kernels.cli.recipe import recipe_of
 from earlyexit_kernels.criteria import from_dict
 from earlyexit_kernels.hf.calibration import Calibration
+from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.serving.http.settings import Settings
 
 #: Environment variable with the API key.
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     check_packages("serve", "serve", REQUIRED)
     recipe = recipe_of("MODEL", args.model)
+    if not (args.model / CONFIG).is_file():
+        raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} has no {CONFIG}")
     settings = Settings(
         model=args.model,
         max_length=None if recipe is None else recipe.max_length,
@@ -82,6 +85,8 @@ def api_key(file: Path | None) -> str | None:
         return None
     if file is not None and variable is not None:
         raise ValueError(f"--api-key-file: expected either the file or the variable {KEY_VARIABLE}, got both")
+    if file is not None and not file.is_file():
+        raise FileNotFoundError(f"--api-key-file: expected a file with a key, {file} is none")
     key = (variable if file is None else file.read_text(encoding="utf-8")) or ""
     key = key.strip()
     if not key or not key.isascii() or len(key.split()) > 1:

@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     scores = truncations(trace, labels, metrics=task.metrics)
     recipe = replace(recipe, method=model.objective.to_dict(), phases=tuple(plans), scores=scores)
     text = card(args.output, recipe, task, model, len(labels))
+    if recipe.max_length is not None:  # a pipeline or a Scorer then cuts texts where training did
+        tokenizer.model_max_length = min(tokenizer.model_max_length, recipe.max_length)
     savers = model.save_pretrained, functools.partial(save_tokenizer, tokenizer), recipe.save
     save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
     print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")

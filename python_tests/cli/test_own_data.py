@@ -50,8 +50,9 @@ def trained(base, files, tmp_path_factory):
     """Folder written by `earlyexit train --train train.csv`."""
     folder = tmp_path_factory.mktemp("trained") / "out"
     columns = ["--text-column", "review", "--label-column", "opinion"]
-    rows = ["--train", str(files / "train.csv"), *columns, "--holdout", "120"]
-    assert main(["train", "--model", str(base), *rows, "--output", str(folder), "--epochs", "16", "--lr", "5e-3"]) == 0
+    rows = ["--train", str(files / "train.csv"), *columns, "--holdout", "120", "--max-length", "48"]
+    epochs = ["--epochs", "16", "--lr", "5e-3"]
+    assert main(["train", "--model", str(base), *rows, "--output", str(folder), *epochs]) == 0
     return folder
 
 
@@ -76,6 +77,8 @@ def test_train_records_files_columns_and_classes(trained, files):
     assert recipe.data.label_names == NAMES and recipe.data.columns.text == "review"
     loaded = AutoModelForSequenceClassification.from_pretrained(trained, local_files_only=True)
     assert loaded.config.id2label == dict(enumerate(NAMES)) and loaded.criterion is None
+    tokenizer = AutoTokenizer.from_pretrained(trained, local_files_only=True)
+    assert recipe.max_length == tokenizer.model_max_length == 48, "a Scorer and a pipeline cut where training did"
     card = (trained / "README.md").read_text()
     assert "train.csv" in card and str(files) not in card and "import earlyexit_kernels" in card
     assert card.count("| ") > 3 and "no criterion" in card.lower()

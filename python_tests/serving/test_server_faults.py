@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -170,14 +171,17 @@ def test_worker_that_is_killed_under_load(folder, quick):
         asked = [threads.submit(client.post, "/predict", json={"inputs": [SLOW] * 2}) for _ in range(12)]
         until(lambda: numbers(client)["rows"])
         os.kill(fake_workers()[0], signal.SIGKILL)
+        assert client.get("/health").status_code == 200, "the other worker takes rows"
         asked += [threads.submit(client.post, "/predict", json={"inputs": [SLOW] * 2}) for _ in range(12)]
         answers = [one.result() for one in asked]
         assert {one.status_code for one in answers} == {200, 503}
         for lost in [one for one in answers if one.status_code == 503]:
             assert lost.headers["retry-after"] == "1"
             assert "the worker that had this input has ended" in lost.json()["error"]
-        until(lambda: client.get("/health").status_code == 200)
+        until(lambda: client.get("/health").json()["workers_ready"] == 2)
         assert numbers(client)["restarts"] == 1
+        failed = re.search(r"earlyexit_failed_rows_total (\d+)", client.get("/metrics").text)
+        assert failed is not None and int(failed[1]) >= 1
         assert client.post("/predict", json={"inputs": ["a"] * 20}).status_code == 200
 
 

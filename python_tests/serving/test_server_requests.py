@@ -128,11 +128,24 @@ REFUSED = {
     "empty list": (b'{"inputs": []}', 422, "at least one"),
     "three texts": (b'{"inputs": [["a", "b", "c"]]}', 422, "inputs.0: expected 1 or 2"),
     "10,000 inputs": (json.dumps({"inputs": ["a"] * 10_000}).encode(), 413, "at most 256, got 10000"),
-    "1 MB text": (json.dumps({"inputs": "dull " * 200_000}).encode(), 422, "at most 64 tokens"),
+    "1 MB text": (
+        json.dumps({"inputs": "dull " * 200_000}).encode(),
+        422,
+        "at most 4096 characters .64 tokens., got 1000000",
+    ),
+    "65 tokens": (json.dumps({"inputs": "dull " * 65}).encode(), 422, 'at most 64 tokens.*set "truncate": true'),
     "long body": (json.dumps({"inputs": "a" * 2**21}).encode(), 413, "at most 2097152 bytes"),
     "threshold": (b'{"inputs": "a", "threshold": 0.3}', 422, "accepts no threshold"),
     "nested": (b'{"inputs":' + b"[" * 100_000 + b"}", 400, "JSON"),
 }
+
+
+def test_long_texts_are_cut_before_they_are_tokenised(client, words):
+    """A text of a megabyte would keep the tokenizer from those of other requests for a second."""
+    long, cut = "dull " * 200_000, words.tokenize("dull " * 64)[:62]
+    found = client.post("/predict", json={"inputs": [long, [long, "witty"]], "truncate": True})
+    assert found.status_code == 200, found.text
+    same(found.json()[0], expected(words, " ".join(cut)))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -23,6 +23,8 @@ from earlyexit_kernels.tasks import toy
 
 TEXTS = [f"the plot was {word}" for word in ("dull", "witty", "funny", "superb", "lovely", "weak")]
 NOW = {
+    "model": "a_model_of_a_long_name_" * 4,
+    "criterion": "Entropy(threshold=0.5025, normalized=False)",
     "uptime_seconds": 1.0,
     "ready": 1,
     "workers": 2,

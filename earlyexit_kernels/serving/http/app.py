@@ -49,8 +49,8 @@ def create_app(pool: Pool, tokenizer: Tokenizer, metrics: Metrics) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        """Answer 200 if every worker takes rows, else 503."""
-        ready = pool.ready == settings.workers
+        """Answer 200 if a worker takes rows, else 503."""
+        ready = pool.ready > 0
         body = {"ready": ready, "workers": settings.workers, "workers_ready": pool.ready}
         return JSONResponse(body, 200 if ready else 503)
 

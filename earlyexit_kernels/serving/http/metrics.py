@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from earlyexit_kernels.criteria import from_dict
 from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.serving.drift import ExitDrift
 from earlyexit_kernels.serving.http.pool import Pool, Step
@@ -104,6 +105,8 @@ class Metrics:
                 statuses[sample.labels["status"]] += int(sample.value)
         drift = self.drift
         return {
+            "model": pool.settings.model.resolve().name,
+            "criterion": str(from_dict(pool.info["criterion"])),
             "uptime_seconds": round(time.monotonic() - self._started, 1),
             "ready": pool.ready,
             "workers": pool.settings.workers,

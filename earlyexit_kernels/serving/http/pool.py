@@ -67,13 +67,13 @@ class Ticket:
 
 
 class Step(NamedTuple):
-    """What a message of a worker adds to the counts.
+    """What is added to the counts by a message of a worker, by its end, or by a row that waited too long.
 
     Attributes:
         layers: at which rows left.
         usual: those of rows without a threshold of their own.
         tokens: of these rows.
-        failed: number of rows on which the model failed.
+        failed: number of rows without an answer.
     """
 
     layers: list[int]
@@ -89,7 +89,7 @@ class Pool:
 
     Args:
         settings: of the server.
-        rows_done: called for each message of a worker.
+        rows_done: called with what is added to the counts.
 
     Attributes:
         settings: as given.
@@ -213,6 +213,7 @@ class Pool:
                 self._read(worker, message)
             worker.kill()
             lost = list(worker.tokens)
+            self._rows_done(Step([], [], 0, len(lost)))
             self._fail(lost, LOST)
             logger.error("a worker has ended with %d rows (%s); starting another", len(lost), await worker.ending())
             self.restarts += 1
@@ -262,6 +263,7 @@ class Pool:
             await asyncio.sleep(LOOK_SECONDS)
             since = loop.time() - self.settings.max_wait_ms / 1000
             while self._queue and next(iter(self._queue.values()))[0] < since:
+                self._rows_done(Step([], [], 0, 1))
                 self._deliver(self._queue.popitem(last=False)[0], LATE)
             for worker in self._workers:
                 if worker.stalled(self.settings.stalled_seconds):

@@ -18,6 +18,10 @@ from earlyexit_kernels.serving.rows import encode
 
 #: Fields that the answer to a refused request names, and characters of a name.
 NAMED, NAME_LENGTH = 3, 40
+#: Characters of a text for each token that a row may have, above which it is not tokenised: a long text takes the
+#: tokenizer as long as many requests. Words of a language have a tenth of it for each token.
+CHARACTERS_PER_TOKEN = 64
+SHORTEN = 'shorten it, or set "truncate": true'
 #: What `inputs` may be.
 INPUTS = "expected a text, or a list of texts and of lists of one or two texts"
 
@@ -97,7 +101,12 @@ def check_threshold(threshold: float | None, settings: Settings) -> None:
     if threshold is None:
         return
     if low is None or high is None:
-        raise RefusedError(422, "Validation", "threshold: this server accepts no threshold of a request; leave it out")
+        raise RefusedError(
+            422,
+            "Validation",
+            "threshold: this server accepts no threshold of a request; leave it out, or start the server with "
+            "--min-threshold and --max-threshold",
+        )
     if not low <= threshold <= high:
         raise RefusedError(422, "Validation", f"threshold: expected a number in [{low:g}, {high:g}], got {threshold:g}")
 
@@ -120,8 +129,16 @@ class Tokenizer:
         """Return token ids and segment ids of each input.
 
         Raises:
-            RefusedError: an input is empty, or has more than `max_length` tokens and `truncate` is False.
+            RefusedError: an input is empty; or it has more than `max_length` tokens, or more than
+                `CHARACTERS_PER_TOKEN` characters for each, to which `truncate` cuts it.
         """
+        most = CHARACTERS_PER_TOKEN * self.max_length
+        if truncate:
+            items = [tuple(text[:most] for text in item) for item in items]
+        for index, item in enumerate(items):
+            if (characters := max(map(len, item))) > most:
+                limit = f"{most} characters ({self.max_length} tokens)"
+                raise _bad_input(index, f"expected at most {limit}, got {characters}; {SHORTEN}")
         rows: list[Any] = [None] * len(items)
         problems: dict[int, str] = {}
         for texts in (1, 2):  # an input of one text, or a pair
@@ -133,8 +150,12 @@ class Tokenizer:
                 rows[numbers[index]] = (row["input_ids"], row.get("token_type_ids"))
         if problems:
             first = min(problems)
-            raise RefusedError(422, "Validation", f"inputs.{first}: {problems[first]}")
+            raise _bad_input(first, problems[first].replace("shorten it, or pass truncate=True", SHORTEN))
         return rows
+
+
+def _bad_input(index: int, problem: str) -> RefusedError:
+    return RefusedError(422, "Validation", f"inputs.{index}: {problem}")
 
 
 def predictions(

@@ -76,7 +76,8 @@ class Settings:
         )
         ends = (self.min_threshold, self.max_threshold)
         if (None in ends and ends != (None, None)) or (None not in ends and ends[0] > ends[1]):  # type: ignore[operator]
-            raise ValueError(f"--min-threshold, --max-threshold: expected both, the smaller one first, got {ends}")
+            got = " and ".join("none" if end is None else f"{end:g}" for end in ends)
+            raise ValueError(f"--min-threshold, --max-threshold: expected both, the smaller one first, got {got}")
         if self.max_inputs > self.max_queue:
             raise ValueError(
                 f"--max-inputs: expected at most --max-queue = {self.max_queue}, got {self.max_inputs}; a "

@@ -72,7 +72,7 @@ function latency() {
     const points = known.map((one, i) => `${30 + 365 * i / 119},${105 - 95 * one[name] / highest}`)
     part(name).setAttribute("points", points.join(" "))
   }
-  part("highest").textContent = highest.toPrecision(3)
+  part("highest").textContent = highest < 100 ? highest.toPrecision(2) : highest.toFixed(0)
 }
 
 function show(now) {
@@ -87,6 +87,7 @@ function show(now) {
     mean: now.rows ? (layers / now.rows).toFixed(2) + " of " + now.exit_rows.length : "-",
   }
   for (const [name, text] of Object.entries(tiles)) part(name).textContent = text
+  part("model").textContent = `${now.model}, ${now.criterion}`
   part("mark").hidden = now.calibrated_shares === null
   exits(now.exit_rows, now.calibrated_shares)
   history.push(now.latency_ms)
@@ -131,6 +132,7 @@ TILES = {
 }
 
 BODY = f"""<h1>earlyexit server</h1>
+<p id="model" class="about"></p>
 <p id="notice" role="status" hidden></p>
 <form id="ask" hidden><label>API key <input id="key" type="password" autocomplete="off"></label>
 <button>use</button></form>
@@ -140,12 +142,13 @@ BODY = f"""<h1>earlyexit server</h1>
 <h2>Exit layers of all inputs since the start</h2>
 <svg id="exits" viewBox="0 0 400 60" role="img" aria-label="share of inputs that left at each layer"></svg>
 <p id="mark" class="about" hidden>Orange lines: shares in the calibration.</p>
-<h2>Time of a request, of the last 1000</h2>
+<h2>Time of a request</h2>
 <svg viewBox="0 0 400 120" role="img" aria-label="time of a request in the last two minutes">
 <text x="26" y="16" text-anchor="end" id="highest">1</text><text x="26" y="109" text-anchor="end">0</text>
 <polyline id="p50"></polyline><polyline id="p99"></polyline>
 </svg>
-<p class="about">Milliseconds in the server, over the last two minutes; solid: median, dashed: 99 % are below.</p>
+<p class="about">Milliseconds in the server, of the last 1000 requests; each second since this page was opened, at
+most two minutes. Solid: median, dashed: 99 % are below.</p>
 <script>
 {SCRIPT}</script>"""
 
