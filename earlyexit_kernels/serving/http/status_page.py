@@ -69,7 +69,7 @@ function latency() {
   const known = history.filter(one => one.p99 !== null)
   const highest = Math.max(1, ...known.map(one => one.p99))
   for (const name of ["p50", "p99"]) {
-    const points = known.map((one, i) => `${30 + 365 * i / 119},${105 - 95 * one[name] / highest}`)
+    const points = known.map((one, i) => `${44 + 351 * i / 119},${105 - 95 * one[name] / highest}`)
     part(name).setAttribute("points", points.join(" "))
   }
   part("highest").textContent = highest < 100 ? highest.toPrecision(2) : highest.toFixed(0)
@@ -144,7 +144,7 @@ BODY = f"""<h1>earlyexit server</h1>
 <p id="mark" class="about" hidden>Orange lines: shares in the calibration.</p>
 <h2>Time of a request</h2>
 <svg viewBox="0 0 400 120" role="img" aria-label="time of a request in the last two minutes">
-<text x="26" y="16" text-anchor="end" id="highest">1</text><text x="26" y="109" text-anchor="end">0</text>
+<text x="40" y="16" text-anchor="end" id="highest">1</text><text x="40" y="109" text-anchor="end">0</text>
 <polyline id="p50"></polyline><polyline id="p99"></polyline>
 </svg>
 <p class="about">Milliseconds in the server, of the last 1000 requests; each second since this page was opened, at
