@@ -3,9 +3,9 @@
     hidden -> [ gate? -> layer -> exit head -> exit_step -> compact? ] x L -> answers, in request order
 
 After each layer the host knows three numbers: live rows, their tokens, and rows with invalid logits. On the CPU it
-reads them at once. On CUDA they arrive a layer late as upper bounds (`counts`), and the loop does not synchronise with
-the device: rows leave and move on the device, into buffers as large as the bound. With skip gates the host has to know
-which rows run a layer, so it reads all numbers at once.
+reads them at once. On CUDA they arrive a layer late as upper bounds (`counts`), and the loop does not wait for the
+layer that it has just launched: rows leave and move on the device, into buffers as large as the bound. With skip gates
+the host has to know which rows run a layer, so it reads all numbers at once.
 """
 
 from __future__ import annotations

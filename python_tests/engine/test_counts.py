@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import deque
 
@@ -16,7 +15,7 @@ from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_s
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
-from earlyexit_kernels.engine import counts, eager, embedding, packing
+from earlyexit_kernels.engine import eager, embedding, packing
 from earlyexit_kernels.engine.counts import HostCounts, LaggedCounts, counts_for
 from earlyexit_kernels.engine.inputs import Inputs
 
@@ -32,15 +31,28 @@ def numbers(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+class Delayed:
+    """An event that is done when the test says so."""
+
+    done = False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        assert self.done, "the loop waits for counts that it need not know"
+
+
 class Late(LaggedCounts):
-    """Counts that arrive some layers after they were sent."""
+    """Counts that arrive some layers after they were sent; until then the memory has others."""
 
     def __init__(self, depth, device, lag=1, delay=1):
         super().__init__(depth, device)
-        self.lag, self.delay = lag, delay
+        self.lag, self.delay, self.layer = lag, delay, 0
         self.sent = deque()
 
     def after(self, layer, counts, bounds):
+        self.layer = layer
         self.arrive(layer - self.delay)
         return super().after(layer, counts, bounds)
 
@@ -48,12 +60,16 @@ class Late(LaggedCounts):
         self.arrive(math.inf)
         return super().finish()
 
-    def _send(self, layer, words):
-        self.sent.append((layer, words))
+    def _send(self, counts, memory):
+        memory.fill_(-1)
+        self.sent.append((self.layer, counts, memory, Delayed()))
+        return memory, self.sent[-1][-1]
 
     def arrive(self, layer):
         while self.sent and self.sent[0][0] <= layer:
-            super()._send(*self.sent.popleft())
+            _, counts, memory, arrival = self.sent.popleft()
+            memory.copy_(counts)
+            arrival.done = True
 
 
 # the bounds
@@ -69,81 +85,62 @@ def test_bounds_are_the_latest_arrived_counts():
 
 
 def test_counts_without_delay_are_exact():
-    """Counts that arrive at once, as on the CPU, are exact for every lag."""
-    prompt = LaggedCounts(3, CPU)
-    prompt.lag = 9
+    """Counts that arrive at once are exact for every lag."""
+    prompt = Late(3, CPU, lag=9, delay=0)
     exact = HostCounts(3)
     for layer, sent in enumerate((numbers(6, 40, 1), numbers(6, 40, 0), numbers(0, 0, 0)), start=1):
-        assert prompt.after(layer, sent, (8, 64)) == exact.after(layer, sent, (8, 64)) == tuple(sent[:2].tolist())
+        bounds = prompt.after(layer, sent, (8, 64))
+        prompt.arrive(layer)
+        assert prompt.after(layer, None, bounds) == exact.after(layer, sent, (8, 64)) == tuple(sent[:2].tolist())
     assert prompt.finish() == exact.finish() == [1, 0, 0]
 
 
-def test_stale_words_are_ignored():
-    first = LaggedCounts(3, CPU)
-    for layer in (1, 2, 3):
-        first.after(layer, numbers(1, 2, 3), (9, 60))
-    first.finish()
-    second = Late(3, CPU, lag=math.inf, delay=math.inf)
-    assert second._words is first._words, "the memory goes from batch to batch"
-    for layer in (1, 2, 3):
-        assert second.after(layer, numbers(8, 55, 0), (9, 60)) == (9, 60)
-    second.arrive(1)
-    assert second.after(3, None, (9, 60)) == (8, 55)
-    assert second.finish() == [0, 0, 0]
+def test_batches_do_not_share_memory():
+    """A stream that is left half-way may still be written to."""
+    first, second = LaggedCounts(77, CPU), LaggedCounts(77, CPU)
+    assert first._memory.data_ptr() != second._memory.data_ptr()
 
 
-def test_partial_words_are_ignored():
-    late = Late(2, CPU, lag=math.inf, delay=math.inf)
-    late.after(1, numbers(4, 20, 0), (9, 60))
-    _, words = late.sent[0]
-    late._words[0, :2] = words[:2]
-    assert late.after(2, None, (9, 60)) == (9, 60)
-    late._words[0] = words
-    assert late.after(2, None, (9, 60)) == (4, 20)
+def test_counts_are_sent_on_the_current_stream(monkeypatch):
+    """On a fake device: one copy and one event for each exit, and no wait before it is due."""
+    done, log = [], []
+
+    class Event:
+        def record(self, stream):
+            log.append(("record", stream))
+
+        def query(self):
+            return bool(done)
+
+        def synchronize(self):
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    late = LaggedCounts(3, CPU)
+    assert late.after(1, numbers(7, 50, 0), (9, 60)) == (9, 60) and log == [("record", "stream of cpu")]
+    assert late.after(2, numbers(5, 30, 1), (9, 60)) == (7, 50) and log[1:] == [("record", "stream of cpu"), "wait"]
+    done.append(True)
+    assert late.after(2, None, (7, 50)) == (5, 30), "arrived, so known before it is due"
+    assert late.finish() == [0, 1, 0]
 
 
-def test_memory_in_use_is_not_shared():
-    depth = 77
-    broken, other = LaggedCounts(depth, CPU), LaggedCounts(depth, CPU)
-    assert broken._words is not other._words
-    broken.after(1, numbers(1, 1, 0), (2, 2))
-    other.finish()
-    later = [LaggedCounts(depth, CPU) for _ in range(2)]
-    assert later[0]._words is other._words and later[1]._words is not broken._words
-
-
-def test_epochs_wrap_within_the_word(monkeypatch):
-    monkeypatch.setattr(counts, "_EPOCHS", itertools.count(counts.LAST_EPOCH - 1))
-    largest = 2**31 - 1
-    for epoch in (counts.LAST_EPOCH, 1):
-        batch = LaggedCounts(2, CPU)
-        assert batch._epoch == epoch
-        assert batch.after(1, numbers(largest, largest, 5), (0, 0)) == (largest, largest)
-        assert batch.finish() == [5, 0]
-
-
-def test_memory_from_inference_mode_is_reused_outside_of_it():
-    depth = 78
-    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
-        with mode():
-            batch = LaggedCounts(depth, CPU)
-            assert batch.after(1, numbers(3, 9, 0), (4, 12)) == (3, 9)
-            batch.finish()
-
-
-def test_memory_ignores_the_default_device():
-    with torch.device("meta"):
-        batch = LaggedCounts(79, CPU)
-    assert batch.after(1, numbers(3, 9, 0), (4, 12)) == (3, 9)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_counts_in_every_mode_and_under_a_default_device(mode):
+    with mode(), torch.device("meta"):
+        batch = Late(78, CPU, delay=0)
+        batch.after(1, torch.tensor([3, 9, 0], dtype=torch.int32, device="cpu"), (4, 12))
+        batch.arrive(1)
+        assert batch.after(1, None, (4, 12)) == (3, 9)
 
 
 def test_device_errors_end_the_wait():
-    class Broken:
-        def query(self):
+    class Broken(Delayed):
+        def synchronize(self):
             raise RuntimeError("an illegal memory access")
 
     late = Late(2, CPU, lag=0, delay=math.inf)
-    late._stream = Broken()
+    late._send = lambda counts, memory: (memory, Broken())
     with pytest.raises(RuntimeError, match="an illegal memory access"):
         late.after(1, numbers(1, 1, 0), (2, 2))
 
@@ -250,21 +247,6 @@ def test_stream_with_late_counts(lag, delay, monkeypatch):
         assert torch.equal(rows.sort().values, torch.arange(len(LENGTHS)))
         assert torch.equal(torch.cat([part.logits for part in parts]), expected.logits[rows])
         assert torch.equal(torch.cat([part.exit_layer for part in parts]), expected.exit_layer[rows])
-
-
-def test_memory_of_a_stream_left_half_way_is_not_reused(monkeypatch):
-    """The device may still write to it."""
-    model, batch, _ = setting("bert", "auto", "entropy")
-    monkeypatch.setattr(model.execution, "_layers", "family")
-    choose, _ = as_on_cuda(monkeypatch)
-    choose(1, 1)
-    model(**batch)
-    idle = counts._IDLE[("cpu", DEPTH)]
-    before = len(idle)
-    parts = model.stream(**batch)
-    next(parts)
-    parts.close()
-    assert len(idle) == before - 1
 
 
 def test_every_back_end_supports_bounds(backend, monkeypatch):
