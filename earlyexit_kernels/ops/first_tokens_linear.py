@@ -65,7 +65,7 @@ def first_tokens_linear_triton(
 ) -> None:
     """Launch `first_tokens_linear_kernel`."""
     rows, n = out.shape
-    tiles = tiles_for(out.dtype, rows, n)
+    tiles = tiles_for(out.dtype, rows, n, out.device)
     grid = (-(-rows // tiles.rows), -(-n // tiles.columns))
     if rows and n:
         first_tokens_linear_kernel[grid](

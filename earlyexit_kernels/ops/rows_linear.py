@@ -99,7 +99,7 @@ def rows_linear_triton(
     """Launch `rows_linear_kernel`; tiles and programs depend on the capacity, not on the token count."""
     (capacity, columns), rows = out.shape, offsets.numel() - 1
     n, k = weights[0].shape
-    tiles = tiles_for(out.dtype, capacity, columns)
+    tiles = tiles_for(out.dtype, capacity, columns, out.device)
     programs = resident_programs(tiles, capacity, columns, out.device)
     # the kernel has three pairs of arguments; unused ones are the first pair again
     pairs = [*zip(weights, biases, strict=True)] + [(weights[0], biases[0])] * (MAX_WEIGHTS - len(weights))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,15 @@ class Tiles:
         """Return the number of tiles of an output."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
+    def shared_bytes(self, itemsize: int) -> int:
+        """Return the shared memory of a program for elements of this many bytes."""
+        return self.stages * (self.rows + self.columns) * self.depth * itemsize
+
+    def fitted(self, itemsize: int, shared_bytes: int) -> Tiles:
+        """Return these tiles with as many stages as fit into the shared memory of a program, at least two."""
+        stage = self.shared_bytes(itemsize) // self.stages
+        return replace(self, stages=max(2, min(self.stages, shared_bytes // stage)))
+
     @property
     def options(self) -> dict[str, Any]:
         """Launch options of `product_tile`, without FMA contraction, so that all sizes round the same."""
@@ -43,16 +52,25 @@ class Tiles:
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
 
-#: (bytes per element, whether the capacity is large) -> tiles. Unmeasured. 64 rows per four warps match Hopper's matrix
-#: units; the depth is the same for all sizes of a dtype, so that all add in the same order.
+#: Bytes per element -> tiles, the largest first. Unmeasured. 64 rows per four warps match Hopper's matrix units; the
+#: depth is the same for all sizes of a dtype, so that all add in the same order. Few tiles hide the latency of memory
+#: by many stages.
 TILES = {
-    (2, False): Tiles(64, 64, 64, warps=4, stages=4, resident=3),
-    (2, True): Tiles(128, 128, 64, warps=8, stages=3, resident=1),
-    (4, False): Tiles(64, 64, 16, warps=4, stages=3, resident=4),
-    (4, True): Tiles(128, 128, 16, warps=8, stages=3, resident=1),
+    2: (
+        Tiles(128, 128, 64, warps=8, stages=3, resident=1),
+        Tiles(64, 64, 64, warps=4, stages=8, resident=1),
+        Tiles(64, 32, 64, warps=4, stages=10, resident=1),
+        Tiles(64, 16, 64, warps=4, stages=12, resident=1),
+    ),
+    4: (
+        Tiles(128, 128, 16, warps=8, stages=3, resident=1),
+        Tiles(64, 64, 16, warps=4, stages=3, resident=4),
+    ),
 }
-#: Minimum number of large tiles for which they are used: two per multiprocessor of an H100.
-MIN_LARGE_TILES = 264
+#: Number of tiles that is enough for the multiprocessors of an H100: the largest tiles of which there are as many.
+ENOUGH_TILES = 96
+#: Bytes of shared memory of a program that are left to Triton.
+RESERVED_BYTES = 1024
 #: Number of multiprocessors assumed in the interpreter.
 INTERPRETED_PROCESSORS = 3
 
@@ -97,10 +115,15 @@ def product_tile(
     tl.store(out + target[:, None] * STRIDE + n[None, :], y, mask=in_rows & in_columns)
 
 
-def tiles_for(dtype: torch.dtype, capacity: int, columns: int) -> Tiles:
-    """Return the tiles for a product of up to `capacity` rows."""
-    many = TILES[dtype.itemsize, True].count(capacity, columns) >= MIN_LARGE_TILES
-    return TILES[dtype.itemsize, many]
+def tiles_for(dtype: torch.dtype, capacity: int, columns: int, device: torch.device) -> Tiles:
+    """Return the tiles for a product of up to `capacity` rows, with as many stages as the device has memory for."""
+    sizes = TILES[dtype.itemsize]
+    found = next((tiles for tiles in sizes if tiles.count(capacity, columns) >= ENOUGH_TILES), sizes[-1])
+    if device.type != "cuda":
+        return found
+    card = torch.cuda.get_device_properties(device)
+    limit = getattr(card, "shared_memory_per_block_optin", card.shared_memory_per_block)
+    return found.fitted(dtype.itemsize, limit - RESERVED_BYTES)
 
 
 def resident_programs(tiles: Tiles, capacity: int, columns: int, device: torch.device) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support.backends import backend_params
-from support.encoder_cases import EPS, SUBJECTS, TORCH_ACTIVATIONS, UNTOUCHED, WAYS, H, Layout, N, parameters, values_of
+from support.encoder_cases import EPS, SUBJECTS, TORCH_ACTIVATIONS, UNTOUCHED, WAYS, H, Layout, parameters, values_of
 
 from earlyexit_kernels import ops
 from earlyexit_kernels.ops.rows_linear import GROUP
@@ -115,11 +116,37 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(name, backend, dtype, products
 
 
 def test_tiles_of_all_sizes_have_the_same_depth():
-    for dtype in (FLOAT32, HALF, BFLOAT16):
-        few, many = tiles_for(dtype, 90, N), tiles_for(dtype, 33792, N)
-        assert (few.rows, many.rows) == (64, 128)
-        assert few.depth == many.depth
-    assert len({(tiles.rows, tiles.warps) for tiles in TILES.values()}) == 2
+    """Else the order of a sum, and its bits, would depend on the capacity."""
+    for sizes in TILES.values():
+        assert len({tiles.depth for tiles in sizes}) == 1
+        areas = [tiles.rows * tiles.columns for tiles in sizes]
+        assert areas == sorted(areas, reverse=True)
+
+
+def test_tiles_are_the_largest_of_which_there_are_enough():
+    """BERT-base on an H100 of 132 multiprocessors: B 1 and B 32 of 128 tokens."""
+    products = ((2304, (64, 32), (128, 128)), (768, (64, 16), (128, 128)), (3072, (64, 64), (128, 128)))
+    for columns, one, many in products:
+        for tokens, want in ((128, one), (4096, many)):
+            tiles = tiles_for(HALF, tokens, columns, torch.device("cpu"))
+            assert (tiles.rows, tiles.columns) == want
+            assert tiles.count(tokens, columns) >= 132 / 2, "no more than half of the multiprocessors are idle"
+
+
+def test_stages_fit_into_the_shared_memory(monkeypatch):
+    """A consumer GPU has 99 KiB for a program, an H100 227."""
+    small, large = (
+        SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=kib * 1024)
+        for kib in (99, 227)
+    )
+    for card, stages in ((large, 8), (small, 6)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        tiles = tiles_for(HALF, 128, 3072, torch.device("cuda"))
+        assert tiles.stages == stages and tiles.shared_bytes(2) < card.shared_memory_per_block_optin
+        for sizes in TILES.values():
+            for each in sizes:
+                itemsize = 2 if each.depth == 64 else 4
+                assert each.fitted(itemsize, card.shared_memory_per_block_optin).stages >= 2
 
 
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (7, 3), (16, 64), (65, 66), (130, 129)])
@@ -143,7 +170,7 @@ def test_more_tiles_than_programs(backend):
     layout = Layout((500, 199), rows=2, capacity=800)
     x, (weight, bias) = torch.randn(800, 3), parameters(130, 3, dtype=FLOAT32)
     out = torch.full((800, 130), UNTOUCHED)
-    tiles = tiles_for(FLOAT32, 800, 130)
+    tiles = tiles_for(FLOAT32, 800, 130, x.device)
     assert tiles.count(699, 130) > 2 * resident_programs(tiles, 800, 130, x.device) and GROUP * tiles.rows < 699
     ops.rows_linear(x, weight, bias, layout.offsets, out, backend=backend)
     torch.testing.assert_close(out[:699].double(), x[:699].double() @ weight.double().T + bias.double())

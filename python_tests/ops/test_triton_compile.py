@@ -191,6 +191,7 @@ FEW, MANY = 128, 32768
 #: The loops over matrix products, in each size that is shipped.
 PRODUCTS = {
     "few": lambda dtype: rows_linear(FEW, dtype),
+    "few_wide": lambda dtype: rows_linear(FEW, dtype, n=3072),
     "many": lambda dtype: rows_linear(MANY, dtype, n=3072),
     "few_of_three": lambda dtype: rows_linear(FEW, dtype, activation="none", weights=3),
     "many_of_three": lambda dtype: rows_linear(MANY, dtype, activation="none", weights=3),
