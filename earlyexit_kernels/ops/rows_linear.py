@@ -12,11 +12,10 @@ from torch import Tensor
 from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, not_traced
+from earlyexit_kernels.ops.rows_linear_tma import GROUP, rows_linear_tma, uses_tma
 from earlyexit_kernels.ops.schema import ROWS_LINEAR, bare_op, define
 from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, resident_programs, tiles_for
 
-#: Tiles of rows that are computed in turn for the same columns, whose weights are then still in the cache.
-GROUP = 8
 #: Maximum number of weights of a call: query, key and value.
 MAX_WEIGHTS = 3
 
@@ -99,6 +98,10 @@ def rows_linear_triton(
     """Launch `rows_linear_kernel`; tiles and programs depend on the capacity, not on the token count."""
     (capacity, columns), rows = out.shape, offsets.numel() - 1
     n, k = weights[0].shape
+    if uses_tma(x, weights, out):
+        for weight, bias, part in zip(weights, biases, out.split(n, dim=1), strict=True):
+            rows_linear_tma(x, weight, bias, offsets, part, activation, absolute)
+        return
     tiles = tiles_for(out.dtype, capacity, columns, out.device)
     programs = resident_programs(tiles, capacity, columns, out.device)
     # the kernel has three pairs of arguments; unused ones are the first pair again

@@ -52,15 +52,17 @@ class Tiles:
         return {**blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
 
+#: Terms of a sum per step in half precision, in all kernels, so that all add in the same order.
+BLOCK_DEPTH = 64
 #: Bytes per element -> tiles, the largest first. Unmeasured. 64 rows per four warps match Hopper's matrix units; the
 #: depth is the same for all sizes of a dtype, so that all add in the same order. Few tiles hide the latency of memory
 #: by many stages.
 TILES = {
     2: (
-        Tiles(128, 128, 64, warps=8, stages=3, resident=1),
-        Tiles(64, 64, 64, warps=4, stages=8, resident=1),
-        Tiles(64, 32, 64, warps=4, stages=10, resident=1),
-        Tiles(64, 16, 64, warps=4, stages=12, resident=1),
+        Tiles(128, 128, BLOCK_DEPTH, warps=8, stages=3, resident=1),
+        Tiles(64, 64, BLOCK_DEPTH, warps=4, stages=8, resident=1),
+        Tiles(64, 32, BLOCK_DEPTH, warps=4, stages=10, resident=1),
+        Tiles(64, 16, BLOCK_DEPTH, warps=4, stages=12, resident=1),
     ),
     4: (
         Tiles(128, 128, 16, warps=8, stages=3, resident=1),

@@ -12,7 +12,9 @@ from support.backends import backend_params
 from support.encoder_cases import EPS, SUBJECTS, TORCH_ACTIVATIONS, UNTOUCHED, WAYS, H, Layout, parameters, values_of
 
 from earlyexit_kernels import ops
+from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.ops.rows_linear import GROUP
+from earlyexit_kernels.ops.rows_linear_tma import rows_linear_tma, uses_tma
 from earlyexit_kernels.ops.tiles import TILES, resident_programs, tiles_for
 
 BACK_ENDS = ("torch", "triton")
@@ -243,3 +245,39 @@ def test_activations_keep_nan(backend, name):
     nan = torch.full((1, 1), torch.nan)
     ops.rows_linear(nan, nan.new_ones(1, 1), torch.zeros(1), layout.offsets, out, activation=name, backend=backend)
     assert out.isnan().all()
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs in Triton's interpreter, as TRITON_INTERPRET=1")
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(("present", "capacity"), [(1, 130), (128, 128), (129, 300), (255, 260), (0, 5)])
+def test_bulk_copies_give_the_sums_of_pointers(present, capacity, absolute):
+    """Whole numbers, whose sums are exact: the interpreter adds in an order that depends on the tile.
+
+    Rows that are not present are neither read nor written, though the copies are of whole tiles.
+    """
+    k, n, first = 72, 136, 3 if absolute else 0
+    x = torch.full((2 * capacity if absolute else capacity, k), torch.nan, dtype=HALF)
+    x[first : first + present] = torch.randint(-3, 4, (present, k)).to(HALF)
+    offsets = torch.tensor([first, first + present], dtype=torch.int32)
+    weight, bias = torch.randint(-3, 4, (n, k)).to(HALF), torch.randint(-3, 4, (n,)).to(HALF)
+    out, wide = torch.full((capacity, n), UNTOUCHED, dtype=HALF), torch.full((capacity, 3 * n), UNTOUCHED, dtype=HALF)
+    ops.rows_linear(x, weight, bias, offsets, out, activation="gelu", absolute=absolute, backend="triton")
+    rows_linear_tma(x, weight, bias, offsets, wide[:, n : 2 * n], "gelu", absolute)
+    assert torch.equal(wide[:, n : 2 * n], out) and not out[:present].isnan().any()
+    assert (wide[:, :n] == UNTOUCHED).all() and (wide[:, 2 * n :] == UNTOUCHED).all()
+
+
+def test_bulk_copies_are_for_many_aligned_tokens_on_hopper(monkeypatch):
+    def product(tokens=4096, k=768, n=768, dtype=HALF, weights=3, shift=0):
+        x, weight, out = (
+            torch.empty(0, dtype=dtype).new_empty(s) for s in ((tokens, k), (n, k), (tokens, weights * n))
+        )
+        return uses_tma(x.flatten()[shift:][: (tokens - 1) * k].view(-1, k), [weight] * weights, out)
+
+    assert not product(), "on a CPU"
+    monkeypatch.setattr("earlyexit_kernels.ops.rows_linear_tma.has_bulk_copies", lambda device: True)
+    assert product() and product(weights=1)
+    refused = {"few": {"tokens": 128}, "float32": {"dtype": FLOAT32}, "odd K": {"k": 767}, "odd N": {"n": 770}}
+    refused |= {"odd address": {"shift": 4}}
+    assert not any(product(**given) for given in refused.values())

@@ -12,6 +12,7 @@ import torch
 
 from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.criteria import RULES
+from earlyexit_kernels.ops.activations import ACTIVATIONS
 
 triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
@@ -207,6 +208,38 @@ MACHINES = [(80, HALF), (90, HALF), (90, BFLOAT16), (100, HALF)]
 def test_products_use_the_matrix_units_and_stay_in_registers(name, capability, dtype, monkeypatch, tmp_path):
     compiled = compile_launch(capability, monkeypatch, *PRODUCTS[name](dtype))
     assert TARGETS[capability][1] in compiled.asm["ptx"]
+    assert_in_registers(compiled, tmp_path)
+
+
+#: Columns in and out, and activation, of the products of BERT-base, and those of odd widths.
+TMA_PRODUCTS = [
+    (768, 768, "none"),
+    (768, 3072, "gelu"),
+    (3072, 768, "none"),
+    (768, 3072, "gelu_tanh"),
+    (40, 24, "relu"),
+]
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(("k", "n", "activation"), TMA_PRODUCTS)
+def test_bulk_copies_feed_the_matrix_units(k, n, activation, dtype, capability, tmp_path):
+    module = importlib.import_module("earlyexit_kernels.ops.rows_linear_tma")
+    tiles, kernel = module.TMA_TILES, module.rows_linear_tma_kernel
+    blocks = {
+        "x": (tiles.rows, tiles.depth),
+        "weight": (tiles.columns, tiles.depth),
+        "out": (tiles.rows, tiles.columns),
+    }
+    types = {name: f"tensordesc<{dtype}[{high}, {wide}]>" for name, (high, wide) in blocks.items()}
+    types |= {"out_memory": f"*{dtype}", "bias": f"*{dtype}", "offsets": "*i32", "rows": "i32", "stride": "i32"}
+    options = dict(tiles.options)
+    constants = {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    constants |= {"ABSOLUTE": True, "N": n, "K": k, "ACTIVATION": ACTIVATIONS[activation].device, "GROUP_M": 8}
+    compiled = compile_for(capability, kernel, types, constants, **options)
+    assert TARGETS[capability][1] in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024, "shared memory of a program on Hopper"
     assert_in_registers(compiled, tmp_path)
 
 
