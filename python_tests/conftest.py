@@ -20,6 +20,8 @@ torch.set_num_threads(1)
 pytest_plugins = ("support.fake_gpu", "support.gpu_checks", "support.graph_captures", "support.small_models")
 
 FLIPS = "decision flips"
+#: Status of a test process that ends because its device does not work any more.
+DEVICE_LOST = 70
 
 
 def pytest_configure(config) -> None:
@@ -50,6 +52,17 @@ def denormals() -> Iterator[None]:
 def count_flips(record_property):
     """Return ``count_flips(flips, rows)``, which records the decisions of a test that differ within tolerance."""
     return lambda flips, rows: record_property(FLIPS, (int(flips), int(rows)))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """End the process after a failure that has broken the device: all later tests of this process would fail."""
+    outcome = yield
+    if outcome.get_result().failed and item.get_closest_marker("gpu") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(DEVICE_LOST)  # pytest-xdist names the test, and starts another process
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

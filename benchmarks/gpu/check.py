@@ -11,9 +11,11 @@ import argparse
 import functools
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +23,22 @@ from benchmarks import harness
 from benchmarks.gpu import card, steps
 from benchmarks.gpu.bench import header
 from benchmarks.gpu.sections import SECTIONS
-from benchmarks.gpu.steps import Outcome, Worker
+from benchmarks.gpu.steps import TESTS, Outcome, Worker
 from benchmarks.gpu.tables import goals_table
 from benchmarks.harness import Record
+from benchmarks.machine import first_line
 from earlyexit_kernels.tuning.report import environment
 
 MINUTES = 9.0
 #: A step is not started with less than so many seconds left, nor a section with less than this share of its time.
 MIN_SECONDS, MIN_SHARE = 30, 1 / 3
+#: Seconds of the steps that run tests.
+TEST_SECONDS = {"tests_first": 120, "tests_graph": 180, "tests_ops": 150, "tests_eager": 120}
+#: Section -> the tests that run after it.
+TESTS_AFTER = {
+    "empty_launches": ("tests_first",),
+    "synchronisations": ("tests_graph", "tests_ops", "tests_eager"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ def arguments_of(description: str | None, what: str, names: Sequence[str], minut
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps; return 0 if none failed."""
-    names = ["build", "tests", *SECTIONS]
+    names = ["build", *TESTS, *SECTIONS]
     args = arguments_of(__doc__, "--section", names, MINUTES).parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu-check: expected an NVIDIA GPU, torch sees none; nothing was measured", file=sys.stderr)
@@ -111,7 +121,12 @@ def plan(worker: Worker) -> dict[str, Step]:
         )
         for name, section in SECTIONS.items()
     }
-    return {"build": Step(steps.build, 300, always=True), "tests": Step(steps.tests, 240, least=80), **sections}
+    tests = {name: Step(functools.partial(steps.tests, name), TEST_SECONDS[name], least=40) for name in TESTS}
+    found = {"build": Step(steps.build, 300, always=True)}
+    for name, step in sections.items():
+        found[name] = step
+        found |= {test: tests[test] for test in TESTS_AFTER.get(name, ())}
+    return found
 
 
 def check(
@@ -124,6 +139,8 @@ def check(
 ) -> Summary:
     """Run steps while there is time, and write each one's records when it ends.
 
+    Steps that this machine has never run come first, those that it ran with other sources last.
+
     Args:
         wanted: by name, in order.
         minutes: for all of them.
@@ -132,7 +149,8 @@ def check(
         now: a clock in seconds.
     """
     summary, end, sources = Summary(), now() + 60 * minutes, card.fingerprint()
-    for name, step in wanted.items():
+    known = run_before(results)
+    for name, step in sorted(wanted.items(), key=lambda item: not item[1].always and item[0] in known):
         if not redo and not step.always and name in finished(sources, results):
             summary.there.append(name)
             continue
@@ -141,11 +159,15 @@ def check(
             summary.late.append(name)
             continue
         print(f"-- {name}", flush=True)
-        outcome = step.run(min(step.seconds, end - start))
+        try:
+            outcome = step.run(min(step.seconds, end - start))
+        except Exception as error:  # the other steps are to run
+            traceback.print_exc()
+            outcome = Outcome([], first_line(error))
         records = list(outcome.records)
         if outcome.failed:
             records.append(header(f"gpu_{name}", name, "the rest") | {"not_measured": outcome.failed})
-        facts = {"finished": not outcome.failed, "sources": sources, "seconds": round(now() - start), **card.facts()}
+        facts = {"finished": not outcome.failed, "sources": sources, "seconds": round(now() - start), **known_facts()}
         harness.save(f"gpu_{name}", records, results=results, **facts)
         _print(records)
         (summary.failed if outcome.failed else summary.done).append(name)
@@ -155,14 +177,24 @@ def check(
     return summary
 
 
+def known_facts() -> dict[str, Any]:
+    """Return `card.facts`, or why they are unknown: a device that a step has broken gives none."""
+    try:
+        return card.facts()
+    except RuntimeError as error:
+        return {"gpu": None, "facts_failed": first_line(error)}
+
+
+def run_before(results: Path | None = None) -> dict[str, Any]:
+    """Return the steps that this machine has run, with the facts of each."""
+    suites = harness.documents(results).get(harness.machine_name(), {"suites": {}})["suites"]
+    return {name.removeprefix("gpu_"): facts for name, facts in suites.items() if name.startswith("gpu_")}
+
+
 def finished(sources: str, results: Path | None = None) -> set[str]:
     """Return the steps that this machine has finished with these sources."""
-    suites = harness.documents(results).get(harness.machine_name(), {"suites": {}})["suites"]
-    return {
-        name.removeprefix("gpu_")
-        for name, facts in suites.items()
-        if name.startswith("gpu_") and facts.get("finished") and facts.get("sources") == sources
-    }
+    known = run_before(results).items()
+    return {name for name, facts in known if facts.get("finished") and facts.get("sources") == sources}
 
 
 def _print(records: Iterable[Record]) -> None:

@@ -23,12 +23,27 @@ from benchmarks.gpu.bench import header
 from benchmarks.gpu.card import ROOT
 from benchmarks.harness import Record
 
-MARK = "mark.gpu"
+#: Step -> the arguments of pytest that choose its tests. The first ones are a few of every kind, for the first minutes.
+TESTS: dict[str, tuple[str, ...]] = {
+    "tests_first": (
+        "python_tests/gpu/test_gpu.py",
+        *("-k", "every_family or half_precision or equal_bits or (supported_criterion and (entropy or patience))"),
+    ),
+    "tests_graph": ("python_tests/gpu/test_gpu.py",),
+    "tests_ops": ("python_tests/gpu/test_gpu_ops.py",),
+    "tests_eager": ("python_tests/gpu/test_gpu_eager.py", "python_tests/engine/test_fixed_depth_graphs.py"),
+}
 #: Printed by setup.py if it builds everything.
 CUDA_BUILT = "CPU and CUDA kernels"
 TEST_PROCESSES = 8
 #: Seconds after which a hanging test is stopped, if pytest-timeout is installed.
 TEST_SECONDS = 90
+#: Seconds that an interrupted command has to say what it knows, before it is killed.
+GRACE_SECONDS = 15
+#: How pytest -v names a test that failed: as it goes, alone or with pytest-xdist, and in its summary.
+BROKEN = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (\S+)|(\S+::\S+) (?:FAILED|ERROR)|(?:FAILED|ERROR) (\S+))", re.MULTILINE
+)
 TAIL = 12
 
 
@@ -63,32 +78,39 @@ def build(seconds: float) -> Outcome:
     return Outcome([record], f"the build {_ending(code)}: {_tail(output, 1)}", without)
 
 
-def tests(seconds: float) -> Outcome:
-    """Run the tests marked ``gpu``."""
-    record = header("gpu_tests", "tests on the GPU", "pytest")
+def tests(step: str, seconds: float) -> Outcome:
+    """Run tests marked ``gpu``; those that failed are named also where the time runs out.
+
+    Args:
+        step: of `TESTS`.
+        seconds: at most.
+    """
+    record = header(f"gpu_{step}", "tests on the GPU", "pytest")
     if importlib.util.find_spec("pytest") is None:
         return Outcome([record | {"not_measured": "pytest is not installed"}])
-    files = [str(path) for path in sorted((ROOT / "python_tests").rglob("test_*.py")) if MARK in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "-ra", *files]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", "-ra", *TESTS[step]]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout") is not None:
         # method thread ends the process; a process that waits for the device does not handle a signal
         command += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
-    code, output = run(command, seconds, {})
+    code, output = run(command, seconds, {"PYTHONUNBUFFERED": "1"})
     counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", _tail(output, 1))}
     record |= counted
     if code == 0:
         return Outcome([record])
     print(output, file=sys.stderr)
-    if code == 1:
-        broken = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
-        return Outcome([record | {"refused": f"{len(broken)} tests fail: {', '.join(broken)}"}])
-    return Outcome([record], f"pytest {_ending(code)}: {_tail(output, 1)}")
+    broken = sorted({next(filter(None, names)) for names in BROKEN.findall(output)})
+    if broken:
+        record |= {"refused": f"{len(broken)} tests fail: {', '.join(broken)}"}
+    return Outcome([record], "" if code == 1 else f"pytest {_ending(code)}: {_tail(output, 1)}")
 
 
 def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Run a command; return its exit status, None if the time ran out, and its output."""
+    """Run a command; return its exit status, None if the time ran out, and its output.
+
+    Near the end of the time it is interrupted, as by Ctrl-C, and killed if that does not end it.
+    """
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -100,17 +122,21 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> 
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=max(seconds - GRACE_SECONDS, seconds / 2))
         return process.returncode, output
     except subprocess.TimeoutExpired:
-        _kill(process)
+        _end(process, signal.SIGINT)
+    try:
+        return None, process.communicate(timeout=min(GRACE_SECONDS, seconds / 2))[0]
+    except subprocess.TimeoutExpired:
+        _end(process, signal.SIGKILL)
         return None, process.communicate()[0]
 
 
-def _kill(process: subprocess.Popen[str]) -> None:
-    """Kill a process that leads a session, and all processes it started."""
+def _end(process: subprocess.Popen[str], by: int) -> None:
+    """Send a signal to a process that leads a session, and to all processes it started."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, by)
 
 
 def _ending(code: int | None) -> str:
@@ -174,7 +200,7 @@ class Worker:
     def stop(self) -> None:
         """Kill the process."""
         if self.process is not None:
-            _kill(self.process)
+            _end(self.process, signal.SIGKILL)
             self.process.wait()
             self.process = None
 

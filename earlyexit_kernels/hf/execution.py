@@ -249,7 +249,9 @@ class Execution:
             try:
                 return self.graphs.run(view, self.backend(view), inputs)
             except CaptureError as error:
-                self._log_once(logging.WARNING, f"engine {self._engine!r} fell back to 'eager': {error}")
+                self._log_once(
+                    logging.WARNING, f"engine {self._engine!r} fell back to 'eager': {error}", error.__cause__
+                )
         elif self._engine == "graph":
             self._log_once(logging.WARNING, f"engine 'graph' fell back to 'eager': {choice.reason}")
         return None
@@ -323,10 +325,11 @@ class Execution:
             raise BackendUnavailableError(f"layers 'fused' cannot run here: {reason}; use 'auto' or 'family'")
         return layers, reason
 
-    def _log_once(self, level: int, message: str) -> None:
+    def _log_once(self, level: int, message: str, error: BaseException | None = None) -> None:
+        """Log a message, with the traceback of an error, if it has not been logged."""
         if message not in self.logged:
             self.logged.add(message)
-            logger.log(level, "%s", message)
+            logger.log(level, "%s", message, exc_info=error)
 
 
 def full_depth_output(trace: ExitTrace, answers: Tensor | None = None, exit_layer: Tensor | None = None) -> ExitOutput:

@@ -203,9 +203,10 @@ def test_failed_capture_falls_back_and_is_logged(place, error, caplog):
     with place.broken(error), caplog.at_level(logging.WARNING, "earlyexit_kernels"):
         for _ in range(2):
             assert_agree(graph(**batch), expected)
-    (logged,) = [message for message in caplog.messages if message.startswith("engine")]
-    assert "fell back to 'eager': capturing Bucket(" in logged
-    assert str(error).split("\n")[0] in logged
+    (record,) = [record for record in caplog.records if record.message.startswith("engine")]
+    assert "fell back to 'eager': capturing Bucket(" in record.message
+    assert str(error).split("\n")[0] in record.message
+    assert record.exc_info and record.exc_info[1] is error, "with the traceback of the error"
     assert not graph.execution.graphs._captured and graph.execution.graphs._refused
     if place.is_gpu:
         assert not torch.cuda.is_current_stream_capturing()

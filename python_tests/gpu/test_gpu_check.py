@@ -36,6 +36,25 @@ def test_finished_steps_are_kept_and_not_repeated(driver):
     assert driver({"a": good("a"), "c": good("c")}).done == ["a", "c"], "other sources are measured again"
 
 
+def test_steps_that_were_never_run_come_first(driver):
+    driver({"a": good("a"), "b": Outcome([], "broke")})
+    driver.sources = "bbbb"
+    wanted = {"build": good("build"), "a": good("a"), "b": good("b"), "c": good("c")}
+    driver(wanted, always=("build",))
+    assert [name for name, _ in driver.ran] == ["build", "c", "a", "b"]
+
+
+def test_an_error_of_the_driver_or_of_the_facts_ends_no_run(driver, monkeypatch, capsys):
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    monkeypatch.setattr(card, "facts", lost)
+    summary = driver({"a": lambda: lost(), "b": good("b")})
+    assert summary.failed == ["a"] and summary.done == ["b"]
+    assert "an illegal memory access" in document(driver)["suites"]["gpu_b"]["facts_failed"]
+    assert "an illegal memory access" in document(driver)["records"][0]["not_measured"]
+
+
 def test_failed_steps_keep_their_records_and_run_again(driver):
     partly = Outcome(good("a").records, "the process ended with status -6; its message is above")
     summary = driver({"a": partly, "b": good("b")})
@@ -74,16 +93,43 @@ def test_refusals_are_listed_at_the_end(driver, capsys):
 
 def test_plan():
     plan = check.plan(SimpleNamespace(ask=lambda name, seconds: (name, seconds)))
-    assert list(plan) == ["build", "tests", *SECTIONS] and plan["build"].always
+    assert set(plan) == {"build", *steps.TESTS, *SECTIONS} and plan["build"].always
+    assert list(plan)[:6] == ["build", "nodes", "empty_launches", "tests_first", "kernels", "products"]
     assert plan["bits"].run(3.0) == ("bits", 3.0)
     assert all(MIN_SECONDS <= step.least <= step.seconds / 2 for step in plan.values())
 
 
-def test_tests_that_need_a_gpu_are_marked():
+@pytest.mark.parametrize(("failed", "marked", "broken"), [(True, True, True), (True, True, False), (True, False, True)])
+def test_a_failure_that_breaks_the_device_ends_the_test_process(monkeypatch, request, failed, marked, broken):
+    """pytest-xdist then names the test and goes on in another process, where the device works."""
+
+    def synchronize():
+        if broken:
+            raise RuntimeError("an illegal memory access")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    plugin = request.config.pluginmanager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(plugin.os, "_exit", leave)
+    item = SimpleNamespace(get_closest_marker=lambda name: marked or None)
+    report = SimpleNamespace(get_result=lambda: SimpleNamespace(failed=failed))
+    run = plugin.pytest_runtest_makereport(item, None)
+    next(run)
+    with pytest.raises(SystemExit if marked and broken else StopIteration) as caught:
+        run.send(report)
+    assert caught.type is StopIteration or caught.value.code == plugin.DEVICE_LOST
+
+
+def test_tests_that_need_a_gpu_are_marked_and_run():
+    run = {card.ROOT / word for words in steps.TESTS.values() for word in words if word.endswith(".py")}
     for path in (card.ROOT / "python_tests").rglob("test_*.py"):
         text = path.read_text(encoding="utf-8")
         waits = re.findall(r"skipif\(not torch\.cuda\.is_available\(\)", text)
-        assert text.count(f"pytest.{steps.MARK}") >= len(waits), path.name
+        assert text.count("pytest.mark.gpu") >= len(waits), path.name
+        assert (path in run) == ("pytest.mark.gpu" in text and path != Path(__file__)), path.name
 
 
 def test_without_a_gpu_nothing_runs(monkeypatch, capsys):
@@ -224,12 +270,18 @@ def test_build_is_for_this_gpu(monkeypatch, code, output, failed, without):
         ),
         (2, "INTERNALERROR", {}, "pytest ended with status 2: INTERNALERROR"),
         (None, "....", {}, "pytest took too long: ...."),
+        (
+            None,
+            "[gw0] [  1%] PASSED a.py::b\n[gw1] [ 12%] FAILED a.py::c[x-1] \na.py::d ERROR   [ 3%]\n",
+            {"refused": "2 tests fail: a.py::c[x-1], a.py::d"},
+            "pytest took too long: a.py::d ERROR   [ 3%]",
+        ),
     ],
 )
 def test_test_results_are_counted(monkeypatch, code, output, fields, failed):
     asked = []
     monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments[0]) or (code, output))
-    found = steps.tests(60)
+    found = steps.tests("tests_graph", 60)
     assert found.failed == failed and found.records[0].items() >= fields.items()
     assert any(path.endswith("test_gpu.py") for path in asked[0]) and "gpu" in asked[0]
 
@@ -241,15 +293,18 @@ def test_hanging_tests_are_stopped_if_pytest_timeout_is_installed(monkeypatch):
         monkeypatch.setattr(
             steps.importlib.util, "find_spec", lambda name, there=there: there or name == "pytest" or None
         )
-        steps.tests(60)
+        steps.tests("tests_ops", 60)
     assert [("--timeout" in command, "-n" in command) for command in asked] == [(True, True), (False, False)]
     monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
-    assert steps.tests(60).records[0]["not_measured"] == "pytest is not installed"
+    assert steps.tests("tests_ops", 60).records[0]["not_measured"] == "pytest is not installed"
 
 
 def test_command_is_stopped_in_time():
-    code, output = steps.run([sys.executable, "-c", "print('x', flush=True); import time; time.sleep(600)"], 3, {})
-    assert code is None and output == "x\n"
+    sleeps = "print('x', flush=True); import time; time.sleep(600)"
+    code, output = steps.run([sys.executable, "-c", sleeps], 6, {})
+    assert code is None and output.startswith("x\n") and "KeyboardInterrupt" in output, "it may say what it knows"
+    deaf = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {sleeps}"
+    assert steps.run([sys.executable, "-c", deaf], 6, {}) == (None, "x\n")
     assert steps.run([sys.executable, "-c", "import os; print(os.environ['A'])"], 60, {"A": "b"}) == (0, "b\n")
 
 

@@ -26,7 +26,7 @@ from earlyexit_kernels.engine import choice, graphs
 from earlyexit_kernels.engine.inputs import Inputs
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
-NUMBERS = {"median_ms", "syncs", "different", "launches", "entry"}
+NUMBERS = {"median_ms", "syncs", "different", "launches", "entry", "microseconds"}
 PROFILED = calls.calls_of
 #: Goals that the sections have had records for in this process, by section.
 REACHED: dict[str, set[str]] = {}

@@ -20,7 +20,7 @@ from transformers import BertConfig
 from benchmarks import machine
 from benchmarks.end_to_end import answers, engines, measure, models
 from benchmarks.end_to_end.workloads import Fixed
-from benchmarks.gpu import nodes, whole
+from benchmarks.gpu import kernels, nodes, whole
 from benchmarks.gpu.bench import Bench
 from earlyexit_kernels.engine import graphs
 from earlyexit_kernels.engine.choice import Choice
@@ -119,6 +119,7 @@ def gpu(monkeypatch, captures) -> Bench:
     monkeypatch.setattr(Bench, "conditional_graph", _conditional_graph)
     monkeypatch.setattr(nodes, "bare_op", lambda *_: _opening)
     monkeypatch.setattr(whole, "has_conditional_nodes", lambda: True)
+    monkeypatch.setattr(kernels, "kernels_of", _kernels)
     monkeypatch.setattr(graphs, "_plain", lambda loop, stream: loop.launch)
     monkeypatch.setitem(engines.ENGINES, engines.GRAPH, _graph_on_cpu)
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
@@ -161,6 +162,11 @@ def _conditional_graph(self: Bench, record: Any, warm_up: Any = lambda: None) ->
         _OPEN.clear()
 
     return replay
+
+
+def _kernels(run: Any) -> list[kernels.Kernel]:
+    run()
+    return [kernels.Kernel("exit_kernel", 2, 9.0), kernels.Kernel("void gemm<" + 200 * "x", 24, 31.5)]
 
 
 def _opening(*arguments: Any) -> None:

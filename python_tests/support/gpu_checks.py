@@ -35,7 +35,7 @@ def driver(monkeypatch, tmp_path):
             def run(seconds):
                 driver_ran.append((name, seconds))
                 clock.now += takes
-                return outcome
+                return outcome() if callable(outcome) else outcome
 
             return Step(run, 100, name in always, least)
 
