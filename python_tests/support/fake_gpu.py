@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig
 
 from benchmarks import machine
-from benchmarks.end_to_end import answers, engines, measure, models
+from benchmarks.end_to_end import answers, baselines, engines, measure, models
 from benchmarks.end_to_end.workloads import Fixed
 from benchmarks.gpu import kernels, nodes, whole
 from benchmarks.gpu.bench import Bench
@@ -115,6 +115,7 @@ def gpu(monkeypatch, captures) -> Bench:
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(baselines, "captured_call", lambda run: (lambda: None, run()))
     monkeypatch.setattr(Bench, "graph_of", lambda self, calls: lambda: [call() for call in calls])
     monkeypatch.setattr(Bench, "conditional_graph", _conditional_graph)
     monkeypatch.setattr(nodes, "bare_op", lambda *_: _opening)
