@@ -7,6 +7,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.goals import GPU
+from benchmarks.gpu import roofline
 from benchmarks.harness import Record
 from benchmarks.tables import machine_line, skipped
 from earlyexit_kernels.tuning.report import markdown_table
@@ -22,6 +23,11 @@ def goals_table(results: Path | None = None) -> str:
 def details_table(results: Path | None = None) -> str:
     """Measurements without a goal."""
     return _per_machine(results, _details) or TO_BE_MEASURED
+
+
+def roofline_table(results: Path | None = None) -> str:
+    """Predicted microseconds of a pass by kind of kernel, and the measured ones where there are any."""
+    return roofline.table(results)
 
 
 def _per_machine(results: Path | None, table: Callable[[list[Record]], str]) -> str:
@@ -86,4 +92,4 @@ def _times(record: Record) -> tuple[str, str, str]:
     return f"{1000 * record['median_ms']:.4g}", record["baseline"], ratio
 
 
-TABLES = {"gpu": goals_table, "gpu_details": details_table}
+TABLES = {"gpu": goals_table, "gpu_details": details_table, "gpu_roofline": roofline_table}

@@ -69,8 +69,8 @@ TILES = {
         Tiles(64, 64, 16, warps=4, stages=3, resident=4),
     ),
 }
-#: Number of tiles that is enough for the multiprocessors of an H100: the largest tiles of which there are as many.
-ENOUGH_TILES = 96
+#: The largest tiles are chosen of which there are as many: half of the multiprocessors of an H100.
+ENOUGH_TILES = 66
 #: Bytes of shared memory of a program that are left to Triton.
 RESERVED_BYTES = 1024
 #: Number of multiprocessors assumed in the interpreter.

@@ -1,0 +1,167 @@
+"""Predicted microseconds of a pass of BERT-base on an H200, kernel by kernel, beside those that were measured.
+
+    python -m benchmarks.gpu.roofline
+
+The time of a product is the longest of three for each of its steps (multiply-adds, bytes from the L2 cache, latency of
+the copies in flight), that of another kernel follows from its bytes, and each launch has a fixed time. The numbers of
+the card are those that others have measured (`CARD`); nothing here was fitted to measurements of this package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.end_to_end.forced import NEVER
+from earlyexit_kernels.ops.rows_linear_tma import TMA_TILES
+from earlyexit_kernels.ops.tiles import ENOUGH_TILES, Tiles, tiles_for
+from earlyexit_kernels.tuning.report import markdown_table
+
+WIDTH, INNER, LAYERS, LENGTH, BYTES = 768, 3072, 12, 128, 2
+BATCHES = (1, 32, 128)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU can do, in bytes and operations per microsecond, and microseconds.
+
+    Attributes:
+        l2: bytes from the L2 cache to all multiprocessors; Triton's Hopper tutorials reach 7.9 TB/s.
+        memory: bytes from memory.
+        tensor: half-precision operations of the matrix units.
+        processors: multiprocessors.
+        gap: from the end of a kernel in a graph to the start of the next one.
+        latency: of a copy from L2 or memory.
+        launch: fixed time of a kernel.
+    """
+
+    l2: float = 8.0e6
+    memory: float = 4.3e6
+    tensor: float = 790e6
+    processors: int = 132
+    gap: float = 1.2
+    latency: float = 0.75
+    launch: float = 1.5
+
+
+CARD = Card()
+#: Microseconds of an exit beside its gap, of an IF node, and of everything before layer 1.
+EXIT, NODE, FRONT = 4.5, 3.0, 28.0
+#: Name of a product -> weights side by side, columns and terms of a sum.
+PRODUCTS = {
+    "query, key, value": (3, WIDTH, WIDTH),
+    "attention output": (1, WIDTH, WIDTH),
+    "intermediate": (1, INNER, WIDTH),
+    "output": (1, WIDTH, INNER),
+}
+#: Part of a pass -> how its kernels' names begin.
+PARTS = {
+    "products": ("rows_linear",),
+    "attention": ("rows_attention",),
+    "norms": ("rows_add_norm",),
+    "exits": ("exit_kernel", "void earlyexit::exit_kernel"),
+    "moves": ("gather_rows", "void earlyexit::(anonymous namespace)::gather_rows"),
+}
+
+
+def tiles_of(capacity: int, columns: int, weights: int = 1) -> Tiles:
+    """Return the tiles of a half-precision product on a Hopper card."""
+    if TMA_TILES.count(capacity, columns) >= ENOUGH_TILES:
+        return TMA_TILES
+    return tiles_for(torch.float16, capacity, weights * columns, torch.device("cpu"))
+
+
+def l2_bytes(tiles: Tiles, tokens: int, columns: int, terms: int) -> int:
+    """Return the bytes that the tiles of a product read from the L2 cache."""
+    return tiles.count(tokens, columns) * (tiles.rows + tiles.columns) * terms * BYTES
+
+
+def product_us(name: str, tokens: int, capacity: int) -> float:
+    """Return the time of a product of some live tokens."""
+    weights, columns, terms = PRODUCTS[name]
+    tiles = tiles_of(capacity, columns, weights)
+    launches, wide = (weights, columns) if tiles is TMA_TILES else (1, weights * columns)
+    count = tiles.count(tokens, wide)
+    processors = min(CARD.processors, count)
+    step = (tiles.rows + tiles.columns) * tiles.depth * BYTES
+    by_matrix_units = 2 * tiles.rows * tiles.columns * tiles.depth * CARD.processors / CARD.tensor
+    by_l2 = step * processors / CARD.l2
+    by_latency = CARD.latency / (tiles.stages - 1)
+    steps = math.ceil(terms / tiles.depth) * math.ceil(count / processors)
+    return launches * (steps * max(by_matrix_units, by_l2, by_latency) + CARD.launch + CARD.gap)
+
+
+def layer_us(tokens: int, capacity: int) -> dict[str, float]:
+    """Return the times of one encoder layer by part."""
+    bytes_of_token, source = WIDTH * BYTES, CARD.memory if tokens > 8192 else CARD.l2
+    attention = tokens * 4 * bytes_of_token / source + 2 * CARD.launch
+    norm = tokens * 3 * bytes_of_token / source
+    return {
+        "products": sum(product_us(name, tokens, capacity) for name in PRODUCTS),
+        "attention": attention + CARD.gap,
+        "norms": 2 * (norm + CARD.launch + CARD.gap),
+    }
+
+
+def pass_us(rows: int, exits: str) -> dict[str, float]:
+    """Return the times of one pass by part; at mean depth 6 as many rows leave at every layer."""
+    found = {**dict.fromkeys(PARTS, 0.0), "rest": FRONT}
+    for layer in range(1, LAYERS + 1):
+        if exits != NEVER and rows == 1 and layer > LAYERS / 2:
+            found["rest"] += CARD.launch  # an IF node that is skipped
+            continue
+        live = 1.0 if exits == NEVER or rows == 1 else max(1 / rows, 1 - (layer - 1) / LAYERS)
+        for part, time in layer_us(max(1, round(rows * live)) * LENGTH, rows * LENGTH).items():
+            found[part] += time
+        found["exits"] += EXIT + CARD.gap
+        if layer < LAYERS:
+            found["rest"] += NODE
+            found["moves"] += CARD.launch + CARD.gap
+    return found
+
+
+def measured(results: Path | None = None) -> dict[tuple[str, str], float]:
+    """Return the microseconds of each part in the section ``kernels``, by case and part, where it has run."""
+    found: dict[tuple[str, str], float] = {}
+    for document in harness.documents(results).values():
+        for record in document["records"]:
+            if record["suite"] == "gpu_kernels" and record["dtype"] == "float16":
+                part = next((p for p, names in PARTS.items() if record["engine"].startswith(names)), "rest")
+                key = record["case"], part
+                found[key] = found.get(key, 0.0) + float(record["microseconds"])
+    return found
+
+
+def table(results: Path | None = None) -> str:
+    """Return the predicted and, where there are any, the measured microseconds of a pass."""
+    known = measured(results)
+    rows = [_row(batch, exits, known) for batch in BATCHES for exits in (NEVER, _half(batch))]
+    return markdown_table(("pass", *PARTS, "rest", "together, us"), rows)
+
+
+def _row(batch: int, exits: str, known: Mapping[tuple[str, str], float]) -> Sequence[str]:
+    case, predicted = f"B {batch}, {exits}", pass_us(batch, exits)
+    own: dict[str, Any] = {part: known.get((case, part)) for part in predicted}
+    cells = [_cell(time, own[part]) for part, time in predicted.items()]
+    total = None if None in own.values() else sum(own.values())
+    return case, *cells, _cell(sum(predicted.values()), total)
+
+
+def _cell(predicted: float, is_: float | None) -> str:
+    return f"{predicted:.0f}" if is_ is None else f"{predicted:.0f}, measured {is_:.0f}"
+
+
+def _half(batch: int) -> str:
+    from benchmarks.gpu.whole import half_of
+
+    return half_of(batch)
+
+
+if __name__ == "__main__":
+    print(table())

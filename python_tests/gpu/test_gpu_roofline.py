@@ -1,0 +1,48 @@
+"""The predicted times of the GPU: what the tiles of every product read, and how many processors they leave idle."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.end_to_end.forced import NEVER
+from benchmarks.gpu import roofline
+from earlyexit_kernels.ops.tiles import Tiles
+
+#: Tile that reads the least from the L2 cache of those whose sums fit into the registers of a program on Hopper.
+LARGEST = Tiles(256, 128, 64, warps=8, stages=3, resident=1)
+
+
+@pytest.mark.parametrize("tokens", [128, 1024, 4096, 16384])
+@pytest.mark.parametrize("name", roofline.PRODUCTS)
+def test_products_read_little_and_use_the_card(name, tokens):
+    weights, columns, terms = roofline.PRODUCTS[name]
+    tiles = roofline.tiles_of(tokens, columns, weights)
+    count = tiles.count(tokens, weights * columns)
+    assert count >= roofline.CARD.processors / 2, "more than half of the multiprocessors are idle"
+    if tokens >= 4096:
+        least = roofline.l2_bytes(LARGEST, tokens, weights * columns, terms)
+        assert roofline.l2_bytes(tiles, tokens, weights * columns, terms) <= 1.6 * least
+
+
+def test_fewer_rows_and_layers_take_less_time():
+    for rows in roofline.BATCHES:
+        never, half = (sum(roofline.pass_us(rows, exits).values()) for exits in (NEVER, roofline._half(rows)))
+        assert 0.4 * never < half < 0.8 * never
+    assert sum(roofline.pass_us(1, NEVER).values()) < sum(roofline.pass_us(32, NEVER).values())
+
+
+def test_measured_times_stand_beside_the_predicted_ones(tmp_path):
+    assert "measured" not in roofline.table(tmp_path)
+    names = {"rows_linear_tma_kernel": 1800.0, "rows_linear_kernel": 100.0, "exit_kernel": 50.0, "Memset": 7.0}
+    names |= {"rows_attention_kernel": 90.0, "rows_add_norm_kernel": 120.0, "gather_rows_kernel": 30.0}
+    case = f"B 32, {NEVER}"
+    records = [
+        {"suite": "gpu_kernels", "dtype": "float16", "case": case, "engine": name, "microseconds": time}
+        for name, time in names.items()
+    ]
+    document = {"environment": {"cpu": "fake"}, "suites": {}, "records": records}
+    (tmp_path / "fake.json").write_text(json.dumps(document))
+    (line,) = [line for line in roofline.table(tmp_path).splitlines() if line.startswith(f"| {case} ")]
+    assert "measured 1900" in line and "measured 7 " in line and "measured 2197" in line
