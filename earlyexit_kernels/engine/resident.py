@@ -284,7 +284,7 @@ class ResidentLoop:
                 capacity=self.bucket.tokens, handle=handle,
             )
         )  # fmt: skip
-        if layer < self.depth:
+        if layer < self.depth and self.bucket.rows > 1:  # a single row is never moved: it stays, or nothing is left
             self.move(hidden, rows.old_offsets, rows.source, rows.offsets, hidden)
 
     def _kernel_source(self) -> ExitSource:

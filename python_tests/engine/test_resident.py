@@ -195,6 +195,16 @@ def test_groups_of_layers_are_conditional():
     assert nodes.added == ["when"] * 3 and nodes.ran == deepest - 1, "the first group always runs"
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.7, 2.0])
+def test_a_single_row_is_not_moved(threshold):
+    """A launch of a kernel that copies nothing would be a seventh of a layer's time."""
+    model = early_exit("bert", pooling="first", criterion=Entropy(threshold=threshold))
+    batch = {name: values[:1] for name, values in batch_for(model).items()}
+    loop = loop_for(model, Bucket(1, 32), "torch", poison=True)
+    loop.move = None
+    assert_as_eager(model, loop, batch)
+
+
 @pytest.mark.parametrize("threshold", [0.0, None, 2.0])
 def test_layers_of_shared_weights_are_behind_nodes_too(threshold):
     model = early_exit("albert", pooling="first", num_hidden_groups=1)
