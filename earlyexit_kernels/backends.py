@@ -45,6 +45,13 @@ except ImportError as error:
     _TRITON_MISSING = f"triton cannot be imported ({error}); install triton>=3.6 (Linux)"
 
 
+def tensor_descriptor(x: Any, block: list[int]) -> Any:
+    """Return the descriptor by which a kernel copies blocks of a contiguous tensor in bulk (sm_90 and later)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, block)
+
+
 def constant(value: float) -> Any:
     """Return a module constant that Triton functions can read: a compile-time constant, or `value` without Triton."""
     return value if tl is None else tl.constexpr(value)

@@ -157,6 +157,11 @@ class Answers(NamedTuple):
     exit_layer: Tensor
 
 
+def normed(norm: Callable[[Tensor], Tensor] | None, tokens: Tensor) -> Tensor:
+    """Return tokens after a norm, or as they are."""
+    return tokens if norm is None else norm(tokens)
+
+
 class Gating(NamedTuple):
     """How skip gates mix the output of a layer with its input in training.
 
@@ -174,11 +179,22 @@ class RowStates(Protocol):
 
     @property
     def hidden(self) -> Tensor:
-        """Tokens ``[..., H]``."""
+        """Tokens ``[..., H]``, as layers read and write them."""
 
     @property
     def rows(self) -> int:
         """B."""
+
+    @property
+    def norm(self) -> Callable[[Tensor], Tensor] | None:
+        """The norm at the end of the encoder, through which exits and gates read the tokens, or None."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens ``[..., H]`` after `norm`."""
+
+    def pooled(self, pooling: str | None) -> Tensor:
+        """Return one vector ``[B, H]`` per row of `tokens`, as `pool` does."""
 
     def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
         """Return one vector ``[B, F]`` per row of tokens ``[..., F]``: the first token, or the mean in float32."""

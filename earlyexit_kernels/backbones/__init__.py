@@ -20,7 +20,14 @@ from earlyexit_kernels.backbones.base import (
 from earlyexit_kernels.backbones.bert import BERT
 from earlyexit_kernels.backbones.distilbert import DISTILBERT
 from earlyexit_kernels.backbones.electra import ELECTRA
-from earlyexit_kernels.backbones.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
+from earlyexit_kernels.backbones.roberta import (
+    CAMEMBERT,
+    DATA2VEC_TEXT,
+    ROBERTA,
+    ROBERTA_PRELAYERNORM,
+    XLM_ROBERTA,
+    XLM_ROBERTA_XL,
+)
 
 __all__ = [
     "BACKBONES",
@@ -45,6 +52,9 @@ BACKBONES: dict[str, BackboneAdapter] = {
     "distilbert": DISTILBERT,
     "xlm-roberta": XLM_ROBERTA,
     "camembert": CAMEMBERT,
+    "data2vec-text": DATA2VEC_TEXT,
+    "roberta-prelayernorm": ROBERTA_PRELAYERNORM,
+    "xlm-roberta-xl": XLM_ROBERTA_XL,
 }
 
 

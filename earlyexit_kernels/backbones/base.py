@@ -53,13 +53,17 @@ def single(layer: nn.Module) -> Sequence[nn.Module]:
     return (layer,)
 
 
+def in_layers(backbone: nn.Module) -> None:
+    """Return None: every layer ends in a norm of its own."""
+
+
 def as_wide(backbone: nn.Module) -> None:
     """Return None: the embeddings are as wide as the layers."""
 
 
 @dataclass(frozen=True)
 class BackboneAdapter:
-    """The parts of one family of post-norm encoders.
+    """The parts of one family of encoders.
 
     Attributes:
         model_type: of the family's config.
@@ -77,6 +81,8 @@ class BackboneAdapter:
         widen: ``backbone ->`` the linear from the width E of the embeddings to the width H of the layers, or None where
             they are equal.
         embeddings: dotted name of the module that `embed` calls.
+        exit_norm: ``backbone ->`` the norm after the last layer, through which every exit reads the hidden states
+            (pre-norm encoders), or None where the layers end in norms of their own.
     """
 
     model_type: str
@@ -91,6 +97,7 @@ class BackboneAdapter:
     shares_layers: bool = False
     widen: Callable[[nn.Module], nn.Linear | None] = as_wide
     embeddings: str = "embeddings"
+    exit_norm: Callable[[nn.Module], nn.Module | None] = in_layers
 
     def first_states(self, backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
         """Return the input of layer 1, ``[1, T, H]``, for ids, positions and types ``[1, T]``."""
@@ -105,7 +112,9 @@ def _is_name(value: Any) -> bool:
 #: Kind of each field of an adapter, in words, and a test of it.
 FIELD_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("model_type", "base", "embeddings"), ("a non-empty string", _is_name)),
-    **dict.fromkeys(("embed", "layers", "positions", "longest", "parts", "widen"), ("a function", callable)),
+    **dict.fromkeys(
+        ("embed", "layers", "positions", "longest", "parts", "widen", "exit_norm"), ("a function", callable)
+    ),
     "head": ("a StockHead", lambda v: isinstance(v, StockHead)),
     "names": ("a LayerNames", lambda v: isinstance(v, LayerNames)),
     "shares_layers": ("True or False", lambda v: isinstance(v, bool)),
@@ -131,20 +140,19 @@ def check_adapter(adapter: Any) -> None:
 def check_parts(adapter: BackboneAdapter, backbone: nn.Module) -> None:
     """Check that an adapter names every part of a backbone that has weights; other parts would never run.
 
-    This refuses backbones of pre-norm layers, since nothing would apply the norm after their last layer.
-
     Raises:
         ValueError: names the modules that the adapter does not use.
     """
     parts: list[Any] = [backbone.get_submodule(adapter.embeddings), adapter.widen(backbone), *adapter.layers(backbone)]
+    parts.append(adapter.exit_norm(backbone))
     named = {id(p) for part in parts if part is not None for p in part.parameters()}
     left = [name for name, p in backbone.named_parameters() if id(p) not in named]
     if left:
         modules = sorted({name.rpartition(".")[0] or name for name in left})
         raise ValueError(
             f"the adapter of {adapter.model_type!r} does not use {', '.join(modules)} of {type(backbone).__name__}, so "
-            "its exits would answer without them; expected embeddings, an optional linear that widens them, and layers "
-            "that end in their own norm (post-norm)"
+            "its exits would answer without them; expected embeddings, an optional linear that widens them, layers, "
+            "and the norm before the exits (exit_norm) of a pre-norm encoder"
         )
 
 

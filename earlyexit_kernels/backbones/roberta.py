@@ -1,4 +1,6 @@
-"""RoBERTa (arXiv 1907.11692), XLM-RoBERTa (arXiv 1911.02116) and CamemBERT (arXiv 1911.03894), which share one layout.
+"""RoBERTa (arXiv 1907.11692) and the encoders of its layout: XLM-RoBERTa (arXiv 1911.02116), CamemBERT (arXiv
+1911.03894), data2vec for text (arXiv 2202.03555), and, with norms before attention and feed-forward,
+RoBERTa-PreLayerNorm (arXiv 1904.01038) and XLM-RoBERTa-XL (arXiv 2105.00572).
 
 Positions count the ids that are not padding, from `pad_token_id` + 1, regardless of the attention mask.
 """
@@ -38,3 +40,19 @@ ROBERTA = BackboneAdapter(
 )
 XLM_ROBERTA = dataclasses.replace(ROBERTA, model_type="xlm-roberta")
 CAMEMBERT = dataclasses.replace(ROBERTA, model_type="camembert")
+DATA2VEC_TEXT = dataclasses.replace(ROBERTA, model_type="data2vec-text", base="data2vec_text")
+
+
+def _norm(backbone: nn.Module) -> nn.Module:
+    return backbone.LayerNorm  # type: ignore[return-value]
+
+
+def _norm_of_encoder(backbone: nn.Module) -> nn.Module:
+    encoder: Any = backbone.encoder
+    return encoder.LayerNorm
+
+
+ROBERTA_PRELAYERNORM = dataclasses.replace(
+    ROBERTA, model_type="roberta-prelayernorm", base="roberta_prelayernorm", exit_norm=_norm
+)
+XLM_ROBERTA_XL = dataclasses.replace(ROBERTA, model_type="xlm-roberta-xl", exit_norm=_norm_of_encoder)

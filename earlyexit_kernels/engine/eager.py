@@ -72,6 +72,7 @@ class LiveBatch:
     Attributes:
         batch, hidden, plan: the rows, their tokens ``[1, T, H]``, and the attention over them.
         live, live_tokens: number of live rows and of their tokens; on CUDA upper bounds.
+        norm: through which exits and gates read the tokens, or None.
     """
 
     batch: PackedBatch
@@ -79,10 +80,11 @@ class LiveBatch:
     plan: AttentionPlan
     live: int
     live_tokens: int
+    norm: Callable[[Tensor], Tensor] | None
 
     @property
     def states(self) -> PackedStates:
-        return PackedStates(self.hidden[0], self.batch.offsets, self.plan)
+        return PackedStates(self.hidden[0], self.batch.offsets, self.plan, self.norm)
 
 
 def compaction_pays(present: int, live: int, width: int, layer_macs: int) -> bool:
@@ -215,6 +217,7 @@ def start(
     classes: int,
     options: RunOptions,
     keys: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Pass:
     """Return the pass of a packed batch before layer 1.
 
@@ -227,9 +230,10 @@ def start(
         classes: C.
         options: how the batch is run.
         keys: ``[N]`` int64, for rules with `uses_keys`.
+        norm: through which exits and gates read the tokens, or None.
     """
     skips, rule, device, rows = criterion.skip_from, criterion.exit_rule, hidden.device, batch.row_ids.shape[0]
-    live = LiveBatch(batch, hidden, plan_attention(batch), rows, hidden.shape[1])
+    live = LiveBatch(batch, hidden, plan_attention(batch), rows, hidden.shape[1], norm)
     exits = _Exits(
         RequestExits.new(rule, rows=rows, classes=classes, depth=len(layers), device=device, keys=keys),
         exit_source(heads, rule.needs, live.states),
@@ -266,7 +270,7 @@ def _run_in_part(
         chosen = dataclasses.replace(batch, tokens=None, row_ids=torch.where(runs, batch.row_ids, -1))
         part_batch, hidden, source = compact_batch(chosen, rows.hidden, count, tokens, backend)
         plan = plan_attention(part_batch)
-        part = LiveBatch(part_batch, hidden_of(run_layer(hidden, None, plan=plan)), plan, count, tokens)
+        part = LiveBatch(part_batch, hidden_of(run_layer(hidden, None, plan=plan)), plan, count, tokens, rows.norm)
         if not last:
             exits.step(layer, part)
         scatter_rows(part.batch, part.hidden, source, batch, rows.hidden, backend)

@@ -136,7 +136,7 @@ def exit_source(heads: ExitHeads, needs: str | None, states: RowStates) -> ExitS
     """
     if needs is not None:
         return ModuleSource(heads, needs, ExitMemory(heads.first_memory(states, needs)))
-    linear = heads.linear_exits(states.hidden.dtype)
+    linear = heads.linear_exits(states.hidden.dtype) if states.norm is None else None
     return ModuleSource(heads, needs) if linear is None else LinearSource(linear)
 
 

@@ -8,6 +8,7 @@ hidden state. The rules run in torch, so that an exported program contains only 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from earlyexit_kernels.engine.inputs import Inputs, check_inputs
 from earlyexit_kernels.hashing import token_keys
 from earlyexit_kernels.heads import ExitHeads, exit_logits
 from earlyexit_kernels.ops.exit_step import valid_rows
+from earlyexit_kernels.types import normed
 
 
 class PaddedStates(NamedTuple):
@@ -29,6 +31,12 @@ class PaddedStates(NamedTuple):
 
     hidden: Tensor
     keep: Tensor | None
+    norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[N, S, H]`` after the norm."""
+        return normed(self.norm, self.hidden)
 
     @property
     def rows(self) -> int:
@@ -39,6 +47,12 @@ class PaddedStates(NamedTuple):
     def mask(self) -> Tensor | None:
         """The kept tokens as an attention mask ``[N, 1, 1, S]``."""
         return None if self.keep is None else self.keep[:, None, None, :]
+
+    def pooled(self, pooling: str | None) -> Tensor:
+        """Return one vector ``[N, H]`` per row, as in `RowStates`."""
+        if pooling == "mean":
+            return self.pool(self.tokens, pooling)
+        return normed(self.norm, self.pool(self.hidden, pooling))
 
     def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
         """Return one vector ``[N, F]`` per row of tokens ``[N, S, F]``, as in `RowStates`."""
@@ -154,7 +168,8 @@ class FixedDepth(nn.Module):
             columns = kept_columns(keep)
             ids, positions, types = (x.gather(1, columns) for x in (ids, positions, types))
         hidden = self.adapter.first_states(self.backbone, ids, positions, types)
-        return PaddedStates(hidden, keep), padded_row_keys(ids, keep) if self.criterion.exit_rule.uses_keys else None
+        states = PaddedStates(hidden, keep, self.adapter.exit_norm(self.backbone))
+        return states, padded_row_keys(ids, keep) if self.criterion.exit_rule.uses_keys else None
 
     def _decided(
         self, layer: int, depth: int, states: PaddedStates, runs: Tensor | None, found: ExitState

@@ -44,6 +44,7 @@ def trace_exits(
     heads: ExitHeads,
     options: TraceOptions,
     keys: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
 ) -> ExitTrace:
     """Run a packed batch through all layers and exits, differentiable where gradients are enabled.
 
@@ -54,9 +55,10 @@ def trace_exits(
         heads: their exits.
         options: what to compute besides logits.
         keys: ``[N]`` int64, stored in the trace.
+        norm: through which exits and gates read the tokens, or None.
     """
     plan = plan_attention(batch)
-    states = PackedStates(hidden[0], batch.offsets, plan)
+    states = PackedStates(hidden[0], batch.offsets, plan, norm)
     memory = heads.first_memory(states, options.needs)
     outputs: list[HeadOutput] = []
     gates: list[Tensor] = []

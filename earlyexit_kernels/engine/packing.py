@@ -12,6 +12,7 @@ exits read only rows with an id.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 from earlyexit_kernels.errors import AttentionReplacedError
 from earlyexit_kernels.hashing import token_keys
 from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.types import normed
 
 PACKED_ATTENTION = "earlyexit_packed"
 #: Maximum head width of flash attention, and the number that head widths must be a multiple of.
@@ -106,11 +108,23 @@ class PackedStates(NamedTuple):
     hidden: Tensor
     offsets: Tensor
     plan: AttentionPlan
+    norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[T, H]`` after the norm."""
+        return normed(self.norm, self.hidden)
 
     @property
     def rows(self) -> int:
         """B."""
         return self.offsets.shape[0] - 1
+
+    def pooled(self, pooling: str | None) -> Tensor:
+        """Return one vector ``[B, H]`` per row, as in `RowStates`; of first tokens only these pass the norm."""
+        if pooling == "mean":
+            return self.pool(self.tokens, pooling)
+        return normed(self.norm, self.pool(self.hidden, pooling))
 
     def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
         """Return one vector ``[B, F]`` per row of tokens ``[T, F]``, as in `RowStates`."""

@@ -49,6 +49,8 @@ def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | No
         return f"criterion {view.criterion.name!r} skips layers, which the host decides"
     if rule.uses_keys:
         return f"criterion {rule.name!r} draws by a row's tokens, whose hash needs the host"
+    if view.exit_norm is not None:
+        return "the exits read the tokens through the norm at the end of the encoder"
     if shape.form != "linear":
         return "the exits attend to all tokens of a row"
     if shape.pooling == "mean" and (rule.needs is not None or shape.has_dense):

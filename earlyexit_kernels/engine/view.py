@@ -36,6 +36,11 @@ class ModelView:
         return self.backbone, self.heads
 
     @property
+    def exit_norm(self) -> nn.Module | None:
+        """The norm at the end of the encoder, which its layers do not have, or None."""
+        return self.adapter.exit_norm(self.backbone)
+
+    @property
     def layers(self) -> Sequence[nn.Module]:
         """The L layers."""
         return self.adapter.layers(self.backbone)  # type: ignore[return-value]

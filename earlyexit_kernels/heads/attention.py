@@ -35,7 +35,7 @@ class TokenAttention(nn.Module):
 
     def forward(self, states: RowStates) -> tuple[Tensor, Tensor]:
         """Return the projected tokens and the output of the attention, both ``[..., W]``."""
-        narrow = torch.tanh(self.narrow(states.hidden))
+        narrow = torch.tanh(self.narrow(states.tokens))
         q, k, v = (part(narrow).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
         attended = states.attend(q, k, v, self.dropout if self.training else 0.0)
         return narrow, attended.reshape(narrow.shape)

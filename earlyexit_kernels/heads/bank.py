@@ -144,7 +144,7 @@ class ExitHeads(nn.Module):
         if self.config.remembers and needs in ("halting", "all"):
             memory["features"] = states.hidden.new_zeros(states.rows, self.features_size)
         if needs in ("hidden_cosine", "all"):
-            memory["pooled"] = states.pool(states.hidden, self.config.pooling).float()
+            memory["pooled"] = states.pooled(self.config.pooling).float()
         return memory
 
     def forward(
@@ -207,7 +207,7 @@ class ExitHeads(nn.Module):
 
     def project(self, layer: int, states: RowStates) -> Tensor:
         """Return the projections ``[T, P]`` of the input of 1-based `layer`."""
-        return self.projectors[layer - 1](states.hidden)
+        return self.projectors[layer - 1](states.tokens)
 
     def _last_linear(self, layer: int) -> nn.Linear:
         """Return the last linear of the exit after 1-based `layer`; inference reads its weight without calling it.
@@ -228,7 +228,7 @@ class ExitHeads(nn.Module):
         """Return the input of the last linear ``[B, F]``, and the projected tokens of an attention exit."""
         if len(self.attention):
             return _module_for(layer, self.attention)(states)
-        pooled = states.pool(states.hidden, self.config.pooling)
+        pooled = states.pooled(self.config.pooling)
         if not len(self.dense):
             return pooled.to(states.hidden.dtype) if self.training else pooled, None
         dense = _module_for(layer, self.dense)
@@ -238,7 +238,7 @@ class ExitHeads(nn.Module):
     def _new_memory(self, memory: Mapping[str, Tensor], features: Tensor, states: RowStates) -> dict[str, Tensor]:
         new = {"features": features} if "features" in memory else {}
         if "pooled" in memory:
-            new["pooled"] = states.pool(states.hidden, self.config.pooling).float()
+            new["pooled"] = states.pooled(self.config.pooling).float()
         return new
 
     def _drop(self, x: Tensor, reader: nn.Module) -> Tensor:

@@ -175,7 +175,8 @@ class Execution:
             layer_macs=self._layer_macs,
         )
         layers = self.encoder_layers(view)
-        return eager.start(hidden, batch, layers, view.heads, view.criterion, view.classes, options, keys)
+        parts = view.heads, view.criterion, view.classes
+        return eager.start(hidden, batch, layers, *parts, options, keys, view.exit_norm)
 
     @torch.no_grad()
     def run_full_depth(self, view: ModelView, inputs: Inputs, *, strict: bool, problem_type: str) -> ExitOutput:
@@ -224,7 +225,7 @@ class Execution:
             return _no_exits(view, problem_type, with_keys=with_keys, training=training)
         hidden, batch, keys = embed_rows(view, inputs, with_keys=with_keys)
         layers = view.layers if training else self.encoder_layers(view)
-        trace = trace_exits(hidden, batch, layers, view.heads, options, keys)
+        trace = trace_exits(hidden, batch, layers, view.heads, options, keys, view.exit_norm)
         self.invalid.add_pass(trace.logits, strict, training=training)
         return dataclasses.replace(trace, problem_type=problem_type)
 

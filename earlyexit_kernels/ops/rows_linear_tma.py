@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.backends import jit, tensor_descriptor, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.tiles import BLOCK_DEPTH, ENOUGH_TILES, Tiles, resident_programs
 
@@ -99,13 +99,11 @@ def rows_linear_tma(
         weight: ``[N, K]``.
         out: ``[T, N]``, whose rows may be parts of longer ones.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     (n, k), tiles = weight.shape, TMA_TILES
     rows_linear_tma_kernel[(resident_programs(tiles, out.shape[0], n, out.device),)](
-        TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth]),
-        TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth]),
-        TensorDescriptor.from_tensor(out, [tiles.rows, tiles.columns]),
+        tensor_descriptor(x, [tiles.rows, tiles.depth]),
+        tensor_descriptor(weight, [tiles.columns, tiles.depth]),
+        tensor_descriptor(out, [tiles.rows, tiles.columns]),
         out,
         bias,
         offsets,

@@ -76,6 +76,7 @@ REFUSED = {
     "parts": (None, "a function, got None"),
     "shares_layers": (1, "True or False, got 1"),
     "widen": (None, "a function, got None"),
+    "exit_norm": (None, "a function, got None"),
     "embeddings": (b"embeddings", "a non-empty string, got b'embeddings'"),
 }
 

@@ -17,7 +17,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.engine import eager
 
-FAMILIES = ("bert", "roberta", "albert")
+FAMILIES = ("bert", "roberta", "albert", "roberta-prelayernorm")
 TOLERANCE = 1e-5
 POISON = VOCABULARY - 1
 COMPACTIONS = ("always", "never", "auto")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.models import FAMILIES, batch_for, early_exit, parameter_set, varied_entropy
+from support.models import ALL_FAMILIES, batch_for, early_exit, parameter_set, varied_entropy
 from support.rule_models import LENGTHS, NEVER_EARLY, RULES, TOLERANCE, assert_same_answers, model_for_rule, part_of
 
 import earlyexit_kernels as ee
@@ -36,7 +36,7 @@ def test_equals_the_model(name, pooling):
 
 
 @pytest.mark.parametrize("pooling", [None, "first", "mean"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_equals_the_model_of_every_family(family, pooling):
     model = early_exit(family, pooling=pooling)
     batch = batch_for(model, lengths=LENGTHS)

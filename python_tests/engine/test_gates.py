@@ -12,7 +12,7 @@ from earlyexit_kernels.criteria import Entropy, FullDepth, HiddenCosine, Patienc
 from earlyexit_kernels.engine import eager
 
 LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
-FAMILIES = ("bert", "roberta", "albert")
+FAMILIES = ("bert", "roberta", "albert", "roberta-prelayernorm")
 SKIP_FROM = 0.5
 TOLERANCE = 1e-5
 #: Bias with which a gate is open or closed for all inputs.
@@ -34,12 +34,13 @@ class GatedModel:
         self.batch = batch_for(self.model, lengths=LENGTHS[:rows])
         self.ids = [row["input_ids"][None] for row in rows_of(self.batch)]
         self.layers = reference_networks.layers_of(self.base)
+        self.read = self.model.adapter.exit_norm(self.model.backbone) or torch.nn.Identity()
 
     def gate(self, layer, hidden):
-        return reference_networks.gate(self.heads, layer, hidden, torch.ones(hidden.shape[:2])).sigmoid()
+        return reference_networks.gate(self.heads, layer, self.read(hidden), torch.ones(hidden.shape[:2])).sigmoid()
 
     def exit(self, layer, hidden):
-        return reference_networks.attention_exit(self.heads, layer, hidden, torch.ones(hidden.shape[:2]))[0]
+        return reference_networks.attention_exit(self.heads, layer, self.read(hidden), torch.ones(hidden.shape[:2]))[0]
 
     def set_gate(self, layer, bias):
         with torch.no_grad():
@@ -81,7 +82,7 @@ class GatedModel:
                 hidden, layers_run = run(hidden), layers_run + 1
                 if layer < DEPTH:
                     z = self.exit(layer, hidden)
-                    if leaves(layer, z[0], before, hidden):
+                    if leaves(layer, z[0], self.read(before), self.read(hidden)):
                         return z, layer, layers_run
         return self.exit(DEPTH, hidden), DEPTH, layers_run
 

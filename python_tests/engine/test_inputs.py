@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, ragged, stock
+from support.models import ALL_FAMILIES, CLASSES, DEPTH, batch_for, early_exit, ragged, stock
 from transformers import BatchEncoding
 
 import earlyexit_kernels as ee
@@ -14,7 +14,7 @@ from earlyexit_kernels.engine.inputs import Inputs
 # empty inputs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("pooling", [None, "mean"])
 def test_empty_batch(family, pooling):
     model = early_exit(family, pooling=pooling, halting=True, criterion=QExit(q=0.5))
@@ -43,7 +43,7 @@ def test_rows_without_tokens_are_refused():
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_row_of_padding_only_is_finite_and_does_not_affect_others(family, pooling):
     model = early_exit(family, pooling=pooling)
     batch = batch_for(model)
@@ -169,7 +169,7 @@ def test_hidden_states_and_attentions_are_refused(asked, training):
     assert model(**batch, **{asked: False}).logits.shape == (4, CLASSES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("pooling", [None, "first"])
 def test_left_padding_is_refused_unless_pooling_is_mean(family, pooling):
     model = early_exit(family, pooling=pooling)

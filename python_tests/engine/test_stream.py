@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.leaving_models import setting
-from support.models import DEPTH, FAMILIES, batch_for, early_exit, parameter_set, varied
+from support.models import ALL_FAMILIES, DEPTH, batch_for, early_exit, parameter_set, varied
 from support.rule_models import RULES, model_for_rule
 
 import earlyexit_kernels as ee
@@ -33,7 +33,7 @@ def assert_streams_as_forward(model, batch):
     return expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_families(family):
     model, batch = varied(family)
     out = assert_streams_as_forward(model, batch)

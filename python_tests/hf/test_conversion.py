@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 import transformers as tf
-from support.models import FAMILIES, batch_for, early_exit, encoder_of, stock
+from support.models import ALL_FAMILIES, batch_for, early_exit, encoder_of, stock
 from torch import nn
 
 import earlyexit_kernels as ee
@@ -24,7 +24,7 @@ def test_registering_twice():
     assert model.backbone.config._attn_implementation == PACKED_ATTENTION
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_encoder_parameters_are_the_same_objects(family):
     base = stock(family)
     model = ee.to_early_exit(base)
@@ -38,7 +38,7 @@ def test_encoder_parameters_are_the_same_objects(family):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_stock_instance_is_unchanged(family, attention):
     base = stock(family, attention=attention)
     batch = batch_for(base, "holes")
@@ -113,7 +113,7 @@ def test_dtype_is_kept(dtype):
     assert model.config.dtype == dtype
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_exits_start_from_the_stock_head(family):
     base = stock(family)
     names = dict(base.named_modules())
@@ -143,10 +143,10 @@ def test_unsupported_family_lists_the_supported_ones():
     config = tf.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20, bos_token_id=0, eos_token_id=0)
     with pytest.raises(ValueError, match="gpt2") as caught:
         ee.to_early_exit(tf.GPT2ForSequenceClassification(config))
-    assert all(family in str(caught.value) for family in FAMILIES)
+    assert all(family in str(caught.value) for family in ALL_FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_bare_encoder_is_refused(family):
     with pytest.raises(TypeError, match=r"sequence classification.*AutoModelForSequenceClassification"):
         ee.to_early_exit(encoder_of(stock(family)))

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers as tf
 from support.models import (
+    ALL_FAMILIES,
     CLASSES,
-    FAMILIES,
     VARIED_LENGTHS,
     VOCABULARY,
     batch_for,
@@ -44,7 +44,7 @@ def test_attention_cannot_be_set_on_the_model():
     same(model(**batch), expected, 0.0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_set_on_the_backbone_is_refused(family, attention):
     model = early_exit(family)
@@ -144,7 +144,7 @@ def test_to_another_device():
     assert model.device.type == "meta" and {p.device.type for p in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "albert"])
+@pytest.mark.parametrize("family", [f for f in ALL_FAMILIES if f != "albert"])
 def test_gradient_checkpointing(family):
     plain, checkpointed = (early_exit(family, dropout=0.0).train() for _ in range(2))
     with warnings.catch_warnings():
@@ -209,7 +209,7 @@ def test_model_inside_another_module():
     assert any(name.startswith("model.backbone.") for name in pair.state_dict())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_added_tokens(tmp_path, family):
     """After `resize_token_embeddings` new ids are valid, also after a save and a load."""
     model = early_exit(family)

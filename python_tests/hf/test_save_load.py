@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import DEPTH, FAMILIES, LOADERS, batch_for, early_exit, encoder_of, ragged, run_python, stock
+from support.models import ALL_FAMILIES, DEPTH, LOADERS, batch_for, early_exit, encoder_of, ragged, run_python, stock
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit
@@ -179,7 +179,11 @@ FRESH = """
 def test_fresh_process_without_network(tmp_path):
     """A new process gives equal answers, and loads the encoder without importing the package."""
     expected = {}
-    for dtype, families in ((torch.float32, FAMILIES), (torch.float16, FAMILIES[:3]), (torch.bfloat16, FAMILIES[:1])):
+    for dtype, families in (
+        (torch.float32, ALL_FAMILIES),
+        (torch.float16, ALL_FAMILIES[:3]),
+        (torch.bfloat16, ALL_FAMILIES[:1]),
+    ):
         for family in families:
             model = early_exit(family, criterion=Entropy(threshold=[0.8, 0.8, 0.9])).to(dtype)
             name = f"{family}-{str(dtype).removeprefix('torch.')}"

@@ -185,7 +185,7 @@ def test_backbone_with_unknown_parts_is_refused(monkeypatch):
     monkeypatch.setitem(BACKBONES, family, adapter)
     base = stock(family, pad_token_id=1)
     assert isinstance(base, tf.RobertaPreLayerNormForSequenceClassification)
-    with pytest.raises(ValueError, match=r"does not use LayerNorm of RobertaPreLayerNormModel.*post-norm"):
+    with pytest.raises(ValueError, match=r"does not use LayerNorm of RobertaPreLayerNormModel.*exit_norm"):
         ee.to_early_exit(base)
     base.base_model.LayerNorm = torch.nn.Identity()
     batch = batch_for(base)

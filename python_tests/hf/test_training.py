@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import CLASSES, DEPTH, FAMILIES, batch_for, early_exit, encoder_of, stock
+from support.models import ALL_FAMILIES, CLASSES, DEPTH, batch_for, early_exit, encoder_of, stock
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import adapter_of
@@ -91,7 +91,7 @@ def test_joint_loss_weights():
     ],
 )
 @pytest.mark.parametrize("settings", [{}, {"pooling": "first"}, {"pooling": "mean"}, {"halting": True}])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_parameter_gets_a_gradient(family, settings, problem_type, labels):
     model = early_exit(
         family, num_labels=1 if problem_type == "regression" else CLASSES, problem_type=problem_type, **settings
@@ -112,7 +112,7 @@ def test_criterion_does_not_affect_training():
     assert torch.equal(out.exit_layer, torch.full((4,), DEPTH))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_dropout_only_in_training(family):
     model = early_exit(family, dropout=0.3)
     batch = batch_for(model)
@@ -135,7 +135,7 @@ def dropped_before_dense(family):
     return bool(seen[0] == 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_head_dropout_is_that_of_the_family(family):
     """RoBERTa and ELECTRA also apply dropout before the dense module; with p=1 only biases remain."""
     model = early_exit(family, dropout=0.0)

@@ -20,6 +20,9 @@ import earlyexit_kernels as ee
 tf.utils.logging.disable_progress_bar()
 
 FAMILIES = ("bert", "roberta", "albert", "electra", "distilbert", "xlm-roberta", "camembert")
+#: Families whose tests are those of what they have of their own.
+MORE_FAMILIES = ("data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl")
+ALL_FAMILIES = (*FAMILIES, *MORE_FAMILIES)
 ATTENDED = ("full", "right", "holes", "real_ids_masked", "pad_ids_attended")
 LENGTHS = (17, 3, 9, 12)
 VARIED_LENGTHS = (3, 5, 8, 9, 10, 11, 12, 14, 17, 18, 19, 20)
@@ -52,6 +55,9 @@ _FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "roberta": {"pad_token_id": 1},
     "xlm-roberta": {"pad_token_id": 1},
     "camembert": {"pad_token_id": 1},
+    "data2vec-text": {"pad_token_id": 1},
+    "roberta-prelayernorm": {"pad_token_id": 1},
+    "xlm-roberta-xl": {"pad_token_id": 1},
 }
 _DROPOUTS = {
     "albert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"),
