@@ -55,6 +55,9 @@ def test_patterns(tmp_path):
     assert names(tmp_path / "**" / "[23].parquet") == ["2.parquet", "3.parquet"]
     assert names(tmp_path / "b" / "5 [x].parquet", tmp_path / "b") == ["5 [x].parquet"]
     assert names(f"file://{tmp_path}/a/?.parquet") == ["1.parquet", "2.parquet"]
+    assert names(f"file://{tmp_path}/a/?.parquet?use_mmap=true") == ["1.parquet", "2.parquet"]
+    with pytest.raises(ValueError, match="use_mmap"):
+        names(f"file://{tmp_path}/a?use_mmap=neither")
     for wrong in (tmp_path / "none", tmp_path / "*.csv", tmp_path / "a" / "1.parquet" / "*"):
         with pytest.raises(FileNotFoundError, match="names none"):
             names(wrong)

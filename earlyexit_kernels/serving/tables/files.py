@@ -24,6 +24,8 @@ CHUNK_ROWS = 4096
 #: Maximum bytes of a row of CSV.
 CSV_BYTES = 16 * 2**20
 IS_PATTERN = re.compile(r"[*?\[]")
+#: Options at the end of a URI, as in ``s3://bucket/rows?region=eu-west-1``.
+URI_OPTIONS = re.compile(r"\?\w+=.*$")
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ def find_files(patterns: Sequence[str]) -> list[File]:
     """Return the files that paths, folders or patterns name, each once, by their names.
 
     Args:
-        patterns: local paths or URIs; ``*``, ``?`` and ``[...]`` stand for characters within a name, ``**`` for
-            folders. Of a folder, the files below it that end as a table does are taken; names that begin with ``.``
-            or ``_`` are left out.
+        patterns: local paths, or URIs that may end in options of pyarrow (``s3://bucket/rows?region=eu-west-1``).
+            ``*``, ``?`` and ``[...]`` stand for characters within a name, ``**`` for folders. Of a folder, the files
+            below it that end as a table does are taken; names that begin with ``.`` or ``_`` are left out.
 
     Raises:
         OSError: a pattern names no file, or the file system cannot be reached.
@@ -81,12 +83,14 @@ def find_files(patterns: Sequence[str]) -> list[File]:
 def _matching(pattern: str) -> Iterator[File]:
     is_uri = "://" in pattern
     literal = not is_uri and os.path.exists(pattern)
-    text = pattern if is_uri else os.path.abspath(pattern)
+    options = URI_OPTIONS.search(pattern) if is_uri else None
+    text = pattern[: options and options.start()] if is_uri else os.path.abspath(pattern)
     first = None if literal else IS_PATTERN.search(text)
     cut = len(text) if first is None else text.rindex("/", 0, first.start()) + 1
     base, segments = text[:cut].rstrip("/") or "/", [part for part in text[cut:].split("/") if part]
     try:
-        system, root = pa.fs.FileSystem.from_uri(base) if is_uri else (pa.fs.LocalFileSystem(), base)
+        uri = base + (options.group() if options else "")
+        system, root = pa.fs.FileSystem.from_uri(uri) if is_uri else (pa.fs.LocalFileSystem(), base)
     except pa.ArrowInvalid as error:
         raise ValueError(f"--input: {pattern}: {error}") from error
     prefix = base.removesuffix(root)
