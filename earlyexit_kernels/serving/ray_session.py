@@ -19,7 +19,7 @@ def ray_session(address: str | None) -> Iterator[None]:
         address: of a cluster; None: this machine, until the end of the block.
 
     Raises:
-        ConnectionError: there is no cluster at the address.
+        ConnectionError: there is no cluster at the address, or it refuses this process.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -28,7 +28,13 @@ def ray_session(address: str | None) -> Iterator[None]:
     if ours:
         here: dict[str, Any] = {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
         here |= {"object_store_memory": STORE_BYTES}
-        ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else here))
+        try:
+            ray.init(address or "local", logging_level="ERROR", log_to_driver=False, **({} if address else here))
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}; expected a running cluster there; one with token authentication, as of Ray 2.59 and later, "
+                "needs RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN (`ray get-auth-token` on its head)"
+            ) from error
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from support.text_models import saved_model, texts  # noqa: E402
 import earlyexit_kernels as ee  # noqa: E402
 from earlyexit_cli import main  # noqa: E402
 from earlyexit_kernels.cli import inputs  # noqa: E402
+from earlyexit_kernels.serving.tables.actors import _distributed  # noqa: E402
 
 ROWS = texts(40)
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,3 +118,34 @@ def test_errors(saved, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "ray" else object())
     message = error_of(capsys, command(saved, tmp_path))
     assert message.endswith("expected the packages ray: `pip install earlyexit_kernels[ray]`")
+
+
+def doomed_block(name):
+    return SimpleNamespace(name=name, start=0, file=SimpleNamespace(name=f"{name}.parquet"))
+
+
+def actors(*deadly):
+    """One actor for each set of the blocks that kill it."""
+
+    class Worker:
+        def __init__(self, deadly):
+            self.deadly = deadly
+
+        def score(self, block):
+            if block.name in self.deadly:
+                os._exit(1)
+            return ""
+
+    return [ray.remote(num_cpus=0)(Worker).remote(one) for one in deadly]
+
+
+def test_a_block_of_a_lost_worker_goes_to_another(cluster):
+    blocks = [doomed_block(name) for name in "abcd"]
+    found = [block.name for block, problem in _distributed(blocks, actors({"a"}, set())) if not problem]
+    assert sorted(found) == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("deadly", [({"a"}, {"a"}, {"a"}), ({"a"}, {"b"})], ids=["two lost", "none left"])
+def test_a_run_ends_where_workers_are_lost(cluster, deadly):
+    with pytest.raises(OSError, match=r"a worker died at [ab]\.parquet, rows from 0: "):
+        list(_distributed([doomed_block("a"), doomed_block("b"), doomed_block("c")], actors(*deadly)))

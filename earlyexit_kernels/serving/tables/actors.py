@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from earlyexit_kernels.serving.tables.blocks import (
 MOST_WORKERS = 8
 #: How often a worker that has died, as when memory is exhausted, is started again.
 RESTARTS = 3
+#: Workers that one block may lose for good, after which the run ends.
+LOSSES = 2
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def score_blocks(
     Raises:
         ConnectionError: there is no cluster at the address.
         DiskError: the output cannot be written.
-        OSError: a worker died several times.
+        OSError: no worker is left, or one block lost `LOSSES` of them.
         ValueError: more workers than cores or GPUs.
     """
     with ray_session(address):
@@ -175,12 +178,15 @@ def score_blocks(
 
 
 def _distributed(blocks: Sequence[Block], pool: Sequence[Any]) -> Iterator[tuple[Block, str]]:
-    """Give each actor a block, and another one when it is finished."""
+    """Give each actor a block, and another one when it is finished; the block of a lost actor goes to the next one."""
     import ray
 
-    waiting = iter(blocks)
-    running = {actor.score.remote(block): (actor, block) for actor, block in zip(pool, waiting)}  # noqa: B905
-    while running:
+    waiting, idle, lost = deque(blocks), deque(pool), Counter[str]()
+    running: dict[Any, tuple[Any, Block]] = {}
+    while waiting or running:
+        while waiting and idle:
+            actor, block = idle.popleft(), waiting.popleft()
+            running[actor.score.remote(block)] = actor, block
         (ready,), _ = ray.wait(list(running), num_returns=1)
         actor, block = running.pop(ready)
         try:
@@ -190,8 +196,11 @@ def _distributed(blocks: Sequence[Block], pool: Sequence[Any]) -> Iterator[tuple
                 raise error.cause from None
             raise
         except ray.exceptions.RayActorError as error:
-            raise OSError(f"a worker died at {block.file.name}, rows from {block.start}: {reason_of(error)}") from error
-        following = next(waiting, None)
-        if following is not None:
-            running[actor.score.remote(following)] = (actor, following)
+            lost[block.name] += 1
+            if not (running or idle) or lost[block.name] == LOSSES:
+                at = f"{block.file.name}, rows from {block.start}"
+                raise OSError(f"a worker died at {at}: {reason_of(error)}") from error
+            waiting.appendleft(block)
+            continue
+        idle.append(actor)
         yield block, problem
