@@ -85,7 +85,14 @@ TARGETS: Values = {
     "--max-drop=0.1 --speed-up=2": False,
 }
 PREDICT: dict[str, Values] = {
-    "--input": {"rows.csv": True, "rows.tsv": True, "other.csv": False, "nowhere.csv": False, "x": False, "..": False},
+    "--input": {
+        "rows.csv": True,
+        "rows.tsv": True,
+        "other.csv": True,
+        "taken.csv": False,
+        "nowhere.csv": False,
+        "x": False,
+    },
     "--output": {"new.csv": True, "new.tsv": True, "new.jsonl": True, "rows.csv": False, "new": False, "": False},
     "--text-column": {"text": True, "words": False, "": False},
     "--pair-column": {"words": False, "text": True, "": False},
@@ -111,7 +118,7 @@ def folders() -> Path:
         "the film was not funny .",
         "the music was superb .",
     ]
-    for split, rows in (("train", 40), ("dev", 12)):
+    for split, rows in (("train", 100), ("dev", 12)):
         lines = "".join(f"{i}\t{i % 2}\t{sentences[i % 4]}\n" for i in range(rows))
         (root / "data" / "sst2").mkdir(parents=True, exist_ok=True)
         (root / "data" / "sst2" / f"{split}.tsv").write_text(f"idx\tlabel\tsentence\n{lines}")
@@ -136,7 +143,7 @@ def _train(root: Path) -> None:
 
 
 def train_line(base: Path, output: Path, changed: list[str]) -> list[str]:
-    rows = ["--train-rows", "16", "--holdout", "16", "--epochs", "1", "--batch-size", "8", "--task", "sst2"]
+    rows = ["--train-rows", "16", "--holdout", "52", "--epochs", "1", "--batch-size", "8", "--task", "sst2"]
     return ["train", "--model", str(base), "--output", str(output), *rows, *changed]
 
 
@@ -272,6 +279,7 @@ def _values_of_predict(case: Case, here: Path) -> None:
     (here / "rows.csv").write_text("".join(f"{a},{b}\n" for a, b in rows))
     (here / "rows.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
     (here / "other.csv").write_text("text,label\nthe plot was dull .,a\n")
+    (here / "taken.csv").write_text("text,label,predicted_label\nthe plot was dull .,a,b\n")
     argv, verdict = drawn(case, PREDICT)
     output = next((value for name, _, value in (one.partition("=") for one in argv) if name == "--output"), "new.csv")
     given = ["--input=rows.csv", "--output=new.csv", *argv]
