@@ -76,7 +76,9 @@ def check_file(argument: str, file: Path) -> None:
 
 def _check_replaceable(argument: str, file: Path) -> None:
     """Raise FileExistsError if a file has something else than results in it."""
-    if not file.is_file() or not os.access(file, os.R_OK):
+    with _refused(argument, "file", file):
+        readable = file.is_file() and os.access(file, os.R_OK)
+    if not readable:
         return
     with file.open("rb") as held:
         begin = held.read(READ_BYTES)

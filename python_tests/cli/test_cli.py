@@ -69,7 +69,9 @@ def test_missing_model_folder_is_refused(capsys, tmp_path):
 def test_too_many_rows_are_refused_before_training(capsys, base, tmp_path):
     arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path), "--train-rows", "31500"]
     message = error_of(capsys, arguments)
-    assert "--train-rows 31500 and --holdout 1000 (the default)" in message and "has 32000 rows in total" in message
+    assert (
+        "--train-rows 31500 and --holdout 1000 (the default)" in message and "has 32000 train rows in total" in message
+    )
     assert message.endswith("; --holdout 500 would fit")
 
 
@@ -84,7 +86,9 @@ def test_too_many_rows_are_refused_before_training(capsys, base, tmp_path):
 def test_default_holdout_of_a_small_data_set_says_what_would_fit(capsys, base, tmp_path, small_task, rows, fitting):
     arguments = ["train", "--model", base, "--task", "toy", "--output", str(tmp_path / "out"), *rows]
     message = error_of(capsys, arguments)
-    assert "--holdout 1000 (the default): " in message and message.endswith(f"96 rows in total; {fitting} would fit")
+    assert "--holdout 1000 (the default): " in message and message.endswith(
+        f"96 train rows in total; {fitting} would fit"
+    )
     assert main([*arguments, *fitting.split(), "--epochs", "1"]) == 0
 
 
@@ -363,9 +367,9 @@ def test_a_model_saved_in_python_predicts(tmp_path, capsys):
 
 
 def test_dev_is_refused_for_a_model_of_a_task(base, tmp_path, capsys, small_task):
-    arguments = ["--task", "toy", "--holdout", "24", "--output", str(tmp_path), "--epochs", "1"]
+    arguments = ["--task", "toy", "--holdout", "50", "--train-rows", "40", "--output", str(tmp_path), "--epochs", "1"]
     assert main(["train", "--model", str(base), *arguments]) == 0
     message = error_of(capsys, ["calibrate", "--model", str(tmp_path), "--max-drop", "0.5", "--dev", "x.csv"])
     assert "--dev: expected a model trained with --train" in message
     assert main(["calibrate", "--model", str(tmp_path), "--max-drop", "0.5"]) == 0
-    assert "24 held-out train rows" in capsys.readouterr().out
+    assert "50 held-out train rows" in capsys.readouterr().out

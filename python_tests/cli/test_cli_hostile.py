@@ -357,12 +357,13 @@ def test_eval_checks_output_files_first(capsys, trained, tmp_path, option):
 def test_check_file_accepts_what_write_json_can_write(tmp_path):
     """`write_json` writes a new file beside the target and renames it, so the target itself may be read-only."""
     file, link = tmp_path / "file.json", tmp_path / "link.json"
-    file.write_text("old")
+    file.write_text('{"environment": {}}')
     file.chmod(0o400)
     link.symlink_to(file)
     for target in (file, link, tmp_path / "new" / "file.json", tmp_path / f"{'x' * 250}"):
         check_file("--output", target)
-    assert file.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["file.json", "link.json", "new"]
+    assert "environment" in file.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.json", "link.json", "new"]
     check_file("--output", Path("/dev/null"))
 
 

@@ -4,62 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.commands import error_of
+from support.own_files import NAMES, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import earlyexit_kernels as ee
 from earlyexit_cli import main
 from earlyexit_kernels.cli import calibrate
 from earlyexit_kernels.cli.recipe import Recipe
-from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.files import read_table, write_table
 from earlyexit_kernels.tasks.load import encode
 from earlyexit_kernels.tuning.calibrate import split_indices
 from earlyexit_kernels.tuning.traces import collect_trace
-
-NAMES = ("bad", "good")
-
-
-def write_rows(path: Path, rows: int, *, seed: int = 0, **columns: str) -> Path:
-    """Write generated sentences with their labels; `columns` renames text and label."""
-    found = toy.write_splits(seed=seed, train_rows=0, dev_rows=4 * rows + 20, test_rows=0)["dev"]
-    found = [sentence for sentence in found if sentence.level <= 2][:rows]
-    assert len(found) == rows
-    texts, labels = [s.text for s in found], [NAMES[s.label] for s in found]
-    write_table(path, {columns.get("text", "text"): texts, columns.get("label", "label"): labels})
-    return path
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Folder with train.csv, of 240 rows, and other.csv."""
-    folder = tmp_path_factory.mktemp("files")
-    write_rows(folder / "train.csv", 240, text="review", label="opinion")
-    write_rows(folder / "other.csv", 60, seed=1, text="review", label="opinion")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(base, files, tmp_path_factory):
-    """Folder written by `earlyexit train --train train.csv`."""
-    folder = tmp_path_factory.mktemp("trained") / "out"
-    columns = ["--text-column", "review", "--label-column", "opinion"]
-    rows = ["--train", str(files / "train.csv"), *columns, "--holdout", "120", "--max-length", "48"]
-    epochs = ["--epochs", "16", "--lr", "5e-3"]
-    assert main(["train", "--model", str(base), *rows, "--output", str(folder), *epochs]) == 0
-    return folder
-
-
-@pytest.fixture
-def model(trained, tmp_path):
-    """A copy of `trained`."""
-    return Path(shutil.copytree(trained, tmp_path / "out"))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -355,76 +316,3 @@ def test_eval_shows_the_metrics_asked_for(model, capsys):
     assert "| macro_f1 (reporting) | auroc (reporting) | ece (reporting) |" in out
     assert "ece is an error" in error_of(capsys, ["eval", "--model", str(model), "--metric", "ece"])
     assert "--metric: expected" in error_of(capsys, ["eval", "--model", str(model), "--metric", "pearson"])
-
-
-# predict
-
-
-def test_predictions_are_the_rows_with_three_more_columns(model, tmp_path, files, capsys):
-    assert main(["calibrate", "--model", str(model), "--max-drop", "0.05", "--apply", "entropy"]) == 0
-    for name in ("in.csv", "in.tsv", "in.jsonl", "in.parquet"):
-        write_rows(tmp_path / name, 40, seed=2, text="review", label="truth")
-        out = tmp_path / f"out-{name}"
-        assert main(["predict", "--model", str(model), "--input", str(tmp_path / name), "--output", str(out)]) == 0
-        before, after = read_table(tmp_path / name).columns, read_table(out).columns
-        assert list(after) == ["review", "truth", "label", "score", "exit_layer"]
-        assert all(list(after[column]) == list(before[column]) for column in before)
-        assert set(after["label"]) <= set(NAMES) and {int(layer) for layer in after["exit_layer"]} <= {1, 2}
-    assert "40 rows, mean exit layer" in capsys.readouterr().out
-
-
-def test_texts_are_answered_on_the_terminal(model, capsys):
-    assert main(["predict", "--model", str(model), "--text", "the plot was dull .", "--text", "zzz " * 200]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("exit layer 2: the plot was dull .") and "exit layer" in second
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "one of the arguments --input --text is required"),
-        (["--input", "in.csv"], "expected --output FILE"),
-        (["--text", "a", "--output", "new.csv"], "--output: expected beside --input"),
-        (["--input", "in.csv", "--output", "in.csv"], "in.csv exists, and is not overwritten"),
-        (["--input", "in.csv", "--output", "new.txt"], "expected a file name that ends in .csv"),
-        (["--input", "in.csv", "--output", "new.csv", "--text-column", "x"], "in.csv has no column 'x'"),
-        (["--input", "no.csv", "--output", "new.csv"], "no.csv"),
-        (["--input", "in.csv", "--output", "in.csv/new.csv"], "--output: expected a folder that can be written to"),
-    ],
-)
-def test_predict_refuses_and_writes_nothing(model, tmp_path, capsys, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    write_rows(Path("in.csv"), 4, text="review", label="truth")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    assert words in error_of(capsys, ["predict", "--model", str(model), *arguments])
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-def test_predictions_are_written_whole_or_not_at_all(model, tmp_path, capsys, monkeypatch):
-    write_rows(tmp_path / "in.csv", 4, text="review", label="truth")
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    out = ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / "new.csv")]
-    message = error_of(capsys, ["predict", "--model", str(model), *out])
-    assert f"{tmp_path / 'new.csv'} could not be written: No space left on device" in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out"]
-
-
-def test_rows_without_an_answer_are_counted_and_left_empty(model, tmp_path, capsys):
-    write_table(tmp_path / "in.csv", {"review": ["the plot was dull .", "", "the cast was witty ."]})
-    for name in ("out.csv", "out.jsonl"):
-        out = ["--input", str(tmp_path / "in.csv"), "--output", str(tmp_path / name), "--max-tokens", "4"]
-        assert main(["predict", "--model", str(model), *out]) == 0
-        message = (
-            f"3 rows, mean exit layer 2.00 of 2, 1 without an answer ({tmp_path / 'in.csv'}, line 3: expected some text"
-        )
-        assert message in capsys.readouterr().out
-        columns = read_table(tmp_path / name).columns
-        empty = "" if name == "out.csv" else None
-        assert [columns[column][1] for column in ("label", "score", "exit_layer")] == [empty] * 3
-        assert {columns["label"][0], columns["label"][2]} <= set(NAMES)
-    assert main(["predict", "--model", str(model), "--text", ""]) == 0
-    assert capsys.readouterr().out == "no answer, expected some text, got an empty one: \n"

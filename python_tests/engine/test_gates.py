@@ -25,7 +25,7 @@ class GatedModel:
     def __init__(self, family="bert", *, pooling=None, rows=16, **arguments):
         self.base = stock(family, dropout=0.0)
         self.model = ee.to_early_exit(self.base, method="smartbert", pooling=pooling, **arguments)
-        self.heads = self.model.heads
+        self.heads, self.layers = self.model.heads, reference_networks.layers_of(self.base)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for head in (*self.heads.out, *(module.out for module in (*self.heads.gates, *self.heads.halting))):
@@ -33,7 +33,6 @@ class GatedModel:
                 head.weight.copy_(2 * spread / head.weight.shape[1] ** 0.5)
         self.batch = batch_for(self.model, lengths=LENGTHS[:rows])
         self.ids = [row["input_ids"][None] for row in rows_of(self.batch)]
-        self.layers = reference_networks.layers_of(self.base)
         self.read = self.model.adapter.exit_norm(self.model.backbone) or torch.nn.Identity()
 
     def gate(self, layer, hidden):

@@ -75,7 +75,6 @@ CALIBRATE: dict[str, Values] = {
 TARGETS: Values = {
     "--max-drop=0.5": True,
     "--max-drop=1": False,
-    "--max-drop=0": None,
     "--speed-up=1.5": True,
     "--speed-up=1000": False,
     "--latency-ms=10000": True,
@@ -85,14 +84,7 @@ TARGETS: Values = {
     "--max-drop=0.1 --speed-up=2": False,
 }
 PREDICT: dict[str, Values] = {
-    "--input": {
-        "rows.csv": True,
-        "rows.tsv": True,
-        "other.csv": True,
-        "taken.csv": False,
-        "nowhere.csv": False,
-        "x": False,
-    },
+    "--input": {"rows.csv": True, "rows.tsv": True, "other.csv": True, "taken.csv": False, "x": False, "..": False},
     "--output": {"new.csv": True, "new.tsv": True, "new.jsonl": True, "rows.csv": False, "new": False, "": False},
     "--text-column": {"text": True, "words": False, "": False},
     "--pair-column": {"words": False, "text": True, "": False},

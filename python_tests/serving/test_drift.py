@@ -19,7 +19,7 @@ MIXES = ([0.25] * 4, [0.6, 0.25, 0.12, 0.03], [0.01, 0.01, 0.01, 0.97], [0.7, 0.
 
 @pytest.fixture(scope="module")
 def calibration():
-    labels = torch.arange(40) % 2
+    labels = torch.arange(60) % 2
     logits = torch.nn.functional.one_hot(labels, 2).float()[:, None].repeat(1, 4, 1)
     return ee.calibrate(ee.ExitTrace(logits), labels, target=ee.MaxDrop(0.0))
 

@@ -171,7 +171,7 @@ def test_a_model_in_train_mode_is_refused():
 @pytest.fixture
 def calibrated():
     model, words = model_and_tokenizer(ROWS, exits=False)
-    ee.calibrate(model, [words(text) for text in ROWS], target=ee.SpeedUp(1.5))
+    ee.calibrate(model, [words(text) for text in texts(60)], target=ee.SpeedUp(1.5))
     return model, words
 
 
