@@ -22,7 +22,7 @@ from earlyexit_kernels.hf.saving import saved_whole
 from earlyexit_kernels.tasks.own import digest_of
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.choices import UnreachableTargetError
-from earlyexit_kernels.tuning.grids import MIN_POINTS, settings
+from earlyexit_kernels.tuning.grids import MIN_POINTS, rule_names, settings
 from earlyexit_kernels.tuning.report import markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
 from earlyexit_kernels.tuning.traces import collect_trace
@@ -62,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
         )
     (metric,) = metrics_for(task, [args.metric or task.metric], predictions_only=True)
     model = load_model(args.model, task)
+    allowed = rule_names(model.heads.aux_names, task.problem_type)
+    if args.apply not in (None, AUTO, *allowed):
+        raise ValueError(f"--apply: expected auto or a criterion of this model, {', '.join(allowed)}; got {args.apply}")
     rows, kind = recipe.unseen_rows(task)
     data, collate = encoded(args.model, model, {kind: rows}, max_length=recipe.max_length)
     trace, labels = collect_trace(model, data[kind], collate_fn=collate, batch_size=args.batch_size, progress=kind)
@@ -71,8 +74,6 @@ def run(args: argparse.Namespace) -> int:
     choose = partial(calibrate, *given, target=target, metric=metric, batch_size=args.batch_size)
     choose = partial(choose, collate_fn=collate, problem_type=task.problem_type)
     rules = list(settings(trace, points=MIN_POINTS, problem_type=task.problem_type))
-    if args.apply not in (None, AUTO, *rules):
-        raise ValueError(f"--apply: expected auto or a criterion of this model, {', '.join(rules)}; got {args.apply}")
     found, missed = _each(rules, choose)
     print(f"{args.model}, {target}: chosen on half of {len(rows)} {kind}, checked on the other half\n")
     if found:

@@ -107,8 +107,17 @@ def _answers(
 
 
 def text_columns(args: argparse.Namespace, recipe: Recipe | None) -> tuple[str, str | None]:
-    """Return the columns of the text and of its pair: as asked for, or those of training."""
+    """Return the columns of the text and of its pair: as asked for, or those of training.
+
+    Raises:
+        ValueError: a pair for a model that was trained on one text a row.
+    """
     columns = Columns() if recipe is None or recipe.data is None else recipe.data.columns
+    if args.pair_column and not columns.pair and recipe is not None and recipe.data is not None:
+        raise ValueError(
+            f"--pair-column: the model was trained on one text a row, got a second one, {args.pair_column!r}; leave "
+            "the option out"
+        )
     return args.text_column or columns.text, args.pair_column or columns.pair
 
 

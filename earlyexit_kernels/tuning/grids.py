@@ -8,7 +8,7 @@ a score. Rules without a threshold have a few settings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,12 +60,29 @@ def settings(
             f"settings: expected points >= {MIN_POINTS} and a trace of at least 2 exits, got {points} and {trace.depth}"
         )
     task = problem_type or default_problem_type(trace.logits.shape[2])
+    allowed = rule_names(trace.aux, task, has_keys=trace.keys is not None)
     return {
         name: fitting
-        for name, grid in GRIDS.items()
-        if _may_fit(RULES[name], trace, task)
-        and (fitting := tuple(rule for rule in grid(trace, points) if _fits(rule, trace, task)))
+        for name in allowed
+        if (fitting := tuple(rule for rule in GRIDS[name](trace, points) if _fits(rule, trace, task)))
     }
+
+
+def rule_names(aux: Collection[str], problem_type: str, *, has_keys: bool = True) -> list[str]:
+    """Return the criteria in `GRIDS` that a task and the scalars of the exits allow.
+
+    Args:
+        aux: names of the scalars that the exits produce.
+        problem_type: as in transformers.
+        has_keys: whether the rows have keys, from which random numbers are drawn.
+    """
+    return [
+        name
+        for name in GRIDS
+        if problem_type in (rule := RULES[name]).tasks
+        and (rule.needs is None or rule.needs in aux)
+        and (has_keys or not rule.uses_keys)
+    ]
 
 
 def skip_settings(
@@ -85,12 +102,6 @@ def skip_settings(
         for skip in skip_from
         for t in dict.fromkeys(thresholds)
     )
-
-
-def _may_fit(rule: type[Criterion], trace: ExitTrace, problem_type: str) -> bool:
-    """Return whether a trace has the scalars and keys that a rule reads."""
-    has_keys = trace.keys is not None or not rule.uses_keys
-    return problem_type in rule.tasks and (rule.needs is None or rule.needs in trace.aux) and has_keys
 
 
 def _fits(rule: Criterion, trace: ExitTrace, problem_type: str) -> bool:

@@ -257,7 +257,8 @@ def _multiply_adds(data: Mapping[str, Any]) -> str:
 
 def _rows(data: Mapping[str, Any]) -> str:
     captions = {
-        "first": "The first to leave; of rows that leave together, those with the highest probability.",
+        "first": "The first to leave; of rows that leave together, those with the highest probability. Rows are "
+        "numbered from 0 in the order of the data.",
         "last": "The last to leave; of rows that leave together, those with the lowest probability.",
     }
     shows = data["rows"]["texts"]

@@ -257,6 +257,12 @@ def test_calibrate_refuses_and_leaves_the_model(model, capsys, arguments, words)
     assert (model / "config.json").read_bytes() == before
 
 
+def test_a_criterion_of_other_exits_is_refused_before_the_rows_run(model, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "encoded", None)
+    error = error_of(capsys, ["calibrate", "--model", str(model), "--max-drop", "0.1", "--apply", "learned"])
+    assert "--apply: expected auto or a criterion of this model" in error
+
+
 def test_risk_and_latency_are_shown(model, capsys, monkeypatch):
     pytest.importorskip("mapie", reason="Risk requires the extra 'tuning'")
     monkeypatch.setattr(calibrate, "settings", lambda *args, **named: {"entropy": []})

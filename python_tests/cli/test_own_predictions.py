@@ -40,6 +40,10 @@ def test_texts_are_answered_on_the_terminal(model, capsys):
         (["--input", "in.csv", "--output", "in.csv"], "in.csv exists, and is not overwritten"),
         (["--input", "in.csv", "--output", "new.txt"], "expected a file name that ends in .csv"),
         (["--input", "in.csv", "--output", "new.csv", "--text-column", "x"], "in.csv has no column 'x'"),
+        (
+            ["--input", "in.csv", "--output", "new.csv", "--pair-column", "truth"],
+            "--pair-column: the model was trained on one text a row, got a second one, 'truth'",
+        ),
         (["--input", "no.csv", "--output", "new.csv"], "no.csv"),
         (["--input", "in.csv", "--output", "in.csv/new.csv"], "--output: expected a folder that can be written to"),
     ],
