@@ -158,7 +158,6 @@ inline Call bind_exit(const char* op, const ExitTensors& t, std::string_view cri
   const Criterion& criterion = find_criterion(op, criterion_name, params.size());
   Call call{};
   call.rule = criterion.rule;
-  call.needs_aux = criterion.needs_aux;
   for (size_t k = 0; k < params.size(); ++k) call.params[k] = static_cast<float>(params[k]);
   call.pooling = find_pooling(op, pooling);
   call.layer = static_cast<int>(layer);

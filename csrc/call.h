@@ -17,7 +17,6 @@ constexpr int kMaxParams = 3;  // MAX_PARAMS of earlyexit_kernels/criteria/base.
 // Sizes as in the schema: B live rows of N requested ones, C classes, width H.
 struct Call {
   Rule rule;
-  bool needs_aux;
   float params[kMaxParams];
   Pooling pooling;
   int layer;
@@ -41,27 +40,29 @@ struct Call {
   EE_HD bool pools_mean() const { return offsets != nullptr && pooling == Pooling::kMean; }
 };
 
-EE_HD inline bool step(Rule rule, const Row& row) {
-#define EE_CASE(name, Functor) \
-  case Rule::k##Functor: return Functor::step(row);
-  switch (rule) { EE_CRITERIA(EE_CASE) }
-#undef EE_CASE
-  return false;
-}
-
 struct Decision {
   bool leaves;
   bool invalid;  // invalid logits: the row leaves at the last layer only, and keeps its state
 };
 
+// Calls f with the functor of a rule.
+template <class F>
+void with_rule(Rule rule, F f) {
+#define EE_CASE(name, Functor) \
+  case Rule::k##Functor: return f(Functor{});
+  switch (rule) { EE_CRITERIA(EE_CASE) }
+#undef EE_CASE
+}
+
 // Decides on row i of the batch, which is row n of the request. `answer` holds z on entry and the answer on return.
-EE_HD inline Decision decide(const Call& call, int64_t i, int64_t n, const float* z, float* answer) {
+template <class Criterion>
+EE_HD Decision decide(const Call& call, int64_t i, int64_t n, const float* z, float* answer) {
   const int classes = static_cast<int>(call.classes);
-  const float aux = call.needs_aux ? call.aux[i] : 0.0f;
+  const float aux = Criterion::needs_aux ? call.aux[i] : 0.0f;
   const bool last = call.layer == call.depth;
   if (is_invalid(z, classes) || aux != aux) return {last, true};
-  const bool leaves = step(call.rule, Row{z, classes, aux, call.state + n, call.requests, call.layer, call.depth,
-                                          call.params, answer});
+  const bool leaves =
+      Criterion::step(Row{z, classes, aux, call.state + n, call.requests, call.layer, call.depth, call.params, answer});
   return {leaves || last, false};
 }
 

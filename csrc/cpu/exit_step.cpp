@@ -87,7 +87,8 @@ Counts step_rows(const Call& call, int64_t begin, int64_t end) {
     if (n < 0) continue;
     row_logits<scalar_t>(call, i, pooled, z);
     std::copy_n(z, call.classes, answer);
-    const Decision decision = decide(call, i, n, z, answer);
+    Decision decision{};
+    with_rule(call.rule, [&](auto rule) { decision = decide<decltype(rule)>(call, i, n, z, answer); });
     counts.invalid += decision.invalid;
     if (decision.leaves) {
       std::copy_n(answer, call.classes, call.answers + n * call.classes);

@@ -24,10 +24,10 @@ struct Dact {
     row.state[0] = p;
     const float top_logit = row.z[top_class(row)];
     float sum = 0.0f;
-    for (int c = 0; c < row.classes; ++c) sum += row.answer[c] = expf(below_top(row.z[c], top_logit));
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) sum += row.answer[c] = expf(below_top(row.z[c], top_logit));
     float top = 0.0f;
     float second = 0.0f;
-    for (int c = 0; c < row.classes; ++c) {
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) {
       float& a = row.state[(1 + c) * row.stride];
       a += (row.answer[c] / sum - a) * before;
       second = a > top ? top : a > second ? a : second;
@@ -36,7 +36,7 @@ struct Dact {
     }
     const bool leaves = is_decided(row, p, top, second) || (row.params[1] > 0.0f && p <= row.params[1]);
     if (answers_now(row, leaves)) {
-      for (int c = 0; c < row.classes; ++c) row.answer[c] = safe_log(row.answer[c]);
+      EE_ROLLED for (int c = 0; c < row.classes; ++c) row.answer[c] = safe_log(row.answer[c]);
     }
     return leaves;
   }

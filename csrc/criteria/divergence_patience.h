@@ -34,7 +34,7 @@ struct DivergencePatience {
   // bounds are widened by far more than the rounding of the sums. NaN is not below.
   static EE_HD bool is_close(const float* p, const float* q, int classes, float threshold) {
     float squares = 0.0f;
-    for (int c = 0; c < classes; ++c) {
+    EE_ROLLED for (int c = 0; c < classes; ++c) {
       const float both = p[c] + q[c];
       const float d = both > 0.0f ? (p[c] - q[c]) / both : 0.0f;
       squares += both * d * d;
@@ -43,7 +43,7 @@ struct DivergencePatience {
     if (squares * 0.999f >= threshold) return false;
     if (squares * 1.388f < threshold) return true;
     float apart = 0.0f;
-    for (int c = 0; c < classes; ++c) {
+    EE_ROLLED for (int c = 0; c < classes; ++c) {
       const float both = p[c] + q[c];
       apart += both * apart_by(both > 0.0f ? (p[c] - q[c]) / both : 0.0f);
     }
@@ -55,8 +55,8 @@ struct DivergencePatience {
     float q[few_classes];
     const float top = row.z[top_class(row)];
     float sum = 0.0f;
-    for (int c = 0; c < row.classes; ++c) sum += p[c] = expf(below_top(row.z[c], top));
-    for (int c = 0; c < row.classes; ++c) {
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) sum += p[c] = expf(below_top(row.z[c], top));
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) {
       float& last = row.state[(1 + c) * row.stride];
       q[c] = last;
       last = p[c] /= sum;
@@ -75,7 +75,7 @@ struct DivergencePatience {
     const float top = row.z[top_class(row)];
     const float sum = softmax_sum(row, top);
     float apart = 0.0f;
-    for (int c = 0; c < row.classes; ++c) {
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) {
       float& last = row.state[(1 + c) * row.stride];
       const float p = expf(below_top(row.z[c], top)) / sum;
       const float q = last;

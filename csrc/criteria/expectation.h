@@ -21,7 +21,7 @@ struct Expectation {
     const float weight = last ? survival : survival * row.aux;
     const float top = row.z[top_class(row)];
     const float sum = softmax_sum(row, top);
-    for (int c = 0; c < row.classes; ++c) {
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) {
       float& mean = row.state[(1 + c) * row.stride];
       if (weight > 0.0f) mean += weight * (one_output ? row.z[c] : expf(below_top(row.z[c], top)) / sum);
       if (last) row.answer[c] = one_output ? mean : safe_log(mean);

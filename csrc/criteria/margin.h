@@ -17,7 +17,7 @@ struct Margin {
     const int best = top_class(row);
     const float top = row.z[best];
     float second = -INFINITY;
-    for (int c = 0; c < row.classes; ++c) {
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) {
       if (c != best && row.z[c] > second) second = row.z[c];
     }
     return (1.0f - expf(below_top(second, top))) / softmax_sum(row, top) >= row.params[0];

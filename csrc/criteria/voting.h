@@ -22,7 +22,7 @@ struct Voting {
     voted = (votes(voted) + 1.0f) * 4096.0f + static_cast<float>(row.layer);
     float top = 0.0f;
     float total = static_cast<float>(row.classes) + 0.5f;
-    for (int c = 0; c < row.classes; ++c) {
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) {
       const float ballots = row.state[c * row.stride];
       total += votes(ballots);
       if (ballots > top) top = ballots;
@@ -30,7 +30,7 @@ struct Voting {
     const bool leaves = top >= row.params[0] * 4096.0f;
     const bool keeps_last = row.layer == row.depth && row.params[1] > 0.0f;
     if (!answers_now(row, leaves) || keeps_last) return leaves;
-    for (int c = 0; c < row.classes; ++c) {
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) {
       const float ballots = row.state[c * row.stride];
       row.answer[c] = logf((votes(ballots) + (ballots == top ? 1.5f : 1.0f)) / total);
     }

@@ -33,6 +33,7 @@ __device__ inline Counts scan_block(Counts mine, Counts& total) {
   __syncthreads();
   total = 0;
   Counts before = 0;
+#pragma unroll 1
   for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
     if (w == warp) before = total;
     total += sums[w];
@@ -45,6 +46,7 @@ __device__ inline Counts scan_block(Counts mine, Counts& total) {
 // the row ids past the L1 cache, which does not see the writes of other blocks.
 __device__ inline Counts count_live(const int32_t* row_ids, const int32_t* offsets, uint32_t rows) {
   Counts mine = 0;
+#pragma unroll 1
   for (uint32_t first = threadIdx.x; first < rows; first += kRowsPerThread * blockDim.x) {
     Counts row[kRowsPerThread];
 #pragma unroll
@@ -63,6 +65,7 @@ __device__ inline Counts count_live(const int32_t* row_ids, const int32_t* offse
 }
 
 __device__ inline void copy_block(const int32_t* from, int32_t* to, uint32_t count) {
+#pragma unroll 1
   for (uint32_t first = threadIdx.x; first < count; first += kRowsPerThread * blockDim.x) {
     int32_t held[kRowsPerThread];
 #pragma unroll
@@ -84,6 +87,7 @@ __device__ inline void copy_block(const int32_t* from, int32_t* to, uint32_t cou
 __device__ inline void plan_rows(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
                                  int32_t* source, uint32_t rows, int32_t start) {
   Counts done = 0;
+#pragma unroll 1
   for (uint32_t range = 0; range < rows; range += kRowsPerThread * blockDim.x) {
     const uint32_t first = range + kRowsPerThread * threadIdx.x;
     int32_t ids[kRowsPerThread];
@@ -110,6 +114,7 @@ __device__ inline void plan_rows(const int32_t* row_ids, const int32_t* offsets,
     done += total;
   }
   if (threadIdx.x == 0) new_offsets[0] = start;
+#pragma unroll 1
   for (uint32_t j = rows_of(done) + threadIdx.x; j < rows; j += blockDim.x) {
     new_ids[j] = -1;
     source[j] = -1;

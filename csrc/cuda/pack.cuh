@@ -45,24 +45,11 @@ struct Pack {
   }
 };
 
-// Loads up to `left` values from p, followed by zeros; in one access if p is aligned and `left` is 0 or a whole pack.
-template <class T, bool kAligned>
-__device__ Pack<T> load_pack(const typename T::Bits* p, int64_t left) {
-  Pack<T> pack;
-  if constexpr (kAligned) {
-    if (left <= 0) return pack;
-    const uint4 words = *reinterpret_cast<const uint4*>(p);
-    pack.words[0] = words.x;
-    pack.words[1] = words.y;
-    pack.words[2] = words.z;
-    pack.words[3] = words.w;
-  } else {
-#pragma unroll
-    for (int e = 0; e < Pack<T>::kSize; ++e) {
-      if (e < left) pack.words[e / Pack<T>::kPerWord] |= static_cast<uint32_t>(p[e]) << (e % Pack<T>::kPerWord * 16);
-    }
-  }
-  return pack;
+// Loads a whole pack from p, which is aligned to it.
+template <class T>
+__device__ Pack<T> load_pack(const typename T::Bits* p) {
+  const uint4 words = *reinterpret_cast<const uint4*>(p);
+  return {{words.x, words.y, words.z, words.w}};
 }
 
 }  // namespace earlyexit

@@ -20,6 +20,7 @@ struct SettleRows {
                 first == 0 ? to.capacity : 0);
       present = tokens_of(live);
     } else {
+#pragma unroll 1
       for (int64_t j = threadIdx.x; j < call.rows; j += blockDim.x) to.source[j] = -1;
     }
     if (threadIdx.x > 0) return;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from support import cuda_emulation
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 CARDS = ("sm_80", "sm_90", "sm_100")
-#: File -> number of kernels, counting every dtype or word type.
-KERNELS = {"compact": 5, "exit_step": 3, "resident_exit": 3}
+#: File -> number of kernels, counting every dtype or word type, and every rule of an exit.
+KERNELS = {"compact": 5, "exit_step": 45, "resident_exit": 45}
+#: File -> bytes of code that its largest kernel may have for sm_90. An exit with all rules in one kernel had 130,000.
+CODE_BYTES = {"compact": 8_000, "exit_step": 27_000, "resident_exit": 41_000}
 #: Header that a build of torch without CUDA lacks.
 GENERATED = Path("c10/cuda/impl/cuda_cmake_macros.h")
 
@@ -82,11 +85,24 @@ def test_kernels_compile_without_spills(setup, toolkit, tmp_path, name):
     assert "sm_90" in cards
     targets = [f"-gencode=arch={card.replace('sm', 'compute')},code={card}" for card in cards]
     flags = ["-std=c++17", *setup["NVCC_FLAGS"], *COMMON_NVCC_FLAGS, "--threads=0", "-Xptxas=-v"]
+    flags += ["--keep", f"--keep-dir={tmp_path}"]
     log = run(nvcc, "-c", CUDA / f"{name}.cu", "-o", tmp_path / "kernels.o", *flags, *targets)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert frames == [("0", "0", "0")] * (KERNELS[name] * len(cards)), log
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
     assert max(registers) <= 64, "two blocks of 512 threads, or eight of 128, do not fit on a multiprocessor"
+    (binary,) = tmp_path.glob("*_90.cubin")
+    assert max(code_bytes(binary)) <= CODE_BYTES[name]
+
+
+def code_bytes(binary: Path) -> list[int]:
+    """The bytes of code of each kernel in an ELF file."""
+    data = binary.read_bytes()
+    (table,), (size, count, names) = struct.unpack_from("<Q", data, 0x28), struct.unpack_from("<HHH", data, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + number * size) for number in range(count)]
+    text = headers[names][4]
+    named = [(data[text + header[0] : data.index(b"\0", text + header[0])], header[5]) for header in headers]
+    return [length for name, length in named if name.startswith(b".text.")]
 
 
 def test_bindings_compile(setup, toolkit, tmp_path):
