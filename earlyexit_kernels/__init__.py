@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from earlyexit_kernels import backbones, criteria, objectives, ops
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.engine.packing import register_attention
+from earlyexit_kernels.engine.attention import register_attention
 from earlyexit_kernels.engine.replay import replay, replay_each
 from earlyexit_kernels.errors import (
     AttentionReplacedError,

@@ -193,11 +193,11 @@ class RowStates(Protocol):
     def tokens(self) -> Tensor:
         """Tokens ``[..., H]`` after `norm`."""
 
-    def pooled(self, pooling: str | None) -> Tensor:
+    def pooled(self, pooling: str) -> Tensor:
         """Return one vector ``[B, H]`` per row of `tokens`, as `pool` does."""
 
-    def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
-        """Return one vector ``[B, F]`` per row of tokens ``[..., F]``: the first token, or the mean in float32."""
+    def pool(self, tokens: Tensor, pooling: str) -> Tensor:
+        """Return one vector ``[B, F]`` per row of tokens ``[..., F]``: the first, the last, or the mean in float32."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Return attention within each row, over and to ``[..., heads, D]``."""

@@ -19,7 +19,7 @@ from benchmarks.end_to_end import peers
 from benchmarks.end_to_end.models import Subject, exit_logits
 from benchmarks.machine import NotMeasuredError, device
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.engine.full_depth import hidden_of
+from earlyexit_kernels.engine.layer_calls import hidden_of
 
 Answer: TypeAlias = tuple[Tensor, Tensor | None]
 Answering: TypeAlias = Callable[[dict[str, Tensor]], Answer]

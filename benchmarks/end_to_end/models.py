@@ -1,8 +1,8 @@
 """The models that are timed: a plain Hugging Face classifier, and the same encoder with exits.
 
-BERT-base and ALBERT (of MiniLM's width, one layer at all twelve depths) have random weights. MiniLM (H 384, 6 layers)
-has random weights too, unless EARLYEXIT_MODEL names a folder written by ``earlyexit train``; its plain model is then
-the plain encoder with the trained last exit.
+BERT-base, ModernBERT-base, Qwen3-0.6B and ALBERT (of MiniLM's width, one layer at all twelve depths) have random
+weights. MiniLM (H 384, 6 layers) has random weights too, unless EARLYEXIT_MODEL names a folder written by ``earlyexit
+train``; its plain model is then the plain encoder with the trained last exit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AlbertConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    ModernBertConfig,
+    Qwen3Config,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import earlyexit_kernels as ee
@@ -71,14 +79,19 @@ class Subject:
 
 #: Sizes of a small encoder.
 SMALL = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+QWEN3_SIZES = {
+    "vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
+}  # fmt: skip
 
 
 def random_subject(name: str, config: Any) -> Subject:
-    """Return a model with random weights and sdpa attention; its exits read each row's first token."""
+    """Return a model with random weights and sdpa attention; its exits read the first token, of decoders the last."""
     torch.manual_seed(0)
     config._attn_implementation = "sdpa"
     plain = AutoModelForSequenceClassification.from_config(config).eval().to(device())
-    model = ee.to_early_exit(plain, pooling="first")
+    reads_last = ee.backbones.adapter_of(config.model_type).head.pooling == "last"
+    model = ee.to_early_exit(plain, pooling="last" if reads_last else "first")
     return Subject(name, "random", "float32", plain, plain.base_model, model, ee.to_early_exit(plain))
 
 
@@ -112,6 +125,8 @@ def minilm() -> Subject:
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "BERT-base": lambda: random_subject("BERT-base", BertConfig(num_labels=CLASSES)),
     "MiniLM": minilm,
+    "ModernBERT-base": lambda: random_subject("ModernBERT-base", ModernBertConfig(num_labels=CLASSES)),
+    "Qwen3-0.6B": lambda: random_subject("Qwen3-0.6B", Qwen3Config(num_labels=CLASSES, pad_token_id=0, **QWEN3_SIZES)),
     "ALBERT": lambda: random_subject("ALBERT", AlbertConfig(num_labels=CLASSES, num_hidden_layers=12, **SMALL)),
 }
 
@@ -160,6 +175,8 @@ def exit_logits(heads: Any, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
     """
     if heads.config.pooling == "first":
         pooled = hidden[:, 0].float()
+    elif heads.config.pooling == "last":
+        pooled = hidden[torch.arange(len(hidden)), mask.sum(dim=1) - 1].float()
     else:
         weights = mask[:, :, None].float()
         pooled = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)

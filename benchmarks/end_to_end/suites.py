@@ -1,17 +1,19 @@
-"""The suites of whole models: one row at a time (``single_stream``) and batches (``offline``)."""
+"""The suites of whole models: one row at a time (``single_stream``), batches (``offline``), and newer families."""
 
 from __future__ import annotations
 
 from benchmarks.end_to_end.baselines import PEERS, USUAL
+from benchmarks.end_to_end.engines import FAMILY_LAYERS
 from benchmarks.end_to_end.forced import FAMILY, FULL, NEVER, OWN
 from benchmarks.end_to_end.variants import Case
 from benchmarks.end_to_end.workloads import Fixed, Sst2
 
-SINGLE_STREAM, OFFLINE = "single_stream", "offline"
+SINGLE_STREAM, OFFLINE, NEWER = "single_stream", "offline", "newer_families"
 ONE_AT_HALF, HALF = "all at 50 %", "uniform, 50 %"
 BOTH = ("float32", "bfloat16")
 RUNTIMES = tuple(sorted(PEERS))
 LAYERS = ("all at layer 1", "all at 25 %", ONE_AT_HALF, "all at 75 %", NEVER)
+UNIFORM = tuple(f"uniform, {share} %" for share in (39, 23, 18))
 MIXED = tuple(f"{mix}, {share} %" for mix in ("uniform", "long tail") for share in (39, 23, 18))
 ALIKE = (FULL, NEVER, HALF)
 LOOPS = ("mask loop", "truncation")
@@ -37,5 +39,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         *(Case("MiniLM", Fixed(8, length), (NEVER, HALF)) for length in (128, 384)),
         Case("MiniLM", Sst2(32, 4), (FULL, NEVER, OWN, HALF), USUAL, OWN),
         Case("ALBERT", Fixed(64, 32), (FULL, NEVER, "uniform, 25 %")),
+    ),
+    NEWER: tuple(
+        Case(name, Fixed(rows, 32), (NEVER, *UNIFORM), engines=(FAMILY_LAYERS,))
+        for name in ("ModernBERT-base", "Qwen3-0.6B")
+        for rows in (1, 32)
     ),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from benchmarks.end_to_end import server
 from benchmarks.end_to_end.baselines import PLAIN
 from benchmarks.end_to_end.engines import FAMILY_LAYERS
 from benchmarks.end_to_end.forced import NEVER
-from benchmarks.end_to_end.suites import OFFLINE, SINGLE_STREAM
+from benchmarks.end_to_end.suites import NEWER, OFFLINE, SINGLE_STREAM
 from benchmarks.goals import END_TO_END, PEER
 from benchmarks.harness import Measured, Record
 from benchmarks.plots import PLOTS
@@ -96,6 +96,7 @@ COLUMNS: dict[str, Sequence[str]] = {
         *("case", "engine", "layer-rows", "tokens", "rows", "rows / s", "p50 ms", "time / plain", "efficiency"),
         "flips",
     ),
+    NEWER: ("case", "engine", "layer-rows", "rows / s", "p50 ms", "time / plain", "efficiency", "flips"),
     server.SUITE: (
         *("case", "engine", "rate", "rows / s", "answered / s", "p50 ms", "p99 ms", "p50 early, late ms"),
         "p50 / plain",

@@ -19,8 +19,9 @@ from transformers import BertConfig, BertForSequenceClassification
 import earlyexit_kernels as ee
 from benchmarks.harness import Implementation, PreparedCase, Record, Variant, ratio_fields, time_fields
 from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.engine.attention_plan import plan_attention
 from earlyexit_kernels.engine.fused_layers import FusedLayer, LayerWeights, Products, onednn_unsupported_reason
-from earlyexit_kernels.engine.packing import pack, plan_attention
+from earlyexit_kernels.engine.packing import pack
 
 SUITE = "layer_products"
 BASELINE = "family"
@@ -72,4 +73,4 @@ def _records_of(width: int, repeats: int) -> Iterator[Record]:
 
 
 def _run(hidden: torch.Tensor, plan: Any, layer: Any) -> Any:
-    return layer(hidden, None, plan=plan)
+    return layer(hidden, plan=plan)

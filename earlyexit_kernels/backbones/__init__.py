@@ -18,8 +18,13 @@ from earlyexit_kernels.backbones.base import (
     position_limit,
 )
 from earlyexit_kernels.backbones.bert import BERT
+from earlyexit_kernels.backbones.deberta import DEBERTA, DEBERTA_V2
+from earlyexit_kernels.backbones.decoders import GEMMA2, GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
 from earlyexit_kernels.backbones.distilbert import DISTILBERT
 from earlyexit_kernels.backbones.electra import ELECTRA
+from earlyexit_kernels.backbones.eurobert import EUROBERT
+from earlyexit_kernels.backbones.modernbert import MODERNBERT
+from earlyexit_kernels.backbones.mpnet import MPNET
 from earlyexit_kernels.backbones.roberta import (
     CAMEMBERT,
     DATA2VEC_TEXT,
@@ -55,6 +60,17 @@ BACKBONES: dict[str, BackboneAdapter] = {
     "data2vec-text": DATA2VEC_TEXT,
     "roberta-prelayernorm": ROBERTA_PRELAYERNORM,
     "xlm-roberta-xl": XLM_ROBERTA_XL,
+    "modernbert": MODERNBERT,
+    "eurobert": EUROBERT,
+    "deberta": DEBERTA,
+    "deberta-v2": DEBERTA_V2,
+    "mpnet": MPNET,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,23 +10,36 @@ import torch
 from torch import Tensor, nn
 
 
+def as_stated(config: Any) -> Mapping[str, Any]:
+    """Return no settings: those of the head do not depend on the config."""
+    return {}
+
+
 @dataclass(frozen=True)
 class StockHead:
-    """The family's classification head: first token -> dense -> activation -> dropout -> linear.
+    """The family's classification head: pooled token -> dense -> activation -> norm -> dropout -> linear.
 
     Attributes:
-        dense: dotted name of the dense module in the stock ``...ForSequenceClassification`` model.
+        dense: dotted name of the dense module in the stock ``...ForSequenceClassification`` model, or None for a head
+            that is a linear alone.
         out: dotted name of the last linear.
-        dropout: dotted name of the dropout module.
+        dropout: dotted name of the dropout module, or None without one.
         activation: after the dense module.
         dropout_before_dense: whether the head applies dropout before the dense module too.
+        norm: dotted name of the layer norm after the activation, or None without one.
+        pooling: what of a row the head reads, as `HeadConfig.family_pooling`. Heads of causal decoders read the last
+            token.
+        settings: ``config ->`` the fields of `HeadConfig` that the config of the family decides.
     """
 
-    dense: str
+    dense: str | None
     out: str = "classifier"
-    dropout: str = "dropout"
+    dropout: str | None = "dropout"
     activation: str = "tanh"
     dropout_before_dense: bool = False
+    norm: str | None = None
+    pooling: str = "first"
+    settings: Callable[[Any], Mapping[str, Any]] = as_stated
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,11 @@ def in_layers(backbone: nn.Module) -> None:
     """Return None: every layer ends in a norm of its own."""
 
 
+def none_beside(backbone: nn.Module) -> Sequence[nn.Module]:
+    """Return no modules: layers need nothing besides hidden states."""
+    return ()
+
+
 def as_wide(backbone: nn.Module) -> None:
     """Return None: the embeddings are as wide as the layers."""
 
@@ -70,7 +88,7 @@ class BackboneAdapter:
         base: name of the encoder in the stock classifier.
         head: the stock classification head.
         embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> [1, T, E]``, the embeddings of packed tokens.
-        layers: ``backbone ->`` the L layers in order of use, each called as ``layer(hidden, None, plan=...)``; the
+        layers: ``backbone ->`` the L layers in order of use, each called as ``layer(hidden, plan=...)``; the
             layer must pass `plan` on to the attention function.
         positions: ``(backbone, input_ids [N, S]) -> [N, S]``, positions as the stock model computes them from padded
             ids.
@@ -83,6 +101,13 @@ class BackboneAdapter:
         embeddings: dotted name of the module that `embed` calls.
         exit_norm: ``backbone ->`` the norm after the last layer, through which every exit reads the hidden states
             (pre-norm encoders), or None where the layers end in norms of their own.
+        layer_arguments: ``(backbone, hidden [1, T, H], positions [1, T]) ->`` further keyword arguments of each layer,
+            such as rotary embeddings of the positions; None for none.
+        rectangle_arguments: for layers that compute attention themselves: ``(backbone, states [rows, width, H], keep
+            [rows, width] bool) ->`` their keyword arguments for padded rows. Each layer is then called as
+            ``layer(states, **arguments)`` on rows of similar length. Rows with holes are refused, since such layers
+            read the distance of two tokens. None for layers that call the attention function.
+        beside_layers: ``backbone ->`` modules with weights that these two functions read.
     """
 
     model_type: str
@@ -98,6 +123,9 @@ class BackboneAdapter:
     widen: Callable[[nn.Module], nn.Linear | None] = as_wide
     embeddings: str = "embeddings"
     exit_norm: Callable[[nn.Module], nn.Module | None] = in_layers
+    layer_arguments: Callable[[nn.Module, Tensor, Tensor], Sequence[Mapping[str, Any]]] | None = None
+    rectangle_arguments: Callable[[nn.Module, Tensor, Tensor], Mapping[str, Any]] | None = None
+    beside_layers: Callable[[nn.Module], Sequence[nn.Module]] = none_beside
 
     def first_states(self, backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
         """Return the input of layer 1, ``[1, T, H]``, for ids, positions and types ``[1, T]``."""
@@ -113,7 +141,11 @@ def _is_name(value: Any) -> bool:
 FIELD_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("model_type", "base", "embeddings"), ("a non-empty string", _is_name)),
     **dict.fromkeys(
-        ("embed", "layers", "positions", "longest", "parts", "widen", "exit_norm"), ("a function", callable)
+        ("embed", "layers", "positions", "longest", "parts", "widen", "exit_norm", "beside_layers"),
+        ("a function", callable),
+    ),
+    **dict.fromkeys(
+        ("layer_arguments", "rectangle_arguments"), ("a function or None", lambda v: v is None or callable(v))
     ),
     "head": ("a StockHead", lambda v: isinstance(v, StockHead)),
     "names": ("a LayerNames", lambda v: isinstance(v, LayerNames)),
@@ -144,7 +176,7 @@ def check_parts(adapter: BackboneAdapter, backbone: nn.Module) -> None:
         ValueError: names the modules that the adapter does not use.
     """
     parts: list[Any] = [backbone.get_submodule(adapter.embeddings), adapter.widen(backbone), *adapter.layers(backbone)]
-    parts.append(adapter.exit_norm(backbone))
+    parts += [adapter.exit_norm(backbone), *adapter.beside_layers(backbone)]
     named = {id(p) for part in parts if part is not None for p in part.parameters()}
     left = [name for name, p in backbone.named_parameters() if id(p) not in named]
     if left:
@@ -174,3 +206,33 @@ def encoder_layers(backbone: nn.Module) -> Sequence[nn.Module]:
 def embed_with_types(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
     """Return the embeddings of a backbone whose embedding module takes token types."""
     return backbone.embeddings(input_ids=ids, position_ids=positions, token_type_ids=types)  # type: ignore[operator]
+
+
+def embed_tokens(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    """Return the embeddings of a backbone that has only those of tokens, in ``embed_tokens``."""
+    return backbone.embed_tokens(ids)  # type: ignore[operator]
+
+
+def layers_of(backbone: nn.Module) -> Sequence[nn.Module]:
+    """Return the layers of a backbone that has them in ``layers``."""
+    return backbone.layers  # type: ignore[return-value]
+
+
+def norm_of(backbone: nn.Module) -> nn.Module:
+    """Return the norm of a backbone that has it in ``norm``."""
+    return backbone.norm  # type: ignore[return-value]
+
+
+def rotary(backbone: nn.Module, hidden: Tensor, positions: Tensor) -> Sequence[Mapping[str, Any]]:
+    """Return the rotary embeddings of the positions, the same for each layer."""
+    module: Any = backbone
+    embeddings = module.rotary_emb(hidden, positions)
+    return [{"position_embeddings": embeddings}] * len(module.layers)
+
+
+def rotary_by_type(backbone: nn.Module, hidden: Tensor, positions: Tensor) -> Sequence[Mapping[str, Any]]:
+    """Return the rotary embeddings of the positions, which differ between the types of layers of the config."""
+    module: Any = backbone
+    types = module.config.layer_types
+    embeddings = {kind: module.rotary_emb(hidden, positions, kind) for kind in dict.fromkeys(types)}
+    return [{"position_embeddings": embeddings[kind]} for kind in types]

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from earlyexit_kernels.backbones import BACKBONES
 from earlyexit_kernels.cli.inputs import check_encoder, loaded_from
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.tasks import hub
@@ -70,7 +71,30 @@ def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any, bool]:
                 **loading,
             )
         new = check_encoder(model, info)
+        if reads_last_token(model):
+            _share_padding(model, tokenizer)
     return model, tokenizer, new
+
+
+def reads_last_token(model: Any) -> bool:
+    """Return whether the head of a stock classifier reads the last token of a row, as on decoders."""
+    adapter = BACKBONES.get(model.config.model_type)
+    return adapter is not None and adapter.head.pooling == "last"
+
+
+def _share_padding(model: Any, tokenizer: Any) -> None:
+    """Give the model of a decoder the padding token of its tokenizer; default: the end token, for both.
+
+    Raises:
+        ValueError: the tokenizer has neither of them.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has neither a padding token nor an end token; add one and save it")
+        tokenizer.pad_token = tokenizer.eos_token
+        print(f"The tokenizer has no padding token: rows are padded with its end token, {tokenizer.eos_token}.")
+    for config in (model.config, model.base_model.config):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 @contextlib.contextmanager

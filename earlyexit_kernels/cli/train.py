@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from earlyexit_kernels.cli.base_model import load_base
+from earlyexit_kernels.cli.base_model import load_base, reads_last_token
 from earlyexit_kernels.cli.card import README, card, check_card, score_table
 from earlyexit_kernels.cli.inputs import (
     check_lengths,
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     check_task(objective, task.problem_type, task.num_labels)
     set_seed(args.seed)
     base, tokenizer, new_head = load_base(args.model, task, ask_hub=ask_hub)
-    pooling = _pooling(args.pooling, new_head)
+    pooling = _pooling(args.pooling, new_head and not reads_last_token(base))
     recipe = _recipe(args, task, own)
     train_split, _ = recipe.train_splits(task)
     evaluation_split = recipe.evaluation_rows(task)
@@ -105,11 +105,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pooling(given: str | None, new_head: bool) -> str | None:
+def _pooling(given: str | None, takes_mean: bool) -> str | None:
     """Return the argument `pooling` of `to_early_exit`, and say which one was chosen where none was given."""
     if given is not None:
         return None if given == "family" else given
-    if not new_head:
+    if not takes_mean:
         return None
     print("The model has no trained classifier: its exits read the mean of the tokens (--pooling mean).")
     return "mean"

@@ -21,16 +21,10 @@ from torch import Tensor
 from earlyexit_kernels.criteria import Criterion, resolve_backend
 from earlyexit_kernels.engine.counts import Counts, counts_for
 from earlyexit_kernels.engine.exits import ExitSource, RequestExits, exit_source
-from earlyexit_kernels.engine.full_depth import hidden_of
 from earlyexit_kernels.engine.invalid import refuse_invalid
-from earlyexit_kernels.engine.packing import (
-    AttentionPlan,
-    PackedBatch,
-    PackedStates,
-    compact_batch,
-    plan_attention,
-    scatter_rows,
-)
+from earlyexit_kernels.engine.layer_calls import LayerCalls, RequestRows, layer_calls
+from earlyexit_kernels.engine.packing import PackedBatch, compact_batch, scatter_rows
+from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import bare_op
 from earlyexit_kernels.types import Answers, ExitOutput
@@ -70,21 +64,21 @@ class LiveBatch:
     """The rows of the batch at a layer; rows that have left have row id -1 until the next compaction.
 
     Attributes:
-        batch, hidden, plan: the rows, their tokens ``[1, T, H]``, and the attention over them.
+        batch, hidden, calls: the rows, their tokens ``[1, T, H]``, and how layers are called on them.
         live, live_tokens: number of live rows and of their tokens; on CUDA upper bounds.
         norm: through which exits and gates read the tokens, or None.
     """
 
     batch: PackedBatch
     hidden: Tensor
-    plan: AttentionPlan
+    calls: LayerCalls
     live: int
     live_tokens: int
     norm: Callable[[Tensor], Tensor] | None
 
     @property
     def states(self) -> PackedStates:
-        return PackedStates(self.hidden[0], self.batch.offsets, self.plan, self.norm)
+        return PackedStates(self.hidden[0], self.batch.offsets, self.calls.plan, self.norm)
 
 
 def compaction_pays(present: int, live: int, width: int, layer_macs: int) -> bool:
@@ -145,6 +139,7 @@ class Pass:
         skip_from: of the criterion.
         live, exits: the rows, and what has become of them.
         layers_run: ``[N]`` int64, or None where no layer can be skipped.
+        request: what the layers need to know about the request, or None.
     """
 
     layers: Sequence[Callable[..., Any]]
@@ -154,6 +149,7 @@ class Pass:
     live: LiveBatch
     exits: _Exits
     layers_run: Tensor | None
+    request: RequestRows | None
 
     def run(self) -> ExitOutput:
         """Return the answers of all rows.
@@ -189,10 +185,10 @@ class Pass:
                 ids = live.batch.row_ids
                 self.layers_run[ids[ids >= 0 if runs is None else runs].long()] += 1
             if runs is None:
-                live.hidden = hidden_of(run_layer(live.hidden, None, plan=live.plan))
+                live.hidden = live.calls.run(layer, run_layer, live.hidden)
                 exits.step(layer, live)
             else:
-                _run_in_part(layer, run_layer, live, runs, exits, self.options.backend)
+                _run_in_part(layer, run_layer, live, runs, exits, self.options.backend, self.request)
             yield layer
             if live.live == 0 or layer == depth:
                 break
@@ -200,7 +196,7 @@ class Pass:
                 live.batch, live.hidden, _ = compact_batch(
                     live.batch, live.hidden, live.live, live.live_tokens, self.options.backend
                 )
-                live.plan = plan_attention(live.batch)
+                live.calls = layer_calls(live.batch, live.hidden, self.request)
 
     def _output(self) -> ExitOutput:
         invalid, request = self.exits.finish(), self.exits.request
@@ -218,22 +214,24 @@ def start(
     options: RunOptions,
     keys: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
+    request: RequestRows | None = None,
 ) -> Pass:
     """Return the pass of a packed batch before layer 1.
 
     Args:
         hidden: ``[1, T, H]`` after the embeddings.
         batch: its rows, at least one.
-        layers: L callables ``layer(hidden, None, plan=...)``.
+        layers: L callables ``layer(hidden, plan=...)``.
         heads: their exits.
         criterion: decides which rows leave, and which layers they skip.
         classes: C.
         options: how the batch is run.
         keys: ``[N]`` int64, for rules with `uses_keys`.
         norm: through which exits and gates read the tokens, or None.
+        request: what the layers need to know about the request, or None.
     """
     skips, rule, device, rows = criterion.skip_from, criterion.exit_rule, hidden.device, batch.row_ids.shape[0]
-    live = LiveBatch(batch, hidden, plan_attention(batch), rows, hidden.shape[1], norm)
+    live = LiveBatch(batch, hidden, layer_calls(batch, hidden, request), rows, hidden.shape[1], norm)
     exits = _Exits(
         RequestExits.new(rule, rows=rows, classes=classes, depth=len(layers), device=device, keys=keys),
         exit_source(heads, rule.needs, live.states),
@@ -242,7 +240,7 @@ def start(
         options.strict,
     )
     layers_run = None if skips is None else torch.zeros_like(exits.request.exit_layer)
-    return Pass(layers, heads, options, skips, live, exits, layers_run)
+    return Pass(layers, heads, options, skips, live, exits, layers_run, request)
 
 
 def _rows_that_run(heads: ExitHeads, layer: int, rows: LiveBatch, skip_from: float) -> Tensor | None:
@@ -257,7 +255,13 @@ def _rows_that_run(heads: ExitHeads, layer: int, rows: LiveBatch, skip_from: flo
 
 
 def _run_in_part(
-    layer: int, run_layer: Callable[..., Any], rows: LiveBatch, runs: Tensor, exits: _Exits, backend: str
+    layer: int,
+    run_layer: Callable[..., Any],
+    rows: LiveBatch,
+    runs: Tensor,
+    exits: _Exits,
+    backend: str,
+    request: RequestRows | None,
 ) -> None:
     """Run one layer on the rows `runs`; the other rows keep their hidden states and skip the exit, except the last one.
 
@@ -269,8 +273,8 @@ def _run_in_part(
     if count:
         chosen = dataclasses.replace(batch, tokens=None, row_ids=torch.where(runs, batch.row_ids, -1))
         part_batch, hidden, source = compact_batch(chosen, rows.hidden, count, tokens, backend)
-        plan = plan_attention(part_batch)
-        part = LiveBatch(part_batch, hidden_of(run_layer(hidden, None, plan=plan)), plan, count, tokens, rows.norm)
+        calls = layer_calls(part_batch, hidden, request)
+        part = LiveBatch(part_batch, calls.run(layer, run_layer, hidden), calls, count, tokens, rows.norm)
         if not last:
             exits.step(layer, part)
         scatter_rows(part.batch, part.hidden, source, batch, rows.hidden, backend)

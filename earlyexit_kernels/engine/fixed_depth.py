@@ -8,65 +8,23 @@ hidden state. The rules run in torch, so that an exported program contains only 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter
 from earlyexit_kernels.criteria import Criterion, torch_step
+from earlyexit_kernels.engine.attention_plan import PaddedPlan
+from earlyexit_kernels.engine.embedding import up_to_last
 from earlyexit_kernels.engine.exits import read_exit
-from earlyexit_kernels.engine.full_depth import hidden_of
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs
+from earlyexit_kernels.engine.layer_calls import hidden_of
+from earlyexit_kernels.engine.states import PaddedStates
 from earlyexit_kernels.hashing import token_keys
 from earlyexit_kernels.heads import ExitHeads, exit_logits
 from earlyexit_kernels.ops.exit_step import valid_rows
-from earlyexit_kernels.types import normed
-
-
-class PaddedStates(NamedTuple):
-    """Hidden states ``[N, S, H]`` of padded rows, and the kept tokens ``[N, S]``, None for all; a `types.RowStates`."""
-
-    hidden: Tensor
-    keep: Tensor | None
-    norm: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def tokens(self) -> Tensor:
-        """``[N, S, H]`` after the norm."""
-        return normed(self.norm, self.hidden)
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.hidden.shape[0]
-
-    @property
-    def mask(self) -> Tensor | None:
-        """The kept tokens as an attention mask ``[N, 1, 1, S]``."""
-        return None if self.keep is None else self.keep[:, None, None, :]
-
-    def pooled(self, pooling: str | None) -> Tensor:
-        """Return one vector ``[N, H]`` per row, as in `RowStates`."""
-        if pooling == "mean":
-            return self.pool(self.tokens, pooling)
-        return normed(self.norm, self.pool(self.hidden, pooling))
-
-    def pool(self, tokens: Tensor, pooling: str | None) -> Tensor:
-        """Return one vector ``[N, F]`` per row of tokens ``[N, S, F]``, as in `RowStates`."""
-        if pooling != "mean":
-            return tokens[:, 0]
-        if self.keep is None:
-            return tokens.float().mean(dim=1)
-        kept = self.keep[:, :, None]
-        return torch.where(kept, tokens.float(), 0.0).sum(dim=1) / kept.sum(dim=1)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        """Return attention within each row, over and to ``[N, S, heads, D]``."""
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, dropout_p=dropout).transpose(1, 2)
 
 
 class ExitState(NamedTuple):
@@ -139,14 +97,14 @@ class FixedDepth(nn.Module):
         exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
         if rows == 0:
             return answers, exit_layer
-        states, keys = self._embedded(inputs)
+        states, keys, arguments = self._embedded(inputs)
         rule, skips, layers = self.criterion.exit_rule, self.criterion.skip_from, self.adapter.layers(self.backbone)
         state = rule.new_state(rows, device, self.classes, keys)
         memory = {} if rule.needs is None else self.heads.first_memory(states, rule.needs)
         found = ExitState(state, memory, answers, exit_layer)
         for layer, run_layer in enumerate(layers, start=1):
             runs = None if skips is None else ~(torch.sigmoid(self.heads.gate(layer, states).float()) >= skips)
-            after = hidden_of(run_layer(states.hidden, states.mask))
+            after = hidden_of(run_layer(states.hidden, **arguments[layer - 1]))
             states = states._replace(hidden=after if runs is None else _chosen(runs, after, states.hidden))
             if rule.is_due(layer, len(layers)):
                 found = self._decided(layer, len(layers), states, runs, found)
@@ -157,9 +115,11 @@ class FixedDepth(nn.Module):
         if self.training or self.backbone.training or self.heads.training:
             raise RuntimeError("fixed_depth: expected the model in eval mode, got train mode; call model.eval() first")
 
-    def _embedded(self, inputs: Inputs) -> tuple[PaddedStates, Tensor | None]:
-        """Return the rows after the embeddings, and their keys if the criterion draws random numbers."""
+    def _embedded(self, inputs: Inputs) -> tuple[PaddedStates, Tensor | None, Sequence[Mapping[str, Any]]]:
+        """Return the embedded rows, their keys if the criterion draws random numbers, and arguments of each layer."""
         ids, mask, types, positions = inputs
+        if self.heads.config.reads == "last":
+            mask = up_to_last(ids, mask, self.backbone.config.pad_token_id)
         keep = None if mask is None else with_a_token(mask != 0)
         positions = self.adapter.positions(self.backbone, ids) if positions is None else positions
         types = torch.zeros_like(ids) if types is None else types
@@ -169,7 +129,20 @@ class FixedDepth(nn.Module):
             ids, positions, types = (x.gather(1, columns) for x in (ids, positions, types))
         hidden = self.adapter.first_states(self.backbone, ids, positions, types)
         states = PaddedStates(hidden, keep, self.adapter.exit_norm(self.backbone))
-        return states, padded_row_keys(ids, keep) if self.criterion.exit_rule.uses_keys else None
+        keys = padded_row_keys(ids, keep) if self.criterion.exit_rule.uses_keys else None
+        return states, keys, self._layer_arguments(states, positions)
+
+    def _layer_arguments(self, states: PaddedStates, positions: Tensor) -> Sequence[Mapping[str, Any]]:
+        """Return the keyword arguments of each layer, for tokens with positions ``[N, S]``."""
+        adapter, depth = self.adapter, len(self.adapter.layers(self.backbone))
+        if adapter.rectangle_arguments is not None:
+            keep = torch.ones_like(positions, dtype=torch.bool) if states.keep is None else states.keep
+            return [adapter.rectangle_arguments(self.backbone, states.hidden, keep)] * depth
+        own: Sequence[Mapping[str, Any]] = [{}] * depth
+        if adapter.layer_arguments is not None:
+            own = adapter.layer_arguments(self.backbone, states.hidden, positions)
+        plan = PaddedPlan(states.keep)
+        return [{"plan": plan, **more} for more in own]
 
     def _decided(
         self, layer: int, depth: int, states: PaddedStates, runs: Tensor | None, found: ExitState

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.engine.packing import PackedBatch, PackedStates, plan_attention
+from earlyexit_kernels.engine.layer_calls import RequestRows, layer_calls
+from earlyexit_kernels.engine.packing import PackedBatch
+from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.heads import ExitHeads, HeadOutput
 from earlyexit_kernels.types import ExitTrace, Gating
 
@@ -45,27 +47,29 @@ def trace_exits(
     options: TraceOptions,
     keys: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
+    request: RequestRows | None = None,
 ) -> ExitTrace:
     """Run a packed batch through all layers and exits, differentiable where gradients are enabled.
 
     Args:
         hidden: ``[1, T, H]`` after the embeddings.
         batch: its rows, all of them live.
-        layers: L callables ``layer(hidden, None, plan=...)``.
+        layers: L callables ``layer(hidden, plan=...)``.
         heads: their exits.
         options: what to compute besides logits.
         keys: ``[N]`` int64, stored in the trace.
         norm: through which exits and gates read the tokens, or None.
+        request: what the layers need to know about the request, or None.
     """
-    plan = plan_attention(batch)
-    states = PackedStates(hidden[0], batch.offsets, plan, norm)
+    calls = layer_calls(batch, hidden, request)
+    states = PackedStates(hidden[0], batch.offsets, calls.plan, norm)
     memory = heads.first_memory(states, options.needs)
     outputs: list[HeadOutput] = []
     gates: list[Tensor] = []
     projections: list[Tensor] = []
     for layer, run_layer in enumerate(layers, start=1):
         before, above = states, len(layers) - layer
-        own = states = before._replace(hidden=hidden_of(run_layer(before.hidden[None], None, plan=plan))[0])
+        own = states = before._replace(hidden=calls.run(layer, run_layer, before.hidden[None])[0])
         if options.gating is not None:
             gates.append(heads.gate(layer, before))
             states = mixed_by_gate(before, own, gates[-1], options.gating)
@@ -121,8 +125,3 @@ class GradientScale(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """Return the scaled gradient of `x`."""
         return gradients[0] * ctx.scale, None
-
-
-def hidden_of(layer_output: Any) -> Tensor:
-    """Return the hidden states from the output of a family's layer, a tensor or a tuple that starts with it."""
-    return layer_output[0] if isinstance(layer_output, tuple) else layer_output

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, LayerNames
 from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.engine.attention_plan import AttentionPlan
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
 from earlyexit_kernels.engine.locks import ForkSafeLock
-from earlyexit_kernels.engine.packing import AttentionPlan
 from earlyexit_kernels.ops import bare_op
 
 #: Activation of transformers -> its name and variant in oneDNN and torch.
@@ -137,7 +137,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """One fused encoder layer over packed tokens, called as the original one: ``layer(hidden, None, plan=...)``.
+    """One fused encoder layer over packed tokens, called as the original one: ``layer(hidden, plan=...)``.
 
     Attributes:
         weights: of the layer.
@@ -170,7 +170,7 @@ class FusedLayer:
             run=bare_op("encoder_layer", backend, "cpu"),
         )
 
-    def __call__(self, hidden: Tensor, mask: None, *, plan: AttentionPlan) -> Tensor:
+    def __call__(self, hidden: Tensor, *, plan: AttentionPlan) -> Tensor:
         """``[1, T, H] -> [1, T, H]``."""
         x, own = hidden[0], self.weights
         packed = self.packed if x.shape[0] <= self.products.packed_up_to else []
@@ -323,9 +323,9 @@ def _in_turn(parts: Sequence[FusedLayer]) -> Callable[..., Tensor]:
     if len(parts) == 1:
         return parts[0]
 
-    def run(hidden: Tensor, mask: None, *, plan: AttentionPlan) -> Tensor:
+    def run(hidden: Tensor, *, plan: AttentionPlan) -> Tensor:
         for part in parts:
-            hidden = part(hidden, mask, plan=plan)
+            hidden = part(hidden, plan=plan)
         return hidden
 
     return run

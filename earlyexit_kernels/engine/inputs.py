@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backbones import BackboneAdapter
-from earlyexit_kernels.engine.packing import check_attention
+from earlyexit_kernels.engine.attention import check_attention
 from earlyexit_kernels.types import INTEGER_DTYPES
 
 
@@ -58,7 +58,7 @@ def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, chec
             masks, and NaN are refused on the CPU.
         AttentionReplacedError: the backbone has another attention than the packed one.
     """
-    check_attention(backbone.config._attn_implementation)
+    check_attention(backbone.config._attn_implementation, adapter)
     named = dict(zip(Inputs._fields, given, strict=True))
     for name, value in named.items():
         if value is not None and not isinstance(value, Tensor):
@@ -117,7 +117,8 @@ def _embedding_sizes(backbone: Any) -> dict[str, int | None]:
     """Return the number of embeddings for each argument that holds ids; None where it is unknown."""
     return {
         "input_ids": backbone.get_input_embeddings().num_embeddings,
-        "token_type_ids": getattr(backbone.config, "type_vocab_size", None),
+        # 0 in a family without token types, which ignores them
+        "token_type_ids": getattr(backbone.config, "type_vocab_size", None) or None,
         "position_ids": backbone.config.max_position_embeddings,
     }
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import column_positions
 from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.engine.attention_plan import AttentionPlan
 from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
 from earlyexit_kernels.engine.fused_layers import LayerWeights, hooked, layers_unsupported_reason
 from earlyexit_kernels.engine.inputs import Inputs
-from earlyexit_kernels.engine.packing import AttentionPlan, PackedStates
 from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
+from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_add_norm, rows_attention, rows_linear
@@ -53,7 +54,7 @@ def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | No
         return "the exits read the tokens through the norm at the end of the encoder"
     if shape.form != "linear":
         return "the exits attend to all tokens of a row"
-    if shape.pooling == "mean" and (rule.needs is not None or shape.has_dense):
+    if shape.reads == "mean" and (rule.needs is not None or shape.has_dense):
         return "the exits apply more than a linear layer to the mean of the tokens"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
         return f"the activation of the exits is {shape.activation!r}, supported are {DENSE_ACTIVATIONS}"
@@ -191,7 +192,7 @@ class ResidentLoop:
     @property
     def pools_first(self) -> bool:
         """Whether the exits read the first token of each row."""
-        return self.view.heads.config.pooling != "mean"
+        return self.view.heads.config.reads == "first"
 
     def load(self, inputs: Inputs) -> None:
         """Copy a batch, at most as large as the bucket, into the buffers."""

@@ -49,10 +49,10 @@ class AttentionFeatures(nn.Module):
         width: W, width of the features.
         heads: of the attention.
         dropout: of the attention, in training.
-        pooling: None or ``"first"`` for the first token, or ``"mean"``.
+        pooling: ``"first"``, ``"mean"`` or ``"last"``.
     """
 
-    def __init__(self, size: int, width: int, heads: int, dropout: float, pooling: str | None) -> None:
+    def __init__(self, size: int, width: int, heads: int, dropout: float, pooling: str) -> None:
         super().__init__()
         self.pooling = pooling
         self.attention = TokenAttention(size, width, heads, dropout)
@@ -72,11 +72,11 @@ class SkipGate(nn.Module):
         size: H, width of the tokens.
         width: W, width of the attention.
         dropout: of the attention, in training.
-        pooling: None or ``"first"`` for the first token, or ``"mean"``.
+        pooling: ``"first"``, ``"mean"`` or ``"last"``.
         bias: initial bias of the logit.
     """
 
-    def __init__(self, size: int, width: int, dropout: float, pooling: str | None, bias: float) -> None:
+    def __init__(self, size: int, width: int, dropout: float, pooling: str, bias: float) -> None:
         super().__init__()
         self.pooling = pooling
         self.attention = TokenAttention(size, width, GATE_HEADS, dropout)

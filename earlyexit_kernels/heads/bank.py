@@ -67,12 +67,13 @@ class ExitHeads(nn.Module):
     def __init__(self, config: HeadConfig, hidden_size: int, classes: int, depth: int) -> None:
         super().__init__()
         self.config, self.depth = config, depth
-        width, dropout, pooling = config.width, config.dropout, config.pooling
+        width, dropout, pooling = config.width, config.dropout, config.reads
         attention = (width, config.attention_heads, dropout, pooling)
         halting = (config.halting_layers, config.halting_input, config.halting_bias)
         size = self.features_size = width if config.form == "attention" else hidden_size
         sizes = bank_sizes(config, depth)
-        self.dense = _bank(sizes.dense, nn.Linear, size, size)
+        self.dense = _bank(sizes.dense, nn.Linear, size, size, config.dense_bias)
+        self.norm = _bank(sizes.norm, nn.LayerNorm, size, config.norm_eps, True, config.norm_bias)
         self.activation = ACT2FN[config.activation]
         self.attention = _bank(sizes.attention, AttentionFeatures, hidden_size, *attention)
         self.out = _bank(sizes.out, nn.Linear, size, classes)
@@ -104,7 +105,7 @@ class ExitHeads(nn.Module):
             raise ValueError(f"part_of: expected the name of a parameter of an exit, got {name!r}")
         if bank in PARTS_OF_BANK:
             return PARTS_OF_BANK[bank]
-        if bank == "dense" and len(self.dense) == 1:
+        if bank in ("dense", "norm") and len(self.dense) == 1:
             return "dense"
         modules: Any = getattr(self, bank)
         return "last_exit" if int(rest.partition(".")[0]) == len(modules) - 1 else "early_exits"
@@ -144,7 +145,7 @@ class ExitHeads(nn.Module):
         if self.config.remembers and needs in ("halting", "all"):
             memory["features"] = states.hidden.new_zeros(states.rows, self.features_size)
         if needs in ("hidden_cosine", "all"):
-            memory["pooled"] = states.pooled(self.config.pooling).float()
+            memory["pooled"] = states.pooled(self.config.reads).float()
         return memory
 
     def forward(
@@ -173,11 +174,11 @@ class ExitHeads(nn.Module):
 
         Called once for each batch: for batches of one row, the module look-up at every layer increases the latency.
         """
-        if self.config.pooling is None or self.config.form != "linear":
+        if self.config.has_dense or self.config.form != "linear" or self.config.reads == "last":
             return None
         outs = [self._last_linear(layer) for layer in range(1, self.depth + 1)]
         weights: list[tuple[Tensor, Tensor]] = [(out.weight.contiguous(), out.bias) for out in outs]
-        return LinearExits(self.config.pooling, weights) if weights[0][0].dtype == dtype else None
+        return LinearExits(self.config.reads, weights) if weights[0][0].dtype == dtype else None
 
     def dense_exit(self, layer: int) -> tuple[nn.Linear, nn.Linear]:
         """Return the dense module and last linear of the exit after 1-based `layer`, for the family's form of exits."""
@@ -228,17 +229,24 @@ class ExitHeads(nn.Module):
         """Return the input of the last linear ``[B, F]``, and the projected tokens of an attention exit."""
         if len(self.attention):
             return _module_for(layer, self.attention)(states)
-        pooled = states.pooled(self.config.pooling)
         if not len(self.dense):
+            pooled = states.pooled(self.config.reads)
             return pooled.to(states.hidden.dtype) if self.training else pooled, None
+        if self.config.family_pooling == "late":
+            each = self._after_dense(layer, states.tokens)
+            return states.pool(each, "mean").to(each.dtype), None
+        return self._after_dense(layer, states.pooled(self.config.reads).to(states.hidden.dtype)), None
+
+    def _after_dense(self, layer: int, x: Tensor) -> Tensor:
+        """Return the output of the dense module, its activation and its norm."""
         dense = _module_for(layer, self.dense)
-        x = self._drop(pooled, dense) if self.config.dropout_before_dense else pooled
-        return self.activation(dense(x)), None
+        x = self.activation(dense(self._drop(x, dense) if self.config.dropout_before_dense else x))
+        return _module_for(layer, self.norm)(x) if len(self.norm) else x
 
     def _new_memory(self, memory: Mapping[str, Tensor], features: Tensor, states: RowStates) -> dict[str, Tensor]:
         new = {"features": features} if "features" in memory else {}
         if "pooled" in memory:
-            new["pooled"] = states.pooled(self.config.pooling).float()
+            new["pooled"] = states.pooled(self.config.reads).float()
         return new
 
     def _drop(self, x: Tensor, reader: nn.Module) -> Tensor:

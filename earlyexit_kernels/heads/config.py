@@ -12,15 +12,29 @@ from earlyexit_kernels.arguments import Check, check_fields, choice, flag, numbe
 
 #: Check of each field except `activation`, which is a name of the table of transformers.
 CHECKS: dict[str, Check] = {
-    "pooling": choice(None, "first", "mean"),
+    "pooling": choice(None, "first", "mean", "last"),
+    "family_pooling": choice("first", "mean", "last", "late"),
     "form": choice("linear", "attention"),
     "exit_dense": choice("shared", "own"),
     "halting_input": choice("single", "concat", "diff"),
     **dict.fromkeys(("width", "attention_heads", "halting_layers"), whole(low=1)),
     **dict.fromkeys(
-        ("dropout_before_dense", "shared_exit", "halting", "halting_shared", "uncertainty", "gates", "contrast"), flag
+        (
+            "dropout_before_dense",
+            "dense_bias",
+            "norm",
+            "norm_bias",
+            "shared_exit",
+            "halting",
+            "halting_shared",
+            "uncertainty",
+            "gates",
+            "contrast",
+        ),
+        flag,
     ),
     "dropout": number(low=0.0, high=1.0),
+    "norm_eps": number(low=0.0, high=1.0),
     "halting_bias": number(),
     "gate_bias": number(),
 }
@@ -28,7 +42,9 @@ CHECKS: dict[str, Check] = {
 GATE_HEADS = 2
 #: Field -> whether it has an effect on heads of this configuration; fields that are missing here always have.
 CONDITIONS: dict[str, Callable[[HeadConfig], bool]] = {
-    "exit_dense": lambda config: config.has_dense,
+    **dict.fromkeys(("exit_dense", "dense_bias", "norm"), lambda config: config.has_dense),
+    **dict.fromkeys(("norm_eps", "norm_bias"), lambda config: config.has_dense and config.norm),
+    "family_pooling": lambda config: config.pooling is None,
     "width": lambda config: config.form == "attention" or config.gates,
     "attention_heads": lambda config: config.form == "attention",
     # an initial value is not part of the shape
@@ -42,12 +58,17 @@ class HeadConfig:
     """Configuration of the exit heads, saved with the model.
 
     Attributes:
-        pooling: None for the form of the family's own head (first token, dense, activation, dropout, linear),
-            ``"first"`` or ``"mean"`` for a linear on the pooled hidden state. An attention exit pools the output of its
-            attention.
+        pooling: None for the form of the family's own head (pooled token, dense, activation, dropout, linear),
+            ``"first"``, ``"mean"`` or ``"last"`` for a linear on the pooled hidden state. An attention exit pools the
+            output of its attention.
+        family_pooling: with ``pooling=None``, what the family's head reads: one of these, or ``"late"``: dense and
+            activation are applied to each token, and their mean is read.
         activation: after the dense module, a name in the table of transformers; unused without a dense module.
         dropout: probability before the linear, in training.
         dropout_before_dense: whether dropout is also applied before the dense module, as in RoBERTa and ELECTRA.
+        dense_bias: whether the dense module has a bias.
+        norm: whether a layer norm follows its activation, as in ModernBERT.
+        norm_eps, norm_bias: of this norm.
         form: ``"linear"``, or ``"attention"``: each token projected to `width`, self-attention within the row, pooling,
             dense, linear.
         width: of attention exits, gates and contrast projections.
@@ -73,6 +94,11 @@ class HeadConfig:
     activation: str = "tanh"
     dropout: float = 0.0
     dropout_before_dense: bool = False
+    family_pooling: str = "first"
+    dense_bias: bool = True
+    norm: bool = False
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
     form: str = "linear"
     width: int = 128
     attention_heads: int = 4
@@ -109,6 +135,12 @@ class HeadConfig:
         return self.form == "linear" and self.pooling is None
 
     @property
+    def reads(self) -> str:
+        """What of a row the exits read: ``"first"``, ``"mean"`` or ``"last"`` token."""
+        pooling = self.pooling or self.family_pooling
+        return "mean" if pooling == "late" else pooling
+
+    @property
     def remembers(self) -> bool:
         """Whether the halting output reads the features of the previous exit."""
         return self.halting and self.halting_input != "single"
@@ -142,6 +174,7 @@ class BankSizes(NamedTuple):
     """Number of modules of each kind: none, one that all layers share, or one for each layer."""
 
     dense: int
+    norm: int
     attention: int
     out: int
     halting: int
@@ -154,8 +187,10 @@ class BankSizes(NamedTuple):
 def bank_sizes(config: HeadConfig, depth: int) -> BankSizes:
     """Return how many modules of each kind the exits of `depth` layers have."""
     exits = 1 if config.shared_exit else depth
+    dense = config.has_dense * (exits if config.exit_dense == "own" else 1)
     return BankSizes(
-        dense=config.has_dense * (exits if config.exit_dense == "own" else 1),
+        dense=dense,
+        norm=config.norm * dense,
         attention=exits if config.form == "attention" else 0,
         out=exits,
         halting=config.halting * (1 if config.halting_shared else depth),

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from earlyexit_kernels.engine.packing import PACKED_ATTENTION
+from earlyexit_kernels.engine.attention import PACKED_ATTENTION
 from earlyexit_kernels.hf.loading import check_loaded, check_one_save, corrupt_files, record_digest
 from earlyexit_kernels.hf.saving import check_finished, saved_whole
 from earlyexit_kernels.hf.weight_files import check_finite, check_floating, find_weights, read_headers

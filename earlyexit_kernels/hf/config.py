@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dtype": ("a floating dtype of torch", lambda v: getattr(_dtype(v), "is_floating_point", False)),
     "chunk_size_feed_forward": ("a whole number", lambda v: isinstance(v, int)),
     **dict.fromkeys(
-        ("hidden_act", "activation"),
+        ("hidden_act", "activation", "hidden_activation", "classifier_activation"),
         ("an activation of transformers", lambda v: callable(v) or (isinstance(v, str) and v in ACT2FN)),
     ),
 }
@@ -34,10 +34,12 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 REQUIRED_OF_BACKBONE = (
     ("num_attention_heads", "n_heads"),
     ("num_hidden_layers", "n_layers"),
-    ("hidden_act", "activation"),
-    ("layer_norm_eps",),
+    ("hidden_act", "activation", "hidden_activation"),
+    ("layer_norm_eps", "norm_eps", "rms_norm_eps"),
     ("pad_token_id",),
 )
+#: Kinds of rotary positions whose angles depend on the longest row of a batch.
+ROPE_BY_LENGTH = ("dynamic", "longrope")
 NEVER_RETURNED = ("output_hidden_states", "output_attentions")
 
 
@@ -240,3 +242,10 @@ def check_encoder(config: Any) -> None:
             raise ValueError(
                 f"expected an encoder, got one with {name}=True, which attends to other tokens than an encoder"
             )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]
+    if found := [name for name in ROPE_BY_LENGTH if any(entry.get("rope_type") == name for entry in kinds)]:
+        raise ValueError(
+            f"rope_type {found[0]!r} is not supported: its angles depend on the longest row of a batch, and so would "
+            "answers; set another one, such as 'linear' or 'yarn', in rope_parameters of the config"
+        )

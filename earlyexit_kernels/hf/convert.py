@@ -5,16 +5,24 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from earlyexit_kernels.backbones import BackboneAdapter, StockHead, adapter_of
 from earlyexit_kernels.criteria import Criterion, from_dict
+from earlyexit_kernels.engine.separation import check_separation
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
 from earlyexit_kernels.hf.config import EarlyExitConfig, check_encoder
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.objectives import Objective, objective_of
 from earlyexit_kernels.types import default_problem_type
+
+#: Fields of `HeadConfig` that follow from the family and its config, and not from the method.
+OF_FAMILY = (
+    *("pooling", "family_pooling", "activation", "dropout", "dropout_before_dense"),
+    *("dense_bias", "norm", "norm_eps", "norm_bias"),
+)
 
 
 def to_early_exit(
@@ -44,17 +52,17 @@ def to_early_exit(
         criterion: exit criterion. Default: full depth, or the method's own inference rule if it differs (DACT's
             accumulated answer, SmartBERT's skip gates). `set_criterion` changes it later.
         pooling: None: each exit has the head of the family and starts as a copy of the stock head; its dense module is
-            shared or its own, as the method requires. ``"first"`` or ``"mean"``: a new linear on the pooled hidden
-            state; the last one starts as a copy of the stock output layer if the shapes agree. For a model with exits
-            None keeps the pooling of that model.
+            shared or its own, as the method requires. ``"first"``, ``"mean"``, or for a decoder ``"last"``: a new
+            linear on the pooled hidden state; the last one starts as a copy of the stock output layer if the shapes
+            agree. The head of a decoder is such a linear. For a model with exits None keeps the pooling of that model.
         form: ``"linear"`` or ``"attention"`` (self-attention of width 128 before the pooling), as in `HeadConfig`.
             None: that of the method's paper, which is attention for FastBERT and SmartBERT.
         halting: add an untrained halting head (for experiments).
         strict: raise on invalid logits (NaN, several +inf, or all -inf).
 
     Raises:
-        ValueError: an unsupported family, an unknown method, pooling or form, a criterion that does not fit,
-            ``chunk_size_feed_forward > 0``, or a decoder.
+        ValueError: an unsupported family, an adapter that does not fit, an unknown method, pooling or form, a criterion
+            that does not fit, ``chunk_size_feed_forward > 0``, or an encoder with causal attention.
         TypeError: not a sequence classifier.
 
     Example:
@@ -75,7 +83,9 @@ def to_early_exit(
     adapter, base, names = (hf_model.adapter, hf_model.backbone, {}) if with_exits else _parts(hf_model)
     config: Any = hf_model.config
     objective = objective_of(method)
-    given = _given_with_exits(hf_model, pooling) if with_exits else _given_by_stock(adapter.head, names, pooling)
+    given = (
+        _given_with_exits(hf_model, pooling) if with_exits else _given_by_stock(adapter.head, names, pooling, config)
+    )
     changes = {"halting": halting, **objective.head_changes(adapter.shares_layers)}
     if form is not None:
         changes["form"] = form
@@ -107,6 +117,8 @@ def to_early_exit(
     model.heads.to(device=reference.device, dtype=hf_model.dtype)
     data = objective.answering()
     model.set_criterion(from_dict(data) if criterion is None and data is not None else criterion)
+    if not with_exits:
+        check_separation(model.eval().view())
     return model.train(hf_model.training)
 
 
@@ -133,12 +145,17 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
     base = getattr(hf_model, adapter.base, None)
     names = dict(hf_model.named_modules())
     out: Any = names.get(adapter.head.out)
-    if base is None or adapter.head.dense not in names or getattr(out, "out_features", None) != config.num_labels:
+    required = [name for name in (adapter.head.dense, adapter.head.norm) if name is not None]
+    if (
+        base is None
+        or any(name not in names for name in required)
+        or getattr(out, "out_features", None) != config.num_labels
+    ):
         raise TypeError(
             f"to_early_exit: expected a {config.model_type} model for sequence classification, got "
             f"{type(hf_model).__name__}; load it with AutoModelForSequenceClassification"
         )
-    if wrapped := [n for n in (adapter.head.dense, adapter.head.out) if not isinstance(names[n], nn.Linear)]:
+    if wrapped := [n for n in (adapter.head.dense, adapter.head.out) if n and not isinstance(names[n], nn.Linear)]:
         found = ", ".join(f"{name} is a {type(names[name]).__name__}" for name in wrapped)
         raise TypeError(
             f"to_early_exit: expected torch.nn.Linear in the head, {found}; merge its adapters first (merge_and_unload "
@@ -148,14 +165,27 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
     return adapter, base, names
 
 
-def _given_by_stock(stock: StockHead, names: dict[str, Any], pooling: str | None) -> dict[str, Any]:
-    """Return the fields of `HeadConfig` that follow from a stock head."""
-    return {
-        "pooling": pooling,
+def _given_by_stock(stock: StockHead, names: dict[str, Any], pooling: str | None, config: Any) -> dict[str, Any]:
+    """Return the fields of `HeadConfig` that follow from a stock head.
+
+    Raises:
+        ValueError: a pooling that is of no use for the family.
+    """
+    useless, useful = ("first", "last") if stock.pooling == "last" else ("last", "first")
+    if pooling == useless:
+        raise ValueError(
+            f"to_early_exit: expected pooling to be one of {(None, 'mean', useful)} for a {config.model_type} model, "
+            f"got {pooling!r}"
+        )
+    given = {
+        "pooling": stock.pooling if stock.dense is None and pooling is None else pooling,
+        "family_pooling": stock.pooling,
         "activation": stock.activation,
-        "dropout": names[stock.dropout].p,
+        "dropout": 0.0 if stock.dropout is None else names[stock.dropout].p,
         "dropout_before_dense": stock.dropout_before_dense,
+        "norm": stock.norm is not None,
     }
+    return {**given, **stock.settings(config)}
 
 
 def _given_with_exits(model: EarlyExitForSequenceClassification, pooling: str | None) -> dict[str, Any]:
@@ -170,8 +200,7 @@ def _given_with_exits(model: EarlyExitForSequenceClassification, pooling: str | 
             f"to_early_exit: the exits of this model have pooling={config.pooling!r}, got pooling={pooling!r}; leave "
             "the argument out, or convert the stock model"
         )
-    names = ("pooling", "activation", "dropout", "dropout_before_dense")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in OF_FAMILY}
 
 
 def _short(thing: Any) -> str:
@@ -181,17 +210,20 @@ def _short(thing: Any) -> str:
 
 def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead) -> None:
     """Copy the dense module and the output layer of the stock head into the exits, if the shapes agree."""
-    for dense in heads.dense:
-        dense.load_state_dict(names[stock.dense].state_dict())
-    own = heads.out if len(heads.dense) else heads.out[-1:]
-    for out in own:
-        if out.weight.shape == names[stock.out].weight.shape:
-            out.load_state_dict(names[stock.out].state_dict())
+    for bank, name in ((heads.dense, stock.dense), (heads.norm, stock.norm)):
+        for module in bank:
+            module.load_state_dict(names[str(name)].state_dict())
+    given: Any = names[stock.out]
+    outs: Any = heads.out if len(heads.dense) else heads.out[-1:]
+    for out in outs:
+        if out.weight.shape == given.weight.shape:
+            bias = torch.zeros_like(out.bias) if given.bias is None else given.bias
+            out.load_state_dict({"weight": given.weight, "bias": bias})
 
 
 #: Bank of `ExitHeads` -> fields of `HeadConfig` that have to agree for its parameters to have the same meaning.
 MEANING = {
-    **dict.fromkeys(("dense", "attention", "out"), ("form", "width", "attention_heads")),
+    **dict.fromkeys(("dense", "norm", "attention", "out"), ("form", "width", "attention_heads")),
     "halting": ("form", "halting_input", "halting_layers"),
     "uncertainty": ("form",),
     **dict.fromkeys(("gates", "projectors", "contrast"), ("width",)),

@@ -167,7 +167,7 @@ class Execution:
 
     def _start(self, view: ModelView, inputs: Inputs, strict: bool) -> eager.Pass:
         """Embed a batch of at least one row for the eager loop."""
-        hidden, batch, keys = embed_rows(view, inputs, with_keys=view.criterion.exit_rule.uses_keys)
+        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=view.criterion.exit_rule.uses_keys)
         options = eager.RunOptions(
             backend=_requested(self._backend, view),
             compaction=self._compaction,
@@ -176,7 +176,7 @@ class Execution:
         )
         layers = self.encoder_layers(view)
         parts = view.heads, view.criterion, view.classes
-        return eager.start(hidden, batch, layers, *parts, options, keys, view.exit_norm)
+        return eager.start(hidden, batch, layers, *parts, options, keys, view.exit_norm, request)
 
     @torch.no_grad()
     def run_full_depth(self, view: ModelView, inputs: Inputs, *, strict: bool, problem_type: str) -> ExitOutput:
@@ -223,9 +223,9 @@ class Execution:
         with_keys = not training and "halting" in view.heads.aux_names
         if not inputs.rows:
             return _no_exits(view, problem_type, with_keys=with_keys, training=training)
-        hidden, batch, keys = embed_rows(view, inputs, with_keys=with_keys)
+        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=with_keys)
         layers = view.layers if training else self.encoder_layers(view)
-        trace = trace_exits(hidden, batch, layers, view.heads, options, keys, view.exit_norm)
+        trace = trace_exits(hidden, batch, layers, view.heads, options, keys, view.exit_norm, request)
         self.invalid.add_pass(trace.logits, strict, training=training)
         return dataclasses.replace(trace, problem_type=problem_type)
 
@@ -294,7 +294,7 @@ class Execution:
         return Choice("fused", REQUESTED if self._layers == "fused" else "they are supported and faster")
 
     def encoder_layers(self, view: ModelView) -> Sequence[Callable[..., Any]]:
-        """Return the L encoder layers of eval mode, ``layer(hidden, None, plan=...)``.
+        """Return the L encoder layers of eval mode, ``layer(hidden, plan=...)``.
 
         Raises:
             BackendUnavailableError: fused layers were requested and are no longer supported.

@@ -17,25 +17,28 @@ MAX_VOCABULARY = 10_000_000
 MAX_POSITIONS = 10_000_000
 MAX_LABELS = 1_000_000
 MAX_HALTING_LAYERS = 32
-#: Parameters of the whole encoder; the largest one of a supported family, XLM-RoBERTa XXL, has 10.7 billion.
-MAX_PARAMETERS = 20_000_000_000
+#: Parameters of the whole encoder; Qwen2.5 72B, a large one of a supported family, has 72.7 billion.
+MAX_PARAMETERS = 100_000_000_000
 
 #: Entry of a backbone's config -> its limit; families name the same size differently.
 BACKBONE = {
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_hidden_groups", "inner_group_num"), MAX_LAYERS),
-    **dict.fromkeys(("hidden_size", "dim", "embedding_size"), MAX_WIDTH),
+    **dict.fromkeys(("hidden_size", "dim", "embedding_size", "head_dim"), MAX_WIDTH),
     **dict.fromkeys(("intermediate_size", "hidden_dim"), MAX_INNER_WIDTH),
-    **dict.fromkeys(("num_attention_heads", "n_heads"), MAX_ATTENTION_HEADS),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_key_value_heads"), MAX_ATTENTION_HEADS),
     **dict.fromkeys(("vocab_size", "type_vocab_size"), MAX_VOCABULARY),
     "max_position_embeddings": MAX_POSITIONS,
     "num_labels": MAX_LABELS,
 }
+MAY_BE_ZERO = ("type_vocab_size",)
 LABELS = {"num_labels": MAX_LABELS}
+#: Families whose feed-forward part multiplies two products before the third.
+GATED = ("modernbert", "eurobert", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 HEADS = {"width": MAX_WIDTH, "attention_heads": MAX_ATTENTION_HEADS, "halting_layers": MAX_HALTING_LAYERS}
 
 
 def check_sizes(where: str, data: Mapping[str, Any], bounds: Mapping[str, int]) -> None:
-    """Refuse sizes that are not whole numbers from 1 to their limit; missing entries and None pass.
+    """Refuse sizes that are not whole numbers from 1, or 0 in `MAY_BE_ZERO`, to their limit; None and missing pass.
 
     Args:
         where: beginning of the message.
@@ -49,8 +52,9 @@ def check_sizes(where: str, data: Mapping[str, Any], bounds: Mapping[str, int]) 
         value = data.get(name)
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ValueError(f"{where}{name}: expected a whole number from 1 to {most:,}, got {value!r}")
+        least = 0 if name in MAY_BE_ZERO else 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{where}{name}: expected a whole number from {least} to {most:,}, got {value!r}")
 
 
 def check_backbone_sizes(config: Any) -> None:
@@ -75,6 +79,14 @@ def check_backbone_sizes(config: Any) -> None:
 
 def linear_weights_per_layer(config: Any) -> int:
     """Return the number of weights in the linears of one encoder layer, which is its multiply-adds per token."""
-    width = config.hidden_size
+    width, queries, heads = config.hidden_size, query_width(config), config.num_attention_heads
+    shared = queries * (getattr(config, "num_key_value_heads", None) or heads) // heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
-    return 4 * width * width + 2 * width * inner
+    products = 3 if config.model_type in GATED else 2
+    return 2 * width * (queries + shared) + products * width * inner
+
+
+def query_width(config: Any) -> int:
+    """Return the width of the queries of a layer, all heads together."""
+    head = getattr(config, "head_dim", None)
+    return config.num_attention_heads * head if head else config.hidden_size

@@ -12,11 +12,11 @@ from transformers import AutoModel, initialization
 from earlyexit_kernels.backbones import adapter_of, check_parts
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
 from earlyexit_kernels.criteria.base import refused_criterion_message
+from earlyexit_kernels.engine.attention import PACKED_ATTENTION, attention_of
 from earlyexit_kernels.engine.choice import Explanation
 from earlyexit_kernels.engine.fixed_depth import FixedDepth
 from earlyexit_kernels.engine.full_depth import TraceOptions
 from earlyexit_kernels.engine.inputs import Inputs, refuse_other_arguments
-from earlyexit_kernels.engine.packing import PACKED_ATTENTION
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
 from earlyexit_kernels.hf.calibration import Calibration
@@ -84,7 +84,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         self.backbone = backbone
         encoder = backbone.config
         config.backbone_config = encoder
-        config._attn_implementation = encoder._attn_implementation = PACKED_ATTENTION
+        config._attn_implementation, encoder._attn_implementation = PACKED_ATTENTION, attention_of(self.adapter)
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig.from_dict(config.heads), encoder.hidden_size, config.num_labels, self.depth)
         self.execution = Execution(linear_weights_per_layer(encoder))

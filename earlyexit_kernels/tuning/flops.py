@@ -3,15 +3,16 @@
 Matrix products are counted; one multiply-add is two of the FLOPs that torch's `FlopCounterMode` reports. For a row of S
 tokens, width H, C classes and exits of width W:
 
-- encoder: every linear of a layer on every token, and the two products of attention, ``2 S H`` per token; the
-  projection of the embeddings, if the family has one;
-- each exit computed: a linear on the pooled state ``H C``, the head of the family ``H H + H C``, or an attention exit
-  ``S (H W + 3 W W + 2 S W) + W W + W C``; and the scalar that the rule reads: halting (its hidden layers and its
-  linear) or uncertainty;
+- encoder: every linear of a layer on every token, and the two products of attention, ``2 S A`` per token for queries
+  of width A (usually H), also where a mask leaves part of them out; the projection of the embeddings, if there is one;
+- each exit computed: a linear on the pooled state ``H C``, the head of the family ``H H + H C`` (``S H H + H C`` if it
+  reads each token), or an attention exit ``S (H W + 3 W W + 2 S W) + W W + W C``; and the scalar that the rule reads:
+  halting (its hidden layers and its linear) or uncertainty;
 - each gate computed, also those of skipped layers: ``S (H W + 3 W W + 2 S W) + W``.
 
-Not counted: operations other than matrix products (look-ups, norms, activations, pooling, cosines, the decision), and
-work that depends on the batch (empty slots of an attention bucket, rows that have left but are not yet removed).
+Not counted: operations other than matrix products (look-ups, norms, activations, pooling, cosines, the decision), the
+products with relative positions of DeBERTa, and work that depends on the batch (empty slots of an attention bucket,
+rows that have left but are not yet removed).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.hf.limits import query_width
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 
 
@@ -120,7 +122,8 @@ def encoder_macs(
     attentions = getattr(config.backbone_config, "inner_group_num", 1)
     per_token = sum(linear.weight.numel() for linear in _linears(layer))
     run = model.depth if layers_run is None else layers_run
-    return lengths * (embedding + run * (per_token + attentions * 2 * lengths * config.backbone_config.hidden_size))
+    queries = query_width(config.backbone_config)
+    return lengths * (embedding + run * (per_token + attentions * 2 * lengths * queries))
 
 
 def exit_macs(model: EarlyExitForSequenceClassification, lengths: Tensor, needs: str | None = None) -> Tensor:
@@ -132,8 +135,12 @@ def exit_macs(model: EarlyExitForSequenceClassification, lengths: Tensor, needs:
         needs: name of the scalar computed with it, or None.
     """
     heads = model.heads
-    modules: list[nn.Module] = [heads.out[0], *heads.dense[:1]]
+    modules: list[nn.Module] = [heads.out[0]]
     tokens = torch.zeros_like(lengths)
+    if len(heads.dense) and heads.config.family_pooling == "late":
+        tokens = lengths * sum(linear.weight.numel() for linear in _linears(heads.dense[0]))
+    else:
+        modules += heads.dense[:1]
     if len(heads.attention):
         features: Any = heads.attention[0]
         tokens = _attention_macs(features.attention, lengths)

@@ -11,13 +11,15 @@ import pytest
 import torch
 from support.backends import backend_params
 from support.leaving_models import LENGTHS, OF_EACH_KIND, setting
-from support.models import DEPTH, VOCABULARY, entropies, parameter_set
+from support.models import DECODERS, DEPTH, VOCABULARY, entropies, pad_id, parameter_set
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.engine import eager
 
 FAMILIES = ("bert", "roberta", "albert", "roberta-prelayernorm")
+#: Families of other attention, positions and pooling, with one rule.
+OTHERS = ("modernbert", "eurobert", "mistral", "qwen3", "gemma2", "gemma3_text", "deberta-v2", "mpnet")
 TOLERANCE = 1e-5
 POISON = VOCABULARY - 1
 COMPACTIONS = ("always", "never", "auto")
@@ -29,6 +31,7 @@ CASES = [
     for name in RULES
     if (family == "bert", name in OF_EACH_KIND).count(True) >= (2 if "triton" in backend.values else 1)
 ]
+CASES += [pytest.param(family, "entropy", "torch") for family in OTHERS]
 every_case = pytest.mark.parametrize(("family", "criterion", "backend"), CASES, indirect=["backend"])
 
 
@@ -106,6 +109,7 @@ def test_shuffled_and_regrouped_rows(family, backend, criterion, count_flips):
     ("family", "criterion", "pooling"),
     [
         *((family, "entropy", pooling) for family in FAMILIES for pooling in (None, "first", "mean")),
+        *((family, "entropy", pooling) for family in OTHERS for pooling in (None, "mean")),
         *(("bert", name, None) for name in RULES if name != "entropy"),
     ],
 )
@@ -117,6 +121,7 @@ def test_rows_beside_invalid_and_empty_rows(family, criterion, pooling, backend,
     poisoned = torch.full((1, ids.shape[1]), POISON)
     ids = torch.cat([poisoned, ids[:2], ids[:1], ids[2:], poisoned])
     mask = torch.cat([mask[1:2], mask[:2], torch.zeros_like(mask[:1]), mask[2:], mask[:1]])
+    ids = ids.masked_fill(mask == 0, pad_id(model)) if family in DECODERS else ids  # whose last token is not padding
     with parameter_set(model.get_input_embeddings().weight, POISON, float("nan")):
         everything = model(input_ids=ids, attention_mask=mask)
     clean = torch.tensor([1, 2, *range(4, n + 2)])

@@ -15,7 +15,7 @@ from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_s
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
-from earlyexit_kernels.engine import eager, embedding, packing
+from earlyexit_kernels.engine import attention, eager, embedding
 from earlyexit_kernels.engine.counts import HostCounts, LaggedCounts, counts_for
 from earlyexit_kernels.engine.inputs import Inputs
 
@@ -183,7 +183,7 @@ def as_on_cuda(monkeypatch):
         spare.clear()
 
     monkeypatch.setattr(F, "linear", exact_linear)
-    monkeypatch.setattr(packing, "_varlen", reference_networks.attended_by_row)
+    monkeypatch.setattr(attention, "_varlen", reference_networks.attended_by_row)
     monkeypatch.setattr(embedding, "pack", unknown_lengths)
     monkeypatch.setattr(eager, "compact_batch", into_full_memory)
     # with this cost, 'auto' compacts a model of this size where half of the tokens have left

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import ALL_FAMILIES, ATTENDED, DEPTH, batch_for, encoder_of, ragged, stock
+from support.models import (
+    ALL_FAMILIES,
+    DECODERS,
+    DEPTH,
+    RECTANGULAR,
+    attentions_of,
+    batch_for,
+    encoder_of,
+    holes_of,
+    kinds_of,
+    ragged,
+    stock,
+)
 
 import earlyexit_kernels as ee
 
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), [(f, a) for f in ALL_FAMILIES for a in attentions_of(f)])
 def test_never_exit_logits_equal_stock(family, attention, record_property):
     base = stock(family, attention=attention)
     model = ee.to_early_exit(base)
     worst = 0.0
-    for kind in ATTENDED:
+    for kind in kinds_of(family):
         for seed, lengths in enumerate([(17, 3, 9, 12), (1, 2), (30, 4, 4, 29, 16, 5, 5), (6,), (40, 40)]):
             if kind in ("holes", "pad_ids_attended") and min(lengths) < 3:
                 continue
@@ -57,7 +68,7 @@ def test_token_types_and_positions_without_a_mask(family):
     ids = batch_for(base, "full")["input_ids"]
     given = {"input_ids": ids}
     variants = [given]
-    if family != "distilbert":
+    if family not in ("distilbert", "deberta-v2"):  # which has relative positions only
         positions = (torch.arange(17) * 2 + 3).expand(4, -1)
         variants += [{**given, "position_ids": positions}, {**given, "position_ids": positions[:1]}]
     if family in ("bert", "albert", "electra"):
@@ -70,7 +81,7 @@ def test_token_types_and_positions_without_a_mask(family):
 
 
 @pytest.mark.parametrize("pooling", ["mean", None])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in RECTANGULAR])
 def test_hidden_states_of_attended_tokens_equal_stock(family, pooling, record_property):
     base = stock(family)
     model = ee.to_early_exit(base, pooling=pooling)
@@ -78,7 +89,9 @@ def test_hidden_states_of_attended_tokens_equal_stock(family, pooling, record_pr
     for layer in dict.fromkeys(model.adapter.layers(model.backbone)):
         layer.register_forward_hook(lambda *call: seen.append(call[-1][0] if isinstance(call[-1], tuple) else call[-1]))
     worst = 0.0
-    for kind in (*ATTENDED, *(["left"] if pooling == "mean" else [])):
+    # of a row that ends in attended padding, exits of decoders read the last token before
+    kinds = [kind for kind in kinds_of(family) if kind != "pad_ids_attended" or family not in DECODERS]
+    for kind in (*kinds, *(["left"] if pooling == "mean" else [])):
         batch = batch_for(base, kind)
         with torch.inference_mode():
             expected = encoder_of(base)(**batch, output_hidden_states=True).hidden_states[1:]
@@ -101,7 +114,7 @@ def test_hidden_states_of_attended_tokens_equal_stock(family, pooling, record_pr
 def test_mean_pooling_is_the_mean_of_attended_tokens(family):
     base = stock(family)
     model = ee.to_early_exit(base, pooling="mean")
-    for kind in ("right", "left", "holes"):
+    for kind in ("right", "left", holes_of(family)):
         batch = batch_for(base, kind)
         last = encoder_of(base)(**batch).last_hidden_state
         mask = batch["attention_mask"][:, :, None]
@@ -116,7 +129,9 @@ def test_packed_attention_without_a_plan_is_sdpa(family):
     model = ee.to_early_exit(base)
     for kind in ("right", "left", "holes"):
         batch = batch_for(base, kind)
-        assert torch.equal(model.backbone(**batch).last_hidden_state, encoder_of(base)(**batch).last_hidden_state)
+        got, expected = (m(**batch).last_hidden_state for m in (model.backbone, encoder_of(base)))
+        attended = batch["attention_mask"].bool()
+        assert torch.equal(got, expected) or (family == "gemma2" and (got - expected)[attended].abs().max() <= 1e-6)
 
 
 def test_half_precision_parity():

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
-from earlyexit_kernels.engine import eager, embedding, inputs, packing
+from earlyexit_kernels.engine import attention, attention_plan, eager, embedding, inputs, packing
 from earlyexit_kernels.engine.counts import HostCounts
 
 
@@ -181,7 +181,7 @@ def test_attention_pads_head_widths(monkeypatch):
 
     for name in ("_flash_attention_forward", "_efficient_attention_forward"):
         monkeypatch.setattr(torch.ops.aten, name, kernel(name.split("_")[1]))
-    plan = packing.AttentionPlan(offsets=torch.tensor([0, 3, 4], dtype=torch.int32), longest=3)
+    plan = attention_plan.AttentionPlan(offsets=torch.tensor([0, 3, 4], dtype=torch.int32), longest=3)
     for dtype, width, wanted in (
         (torch.float16, 20, ("flash", 24)),
         (torch.float16, 256, ("flash", 256)),
@@ -189,7 +189,7 @@ def test_attention_pads_head_widths(monkeypatch):
         (torch.float32, 20, ("efficient", 24)),
     ):
         q = torch.randn(4, 2, width, dtype=dtype)
-        assert torch.equal(packing._varlen(q, q, q, plan, None, 0.0), q)
+        assert torch.equal(attention._varlen(q, q, q, plan, None, 0.0), q)
         assert met[-1][:2] == wanted and met[-1][2] == width**-0.5
-    packing._varlen(q, q, q.requires_grad_(), plan, 0.3, 0.1)
+    attention._varlen(q, q, q.requires_grad_(), plan, 0.3, 0.1)
     assert met[-1][2:] == (0.3, (3, 0.1, 0, True)), "the last: what the gradient needs is kept"

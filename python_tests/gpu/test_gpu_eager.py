@@ -13,7 +13,7 @@ from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_s
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
-from earlyexit_kernels.engine import packing
+from earlyexit_kernels.engine import attention, attention_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -152,24 +152,24 @@ def test_invalid_rows_are_counted_and_refused():
 def test_attention_over_rows_with_and_without_tokens(dtype, width):
     """Rows without tokens, a bound on the longest row, and NaN in tokens of no row."""
     ends = torch.tensor([0, 5, 5, 6, 40, 300, 300, 300], dtype=torch.int32, device="cuda")
-    plan = packing.AttentionPlan(offsets=ends, longest=512)
+    plan = attention_plan.AttentionPlan(offsets=ends, longest=512)
     q, k, v = torch.randn(
         3, 320, 3, width, device="cuda", dtype=dtype, generator=torch.Generator("cuda").manual_seed(0)
     )
     for x in (q, k, v):
         x[300:] = float("nan")
     expected = reference_networks.attended_by_row(*(x.double() for x in (q, k, v)), plan, None, 0.0)
-    got = packing._varlen(q, k, v, plan, None, 0.0)
+    got = attention._varlen(q, k, v, plan, None, 0.0)
     assert got.shape == q.shape and got.dtype == dtype
     assert (got[:300] - expected[:300]).abs().max() < TOLERANCES[dtype]
-    alone = packing.AttentionPlan(offsets=torch.tensor([0, 34], dtype=torch.int32, device="cuda"), longest=34)
-    row = packing._varlen(*(x[6:40].contiguous() for x in (q, k, v)), alone, None, 0.0)
+    alone = attention_plan.AttentionPlan(offsets=torch.tensor([0, 34], dtype=torch.int32, device="cuda"), longest=34)
+    row = attention._varlen(*(x[6:40].contiguous() for x in (q, k, v)), alone, None, 0.0)
     assert torch.equal(row, got[6:40]), "a row's bits are the same alone and among others"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_attention(dtype):
-    plan = packing.AttentionPlan(offsets=torch.tensor([0, 5, 20], dtype=torch.int32, device="cuda"), longest=15)
+    plan = attention_plan.AttentionPlan(offsets=torch.tensor([0, 5, 20], dtype=torch.int32, device="cuda"), longest=15)
     generator = torch.Generator("cuda").manual_seed(0)
     parts = torch.randn(4, 20, 3, 20, device="cuda", dtype=dtype, generator=generator)
 
@@ -179,7 +179,7 @@ def test_gradients_of_attention(dtype):
         return [x.grad for x in leaves]
 
     wanted = gradients(reference_networks.attended_by_row, torch.float64)
-    for got, expected in zip(gradients(packing._varlen, dtype), wanted, strict=True):
+    for got, expected in zip(gradients(attention._varlen, dtype), wanted, strict=True):
         assert (got - expected).abs().max() < 4 * TOLERANCES[dtype]
 
 

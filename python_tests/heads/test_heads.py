@@ -11,7 +11,9 @@ from support import reference_networks
 from support.models import DEPTH, batch_for, early_exit, encoder_of, ragged, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine.packing import PackedStates, pack, plan_attention
+from earlyexit_kernels.engine.attention_plan import plan_attention
+from earlyexit_kernels.engine.packing import pack
+from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
 from earlyexit_kernels.hf.phase_state import part_of
 
@@ -296,7 +298,7 @@ def test_config_is_plain_data():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pooling": "max"}, r"\(pooling=...\): expected one of \(None, 'first', 'mean'\), got 'max'"),
+        ({"pooling": "max"}, r"\(pooling=...\): expected one of \(None, 'first', 'mean', 'last'\), got 'max'"),
         ({"form": "lstm"}, r"\(form=...\): expected one of \('linear', 'attention'\), got 'lstm'"),
         ({"exit_dense": "none"}, r"\(exit_dense=...\): expected one of \('shared', 'own'\), got 'none'"),
         ({"halting_input": "sum"}, r"\(halting_input=...\): expected one of \('single', 'concat', 'diff'\), got 'sum'"),

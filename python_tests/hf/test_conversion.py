@@ -8,11 +8,12 @@ import importlib
 import pytest
 import torch
 import transformers as tf
-from support.models import ALL_FAMILIES, batch_for, early_exit, encoder_of, stock
+from support.models import ALL_FAMILIES, CLASSES, attentions_of, batch_for, early_exit, encoder_of, holes_of, stock
 from torch import nn
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine.packing import PACKED_ATTENTION
+from earlyexit_kernels.backbones import adapter_of
+from earlyexit_kernels.engine.attention import PACKED_ATTENTION
 
 
 def test_registering_twice():
@@ -37,11 +38,10 @@ def test_encoder_parameters_are_the_same_objects(family):
     assert not [name for name, m in model.named_modules() if id(m) in modules]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), [(f, a) for f in ALL_FAMILIES for a in attentions_of(f)])
 def test_stock_instance_is_unchanged(family, attention):
     base = stock(family, attention=attention)
-    batch = batch_for(base, "holes")
+    batch = batch_for(base, holes_of(family))
     state = {name: value.clone() for name, value in base.state_dict().items()}
     config, modules = base.config.to_dict(), [(name, m.training) for name, m in base.named_modules()]
     logits = base(**batch).logits
@@ -116,10 +116,11 @@ def test_dtype_is_kept(dtype):
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_exits_start_from_the_stock_head(family):
     base = stock(family)
-    names = dict(base.named_modules())
-    out = names.get("classifier.out_proj", names["classifier"])
+    out = base.get_submodule(adapter_of(family).head.out)
+    bias = torch.zeros(CLASSES) if out.bias is None else out.bias
     own = ee.to_early_exit(base)
-    assert all(torch.equal(head.weight, out.weight) and torch.equal(head.bias, out.bias) for head in own.heads.out)
+    copies = own.heads.out if len(own.heads.dense) else own.heads.out[-1:]
+    assert all(torch.equal(head.weight, out.weight) and torch.equal(head.bias, bias) for head in copies)
     mean = ee.to_early_exit(base, pooling="mean")
     assert torch.equal(mean.heads.out[-1].weight, out.weight)
     assert not torch.equal(mean.heads.out[0].weight, out.weight)

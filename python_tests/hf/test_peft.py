@@ -15,7 +15,15 @@ from earlyexit_kernels.hf.phase_state import part_of
 peft = pytest.importorskip("peft")
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
-TARGETS = {"bert": ["query", "value"], "distilbert": ["q_lin", "v_lin"], "albert": ["query", "value"]}
+TARGETS = {
+    "bert": ["query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "albert": ["query", "value"],
+    "modernbert": ["Wqkv"],
+    "qwen3": ["q_proj", "v_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+}
+METHODS = [(family, "palbert" if family == "albert" else "joint") for family in TARGETS]
 
 
 def adapted(family="bert", *, saved=("heads",), **arguments):
@@ -31,7 +39,7 @@ def learning(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("family", "method"), [("bert", "joint"), ("distilbert", "joint"), ("albert", "palbert")])
+@pytest.mark.parametrize(("family", "method"), METHODS)
 def test_training_and_evaluation(tmp_path, family, method):
     model, data = adapted(family, method=method), dataset()
     before = learning(model)

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import ALL_FAMILIES, DEPTH, LOADERS, batch_for, early_exit, encoder_of, ragged, run_python, stock
+from support.models import (
+    ALL_FAMILIES,
+    DEPTH,
+    LOADERS,
+    batch_for,
+    early_exit,
+    encoder_of,
+    holes_of,
+    ragged,
+    run_python,
+    stock,
+)
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, MaxProbability, Patience, QExit
@@ -188,7 +199,7 @@ def test_fresh_process_without_network(tmp_path):
             model = early_exit(family, criterion=Entropy(threshold=[0.8, 0.8, 0.9])).to(dtype)
             name = f"{family}-{str(dtype).removeprefix('torch.')}"
             model.save_pretrained(tmp_path / name)
-            batch = batch_for(model, "holes")
+            batch = batch_for(model, holes_of(family))
             out = model(**batch, output_all_logits=True)
             torch.save({"batch": batch, **out}, tmp_path / f"{name}.pt")
             expected[name] = [True, str(dtype), repr(model.criterion)]

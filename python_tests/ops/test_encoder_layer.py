@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from support.backends import backend_params
 
-from earlyexit_kernels.engine.packing import pack, plan_attention
+from earlyexit_kernels.engine.attention_plan import plan_attention
+from earlyexit_kernels.engine.packing import pack
 from earlyexit_kernels.ops import EncoderWeights, encoder_layer
 
 H, INNER, HEADS, EPS = 8, 12, 2, (1e-5, 1e-3)

@@ -20,9 +20,15 @@ import earlyexit_kernels as ee
 tf.utils.logging.disable_progress_bar()
 
 FAMILIES = ("bert", "roberta", "albert", "electra", "distilbert", "xlm-roberta", "camembert")
+#: Families whose layers compute attention themselves, from the distance of two tokens: no holes, no sdpa.
+RECTANGULAR = ("deberta", "deberta-v2", "mpnet")
 #: Families whose tests are those of what they have of their own.
-MORE_FAMILIES = ("data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl")
-ALL_FAMILIES = (*FAMILIES, *MORE_FAMILIES)
+MORE_FAMILIES = ("data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl", "modernbert", "eurobert", *RECTANGULAR)
+#: Families that answer from the last token of a row.
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+ALL_FAMILIES = (*FAMILIES, *MORE_FAMILIES, *DECODERS)
+#: Families whose head reads the first token of a row.
+FIRST_TOKEN = tuple(family for family in ALL_FAMILIES if family not in ("eurobert", *DECODERS))
 ATTENDED = ("full", "right", "holes", "real_ids_masked", "pad_ids_attended")
 LENGTHS = (17, 3, 9, 12)
 VARIED_LENGTHS = (3, 5, 8, 9, 10, 11, 12, 14, 17, 18, 19, 20)
@@ -49,6 +55,9 @@ _DISTILBERT_NAMES = {
     "num_attention_heads": "n_heads",
     "intermediate_size": "hidden_dim",
 }
+_SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
 _FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 32, "num_hidden_groups": 2},
     "electra": {"embedding_size": 32},
@@ -58,10 +67,24 @@ _FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "data2vec-text": {"pad_token_id": 1},
     "roberta-prelayernorm": {"pad_token_id": 1},
     "xlm-roberta-xl": {"pad_token_id": 1},
+    "modernbert": {"pad_token_id": 0, "local_attention": 8, "global_attn_every_n_layers": 3, **_SPECIAL_IDS},
+    "eurobert": {"pad_token_id": 0, "num_key_value_heads": 2, "mask_token_id": 4, **_SPECIAL_IDS},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 2},
+    "deberta-v2": {**_DISENTANGLED, "norm_rel_ebd": "layer_norm", "position_buckets": 8, "share_att_key": True},
+    "mpnet": {"pad_token_id": 1},
+    "llama": {"pad_token_id": 0, "num_key_value_heads": 2, **_SPECIAL_IDS},
+    "mistral": {"pad_token_id": 0, "num_key_value_heads": 1, "sliding_window": 5, **_SPECIAL_IDS},
+    "qwen2": {"pad_token_id": 0, "num_key_value_heads": 2, **_SPECIAL_IDS, **_WINDOWS},
+    "qwen3": {"pad_token_id": 0, "num_key_value_heads": 2, "head_dim": 10, **_SPECIAL_IDS},
+    "gemma2": {"pad_token_id": 0, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5, **_SPECIAL_IDS},
+    "gemma3_text": {"pad_token_id": 0, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 5, **_SPECIAL_IDS},
 }
 _DROPOUTS = {
     "albert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"),
     "distilbert": ("dropout", "attention_dropout", "seq_classif_dropout"),
+    "modernbert": ("embedding_dropout", "mlp_dropout", "attention_dropout", "classifier_dropout"),
+    **dict.fromkeys(("eurobert", *DECODERS), ("attention_dropout",)),
+    **dict.fromkeys(("deberta", "deberta-v2"), ("hidden_dropout_prob", "attention_probs_dropout_prob", "cls_dropout")),
 }
 _COMMON_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
@@ -73,6 +96,7 @@ def stock(family: str = "bert", *, seed: int = 0, dropout: float = 0.1, attentio
         arguments = {_DISTILBERT_NAMES.get(name, name): value for name, value in arguments.items()}
     arguments.update(dict.fromkeys(_DROPOUTS.get(family, _COMMON_DROPOUTS), dropout))
     config = tf.AutoConfig.for_model(family, **arguments)
+    attention = attention if attention in attentions_of(family) else "eager"
     torch.manual_seed(seed)
     model = tf.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
     with torch.no_grad():
@@ -80,6 +104,22 @@ def stock(family: str = "bert", *, seed: int = 0, dropout: float = 0.1, attentio
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
+
+
+def kinds_of(family: str) -> tuple[str, ...]:
+    """Return the kinds of batches that the stock model of a family answers from attended tokens."""
+    refused = "real_ids_masked" if family in DECODERS else "holes" if family in RECTANGULAR else None
+    return tuple(kind for kind in ATTENDED if kind != refused)
+
+
+def holes_of(family: str) -> str:
+    """Return the kind of batches with holes, or with padding on the right where a family refuses holes."""
+    return "right" if family in RECTANGULAR else "holes"
+
+
+def attentions_of(family: str) -> tuple[str, ...]:
+    """Return the attention implementations of the stock model; sdpa has no soft-capped scores."""
+    return ("eager",) if family in ("gemma2", *RECTANGULAR) else ("sdpa", "eager")
 
 
 def encoder_of(model: Any) -> nn.Module:
@@ -112,8 +152,8 @@ def ragged(kind: str = "right", *, lengths: Sequence[int] = LENGTHS, pad: int = 
     if kind != "real_ids_masked":
         ids = ids.masked_fill(mask == 0, pad)
     if kind == "holes":
-        mask[:, 1] = 0
-        mask[:, 5:7] = 0
+        holes = (column == 1) | ((column >= 5) & (column < 7))
+        mask = mask.masked_fill(holes & (column < length - 1), 0)  # the last token stays
     if kind == "pad_ids_attended":
         ids[:, 2] = pad
     return {"input_ids": ids, "attention_mask": mask}

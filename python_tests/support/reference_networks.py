@@ -90,12 +90,14 @@ def layers_of(base: Any) -> list[Any]:
     return [call(module) for module in modules]
 
 
-def attended_by_row(q: Tensor, k: Tensor, v: Tensor, plan: Any, scaling: float | None, dropout: float) -> Tensor:
+def attended_by_row(
+    q: Tensor, k: Tensor, v: Tensor, plan: Any, scaling: float | None, dropout: float, *, causal: bool = False
+) -> Tensor:
     """Return the attention within rows of packed tokens ``[T, heads, D]``; tokens outside of rows are NaN."""
     out = torch.full_like(q, math.nan)
     for start, end in itertools.pairwise(plan.offsets.tolist()):
         assert end - start <= plan.longest
         if start < end:
             row = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
-            out[start:end] = F.scaled_dot_product_attention(*row, scale=scaling)[0].transpose(0, 1)
+            out[start:end] = F.scaled_dot_product_attention(*row, is_causal=causal, scale=scaling)[0].transpose(0, 1)
     return out

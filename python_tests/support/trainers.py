@@ -17,6 +17,7 @@ def dataset(rows=ROWS, label="labels"):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(5, VOCABULARY - 5, (rows, 10), generator=generator)
     mask = (torch.arange(10)[None] < torch.randint(2, 11, (rows, 1), generator=generator)).long()
+    ids = ids.masked_fill(mask == 0, 0)
     labels = torch.randint(0, CLASSES, (rows,), generator=generator)
     return [{"input_ids": i, "attention_mask": m, label: y} for i, m, y in zip(ids, mask, labels, strict=True)]
 

@@ -1,0 +1,38 @@
+"""EuroBERT (arXiv 2503.05500): a bidirectional encoder of Llama's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from earlyexit_kernels.backbones.base import (
+    BackboneAdapter,
+    StockHead,
+    column_positions,
+    embed_tokens,
+    layers_of,
+    norm_of,
+    position_limit,
+    rotary,
+)
+
+#: `classifier_pooling` of the config -> `HeadConfig.family_pooling`.
+POOLINGS = {"bos": "first", "mean": "mean", "late": "late"}
+
+
+def _settings(config: Any) -> Mapping[str, Any]:
+    return {"family_pooling": POOLINGS[config.classifier_pooling]}
+
+
+EUROBERT = BackboneAdapter(
+    model_type="eurobert",
+    base="model",
+    head=StockHead(dense="dense", dropout=None, activation="gelu", settings=_settings),
+    embed=embed_tokens,
+    layers=layers_of,
+    positions=column_positions,
+    longest=position_limit,
+    embeddings="embed_tokens",
+    exit_norm=norm_of,
+    layer_arguments=rotary,
+)

@@ -1,0 +1,52 @@
+"""ModernBERT (arXiv 2412.13663): norms before attention and feed-forward, rotary positions, windows in most layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from earlyexit_kernels.backbones.base import (
+    BackboneAdapter,
+    StockHead,
+    column_positions,
+    layers_of,
+    position_limit,
+    rotary_by_type,
+)
+
+#: `classifier_pooling` of the config -> `HeadConfig.family_pooling`.
+POOLINGS = {"cls": "first", "mean": "mean"}
+
+
+def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    embeddings: Any = backbone.embeddings
+    return embeddings(input_ids=ids)
+
+
+def _norm(backbone: nn.Module) -> nn.Module:
+    return backbone.final_norm  # type: ignore[return-value]
+
+
+def _settings(config: Any) -> Mapping[str, Any]:
+    return {
+        "family_pooling": POOLINGS[config.classifier_pooling],
+        "activation": config.classifier_activation,
+        "dense_bias": config.classifier_bias,
+        "norm_eps": config.norm_eps,
+        "norm_bias": config.norm_bias,
+    }
+
+
+MODERNBERT = BackboneAdapter(
+    model_type="modernbert",
+    base="model",
+    head=StockHead(dense="head.dense", norm="head.norm", dropout="drop", settings=_settings),
+    embed=_embed,
+    layers=layers_of,
+    positions=column_positions,
+    longest=position_limit,
+    exit_norm=_norm,
+    layer_arguments=rotary_by_type,
+)

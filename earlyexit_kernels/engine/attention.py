@@ -1,0 +1,198 @@
+"""Attention within the rows of packed tokens.
+
+`packed_attention` is registered with transformers as `PACKED_ATTENTION`, called by a family's own layers, and follows
+the plan of the batch. What else a layer asks for is an `AttentionKind`: causal, a sliding window, soft-capped scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from earlyexit_kernels.backbones import BackboneAdapter
+from earlyexit_kernels.engine.attention_plan import FULL, AttentionKind, AttentionPlan, PaddedPlan, one_rectangle
+from earlyexit_kernels.errors import AttentionReplacedError
+
+PACKED_ATTENTION = "earlyexit_packed"
+#: Maximum head width of flash attention, and the number that head widths must be a multiple of.
+MAX_FLASH_WIDTH = 256
+HEAD_WIDTH_MULTIPLE = 8
+#: Keyword arguments of families' layers that change how attention is computed, not its result.
+WITHOUT_EFFECT = ("deterministic",)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    plan: AttentionPlan | PaddedPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function registered with transformers; without a plan, attention by the mask alone.
+
+    Args:
+        query, key, value: ``[1, heads, T, D]`` of packed tokens, or ``[N, heads, S, D]`` of padded rows; key and value
+            may have fewer heads, each of which several heads of the query share.
+        plan: which tokens form a row; the engine passes it through the keyword arguments of the layers.
+        kwargs: of the layers: ``sliding_window``, ``softcap`` and ``is_causal``; others must be None or False.
+
+    Returns:
+        ``[1, T, heads, D]`` or ``[N, S, heads, D]``, and None for the attention weights.
+
+    Raises:
+        ValueError: a plan together with a mask or another keyword argument, which are not implemented, or a window
+            below 1.
+    """
+    if plan is None and kwargs.get("softcap") is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    kind = _kind(module, kwargs)
+    if plan is None:  # soft-capped scores, which sdpa does not have
+        mask = PaddedPlan(None).mask(kind, query) if attention_mask is None else attention_mask
+        return _attend(query, key, value, mask, kind, scaling, dropout).transpose(1, 2), None
+    _refuse_others(module, {"attention_mask": attention_mask, **kwargs})
+    if isinstance(plan, PaddedPlan):
+        return _attend(query, key, value, plan.mask(kind, query), kind, scaling, dropout).transpose(1, 2), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend_by_plan(q, k, v, plan, scaling, dropout, kind)[None], None
+
+
+def _kind(module: torch.nn.Module, given: dict[str, Any]) -> AttentionKind:
+    """Return the kind of attention that a layer asks for by its keyword arguments, which are removed from `given`.
+
+    Raises:
+        ValueError: a window below 1.
+    """
+    causal, window, softcap = (given.pop(name, None) for name in ("is_causal", "sliding_window", "softcap"))
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window: expected at least 1, got {window} from {type(module).__name__}")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    return AttentionKind(bool(causal), window, softcap)
+
+
+def _refuse_others(module: torch.nn.Module, given: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of a layer that are not implemented."""
+    others = {name: value for name, value in given.items() if name not in WITHOUT_EFFECT}
+    if asked := [name for name, value in others.items() if value is not None and value is not False]:
+        got = f"{', '.join(asked)} from {type(module).__name__}"
+        raise ValueError(
+            "packed attention supports plan, scaling, dropout, is_causal, sliding_window and softcap, others as None "
+            f"or False, got {got}"
+        )
+
+
+def attend_by_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scaling: float | None,
+    dropout: float,
+    kind: AttentionKind = FULL,
+) -> Tensor:
+    """Return attention within the rows of packed tokens, over and to ``[T, heads, D]``."""
+    if plan.offsets is not None:
+        if kind.window is None and kind.softcap is None:
+            return _varlen(q, k, v, plan, scaling, dropout, causal=kind.causal)
+        plan = one_rectangle(plan, q.shape[0])
+    parts = []
+    # fillers are behind the tokens of their row, so that causal attention alone needs no mask
+    plain = kind.causal and kind.window is None and kind.softcap is None
+    masks = [None] * len(plan.buckets) if plain else plan.masks_of(kind, q.device)
+    for bucket, mask in zip(plan.buckets, masks, strict=True):
+        slots = bucket.slots
+        bq, bk, bv = (
+            (x if slots is None else x.index_select(0, slots)).view(bucket.rows, bucket.width, *x.shape[1:])
+            for x in (q, k, v)
+        )
+        out = _attend(bq.transpose(1, 2), bk.transpose(1, 2), bv.transpose(1, 2), mask, kind, scaling, dropout)
+        out = out.transpose(1, 2).reshape(-1, *q.shape[1:])
+        parts.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
+    return parts[0] if plan.inverse is None else torch.cat(parts).index_select(0, plan.inverse)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind, scaling: float | None, dropout: float
+) -> Tensor:
+    """Return attention over and to ``[rows, heads, width, D]``; without a mask it is causal if `kind` is."""
+    k, v = (_for_heads(x, q.shape[1], 1) for x in (k, v))
+    if kind.softcap is None:
+        causal = kind.causal and mask is None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / kind.softcap) * kind.softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def _for_heads(x: Tensor, heads: int, dim: int) -> Tensor:
+    """Return keys or values with each head repeated for the heads of the query that share it."""
+    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim=dim)
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scaling: float | None,
+    dropout: float,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """Variable-length attention on CUDA, ``[T, heads, D]``: flash attention, or else memory-efficient attention.
+
+    Both are called by their private aten names. `torch.nn.attention.varlen.varlen_attn` calls the same flash kernel but
+    has no dropout, which training needs, and no float32; there is no public function for the memory-efficient kernel.
+    Both kernels skip rows without tokens and do not write tokens after the last row.
+    """
+    k, v = (_for_heads(x, q.shape[1], 1) for x in (k, v))
+    width, ends = q.shape[-1], (plan.offsets, plan.offsets, plan.longest, plan.longest, dropout)
+    scale = width**-0.5 if scaling is None else scaling
+    if width % HEAD_WIDTH_MULTIPLE:
+        q, k, v = (F.pad(x, (0, -width % HEAD_WIDTH_MULTIPLE)) for x in (q, k, v))
+    if q.dtype != torch.float32 and q.shape[-1] <= MAX_FLASH_WIDTH:
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *ends, causal, False, scale=scale)[0]
+    else:
+        learns = any(x.requires_grad for x in (q, k, v))
+        q, k, v = (x[None] for x in (q, k, v))
+        out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *ends, int(causal), learns, scale=scale)[0][0]
+    return out[..., :width]
+
+
+def attention_of(adapter: BackboneAdapter) -> str:
+    """Return the name of the attention in a backbone's config: the packed one, or for layers with their own eager."""
+    return PACKED_ATTENTION if adapter.rectangle_arguments is None else "eager"
+
+
+def check_attention(attention: str, adapter: BackboneAdapter) -> None:
+    """Raise AttentionReplacedError if the attention of a backbone is no longer that of `attention_of`."""
+    expected = attention_of(adapter)
+    if attention != expected:
+        raise AttentionReplacedError(
+            f"expected the backbone's attention to be {expected!r}, got {attention!r}, under which the rows of "
+            "a batch would attend to each other. If it was set by set_attn_implementation, set it back; if "
+            "model.backbone is a stock encoder now, put that encoder into the stock classifier and convert it with "
+            "to_early_exit"
+        )
+
+
+def register_attention() -> None:
+    """Register `packed_attention` with transformers, also for masks: an unregistered name gets no padding mask."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)

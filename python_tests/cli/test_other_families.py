@@ -1,0 +1,53 @@
+"""A ModernBERT and a Qwen3 of small width, from random weights to answers: train, calibrate, load, pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+import earlyexit_kernels as ee
+from earlyexit_cli import main
+from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.tasks.load import load_task
+
+SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 128}
+FAMILIES = {
+    "modernbert": {"num_hidden_layers": 6, "local_attention": 8, "global_attn_every_n_layers": 3},
+    "qwen3": {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 12},
+}
+TRAINING = ["--train-rows", "3000", "--holdout", "200", "--epochs", "5", "--lr", "3e-3", "--seed", "0"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory):
+    """Folder with a random model of a family and the tokenizer of the toy task."""
+    folder, tokenizer = tmp_path_factory.mktemp(request.param), toy.toy_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.sep_token_id}
+    sizes = {**SIZES, **FAMILIES[request.param], "vocab_size": len(tokenizer), "initializer_range": 0.1}
+    torch.manual_seed(0)
+    config = tf.AutoConfig.for_model(request.param, **sizes, **ids)
+    tf.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_learns_exits_early_and_answers_in_a_pipeline(base, tmp_path):
+    arguments = ["train", "--model", str(base), "--task", "toy", "--output", str(tmp_path / "out"), *TRAINING]
+    assert main([*arguments, "--pooling", "family"]) == 0
+    recipe = Recipe.load(tmp_path / "out")
+    assert recipe.scores[-1]["accuracy"] > 0.9
+    assert main(["calibrate", "--model", str(tmp_path / "out"), "--max-drop", "0.05", "--apply", "entropy"]) == 0
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = load_task("toy").split("dev").sentences[:24]
+    table = ee.Scorer(model, tokenizer)(texts)
+    assert sum(table["exit_layer"]) / len(texts) < model.depth - 0.5
+    for size in (1, 8):
+        pipe = tf.pipeline(
+            "text-classification", model=model, tokenizer=tokenizer, pipeline_class=ee.ExitPipeline, batch_size=size
+        )
+        found = pipe(list(texts))
+        assert [one["exit_layer"] for one in found] == table["exit_layer"]
+        assert [one["label"] for one in found] == table["label"]

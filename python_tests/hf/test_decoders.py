@@ -1,0 +1,111 @@
+"""Classifiers on decoders: the last token, padding on both sides, no padding token; and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import DECODERS, LENGTHS, RECTANGULAR, batch_for, early_exit, ragged, stock
+
+import earlyexit_kernels as ee
+
+TOLERANCE = 1e-5
+every_decoder = pytest.mark.parametrize("family", DECODERS)
+
+
+@every_decoder
+def test_padding_on_the_left_is_that_of_the_stock_model(family):
+    base = stock(family)
+    batch = batch_for(base, "left")
+    assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
+
+
+@every_decoder
+def test_without_a_mask_padding_ids_are_padding_as_in_the_stock_model(family):
+    base = stock(family)
+    ids = batch_for(base)["input_ids"]
+    assert (ids == 0).any()
+    model = ee.to_early_exit(base)
+    assert (model(ids).logits - base(ids).logits).abs().max() <= TOLERANCE
+    assert (model.fixed_depth()(ids)[0] - base(ids).logits).abs().max() <= TOLERANCE
+    ids[:, -1] = 0  # behind the text of every row
+    assert (model(ids).logits - base(ids).logits).abs().max() <= TOLERANCE
+
+
+@every_decoder
+def test_without_a_padding_token_the_mask_tells_the_last_token(family):
+    """The stock model refuses such a batch, and answers its rows one by one."""
+    base = stock(family, pad_token_id=None)
+    batch = ragged("right", pad=7)
+    with pytest.raises(ValueError, match="Cannot handle batch sizes > 1"):
+        base(**batch)
+    got = ee.to_early_exit(base)(**batch).logits
+    for row, length in enumerate(LENGTHS):
+        alone = base(input_ids=batch["input_ids"][row : row + 1, :length]).logits[0]
+        assert (got[row] - alone).abs().max() <= TOLERANCE
+
+
+def test_a_masked_last_token_is_refused():
+    model = early_exit("qwen3")
+    batch = batch_for(model)
+    batch["attention_mask"][2, LENGTHS[2] - 1] = 0
+    with pytest.raises(ValueError, match=r"attention_mask: the last token of row 2 that is not padding is masked"):
+        model(**batch)
+
+
+@every_decoder
+def test_pooling_is_the_last_token_or_the_mean(family):
+    base = stock(family)
+    assert ee.to_early_exit(base).heads.config.pooling == "last"
+    with pytest.raises(
+        ValueError, match=rf"expected pooling to be one of .*'last'\) for a {family} model, got 'first'"
+    ):
+        ee.to_early_exit(base, pooling="first")
+
+
+def test_the_last_token_of_an_encoder_is_refused():
+    with pytest.raises(ValueError, match=r"expected pooling to be one of .* for a bert model, got 'last'"):
+        ee.to_early_exit(stock(), pooling="last")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_batch_are_refused(kind):
+    base = stock("llama")
+    base.config.rope_parameters = {**base.config.rope_parameters, "rope_type": kind, "factor": 2.0}
+    with pytest.raises(ValueError, match=rf"rope_type '{kind}' is not supported: its angles depend on the longest row"):
+        ee.to_early_exit(base)
+
+
+def test_rows_longer_than_the_positions_are_refused():
+    with pytest.raises(ValueError, match="a row may have 70 tokens in this model, got 71"):
+        early_exit("modernbert")(input_ids=torch.full((1, 71), 7))
+
+
+@pytest.mark.parametrize("family", RECTANGULAR)
+def test_holes_are_refused_by_families_that_read_distances(family):
+    model = early_exit(family)
+    with pytest.raises(ValueError, match=rf"padding at the ends of rows only.*layers of '{family}' read the distance"):
+        model(**batch_for(model, "holes"))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_modernbert_reads_what_its_config_says(pooling):
+    base = stock("modernbert", classifier_pooling=pooling, classifier_bias=True, norm_bias=True)
+    batch = batch_for(base)
+    assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("pooling", ["bos", "mean", "late"])
+def test_eurobert_reads_what_its_config_says(pooling):
+    base = stock("eurobert", classifier_pooling=pooling)
+    batch = batch_for(base)
+    assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("settings", [{"conv_kernel_size": 3, "conv_act": "gelu"}, {}])
+def test_a_convolution_of_deberta_is_refused(settings):
+    base = stock("deberta-v2", **settings)
+    if settings:
+        with pytest.raises(ValueError, match=r"does not use encoder\.conv"):
+            ee.to_early_exit(base)
+    else:
+        assert ee.to_early_exit(base).depth == 4
