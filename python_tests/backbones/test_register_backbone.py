@@ -77,6 +77,9 @@ REFUSED = {
     "shares_layers": (1, "True or False, got 1"),
     "widen": (None, "a function, got None"),
     "exit_norm": (None, "a function, got None"),
+    "layer_arguments": ({}, "a function or None, got {}"),
+    "rectangle_arguments": (0, "a function or None, got 0"),
+    "beside_layers": (None, "a function, got None"),
     "embeddings": (b"embeddings", "a non-empty string, got b'embeddings'"),
 }
 
