@@ -54,13 +54,18 @@ class ExitSource(Protocol):
 
 @dataclass(frozen=True)
 class LinearSource:
-    """Exits that are one linear on the pooled hidden state, which the op computes."""
+    """Exits that are one linear on the pooled hidden state; the op computes it, and pools where no norm is between."""
 
     linear: LinearExits
 
     def __call__(self, layer: int, states: RowStates, row_ids: Tensor) -> ExitInputs:
-        weight, bias = self.linear.weights[layer - 1]
-        return ExitInputs(states.hidden, weight, bias, None, None, self.linear.pooling)
+        (weight, bias), pooling = self.linear.weights[layer - 1], self.linear.pooling
+        if states.norm is None and pooling != "last":
+            return ExitInputs(states.hidden, weight, bias, None, None, pooling)
+        pooled = states.pooled(pooling)
+        if pooled.dtype != weight.dtype:  # a mean is float32
+            weight, bias = weight.to(pooled.dtype), bias.to(pooled.dtype)
+        return ExitInputs(pooled, weight, bias, None, None, "none")
 
 
 class ExitMemory:
@@ -136,7 +141,7 @@ def exit_source(heads: ExitHeads, needs: str | None, states: RowStates) -> ExitS
     """
     if needs is not None:
         return ModuleSource(heads, needs, ExitMemory(heads.first_memory(states, needs)))
-    linear = heads.linear_exits(states.hidden.dtype) if states.norm is None else None
+    linear = heads.linear_exits(states.hidden.dtype)
     return ModuleSource(heads, needs) if linear is None else LinearSource(linear)
 
 

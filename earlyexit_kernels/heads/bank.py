@@ -174,7 +174,7 @@ class ExitHeads(nn.Module):
 
         Called once for each batch: for batches of one row, the module look-up at every layer increases the latency.
         """
-        if self.config.has_dense or self.config.form != "linear" or self.config.reads == "last":
+        if self.config.has_dense or self.config.form != "linear":
             return None
         outs = [self._last_linear(layer) for layer in range(1, self.depth + 1)]
         weights: list[tuple[Tensor, Tensor]] = [(out.weight.contiguous(), out.bias) for out in outs]
