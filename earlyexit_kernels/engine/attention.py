@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from earlyexit_kernels.backbones import BackboneAdapter
-from earlyexit_kernels.engine.attention_plan import FULL, AttentionKind, AttentionPlan, PaddedPlan, one_rectangle
+from earlyexit_kernels.engine.attention_plan import FULL, AttentionKind, AttentionPlan, PaddedPlan
 from earlyexit_kernels.errors import AttentionReplacedError
 
 PACKED_ATTENTION = "earlyexit_packed"
@@ -104,8 +104,9 @@ def attend_by_plan(
     """Return attention within the rows of packed tokens, over and to ``[T, heads, D]``."""
     if plan.offsets is not None:
         if kind.window is None and kind.softcap is None:
+            k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
             return _varlen(q, k, v, plan, scaling, dropout, causal=kind.causal)
-        plan = one_rectangle(plan, q.shape[0])
+        plan = plan.rectangle(q.shape[0])
     parts = []
     # fillers are behind the tokens of their row, so that causal attention alone needs no mask
     plain = kind.causal and kind.window is None and kind.softcap is None
@@ -126,7 +127,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kind: AttentionKind, scaling: float | None, dropout: float
 ) -> Tensor:
     """Return attention over and to ``[rows, heads, width, D]``; without a mask it is causal if `kind` is."""
-    k, v = (_for_heads(x, q.shape[1], 1) for x in (k, v))
+    k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
     if kind.softcap is None:
         causal = kind.causal and mask is None
         return F.scaled_dot_product_attention(
@@ -140,9 +141,9 @@ def _attend(
     return F.dropout(weights, dropout) @ v
 
 
-def _for_heads(x: Tensor, heads: int, dim: int) -> Tensor:
-    """Return keys or values with each head repeated for the heads of the query that share it."""
-    return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim=dim)
+def _for_heads(x: Tensor, heads: int) -> Tensor:
+    """Return keys or values ``[:, heads, ...]``, each head repeated for the heads of the query that share it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _varlen(
@@ -161,7 +162,6 @@ def _varlen(
     has no dropout, which training needs, and no float32; there is no public function for the memory-efficient kernel.
     Both kernels skip rows without tokens and do not write tokens after the last row.
     """
-    k, v = (_for_heads(x, q.shape[1], 1) for x in (k, v))
     width, ends = q.shape[-1], (plan.offsets, plan.offsets, plan.longest, plan.longest, dropout)
     scale = width**-0.5 if scaling is None else scaling
     if width % HEAD_WIDTH_MULTIPLE:

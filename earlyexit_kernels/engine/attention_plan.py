@@ -81,6 +81,7 @@ class AttentionPlan:
         columns: ``[T]`` column of each token in its padded row, or None if that is its place in the row, up to a
             constant.
         masks: of the buckets, by kind; filled when a layer first asks for one.
+        rectangles: plans of `rectangle`, by the number of tokens.
     """
 
     buckets: tuple[LengthBucket, ...] = ()
@@ -89,11 +90,18 @@ class AttentionPlan:
     longest: int = 0
     columns: Tensor | None = None
     masks: dict[AttentionKind, list[Tensor | None]] = field(default_factory=dict, compare=False)
+    rectangles: dict[int, AttentionPlan] = field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def bucket_lists(self) -> tuple[list[Any], ...]:
         """Rows, widths, slots, masks and kept of the buckets, the arguments of `ops.encoder_layer`."""
         return tuple([getattr(b, name) for b in self.buckets] for name in ("rows", "width", "slots", "mask", "kept"))
+
+    def rectangle(self, tokens: int) -> AttentionPlan:
+        """Return `one_rectangle` of this plan and T tokens; made once."""
+        if tokens not in self.rectangles:
+            self.rectangles[tokens] = one_rectangle(self, tokens)
+        return self.rectangles[tokens]
 
     def masks_of(self, kind: AttentionKind, device: torch.device) -> list[Tensor | None]:
         """Return the mask ``[rows or 1, 1, width or 1, width]`` bool of each bucket, None where all attend to all."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from earlyexit_kernels.engine.attention_plan import (
     AttentionPlan,
     LengthBucket,
-    one_rectangle,
     plan_attention,
     rows_of_tokens,
 )
@@ -97,7 +96,7 @@ class RequestRectangles:
         """Return how the layers are called on rows of this request and their tokens ``[1, t, H]``."""
         plan = plan_attention(batch)
         if plan.offsets is not None:
-            plan = one_rectangle(plan, hidden.shape[1])
+            plan = plan.rectangle(hidden.shape[1])
         rectangles = []
         for bucket in plan.buckets:
             states = _rectangle(bucket, hidden)

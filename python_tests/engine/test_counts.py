@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from support import reference_networks
 from support.leaving_models import HEADS, LENGTHS, setting
-from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, varied_entropy
+from support.models import (
+    ALL_FAMILIES,
+    DEPTH,
+    FAMILIES,
+    VOCABULARY,
+    batch_for,
+    early_exit,
+    parameter_set,
+    varied_entropy,
+)
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
@@ -228,6 +237,21 @@ def test_bounds_and_exact_counts_give_equal_results(criterion, lag, delay, monke
             for part, wanted in zip(parts, expected, strict=True):
                 same(answers(model, part, compaction), wanted)
     assert any(spare) or lag != 1 or len(expected[1].exit_layer.unique()) < 3, "no bound was one too many"
+
+
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in FAMILIES])
+def test_other_families_with_lengths_on_the_device(family, monkeypatch):
+    """Windows and layers of their own attention run on one rectangle, with NaN in the tokens of no row."""
+    model, batch, _ = setting(family, "auto", "entropy")
+    monkeypatch.setattr(model.execution, "_layers", "family")
+    expected = answers(model, batch, "never")
+    choose, _ = as_on_cuda(monkeypatch)
+    for lag, delay in ARRIVALS:
+        choose(lag, delay)
+        for compaction in COMPACTIONS:
+            got = answers(model, batch, compaction)
+            assert torch.equal(got.exit_layer, expected.exit_layer)
+            assert (got.logits - expected.logits).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(("lag", "delay"), ARRIVALS)

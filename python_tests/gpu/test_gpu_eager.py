@@ -9,7 +9,16 @@ import pytest
 import torch
 from support import reference_networks
 from support.leaving_models import HEADS, LENGTHS, prepared, tuned
-from support.models import DEPTH, VOCABULARY, batch_for, early_exit, parameter_set, varied_entropy
+from support.models import (
+    ALL_FAMILIES,
+    DEPTH,
+    FAMILIES,
+    VOCABULARY,
+    batch_for,
+    early_exit,
+    parameter_set,
+    varied_entropy,
+)
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES
@@ -68,6 +77,20 @@ def test_synchronisations_without_and_with_a_mask(arguments, dtype, compaction):
     ragged = batch_for(model, "right", lengths=LENGTHS)["attention_mask"].cuda()
     for mask in (batch["attention_mask"], ragged):
         assert len(synchronisations(lambda mask=mask: model(input_ids=ids, attention_mask=mask))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in FAMILIES])
+def test_other_families_answer_as_on_the_cpu(family, dtype):
+    model = early_exit(family)
+    batch = batch_for(model, lengths=LENGTHS)
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    expected = model(**batch)
+    model, batch = moved(model, batch, dtype)
+    got = model(**batch)
+    same = got.exit_layer.cpu() == expected.exit_layer
+    assert same.all() or dtype != torch.float32
+    assert (got.logits.cpu() - expected.logits)[same].abs().max() <= TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("criterion", RULES)
