@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: What the head of a family may read of a row; see `HeadConfig.family_pooling`.
+FAMILY_POOLINGS = ("first", "mean", "last", "late")
+
 
 def as_stated(config: Any) -> Mapping[str, Any]:
     """Return no settings: those of the head do not depend on the config."""
@@ -40,6 +43,10 @@ class StockHead:
     norm: str | None = None
     pooling: str = "first"
     settings: Callable[[Any], Mapping[str, Any]] = as_stated
+
+    def __post_init__(self) -> None:
+        if self.pooling not in FAMILY_POOLINGS:
+            raise ValueError(f"StockHead(pooling=...): expected one of {FAMILY_POOLINGS}, got {self.pooling!r}")
 
 
 @dataclass(frozen=True)
@@ -175,8 +182,13 @@ def check_parts(adapter: BackboneAdapter, backbone: nn.Module) -> None:
     Raises:
         ValueError: names the modules that the adapter does not use.
     """
-    parts: list[Any] = [backbone.get_submodule(adapter.embeddings), adapter.widen(backbone), *adapter.layers(backbone)]
-    parts += [adapter.exit_norm(backbone), *adapter.beside_layers(backbone)]
+    try:
+        parts: list[Any] = [backbone.get_submodule(adapter.embeddings), *adapter.layers(backbone)]
+        parts += [adapter.widen(backbone), adapter.exit_norm(backbone), *adapter.beside_layers(backbone)]
+    except AttributeError as error:
+        raise ValueError(
+            f"the adapter of {adapter.model_type!r} does not fit {type(backbone).__name__}: {error}"
+        ) from error
     named = {id(p) for part in parts if part is not None for p in part.parameters()}
     left = [name for name, p in backbone.named_parameters() if id(p) not in named]
     if left:

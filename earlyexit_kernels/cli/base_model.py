@@ -73,6 +73,8 @@ def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any, bool]:
         new = check_encoder(model, info)
         if reads_last_token(model):
             _share_padding(model, tokenizer)
+        elif tokenizer.pad_token is None:
+            raise ValueError("its tokenizer has no padding token; give it that of the model, and save it in the folder")
     return model, tokenizer, new
 
 

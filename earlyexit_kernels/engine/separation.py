@@ -37,6 +37,7 @@ def check_separation(view: ModelView) -> None:
     row_ids = torch.arange(len(LENGTHS), dtype=torch.int32, device=weight.device)
     batch = PackedBatch(None, offsets, row_ids, LENGTHS, max(LENGTHS))
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).to(weight.device)
+    _check_pooling(view)
     first_of_class = {type(layer): number for number, layer in reversed(list(enumerate(view.layers, start=1)))}
     for kind, number in first_of_class.items():
         layer = view.layers[number - 1]
@@ -54,6 +55,16 @@ def check_separation(view: ModelView) -> None:
         ):
             raise ValueError(
                 f"the adapter of {view.adapter.model_type!r} does not fit: the rows of a batch affect each other in "
-                f"{kind.__name__}. Its layers must pass `plan` on to the attention function of transformers, or be "
-                "given `rectangle_arguments`"
+                f"{kind.__name__}. Its layers must pass `plan` on to the attention function of transformers; for "
+                "layers that do not, give the adapter `rectangle_arguments`"
             )
+
+
+def _check_pooling(view: ModelView) -> None:
+    """Raise ValueError if exits read the first token of causal layers, which sees no other."""
+    causal = any(getattr(module, "is_causal", False) is True for module in view.layers[0].modules())
+    if causal and view.heads.config.reads == "first":
+        raise ValueError(
+            f"the adapter of {view.adapter.model_type!r} does not fit: its layers are causal, so that the first token "
+            "of a row sees no other, but exits read it; give its StockHead pooling='last'"
+        )

@@ -151,9 +151,16 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
         or any(name not in names for name in required)
         or getattr(out, "out_features", None) != config.num_labels
     ):
+        name = type(hf_model).__name__
+        told = [adapter.base] * (base is None) + [n for n in (*required, adapter.head.out) if n not in names]
+        if name.endswith("ForSequenceClassification") and told:
+            raise ValueError(
+                f"to_early_exit: the adapter of {config.model_type!r} does not fit {name}, which has no "
+                f"{' and no '.join(told)}"
+            )
         raise TypeError(
-            f"to_early_exit: expected a {config.model_type} model for sequence classification, got "
-            f"{type(hf_model).__name__}; load it with AutoModelForSequenceClassification"
+            f"to_early_exit: expected a model of type {config.model_type} for sequence classification, got {name}; "
+            "load it with AutoModelForSequenceClassification"
         )
     if wrapped := [n for n in (adapter.head.dense, adapter.head.out) if n and not isinstance(names[n], nn.Linear)]:
         found = ", ".join(f"{name} is a {type(names[name]).__name__}" for name in wrapped)

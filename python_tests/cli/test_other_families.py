@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import transformers as tf
+from support.commands import error_of
 
 import earlyexit_kernels as ee
 from earlyexit_cli import main
@@ -51,3 +54,18 @@ def test_learns_exits_early_and_answers_in_a_pipeline(base, tmp_path):
         found = pipe(list(texts))
         assert [one["exit_layer"] for one in found] == table["exit_layer"]
         assert [one["label"] for one in found] == table["label"]
+
+
+def test_a_tokenizer_without_padding_is_refused_or_gets_the_end_token(base, tmp_path, capsys):
+    tokenizer = tf.AutoTokenizer.from_pretrained(base)
+    for end in ("[SEP]", None):
+        folder = tmp_path / str(end)
+        shutil.copytree(base, folder)
+        tokenizer.pad_token, tokenizer.eos_token = None, end
+        tokenizer.save_pretrained(folder)
+        rows = ["--train-rows", "32", "--holdout", "24", "--epochs", "1"]
+        command = ["train", "--model", str(folder), "--task", "toy", "--output", str(tmp_path / f"out-{end}"), *rows]
+        if "qwen3" in str(base) and end:
+            assert main(command) == 0 and "padded with its end token, [SEP]" in capsys.readouterr().out
+        else:
+            assert "its tokenizer has n" in error_of(capsys, command)

@@ -9,7 +9,7 @@ import torch
 from support.models import ALL_FAMILIES, batch_for, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.backbones import BACKBONES
+from earlyexit_kernels.backbones import BACKBONES, StockHead
 from earlyexit_kernels.hf import convert
 
 
@@ -67,3 +67,30 @@ def test_the_check_draws_no_random_numbers(monkeypatch):
         ee.to_early_exit(stock(dropout=0.5).train())
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+def test_a_causal_family_that_reads_the_first_token_is_refused(monkeypatch):
+    head = dataclasses.replace(BACKBONES["llama"].head, pooling="first")
+    monkeypatch.setitem(BACKBONES, "llama", dataclasses.replace(BACKBONES["llama"], head=head))
+    with pytest.raises(ValueError, match=r"layers are causal.*give its StockHead pooling='last'"):
+        ee.to_early_exit(stock("llama"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "modle"}, "the adapter of 'llama' does not fit LlamaForSequenceClassification, which has no modle"),
+        ({"head": StockHead(dense=None, pooling="last")}, "which has no classifier"),
+        ({"embeddings": "embeddings"}, "the adapter of 'llama' does not fit LlamaModel: .*embeddings"),
+        ({"exit_norm": lambda backbone: backbone.final}, "the adapter of 'llama' does not fit LlamaModel: .*final"),
+    ],
+)
+def test_wrong_names_are_told(changes, message, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "llama", dataclasses.replace(BACKBONES["llama"], **changes))
+    with pytest.raises(ValueError, match=message):
+        ee.to_early_exit(stock("llama"))
+
+
+def test_an_unknown_pooling_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"StockHead\(pooling=...\): expected one of .*, got 'tail'"):
+        StockHead(dense=None, pooling="tail")
