@@ -107,20 +107,14 @@ def attend_by_plan(
             k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
             return _varlen(q, k, v, plan, scaling, dropout, causal=kind.causal)
         plan = plan.rectangle(q.shape[0])
-    parts = []
     # fillers are behind the tokens of their row, so that causal attention alone needs no mask
     plain = kind.causal and kind.window is None and kind.softcap is None
     masks = [None] * len(plan.buckets) if plain else plan.masks_of(kind, q.device)
+    attended = []
     for bucket, mask in zip(plan.buckets, masks, strict=True):
-        slots = bucket.slots
-        bq, bk, bv = (
-            (x if slots is None else x.index_select(0, slots)).view(bucket.rows, bucket.width, *x.shape[1:])
-            for x in (q, k, v)
-        )
-        out = _attend(bq.transpose(1, 2), bk.transpose(1, 2), bv.transpose(1, 2), mask, kind, scaling, dropout)
-        out = out.transpose(1, 2).reshape(-1, *q.shape[1:])
-        parts.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
-    return parts[0] if plan.inverse is None else torch.cat(parts).index_select(0, plan.inverse)
+        bq, bk, bv = (bucket.gather(x).transpose(1, 2) for x in (q, k, v))
+        attended.append(_attend(bq, bk, bv, mask, kind, scaling, dropout).transpose(1, 2))
+    return plan.join(attended)
 
 
 def _attend(

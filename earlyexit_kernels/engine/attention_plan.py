@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,6 +56,11 @@ class LengthBucket:
     mask: Tensor | None = None
     kept: Tensor | None = None
 
+    def gather(self, tokens: Tensor) -> Tensor:
+        """Return packed tokens ``[T, ...]`` as the rectangle ``[rows, width, ...]``."""
+        chosen = tokens if self.slots is None else tokens.index_select(0, self.slots)
+        return chosen.view(self.rows, self.width, *tokens.shape[1:])
+
     def columns(self, columns: Tensor | None, device: torch.device) -> Tensor:
         """Return the column of the token in each slot, ``[rows or 1, width]``.
 
@@ -96,6 +101,15 @@ class AttentionPlan:
     def bucket_lists(self) -> tuple[list[Any], ...]:
         """Rows, widths, slots, masks and kept of the buckets, the arguments of `ops.encoder_layer`."""
         return tuple([getattr(b, name) for b in self.buckets] for name in ("rows", "width", "slots", "mask", "kept"))
+
+    def join(self, rectangles: Sequence[Tensor]) -> Tensor:
+        """Return the packed tokens ``[T, ...]`` of a rectangle ``[rows, width, ...]`` for each bucket."""
+        flat = (x.flatten(0, 1) for x in rectangles)
+        parts = [
+            x if bucket.kept is None else x.index_select(0, bucket.kept)
+            for bucket, x in zip(self.buckets, flat, strict=True)
+        ]
+        return parts[0] if self.inverse is None else torch.cat(parts).index_select(0, self.inverse)
 
     def rectangle(self, tokens: int) -> AttentionPlan:
         """Return `one_rectangle` of this plan and T tokens; made once."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from earlyexit_kernels.engine.attention_plan import (
     AttentionPlan,
-    LengthBucket,
     plan_attention,
     rows_of_tokens,
 )
@@ -40,12 +39,8 @@ class LayerCalls(NamedTuple):
         return hidden_of(run_layer(hidden, plan=self.plan, **more))
 
     def _run_rectangles(self, run_layer: Callable[..., Any], hidden: Tensor) -> Tensor:
-        parts = []
-        for bucket, more in zip(self.plan.buckets, self.rectangles or (), strict=True):
-            out = hidden_of(run_layer(_rectangle(bucket, hidden), **more)).flatten(0, 1)
-            parts.append(out if bucket.kept is None else out.index_select(0, bucket.kept))
-        joined = parts[0] if self.plan.inverse is None else torch.cat(parts).index_select(0, self.plan.inverse)
-        return joined[None]
+        pairs = zip(self.plan.buckets, self.rectangles or (), strict=True)
+        return self.plan.join([hidden_of(run_layer(bucket.gather(hidden[0]), **more)) for bucket, more in pairs])[None]
 
 
 class RequestRows(Protocol):
@@ -99,16 +94,10 @@ class RequestRectangles:
             plan = plan.rectangle(hidden.shape[1])
         rectangles = []
         for bucket in plan.buckets:
-            states = _rectangle(bucket, hidden)
+            states = bucket.gather(hidden[0])
             keep = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
             rectangles.append(self.arguments(states, keep if bucket.mask is None else bucket.mask[:, 0, 0]))
         return LayerCalls(plan, rectangles=rectangles)
-
-
-def _rectangle(bucket: LengthBucket, hidden: Tensor) -> Tensor:
-    """Return the tokens of a bucket ``[rows, width, H]`` from packed ones ``[1, T, H]``."""
-    tokens = hidden[0] if bucket.slots is None else hidden[0].index_select(0, bucket.slots)
-    return tokens.view(bucket.rows, bucket.width, -1)
 
 
 def layer_calls(batch: PackedBatch, hidden: Tensor, request: RequestRows | None) -> LayerCalls:
