@@ -1,4 +1,4 @@
-"""Time of a fused layer by the library of its matrix products: the numbers behind `fused_layers.PRODUCTS`.
+"""Time of a fused layer by the library of its matrix products: the numbers behind `fused_bert.PRODUCTS`.
 
 One encoder layer of BERT's form on T packed tokens: the family's own, and the fused one with oneDNN's products, the
 activation after them or within, and with torch's.
@@ -20,7 +20,7 @@ import earlyexit_kernels as ee
 from benchmarks.harness import Implementation, PreparedCase, Record, Variant, ratio_fields, time_fields
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine.attention_plan import plan_attention
-from earlyexit_kernels.engine.fused_layers import FusedLayer, LayerWeights, Products, onednn_unsupported_reason
+from earlyexit_kernels.engine.fused_bert import FusedLayer, LayerWeights, Products, onednn_unsupported_reason
 from earlyexit_kernels.engine.packing import pack
 
 SUITE = "layer_products"

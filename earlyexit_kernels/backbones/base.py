@@ -100,7 +100,8 @@ class BackboneAdapter:
         positions: ``(backbone, input_ids [N, S]) -> [N, S]``, positions as the stock model computes them from padded
             ids.
         longest: ``config ->`` maximum number of tokens in a row.
-        names: of the parts of an encoder layer, for the fused layers.
+        names: of the parts of an encoder layer, for the fused layers; None for layers of another form, which are not
+            fused.
         parts: ``layer ->`` the encoder layers that it runs in sequence; usually the layer itself.
         shares_layers: whether one layer is used several times.
         widen: ``backbone ->`` the linear from the width E of the embeddings to the width H of the layers, or None where
@@ -124,7 +125,7 @@ class BackboneAdapter:
     layers: Callable[[nn.Module], Sequence[Callable[..., Any]]]
     positions: Callable[[nn.Module, Tensor], Tensor]
     longest: Callable[[Any], int]
-    names: LayerNames = LayerNames()
+    names: LayerNames | None = LayerNames()
     parts: Callable[[nn.Module], Sequence[nn.Module]] = single
     shares_layers: bool = False
     widen: Callable[[nn.Module], nn.Linear | None] = as_wide
@@ -155,7 +156,7 @@ FIELD_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("layer_arguments", "rectangle_arguments"), ("a function or None", lambda v: v is None or callable(v))
     ),
     "head": ("a StockHead", lambda v: isinstance(v, StockHead)),
-    "names": ("a LayerNames", lambda v: isinstance(v, LayerNames)),
+    "names": ("a LayerNames or None", lambda v: v is None or isinstance(v, LayerNames)),
     "shares_layers": ("True or False", lambda v: isinstance(v, bool)),
 }
 

@@ -48,6 +48,7 @@ DEBERTA_V2 = BackboneAdapter(
     layers=encoder_layers,
     positions=column_positions,
     longest=position_limit,
+    names=None,
     rectangle_arguments=_rectangle_arguments,
     beside_layers=_relative,
 )

@@ -28,6 +28,7 @@ LLAMA = BackboneAdapter(
     layers=layers_of,
     positions=column_positions,
     longest=position_limit,
+    names=None,
     embeddings="embed_tokens",
     exit_norm=norm_of,
     layer_arguments=rotary,

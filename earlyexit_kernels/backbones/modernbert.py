@@ -47,6 +47,7 @@ MODERNBERT = BackboneAdapter(
     layers=layers_of,
     positions=column_positions,
     longest=position_limit,
+    names=None,
     exit_norm=_norm,
     layer_arguments=rotary_by_type,
 )

@@ -57,6 +57,7 @@ MPNET = BackboneAdapter(
     layers=encoder_layers,
     positions=_positions,
     longest=_longest,
+    names=None,
     rectangle_arguments=_rectangle_arguments,
     beside_layers=_bias,
 )

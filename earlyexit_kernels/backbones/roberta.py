@@ -53,6 +53,6 @@ def _norm_of_encoder(backbone: nn.Module) -> nn.Module:
 
 
 ROBERTA_PRELAYERNORM = dataclasses.replace(
-    ROBERTA, model_type="roberta-prelayernorm", base="roberta_prelayernorm", exit_norm=_norm
+    ROBERTA, model_type="roberta-prelayernorm", base="roberta_prelayernorm", names=None, exit_norm=_norm
 )
-XLM_ROBERTA_XL = dataclasses.replace(ROBERTA, model_type="xlm-roberta-xl", exit_norm=_norm_of_encoder)
+XLM_ROBERTA_XL = dataclasses.replace(ROBERTA, model_type="xlm-roberta-xl", names=None, exit_norm=_norm_of_encoder)

@@ -1,221 +1,41 @@
-"""Fused encoder layers for inference on the CPU.
+"""Fused encoder layers for inference on the CPU: the forms of layers that have them, and those of one model.
 
-A layer (`backbones.LayerNames`) runs as one matrix product for query, key and value, attention over the packed tokens,
-and three products fused with their addition or activation, from weights that oneDNN has packed once. The original
-weights stay in place; the packed ones are a second copy, which is replaced when the weights change.
-
-oneDNN caches each product by its number of tokens, so memory grows until all token counts up to
-`Products.packed_up_to`, or 1024 products in all, have occurred. The environment variable
-ONEDNN_PRIMITIVE_CACHE_CAPACITY sets a lower limit. Token counts are not rounded up, because the added tokens would slow
-the products down.
+A fused layer computes the same as the family's own in fewer steps, from weights that oneDNN has packed once. The
+original weights stay in place; the packed ones are a second copy, which is replaced when the weights change.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, LayerNames
-from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.engine.attention_plan import AttentionPlan
+from earlyexit_kernels.engine import fused_bert
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
+from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.locks import ForkSafeLock
-from earlyexit_kernels.ops import bare_op
-
-#: Activation of transformers -> its name and variant in oneDNN and torch.
-ACTIVATIONS = {
-    "GELUActivation": ("gelu", "none"),
-    "NewGELUActivation": ("gelu", "tanh"),
-    "GELUTanh": ("gelu", "tanh"),
-    "ReLU": ("relu", ""),
-}
 
 
-@dataclass(frozen=True)
-class Products:
-    """How the matrix products of a layer are computed.
+class Form(NamedTuple):
+    """How layers of one form are recognised and packed.
 
     Attributes:
-        packed_up_to: largest number of tokens for which products of packed weights are used; beyond it, torch's own
-            products are faster.
-        with_activation: fuse the activation into the product.
+        unsupported_reason: ``(layer, names) ->`` why the fused layer would compute something else, or None.
+        copied: ``(layer, names) ->`` the parameters that `pack` copies.
+        pack: ``(layer, names, config) ->`` the fused layer, called as the original one: ``layer(hidden, plan=...)``.
     """
 
-    packed_up_to: float
-    with_activation: bool
+    unsupported_reason: Callable[[nn.Module, Any], str | None]
+    copied: Callable[[nn.Module, Any], Iterable[Tensor]]
+    pack: Callable[[nn.Module, Any, Any], Callable[..., Tensor]]
 
 
-#: CPU capability as torch names it -> products; measured by benchmarks/micro/layer_products.py.
-PRODUCTS = {
-    "DEFAULT": Products(128, with_activation=False),
-    "AVX2": Products(128, with_activation=False),
-    "AVX512": Products(math.inf, with_activation=True),
+#: Class of `BackboneAdapter.names` -> form of the layers.
+FORMS: dict[type, Form] = {
+    LayerNames: Form(fused_bert.layer_unsupported_reason, fused_bert.copied_parameters, fused_bert.pack_layer),
 }
-#: Part of a layer -> its required type; the activation must be one of `ACTIVATIONS`.
-PART_TYPES: dict[str, type[nn.Module] | None] = {
-    **dict.fromkeys(("query", "key", "value", "attention_out", "inner", "outer"), nn.Linear),
-    **dict.fromkeys(("attention_norm", "norm"), nn.LayerNorm),
-    "activation": None,
-}
-
-
-@functools.cache
-def onednn_unsupported_reason(dtype: torch.dtype) -> str | None:
-    """Return why oneDNN's packed products are not available for a dtype, or None if they are.
-
-    They are private names of torch, so a small product is computed to check them.
-    """
-    try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "this CPU has no bfloat16 arithmetic"
-        if dtype not in (torch.float32, torch.bfloat16):
-            return f"it is not used for {dtype}"
-        x, w, b = torch.ones(3, 16, dtype=dtype), torch.eye(16, dtype=dtype), torch.ones(16, dtype=dtype)
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, None)
-        plain = torch.ops.mkldnn._linear_pointwise(x, packed, b, "relu", [], "")
-        added = torch.ops.mkldnn._linear_pointwise.binary(x, x, packed, b, "add")
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"torch {torch.__version__} lacks the required oneDNN operations ({error})"
-    right = torch.equal(plain, x + 1) and torch.equal(added, x + 2)
-    return None if right else f"the oneDNN operations of torch {torch.__version__} return other results than expected"
-
-
-class Pair(NamedTuple):
-    """Weight and bias of a module, detached; they share its memory."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """The weights of one encoder layer, without copies.
-
-    Attributes:
-        query, key, value, attention_out, attention_norm, inner, outer, norm: as in `backbones.LayerNames`.
-        eps: of the two norms.
-        heads: number of attention heads.
-        activation: name and variant, a value of `ACTIVATIONS`.
-    """
-
-    query: Pair
-    key: Pair
-    value: Pair
-    attention_out: Pair
-    attention_norm: Pair
-    inner: Pair
-    outer: Pair
-    norm: Pair
-    eps: list[float]
-    heads: int
-    activation: tuple[str, str]
-
-    @staticmethod
-    def of(layer: nn.Module, names: LayerNames, heads: int) -> LayerWeights:
-        """Return the weights of a layer that `layer_unsupported_reason` accepts."""
-        part: dict[str, Any] = {name: layer.get_submodule(getattr(names, name)) for name in PART_TYPES}
-        pairs = {
-            name: Pair(part[name].weight.detach(), part[name].bias.detach())
-            for name, kind in PART_TYPES.items()
-            if kind
-        }
-        eps = [part["attention_norm"].eps, part["norm"].eps]
-        return LayerWeights(**pairs, eps=eps, heads=heads, activation=ACTIVATIONS[type(part["activation"]).__name__])
-
-    @property
-    def projections(self) -> tuple[Pair, Pair, Pair]:
-        """Query, key and value."""
-        return self.query, self.key, self.value
-
-
-@dataclass(frozen=True)
-class FusedLayer:
-    """One fused encoder layer over packed tokens, called as the original one: ``layer(hidden, plan=...)``.
-
-    Attributes:
-        weights: of the layer.
-        tensors: arguments of the op: weight and bias of query, key and value concatenated (copies), of the attention
-            output, the first norm, inner, outer, and the second norm.
-        packed: weights of the four products in oneDNN's layout (copies); empty without oneDNN.
-        products: how the products are computed.
-        run: the op.
-    """
-
-    weights: LayerWeights
-    tensors: list[Tensor]
-    packed: list[Tensor]
-    products: Products
-    run: Callable[..., Tensor]
-
-    @staticmethod
-    def of(weights: LayerWeights, backend: str) -> FusedLayer:
-        """Pack the weights of one layer."""
-        joined = Pair(*(torch.cat(each) for each in zip(*weights.projections, strict=True)))
-        after = (weights.attention_out, weights.attention_norm, weights.inner, weights.outer, weights.norm)
-        products = [joined.weight, weights.attention_out.weight, weights.inner.weight, weights.outer.weight]
-        # without oneDNN its names may be missing from torch.ops
-        onednn = onednn_unsupported_reason(joined.weight.dtype) is None
-        return FusedLayer(
-            weights=weights,
-            tensors=[*joined, *itertools.chain.from_iterable(after)],
-            packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w in products] if onednn else [],
-            products=PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"]),
-            run=bare_op("encoder_layer", backend, "cpu"),
-        )
-
-    def __call__(self, hidden: Tensor, *, plan: AttentionPlan) -> Tensor:
-        """``[1, T, H] -> [1, T, H]``."""
-        x, own = hidden[0], self.weights
-        packed = self.packed if x.shape[0] <= self.products.packed_up_to else []
-        how = (own.eps, own.heads, *own.activation, self.products.with_activation)
-        return self.run(x, self.tensors, packed, *how, *plan.bucket_lists, plan.inverse)[None]
-
-
-def layer_unsupported_reason(layer: nn.Module, names: LayerNames) -> str | None:
-    """Return why `FusedLayer` would compute something else than a layer, or None if it computes the same.
-
-    Everything unknown is refused: an adapter inside the layer, a hook, a quantized linear.
-    """
-    wanted = {getattr(names, name): kind for name, kind in PART_TYPES.items()}
-    found, attention = dict(layer.named_modules()), names.query.rpartition(".")[0]
-    missing = sorted(wanted.keys() - found.keys())
-    if missing:
-        return f"the layer has no module {missing[0]}"
-    for path, module in found.items():
-        title = f"{path or 'the layer'} ({type(module).__name__})"
-        kind = wanted.get(path)
-        if hooked(module):
-            return f"{title} has a forward hook"
-        if kind is not None:
-            if type(module) is not kind or {type(module._parameters.get(n)) for n in Pair._fields} != {nn.Parameter}:
-                return f"{title} is not a plain {kind.__name__} with weight and bias"
-        elif path in wanted:
-            if type(module).__name__ not in ACTIVATIONS:
-                return f"{title} is not one of the activations {sorted(ACTIVATIONS)}"
-        elif isinstance(module, nn.Dropout):
-            continue
-        elif path == attention and (reason := _attention_unsupported_reason(module)):
-            return f"{title} {reason}"
-        elif module._parameters or not len(module._modules) or not type(module).__module__.startswith("transformers."):
-            return f"{title} is not supported"
-    return None
-
-
-def _attention_unsupported_reason(module: Any) -> str | None:
-    """Return why an attention module is not softmax(q k / sqrt(D)) v over all tokens of a row, or None."""
-    if getattr(module, "is_causal", False):
-        return "is causal"
-    scaling, size = getattr(module, "scaling", None), getattr(module, "attention_head_size", None)
-    if scaling is not None and size and not math.isclose(scaling, size**-0.5):
-        return f"scales by {scaling:g}, expected 1 / sqrt({size})"
-    return None
 
 
 def layers_unsupported_reason(adapter: BackboneAdapter, layers: Sequence[nn.Module]) -> str | None:
@@ -225,18 +45,14 @@ def layers_unsupported_reason(adapter: BackboneAdapter, layers: Sequence[nn.Modu
         adapter: of the backbone.
         layers: of the backbone, as the adapter lists them.
     """
+    form = FORMS.get(type(adapter.names))
+    if form is None:
+        return f"the layers of {adapter.model_type!r} ({type(layers[0]).__name__}) are not supported"
     reasons = [
-        layer_unsupported_reason(part, adapter.names)
-        for layer in dict.fromkeys(layers)
-        for part in adapter.parts(layer)
+        form.unsupported_reason(part, adapter.names) for layer in dict.fromkeys(layers) for part in adapter.parts(layer)
     ]
     reasons += [f"a layer ({type(layer).__name__}) has a forward hook" for layer in layers if hooked(layer)]
     return next((reason for reason in reasons if reason), None)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Return whether an instance has hooks, or its own `forward`, as `accelerate` sets one."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class _Packed(NamedTuple):
@@ -296,36 +112,24 @@ def _pack(adapter: BackboneAdapter, backbone: nn.Module) -> _Packed:
     reason = layers_unsupported_reason(adapter, layers)
     if reason:
         return _Packed(checked, None, reason)
-    config: Any = backbone.config
-    heads, backend = config.num_attention_heads, "torch" if available_backends("cpu")["cpp"] else "cpp"
+    form, names, config = FORMS[type(adapter.names)], adapter.names, backbone.config
     parts = {layer: adapter.parts(layer) for layer in layers}
-    copied = ModuleFingerprint([backbone], [x for each in parts.values() for x in _copied(each, adapter.names)])
-    fused = {
-        layer: _in_turn([FusedLayer.of(LayerWeights.of(part, adapter.names, heads), backend) for part in each])
-        for layer, each in parts.items()
-    }
+    copied = ModuleFingerprint(
+        [backbone], [x for each in parts.values() for part in each for x in form.copied(part, names)]
+    )
+    fused = {layer: _in_turn([form.pack(part, names, config) for part in each]) for layer, each in parts.items()}
     made_from = copied if checked.is_current([backbone]) else checked
     return _Packed(made_from, tuple(fused[layer] for layer in layers), None)
 
 
-def _copied(parts: Sequence[nn.Module], names: LayerNames) -> Iterator[Tensor]:
-    """Yield the parameters that `FusedLayer.of` copies."""
-    for part in parts:
-        for name in ("query", "key", "value", "attention_out", "inner", "outer"):
-            linear: Any = part.get_submodule(getattr(names, name))
-            yield linear.weight
-            if name in ("query", "key", "value"):
-                yield linear.bias
-
-
-def _in_turn(parts: Sequence[FusedLayer]) -> Callable[..., Tensor]:
+def _in_turn(parts: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:
     """Return one callable that runs the encoder layers of a group one after the other."""
     if len(parts) == 1:
         return parts[0]
 
-    def run(hidden: Tensor, *, plan: AttentionPlan) -> Tensor:
+    def run(hidden: Tensor, **arguments: Any) -> Tensor:
         for part in parts:
-            hidden = part(hidden, plan=plan)
+            hidden = part(hidden, **arguments)
         return hidden
 
     return run

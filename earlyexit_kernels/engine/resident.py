@@ -21,8 +21,10 @@ from earlyexit_kernels.backbones import column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
 from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
-from earlyexit_kernels.engine.fused_layers import LayerWeights, hooked, layers_unsupported_reason
+from earlyexit_kernels.engine.fused_bert import LayerWeights
+from earlyexit_kernels.engine.fused_layers import layers_unsupported_reason
 from earlyexit_kernels.engine.inputs import Inputs
+from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
 from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.engine.view import ModelView
@@ -302,8 +304,8 @@ class ResidentLoop:
 
 def _layer_weights(view: ModelView) -> list[list[LayerWeights]]:
     """Return the weights of each layer, one list per distinct layer; a layer of ALBERT may have several parts."""
-    names, heads = view.adapter.names, view.backbone.config.num_attention_heads
-    layers = view.layers
+    names: Any = view.adapter.names
+    layers, heads = view.layers, view.backbone.config.num_attention_heads
     made = {
         layer: [LayerWeights.of(part, names, heads) for part in view.adapter.parts(layer)]
         for layer in dict.fromkeys(layers)

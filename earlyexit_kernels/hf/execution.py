@@ -16,7 +16,8 @@ from earlyexit_kernels.engine import eager
 from earlyexit_kernels.engine.choice import ENGINES, Choice, Explanation, fastest
 from earlyexit_kernels.engine.embedding import embed_rows
 from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
-from earlyexit_kernels.engine.fused_layers import FusedLayers, onednn_unsupported_reason
+from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason
+from earlyexit_kernels.engine.fused_layers import FusedLayers
 from earlyexit_kernels.engine.graphs import CaptureError, Graphs
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.invalid import InvalidRows

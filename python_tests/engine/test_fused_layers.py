@@ -13,22 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.utils.mkldnn
-from support.models import ATTENDED, DEPTH, FAMILIES, batch_for, stock
+from support.models import ATTENDED, DEPTH, FAMILIES, batch_for, early_exit, stock
 from torch import nn
 
 import earlyexit_kernels as ee
+from earlyexit_kernels import backbones
 from earlyexit_kernels.criteria import Entropy
-from earlyexit_kernels.engine import fused_layers
+from earlyexit_kernels.engine import fused_bert
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.hf import execution
 from earlyexit_kernels.ops import bare_op
 
 #: Kinds of products: all packed by oneDNN, with fused activation, all of torch, and only small ones packed.
 PRODUCTS = {
-    "packed": fused_layers.Products(math.inf, with_activation=False),
-    "with activation": fused_layers.Products(math.inf, with_activation=True),
-    "torch": fused_layers.Products(0, with_activation=True),
-    "by size": fused_layers.Products(20, with_activation=True),
+    "packed": fused_bert.Products(math.inf, with_activation=False),
+    "with activation": fused_bert.Products(math.inf, with_activation=True),
+    "torch": fused_bert.Products(0, with_activation=True),
+    "by size": fused_bert.Products(20, with_activation=True),
 }
 
 
@@ -48,10 +49,10 @@ def assert_alike(own, fused, batch, *, atol=2e-5, rtol=1e-4) -> None:
 
 @pytest.fixture(params=PRODUCTS)
 def products(request, monkeypatch):
-    reason = fused_layers.onednn_unsupported_reason(torch.float32)
+    reason = fused_bert.onednn_unsupported_reason(torch.float32)
     if reason and request.param != "torch":
         pytest.skip(reason)
-    monkeypatch.setattr(fused_layers, "PRODUCTS", dict.fromkeys(fused_layers.PRODUCTS, PRODUCTS[request.param]))
+    monkeypatch.setattr(fused_bert, "PRODUCTS", dict.fromkeys(fused_bert.PRODUCTS, PRODUCTS[request.param]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,7 +76,7 @@ def op(request, monkeypatch):
     if reason:
         pytest.skip(reason)
     monkeypatch.setattr(
-        fused_layers, "available_backends", lambda kind: {"cpp": "" if request.param == "cpp" else "left out"}
+        fused_bert, "available_backends", lambda kind: {"cpp": "" if request.param == "cpp" else "left out"}
     )
     return request.param
 
@@ -284,6 +285,23 @@ def test_change_to_an_unsupported_layer_raises_under_fused():
         model(**batch_for(model))
 
 
+@pytest.mark.parametrize("family", ["llama", "eurobert", "roberta-prelayernorm", "deberta-v2", "mpnet"])
+def test_family_without_fused_layers_is_named(family):
+    model = early_exit(family)
+    reason = f"the layers of {family!r} ({type(model.view().layers[0]).__name__}) are not supported"
+    assert model.explain(**batch_for(model)).layers == ("family", reason)
+    with pytest.raises(BackendUnavailableError) as error:
+        model.set_layers("fused")
+    assert str(error.value) == f"layers 'fused' cannot run here: {reason}; use 'auto' or 'family'"
+
+
+def test_name_of_an_adapter_that_its_layers_lack():
+    model = early_exit("roberta-prelayernorm")
+    adapter = dataclasses.replace(model.adapter, names=backbones.LayerNames())
+    reason = model.execution.fused.unsupported_reason(adapter, model.backbone)
+    assert reason == "RobertaPreLayerNormLayer has no module attention.output.LayerNorm, which the adapter names"
+
+
 def test_unknown_kind_is_refused():
     model = ee.to_early_exit(stock(), pooling="first")
     with pytest.raises(ValueError, match=r"expected one of \('auto', 'family', 'fused'\), got 'fast'"):
@@ -292,7 +310,7 @@ def test_unknown_kind_is_refused():
 
 def test_without_onednn(monkeypatch, caplog):
     """Products of torch are used instead, and 'auto' logs this once."""
-    for room in (fused_layers, execution):
+    for room in (fused_bert, execution):
         monkeypatch.setattr(room, "onednn_unsupported_reason", lambda dtype: "no such names")
     own, fused = pair()
     assert not fused.execution.encoder_layers(fused.view())[0].packed
@@ -307,7 +325,7 @@ def test_without_onednn(monkeypatch, caplog):
 
 def test_onednn_unsupported_reason(monkeypatch):
     ops = torch.ops.mkldnn
-    assert fused_layers.onednn_unsupported_reason(torch.float16)
+    assert fused_bert.onednn_unsupported_reason(torch.float16)
 
     class Gone:
         def __getattr__(self, name):
@@ -315,12 +333,12 @@ def test_onednn_unsupported_reason(monkeypatch):
 
     own, fused = pair()
     fused.execution.fused.forget()
-    fused_layers.onednn_unsupported_reason.cache_clear()
+    fused_bert.onednn_unsupported_reason.cache_clear()
     monkeypatch.setattr(torch.ops, "mkldnn", Gone())
-    assert "lacks the required" in fused_layers.onednn_unsupported_reason(torch.float32)
+    assert "lacks the required" in fused_bert.onednn_unsupported_reason(torch.float32)
     assert_alike(own, fused, batch_for(own))
     monkeypatch.setattr(torch.ops, "mkldnn", ops)
-    fused_layers.onednn_unsupported_reason.cache_clear()
+    fused_bert.onednn_unsupported_reason.cache_clear()
 
 
 def test_autocast_and_other_devices_run_family_layers():
@@ -354,8 +372,8 @@ def test_threads_agree():
 
 def test_layer_is_packed_once(monkeypatch):
     packed = []
-    of = fused_layers.FusedLayer.of
-    monkeypatch.setattr(fused_layers.FusedLayer, "of", staticmethod(lambda *a: packed.append(a) or of(*a)))
+    of = fused_bert.FusedLayer.of
+    monkeypatch.setattr(fused_bert.FusedLayer, "of", staticmethod(lambda *a: packed.append(a) or of(*a)))
     model = ee.to_early_exit(stock(), pooling="first")
     for _ in range(3):
         model(**batch_for(model))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.models import python_environment
 
-from earlyexit_kernels.engine.fused_layers import onednn_unsupported_reason
+from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason
 
 COUNTS = range(2, 8)
 PRODUCTS = 4

@@ -1,0 +1,56 @@
+"""Recognition of encoder layers that can be computed from their weights and settings, without calling their modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+def hooked(module: nn.Module) -> bool:
+    """Return whether an instance has hooks, or its own `forward`, as `accelerate` sets one."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def parts_unsupported_reason(
+    layer: nn.Module, checks: Mapping[str, Callable[[nn.Module], str | None]], attention: str
+) -> str | None:
+    """Return why a layer may compute something else than its parts tell, or None if it does not.
+
+    Everything unknown is refused: an adapter inside the layer, a hook, a quantized linear.
+
+    Args:
+        layer: of a family.
+        checks: dotted name of each part ``->`` why the module there is not such a part, or None.
+        attention: dotted name of the module that computes attention from some of the parts.
+    """
+    found = dict(layer.named_modules())
+    missing = sorted(checks.keys() - found.keys())
+    if missing:
+        return f"{type(layer).__name__} has no module {missing[0]}, which the adapter names"
+    for path, module in found.items():
+        title = f"{path or 'the layer'} ({type(module).__name__})"
+        if hooked(module):
+            return f"{title} has a forward hook"
+        if path in checks:
+            if reason := checks[path](module):
+                return f"{title} {reason}"
+        elif isinstance(module, nn.Dropout) or type(module) is nn.Identity:
+            continue
+        elif path == attention and (reason := _attention_unsupported_reason(module)):
+            return f"{title} {reason}"
+        elif module._parameters or not len(module._modules) or not type(module).__module__.startswith("transformers."):
+            return f"{title} is not supported"
+    return None
+
+
+def _attention_unsupported_reason(module: Any) -> str | None:
+    """Return why an attention module is not softmax(q k / sqrt(D)) v over tokens on both sides of a token, or None."""
+    if getattr(module, "is_causal", False):
+        return "is causal"
+    scaling, size = getattr(module, "scaling", None), getattr(module, "attention_head_size", None)
+    if scaling is not None and size and not math.isclose(scaling, size**-0.5):
+        return f"scales by {scaling:g}, expected 1 / sqrt({size})"
+    return None
