@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from earlyexit_kernels.backbones import LayerNames
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
-from earlyexit_kernels.engine.layer_parts import parts_unsupported_reason
+from earlyexit_kernels.engine.layer_parts import ACTIVATION_CLASSES, parts_unsupported_reason
 from earlyexit_kernels.ops import bare_op
 
 #: Activation of transformers -> its name and variant in oneDNN and torch.
@@ -185,7 +185,7 @@ def layer_unsupported_reason(layer: nn.Module, names: LayerNames) -> str | None:
 def _unlike(kind: type[nn.Module] | None, module: nn.Module) -> str | None:
     """Return why a module is not of a type with weight and bias, or for None not an activation, or None."""
     if kind is None:
-        known = type(module).__name__ in ACTIVATIONS
+        known = type(module) in ACTIVATION_CLASSES and type(module).__name__ in ACTIVATIONS
         return None if known else f"is not one of the activations {sorted(ACTIVATIONS)}"
     if type(module) is not kind or {type(module._parameters.get(n)) for n in Pair._fields} != {nn.Parameter}:
         return f"is not a plain {kind.__name__} with weight and bias"

@@ -7,6 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers.activations import ACT2CLS
+
+#: Classes of the activations that a config of transformers can name.
+ACTIVATION_CLASSES = {each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()}
+#: Modules that return their input in eval mode.
+WITHOUT_EFFECT = (nn.Dropout, nn.Identity)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -37,7 +43,7 @@ def parts_unsupported_reason(
         if path in checks:
             if reason := checks[path](module):
                 return f"{title} {reason}"
-        elif isinstance(module, nn.Dropout) or type(module) is nn.Identity:
+        elif type(module) in WITHOUT_EFFECT:
             continue
         elif path == attention and (reason := _attention_unsupported_reason(module)):
             return f"{title} {reason}"

@@ -222,6 +222,28 @@ def another_activation(layer) -> None:
     layer.intermediate.intermediate_act_fn = nn.SiLU()
 
 
+class ReLU(nn.Module):
+    """Not the activation of torch that has this name."""
+
+    def forward(self, x):
+        return 2 * x.relu()
+
+
+def an_activation_of_a_known_name(layer) -> None:
+    layer.intermediate.intermediate_act_fn = ReLU()
+
+
+class Doubling(nn.Dropout):
+    """A dropout that does something in eval mode."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def another_dropout(layer) -> None:
+    layer.output.dropout = Doubling()
+
+
 def a_hook(layer) -> None:
     layer.attention.output.dense.register_forward_hook(lambda module, inputs, output: output + 1)
 
@@ -240,6 +262,8 @@ OWN_WAYS = {
     a_linear_without_bias: "output.dense (Linear) is not a plain Linear with weight and bias",
     a_module_more: "output.adapter (Linear) is not supported",
     another_activation: "intermediate.intermediate_act_fn (SiLU) is not one of the activations",
+    an_activation_of_a_known_name: "intermediate.intermediate_act_fn (ReLU) is not one of the activations",
+    another_dropout: "output.dropout (Doubling) is not supported",
     a_hook: "attention.output.dense (Linear) has a forward hook",
     another_forward: "output (BertOutput) has a forward hook",
 }
