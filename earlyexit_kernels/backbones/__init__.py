@@ -8,6 +8,7 @@ from earlyexit_kernels.arguments import defined_again
 from earlyexit_kernels.backbones.albert import ALBERT
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    GatedLayerNames,
     LayerNames,
     StockHead,
     check_adapter,
@@ -37,6 +38,7 @@ from earlyexit_kernels.backbones.roberta import (
 __all__ = [
     "BACKBONES",
     "BackboneAdapter",
+    "GatedLayerNames",
     "LayerNames",
     "StockHead",
     "adapter_of",

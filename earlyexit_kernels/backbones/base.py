@@ -68,6 +68,25 @@ class LayerNames:
     norm: str = "output.LayerNorm"
 
 
+@dataclass(frozen=True)
+class GatedLayerNames:
+    """Dotted names of the parts of one pre-norm encoder layer with rotary positions and a gated feed-forward.
+
+    Such a layer computes ``y = x + attention_out(attend(rotate q, rotate k, v))`` with ``q, k, v = qkv(attention_norm
+    x)``, then ``y + outer(activation(a) * b)`` with ``a, b = inner(norm y)``. The module that has `qkv` holds the width
+    of a head as `head_dim`, and as `sliding_window` that of a window or None. A norm may be an `nn.Identity`. The layer
+    takes cosine and sine as `position_embeddings`, which `BackboneAdapter.layer_arguments` computes.
+    """
+
+    attention_norm: str = "attn_norm"
+    qkv: str = "attn.Wqkv"
+    attention_out: str = "attn.Wo"
+    norm: str = "mlp_norm"
+    inner: str = "mlp.Wi"
+    activation: str = "mlp.act"
+    outer: str = "mlp.Wo"
+
+
 def single(layer: nn.Module) -> Sequence[nn.Module]:
     """Return a layer that is one encoder layer as a sequence of length 1."""
     return (layer,)
@@ -125,7 +144,7 @@ class BackboneAdapter:
     layers: Callable[[nn.Module], Sequence[Callable[..., Any]]]
     positions: Callable[[nn.Module, Tensor], Tensor]
     longest: Callable[[Any], int]
-    names: LayerNames | None = LayerNames()
+    names: LayerNames | GatedLayerNames | None = LayerNames()
     parts: Callable[[nn.Module], Sequence[nn.Module]] = single
     shares_layers: bool = False
     widen: Callable[[nn.Module], nn.Linear | None] = as_wide
@@ -156,7 +175,10 @@ FIELD_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("layer_arguments", "rectangle_arguments"), ("a function or None", lambda v: v is None or callable(v))
     ),
     "head": ("a StockHead", lambda v: isinstance(v, StockHead)),
-    "names": ("a LayerNames or None", lambda v: v is None or isinstance(v, LayerNames)),
+    "names": (
+        "a LayerNames, a GatedLayerNames or None",
+        lambda v: v is None or isinstance(v, (LayerNames, GatedLayerNames)),
+    ),
     "shares_layers": ("True or False", lambda v: isinstance(v, bool)),
 }
 

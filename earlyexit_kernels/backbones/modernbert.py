@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    GatedLayerNames,
     StockHead,
     column_positions,
     layers_of,
@@ -47,7 +48,7 @@ MODERNBERT = BackboneAdapter(
     layers=layers_of,
     positions=column_positions,
     longest=position_limit,
-    names=None,
+    names=GatedLayerNames(),
     exit_norm=_norm,
     layer_arguments=rotary_by_type,
 )

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from earlyexit_kernels.backbones import BackboneAdapter, LayerNames
-from earlyexit_kernels.engine import fused_bert
+from earlyexit_kernels.backbones import BackboneAdapter, GatedLayerNames, LayerNames
+from earlyexit_kernels.engine import fused_bert, fused_gated
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
 from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.locks import ForkSafeLock
@@ -35,6 +35,7 @@ class Form(NamedTuple):
 #: Class of `BackboneAdapter.names` -> form of the layers.
 FORMS: dict[type, Form] = {
     LayerNames: Form(fused_bert.layer_unsupported_reason, fused_bert.copied_parameters, fused_bert.pack_layer),
+    GatedLayerNames: Form(fused_gated.layer_unsupported_reason, fused_gated.copied_parameters, fused_gated.pack_layer),
 }
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earlyexit_kernels.backbones import column_positions
+from earlyexit_kernels.backbones import GatedLayerNames, column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
 from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
@@ -60,6 +60,8 @@ def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | No
         return "the exits apply more than a linear layer to the mean of the tokens"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
         return f"the activation of the exits is {shape.activation!r}, supported are {DENSE_ACTIVATIONS}"
+    if isinstance(view.adapter.names, GatedLayerNames):
+        return f"its kernels do not support the gated layers of {view.adapter.model_type!r}"
     return layers_unsupported_reason(view.adapter, view.layers) or _unsupported_module(view.roots, dtype)
 
 

@@ -72,7 +72,7 @@ REFUSED = {
     "layers": ([], r"a function, got \[\]"),
     "positions": (0, "a function, got 0"),
     "longest": (512, "a function, got 512"),
-    "names": ({}, "a LayerNames or None, got {}"),
+    "names": ({}, "a LayerNames, a GatedLayerNames or None, got {}"),
     "parts": (None, "a function, got None"),
     "shares_layers": (1, "True or False, got 1"),
     "widen": (None, "a function, got None"),
