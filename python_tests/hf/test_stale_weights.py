@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.models import batch_for, early_exit, stock
 from support.trained_weight_changes import WAYS
-from support.weight_changes import SAME_NUMBERS, weight_of
+from support.weight_changes import BIASES, SAME_NUMBERS, weight_of
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.engine import fingerprint, fused_layers
@@ -53,9 +53,10 @@ def snapshots(request, monkeypatch):
         pytest.skip(reason)
 
 
-def check_change_is_detected(name, ask):
-    base = stock()
+def check_change_is_detected(name, ask, family="bert"):
+    base = stock(family, **BIASES[family])
     model = ee.to_early_exit(base, pooling="first")
+    assert model.layer_kind == "fused"
     batch = batch_for(model)
     before = ask(model, batch)
     changed = WAYS[name](model, base) or model
@@ -67,8 +68,9 @@ def check_change_is_detected(name, ask):
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_fused_layers_detect_changes(name, snapshots):
-    check_change_is_detected(name, answers)
+@pytest.mark.parametrize("family", BIASES)
+def test_fused_layers_detect_changes(family, name, snapshots):
+    check_change_is_detected(name, answers, family)
 
 
 @pytest.mark.parametrize("name", WAYS)

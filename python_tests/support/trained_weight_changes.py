@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import CLASSES, batch_for
-from support.weight_changes import WAYS, layer_of, way
+from support.weight_changes import WAYS, layer_of, parent_of, part_of, path_of, stack_of, way
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import Trainer, TrainingArguments
@@ -77,17 +77,17 @@ def backward_then_evaluation_then_a_fused_step(model, base):
 
 @way
 def weight_norm(model, base):
-    parametrizations.weight_norm(layer_of(model).intermediate.dense).parametrizations.weight.original0.data.mul_(1.5)
+    parametrizations.weight_norm(part_of(model, "inner")).parametrizations.weight.original0.data.mul_(1.5)
 
 
 @way
 def spectral_norm(model, base):
-    parametrizations.spectral_norm(layer_of(model).intermediate.dense)
+    parametrizations.spectral_norm(part_of(model, "inner"))
 
 
 @way
 def pruned(model, base):
-    prune.l1_unstructured(layer_of(model).intermediate.dense, "weight", amount=0.5)
+    prune.l1_unstructured(part_of(model, "inner"), "weight", amount=0.5)
 
 
 @way
@@ -97,12 +97,12 @@ def layer_hook(model, base):
 
 @way
 def deep_hook(model, base):
-    layer_of(model).attention.self.query.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
+    part_of(model, "query").register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5,))
 
 
 @way
 def forward_replaced(model, base):
-    inner = layer_of(model).intermediate
+    inner = parent_of(model, "inner")
     own = inner.forward
     inner.forward = lambda hidden: own(hidden) * 1.5
 
@@ -113,7 +113,7 @@ def class_replaced(model, base):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    layer_of(model).intermediate.dense.__class__ = Doubled
+    part_of(model, "inner").__class__ = Doubled
 
 
 # quantization and adapters
@@ -130,28 +130,30 @@ def backbone_quantized(model, base):
 
 @way
 def encoder_quantized_in_place(model, base):
-    torch.ao.quantization.quantize_dynamic(model.backbone.encoder, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    torch.ao.quantization.quantize_dynamic(stack_of(model.backbone), {nn.Linear}, dtype=torch.qint8, inplace=True)
 
 
-def lora(module: nn.Module) -> Any:
+def lora(model: Any, module: nn.Module) -> Any:
+    """Adapt queries and values of a model, or of its backbone."""
     peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(module, peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False))
+    targets = sorted({path_of(model, part).rpartition(".")[2] for part in ("query", "value")})
+    adapted = peft.get_peft_model(module, peft.LoraConfig(target_modules=targets, init_lora_weights=False))
     return adapted.eval()
 
 
 @way
 def lora_over_the_model(model, base):
-    lora(model)
+    lora(model, model)
 
 
 @way
 def lora_over_the_backbone(model, base):
-    lora(model.backbone)
+    lora(model, model.backbone)
 
 
 @way
 def lora_trained(model, base):
-    adapted = lora(model)
+    adapted = lora(model, model)
     model.trace(**batch_for(model))
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     for parameter in learned:
@@ -161,20 +163,20 @@ def lora_trained(model, base):
 
 @way
 def lora_disabled(model, base):
-    adapted = lora(model.backbone)
+    adapted = lora(model, model.backbone)
     model.trace(**batch_for(model))
     adapted.disable_adapter_layers()
 
 
 @way
 def lora_merged(model, base):
-    adapted = lora(model.backbone)
+    adapted = lora(model, model.backbone)
     model.trace(**batch_for(model))
     model.backbone = adapted.merge_and_unload()
 
 
 @way
 def lora_merged_into_the_weights(model, base):
-    adapted = lora(model.backbone)
+    adapted = lora(model, model.backbone)
     model.trace(**batch_for(model))
     adapted.merge_adapter()

@@ -17,6 +17,11 @@ from torch import nn
 
 import earlyexit_kernels as ee
 
+#: Family -> what its stock model has beside the common sizes, so that linears and norms have biases.
+BIASES: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "modernbert": {"attention_bias": True, "mlp_bias": True, "norm_bias": True},
+}
 #: Name -> change. Those in `SAME_NUMBERS` keep the values of the weights, up to rounding.
 WAYS: dict[str, Callable[[Any, Any], Any]] = {}
 SAME_NUMBERS = ("share_memory", "half", "bfloat16", "double", "half_and_back", "lora_disabled", "swapped_on_conversion")
@@ -27,12 +32,39 @@ def way(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return function
 
 
+def layers_of(model: Any, backbone: Any = None) -> Any:
+    return model.adapter.layers(model.backbone if backbone is None else backbone)
+
+
 def layer_of(model: Any, number: int = 1) -> Any:
-    return model.backbone.encoder.layer[number]
+    return layers_of(model)[number]
+
+
+def path_of(model: Any, part: str) -> str:
+    """Return the dotted name of a part of a layer; query and value may be parts of one linear."""
+    names = model.adapter.names
+    return getattr(names, part) if hasattr(names, part) else names.qkv
+
+
+def part_of(model: Any, part: str) -> Any:
+    return layer_of(model).get_submodule(path_of(model, part))
+
+
+def parent_of(model: Any, part: str) -> Any:
+    return layer_of(model).get_submodule(path_of(model, part).rpartition(".")[0])
+
+
+def set_part(model: Any, part: str, module: nn.Module) -> None:
+    setattr(parent_of(model, part), path_of(model, part).rpartition(".")[2], module)
 
 
 def weight_of(model: Any) -> nn.Parameter:
-    return layer_of(model).intermediate.dense.weight
+    return part_of(model, "inner").weight
+
+
+def stack_of(backbone: Any) -> Any:
+    """Return the module that has the list of layers, or the list where the backbone has it itself."""
+    return backbone.encoder if hasattr(backbone, "encoder") else backbone.layers
 
 
 # writes to a tensor
@@ -73,8 +105,10 @@ def data_replaced(model, base):
 
 @way
 def data_transposed_in_place(model, base):
-    query = layer_of(model).attention.self.query.weight
-    query.data = query.data.t()
+    square = part_of(model, "query").weight
+    if square.shape[0] != square.shape[1]:
+        square = part_of(model, "attention_out").weight
+    square.data = square.data.t()
 
 
 @way
@@ -95,12 +129,12 @@ def storage_copied(model, base):
 
 @way
 def norm_data_in_place(model, base):
-    layer_of(model).output.LayerNorm.weight.data.mul_(1.5)
+    part_of(model, "norm").weight.data.mul_(1.5)
 
 
 @way
 def query_bias_data_in_place(model, base):
-    layer_of(model).attention.self.query.bias.data.add_(1.5)
+    part_of(model, "query").bias.data.add_(1.5)
 
 
 @way
@@ -116,7 +150,8 @@ def vector_to_parameters(model, base):
 
 @way
 def through_the_stock_model(model, base):
-    base.bert.encoder.layer[1].intermediate.dense.weight.data.mul_(1.5)
+    inner = layers_of(model, base.base_model)[1].get_submodule(path_of(model, "inner"))
+    inner.weight.data.mul_(1.5)
 
 
 @way
@@ -134,37 +169,42 @@ def moving_average(model, base):
 
 @way
 def new_parameter(model, base):
-    layer_of(model).output.dense.bias = nn.Parameter(torch.linspace(-1, 1, 64))
+    part_of(model, "outer").bias = nn.Parameter(torch.linspace(-1, 1, 64))
 
 
 @way
 def new_linear(model, base):
-    layer_of(model).intermediate.dense = nn.Linear(64, 96)
+    inner = part_of(model, "inner")
+    set_part(model, "inner", nn.Linear(inner.in_features, inner.out_features))
 
 
 @way
 def activation_replaced(model, base):
-    layer_of(model).intermediate.intermediate_act_fn = nn.ReLU()
+    set_part(model, "activation", nn.ReLU())
 
 
 @way
 def bias_removed(model, base):
-    layer_of(model).output.dense.bias = None
+    part_of(model, "outer").bias = None
 
 
 @way
 def eps_changed(model, base):
-    layer_of(model).output.LayerNorm.eps = 0.5
+    part_of(model, "norm").eps = 0.5
 
 
 @way
-def scaling_changed(model, base):
-    layer_of(model).attention.self.scaling = 4.0
+def attention_changed(model, base):
+    attention = parent_of(model, "query")
+    if hasattr(attention, "scaling"):
+        attention.scaling = 4.0
+    else:
+        attention.sliding_window = 2
 
 
 @way
 def layers_reordered(model, base):
-    layers = model.backbone.encoder.layer
+    layers = layers_of(model)
     layers[0], layers[2] = layers[2], layers[0]
 
 
@@ -177,19 +217,27 @@ def other_backbone(model: Any) -> Any:
     return other
 
 
+def put(model: Any, old: nn.Module, new: nn.Module) -> None:
+    """Put a module of the backbone in the place of another."""
+    for parent in list(model.backbone.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
 @way
 def layer_replaced(model, base):
-    model.backbone.encoder.layer[1] = other_backbone(model).encoder.layer[1]
+    layers_of(model)[1] = layers_of(model, other_backbone(model))[1]
 
 
 @way
 def module_list_replaced(model, base):
-    model.backbone.encoder.layer = other_backbone(model).encoder.layer
+    put(model, layers_of(model), layers_of(model, other_backbone(model)))
 
 
 @way
 def encoder_replaced(model, base):
-    model.backbone.encoder = other_backbone(model).encoder
+    put(model, stack_of(model.backbone), stack_of(other_backbone(model)))
 
 
 @way
