@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from support.models import batch_for, encoder_of, stock
+from support.weight_changes import BIASES
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import earlyexit_kernels as ee
 from fuzz.case import Case, WrongError
 
-FAMILIES = ("bert", "bert", "roberta", "albert", "electra", "distilbert")
+FAMILIES = ("bert", "bert", "roberta", "albert", "electra", "distilbert", "modernbert")
 TOLERANCE = 1e-3
 
 
@@ -29,7 +30,8 @@ class Subject:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.family = case.choice(FAMILIES)
-        self.stock = stock(self.family, seed=case.integer(0, 99), num_hidden_layers=2)
+        biases = BIASES.get(self.family, {})
+        self.stock = stock(self.family, seed=case.integer(0, 99), num_hidden_layers=2, **biases)
         self.model = ee.to_early_exit(self.stock)
         self.batch = batch_for(self.model, lengths=(5, 9, 3))
 
@@ -210,7 +212,7 @@ def _new_list(s: Subject) -> None:
 
 def _new_encoder(s: Subject) -> None:
     backbone = s.model.backbone
-    _replace(s, getattr(backbone, "encoder", None) or backbone.transformer)
+    _replace(s, getattr(backbone, "encoder", None) or getattr(backbone, "transformer", None) or s.layers)
 
 
 def _new_backbone(s: Subject) -> None:

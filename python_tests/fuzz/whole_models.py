@@ -20,6 +20,8 @@ from earlyexit_kernels.criteria import RULES, SkipGate
 from fuzz.case import Case, WrongError
 from fuzz.ops import drawn_setting
 
+#: Families whose layers are fused.
+FUSED_FAMILIES = (*FAMILIES, "modernbert")
 METHODS = ("joint", "palbert", "berxit", "dact", "fastbert", "smartbert")
 POOLINGS = (None, None, "first", "mean")
 KINDS = ("full", "right", "right", "holes", "real_ids_masked", "pad_ids_attended")
@@ -46,7 +48,7 @@ def run(case: Case) -> None:
     dtype = case.choice(DTYPES)
     method, pooling = case.choice(METHODS), case.choice(POOLINGS)
     halting = method in ("joint", "berxit") and case.chance(0.3)
-    model = built(case.choice(FAMILIES), method, pooling, halting, dtype)
+    model = built(case.choice(FUSED_FAMILIES), method, pooling, halting, dtype)
     model.compaction = case.choice(("auto", "always", "never"))
     model.set_layers(case.choice(("auto", "family")))
     model.set_backend(case.choice(("auto", "torch")))
