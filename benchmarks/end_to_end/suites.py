@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.end_to_end.baselines import PEERS, USUAL
-from benchmarks.end_to_end.engines import FAMILY_LAYERS
+from benchmarks.end_to_end.engines import FAMILY_LAYERS, FUSED_LAYERS
 from benchmarks.end_to_end.forced import FAMILY, FULL, NEVER, OWN
 from benchmarks.end_to_end.variants import Case
 from benchmarks.end_to_end.workloads import Fixed, Sst2
@@ -41,8 +41,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("ALBERT", Fixed(64, 32), (FULL, NEVER, "uniform, 25 %")),
     ),
     NEWER: tuple(
-        Case(name, Fixed(rows, 32), (NEVER, *UNIFORM), engines=(FAMILY_LAYERS,))
-        for name in ("ModernBERT-base", "Qwen3-0.6B")
+        Case(name, Fixed(rows, 32), (NEVER, *UNIFORM), engines=engines)
+        for name, engines in (("ModernBERT-base", (FAMILY_LAYERS, FUSED_LAYERS)), ("Qwen3-0.6B", (FAMILY_LAYERS,)))
         for rows in (1, 32)
     ),
 }  # fmt: skip
