@@ -17,9 +17,10 @@ PRODUCTS = 4
 TRIED = 2
 #: Runs one row of each length, three times; oneDNN prints a line for each product that it creates.
 PROGRAM = f"""
+import sys
 import torch
 from support.models import early_exit
-model = early_exit()
+model = early_exit(sys.argv[1])
 model.set_layers("fused")
 with torch.inference_mode():
     for number in range(3):
@@ -29,10 +30,10 @@ with torch.inference_mode():
 """
 
 
-def created(**variables: str) -> list[int]:
+def created(family: str, **variables: str) -> list[int]:
     """Return the number of products created in each of the three rounds."""
     environment = python_environment(ONEDNN_VERBOSE="profile_create", **variables)
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-c", PROGRAM, family]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     rounds = done.stdout.split("round\n")
     if "create:cache_" not in done.stdout:
@@ -44,8 +45,9 @@ def created(**variables: str) -> list[int]:
 
 
 @pytest.mark.skipif(bool(onednn_unsupported_reason(torch.float32)), reason="oneDNN's packed products are not available")
-def test_products_are_cached_by_token_count_up_to_the_capacity():
-    first, *later = created()
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_products_are_cached_by_token_count_up_to_the_capacity(family):
+    first, *later = created(family)
     assert 0 < first <= PRODUCTS * len(COUNTS) + TRIED and later == [0, 0]
-    limited = created(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8")
+    limited = created(family, ONEDNN_PRIMITIVE_CACHE_CAPACITY="8")
     assert all(round_created > first / 2 for round_created in limited)
