@@ -186,15 +186,13 @@ class EarlyExitForSequenceClassification(Checkpointed):
 
         Args:
             layers: ``"family"``: the layers of transformers. ``"fused"``: the same function, up to rounding, in fewer
-                steps, on the CPU, from packed copies of the weights, which take about as much memory again. The copies
-                are made at the first batch, and again after a change of the weights; see `refresh`. Layers of the form
-                of BERT's and of ModernBERT's have them. ``"auto"``: fused where they are supported; `explain` says why
-                they are not. Under autocast and `torch.compile` those of the family always run.
+                steps, on the CPU, for layers of the form of BERT's or ModernBERT's, from packed copies of the weights,
+                which take about as much memory again, and are made again after a change of the weights; see `refresh`.
+                ``"auto"``: fused where supported. Under autocast and `torch.compile` those of the family always run.
 
         Raises:
             ValueError: an unknown name.
-            BackendUnavailableError: ``"fused"``, and the model has other layers, or modules or hooks inside them that
-                the fused ones do not compute; the message has the reason.
+            BackendUnavailableError: ``"fused"``, and this model does not support them; the message has the reason.
         """
         self.execution.set_layers(self.view(), layers)
 

@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.utils.mkldnn
-from support.models import ATTENDED, DEPTH, FAMILIES, batch_for, early_exit, stock
+from support.models import ATTENDED, DEPTH, FAMILIES, batch_for, stock
 from torch import nn
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import backbones
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.engine import fused_bert
 from earlyexit_kernels.errors import BackendUnavailableError
@@ -307,23 +306,6 @@ def test_change_to_an_unsupported_layer_raises_under_fused():
     a_hook(model.backbone.encoder.layer[0])
     with pytest.raises(BackendUnavailableError, match="forward hook"):
         model(**batch_for(model))
-
-
-@pytest.mark.parametrize("family", ["llama", "eurobert", "roberta-prelayernorm", "deberta-v2", "mpnet"])
-def test_family_without_fused_layers_is_named(family):
-    model = early_exit(family)
-    reason = f"the layers of {family!r} ({type(model.view().layers[0]).__name__}) are not supported"
-    assert model.explain(**batch_for(model)).layers == ("family", reason)
-    with pytest.raises(BackendUnavailableError) as error:
-        model.set_layers("fused")
-    assert str(error.value) == f"layers 'fused' cannot run here: {reason}; use 'auto' or 'family'"
-
-
-def test_name_of_an_adapter_that_its_layers_lack():
-    model = early_exit("roberta-prelayernorm")
-    adapter = dataclasses.replace(model.adapter, names=backbones.LayerNames())
-    reason = model.execution.fused.unsupported_reason(adapter, model.backbone)
-    assert reason == "RobertaPreLayerNormLayer has no module attention.output.LayerNorm, which the adapter names"
 
 
 def test_unknown_kind_is_refused():
