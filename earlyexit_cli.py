@@ -79,6 +79,7 @@ def _add_rows_arguments(parser: argparse.ArgumentParser) -> None:
         help="column of the label, with --train: names or whole numbers are classes, decimals are predicted by "
         "regression (default: label)",
     )
+    add("--group-column", type=_checked("column"), help="column of the query to rank a row for, with --train")
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
