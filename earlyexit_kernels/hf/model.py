@@ -25,7 +25,7 @@ from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.execution import Execution, full_depth_output
 from earlyexit_kernels.hf.inputs import check_batch, check_model_inputs, refuse_states, shape_of_ids
 from earlyexit_kernels.hf.labels import check_labels
-from earlyexit_kernels.hf.limits import linear_weights_per_layer
+from earlyexit_kernels.hf.limits import linear_weights
 from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.phase_state import PhaseState
 from earlyexit_kernels.objectives import Objective, PhaseSpec, mean_task_loss, objective_of
@@ -87,7 +87,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         config._attn_implementation, encoder._attn_implementation = PACKED_ATTENTION, attention_of(self.adapter)
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig.from_dict(config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self.execution = Execution(linear_weights_per_layer(encoder))
+        self.execution = Execution(linear_weights(self.adapter.layers(backbone)[0]))
         self.phase_state = PhaseState()
         self.set_objective(objective_of(config.method))
         self.set_criterion(config.exit_criterion())
