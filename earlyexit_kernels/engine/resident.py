@@ -2,8 +2,8 @@
 
     ids, mask -> pack -> embeddings -> [ layer -> exit -> plan -> move ] x L -> answers, in request order
 
-All shapes are those of a bucket, so the launches do not depend on the batch and a CUDA graph can hold them. The buffer
-of hidden states has two sides (see `ops.resident_exit`); other activations start at token 0.
+All shapes are those of a bucket, so the launches do not depend on the batch and a CUDA graph can hold them. The buffers
+of hidden states, and of what exits read, have two sides (see `ops.resident_exit`); other activations start at token 0.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from earlyexit_kernels.backbones import column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
 from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
-from earlyexit_kernels.engine.fused_layers import LayerWeights, hooked, layers_unsupported_reason
+from earlyexit_kernels.engine.fused_layers import hooked
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
+from earlyexit_kernels.engine.resident_postnorm import PostNormLayers
+from earlyexit_kernels.engine.resident_prenorm import ModernBertLayers
 from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads
-from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_add_norm, rows_attention, rows_linear
+from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_linear
 from earlyexit_kernels.ops.checks import FLOATS
 from earlyexit_kernels.ops.exit_call import ResidentExitCall
 from earlyexit_kernels.ops.resident_exit import COUNTS
@@ -38,7 +40,24 @@ TILE_TOKENS = 128
 EXIT_ROWS = 128
 #: Activations of a dense module in an exit that the kernels support.
 DENSE_ACTIVATIONS = ("gelu", "relu", "tanh")
-_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+class ResidentLayers(Protocol):
+    """The layers of a model in the buffers of a loop.
+
+    Attributes:
+        x: the buffers: `x.hidden` is the input of each layer and moves between them, `x.read` is what exits read.
+    """
+
+    @property
+    def x(self) -> Activations: ...
+
+    def begin(self, embedded: Tensor) -> Callable[[int], None]:
+        """Return a function that runs a 1-based layer on the live side; called with the embeddings ``[T, H]``."""
+
+
+#: Model type -> its layers; others have the form of BERT's.
+LAYERS: dict[str, Any] = {"modernbert": ModernBertLayers}
 
 
 def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | None:
@@ -50,15 +69,20 @@ def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | No
         return f"criterion {view.criterion.name!r} skips layers, which the host decides"
     if rule.uses_keys:
         return f"criterion {rule.name!r} draws by a row's tokens, whose hash needs the host"
-    if view.exit_norm is not None:
-        return "the exits read the tokens through the norm at the end of the encoder"
+    if reason := _form(view).unsupported_reason(view):
+        return reason
     if shape.form != "linear":
         return "the exits attend to all tokens of a row"
     if shape.reads == "mean" and (rule.needs is not None or shape.has_dense):
         return "the exits apply more than a linear layer to the mean of the tokens"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
         return f"the activation of the exits is {shape.activation!r}, supported are {DENSE_ACTIVATIONS}"
-    return layers_unsupported_reason(view.adapter, view.layers) or _unsupported_module(view.roots, dtype)
+    return _unsupported_module(view.roots, dtype)
+
+
+def _form(view: ModelView) -> Any:
+    """Return the class of the layers of a model."""
+    return LAYERS.get(view.adapter.model_type, PostNormLayers)
 
 
 def _unsupported_module(roots: Sequence[nn.Module], dtype: torch.dtype) -> str | None:
@@ -121,8 +145,12 @@ class ChunkedSource:
         for start in range(0, rows, EXIT_ROWS):
             own = states._replace(offsets=offsets[start : start + EXIT_ROWS + 1])
             parts.append(self.source(layer, own, row_ids[start : start + EXIT_ROWS]))
-        hidden, aux = (torch.cat([getattr(part, name) for part in parts])[:rows] for name in ("hidden", "aux"))
-        return parts[0]._replace(hidden=hidden, aux=aux)
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts])[:rows]
+            for name in ("hidden", "aux")
+            if getattr(parts[0], name) is not None
+        }
+        return parts[0]._replace(**joined)
 
 
 def _readable(states: PackedStates) -> PackedStates:
@@ -158,19 +186,12 @@ class ResidentLoop:
         self.pack = bare_op("pack_tokens", backend, self.device.type)
         self.exit = bare_op("resident_exit", exit_backend, self.device.type)
         self.move = bare_op("gather_rows", exit_backend, self.device.type)
-        self.weights = _layer_weights(view)
         self.widen = view.adapter.widen(view.backbone)
         # launches hold addresses: a graph reads them even after a parameter was given other memory
-        self.held = [x.detach() for module in view.roots for x in module.parameters()]
+        self.held = [x.detach() for module in view.roots for x in (*module.parameters(), *module.buffers())]
         self.batch, self.rows = BatchBuffers.new(bucket, self.device), RowBuffers.new(bucket, self.device)
-        self.activations = Activations.new(
-            bucket,
-            width=view.backbone.config.hidden_size,
-            inner=max(own.inner.weight.shape[0] for each in self.weights for own in each),
-            features=view.heads.features_size,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self.layers: ResidentLayers = _form(view).of(view, bucket, self.rows, backend)
+        self.activations = self.layers.x
         self.request = RequestExits.new(
             self.rule, rows=bucket.rows, classes=view.classes, depth=self.depth, device=self.device
         )
@@ -233,8 +254,7 @@ class ResidentLoop:
     def _run(self, group: range, handle: int | None) -> None:
         """Run a group of layers and its exit, which sets a handle, if there is one, to whether rows are live."""
         for layer in group:
-            for own in self.weights[layer - 1]:
-                self._encode(own)
+            self.run_layer(layer)
         self._leave(group[-1], handle)
 
     def _begin(self) -> None:
@@ -245,7 +265,7 @@ class ResidentLoop:
             batch.size, batch.ids, batch.mask, batch.positions, batch.types,
             rows.found, rows.row_ids, rows.offsets, rows.tokens, self.counts[0, :4],
         )  # fmt: skip
-        ids, positions, types = rows.tokens[:, None]
+        ids, positions, types, _ = rows.tokens[:, None]
         embedded = view.adapter.embed(view.backbone, ids, positions, types)[0]
         first_side = self.activations.hidden[: self.bucket.tokens]
         if self.widen is None:
@@ -253,33 +273,17 @@ class ResidentLoop:
         else:
             weight, bias = self.widen.weight, self.widen.bias
             rows_linear(embedded, weight, bias, rows.offsets, first_side, backend=self.backend)
+        self.run_layer = self.layers.begin(embedded)
         self.request.state.copy_(self.first_state)
         if self.rule.needs is not None:
-            memory = ExitMemory(view.heads.first_memory(_readable(self._states()), self.rule.needs))
+            first = _readable(PackedStates(self.activations.hidden, rows.offsets, AttentionPlan(), view.exit_norm))
+            memory = ExitMemory(view.heads.first_memory(first, self.rule.needs))
             self.source = ChunkedSource(ModuleSource(view.heads, self.rule.needs, memory))
-
-    def _encode(self, own: LayerWeights) -> None:
-        """Run one encoder layer on the live side."""
-        kind, variant = own.activation
-        activation = _GELU[variant] if kind == "gelu" else kind
-        x, rows, backend, size = self.activations, self.rows, self.backend, own.inner.weight.shape[0]
-        offsets, inner = rows.offsets, x.inner.view(-1)[: self.bucket.tokens * size].view(-1, size)
-        weights, biases = zip(*own.projections, strict=True)
-        rows_linear(x.hidden, weights, biases, offsets, x.qkv, absolute=True, backend=backend)
-        rows_attention(x.qkv, offsets, rows.row_ids, own.heads, self.bucket.length, x.context, backend=backend)
-        rows_linear(x.context, *own.attention_out, offsets, x.middle, backend=backend)
-        rows_add_norm(
-            x.middle, x.hidden, *own.attention_norm, own.eps[0], offsets, x.context,
-            residual_absolute=True, backend=backend,
-        )  # fmt: skip
-        rows_linear(x.context, *own.inner, offsets, inner, activation=activation, backend=backend)
-        rows_linear(inner, *own.outer, offsets, x.middle, backend=backend)
-        rows_add_norm(x.middle, x.context, *own.norm, own.eps[1], offsets, x.hidden, out_absolute=True, backend=backend)
 
     def _leave(self, layer: int, handle: int | None) -> None:
         """Run the exit of a layer, and move the live rows as planned."""
         rows, hidden = self.rows, self.activations.hidden
-        inputs = self.source(layer, self._states(), rows.row_ids)
+        inputs = self.source(layer, PackedStates(self.activations.read, rows.offsets, AttentionPlan()), rows.row_ids)
         call = self.request.call(layer, inputs, rows.row_ids, rows.offsets)._asdict()
         self.exit(
             *ResidentExitCall(
@@ -291,24 +295,14 @@ class ResidentLoop:
             self.move(hidden, rows.old_offsets, rows.source, rows.offsets, hidden)
 
     def _kernel_source(self) -> ExitSource:
-        """Return the source of exits that the kernels compute; `_begin` replaces it for a rule that needs a scalar."""
+        """Return the source of the exits; `_begin` replaces it for a rule that needs a scalar."""
         heads, x = self.view.heads, self.activations
-        linear = heads.linear_exits(x.hidden.dtype)
-        return DenseSource(heads, x.features, self.backend) if linear is None else LinearSource(linear)
-
-    def _states(self) -> PackedStates:
-        return PackedStates(self.activations.hidden, self.rows.offsets, AttentionPlan())
-
-
-def _layer_weights(view: ModelView) -> list[list[LayerWeights]]:
-    """Return the weights of each layer, one list per distinct layer; a layer of ALBERT may have several parts."""
-    names, heads = view.adapter.names, view.backbone.config.num_attention_heads
-    layers = view.layers
-    made = {
-        layer: [LayerWeights.of(part, names, heads) for part in view.adapter.parts(layer)]
-        for layer in dict.fromkeys(layers)
-    }
-    return [made[layer] for layer in layers]
+        linear, shape = heads.linear_exits(x.hidden.dtype), heads.config
+        if linear is not None:
+            return LinearSource(linear)
+        if shape.norm or not shape.dense_bias:
+            return ChunkedSource(ModuleSource(heads, None))
+        return DenseSource(heads, x.features, self.backend)
 
 
 def _groups(rule: Criterion, depth: int) -> list[range]:

@@ -12,7 +12,9 @@ from earlyexit_kernels.ops.pack_tokens import pack_tokens
 from earlyexit_kernels.ops.resident_exit import resident_exit
 from earlyexit_kernels.ops.rows_add_norm import rows_add_norm
 from earlyexit_kernels.ops.rows_attention import rows_attention
+from earlyexit_kernels.ops.rows_glu import rows_glu
 from earlyexit_kernels.ops.rows_linear import rows_linear
+from earlyexit_kernels.ops.rows_rotary import rows_rotary
 from earlyexit_kernels.ops.schema import bare_op
 
 __all__ = [
@@ -28,5 +30,7 @@ __all__ = [
     "resident_exit",
     "rows_add_norm",
     "rows_attention",
+    "rows_glu",
     "rows_linear",
+    "rows_rotary",
 ]

@@ -43,10 +43,18 @@ ROWS_LINEAR = (
 FIRST_TOKENS_LINEAR = (
     "(Tensor hidden, Tensor weight, Tensor bias, Tensor offsets, Tensor row_ids, Tensor(a!) out, str activation) -> ()"
 )
-ROWS_ATTENTION = "(Tensor qkv, Tensor offsets, Tensor row_ids, int heads, int longest, Tensor(a!) out) -> ()"
+ROWS_ATTENTION = (
+    "(Tensor qkv, Tensor offsets, Tensor row_ids, int heads, int longest, Tensor(a!) out, int? window=None, "
+    "Tensor? columns=None, Tensor? starts=None) -> ()"
+)
+ROWS_ROTARY = (
+    "(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor starts, Tensor offsets, Tensor row_ids, int heads, int longest) "
+    "-> ()"
+)
+ROWS_GLU = "(Tensor x, Tensor offsets, Tensor(a!) out, str activation) -> ()"
 ROWS_ADD_NORM = (
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, Tensor(a!) out, "
-    "bool residual_absolute, bool out_absolute) -> ()"
+    "(Tensor? x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, Tensor(a!) out, "
+    "bool residual_absolute, bool out_absolute, Tensor(b!)? total=None) -> ()"
 )
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")

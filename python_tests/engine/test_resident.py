@@ -249,7 +249,8 @@ def test_weights_of_launches_are_kept():
     """Another thread may replace weights between the check of a graph and its replay."""
     model = early_exit("bert", pooling="first")
     loop = loop_for(model, Bucket(1, 16), "torch")
-    before = [x.data_ptr() for part in (model.backbone, model.heads) for x in part.parameters()]
+    parts = [x for part in (model.backbone, model.heads) for x in (*part.parameters(), *part.buffers())]
+    before = [x.data_ptr() for x in parts]
     model.double()
     assert [x.data_ptr() for x in loop.held] == before
 

@@ -104,11 +104,13 @@ class OnDevice:
 
     def __getattr__(self, name):
         def run(*arguments, **how):
-            there = [x.to(self.device) if isinstance(x, torch.Tensor) else x for x in arguments]
-            getattr(ops, name)(*there, **how)
-            for here, moved in zip(arguments, there, strict=True):
-                if isinstance(here, torch.Tensor):
-                    here.copy_(moved)
+            given = [x for x in (*arguments, *how.values()) if isinstance(x, torch.Tensor)]
+            # a tensor that is given twice stays one tensor
+            there = {id(x): x.to(self.device) for x in given}
+            moved = [there.get(id(x), x) for x in arguments], {name: there.get(id(x), x) for name, x in how.items()}
+            getattr(ops, name)(*moved[0], **moved[1])
+            for here in given:
+                here.copy_(there[id(here)])
 
         return run
 

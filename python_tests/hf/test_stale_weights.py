@@ -76,6 +76,51 @@ def test_graphs_detect_changes(name, captures):
     check_change_is_detected(name, graph_answers)
 
 
+def _replaced(path, module):
+    return lambda model: model.backbone.set_submodule(path, module)
+
+
+def _scaled(path):
+    return lambda model: model.get_parameter(f"backbone.{path}").data.mul_(1.5)
+
+
+def _new_angles(model):
+    rotary = model.backbone.rotary_emb
+    rotary.sliding_attention_inv_freq = rotary.sliding_attention_inv_freq * 3
+
+
+#: Changes of ModernBERT that graphs have to detect.
+PRENORM_WAYS = {
+    "in_place": _scaled("layers.1.mlp.Wi.weight"),
+    "norm_in_place": _scaled("final_norm.weight"),
+    "embeddings_in_place": _scaled("embeddings.norm.weight"),
+    "new_linear": _replaced("layers.1.attn.Wqkv", torch.nn.Linear(64, 192, bias=False)),
+    "new_bias": lambda model: setattr(model.backbone.layers[2].mlp.Wo, "bias", torch.nn.Parameter(torch.arange(64.0))),
+    "new_norm": _replaced("layers.2.attn_norm", torch.nn.LayerNorm(64, eps=0.1)),
+    "norm_removed": _replaced("layers.2.attn_norm", torch.nn.Identity()),
+    "new_norm_at_the_end": _replaced("final_norm", torch.nn.LayerNorm(64, eps=0.3)),
+    "window": lambda model: setattr(model.backbone.layers[1].attn, "sliding_window", 2),
+    "angles": _new_angles,
+    "angles_in_place": lambda model: model.backbone.rotary_emb.full_attention_inv_freq.mul_(3),
+    "activation": _replaced("layers.1.mlp.act", torch.nn.ReLU()),
+    "refused_activation": _replaced("layers.1.mlp.act", torch.nn.SiLU()),
+    "hook": lambda model: model.backbone.layers[1].mlp.register_forward_hook(lambda *given: given[2] * 2),
+}
+
+
+@pytest.mark.parametrize("name", PRENORM_WAYS)
+def test_graphs_of_prenorm_layers_detect_changes(name, captures):
+    model = early_exit("modernbert", pooling="first")
+    batch = batch_for(model)
+    before = graph_answers(model, batch)
+    PRENORM_WAYS[name](model)
+    got, expected = graph_answers(model, batch), family_answers(model, batch, graph_answers)
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0.0)
+    assert (expected - before).abs().max() > 1e-3, "a stale answer would not be detected"
+    refused = name in ("hook", "refused_activation")
+    assert len(captures) == (1 if refused or name.endswith("in_place") else 2)
+
+
 def test_in_place_changes_keep_the_graphs(captures):
     """Graphs hold no copies of weights, so training between evaluations needs no new capture."""
     base = stock()

@@ -39,7 +39,13 @@ POINTERS = {
 }
 SCALARS = dict.fromkeys(("p0", "p1", "p2"), "fp32")
 SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present", "capacity", "tile"), "i32")
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 #: Compute capability -> what its PTX is for, and the instruction of its matrix units.
 TARGETS = {80: ("sm_80", "mma.sync"), 90: ("sm_90a", "wgmma.mma_async"), 100: ("sm_100a", "tcgen05.mma")}
 #: Rules that keep a state.
@@ -177,14 +183,26 @@ def first_tokens_linear(dtype):
     return "first_tokens_linear", hidden, weight, bias, *ids, out, "tanh"
 
 
-def rows_attention(dtype, heads=12):
+def rows_attention(dtype, heads=12, window=None):
     ids = (empty(n, dtype=torch.int32) for n in (9, 8))
-    return "rows_attention", empty(999, 3 * 768, dtype=dtype), *ids, heads, 128, empty(999, 768, dtype=dtype)
+    near = [None] * 3 if window is None else [window, empty(999, dtype=torch.int64), empty(9, dtype=torch.int32)]
+    return "rows_attention", empty(999, 3 * 768, dtype=dtype), *ids, heads, 128, empty(999, 768, dtype=dtype), *near
 
 
-def rows_add_norm(dtype, width=768):
+def rows_rotary(dtype, heads=12):
+    qkv, cos = empty(999, 3 * 768, dtype=dtype), empty(999, 768 // heads, dtype=dtype)
+    return "rows_rotary", qkv, cos, cos, *(empty(n, dtype=torch.int32) for n in (9, 9, 8)), heads, 128
+
+
+def rows_glu(dtype, width=1152, activation="gelu"):
+    x, out = empty(999, 2 * width, dtype=dtype), empty(999, width, dtype=dtype)
+    return "rows_glu", x, empty(9, dtype=torch.int32), out, activation
+
+
+def rows_add_norm(dtype, width=768, adds=True, total=False):
     x, hidden, weight = (empty(*s, dtype=dtype) for s in ((999, width), (2 * 999, width), (width,)))
-    return "rows_add_norm", x, hidden, weight, weight, 1e-12, empty(9, dtype=torch.int32), hidden, True, True
+    norm = weight, weight, 1e-12, empty(9, dtype=torch.int32)
+    return "rows_add_norm", x if adds else None, hidden, *norm, hidden, True, True, hidden if total else None
 
 
 #: Tokens that take small and large tiles.
@@ -197,6 +215,7 @@ PRODUCTS = {
     "few_of_three": lambda dtype: rows_linear(FEW, dtype, activation="none", weights=3),
     "many_of_three": lambda dtype: rows_linear(MANY, dtype, activation="none", weights=3),
     "attention": rows_attention,
+    "attention_of_a_window": lambda dtype: rows_attention(dtype, window=65),
 }
 #: Hopper with both dtypes, the other architectures with one.
 MACHINES = [(80, HALF), (90, HALF), (90, BFLOAT16), (100, HALF)]
@@ -250,9 +269,16 @@ OTHERS = {
     "few_float32": lambda: rows_linear(FEW, FLOAT32),
     "many_float32": lambda: rows_linear(MANY, FLOAT32, n=3072),
     "attention_float32": lambda: rows_attention(FLOAT32),
+    "window_float32": lambda: rows_attention(FLOAT32, window=65),
+    "window_of_wide_heads": lambda: rows_attention(HALF, heads=6, window=65),
+    "rotary_float32": lambda: rows_rotary(FLOAT32),
+    "rotary_of_wide_heads": lambda: rows_rotary(BFLOAT16, heads=6),
+    **{f"glu_{name}": lambda name=name: rows_glu(FLOAT32, 40, name) for name in ("gelu", "gelu_tanh", "relu")},
     **{f"odd_{name}": lambda name=name: rows_linear(FEW, HALF, 5, 7, name) for name in ("gelu_tanh", "relu")},
     "norm": lambda: rows_add_norm(HALF),
     "wide_norm": lambda: rows_add_norm(FLOAT32, 4096),
+    "norm_and_total": lambda: rows_add_norm(FLOAT32, 1024, total=True),
+    "norm_alone": lambda: rows_add_norm(HALF, adds=False),
 }
 
 
@@ -263,7 +289,7 @@ def test_other_launches_do_not_spill_registers(name, monkeypatch, tmp_path):
     assert_in_registers(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear])
+@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear, rows_rotary, rows_glu])
 @pytest.mark.parametrize("capability", [80, 100])
 def test_launches_compile_for_other_architectures(capability, launch, monkeypatch):
     compile_launch(capability, monkeypatch, *launch(HALF))
@@ -271,7 +297,16 @@ def test_launches_compile_for_other_architectures(capability, launch, monkeypatc
 
 @pytest.mark.parametrize(
     "name",
-    ["exit_step", "compact", "resident_exit", "pack_tokens", "rows_linear", "rows_add_norm", "first_tokens_linear"],
+    [
+        "exit_step",
+        "compact",
+        "resident_exit",
+        "pack_tokens",
+        "rows_linear",
+        "rows_add_norm",
+        "first_tokens_linear",
+        "rows_glu",
+    ],
 )
 def test_kernels_are_not_specialized_on_batch_sizes(name):
     module = importlib.import_module(f"earlyexit_kernels.ops.{name}")
