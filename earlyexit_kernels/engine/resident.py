@@ -9,37 +9,31 @@ of hidden states, and of what exits read, have two sides (see `ops.resident_exit
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
-from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
+from earlyexit_kernels.engine.exits import RequestExits
 from earlyexit_kernels.engine.fused_layers import hooked
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
+from earlyexit_kernels.engine.resident_exits import exits_of, exits_unsupported_reason, exits_with_scalar
 from earlyexit_kernels.engine.resident_postnorm import PostNormLayers
 from earlyexit_kernels.engine.resident_prenorm import ModernBertLayers
 from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.engine.view import ModelView
-from earlyexit_kernels.heads import ExitHeads
-from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_linear
+from earlyexit_kernels.ops import bare_op, rows_linear
 from earlyexit_kernels.ops.checks import FLOATS
 from earlyexit_kernels.ops.exit_call import ResidentExitCall
 from earlyexit_kernels.ops.resident_exit import COUNTS
 
 #: Tokens per tile: rows are compacted if that leaves fewer tiles.
 TILE_TOKENS = 128
-#: Rows per call of exits that torch modules compute, in every bucket: a library's products round depending on the size.
-EXIT_ROWS = 128
-#: Activations of a dense module in an exit that the kernels support.
-DENSE_ACTIVATIONS = ("gelu", "relu", "tanh")
 
 
 class ResidentLayers(Protocol):
@@ -62,22 +56,18 @@ LAYERS: dict[str, Any] = {"modernbert": ModernBertLayers}
 
 def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | None:
     """Return why `ResidentLoop` cannot run a model of this dtype, or None if it can."""
-    rule, shape = view.criterion.exit_rule, view.heads.config
+    rule = view.criterion.exit_rule
     if dtype not in FLOATS:
         return f"its kernels support float32, float16 and bfloat16, the model is {dtype}"
     if view.criterion.skip_from is not None:
         return f"criterion {view.criterion.name!r} skips layers, which the host decides"
     if rule.uses_keys:
         return f"criterion {rule.name!r} draws by a row's tokens, whose hash needs the host"
-    if reason := _form(view).unsupported_reason(view):
-        return reason
-    if shape.form != "linear":
-        return "the exits attend to all tokens of a row"
-    if shape.reads == "mean" and (rule.needs is not None or shape.has_dense):
-        return "the exits apply more than a linear layer to the mean of the tokens"
-    if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
-        return f"the activation of the exits is {shape.activation!r}, supported are {DENSE_ACTIVATIONS}"
-    return _unsupported_module(view.roots, dtype)
+    return (
+        _form(view).unsupported_reason(view)
+        or exits_unsupported_reason(view.heads.config, rule)
+        or _unsupported_module(view.roots, dtype)
+    )
 
 
 def _form(view: ModelView) -> Any:
@@ -106,56 +96,6 @@ class Nodes(Protocol):
 
     def when(self, handle: int, body: Callable[[], None]) -> None:
         """Run `body` if the handle is not 0."""
-
-
-@dataclass(frozen=True)
-class DenseSource:
-    """Exits of a dense module on the first token and a last linear, computed by `ops.first_tokens_linear`.
-
-    Attributes:
-        heads: the exits.
-        features: ``[R, F]`` buffer.
-        backend: of the op.
-    """
-
-    heads: ExitHeads
-    features: Tensor
-    backend: str
-
-    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
-        dense, out = self.heads.dense_exit(layer)
-        first_tokens_linear(
-            states.hidden, dense.weight, dense.bias, states.offsets, row_ids, self.features,
-            activation=self.heads.config.activation, backend=self.backend,
-        )  # fmt: skip
-        return ExitInputs(self.features, out.weight, out.bias, None, None, "none")
-
-
-@dataclass(frozen=True)
-class ChunkedSource:
-    """Exits that torch modules compute from the first tokens, on `EXIT_ROWS` rows per call."""
-
-    source: ModuleSource
-
-    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
-        rows = row_ids.shape[0]
-        extra = -rows % EXIT_ROWS
-        row_ids, offsets = F.pad(row_ids, (0, extra), value=-1), F.pad(_readable(states).offsets, (0, extra))
-        parts: list[Any] = []
-        for start in range(0, rows, EXIT_ROWS):
-            own = states._replace(offsets=offsets[start : start + EXIT_ROWS + 1])
-            parts.append(self.source(layer, own, row_ids[start : start + EXIT_ROWS]))
-        joined = {
-            name: torch.cat([getattr(part, name) for part in parts])[:rows]
-            for name in ("hidden", "aux")
-            if getattr(parts[0], name) is not None
-        }
-        return parts[0]._replace(**joined)
-
-
-def _readable(states: PackedStates) -> PackedStates:
-    """Return states in which every row has a first token to read; rows without tokens read any."""
-    return states._replace(offsets=states.offsets.clamp(max=states.hidden.shape[0] - 1))
 
 
 class ResidentLoop:
@@ -198,7 +138,7 @@ class ResidentLoop:
         self.first_state = self.request.state.clone()
         self.counts = torch.zeros(self.depth + 1, COUNTS, dtype=torch.int32, device=self.device)
         self.groups = _groups(self.rule, self.depth)
-        self.source = self._kernel_source()
+        self.source = exits_of(view.heads, self.activations, backend)
 
     @property
     def answers(self) -> Tensor:
@@ -276,9 +216,8 @@ class ResidentLoop:
         self.run_layer = self.layers.begin(embedded)
         self.request.state.copy_(self.first_state)
         if self.rule.needs is not None:
-            first = _readable(PackedStates(self.activations.hidden, rows.offsets, AttentionPlan(), view.exit_norm))
-            memory = ExitMemory(view.heads.first_memory(first, self.rule.needs))
-            self.source = ChunkedSource(ModuleSource(view.heads, self.rule.needs, memory))
+            first = PackedStates(self.activations.hidden, rows.offsets, AttentionPlan(), view.exit_norm)
+            self.source = exits_with_scalar(view.heads, self.rule.needs, first)
 
     def _leave(self, layer: int, handle: int | None) -> None:
         """Run the exit of a layer, and move the live rows as planned."""
@@ -293,16 +232,6 @@ class ResidentLoop:
         )  # fmt: skip
         if layer < self.depth and self.bucket.rows > 1:  # a single row is never moved: it stays, or nothing is left
             self.move(hidden, rows.old_offsets, rows.source, rows.offsets, hidden)
-
-    def _kernel_source(self) -> ExitSource:
-        """Return the source of the exits; `_begin` replaces it for a rule that needs a scalar."""
-        heads, x = self.view.heads, self.activations
-        linear, shape = heads.linear_exits(x.hidden.dtype), heads.config
-        if linear is not None:
-            return LinearSource(linear)
-        if shape.norm or not shape.dense_bias:
-            return ChunkedSource(ModuleSource(heads, None))
-        return DenseSource(heads, x.features, self.backend)
 
 
 def _groups(rule: Criterion, depth: int) -> list[range]:

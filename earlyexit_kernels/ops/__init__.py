@@ -14,6 +14,7 @@ from earlyexit_kernels.ops.rows_add_norm import rows_add_norm
 from earlyexit_kernels.ops.rows_attention import rows_attention
 from earlyexit_kernels.ops.rows_glu import rows_glu
 from earlyexit_kernels.ops.rows_linear import rows_linear
+from earlyexit_kernels.ops.rows_mean import rows_mean
 from earlyexit_kernels.ops.rows_rotary import rows_rotary
 from earlyexit_kernels.ops.schema import bare_op
 
@@ -32,5 +33,6 @@ __all__ = [
     "rows_attention",
     "rows_glu",
     "rows_linear",
+    "rows_mean",
     "rows_rotary",
 ]

@@ -51,6 +51,7 @@ ROWS_ROTARY = (
     "(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor starts, Tensor offsets, Tensor row_ids, int heads, int longest) "
     "-> ()"
 )
+ROWS_MEAN = "(Tensor hidden, Tensor offsets, Tensor row_ids, Tensor(a!) out) -> ()"
 ROWS_GLU = "(Tensor x, Tensor offsets, Tensor(a!) out, str activation) -> ()"
 ROWS_ADD_NORM = (
     "(Tensor? x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, Tensor(a!) out, "

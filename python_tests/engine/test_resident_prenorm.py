@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.modernbert_weights import ModernBertWeights
 from earlyexit_kernels.engine.resident import resident_unsupported_reason
 from earlyexit_kernels.engine.resident_buffers import Bucket
+from earlyexit_kernels.engine.resident_exits import exits_unsupported_reason
 
 LENGTHS = (17, 3, 9, 12, 20, 1)
 
@@ -33,12 +35,13 @@ def tiles_of_a_token(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ATTENDED)
-@pytest.mark.parametrize("pooling", ["first", "mean", None])
+@pytest.mark.parametrize("pooling", ["first", "mean", "head on first", "head on mean"])
 def test_poolings_and_masks(pooling, kind, backend, tiles_of_a_token):
     """Windows reach over the columns of holes; angles and columns are found after rows have moved."""
     if backend == "triton" and kind != "holes":
         pytest.skip("the interpreter is slow")
-    model = early_exit("modernbert", pooling=pooling)
+    head = {"classifier_pooling": {"head on first": "cls"}.get(pooling, "mean")}
+    model = early_exit("modernbert", pooling=None if pooling.startswith("head") else pooling, **head)
     batch = batch_for(model, kind, lengths=LENGTHS)
     model.set_criterion(splitting(model, batch))
     loop = loop_for(model, Bucket(8, 32), backend, poison=True)
@@ -89,6 +92,7 @@ SETTINGS = {
     "tanh form of gelu": {"hidden_activation": "gelu_pytorch_tanh"},
     "relu, wide heads": {"hidden_activation": "relu", "num_attention_heads": 2},
     "family head with a bias": {"classifier_bias": True, "pooling": None},
+    "family head on the mean": {"classifier_pooling": "mean", "pooling": None},
 }
 
 
@@ -216,6 +220,8 @@ def test_other_encoders_with_a_norm_at_the_end_are_refused(family):
     assert "the norm at the end" in resident_unsupported_reason(early_exit(family).view(), torch.float32)
 
 
-def test_family_heads_on_the_mean_are_refused():
-    model = ee.to_early_exit(stock("modernbert", classifier_pooling="mean"))
-    assert "more than a linear layer to the mean" in resident_unsupported_reason(model.view(), torch.float32)
+def test_exits_on_each_token_and_scalars_of_means_are_refused():
+    model = early_exit("modernbert", method="palbert", pooling="mean", criterion=QExit(q=0.5))
+    assert "a scalar of exits on the mean" in resident_unsupported_reason(model.view(), torch.float32)
+    shape = dataclasses.replace(early_exit("modernbert").heads.config, family_pooling="late")
+    assert "to each token" in exits_unsupported_reason(shape, FullDepth())

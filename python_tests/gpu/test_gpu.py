@@ -137,10 +137,10 @@ def test_mean_pooling_and_shared_layers(place, family, built):
     assert_agree(graph(**batch), expected)
 
 
-@pytest.mark.parametrize("pooling", ["mean", None])
+@pytest.mark.parametrize(("pooling", "head"), [("mean", "cls"), (None, "cls"), (None, "mean")])
 @pytest.mark.parametrize("kind", ["right", "holes"])
-def test_prenorm_layers_with_holes_and_positions(place, kind, pooling):
-    model = early_exit("modernbert", pooling=pooling)
+def test_prenorm_layers_with_holes_and_positions(place, kind, pooling, head):
+    model = early_exit("modernbert", pooling=pooling, classifier_pooling=head)
     batch = batch_for(model, kind, lengths=LENGTHS)
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
     model.set_criterion(varied_entropy(model.trace(**batch)))

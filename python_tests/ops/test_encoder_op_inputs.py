@@ -43,6 +43,7 @@ def given(op) -> dict:
             "heads": 1,
             "longest": 2,
         },
+        "rows_mean": {"hidden": torch.zeros(2 * T, H), "row_ids": row_ids, "out": torch.zeros(R, H)},
         "rows_glu": {"x": torch.zeros(T, 2 * H), "out": torch.zeros(T, H), "activation": "gelu"},
         "rows_add_norm": {
             "x": torch.zeros(T, H),
@@ -130,6 +131,14 @@ REFUSED = {
         "sin_shape": ({"sin": torch.zeros(T + 1, H)}, ("sin", "[4, 6]", "got [5, 6]")),
         "cos_dtype": ({"cos": torch.zeros(T, H).half()}, ("cos", "got torch.float16")),
         "qkv_strided": ({"qkv": torch.zeros(3 * H, T).T}, ("qkv", "contiguous", "strides (1, 4)")),
+    },
+    "rows_mean": {
+        **OFFSETS,
+        **ROW_IDS,
+        "empty_row": ({"offsets": int32(0, 1, 1)}, ("one token in every present row", "row id to -1")),
+        "out_rows": ({"out": torch.zeros(R + 1, H)}, ("out", "[2, 6]", "got [3, 6]")),
+        "out_dtype": ({"out": torch.zeros(R, H).half()}, ("out", "got torch.float16")),
+        "hidden_dtype": ({"hidden": torch.zeros(2 * T, H).double()}, ("hidden", "got torch.float64")),
     },
     "rows_glu": {
         **OFFSETS,

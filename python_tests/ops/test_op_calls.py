@@ -251,6 +251,15 @@ OVERLAPS = {
         },
         ("qkv",),
     ),
+    "rows_mean": (
+        lambda: {
+            "hidden": torch.zeros(4, H),
+            "offsets": int32([0, 1, 2]),
+            "row_ids": int32([0, 1]),
+            "out": torch.zeros(2, H),
+        },
+        ("out",),
+    ),
     "rows_glu": (
         lambda: {
             "x": torch.zeros(4, 2 * H),

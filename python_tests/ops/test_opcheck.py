@@ -64,6 +64,7 @@ def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
         "first_tokens_linear": (hidden, weight, bias, offsets, row_ids, torch.zeros(3, H), "tanh"),
         "rows_attention": (qkv, offsets, row_ids, 2, 2, out.detach(), 1, torch.arange(4), starts),
         "rows_rotary": (qkv.detach(), x[:, : H // 2], x[:, H // 2 :], starts, offsets, row_ids, 2, 2),
+        "rows_mean": (hidden, offsets, row_ids, torch.zeros(3, H)),
         "rows_glu": (hidden.view(4, -1), offsets, out.detach(), "gelu"),
         "rows_add_norm": (x, hidden, bias, bias.detach().clone(), 1e-5, offsets, out.detach(), True, False, total),
     }[op]
@@ -100,7 +101,15 @@ def layer_arguments(buckets=1) -> tuple:
     return *call, [1, 1], [4, 1], slots, [filled, None], kept, torch.arange(4)
 
 
-ENCODER_OPS = ("rows_linear", "first_tokens_linear", "rows_attention", "rows_add_norm", "rows_rotary", "rows_glu")
+ENCODER_OPS = (
+    "rows_linear",
+    "first_tokens_linear",
+    "rows_attention",
+    "rows_add_norm",
+    "rows_rotary",
+    "rows_mean",
+    "rows_glu",
+)
 CASES = {
     "logits": ("exit_step", lambda: exit_step_arguments()),
     "logits_grad": ("exit_step", lambda: exit_step_arguments(grad=True)),

@@ -194,6 +194,11 @@ def rows_rotary(dtype, heads=12):
     return "rows_rotary", qkv, cos, cos, *(empty(n, dtype=torch.int32) for n in (9, 9, 8)), heads, 128
 
 
+def rows_mean(dtype):
+    ids = (empty(n, dtype=torch.int32) for n in (9, 8))
+    return "rows_mean", empty(2 * 999, 768, dtype=dtype), *ids, empty(8, 768, dtype=dtype)
+
+
 def rows_glu(dtype, width=1152, activation="gelu"):
     x, out = empty(999, 2 * width, dtype=dtype), empty(999, width, dtype=dtype)
     return "rows_glu", x, empty(9, dtype=torch.int32), out, activation
@@ -271,6 +276,8 @@ OTHERS = {
     "attention_float32": lambda: rows_attention(FLOAT32),
     "window_float32": lambda: rows_attention(FLOAT32, window=65),
     "window_of_wide_heads": lambda: rows_attention(HALF, heads=6, window=65),
+    "mean_float32": lambda: rows_mean(FLOAT32),
+    "mean_bfloat16": lambda: rows_mean(BFLOAT16),
     "rotary_float32": lambda: rows_rotary(FLOAT32),
     "rotary_of_wide_heads": lambda: rows_rotary(BFLOAT16, heads=6),
     **{f"glu_{name}": lambda name=name: rows_glu(FLOAT32, 40, name) for name in ("gelu", "gelu_tanh", "relu")},
@@ -289,7 +296,7 @@ def test_other_launches_do_not_spill_registers(name, monkeypatch, tmp_path):
     assert_in_registers(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear, rows_rotary, rows_glu])
+@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear, rows_rotary, rows_glu, rows_mean])
 @pytest.mark.parametrize("capability", [80, 100])
 def test_launches_compile_for_other_architectures(capability, launch, monkeypatch):
     compile_launch(capability, monkeypatch, *launch(HALF))

@@ -175,6 +175,18 @@ def true_rotary(values, how, dtype) -> Tensor:
     return torch.cat((turned[:, : 2 * heads], qkv[:, 2 * heads :]), dim=1).flatten(1)
 
 
+def run_mean(layout, values, dtype, backend, how) -> Tensor:
+    width = how["columns"]
+    hidden = layout.buffer([v[:, :width] for v in values], width, dtype, absolute=True)
+    out = torch.full((layout.rows, width), UNTOUCHED, dtype=dtype)
+    ops.rows_mean(hidden, layout.offsets, layout.row_ids, out, backend=backend)
+    return out
+
+
+def true_mean(values, how, dtype) -> Tensor:
+    return values[:, : how["columns"]].mean(dim=0, keepdim=True)
+
+
 def run_glu(layout, values, dtype, backend, how) -> Tensor:
     x = layout.buffer([v[:, : 2 * H] for v in values], 2 * H, dtype, absolute=False)
     out = torch.full((layout.capacity, H), UNTOUCHED, dtype=dtype)
@@ -271,6 +283,7 @@ SUBJECTS = {
         ({"heads": 1, "size": 20, "longest": 80}, {"heads": 3, "size": 8}),
         writes_left=False,
     ),
+    "rows_mean": Subject(run_mean, true_mean, ({"columns": 72}, {"columns": H}), tokens=False, writes_left=False),
     "rows_glu": Subject(run_glu, true_glu, ({"activation": "gelu"}, {"activation": "relu"})),
     "rows_add_norm": Subject(
         run_add_norm,
