@@ -14,7 +14,13 @@ from support.encoder_cases import EPS, SUBJECTS, TORCH_ACTIVATIONS, UNTOUCHED, W
 from earlyexit_kernels import ops
 from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.ops.rows_linear import GROUP
-from earlyexit_kernels.ops.rows_linear_tma import rows_linear_tma, uses_tma
+from earlyexit_kernels.ops.rows_linear_tma import (
+    TMA_TILES,
+    has_bulk_copies,
+    rows_linear_tma,
+    tma_tiles,
+    uses_tma,
+)
 from earlyexit_kernels.ops.tiles import TILES, resident_programs, tiles_for
 
 BACK_ENDS = ("torch", "triton")
@@ -251,12 +257,14 @@ def test_activations_keep_nan(backend, name):
 @pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs in Triton's interpreter, as TRITON_INTERPRET=1")
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(("present", "capacity"), [(1, 130), (128, 128), (129, 300), (255, 260), (0, 5)])
-def test_bulk_copies_give_the_sums_of_pointers(present, capacity, absolute):
+@pytest.mark.parametrize("tiles", TMA_TILES, ids=lambda tiles: str(tiles.columns))
+def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolute, monkeypatch):
     """Whole numbers, whose sums are exact: the interpreter adds in an order that depends on the tile.
 
     Rows that are not present are neither read nor written, though the copies are of whole tiles.
     """
-    k, n, first = 72, 136, 3 if absolute else 0
+    monkeypatch.setattr("earlyexit_kernels.ops.rows_linear_tma.TMA_TILES", (tiles,))
+    k, n, first = 72, 264, 3 if absolute else 0
     x = torch.full((2 * capacity if absolute else capacity, k), torch.nan, dtype=HALF)
     x[first : first + present] = torch.randint(-3, 4, (present, k)).to(HALF)
     offsets = torch.tensor([first, first + present], dtype=torch.int32)
@@ -266,6 +274,24 @@ def test_bulk_copies_give_the_sums_of_pointers(present, capacity, absolute):
     rows_linear_tma(x, weight, bias, offsets, wide[:, n : 2 * n], "gelu", absolute)
     assert torch.equal(wide[:, n : 2 * n], out) and not out[:present].isnan().any()
     assert (wide[:, :n] == UNTOUCHED).all() and (wide[:, 2 * n :] == UNTOUCHED).all()
+
+
+def test_bulk_copies_take_the_tiles_whose_turns_read_the_least():
+    """BERT-base on an H100 of 132 multiprocessors: 768 columns of 4096 tokens are 96 wide tiles, or 128 narrow ones."""
+    cases = {(4096, 768): 192, (4096, 3072): 256, (16384, 768): 256, (16384, 3072): 256}
+    assert {case: tma_tiles(*case, 132).columns for case in cases} == cases
+
+
+CARDS = [(8, 163, False), (9, 227, True), (10, 227, True), (12, 99, False)]
+
+
+@pytest.mark.parametrize(("major", "kib", "is_there"), CARDS)
+def test_bulk_copies_need_shared_memory_beside_the_instruction(monkeypatch, major, kib, is_there):
+    card = SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert has_bulk_copies(torch.device("cuda")) is is_there
+    assert not has_bulk_copies(torch.device("cpu"))
 
 
 def test_bulk_copies_are_for_many_aligned_tokens_on_hopper(monkeypatch):
