@@ -76,9 +76,9 @@ def _add_rows_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--label-column",
         type=_checked("column"),
-        help="column of the label, with --train: names or whole numbers are classes, decimals are predicted by "
-        "regression (default: label)",
+        help="column of the label, with --train: names, whole numbers (classes) or decimals (default: label)",
     )
+    add("--group-column", type=_checked("column"), help="column of the query to rank a row for, with --train")
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -366,17 +366,18 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = Parser(prog="earlyexit", description="Early exit for Hugging Face text classifiers.")
     parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    debug: dict[str, Any] = {"action": "store_true", "help": "show the traceback of an error"}
+    parser.add_argument("--debug", **debug)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
-        command.add_arguments(
-            commands.add_parser(
-                name,
-                help=command.summary,
-                description=f"{command.summary}\n\n{command.details}".rstrip(),
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
+        added = commands.add_parser(
+            name,
+            help=command.summary,
+            description=f"{command.summary}\n\n{command.details}".rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        command.add_arguments(added)
+        added.add_argument("--debug", default=argparse.SUPPRESS, **debug)
     return parser
 
 

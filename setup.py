@@ -117,7 +117,7 @@ def extension(torch, with_cuda: bool) -> dict:
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     native = kind(
         name="earlyexit_kernels._C",
-        sources=sources("*.cpp", "cpu/*.cpp", *(("cuda/*.cpp", "cuda/*.cu") if with_cuda else ())),
+        sources=sources("*.cpp", "cpu/**/*.cpp", *(("cuda/*.cpp", "cuda/*.cu") if with_cuda else ())),
         depends=sources("**/*.h", "**/*.cuh"),
         # -fopenmp only for compilation: the OpenMP runtime that torch loads provides the symbols, with one thread pool
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},

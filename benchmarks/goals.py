@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from benchmarks.end_to_end.baselines import PLAIN
-from benchmarks.harness import Goal, Record, goal_fields
+from benchmarks.end_to_end.forced import NEVER
+from benchmarks.harness import Goal, Record, Variant, goal_fields
 
 #: Baselines that depend on the case: the faster of the other runtimes, and our own model at full depth.
 PEER, OWN_FULL = "faster peer", "our full depth"
@@ -33,6 +36,37 @@ END_TO_END: dict[tuple[str, str, str], Goal] = {
     ("MiniLM, own exits, B 32, SST-2 lengths", "float32", PLAIN): Goal(0.25),
     ("MiniLM, own exits, B 1, SST-2 lengths", "float32", PLAIN): Goal(0.50),
 }
+
+#: (model, shape) -> type of stored weights -> largest ratio to the faster peer of that arithmetic, if no row exits and
+#: at half the layers. Those of BERT-base in float32 and bfloat16 are for AVX-512; AVX2 has higher ones.
+STORED: dict[tuple[str, str], dict[str, tuple[float | None, float | None]]] = {
+    ("BERT-base", "B 1, S 32"): {"float32": (0.85, 0.45), "float16": (0.75, 0.35), "bfloat16": (0.75, None)},
+    ("BERT-base", "B 1, S 128"): {"float32": (0.90, None), "float16": (0.92, None), "bfloat16": (0.80, None)},
+    ("BERT-base", "B 32, S 32"): {"float32": (0.95, 0.48), "float16": (0.95, 0.48), "bfloat16": (0.95, None)},
+    ("BERT-base", _RAGGED): {"float32": (0.50, None)},
+    ("MiniLM", "B 1, S 32"): {"float32": (1.00, 0.45), "float16": (0.85, 0.35)},
+    ("MiniLM", "B 32, S 32"): {"float32": (0.95, 0.48), "float16": (0.95, 0.48)},
+}
+for _shape in ("B 1, S 32", "B 32, S 32"):
+    STORED["BERT-base", _shape]["int8"] = (0.95, None)
+#: Shape -> goal of BERT-base in float32 without AVX-512.
+STORED_AVX2 = {"B 1, S 32": 0.95, "B 1, S 128": 0.97, "B 32, S 32": 0.97}
+
+
+def stored_goal(subject: str, shape: str, variant: Variant, capability: str | None = None) -> Goal | None:
+    """Return the goal of a variant whose weights are stored in its dtype, or None.
+
+    Args:
+        subject, shape: of the case.
+        variant: of ours.
+        capability: of the processor as torch names it; default: of this one.
+    """
+    never, half = STORED.get((subject, shape), {}).get(variant.dtype, (None, None))
+    if (capability or torch.backends.cpu.get_cpu_capability()) != "AVX512" and variant.dtype == "float32":
+        never = STORED_AVX2.get(shape, never) if subject == "BERT-base" else never
+    value = never if variant.exits == NEVER else half
+    return None if value is None else Goal(value)
+
 
 #: Name -> goal; a record that belongs to a goal has the name under ``goal_name``.
 GPU: dict[str, Goal] = {

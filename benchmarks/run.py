@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, plots
-from benchmarks.end_to_end import measure, server, suites
+from benchmarks.end_to_end import measure, server, stored, suites
 from benchmarks.end_to_end.models import MODEL_VARIABLE
 from benchmarks.harness import Record
 from benchmarks.micro import decision_cost, layer_products, weight_checks
@@ -22,7 +22,7 @@ from earlyexit_kernels.tuning.report import environment
 #: Suite -> its records, given the repeats.
 SUITES: dict[str, Callable[[int], Iterator[Record]]] = {
     **{name: partial(measure.records, name, cases) for name, cases in suites.CASES.items()},
-    **{module.SUITE: module.records for module in (server, decision_cost, layer_products, weight_checks)},
+    **{module.SUITE: module.records for module in (stored, server, decision_cost, layer_products, weight_checks)},
 }
 
 

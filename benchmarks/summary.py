@@ -33,8 +33,9 @@ SPEEDS = (
 
 
 def _machine(suite: str, results: Path | None) -> Measured:
-    """The CPU with two threads that the README reports."""
-    return next(m for m in measured(suite, results) if not m.facts["gpus"] and m.facts["threads"] == 2)
+    """The CPU with two threads that the README reports: the one measured last."""
+    found = [m for m in measured(suite, results) if not m.facts["gpus"] and m.facts["threads"] == 2]
+    return max(found, key=lambda m: m.facts["time"])
 
 
 def _record(wanted: Case, results: Path | None, *, baseline: str | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/kernels/kernels.h"
 #include "criteria/all.h"
 #include "fingerprint.h"
 
@@ -15,4 +16,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   for (const char* name : kNames) names.append(name);
   module.attr("criteria") = pybind11::tuple(names);
   earlyexit::bind_fingerprint(module);
+  module.def("layer_kernels", [] {
+    const earlyexit::cpu::Kernels* kernels = earlyexit::cpu::native_kernels();
+    pybind11::dict found;
+    if (kernels == nullptr) return found;
+    found["name"] = kernels->name;
+    found["columns"] = kernels->columns;
+    found["terms"] = std::vector<int64_t>(std::begin(kernels->terms), std::end(kernels->terms));
+    return found;
+  }, "Return the vector kernels of this processor, and the layout of the weights that they read; empty without any.");
 }

@@ -52,6 +52,18 @@ def tensor_descriptor(x: Any, block: list[int]) -> Any:
     return TensorDescriptor.from_tensor(x, block)
 
 
+def clipped_descriptor(x: Any, block: list[int]) -> Any:
+    """Return the descriptor by which a kernel writes blocks of a matrix up to a row that is known on the device.
+
+    The copies leave out what lies beyond an axis, and the rows seem to be 2^30: a kernel that writes row i of n at
+    ``[2^30, n, 2^30 - n + i, column]`` reaches the end of the axis at row n. The strides of the first two axes take the
+    address back by as many rows, modulo 2^64.
+    """
+    from triton.tools.ragged_tma import create_ragged_descriptor
+
+    return create_ragged_descriptor(x, block)
+
+
 def constant(value: float) -> Any:
     """Return a module constant that Triton functions can read: a compile-time constant, or `value` without Triton."""
     return value if tl is None else tl.constexpr(value)
@@ -75,6 +87,11 @@ def _load_extension() -> str:
 
 
 _EXTENSION_MISSING = _load_extension()
+
+
+def extension_function(name: str) -> Callable[..., Any] | None:
+    """Return a function of the compiled extension, or None without it."""
+    return None if _EXTENSION_MISSING else getattr(importlib.import_module("earlyexit_kernels._C"), name)
 
 
 def _triton_unavailable_reason(device: str) -> str:

@@ -13,6 +13,11 @@ from torch import Tensor
 CLASSIFICATION = frozenset({"single_label_classification"})
 ANY_TASK = frozenset({"single_label_classification", "multi_label_classification", "regression"})
 
+#: What exits may read of a row: a token, or the mean of all.
+POOLINGS = ("first", "mean", "last")
+#: What the head of a family may read; ``"late"``: dense and activation of each token, and their mean.
+FAMILY_POOLINGS = (*POOLINGS, "late")
+
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 #: Scalars that heads may produce besides logits -> the map from the raw number to the one that criteria read.
@@ -193,11 +198,15 @@ class RowStates(Protocol):
     def tokens(self) -> Tensor:
         """Tokens ``[..., H]`` after `norm`."""
 
-    def pooled(self, pooling: str) -> Tensor:
-        """Return one vector ``[B, H]`` per row of `tokens`, as `pool` does."""
-
     def pool(self, tokens: Tensor, pooling: str) -> Tensor:
         """Return one vector ``[B, F]`` per row of tokens ``[..., F]``: the first, the last, or the mean in float32."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Return attention within each row, over and to ``[..., heads, D]``."""
+
+
+def pooled(states: RowStates, pooling: str) -> Tensor:
+    """Return one vector ``[B, H]`` per row of ``states.tokens``; if it is a token's, only these pass the norm."""
+    if pooling == "mean":
+        return states.pool(states.tokens, pooling)
+    return normed(states.norm, states.pool(states.hidden, pooling))

@@ -264,6 +264,6 @@ def test_the_table_of_families_tells_which_layers_run():
     assert sorted(told) == sorted(BACKBONES)
     for family, columns in told.items():
         model = early_exit(family)
-        fused = model.execution.fused.unsupported_reason(model.adapter, model.backbone) is None
+        fused = model.execution.layers.fused.unsupported_reason(model.adapter, model.backbone) is None
         graph = resident_unsupported_reason(model.view(), torch.float32) is None
         assert columns == [{True: "yes", False: "no"}[kind] for kind in (fused, graph)], family

@@ -16,6 +16,7 @@ from fuzz.case import AcceptedError, Case, WrongError
 from fuzz.driver import Driver, Store
 from fuzz.targets import TARGETS, Target
 from fuzz.worker import finding_of
+from support.models import ALL_FAMILIES
 
 from earlyexit_kernels import criteria, ops
 
@@ -145,3 +146,18 @@ def test_case_is_determined_by_seed_and_number():
     draws = [(case.integer(0, 99), case.normal(3).tolist()) for case in (Case("ops", 1, 5), Case("ops", 1, 5))]
     assert draws[0] == draws[1] != (Case("ops", 1, 6).integer(0, 99), Case("ops", 1, 6).normal(3).tolist())
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("target", "builder"), [("models", "built"), ("weights", "stock")])
+def test_every_family_is_drawn(target, builder, monkeypatch):
+    run_case, families = TARGETS[target].load(), []
+
+    def drawn(family, *_, **__):
+        families.append(family)
+        raise StopIteration
+
+    monkeypatch.setattr(sys.modules[run_case.__module__], builder, drawn)
+    for number in range(400):
+        with contextlib.suppress(StopIteration):
+            run_case(Case(target, 0, number))
+    assert len(families) == 400 and set(families) == set(ALL_FAMILIES)

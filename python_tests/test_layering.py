@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "hashing": "torch",
     "page_style": "",
     "backends": "errors torch triton",
-    "backbones": "arguments torch",
+    "backbones": "arguments types torch",
     "criteria": "arguments backends errors hashing types torch",
     "ops": "backends criteria types torch",
     "heads": "arguments types torch transformers",

@@ -45,7 +45,9 @@ ENGINES: dict[str, Callable[[Model], None]] = {
 
 
 @functools.cache
-def engine_model(subject: Subject, engine: str, backend: str = "auto", *, family: bool = False) -> Model:
+def engine_model(
+    subject: Subject, engine: str, backend: str = "auto", *, family: bool = False, stored: str = "float32"
+) -> Model:
     """Return a subject's early-exit model under an engine and a back-end: its own module on the shared parameters.
 
     Args:
@@ -53,6 +55,7 @@ def engine_model(subject: Subject, engine: str, backend: str = "auto", *, family
         engine: a name of `ENGINES`.
         backend: of the ops.
         family: with the family's own exits, the last of which is the plain model's head.
+        stored: a model of its own for each type that packed weights are stored in; the caller sets it.
 
     Raises:
         NotMeasuredError: the back-end or the layers cannot run here.

@@ -103,7 +103,7 @@ def _times(
     on_gpu = device() == "cuda"
     how: dict[str, Any] = {
         "sync": torch.cuda.synchronize if on_gpu else None,
-        "prepare": lambda: time.sleep(0 if on_gpu else REST),
+        "prepare": rest,
         "progress": f"{case.subject}, {case.work.name}",
     }
     if rounds is None:
@@ -113,6 +113,11 @@ def _times(
         # every row equally often: shares of layer-rows are of all of them
         rounds = max(rounds // len(work.batches), 1) * len(work.batches)
     return found.times(rounds=rounds, warmup=warmup, **how)
+
+
+def rest() -> None:
+    """Let the threads of the previous runtime go to sleep."""
+    time.sleep(0 if device() == "cuda" else REST)
 
 
 def rounds_of(repeats: float, milliseconds: float) -> int:

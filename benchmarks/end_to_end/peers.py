@@ -25,8 +25,12 @@ NAMES = ("input_ids", "attention_mask")
 OPENVINO_PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 
 
-def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
+def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
     """Return the plain model in ONNX Runtime.
+
+    Args:
+        subject: the model.
+        quantized: by its dynamic quantization of the products to int8.
 
     Raises:
         NotMeasuredError: it is not installed, or does not compute in the dtype on the CPU.
@@ -41,7 +45,8 @@ def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor
     # its threads must not spin while others are timed
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    session = onnxruntime.InferenceSession(exported(subject), options, providers=["CPUExecutionProvider"])
+    path = _quantized(subject) if quantized else exported(subject)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     # the first session of a process clears this flag of its thread
     torch.set_flush_denormal(True)
 
@@ -51,8 +56,12 @@ def onnx_runtime(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor
     return answer
 
 
-def openvino(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
+def openvino(subject: Subject, *, precision: str = "") -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
     """Return the plain model in OpenVINO.
+
+    Args:
+        subject: the model.
+        precision: dtype that it computes in; default: that of the model.
 
     Raises:
         NotMeasuredError: it is not installed.
@@ -62,7 +71,7 @@ def openvino(subject: Subject) -> Callable[[dict[str, Tensor]], tuple[Tensor, No
 
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": OPENVINO_PRECISION[subject.dtype],
+        "INFERENCE_PRECISION_HINT": OPENVINO_PRECISION[precision or subject.dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
     }
@@ -80,6 +89,17 @@ def _check_installed(*packages: str) -> None:
         raise NotMeasuredError(f"{', '.join(missing)} not installed; `pip install --no-build-isolation -e .[peers]`")
     if device() != "cpu":
         raise NotMeasuredError("these runtimes are timed on the CPU only")
+
+
+def _quantized(subject: Subject) -> str:
+    """Return the path of the ONNX file with weights in int8, written once."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source = Path(exported(subject))
+    path = source.with_name("int8.onnx")
+    if not path.exists():
+        quantize_dynamic(source, path, weight_type=QuantType.QInt8, per_channel=True)
+    return str(path)
 
 
 def exported(subject: Subject) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.end_to_end import server
+from benchmarks.end_to_end import server, stored
 from benchmarks.end_to_end.baselines import PLAIN
 from benchmarks.end_to_end.engines import FAMILY_LAYERS
 from benchmarks.end_to_end.forced import NEVER
@@ -117,7 +117,25 @@ def suite_table(suite: str, results: Path | None = None) -> str:
     return per_machine(suite, table, results)
 
 
+def stored_weights(results: Path | None = None) -> str:
+    """Types of stored weights over the faster peer, machine by machine."""
+    header = ("case", "weights", "ms", "over", "time ratio", "goal", "reached", "error of logits")
+
+    def table(records: list[Record]) -> str:
+        rows = []
+        for r in (r for r in records if "ratio" in r):
+            goal, reached = (
+                ("none", "") if r["goal"] is None else (f"{r['goal']:.2f}", "yes" if r["goal_met"] else "no")
+            )
+            cells = (r["case"], r["dtype"], f"{r['median_ms']:.2f}", r["against"], ratio_text(r))
+            rows.append((*cells, goal, reached, f"{r['error']:.2g}"))
+        return "\n\n".join([markdown_table(header, rows) if rows else NOT_MEASURED, *skipped(records)])
+
+    return per_machine(stored.SUITE, table, results)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "end_to_end": goals,
+    "stored_weights": stored_weights,
     **{suite: lambda suite=suite: suite_table(suite) for suite in COLUMNS},
 }

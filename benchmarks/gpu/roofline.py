@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.end_to_end.forced import NEVER
-from earlyexit_kernels.ops.rows_linear_tma import TMA_TILES
+from earlyexit_kernels.ops.rows_linear_tma import TMA_TILES, tma_tiles
 from earlyexit_kernels.ops.tiles import ENOUGH_TILES, Tiles, tiles_for
 from earlyexit_kernels.tuning.report import markdown_table
 
@@ -72,8 +72,9 @@ PARTS = {
 
 def tiles_of(capacity: int, columns: int, weights: int = 1) -> Tiles:
     """Return the tiles of a half-precision product on a Hopper card."""
-    if TMA_TILES.count(capacity, columns) >= ENOUGH_TILES:
-        return TMA_TILES
+    bulk = tma_tiles(capacity, columns, CARD.processors)
+    if bulk.count(capacity, columns) >= ENOUGH_TILES:
+        return bulk
     return tiles_for(torch.float16, capacity, weights * columns, torch.device("cpu"))
 
 
@@ -86,7 +87,7 @@ def product_us(name: str, tokens: int, capacity: int) -> float:
     """Return the time of a product of some live tokens."""
     weights, columns, terms = PRODUCTS[name]
     tiles = tiles_of(capacity, columns, weights)
-    launches, wide = (weights, columns) if tiles is TMA_TILES else (1, weights * columns)
+    launches, wide = (weights, columns) if tiles in TMA_TILES else (1, weights * columns)
     count = tiles.count(tokens, wide)
     processors = min(CARD.processors, count)
     step = (tiles.rows + tiles.columns) * tiles.depth * BYTES

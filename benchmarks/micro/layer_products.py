@@ -1,7 +1,7 @@
 """Time of a fused layer by the library of its matrix products: the numbers behind `fused_bert.PRODUCTS`.
 
-One encoder layer of BERT's form on T packed tokens: the family's own, and the fused one with oneDNN's products, the
-activation after them or within, and with torch's.
+One encoder layer of BERT's form on T packed tokens: the family's own, and the fused one on the package's vector
+kernels, with oneDNN's products, the activation after them or within, and with torch's.
 Run with ``python -m benchmarks.run --suite layer_products``.
 """
 
@@ -20,7 +20,9 @@ import earlyexit_kernels as ee
 from benchmarks.harness import Implementation, PreparedCase, Record, Variant, ratio_fields, time_fields
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine.attention_plan import plan_attention
-from earlyexit_kernels.engine.fused_bert import FusedLayer, LayerWeights, Products, onednn_unsupported_reason
+from earlyexit_kernels.engine.bert_weights import LayerWeights
+from earlyexit_kernels.engine.fused_bert import FusedLayer, Products, onednn_unsupported_reason, pack_layer
+from earlyexit_kernels.engine.packed_layers import kernels_unsupported_reason
 from earlyexit_kernels.engine.packing import pack
 
 SUITE = "layer_products"
@@ -56,9 +58,11 @@ def _records_of(width: int, repeats: int) -> Iterator[Record]:
     backend = "torch" if available_backends("cpu")["cpp"] else "cpp"
     fused = FusedLayer.of(LayerWeights.of(own, model.adapter.names, config.num_attention_heads), backend)
     layers: dict[str, Any] = {BASELINE: own}
+    if kernels_unsupported_reason(torch.float32) is None:
+        layers |= {"fused, vector kernels": pack_layer(own, model.adapter.names, config, torch.float32)}
     layers |= {f"fused, {name}": dataclasses.replace(fused, products=products) for name, products in WAYS.items()}
     variants = {name: Variant("eager", backend, "float32", name) for name in layers}
-    in_use = f"up to {fused.products.packed_up_to} tokens oneDNN"
+    in_use = f"without vector kernels, up to {fused.products.packed_up_to} tokens oneDNN"
     in_use += " with the activation" * fused.products.with_activation
     for rows in ROWS:
         shape, batch = f"H {width}, T {rows * LENGTH}", pack(torch.ones(rows, LENGTH, dtype=torch.long), None)

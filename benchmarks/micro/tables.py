@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from benchmarks.harness import Record
-from benchmarks.micro import decision_cost, layer_products, weight_checks
+from benchmarks.micro import decision_cost, layer_products, stored_accuracy, weight_checks
 from benchmarks.tables import per_machine, ratio_text
 from earlyexit_kernels.tuning.report import markdown_table
 
@@ -33,12 +33,13 @@ def _decisions_by(backend: str, records: list[Record]) -> str:
 
 def products(records: list[Record]) -> str:
     """Return the time of one encoder layer over the family's own, by its tokens and the products it is made of."""
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for record in records:
         if "ratio" in record and record["case"] != layer_products.BASELINE:
-            rows.setdefault(record["shape"], []).append(ratio_text(record))
+            rows.setdefault(record["shape"], {})[record["case"].removeprefix("fused, ")] = ratio_text(record)
+    ways = list(dict.fromkeys(way for cells in rows.values() for way in cells))
     return markdown_table(
-        ("width and tokens", *layer_products.WAYS), [(shape, *cells) for shape, cells in rows.items()]
+        ("width and tokens", *ways), [(shape, *(cells.get(way, "") for way in ways)) for shape, cells in rows.items()]
     )
 
 
@@ -56,5 +57,6 @@ def checks(records: list[Record]) -> str:
 TABLES = {
     decision_cost.SUITE: functools.partial(per_machine, decision_cost.SUITE, decisions),
     layer_products.SUITE: functools.partial(per_machine, layer_products.SUITE, products),
+    stored_accuracy.SUITE: stored_accuracy.table,
     weight_checks.SUITE: functools.partial(per_machine, weight_checks.SUITE, checks),
 }

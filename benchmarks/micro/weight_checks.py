@@ -37,7 +37,7 @@ def records(repeats: int) -> Iterator[Record]:
         model = ee.to_early_exit(BertForSequenceClassification(config).eval(), pooling="first")
         ids = torch.randint(5, 1000, (1, LENGTH))
         model(input_ids=ids)
-        packed = model.execution.fused._packed
+        packed = model.execution.layers.fused._packed
         if packed is None or packed.layers is None:
             yield {"suite": SUITE, "case": case, "not_measured": model.explain(input_ids=ids).layers.reason}
             continue

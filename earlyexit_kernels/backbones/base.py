@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: What the head of a family may read of a row; see `HeadConfig.family_pooling`.
-FAMILY_POOLINGS = ("first", "mean", "last", "late")
+from earlyexit_kernels.arguments import choice
+from earlyexit_kernels.types import FAMILY_POOLINGS
 
 
 def as_stated(config: Any) -> Mapping[str, Any]:
@@ -45,8 +45,7 @@ class StockHead:
     settings: Callable[[Any], Mapping[str, Any]] = as_stated
 
     def __post_init__(self) -> None:
-        if self.pooling not in FAMILY_POOLINGS:
-            raise ValueError(f"StockHead(pooling=...): expected one of {FAMILY_POOLINGS}, got {self.pooling!r}")
+        choice(*FAMILY_POOLINGS)("StockHead(pooling=...)", self.pooling)
 
 
 @dataclass(frozen=True)

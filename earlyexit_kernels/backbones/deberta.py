@@ -35,6 +35,22 @@ def _rectangle_arguments(backbone: nn.Module, states: Tensor, keep: Tensor) -> M
     }
 
 
+def _layers(backbone: nn.Module) -> Sequence[nn.Module]:
+    """Return the layers.
+
+    Raises:
+        ValueError: the encoder has a convolution, which reads neighbouring tokens beside its first layer.
+    """
+    encoder: Any = backbone.encoder
+    config: Any = backbone.config
+    if getattr(encoder, "conv", None) is not None:
+        raise ValueError(
+            f"conv_kernel_size={config.conv_kernel_size} of this DeBERTa is not supported: its exits would "
+            "answer without the convolution beside its first layer; take a DeBERTa without one, such as DeBERTa-v3"
+        )
+    return encoder_layers(backbone)
+
+
 def _relative(backbone: nn.Module) -> Sequence[nn.Module]:
     encoder: Any = backbone.encoder
     return [getattr(encoder, name) for name in ("rel_embeddings", "LayerNorm") if hasattr(encoder, name)]
@@ -45,7 +61,7 @@ DEBERTA_V2 = BackboneAdapter(
     base="deberta",
     head=StockHead(dense="pooler.dense", settings=_settings),
     embed=embed_with_types,
-    layers=encoder_layers,
+    layers=_layers,
     positions=column_positions,
     longest=position_limit,
     names=None,

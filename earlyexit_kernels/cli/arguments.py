@@ -12,7 +12,7 @@ from earlyexit_kernels.objectives import OBJECTIVES
 from earlyexit_kernels.tasks.files import FORMATS
 from earlyexit_kernels.tasks.load import TASK_NAMES
 from earlyexit_kernels.tuning.grids import GRIDS, MIN_POINTS
-from earlyexit_kernels.tuning.metrics import LOGIT_METRICS, METRICS
+from earlyexit_kernels.tuning.metrics import METRIC_NAMES
 
 #: Characters of a text that an error shows.
 SHOWN = 80
@@ -119,7 +119,7 @@ probability = _converter(float, number(low=0, high=1, inside=True))
 
 task = one_of(*TASK_NAMES)
 method = one_of(*sorted(OBJECTIVES))
-metric = one_of(*METRICS, *LOGIT_METRICS)
+metric = one_of(*METRIC_NAMES)
 #: A criterion to save with the model, or the best of all.
 AUTO = "auto"
 rule = one_of(AUTO, *GRIDS)

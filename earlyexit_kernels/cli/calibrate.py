@@ -13,7 +13,7 @@ from typing import Any
 from earlyexit_kernels.cli.arguments import AUTO
 from earlyexit_kernels.cli.card import README, renewed
 from earlyexit_kernels.cli.evaluate import encoded, load_model
-from earlyexit_kernels.cli.inputs import metrics_for
+from earlyexit_kernels.cli.inputs import metrics_for, queries_of
 from earlyexit_kernels.cli.outputs import check_file, check_folder, written
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.hf.calibration import Calibration
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(target, Latency):  # measured, on the model
         given = model, data[kind]
     choose = partial(calibrate, *given, target=target, metric=metric, batch_size=args.batch_size)
-    choose = partial(choose, collate_fn=collate, problem_type=task.problem_type)
+    choose = partial(choose, collate_fn=collate, problem_type=task.problem_type, groups=queries_of(rows))
     rules = list(settings(trace, points=MIN_POINTS, problem_type=task.problem_type))
     found, missed = _each(rules, choose)
     print(f"{args.model}, {target}: chosen on half of {len(rows)} {kind}, checked on the other half\n")

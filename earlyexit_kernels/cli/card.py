@@ -110,7 +110,8 @@ def _rows_text(recipe: Recipe) -> str:
     own = recipe.data
     dev = "" if own.dev is None else f", dev file {_plain(Path(own.dev).name)}"
     texts = " and ".join(_plain(name) for name in (own.columns.text, own.columns.pair) if name is not None)
-    return f"file {_plain(own.name)}{dev}, column {texts}, label in {_plain(own.columns.label)}; {held_out}"
+    query = "" if own.columns.group is None else f", query in {_plain(own.columns.group)}"
+    return f"file {_plain(own.name)}{dev}, column {texts}, label in {_plain(own.columns.label)}{query}; {held_out}"
 
 
 def _plain(text: str) -> str:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from earlyexit_kernels.cli.inputs import check_lengths, check_max_length, check_vocabulary, loaded_from, metrics_for
+from earlyexit_kernels.cli.inputs import (
+    check_lengths,
+    check_max_length,
+    check_queries,
+    check_vocabulary,
+    loaded_from,
+    metrics_for,
+    queries_of,
+)
 from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
@@ -177,8 +185,8 @@ def trace_splits(
         batch_size: rows per batch.
 
     Raises:
-        ValueError: not an early-exit model, other classes than the task's, a tokenizer that does not know the text, or
-            no held-out rows.
+        ValueError: not an early-exit model, other classes than the task's, a tokenizer that does not know the text, no
+            held-out rows, or of a ranking no query to choose or to report on.
     """
     loaded = recipe.load_data(task=task, dev=dev)
     names = metrics_for(loaded, metrics)
@@ -186,6 +194,7 @@ def trace_splits(
     tuning, reporting = recipe.both_rows(loaded)
     kinds = {"tuning": tuning[1], "reporting": reporting[1]}
     splits = {"tuning": tuning[0], "reporting": reporting[0]}
+    check_queries({"choose on": tuning[0], "report on": reporting[0]})
     data, collate = encoded(folder, model, splits, max_length=recipe.max_length)
     batching: dict[str, Any] = {"collate_fn": collate, "batch_size": batch_size}
     traces = {name: collect_trace(model, rows, progress=name, **batching) for name, rows in data.items()}
@@ -220,6 +229,7 @@ def sweep_rules(found: Traced, *, drop: float, points: int) -> Sweep:
         drop=drop,
         points=points,
         problem_type=found.task.problem_type,
+        groups=(queries_of(found.splits["tuning"]), queries_of(found.splits["reporting"])),
         progress="sweep",
     )
     if "gate" in found.model.heads.aux_names:

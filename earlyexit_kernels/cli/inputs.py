@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.tasks.load import EncodedSplit, Task
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning.metrics import LOGIT_METRICS
+from earlyexit_kernels.tuning.ranking import RANKING_METRICS, check_groups
 
 
 @contextmanager
@@ -65,8 +69,10 @@ def check_rows(task: Task, trained: Split, evaluation: Split) -> None:
         evaluation: the rows to report on.
 
     Raises:
-        ValueError: all train rows have one label, or evaluation rows have a class that the train split lacks.
+        ValueError: all train rows have one label, evaluation rows have a class that the train split lacks, or of a
+            ranking no query to report on.
     """
+    check_queries({"report on": evaluation})
     if len(set(trained.labels)) == 1:
         raise ValueError(
             f"the {len(trained)} train rows of task {task.name!r} in {task.source} all have the label "
@@ -86,12 +92,31 @@ def _name(task: Task, label: float) -> str:
     return f"{label:g}" if task.problem_type == "regression" else f"{int(label)} ({task.label_names[int(label)]})"
 
 
+def queries_of(split: Split) -> NDArray | None:
+    """Return the query of each row ``[N]``, or None for rows without queries."""
+    return np.asarray(split.groups) if split.groups else None
+
+
+def check_queries(splits: Mapping[str, Split]) -> None:
+    """Raise if the rows have queries of which none can be ranked.
+
+    Args:
+        splits: rows by what they are for, as in "rows to choose on".
+
+    Raises:
+        ValueError: says how many queries there are, and why they do not count.
+    """
+    for name, split in splits.items():
+        if split.groups:
+            check_groups(f"rows to {name}", split.labels, split.groups)
+
+
 def metrics_for(task: Task, named: Sequence[str] | None, *, predictions_only: bool = False) -> tuple[str, ...]:
     """Return the metrics of a task, or those named, of which the first one decides.
 
     Args:
         task: what is predicted.
-        named: names in `METRICS` or `LOGIT_METRICS`, or None.
+        named: names in `METRIC_NAMES`, or None.
         predictions_only: leave out `LOGIT_METRICS`.
 
     Raises:
@@ -102,10 +127,13 @@ def metrics_for(task: Task, named: Sequence[str] | None, *, predictions_only: bo
     allowed = [m for m in ("accuracy", "macro_f1", "matthews", "f1") if m != "f1" or task.num_labels == 2]
     allowed += [] if predictions_only else [*LOGIT_METRICS]
     if task.problem_type == "regression":
-        allowed = ["pearson", "spearman"]
+        allowed = [*task.metrics, *(name for name in ("pearson", "spearman") if name not in task.metrics)]
     unknown = [name for name in named if name not in allowed]
     if unknown:
-        raise ValueError(f"--metric: expected a metric of this task, {', '.join(allowed)}, got {unknown[0]}")
+        hint = ""
+        if unknown[0] in RANKING_METRICS:
+            hint = ", which ranks the rows of a query; name their column when you train, with --group-column"
+        raise ValueError(f"--metric: expected a metric of this task, {', '.join(allowed)}, got {unknown[0]}{hint}")
     if len(set(named)) < len(named):
         raise ValueError(f"--metric: expected different names, got {' '.join(named)}")
     if named[0] == "ece":

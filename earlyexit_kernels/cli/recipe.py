@@ -173,7 +173,8 @@ class Recipe:
         if len(rows) < 2:
             raise ValueError(f"expected rows to choose on and rows to report on, got one of {kind}")
         # the rows that `earlyexit calibrate` chooses on, so that a report of what it chose is of other rows
-        chosen_on, others = (rows.take(part.tolist()) for part in split_indices(len(rows)))
+        parts = split_indices(len(rows), groups=rows.groups or None)
+        chosen_on, others = (rows.take(part.tolist()) for part in parts)
         return (chosen_on, kind), (others, f"other {kind}")
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from earlyexit_kernels.cli.evaluate import Traced, method_text, sweep_rules, trace_splits
+from earlyexit_kernels.cli.inputs import queries_of
 from earlyexit_kernels.cli.outputs import check_file, written
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.engine.replay import replay
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning import page_numbers
-from earlyexit_kernels.tuning.intervals import score_error
 from earlyexit_kernels.tuning.metrics import predictions_of
 from earlyexit_kernels.tuning.page import page
 from earlyexit_kernels.tuning.page_numbers import Answers
@@ -70,7 +70,7 @@ def report_data(folder: Path, recipe: Recipe, found: Traced, result: Sweep, *, t
     """
     model, task, split = found.model, found.task, found.splits["reporting"]
     trace, labels = found.traces["reporting"]
-    rows = Rows(trace, np.asarray(labels), result.metric, task.problem_type)
+    rows = Rows(trace, np.asarray(labels), result.metric, task.problem_type, queries_of(split))
     source, criterion = described_criterion(model, result)
     answers = _answers(found, criterion)
     lengths = [len(found.data["reporting"][row]["input_ids"]) for row in range(len(rows))]
@@ -141,5 +141,7 @@ def _random(rows: Rows, answers: Answers) -> dict[str, float | None]:
     predictions = predictions_of(answers.logits, rows.problem_type)
     shares = np.bincount(answers.exit_layer, minlength=rows.trace.depth + 1)[1:] / len(rows)
     skips = answers.criterion.skip_from is not None
-    drawn = None if skips else random_exit(rows.trace, rows.labels, shares.tolist(), metric=rows.metric)
-    return {"standard_error": score_error(rows.function, predictions, rows.labels), "random_exit": drawn}
+    drawn = None
+    if not skips:
+        drawn = random_exit(rows.trace, rows.labels, shares.tolist(), metric=rows.metric, groups=rows.groups)
+    return {"standard_error": rows.score_error(predictions), "random_exit": drawn}

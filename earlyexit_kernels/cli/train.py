@@ -29,6 +29,7 @@ from earlyexit_kernels.cli.inputs import (
     check_max_length,
     check_rows,
     check_vocabulary,
+    queries_of,
 )
 from earlyexit_kernels.cli.outputs import check_folder, check_no_model, save_tokenizer
 from earlyexit_kernels.cli.recipe import HELD_OUT, Recipe
@@ -37,7 +38,7 @@ from earlyexit_kernels.hf.saving import save_or_rescue
 from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.objectives import Objective, PhaseSpec, check_task, objective_of
 from earlyexit_kernels.tasks import hub
-from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, load_task
+from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, holdout, load_task
 from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
 from earlyexit_kernels.tuning.scored import Rows
 from earlyexit_kernels.tuning.sweep import truncations
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan, model.heads.aux_names)}")
         _train_phase(phase, plan, base_arguments, own_set, collate)
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
-    scores = truncations(trace, labels, metrics=task.metrics)
+    queries = queries_of(evaluation_split)
+    scores = truncations(trace, labels, metrics=task.metrics, groups=queries)
     recipe = replace(recipe, method=model.objective.to_dict(), phases=tuple(plans), scores=scores)
     text = card(args.output, recipe, task, model, len(labels))
     if recipe.max_length is not None:  # a pipeline or a Scorer then cuts texts where training did
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
     print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")
     print(f"{score_table(scores, task.metrics)}\n")
-    if advice := _advice(Rows(trace, labels, task.metric, task.problem_type), pooling):
+    if advice := _advice(Rows(trace, labels, task.metric, task.problem_type, queries), pooling):
         print(f"{advice}\n")
     print(f"Saved in {args.output}; next: earlyexit calibrate --model {args.output} --max-drop 0.005 --apply auto")
     return 0
@@ -223,25 +225,28 @@ def load_rows(args: argparse.Namespace, ask_hub: Callable[[], str]) -> tuple[Own
         ValueError: options for own files beside --task, or as for `load_task` and `read_own`.
         OSError: as for `load_task` and `read_own`.
     """
-    given = {name: getattr(args, name) for name in ("dev", "text_column", "pair_column", "label_column")}
+    options = ("dev", "text_column", "pair_column", "label_column", "group_column")
+    given = {name: getattr(args, name) for name in options}
     named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
     if args.train is None:
         if named:
             raise ValueError(f"{', '.join(named)}: expected --train FILE; --task {args.task} has its own rows")
         return None, load_task(args.task, seed=args.seed, ask_hub=ask_hub)
-    columns = Columns(args.text_column or "text", args.pair_column, args.label_column or "label")
+    columns = Columns(args.text_column or "text", args.pair_column, args.label_column or "label", args.group_column)
     own, task = read_own(args.train, args.dev, columns)
     labels = f"{task.num_labels} classes ({listed(task.label_names)})"
-    print(
-        f"Labels of {own.name}, column {columns.label!r}: "
-        f"{'numbers (regression)' if task.problem_type == 'regression' else labels}"
-    )
+    if task.problem_type == "regression":
+        queries = len(set(task.split("train").groups))
+        labels = f"relevance to {queries} queries, column {columns.group!r}" if queries else "numbers (regression)"
+    print(f"Labels of {own.name}, column {columns.label!r}: {labels}")
     return own, task
 
 
 def _recipe(args: argparse.Namespace, task: Task, own: OwnData | None) -> Recipe:
     total = len(task.split("train"))
     held_out = _holdout(args, total)
+    if task.split("train").groups and 0 < held_out < total:
+        held_out = len(holdout(task.split("train"), held_out, seed=args.seed)[1])  # whole queries
     rows = total - held_out if args.train_rows is None else args.train_rows
     if not 1 <= rows <= total - held_out:
         raise ValueError(_too_many_rows(args, task.name, total))

@@ -83,6 +83,7 @@ class AttentionPlan:
         buckets: rectangles of rows of similar length.
         inverse: ``[T]`` position of each packed token among the tokens of the buckets, or None if they are in order.
         offsets, longest: arguments of the variable-length kernel; no row is longer than `longest`.
+        ends: ``[R + 1]`` int32 offsets of the rows on the CPU.
         columns: ``[T]`` column of each token in its padded row, or None if that is its place in the row, up to a
             constant.
         masks: of the buckets, by kind; filled when a layer first asks for one.
@@ -93,6 +94,7 @@ class AttentionPlan:
     inverse: Tensor | None = None
     offsets: Tensor | None = None
     longest: int = 0
+    ends: Tensor | None = None
     columns: Tensor | None = None
     masks: dict[AttentionKind, list[Tensor | None]] = field(default_factory=dict, compare=False)
     rectangles: dict[int, AttentionPlan] = field(default_factory=dict, compare=False)
@@ -175,7 +177,7 @@ def plan_attention(batch: PackedBatch, columns: Tensor | None = None) -> Attenti
     if lengths is None:
         return AttentionPlan(offsets=batch.offsets, longest=batch.longest, columns=columns)
     if min(lengths) == max(lengths):
-        return AttentionPlan(buckets=(LengthBucket(len(lengths), lengths[0]),), columns=columns)
+        return AttentionPlan(buckets=(LengthBucket(len(lengths), lengths[0]),), ends=batch.offsets, columns=columns)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     widths = np.array(lengths, dtype=np.int64)
     starts = widths.cumsum() - widths
@@ -190,7 +192,8 @@ def plan_attention(batch: PackedBatch, columns: Tensor | None = None) -> Attenti
     token_of_place = np.concatenate(kept)
     inverse = np.empty_like(token_of_place)
     inverse[token_of_place] = np.arange(token_of_place.size)
-    return AttentionPlan(buckets=tuple(buckets), inverse=torch.from_numpy(inverse).to(device), columns=columns)
+    places = torch.from_numpy(inverse).to(device)
+    return AttentionPlan(buckets=tuple(buckets), inverse=places, ends=batch.offsets, columns=columns)
 
 
 def _bucket(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[LengthBucket, np.ndarray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ENGINES = ("auto", "eager", "graph")
+#: Reason of a choice that the user made.
+REQUESTED = "it was requested"
 #: GPU name as torch reports it, or a part of it -> the fastest engine for batches of up to a number of padded tokens,
 #: ascending; the last entry also serves larger batches. From benchmarks/results, by `make gpu-check`.
 FASTEST: dict[str, tuple[tuple[int, str], ...]] = {}

@@ -17,7 +17,7 @@ from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.heads.bank import FusedExit, LinearExits
 from earlyexit_kernels.ops import ExitCall
-from earlyexit_kernels.types import ExitTrace, RowStates, read_aux
+from earlyexit_kernels.types import ExitTrace, RowStates, pooled, read_aux
 
 
 class ExitInputs(NamedTuple):
@@ -62,10 +62,10 @@ class LinearSource:
         (weight, bias), pooling = self.linear.weights[layer - 1], self.linear.pooling
         if states.norm is None and pooling != "last":
             return ExitInputs(states.hidden, weight, bias, None, None, pooling)
-        pooled = states.pooled(pooling)
-        if pooled.dtype != weight.dtype:  # a mean is float32
-            weight, bias = weight.to(pooled.dtype), bias.to(pooled.dtype)
-        return ExitInputs(pooled, weight, bias, None, None, "none")
+        vectors = pooled(states, pooling)
+        if vectors.dtype != weight.dtype:  # a mean is float32
+            weight, bias = weight.to(vectors.dtype), bias.to(vectors.dtype)
+        return ExitInputs(vectors, weight, bias, None, None, "none")
 
 
 class ExitMemory:

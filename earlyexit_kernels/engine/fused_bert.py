@@ -1,7 +1,8 @@
 """Fused encoder layers of BERT's form: post-norm, with biases (`backbones.LayerNames`).
 
-A layer runs as one matrix product for query, key and value, attention over the packed tokens, and three products fused
-with their addition or activation.
+In a float32 model they run on the vector kernels of the package (`engine.packed_layers`). In other dtypes, and where
+the kernels cannot run, a layer is one matrix product for query, key and value, attention over the packed tokens, and
+three products fused with their addition or activation, by oneDNN.
 
 oneDNN caches each product by its number of tokens, so memory grows until all token counts up to
 `Products.packed_up_to`, or 1024 products in all, have occurred. The environment variable
@@ -12,11 +13,10 @@ the products down.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,9 @@ from torch import Tensor, nn
 from earlyexit_kernels.backbones import LayerNames
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
-from earlyexit_kernels.engine.layer_parts import ACTIVATION_CLASSES, parts_unsupported_reason
+from earlyexit_kernels.engine.bert_weights import LayerWeights
+from earlyexit_kernels.engine.packed_layers import PackedLayer, kernels_unsupported_reason
 from earlyexit_kernels.ops import bare_op
-
-#: Activation of transformers -> its name and variant in oneDNN and torch.
-ACTIVATIONS = {
-    "GELUActivation": ("gelu", "none"),
-    "NewGELUActivation": ("gelu", "tanh"),
-    "GELUTanh": ("gelu", "tanh"),
-    "ReLU": ("relu", ""),
-}
 
 
 @dataclass(frozen=True)
@@ -55,12 +48,6 @@ PRODUCTS = {
     "DEFAULT": Products(128, with_activation=False),
     "AVX2": Products(128, with_activation=False),
     "AVX512": Products(math.inf, with_activation=True),
-}
-#: Part of a layer -> its required type; the activation must be one of `ACTIVATIONS`.
-PART_TYPES: dict[str, type[nn.Module] | None] = {
-    **dict.fromkeys(("query", "key", "value", "attention_out", "inner", "outer"), nn.Linear),
-    **dict.fromkeys(("attention_norm", "norm"), nn.LayerNorm),
-    "activation": None,
 }
 
 
@@ -85,54 +72,6 @@ def onednn_unsupported_reason(dtype: torch.dtype) -> str | None:
     return None if right else f"the oneDNN operations of torch {torch.__version__} return other results than expected"
 
 
-class Pair(NamedTuple):
-    """Weight and bias of a module, detached; they share its memory."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """The weights of one encoder layer, without copies.
-
-    Attributes:
-        query, key, value, attention_out, attention_norm, inner, outer, norm: as in `backbones.LayerNames`.
-        eps: of the two norms.
-        heads: number of attention heads.
-        activation: name and variant, a value of `ACTIVATIONS`.
-    """
-
-    query: Pair
-    key: Pair
-    value: Pair
-    attention_out: Pair
-    attention_norm: Pair
-    inner: Pair
-    outer: Pair
-    norm: Pair
-    eps: list[float]
-    heads: int
-    activation: tuple[str, str]
-
-    @staticmethod
-    def of(layer: nn.Module, names: LayerNames, heads: int) -> LayerWeights:
-        """Return the weights of a layer that `layer_unsupported_reason` accepts."""
-        part: dict[str, Any] = {name: layer.get_submodule(getattr(names, name)) for name in PART_TYPES}
-        pairs = {
-            name: Pair(part[name].weight.detach(), part[name].bias.detach())
-            for name, kind in PART_TYPES.items()
-            if kind
-        }
-        eps = [part["attention_norm"].eps, part["norm"].eps]
-        return LayerWeights(**pairs, eps=eps, heads=heads, activation=ACTIVATIONS[type(part["activation"]).__name__])
-
-    @property
-    def projections(self) -> tuple[Pair, Pair, Pair]:
-        """Query, key and value."""
-        return self.query, self.key, self.value
-
-
 @dataclass(frozen=True)
 class FusedLayer:
     """One fused encoder layer over packed tokens, called as the original one: ``layer(hidden, plan=...)``.
@@ -155,14 +94,13 @@ class FusedLayer:
     @staticmethod
     def of(weights: LayerWeights, backend: str) -> FusedLayer:
         """Pack the weights of one layer."""
-        joined = Pair(*(torch.cat(each) for each in zip(*weights.projections, strict=True)))
-        after = (weights.attention_out, weights.attention_norm, weights.inner, weights.outer, weights.norm)
-        products = [joined.weight, weights.attention_out.weight, weights.inner.weight, weights.outer.weight]
+        tensors = weights.joined()
+        products = [tensors.qkv_weight, tensors.out_weight, tensors.inner_weight, tensors.outer_weight]
         # without oneDNN its names may be missing from torch.ops
-        onednn = onednn_unsupported_reason(joined.weight.dtype) is None
+        onednn = onednn_unsupported_reason(tensors.qkv_weight.dtype) is None
         return FusedLayer(
             weights=weights,
-            tensors=[*joined, *itertools.chain.from_iterable(after)],
+            tensors=list(tensors),
             packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w in products] if onednn else [],
             products=PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"]),
             run=bare_op("encoder_layer", backend, "cpu"),
@@ -176,32 +114,21 @@ class FusedLayer:
         return self.run(x, self.tensors, packed, *how, *plan.bucket_lists, plan.inverse)[None]
 
 
-def layer_unsupported_reason(layer: nn.Module, names: LayerNames) -> str | None:
-    """Return why `FusedLayer` would compute something else than a layer, or None if it computes the same."""
-    checks = {getattr(names, name): functools.partial(_unlike, kind) for name, kind in PART_TYPES.items()}
-    return parts_unsupported_reason(layer, checks, attention=names.query.rpartition(".")[0])
+def pack_layer(layer: nn.Module, names: LayerNames, config: Any, stored: torch.dtype) -> PackedLayer | FusedLayer:
+    """Pack a layer that `bert_weights.layer_unsupported_reason` accepts.
 
-
-def _unlike(kind: type[nn.Module] | None, module: nn.Module) -> str | None:
-    """Return why a module is not of a type with weight and bias, or for None not an activation, or None."""
-    if kind is None:
-        known = type(module) in ACTIVATION_CLASSES and type(module).__name__ in ACTIVATIONS
-        return None if known else f"is not one of the activations {sorted(ACTIVATIONS)}"
-    if type(module) is not kind or {type(module._parameters.get(n)) for n in Pair._fields} != {nn.Parameter}:
-        return f"is not a plain {kind.__name__} with weight and bias"
-    return None
-
-
-def pack_layer(layer: nn.Module, names: LayerNames, config: Any) -> FusedLayer:
-    """Pack a layer that `layer_unsupported_reason` accepts."""
-    backend = "torch" if available_backends("cpu")["cpp"] else "cpp"
-    return FusedLayer.of(LayerWeights.of(layer, names, config.num_attention_heads), backend)
+    Args:
+        layer, names, config: of the model.
+        stored: dtype of the packed weights for the vector kernels.
+    """
+    weights = LayerWeights.of(layer, names, config.num_attention_heads)
+    if kernels_unsupported_reason(weights.inner.weight.dtype) is None:
+        return PackedLayer.of(weights, stored)
+    return FusedLayer.of(weights, "torch" if available_backends("cpu")["cpp"] else "cpp")
 
 
 def copied_parameters(layer: nn.Module, names: LayerNames) -> Iterator[Tensor]:
-    """Yield the parameters that `FusedLayer.of` copies."""
+    """Yield the parameters that `pack_layer` may copy."""
     for name in ("query", "key", "value", "attention_out", "inner", "outer"):
         linear: Any = layer.get_submodule(getattr(names, name))
-        yield linear.weight
-        if name in ("query", "key", "value"):
-            yield linear.bias
+        yield from (linear.weight, linear.bias)

@@ -1,7 +1,7 @@
 """Fused encoder layers for inference on the CPU: the forms of layers that have them, and those of one model.
 
-A fused layer computes the same as the family's own in fewer steps, from weights that oneDNN has packed once. The
-original weights stay in place; the packed ones are a second copy, which is replaced when the weights change.
+A fused layer computes the same as the family's own in fewer steps, from weights that were packed once. The original
+weights stay in place; the packed ones are a second copy, which is replaced when the weights change.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, GatedLayerNames, LayerNames
-from earlyexit_kernels.engine import fused_bert, fused_gated
+from earlyexit_kernels.engine import bert_weights, fused_bert, fused_gated, gated_weights
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
 from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.locks import ForkSafeLock
+from earlyexit_kernels.engine.packed_layers import kernels_unsupported_reason
 
 
 class Form(NamedTuple):
@@ -24,18 +26,35 @@ class Form(NamedTuple):
     Attributes:
         unsupported_reason: ``(layer, names) ->`` why the fused layer would compute something else, or None.
         copied: ``(layer, names) ->`` the parameters that `pack` copies.
-        pack: ``(layer, names, config) ->`` the fused layer, called as the original one: ``layer(hidden, plan=...)``.
+        pack: ``(layer, names, config, stored) ->`` the fused layer, called as the original one: ``layer(hidden,
+            plan=...)``.
+        stores: whether the packed weights can be stored in another dtype than the model's.
+        rotates: whether the layers take rotary positions, from `BackboneAdapter.layer_arguments`.
     """
 
     unsupported_reason: Callable[[nn.Module, Any], str | None]
     copied: Callable[[nn.Module, Any], Iterable[Tensor]]
-    pack: Callable[[nn.Module, Any, Any], Callable[..., Tensor]]
+    pack: Callable[[nn.Module, Any, Any, torch.dtype], Callable[..., Tensor]]
+    stores: bool
+    rotates: bool
 
 
 #: Class of `BackboneAdapter.names` -> form of the layers.
 FORMS: dict[type, Form] = {
-    LayerNames: Form(fused_bert.layer_unsupported_reason, fused_bert.copied_parameters, fused_bert.pack_layer),
-    GatedLayerNames: Form(fused_gated.layer_unsupported_reason, fused_gated.copied_parameters, fused_gated.pack_layer),
+    LayerNames: Form(
+        bert_weights.layer_unsupported_reason,
+        fused_bert.copied_parameters,
+        fused_bert.pack_layer,
+        stores=True,
+        rotates=False,
+    ),
+    GatedLayerNames: Form(
+        gated_weights.layer_unsupported_reason,
+        fused_gated.copied_parameters,
+        lambda layer, names, config, stored: fused_gated.pack_layer(layer, names, config),
+        stores=False,
+        rotates=True,
+    ),
 }
 
 
@@ -49,6 +68,8 @@ def layers_unsupported_reason(adapter: BackboneAdapter, layers: Sequence[nn.Modu
     form = FORMS.get(type(adapter.names))
     if form is None:
         return f"the layers of {adapter.model_type!r} ({type(layers[0]).__name__}) are not supported"
+    if reason := _arguments_unsupported_reason(adapter, form):
+        return reason
     reasons = [
         form.unsupported_reason(part, adapter.names) for layer in dict.fromkeys(layers) for part in adapter.parts(layer)
     ]
@@ -56,13 +77,44 @@ def layers_unsupported_reason(adapter: BackboneAdapter, layers: Sequence[nn.Modu
     return next((reason for reason in reasons if reason), None)
 
 
+def _arguments_unsupported_reason(adapter: BackboneAdapter, form: Form) -> str | None:
+    """Return why the layers of a family take other arguments than those of a form, or None."""
+    title, names = f"the adapter of {adapter.model_type!r}", type(adapter.names).__name__
+    if adapter.rectangle_arguments is not None:
+        return f"{title} has rectangle_arguments, its layers compute attention themselves; expected names=None"
+    if adapter.layer_arguments is None and form.rotates:
+        return f"{title} has no layer_arguments, expected the rotary positions that layers of {names} take"
+    if adapter.layer_arguments is not None and not form.rotates:
+        return f"{title} has layer_arguments, which layers of {names} do not take"
+    return None
+
+
+def stored_unsupported_reason(adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype) -> str | None:
+    """Return why the packed weights of a backbone cannot be stored in a dtype, or None if they can.
+
+    Args:
+        adapter, backbone: of the model, whose layers `layers_unsupported_reason` accepts.
+        stored: float32 stands for the dtype of the model.
+    """
+    if stored == torch.float32:
+        return None
+    if not FORMS[type(adapter.names)].stores:
+        return (
+            f"the weights of {adapter.model_type!r} cannot be stored in {stored}, only those of layers of BERT's form"
+        )
+    dtype: Any = backbone.dtype
+    reason = kernels_unsupported_reason(dtype, stored)
+    return f"weights stored in {stored} require the vector kernels: {reason}" if reason else None
+
+
 class _Packed(NamedTuple):
     made_from: ModuleFingerprint
+    stored: torch.dtype
     layers: tuple[Callable[..., Tensor], ...] | None
     reason: str | None
 
-    def is_current(self, backbone: nn.Module) -> bool:
-        return self.made_from.is_current([backbone])
+    def is_current(self, backbone: nn.Module, stored: torch.dtype) -> bool:
+        return self.stored == stored and self.made_from.is_current([backbone])
 
 
 class FusedLayers:
@@ -87,40 +139,62 @@ class FusedLayers:
             self._packed = None
 
     def get_or_pack(
-        self, adapter: BackboneAdapter, backbone: nn.Module
+        self, adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype = torch.float32
     ) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
-        """Return the L fused layers of a backbone on the CPU and None, or None and the reason against them."""
+        """Return the L fused layers of a backbone on the CPU and None, or None and the reason against them.
+
+        Args:
+            adapter, backbone: of the model.
+            stored: dtype of the packed weights; float32 stands for the dtype of the model.
+        """
         packed = self._packed
-        if packed is None or not packed.is_current(backbone):
+        if packed is None or not packed.is_current(backbone, stored):
             with self._lock:
                 packed = self._packed
-                if packed is None or not packed.is_current(backbone):
-                    packed = self._packed = _pack(adapter, backbone)
+                if packed is None or not packed.is_current(backbone, stored):
+                    packed = self._packed = _pack(adapter, backbone, stored)
         return packed.layers, packed.reason
 
-    def unsupported_reason(self, adapter: BackboneAdapter, backbone: nn.Module) -> str | None:
+    def unsupported_reason(
+        self, adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype = torch.float32
+    ) -> str | None:
         """Return the reason that `get_or_pack` would give, without packing."""
         packed = self._packed
-        if packed is not None and packed.is_current(backbone):
+        if packed is not None and packed.is_current(backbone, stored):
             return packed.reason
-        return layers_unsupported_reason(adapter, adapter.layers(backbone))  # type: ignore[arg-type]
+        layers: Any = adapter.layers(backbone)
+        return layers_unsupported_reason(adapter, layers) or stored_unsupported_reason(adapter, backbone, stored)
 
 
-def _pack(adapter: BackboneAdapter, backbone: nn.Module) -> _Packed:
+def _pack(adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype) -> _Packed:
     # fingerprints are taken first, so that a change during the check or the copy is detected at the next batch
     checked = ModuleFingerprint([backbone])
     layers: Any = tuple(adapter.layers(backbone))
-    reason = layers_unsupported_reason(adapter, layers)
+    reason = layers_unsupported_reason(adapter, layers) or stored_unsupported_reason(adapter, backbone, stored)
     if reason:
-        return _Packed(checked, None, reason)
+        return _Packed(checked, stored, None, reason)
     form, names, config = FORMS[type(adapter.names)], adapter.names, backbone.config
     parts = {layer: adapter.parts(layer) for layer in layers}
     copied = ModuleFingerprint(
         [backbone], [x for each in parts.values() for part in each for x in form.copied(part, names)]
     )
-    fused = {layer: _in_turn([form.pack(part, names, config) for part in each]) for layer, each in parts.items()}
+    try:
+        fused = {
+            layer: _in_turn([form.pack(part, names, config, stored) for part in each]) for layer, each in parts.items()
+        }
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _Packed(checked, stored, None, f"there is not enough memory for a packed copy of the weights: {error}")
     made_from = copied if checked.is_current([backbone]) else checked
-    return _Packed(made_from, tuple(fused[layer] for layer in layers), None)
+    return _Packed(made_from, stored, tuple(fused[layer] for layer in layers), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be allocated on the CPU."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("not enough memory", "can't allocate memory")
+    )
 
 
 def _in_turn(parts: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:

@@ -56,7 +56,8 @@ def _attention_unsupported_reason(module: Any) -> str | None:
     """Return why an attention module is not softmax(q k / sqrt(D)) v over tokens on both sides of a token, or None."""
     if getattr(module, "is_causal", False):
         return "is causal"
-    scaling, size = getattr(module, "scaling", None), getattr(module, "attention_head_size", None)
+    scaling = getattr(module, "scaling", None)
+    size = getattr(module, "attention_head_size", None) or getattr(module, "head_dim", None)
     if scaling is not None and size and not math.isclose(scaling, size**-0.5):
         return f"scales by {scaling:g}, expected 1 / sqrt({size})"
     return None

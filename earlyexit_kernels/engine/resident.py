@@ -2,67 +2,83 @@
 
     ids, mask -> pack -> embeddings -> [ layer -> exit -> plan -> move ] x L -> answers, in request order
 
-All shapes are those of a bucket, so the launches do not depend on the batch and a CUDA graph can hold them. The buffer
-of hidden states has two sides (see `ops.resident_exit`); other activations start at token 0.
+All shapes are those of a bucket, so the launches do not depend on the batch and a CUDA graph can hold them. The buffers
+of hidden states, and of what exits read, have two sides (see `ops.resident_exit`); other activations start at token 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from earlyexit_kernels.backbones import GatedLayerNames, column_positions
+from earlyexit_kernels.backbones import GatedLayerNames, LayerNames, column_positions
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
-from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource, RequestExits
-from earlyexit_kernels.engine.fused_bert import LayerWeights
+from earlyexit_kernels.engine.exits import RequestExits
 from earlyexit_kernels.engine.fused_layers import layers_unsupported_reason
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
+from earlyexit_kernels.engine.resident_exits import exits_of, exits_unsupported_reason, exits_with_scalar
+from earlyexit_kernels.engine.resident_postnorm import PostNormLayers
+from earlyexit_kernels.engine.resident_prenorm import PreNormLayers
 from earlyexit_kernels.engine.states import PackedStates
 from earlyexit_kernels.engine.view import ModelView
-from earlyexit_kernels.heads import ExitHeads
-from earlyexit_kernels.ops import bare_op, first_tokens_linear, rows_add_norm, rows_attention, rows_linear
+from earlyexit_kernels.ops import bare_op, rows_linear
 from earlyexit_kernels.ops.checks import FLOATS
 from earlyexit_kernels.ops.exit_call import ResidentExitCall
 from earlyexit_kernels.ops.resident_exit import COUNTS
 
 #: Tokens per tile: rows are compacted if that leaves fewer tiles.
 TILE_TOKENS = 128
-#: Rows per call of exits that torch modules compute, in every bucket: a library's products round depending on the size.
-EXIT_ROWS = 128
-#: Activations of a dense module in an exit that the kernels support.
-DENSE_ACTIVATIONS = ("gelu", "relu", "tanh")
-_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+class ResidentLayers(Protocol):
+    """The layers of a model in the buffers of a loop.
+
+    Attributes:
+        x: the buffers: `x.hidden` is the input of each layer and moves between them, `x.read` is what exits read.
+    """
+
+    @property
+    def x(self) -> Activations: ...
+
+    def begin(self, embedded: Tensor) -> Callable[[int], None]:
+        """Return a function that runs a 1-based layer on the live side; called with the embeddings ``[T, H]``."""
+
+
+#: Class of `BackboneAdapter.names` -> the layers of that form.
+LAYERS: dict[type, Any] = {LayerNames: PostNormLayers, GatedLayerNames: PreNormLayers}
 
 
 def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | None:
     """Return why `ResidentLoop` cannot run a model of this dtype, or None if it can."""
-    rule, shape = view.criterion.exit_rule, view.heads.config
+    rule = view.criterion.exit_rule
     if dtype not in FLOATS:
         return f"its kernels support float32, float16 and bfloat16, the model is {dtype}"
     if view.criterion.skip_from is not None:
         return f"criterion {view.criterion.name!r} skips layers, which the host decides"
     if rule.uses_keys:
         return f"criterion {rule.name!r} draws by a row's tokens, whose hash needs the host"
-    if view.exit_norm is not None:
-        return "the exits read the tokens through the norm at the end of the encoder"
-    if shape.form != "linear":
-        return "the exits attend to all tokens of a row"
-    if shape.reads == "mean" and (rule.needs is not None or shape.has_dense):
-        return "the exits apply more than a linear layer to the mean of the tokens"
-    if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
-        return f"the activation of the exits is {shape.activation!r}, supported are {DENSE_ACTIVATIONS}"
-    if isinstance(view.adapter.names, GatedLayerNames):
-        return f"its kernels do not support the gated layers of {view.adapter.model_type!r}"
-    return layers_unsupported_reason(view.adapter, view.layers) or _unsupported_module(view.roots, dtype)
+    return (
+        _layers_unsupported_reason(view)
+        or exits_unsupported_reason(view.heads.config, rule)
+        or _unsupported_module(view.roots, dtype)
+    )
+
+
+def _layers_unsupported_reason(view: ModelView) -> str | None:
+    """Return why the kernels would compute something else than the layers of a model, or None."""
+    if reason := layers_unsupported_reason(view.adapter, view.layers):
+        return reason
+    names = type(view.adapter.names)
+    if names not in LAYERS:
+        return f"its kernels do not support layers of {names.__name__}"
+    return LAYERS[names].unsupported_reason(view)
 
 
 def _unsupported_module(roots: Sequence[nn.Module], dtype: torch.dtype) -> str | None:
@@ -86,52 +102,6 @@ class Nodes(Protocol):
 
     def when(self, handle: int, body: Callable[[], None]) -> None:
         """Run `body` if the handle is not 0."""
-
-
-@dataclass(frozen=True)
-class DenseSource:
-    """Exits of a dense module on the first token and a last linear, computed by `ops.first_tokens_linear`.
-
-    Attributes:
-        heads: the exits.
-        features: ``[R, F]`` buffer.
-        backend: of the op.
-    """
-
-    heads: ExitHeads
-    features: Tensor
-    backend: str
-
-    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
-        dense, out = self.heads.dense_exit(layer)
-        first_tokens_linear(
-            states.hidden, dense.weight, dense.bias, states.offsets, row_ids, self.features,
-            activation=self.heads.config.activation, backend=self.backend,
-        )  # fmt: skip
-        return ExitInputs(self.features, out.weight, out.bias, None, None, "none")
-
-
-@dataclass(frozen=True)
-class ChunkedSource:
-    """Exits that torch modules compute from the first tokens, on `EXIT_ROWS` rows per call."""
-
-    source: ModuleSource
-
-    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
-        rows = row_ids.shape[0]
-        extra = -rows % EXIT_ROWS
-        row_ids, offsets = F.pad(row_ids, (0, extra), value=-1), F.pad(_readable(states).offsets, (0, extra))
-        parts: list[Any] = []
-        for start in range(0, rows, EXIT_ROWS):
-            own = states._replace(offsets=offsets[start : start + EXIT_ROWS + 1])
-            parts.append(self.source(layer, own, row_ids[start : start + EXIT_ROWS]))
-        hidden, aux = (torch.cat([getattr(part, name) for part in parts])[:rows] for name in ("hidden", "aux"))
-        return parts[0]._replace(hidden=hidden, aux=aux)
-
-
-def _readable(states: PackedStates) -> PackedStates:
-    """Return states in which every row has a first token to read; rows without tokens read any."""
-    return states._replace(offsets=states.offsets.clamp(max=states.hidden.shape[0] - 1))
 
 
 class ResidentLoop:
@@ -162,26 +132,19 @@ class ResidentLoop:
         self.pack = bare_op("pack_tokens", backend, self.device.type)
         self.exit = bare_op("resident_exit", exit_backend, self.device.type)
         self.move = bare_op("gather_rows", exit_backend, self.device.type)
-        self.weights = _layer_weights(view)
         self.widen = view.adapter.widen(view.backbone)
         # launches hold addresses: a graph reads them even after a parameter was given other memory
-        self.held = [x.detach() for module in view.roots for x in module.parameters()]
+        self.held = [x.detach() for module in view.roots for x in (*module.parameters(), *module.buffers())]
         self.batch, self.rows = BatchBuffers.new(bucket, self.device), RowBuffers.new(bucket, self.device)
-        self.activations = Activations.new(
-            bucket,
-            width=view.backbone.config.hidden_size,
-            inner=max(own.inner.weight.shape[0] for each in self.weights for own in each),
-            features=view.heads.features_size,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self.layers: ResidentLayers = LAYERS[type(view.adapter.names)].of(view, bucket, self.rows, backend)
+        self.activations = self.layers.x
         self.request = RequestExits.new(
             self.rule, rows=bucket.rows, classes=view.classes, depth=self.depth, device=self.device
         )
         self.first_state = self.request.state.clone()
         self.counts = torch.zeros(self.depth + 1, COUNTS, dtype=torch.int32, device=self.device)
         self.groups = _groups(self.rule, self.depth)
-        self.source = self._kernel_source()
+        self.source = exits_of(view.heads, self.activations, backend)
 
     @property
     def answers(self) -> Tensor:
@@ -237,8 +200,7 @@ class ResidentLoop:
     def _run(self, group: range, handle: int | None) -> None:
         """Run a group of layers and its exit, which sets a handle, if there is one, to whether rows are live."""
         for layer in group:
-            for own in self.weights[layer - 1]:
-                self._encode(own)
+            self.run_layer(layer)
         self._leave(group[-1], handle)
 
     def _begin(self) -> None:
@@ -249,7 +211,7 @@ class ResidentLoop:
             batch.size, batch.ids, batch.mask, batch.positions, batch.types,
             rows.found, rows.row_ids, rows.offsets, rows.tokens, self.counts[0, :4],
         )  # fmt: skip
-        ids, positions, types = rows.tokens[:, None]
+        ids, positions, types, _ = rows.tokens[:, None]
         embedded = view.adapter.embed(view.backbone, ids, positions, types)[0]
         first_side = self.activations.hidden[: self.bucket.tokens]
         if self.widen is None:
@@ -257,33 +219,16 @@ class ResidentLoop:
         else:
             weight, bias = self.widen.weight, self.widen.bias
             rows_linear(embedded, weight, bias, rows.offsets, first_side, backend=self.backend)
+        self.run_layer = self.layers.begin(embedded)
         self.request.state.copy_(self.first_state)
         if self.rule.needs is not None:
-            memory = ExitMemory(view.heads.first_memory(_readable(self._states()), self.rule.needs))
-            self.source = ChunkedSource(ModuleSource(view.heads, self.rule.needs, memory))
-
-    def _encode(self, own: LayerWeights) -> None:
-        """Run one encoder layer on the live side."""
-        kind, variant = own.activation
-        activation = _GELU[variant] if kind == "gelu" else kind
-        x, rows, backend, size = self.activations, self.rows, self.backend, own.inner.weight.shape[0]
-        offsets, inner = rows.offsets, x.inner.view(-1)[: self.bucket.tokens * size].view(-1, size)
-        weights, biases = zip(*own.projections, strict=True)
-        rows_linear(x.hidden, weights, biases, offsets, x.qkv, absolute=True, backend=backend)
-        rows_attention(x.qkv, offsets, rows.row_ids, own.heads, self.bucket.length, x.context, backend=backend)
-        rows_linear(x.context, *own.attention_out, offsets, x.middle, backend=backend)
-        rows_add_norm(
-            x.middle, x.hidden, *own.attention_norm, own.eps[0], offsets, x.context,
-            residual_absolute=True, backend=backend,
-        )  # fmt: skip
-        rows_linear(x.context, *own.inner, offsets, inner, activation=activation, backend=backend)
-        rows_linear(inner, *own.outer, offsets, x.middle, backend=backend)
-        rows_add_norm(x.middle, x.context, *own.norm, own.eps[1], offsets, x.hidden, out_absolute=True, backend=backend)
+            first = PackedStates(self.activations.hidden, rows.offsets, AttentionPlan(), view.exit_norm)
+            self.source = exits_with_scalar(view.heads, self.rule.needs, first)
 
     def _leave(self, layer: int, handle: int | None) -> None:
         """Run the exit of a layer, and move the live rows as planned."""
         rows, hidden = self.rows, self.activations.hidden
-        inputs = self.source(layer, self._states(), rows.row_ids)
+        inputs = self.source(layer, PackedStates(self.activations.read, rows.offsets, AttentionPlan()), rows.row_ids)
         call = self.request.call(layer, inputs, rows.row_ids, rows.offsets)._asdict()
         self.exit(
             *ResidentExitCall(
@@ -293,26 +238,6 @@ class ResidentLoop:
         )  # fmt: skip
         if layer < self.depth and self.bucket.rows > 1:  # a single row is never moved: it stays, or nothing is left
             self.move(hidden, rows.old_offsets, rows.source, rows.offsets, hidden)
-
-    def _kernel_source(self) -> ExitSource:
-        """Return the source of exits that the kernels compute; `_begin` replaces it for a rule that needs a scalar."""
-        heads, x = self.view.heads, self.activations
-        linear = heads.linear_exits(x.hidden.dtype)
-        return DenseSource(heads, x.features, self.backend) if linear is None else LinearSource(linear)
-
-    def _states(self) -> PackedStates:
-        return PackedStates(self.activations.hidden, self.rows.offsets, AttentionPlan())
-
-
-def _layer_weights(view: ModelView) -> list[list[LayerWeights]]:
-    """Return the weights of each layer, one list per distinct layer; a layer of ALBERT may have several parts."""
-    names: Any = view.adapter.names
-    layers, heads = view.layers, view.backbone.config.num_attention_heads
-    made = {
-        layer: [LayerWeights.of(part, names, heads) for part in view.adapter.parts(layer)]
-        for layer in dict.fromkeys(layers)
-    }
-    return [made[layer] for layer in layers]
 
 
 def _groups(rule: Criterion, depth: int) -> list[range]:

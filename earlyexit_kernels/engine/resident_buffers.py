@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.engine.view import ModelView
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -49,10 +51,11 @@ class RowBuffers:
     """The packed rows, and the plan of a compaction.
 
     Attributes:
-        tokens: ``[3, T]`` int64: ids, positions and types of the packed tokens.
+        tokens: ``[4, T]`` int64: ids, positions, types and columns of the packed tokens, before any row has left.
         found: ``[2, R]`` int32, scratch of `ops.pack_tokens`.
         row_ids, source: ``[R]`` int32, as in `ops.resident_exit`.
         offsets, old_offsets: ``[R + 1]`` int32, as in `ops.resident_exit`.
+        starts: ``[R + 1]`` int32, the offsets before any row has left: the first of the `tokens` of each request row.
     """
 
     tokens: Tensor
@@ -61,13 +64,14 @@ class RowBuffers:
     source: Tensor
     offsets: Tensor
     old_offsets: Tensor
+    starts: Tensor
 
     @staticmethod
     def new(bucket: Bucket, device: torch.device) -> RowBuffers:
         """Return buffers of zeros."""
         rows = bucket.rows
-        tokens = torch.zeros(3, bucket.tokens, dtype=torch.int64, device=device)
-        shapes = ((2, rows), (rows,), (rows,), (rows + 1,), (rows + 1,))
+        tokens = torch.zeros(4, bucket.tokens, dtype=torch.int64, device=device)
+        shapes = ((2, rows), (rows,), (rows,), (rows + 1,), (rows + 1,), (rows + 1,))
         return RowBuffers(tokens, *(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
 
 
@@ -77,23 +81,50 @@ class Activations:
 
     Attributes:
         hidden: ``[2 T, H]``, two sides.
+        read: ``[2 T, H]``, what the exits read: `hidden`, or in pre-norm encoders these behind the norm at their end.
         qkv, context, middle, inner: ``[T, 3 H]``, ``[T, H]``, ``[T, H]`` and ``[T, I]``.
+        wide: ``[T, 2 I]`` of gated feed-forward layers, else ``[T, 0]``.
         features: ``[R, F]`` of exits with a dense module.
     """
 
     hidden: Tensor
+    read: Tensor
     qkv: Tensor
     context: Tensor
     middle: Tensor
     inner: Tensor
+    wide: Tensor
     features: Tensor
 
     @staticmethod
-    def new(
-        bucket: Bucket, *, width: int, inner: int, features: int, dtype: torch.dtype, device: torch.device
-    ) -> Activations:
-        """Return buffers of zeros for H, the largest I, and F."""
-        tokens = bucket.tokens
-        shapes = ((2 * tokens, width), (tokens, 3 * width), (tokens, width), (tokens, width), (tokens, inner))
-        every = (*shapes, (bucket.rows, features))
-        return Activations(*(torch.zeros(shape, dtype=dtype, device=device) for shape in every))
+    def new(bucket: Bucket, view: ModelView, *, inner: int, pre_norm: bool = False) -> Activations:
+        """Return buffers of zeros.
+
+        Args:
+            bucket: the largest batch.
+            view: of the model, for its widths, dtype and device.
+            inner: the largest I.
+            pre_norm: whether `read` and `wide` are used.
+        """
+        tokens, width = bucket.tokens, view.backbone.config.hidden_size
+        like = next(view.backbone.parameters())
+
+        def buffer(rows: int, columns: int) -> Tensor:
+            return torch.zeros(rows, columns, dtype=like.dtype, device=like.device)
+
+        hidden = buffer(2 * tokens, width)
+        return Activations(
+            hidden=hidden,
+            read=buffer(2 * tokens, width) if pre_norm else hidden,
+            qkv=buffer(tokens, 3 * width),
+            context=buffer(tokens, width),
+            middle=buffer(tokens, width),
+            inner=buffer(tokens, inner),
+            wide=buffer(tokens, 2 * inner * pre_norm),
+            features=buffer(bucket.rows, view.heads.features_size),
+        )
+
+
+def of_width(buffer: Tensor, width: int) -> Tensor:
+    """Return ``[T, width]`` in the memory of a buffer ``[T, W]``, for layers narrower than the widest."""
+    return buffer.view(-1)[: buffer.shape[0] * width].view(-1, width)

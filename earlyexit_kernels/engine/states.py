@@ -32,12 +32,6 @@ class PackedStates(NamedTuple):
         """B."""
         return self.offsets.shape[0] - 1
 
-    def pooled(self, pooling: str) -> Tensor:
-        """Return one vector ``[B, H]`` per row, as in `RowStates`; if it is a token's, only these pass the norm."""
-        if pooling == "mean":
-            return self.pool(self.tokens, pooling)
-        return normed(self.norm, self.pool(self.hidden, pooling))
-
     def pool(self, tokens: Tensor, pooling: str) -> Tensor:
         """Return one vector ``[B, F]`` per row of tokens ``[T, F]``, as in `RowStates`."""
         if pooling == "mean":
@@ -67,12 +61,6 @@ class PaddedStates(NamedTuple):
     def rows(self) -> int:
         """N."""
         return self.hidden.shape[0]
-
-    def pooled(self, pooling: str) -> Tensor:
-        """Return one vector ``[N, H]`` per row, as in `RowStates`."""
-        if pooling == "mean":
-            return self.pool(self.tokens, pooling)
-        return normed(self.norm, self.pool(self.hidden, pooling))
 
     def pool(self, tokens: Tensor, pooling: str) -> Tensor:
         """Return one vector ``[N, F]`` per row of tokens ``[N, S, F]``, as in `RowStates`."""

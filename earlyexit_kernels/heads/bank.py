@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from earlyexit_kernels.heads.attention import AttentionFeatures, Projection, SkipGate
 from earlyexit_kernels.heads.config import HeadConfig, bank_sizes
 from earlyexit_kernels.heads.halting import HaltingHead
-from earlyexit_kernels.types import RowStates
+from earlyexit_kernels.types import RowStates, pooled
 
 #: Bank of modules -> the part of the model in a training phase; other banks belong to the exit of each layer.
 PARTS_OF_BANK = {
@@ -145,7 +145,7 @@ class ExitHeads(nn.Module):
         if self.config.remembers and needs in ("halting", "all"):
             memory["features"] = states.hidden.new_zeros(states.rows, self.features_size)
         if needs in ("hidden_cosine", "all"):
-            memory["pooled"] = states.pooled(self.config.reads).float()
+            memory["pooled"] = pooled(states, self.config.reads).float()
         return memory
 
     def forward(
@@ -230,12 +230,12 @@ class ExitHeads(nn.Module):
         if len(self.attention):
             return _module_for(layer, self.attention)(states)
         if not len(self.dense):
-            pooled = states.pooled(self.config.reads)
-            return pooled.to(states.hidden.dtype) if self.training else pooled, None
+            vectors = pooled(states, self.config.reads)
+            return vectors.to(states.hidden.dtype) if self.training else vectors, None
         if self.config.family_pooling == "late":
             each = self._after_dense(layer, states.tokens)
             return states.pool(each, "mean").to(each.dtype), None
-        return self._after_dense(layer, states.pooled(self.config.reads).to(states.hidden.dtype)), None
+        return self._after_dense(layer, pooled(states, self.config.reads).to(states.hidden.dtype)), None
 
     def _after_dense(self, layer: int, x: Tensor) -> Tensor:
         """Return the output of the dense module, its activation and its norm."""
@@ -246,7 +246,7 @@ class ExitHeads(nn.Module):
     def _new_memory(self, memory: Mapping[str, Tensor], features: Tensor, states: RowStates) -> dict[str, Tensor]:
         new = {"features": features} if "features" in memory else {}
         if "pooled" in memory:
-            new["pooled"] = states.pooled(self.config.reads).float()
+            new["pooled"] = pooled(states, self.config.reads).float()
         return new
 
     def _drop(self, x: Tensor, reader: nn.Module) -> Tensor:

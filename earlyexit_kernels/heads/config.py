@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from transformers.activations import ACT2FN
 
 from earlyexit_kernels.arguments import Check, check_fields, choice, flag, number, whole
+from earlyexit_kernels.types import FAMILY_POOLINGS, POOLINGS
 
 #: Check of each field except `activation`, which is a name of the table of transformers.
 CHECKS: dict[str, Check] = {
-    "pooling": choice(None, "first", "mean", "last"),
-    "family_pooling": choice("first", "mean", "last", "late"),
+    "pooling": choice(None, *POOLINGS),
+    "family_pooling": choice(*FAMILY_POOLINGS),
     "form": choice("linear", "attention"),
     "exit_dense": choice("shared", "own"),
     "halting_input": choice("single", "concat", "diff"),

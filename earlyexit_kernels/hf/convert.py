@@ -176,13 +176,12 @@ def _given_by_stock(stock: StockHead, names: dict[str, Any], pooling: str | None
     """Return the fields of `HeadConfig` that follow from a stock head.
 
     Raises:
-        ValueError: a pooling that is of no use for the family.
+        ValueError: a pooling that there is not, or that is of no use for the family.
     """
-    useless, useful = ("first", "last") if stock.pooling == "last" else ("last", "first")
-    if pooling == useless:
+    useful = (None, "mean", "last" if stock.pooling == "last" else "first")
+    if pooling not in useful:
         raise ValueError(
-            f"to_early_exit: expected pooling to be one of {(None, 'mean', useful)} for a {config.model_type} model, "
-            f"got {pooling!r}"
+            f"to_early_exit: pooling: expected one of {useful} for a {config.model_type} model, got {pooling!r}"
         )
     given = {
         "pooling": stock.pooling if stock.dense is None and pooling is None else pooling,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,23 +12,20 @@ from torch import Tensor
 from earlyexit_kernels import backends
 from earlyexit_kernels.criteria import RULES, check_known, resolve_backend, supported_backends
 from earlyexit_kernels.engine import eager
-from earlyexit_kernels.engine.choice import ENGINES, Choice, Explanation, fastest
+from earlyexit_kernels.engine.choice import ENGINES, REQUESTED, Choice, Explanation, fastest
 from earlyexit_kernels.engine.embedding import embed_rows
 from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
-from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason
-from earlyexit_kernels.engine.fused_layers import FusedLayers
 from earlyexit_kernels.engine.graphs import CaptureError, Graphs
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.invalid import InvalidRows
 from earlyexit_kernels.engine.replay import replay
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
+from earlyexit_kernels.hf.layer_choice import LayerChoice
 from earlyexit_kernels.types import Answers, ExitOutput, ExitTrace
 
 logger = logging.getLogger("earlyexit_kernels")
 
-LAYER_KINDS = ("auto", "family", "fused")
-REQUESTED = "it was requested"
 IN_TRAINING = "the model is in train mode, where every row runs all layers; call model.eval()"
 
 
@@ -43,19 +39,19 @@ class Execution:
         layer_macs: multiply-adds of one encoder layer on one token.
 
     Attributes:
-        fused: packed weights of fused layers.
+        layers: the kind of encoder layers, and their packed weights.
         graphs: captured CUDA graphs.
         invalid: count of rows with invalid logits.
         logged: messages about automatic choices and fallbacks, each of which is logged once.
     """
 
     def __init__(self, layer_macs: int) -> None:
-        self.fused = FusedLayers()
+        self.layers = LayerChoice()
         self.graphs = Graphs()
         self.invalid = InvalidRows()
         self.logged: set[str] = set()
         self._layer_macs = layer_macs
-        self._backend = self._engine = self._layers = self._compaction = "auto"
+        self._backend = self._engine = self._compaction = "auto"
 
     @property
     def compaction(self) -> str:
@@ -104,27 +100,16 @@ class Execution:
         self._engine = engine
         self.graphs.forget()
 
-    def set_layers(self, view: ModelView, layers: str) -> None:
-        """Choose the kind of encoder layers; see the model's method."""
-        _check_option("layers", layers, LAYER_KINDS)
-        before, self._layers = self._layers, layers
-        self.fused.forget()
-        try:
-            self.layer_kind(view)
-        except BackendUnavailableError:
-            self._layers = before
-            raise
-
     def refresh(self) -> None:
         """Drop packed weights and CUDA graphs."""
-        self.fused.forget()
+        self.layers.fused.forget()
         self.graphs.forget()
 
     def explain(self, view: ModelView, rows: int, length: int, *, training: bool) -> Explanation:
         """Return how a batch ``[N, S]`` would run in train or eval mode. Changes nothing."""
         if training:
             return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend(view))
-        layers = self.layer_kind(view)
+        layers = self.layers.kind(view)
         return Explanation(self.choose_engine(view, rows, length, check_stale=True), layers, self.backend(view))
 
     @torch.no_grad()
@@ -175,7 +160,7 @@ class Execution:
             strict=strict,
             layer_macs=self._layer_macs,
         )
-        layers = self.encoder_layers(view)
+        layers = self.layers.layers(view)
         parts = view.heads, view.criterion, view.classes
         return eager.start(hidden, batch, layers, *parts, options, keys, view.exit_norm, request)
 
@@ -225,7 +210,7 @@ class Execution:
         if not inputs.rows:
             return _no_exits(view, problem_type, with_keys=with_keys, training=training)
         hidden, batch, keys, request = embed_rows(view, inputs, with_keys=with_keys)
-        layers = view.layers if training else self.encoder_layers(view)
+        layers = view.layers if training else self.layers.layers(view)
         trace = trace_exits(hidden, batch, layers, view.heads, options, keys, view.exit_norm, request)
         self.invalid.add_pass(trace.logits, strict, training=training)
         return dataclasses.replace(trace, problem_type=problem_type)
@@ -287,46 +272,6 @@ class Execution:
             return "back-end 'torch' reads counts from the device, which a graph cannot do"
         return self.graphs.unsupported_reason(view, backend, rows, length, check_stale=check_stale)
 
-    def layer_kind(self, view: ModelView) -> Choice:
-        """Return the kind of encoder layers of the next batch, ``"fused"`` or ``"family"``, and why. Packs nothing."""
-        _, reason = self._fused_layers(view, pack=False)
-        if reason:
-            return Choice("family", reason)
-        return Choice("fused", REQUESTED if self._layers == "fused" else "they are supported and faster")
-
-    def encoder_layers(self, view: ModelView) -> Sequence[Callable[..., Any]]:
-        """Return the L encoder layers of eval mode, ``layer(hidden, plan=...)``.
-
-        Raises:
-            BackendUnavailableError: fused layers were requested and are no longer supported.
-        """
-        fused, reason = self._fused_layers(view, pack=True)
-        if self._layers == "auto" and (reason or "fused") not in self.logged:
-            self.logged.add(reason or "fused")
-            _log_layers(view, reason)
-        return view.layers if fused is None else fused
-
-    def _fused_layers(self, view: ModelView, *, pack: bool) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
-        """Return the fused layers, if `pack` is set, and the reason against them or None.
-
-        Raises:
-            BackendUnavailableError: they were requested and are not supported.
-        """
-        if self._layers == "family":
-            return None, REQUESTED
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return None, "autocast or torch.compile is active"
-        layers, reason = None, None
-        if (kind := view.backbone.device.type) != "cpu":
-            reason = f"fused layers run on the CPU, the model is on {kind!r}"
-        elif pack:
-            layers, reason = self.fused.get_or_pack(view.adapter, view.backbone)
-        else:
-            reason = self.fused.unsupported_reason(view.adapter, view.backbone)
-        if reason and self._layers == "fused":
-            raise BackendUnavailableError(f"layers 'fused' cannot run here: {reason}; use 'auto' or 'family'")
-        return layers, reason
-
     def _log_once(self, level: int, message: str, error: BaseException | None = None) -> None:
         """Log a message, with the traceback of an error, if it has not been logged."""
         if message not in self.logged:
@@ -360,17 +305,6 @@ def _requested(backend: str, view: ModelView) -> str:
             f"backend {backend!r} does not support a float64 model; use 'auto' or 'torch', or call model.float()"
         )
     return "torch" if is_float64 else backend
-
-
-def _log_layers(view: ModelView, reason: str | None) -> None:
-    """Log which layers 'auto' chose, as a warning if an optional part is missing."""
-    if reason:
-        logger.info("layers 'auto' chose 'family': %s", reason)
-        return
-    dtype = view.backbone.dtype
-    missing = onednn_unsupported_reason(dtype)
-    level = logging.WARNING if missing and dtype == torch.float32 else logging.INFO
-    logger.log(level, "layers 'auto' chose 'fused'%s", f" with torch's own products: {missing}" if missing else "")
 
 
 def _no_answers(view: ModelView) -> ExitOutput:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 MAX_LAYERS = 512
 MAX_WIDTH = 32_768
 MAX_INNER_WIDTH = 4 * MAX_WIDTH
@@ -32,8 +34,6 @@ BACKBONE = {
 }
 MAY_BE_ZERO = ("type_vocab_size",)
 LABELS = {"num_labels": MAX_LABELS}
-#: Families whose feed-forward part multiplies two products before the third.
-GATED = ("modernbert", "eurobert", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 HEADS = {"width": MAX_WIDTH, "attention_heads": MAX_ATTENTION_HEADS, "halting_layers": MAX_HALTING_LAYERS}
 
 
@@ -68,22 +68,26 @@ def check_backbone_sizes(config: Any) -> None:
     if getattr(config, "num_hidden_groups", None):
         layers = config.num_hidden_groups * config.inner_group_num
     rows = config.vocab_size + config.max_position_embeddings
-    parameters = layers * linear_weights_per_layer(config)
+    parameters = layers * _weights_per_layer(config)
     parameters += rows * (getattr(config, "embedding_size", None) or config.hidden_size)
     if parameters > MAX_PARAMETERS:
         raise ValueError(
-            f"backbone_config: expected an encoder of at most {MAX_PARAMETERS:,} parameters, its sizes give "
+            f"backbone_config: expected an encoder of at most {MAX_PARAMETERS:,} parameters, its sizes give about "
             f"{parameters:,}; do not trust this checkpoint"
         )
 
 
-def linear_weights_per_layer(config: Any) -> int:
-    """Return the number of weights in the linears of one encoder layer, which is its multiply-adds per token."""
+def _weights_per_layer(config: Any) -> int:
+    """Return about how many weights a layer of these sizes has; its feed-forward part is taken for a gated one."""
     width, queries, heads = config.hidden_size, query_width(config), config.num_attention_heads
     shared = queries * (getattr(config, "num_key_value_heads", None) or heads) // heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
-    products = 3 if config.model_type in GATED else 2
-    return 2 * width * (queries + shared) + products * width * inner
+    return 2 * width * (queries + shared) + 3 * width * inner
+
+
+def linear_weights(*modules: Any) -> int:
+    """Return the number of weights in the linears of some modules, which is their multiply-adds per token."""
+    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def query_width(config: Any) -> int:

@@ -25,7 +25,7 @@ from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.execution import Execution, full_depth_output
 from earlyexit_kernels.hf.inputs import check_batch, check_model_inputs, refuse_states, shape_of_ids
 from earlyexit_kernels.hf.labels import check_labels
-from earlyexit_kernels.hf.limits import linear_weights_per_layer
+from earlyexit_kernels.hf.limits import linear_weights
 from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.phase_state import PhaseState
 from earlyexit_kernels.objectives import Objective, PhaseSpec, mean_task_loss, objective_of
@@ -87,7 +87,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         config._attn_implementation, encoder._attn_implementation = PACKED_ATTENTION, attention_of(self.adapter)
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig.from_dict(config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self.execution = Execution(linear_weights_per_layer(encoder))
+        self.execution = Execution(linear_weights(self.adapter.layers(backbone)[0]))
         self.phase_state = PhaseState()
         self.set_objective(objective_of(config.method))
         self.set_criterion(config.exit_criterion())
@@ -179,22 +179,22 @@ class EarlyExitForSequenceClassification(Checkpointed):
     @property
     def layer_kind(self) -> str:
         """The kind of encoder layers of the next batch in eval mode, ``"fused"`` or ``"family"``."""
-        return self.execution.layer_kind(self.view()).name
+        return self.execution.layers.kind(self.view()).name
 
-    def set_layers(self, layers: str) -> None:
+    def set_layers(self, layers: str, *, weights: str = "float32") -> None:
         """Choose the encoder layers of eval mode; training always runs those of the family.
 
         Args:
-            layers: ``"family"``: the layers of transformers. ``"fused"``: the same function, up to rounding, in fewer
-                steps, on the CPU, for layers of the form of BERT's or ModernBERT's, from packed copies of the weights,
-                which take about as much memory again, and are made again after a change of the weights; see `refresh`.
-                ``"auto"``: fused where supported. Under autocast and `torch.compile` those of the family always run.
+            layers: ``"family"``: those of transformers. ``"fused"``: the same function, up to rounding, on the CPU, for
+                layers of BERT's or ModernBERT's form, from packed copies of the weights, made again after a change
+                (see `refresh`). ``"auto"``: fused where supported. Autocast and `torch.compile` run the family's.
+            weights: of the copies, with ``"fused"``: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"int8"``.
 
         Raises:
-            ValueError: an unknown name.
-            BackendUnavailableError: ``"fused"``, and this model does not support them; the message has the reason.
+            ValueError: an unknown name, or `weights` without ``"fused"``.
+            BackendUnavailableError: ``"fused"``, which cannot run here; the message says why.
         """
-        self.execution.set_layers(self.view(), layers)
+        self.execution.layers.set(self.view(), layers, weights)
 
     @property
     def compaction(self) -> str:

@@ -9,15 +9,20 @@ from earlyexit_kernels.ops.exit_call import ExitCall
 from earlyexit_kernels.ops.exit_step import exit_step
 from earlyexit_kernels.ops.first_tokens_linear import first_tokens_linear
 from earlyexit_kernels.ops.pack_tokens import pack_tokens
+from earlyexit_kernels.ops.packed_layer import PackedWeights, pack_weights, packed_layer
 from earlyexit_kernels.ops.resident_exit import resident_exit
 from earlyexit_kernels.ops.rows_add_norm import rows_add_norm
 from earlyexit_kernels.ops.rows_attention import rows_attention
+from earlyexit_kernels.ops.rows_glu import rows_glu
 from earlyexit_kernels.ops.rows_linear import rows_linear
+from earlyexit_kernels.ops.rows_mean import rows_mean
+from earlyexit_kernels.ops.rows_rotary import rows_rotary
 from earlyexit_kernels.ops.schema import bare_op
 
 __all__ = [
     "EncoderWeights",
     "ExitCall",
+    "PackedWeights",
     "bare_op",
     "compact",
     "encoder_layer",
@@ -25,8 +30,13 @@ __all__ = [
     "first_tokens_linear",
     "gather_rows",
     "pack_tokens",
+    "pack_weights",
+    "packed_layer",
     "resident_exit",
     "rows_add_norm",
     "rows_attention",
+    "rows_glu",
     "rows_linear",
+    "rows_mean",
+    "rows_rotary",
 ]

@@ -22,7 +22,7 @@ MAX_INT32 = torch.iinfo(torch.int32).max
 not_traced = torch.compiler.disable
 
 
-def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None) -> None:
+def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None, of: str = "answers") -> None:
     """Raise ValueError if row ids on the CPU repeat, or exceed the number of requests.
 
     Like all checks of values this one is for the CPU only; on CUDA it would synchronise with the device.
@@ -31,6 +31,7 @@ def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None) -> None:
         op: for the message.
         row_ids: ``[B]``; negative for rows that have left.
         requests: N, or None for any number.
+        of: the tensor that has N rows.
     """
     # numpy is several times as fast as torch on a few numbers
     ids = row_ids.numpy()
@@ -39,7 +40,7 @@ def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None) -> None:
         return
     present.sort()
     if requests is not None and present[-1] >= requests:
-        raise ValueError(f"{op}: expected row_ids below the {requests} rows of answers, got {present[-1]}")
+        raise ValueError(f"{op}: expected row_ids below the {requests} rows of {of}, got {present[-1]}")
     same = present[1:] == present[:-1]
     if same.any():
         raise ValueError(
@@ -199,3 +200,35 @@ def check_tensor(
         raise ValueError(f"{op}: expected {name}, which is written, to be contiguous, got strides {tensor.stride()}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the rest on {device}; use one device")
+
+
+def check_starts(op: str, starts: Tensor, offsets: Tensor, row_ids: Tensor, *, longest: int, tokens: int) -> None:
+    """Raise ValueError if `starts` on the CPU do not give every present row as many tokens as it has.
+
+    Args:
+        op: for the message.
+        starts: ``[N]`` int32, by row id: the row's first token among those in their order before any row has moved.
+        offsets, row_ids: of the present rows, valid.
+        longest: maximum number of tokens of a row.
+        tokens: number of tokens in that order.
+    """
+    check_tensor(op, "starts", starts, (None,), INT32, device=offsets.device)
+    if offsets.device.type != "cpu" or not row_ids.numel():
+        return
+    check_row_ids(op, row_ids, requests=starts.shape[0], of="starts")
+    present = row_ids >= 0
+    lengths, first = offsets.diff()[present].long(), starts[row_ids[present].long()].long()
+    check_longest(op, lengths, longest)
+    if lengths.numel() and (int(first.min()) < 0 or int((first + lengths).max()) > tokens):
+        raise ValueError(
+            f"{op}: expected starts of rows within {tokens} tokens, got tokens {int(first.min())} to "
+            f"{int((first + lengths).max())}; pass the offsets of the rows before any has left"
+        )
+
+
+def check_longest(op: str, lengths: Tensor, longest: int) -> None:
+    """Raise ValueError if a present row is longer than `longest`."""
+    if lengths.numel() and int(lengths.max()) > longest:
+        raise ValueError(
+            f"{op}: expected rows of at most {longest} tokens, got {int(lengths.max())}; pass the maximum length"
+        )

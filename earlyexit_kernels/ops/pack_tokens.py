@@ -1,6 +1,6 @@
 """Packing of the tokens of a batch on the device, without synchronisation.
 
-    ids [R, S] -> ids [T] of the kept tokens, their positions and types, offsets [R + 1] and row ids [R]
+    ids [R, S] -> ids [T] of the kept tokens, their positions, types and columns, offsets [R + 1] and row ids [R]
 
 A row without any token keeps its first one, as in `packing.pack`. The buffer beyond the kept tokens is not written.
 """
@@ -62,7 +62,7 @@ def pack_tokens_kernel(
     found,  # [2, R] int32, as count_tokens_kernel leaves it
     row_ids,  # [R] int32
     offsets,  # [R + 1] int32
-    tokens,  # [3, T] int64: ids, positions, types
+    tokens,  # [4, T] int64: ids, positions, types, columns
     counts,  # [4] int32
     rows,  # R
     width,  # S
@@ -102,6 +102,7 @@ def pack_tokens_kernel(
         given = tl.load(positions + at, mask=kept, other=0)
         tl.store(to + capacity, tl.where(has_positions > 0, given, c), mask=kept)
         tl.store(to + 2 * capacity, tl.load(types + at, mask=kept, other=0) * has_types, mask=kept)
+        tl.store(to + 3 * capacity, c, mask=kept)
         place += tl.sum(keep, 0)
         start += BLOCK
 
@@ -153,7 +154,7 @@ def pack_tokens_torch(
     offsets[1:] = keep.sum(dim=1).cumsum(0)
     kept = offsets[-1]
     columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    values = (ids, positions if has_positions else columns, types if has_types else torch.zeros_like(types))
+    values = (ids, positions if has_positions else columns, types if has_types else torch.zeros_like(types), columns)
     tokens[:, : int(kept)] = torch.stack([x[keep] for x in values])
     counts.copy_(torch.stack((batch[0], kept, ((found[0, :n] > 0) & (found[1, :n] == 0)).sum(), kept)))
 
@@ -185,7 +186,8 @@ def pack_tokens(
         found: ``[2, R]`` int32. **Changed** to the kept tokens of each row, and whether its first token is one of them.
         row_ids: ``[R]`` int32. **Changed** to 0 .. N - 1, then -1.
         offsets: ``[R + 1]`` int32. **Changed** to those of the packed rows.
-        tokens: ``[3, T]`` int64, T at least R S. **Changed**: ids, positions and types of the packed tokens, first.
+        tokens: ``[4, T]`` int64, T at least R S. **Changed**: ids, positions, types and columns of the packed tokens,
+            first.
         counts: ``[4]`` int32. **Changed** to the number of rows, their tokens, the rows whose first token is masked
             though others are not, and their tokens again.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -201,7 +203,7 @@ def pack_tokens(
     >>> ids, mask = torch.tensor([[7, 8, 9], [4, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
     >>> ints = lambda *shape: torch.zeros(shape, dtype=torch.int32)
     >>> found, row_ids, offsets, counts = ints(2, 2), ints(2), ints(3), ints(4)
-    >>> tokens, unused = torch.zeros(3, 6, dtype=torch.int64), torch.zeros_like(ids)
+    >>> tokens, unused = torch.zeros(4, 6, dtype=torch.int64), torch.zeros_like(ids)
     >>> ee.ops.pack_tokens(
     ...     batch=torch.tensor([2, 3, 1, 0, 0], dtype=torch.int32), ids=ids, mask=mask, positions=unused, types=unused,
     ...     found=found, row_ids=row_ids, offsets=offsets, tokens=tokens, counts=counts,
@@ -230,12 +232,12 @@ def _checked(op: str, read: dict[str, Tensor], written: dict[str, Tensor]) -> li
         ("found", (2, rows), INT32),
         ("row_ids", (rows,), INT32),
         ("offsets", (rows + 1,), INT32),
-        ("tokens", (3, None), INT64),
+        ("tokens", (4, None), INT64),
         ("counts", (4,), INT32),
     ):
         check_tensor(op, name, written[name], shape, dtypes, written=True, device=device)
     if (capacity := written["tokens"].shape[1]) < rows * width:
-        raise ValueError(f"{op}: expected tokens [3, T] with T >= {rows * width}, got T {capacity}")
+        raise ValueError(f"{op}: expected tokens [4, T] with T >= {rows * width}, got T {capacity}")
     if device.type == "cpu":
         n, s = read["batch"][:2].tolist()
         if not (0 <= n <= rows and 0 <= s <= width):

@@ -16,13 +16,16 @@ WARP_WIDTH, MAX_WARPS = 256, 8
 
 @jit
 def rows_add_norm_kernel(
-    x,  # [T, H]
+    x,  # [T, H]; read with HAS_X
     residual,  # [T, H], or [2 T, H]
     weight,  # [H]
     bias,  # [H]
     offsets,  # [R + 1] int32
     out,  # [T, H], or [2 T, H]
+    total,  # like residual; written with HAS_TOTAL
     rows,  # R
+    HAS_X: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
     EPS: tl.constexpr,
     RESIDUAL_ABSOLUTE: tl.constexpr,
     OUT_ABSOLUTE: tl.constexpr,
@@ -41,8 +44,13 @@ def rows_add_norm_kernel(
             source = token + first
         if OUT_ABSOLUTE:
             target = token + first
-        y = tl.load(x + token * H + h, mask=real, other=0.0).to(tl.float32)
-        y += tl.load(residual + source * H + h, mask=real, other=0.0).to(tl.float32)
+        y = tl.load(residual + source * H + h, mask=real, other=0.0).to(tl.float32)
+        if HAS_X:
+            y += tl.load(x + token * H + h, mask=real, other=0.0).to(tl.float32)
+        if HAS_TOTAL:
+            rounded = y.to(total.dtype.element_ty)
+            tl.store(total + source * H + h, rounded, mask=real)
+            y = rounded.to(tl.float32)
         y = tl.where(real, y - tl.sum(y, 0) / H, 0.0)
         y = y / tl.sqrt(tl.sum(y * y, 0) / H + EPS)
         y = y * tl.load(weight + h, mask=real, other=0.0).to(tl.float32)
@@ -51,7 +59,7 @@ def rows_add_norm_kernel(
 
 
 def rows_add_norm_triton(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -60,19 +68,23 @@ def rows_add_norm_triton(
     out: Tensor,
     residual_absolute: bool,
     out_absolute: bool,
+    total: Tensor | None = None,
 ) -> None:
     """Launch `rows_add_norm_kernel` with one program per token of the capacity."""
-    capacity, width = x.shape
+    capacity, width = out.shape[0] // (2 if out_absolute else 1), out.shape[1]
     block = 1 << (width - 1).bit_length()
-    if x.numel():
+    if out.numel():
         rows_add_norm_kernel[(capacity,)](
-            x,
+            residual if x is None else x,
             residual,
             weight,
             bias,
             offsets,
             out,
+            out if total is None else total,
             offsets.numel() - 1,
+            HAS_X=x is not None,
+            HAS_TOTAL=total is not None,
             EPS=eps,
             RESIDUAL_ABSOLUTE=residual_absolute,
             OUT_ABSOLUTE=out_absolute,
@@ -85,7 +97,7 @@ def rows_add_norm_triton(
 
 @torch.no_grad()
 def rows_add_norm_torch(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -94,20 +106,26 @@ def rows_add_norm_torch(
     out: Tensor,
     residual_absolute: bool,
     out_absolute: bool,
+    total: Tensor | None = None,
 ) -> None:
     """`rows_add_norm` in torch, the reference of the Triton back-end; synchronises to read the token count."""
     first, end = int(offsets[0]), int(offsets[-1])
     absolute, relative = slice(first, end), slice(0, end - first)
     source, target = (absolute if there else relative for there in (residual_absolute, out_absolute))
-    y = x[relative].float() + residual[source].float()
-    out[target] = F.layer_norm(y, x.shape[1:], weight.float(), bias.float(), eps).to(out.dtype)
+    y = residual[source].float()
+    if x is not None:
+        y = y + x[relative].float()
+    if total is not None:
+        total[source] = y.to(total.dtype)
+        y = total[source].float()
+    out[target] = F.layer_norm(y, out.shape[1:], weight.float(), bias.float(), eps).to(out.dtype)
 
 
 define("rows_add_norm", ROWS_ADD_NORM, implementations={"torch": rows_add_norm_torch, "triton": rows_add_norm_triton})
 
 
 def rows_add_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -117,6 +135,7 @@ def rows_add_norm(
     *,
     residual_absolute: bool = False,
     out_absolute: bool = False,
+    total: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Write ``layer_norm(x + residual)`` of the present tokens, the first ``offsets[-1] - offsets[0]`` of `x`.
@@ -124,13 +143,16 @@ def rows_add_norm(
     Sum, mean and variance are float32. With Triton the result of a token does not depend on other tokens, bit for bit.
 
     Args:
-        x: ``[T, H]``, the present tokens first; float32, float16 or bfloat16, like all tensors but `offsets`.
+        x: ``[T, H]``, the present tokens first; float32, float16 or bfloat16, like all tensors but `offsets`. None adds
+            nothing: the norm is that of `residual`.
         residual: ``[T, H]``, the present tokens first; with `residual_absolute` ``[2 T, H]``, from ``offsets[0]`` on.
         weight, bias: ``[H]``, of the norm.
         eps: of the norm.
         offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, since that would synchronise.
         out: shaped like `residual`, with `out_absolute`; it may be `x` or `residual` itself if a token has the same
             position in both. **Changed** for the present tokens.
+        total: shaped like `residual`, which it may be, or None. **Changed** for the present tokens to ``x + residual``,
+            with which pre-norm layers go on; the norm is then that of the rounded sum.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
@@ -148,36 +170,47 @@ def rows_add_norm(
     """
     op = "rows_add_norm"
     absolute = residual_absolute, out_absolute
-    x, residual, weight, bias, offsets = _checked(op, x, residual, weight, bias, offsets, out, absolute)
-    bare_op(op, backend, x.device.type)(x, residual, weight, bias, eps, offsets, out, *absolute)
+    x, residual, weight, bias, offsets = _checked(op, x, residual, weight, bias, offsets, out, total, absolute)
+    bare_op(op, backend, out.device.type)(x, residual, weight, bias, eps, offsets, out, *absolute, total)
 
 
 @not_traced
 def _checked(
     op: str,
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
     offsets: Tensor,
     out: Tensor,
+    total: Tensor | None,
     absolute: tuple[bool, bool],
-) -> tuple[Tensor, ...]:
-    check_tensor(op, "x", x, (None, None), FLOATS)
-    (capacity, width), device = x.shape, x.device
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    if x is None:
+        check_tensor(op, "residual", residual, (None, None), FLOATS)
+        capacity = residual.shape[0] // 2 if absolute[0] else residual.shape[0]
+    else:
+        check_tensor(op, "x", x, (None, None), FLOATS)
+        capacity, x = x.shape[0], x.contiguous()
+    like = residual if x is None else x
+    width, device = like.shape[1], like.device
     residual_rows, out_rows = (2 * capacity if each else capacity for each in absolute)
-    for name, tensor, shape in (
-        ("residual", residual, (residual_rows, width)),
-        ("weight", weight, (width,)),
-        ("bias", bias, (width,)),
-        ("out", out, (out_rows, width)),
-    ):
-        check_tensor(op, name, tensor, shape, (x.dtype,), written=name == "out", device=device)
+    shapes = {"residual": (residual_rows, width), "weight": (width,), "bias": (width,), "out": (out_rows, width)}
+    given = {"residual": residual, "weight": weight, "bias": bias, "out": out}
+    if total is not None:
+        shapes, given = {**shapes, "total": shapes["residual"]}, {**given, "total": total}
+    for name, shape in shapes.items():
+        written = name in ("out", "total")
+        check_tensor(op, name, given[name], shape, (like.dtype,), written=written, device=device)
     check_present(op, offsets, None, capacity=capacity, device=device)
-    x, residual, weight, bias, offsets = (tensor.contiguous() for tensor in (x, residual, weight, bias, offsets))
+    residual, weight, bias, offsets = (tensor.contiguous() for tensor in (residual, weight, bias, offsets))
     read = {"weight": weight, "bias": bias, "offsets": offsets}
-    for name, tensor, is_absolute in (("x", x, False), ("residual", residual, absolute[0])):
-        if tensor.data_ptr() != out.data_ptr() or is_absolute != absolute[1]:
-            read[name] = tensor
-    check_apart(op, {"out": out}, read)
+    # in place: a token is written where it was read
+    if x is not None and (x.data_ptr() != out.data_ptr() or absolute[1]):
+        read["x"] = x
+    if residual.data_ptr() != out.data_ptr() or absolute[0] != absolute[1]:
+        read["residual"] = residual
+    if total is not None and residual.data_ptr() == total.data_ptr():
+        read.pop("residual", None)
+    check_apart(op, {"out": out, "total": total}, read)
     return x, residual, weight, bias, offsets

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.backends import TRITON_INTERPRETED, jit, tl
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, check_whole, not_traced
+from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.ops.checks import (
+    FLOATS,
+    INT64,
+    check_apart,
+    check_longest,
+    check_present,
+    check_starts,
+    check_tensor,
+    check_whole,
+    not_traced,
+)
 from earlyexit_kernels.ops.schema import ROWS_ATTENTION, bare_op, define
 
 #: Bytes per element -> queries per program, keys per step, warps, and pipeline stages; the same for every maximum
@@ -23,15 +34,20 @@ def rows_attention_kernel(
     offsets,  # [R + 1] int32
     row_ids,  # [R] int32
     out,  # [T, H]
+    columns,  # [P] int64; read with a window
+    starts,  # [N] int32; read with a window
     H: tl.constexpr,
     D: tl.constexpr,  # H / heads
     SCALE: tl.constexpr,  # of the logits, to base 2
-    LIMIT: tl.constexpr,  # longest row in the interpreter, which needs a constant bound; else 0
+    WINDOW: tl.constexpr,  # 0 for none
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per row, head and block of queries, which loops over the keys of the row from the first one."""
+    """One program per row, head and block of queries, which loops over the keys of the row from the first one.
+
+    With a window it leaves out blocks of keys that are out of reach by their places; columns are at least as far apart.
+    """
     row = tl.program_id(0)
     top = tl.program_id(2) * BLOCK_M
     first = tl.load(offsets + row)
@@ -51,14 +67,28 @@ def rows_attention_kernel(
         largest = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         sums = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        for start in range(0, LIMIT if LIMIT > 0 else length, BLOCK_N):
+        begin = 0
+        end = length
+        if WINDOW > 0:
+            begin = tl.maximum(top - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
+            end = tl.minimum(length, top + BLOCK_M + WINDOW - 1)
+            own = columns + tl.load(starts + tl.load(row_ids + row)).to(tl.int64)
+            at = tl.load(own + m, mask=m < length, other=0)
+        for start in tl.range(begin, end, BLOCK_N):
             keys = n < length - start
             k = tl.load(from_k + start * stride, mask=keys[None, :] & (d[:, None] < D), other=0.0)
             z = tl.dot(q, k, input_precision="ieee") * SCALE
             z = tl.where(keys[None, :], z, -float("inf"))
+            if WINDOW > 0:
+                distance = tl.abs(at[:, None] - tl.load(own + start + n, mask=keys, other=0)[None, :])
+                z = tl.where(distance < WINDOW, z, -float("inf"))
             larger = tl.maximum(largest, tl.max(z, 1))
-            p = tl.exp2(z - larger[:, None])
-            shrunk = tl.exp2(largest - larger)
+            base = larger
+            if WINDOW > 0:
+                # a query without a key so far: all terms are exp2(-inf)
+                base = tl.where(larger == -float("inf"), 0.0, larger)
+            p = tl.exp2(z - base[:, None])
+            shrunk = tl.exp2(largest - base)
             total = total * shrunk + tl.sum(p, 1)
             v = tl.load(from_v + start * stride, mask=keys[:, None] & (d[None, :] < D), other=0.0)
             sums = tl.dot(p.to(v.dtype), v, sums * shrunk[:, None], input_precision="ieee")
@@ -67,7 +97,17 @@ def rows_attention_kernel(
         tl.store(out + (token + m[:, None]) * H + column + d[None, :], y, mask=queries)
 
 
-def rows_attention_triton(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: int, longest: int, out: Tensor) -> None:
+def rows_attention_triton(
+    qkv: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor,
+    heads: int,
+    longest: int,
+    out: Tensor,
+    window: int | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> None:
     """Launch `rows_attention_kernel`."""
     rows, width = row_ids.numel(), out.shape[1]
     size = width // heads
@@ -79,10 +119,12 @@ def rows_attention_triton(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: 
             offsets,
             row_ids,
             out,
+            offsets if columns is None else columns,
+            offsets if starts is None else starts,
             H=width,
             D=size,
             SCALE=math.log2(math.e) / math.sqrt(size),
-            LIMIT=longest if TRITON_INTERPRETED else 0,
+            WINDOW=window or 0,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=max(16, 1 << (size - 1).bit_length()),
@@ -93,15 +135,29 @@ def rows_attention_triton(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: 
 
 
 @torch.no_grad()
-def rows_attention_torch(qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: int, longest: int, out: Tensor) -> None:
+def rows_attention_torch(
+    qkv: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor,
+    heads: int,
+    longest: int,
+    out: Tensor,
+    window: int | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> None:
     """`rows_attention` in torch, row by row, the reference of the Triton back-end."""
     start, *ends = offsets.tolist()
     token = 0
     for row_id, end in zip(row_ids.tolist(), ends, strict=True):
         part = slice(token, token := end - start)
         if row_id >= 0:
+            near = None
+            if window is not None and columns is not None and starts is not None:
+                own = columns[int(starts[row_id]) :][: part.stop - part.start]
+                near = (own[:, None] - own).abs() < window
             q, k, v = qkv[part].float().view(part.stop - part.start, 3, heads, -1).permute(1, 2, 0, 3)
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=near)
             out[part] = y.transpose(0, 1).flatten(1).to(out.dtype)
 
 
@@ -113,7 +169,17 @@ define(
 
 
 def rows_attention(
-    qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: int, longest: int, out: Tensor, *, backend: str = "auto"
+    qkv: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor,
+    heads: int,
+    longest: int,
+    out: Tensor,
+    *,
+    window: int | None = None,
+    columns: Tensor | None = None,
+    starts: Tensor | None = None,
+    backend: str = "auto",
 ) -> None:
     """Write ``softmax(q k^T / sqrt(D)) v`` within each present row, with D = H / heads.
 
@@ -125,17 +191,22 @@ def rows_attention(
         qkv: ``[T, 3 H]``, query, key and value of each token; row i starts at ``offsets[i] - offsets[0]``. float32,
             float16 or bfloat16.
         offsets: ``[R + 1]`` int32, non-decreasing.
-        row_ids: ``[R]`` int32, -1 for a row that has left or does not exist. On CUDA the values of ids and offsets are
-            not checked, since that would synchronise.
+        row_ids: ``[R]`` int32, -1 for a row that has left or does not exist. On CUDA the values of ids, offsets,
+            columns and starts are not checked, since that would synchronise.
         heads: number of heads, a divisor of H.
         longest: maximum number of tokens of a row; longer rows are computed in part.
         out: ``[T, H]``, dtype of `qkv`, not overlapping it. **Changed** for the tokens of the present rows.
+        window: a token attends to those fewer than this many columns away; None: to all of its row.
+        columns: with a window, ``[P]`` int64, the column of each token in its padded row, ascending within a row, in
+            the order before any row has moved.
+        starts: with a window, ``[N]`` int32, by row id: the row's first token in `columns`.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
         TypeError: an argument is not a tensor, or not a whole number where one is required.
-        ValueError: shapes, dtypes or devices do not match, `out` overlaps another tensor, or `heads` does not divide H;
-            on the CPU also a row longer than `longest`.
+        ValueError: shapes, dtypes or devices do not match, `out` overlaps another tensor, `heads` does not divide H, a
+            window below 1, or `columns` or `starts` without a window; on the CPU also a row longer than `longest`, or
+            with fewer columns than tokens.
         BackendUnavailableError: `backend` cannot run here.
 
     >>> import torch
@@ -148,14 +219,24 @@ def rows_attention(
     [2.0, 2.0, 5.0]
     """
     op = "rows_attention"
-    qkv, offsets, row_ids = _checked(op, qkv, offsets, row_ids, heads, longest, out)
-    bare_op(op, backend, out.device.type)(qkv, offsets, row_ids, heads, longest, out)
+    read = _checked(op, qkv, offsets, row_ids, heads, longest, out, window, columns, starts)
+    qkv, offsets, row_ids, columns, starts = read
+    bare_op(op, backend, out.device.type)(qkv, offsets, row_ids, heads, longest, out, window, columns, starts)
 
 
 @not_traced
 def _checked(
-    op: str, qkv: Tensor, offsets: Tensor, row_ids: Tensor, heads: int, longest: int, out: Tensor
-) -> tuple[Tensor, ...]:
+    op: str,
+    qkv: Tensor,
+    offsets: Tensor,
+    row_ids: Tensor,
+    heads: int,
+    longest: int,
+    out: Tensor,
+    window: int | None,
+    columns: Any,
+    starts: Any,
+) -> tuple[Any, ...]:
     check_tensor(op, "out", out, (None, None), FLOATS, written=True)
     (capacity, width), device = out.shape, out.device
     check_tensor(op, "qkv", qkv, (capacity, 3 * width), (out.dtype,), device=device)
@@ -164,11 +245,17 @@ def _checked(
     if heads < 1 or width % heads:
         raise ValueError(f"{op}: expected heads to divide {width}, the width of out, got {heads}")
     if device.type == "cpu" and row_ids.numel():
-        lengths = offsets.diff()[row_ids >= 0]
-        if lengths.numel() and int(lengths.max()) > longest:
-            raise ValueError(
-                f"{op}: expected rows of at most {longest} tokens, got {int(lengths.max())}; pass the maximum length"
-            )
-    qkv, offsets, row_ids = qkv.contiguous(), offsets.contiguous(), row_ids.contiguous()
-    check_apart(op, {"out": out}, {"qkv": qkv, "offsets": offsets, "row_ids": row_ids})
-    return qkv, offsets, row_ids
+        check_longest(op, offsets.diff()[row_ids >= 0], longest)
+    read = {"qkv": qkv.contiguous(), "offsets": offsets.contiguous(), "row_ids": row_ids.contiguous()}
+    if window is not None:
+        check_whole(op, window=window)
+        if window < 1:
+            raise ValueError(f"{op}: expected window to be at least 1 column, got {window}")
+        check_tensor(op, "columns", columns, (None,), INT64, device=device)
+        check_starts(op, starts, offsets, row_ids, longest=longest, tokens=len(columns))
+        columns, starts = columns.contiguous(), starts.contiguous()
+    elif columns is not None or starts is not None:
+        raise ValueError(f"{op}: expected columns and starts only with a window, got window None")
+    read = {"qkv": qkv.contiguous(), "offsets": offsets.contiguous(), "row_ids": row_ids.contiguous()}
+    check_apart(op, {"out": out}, {**read, "columns": columns, "starts": starts})
+    return *read.values(), columns, starts

@@ -7,28 +7,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, tensor_descriptor, tl
+from earlyexit_kernels.backends import clipped_descriptor, constant, jit, tensor_descriptor, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
-from earlyexit_kernels.ops.tiles import BLOCK_DEPTH, ENOUGH_TILES, Tiles, resident_programs
+from earlyexit_kernels.ops.tiles import (
+    BLOCK_DEPTH,
+    ENOUGH_TILES,
+    Tiles,
+    processors_of,
+    resident_programs,
+    shared_memory,
+)
 
-#: The depth is that of all half-precision tiles. Unmeasured. Larger tiles leave no shared memory for the last one.
-TMA_TILES = Tiles(128, 128, BLOCK_DEPTH, warps=8, stages=4, resident=1)
+#: The depth is that of all half-precision tiles. Unmeasured. The widest that fit into registers and shared memory: 192
+#: columns share 768 out to four tiles, so that 4096 tokens are one tile for each of an H100's multiprocessors.
+TMA_TILES = (
+    Tiles(128, 256, BLOCK_DEPTH, warps=8, stages=4, resident=1),
+    Tiles(128, 192, BLOCK_DEPTH, warps=8, stages=4, resident=1),
+)
+#: Columns of a tile's first sums; the others have sums of their own, so that fewer values are converted at a time.
+FIRST_COLUMNS = 128
+FIRST = constant(FIRST_COLUMNS)
+#: Shared memory of a program on GPUs of data centres, in bytes. Consumer GPUs have bulk copies too, but 99 KiB.
+SHARED_BYTES = 227 * 1024
 #: Alignment that the copies require of memory and of rows, in bytes.
 ALIGNMENT = 16
 #: Tiles of rows that are computed in turn for the same columns, whose weights are then still in the cache.
 GROUP = 8
+#: Number of rows that a clipped descriptor seems to have.
+CLIPPED_ROWS = constant(1 << 30)
 
 
 @jit
 def rows_linear_tma_kernel(
     x,  # descriptor of [T, K], or of [2 T, K]
-    weight,  # descriptor of [N, K]
-    out,  # descriptor of [T, N]
-    out_memory,  # of `out`, for the tile in which the present tokens end
+    weight,  # descriptor of [N, K], in blocks of FIRST rows
+    second_weight,  # the same, in blocks of the other columns of a tile
+    out,  # clipped descriptor of [T, N], in blocks of FIRST columns
+    second_out,
     bias,  # [N]
     offsets,  # [R + 1] int32
     rows,  # R
-    stride,  # of `out`
     ABSOLUTE: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -52,18 +70,45 @@ def rows_linear_tma_kernel(
         group = tl.minimum(high - top, GROUP_M)
         token = (top + within % group) * BLOCK_M
         column = within // group * BLOCK_N
-        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+        second = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
-            sums = tl.dot(x.load([base + token, k]), weight.load([column, k]).T, sums)
-        n = column + tl.arange(0, BLOCK_N)
-        sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        y = ACTIVATION(sums).to(out_memory.dtype.element_ty)
-        if token + BLOCK_M <= present:
-            out.store([token, column], y)
-        else:
-            m = token + tl.arange(0, BLOCK_M)
-            at = out_memory + m[:, None].to(tl.int64) * stride + n[None, :]
-            tl.store(at, y, mask=(m[:, None] < present) & (n[None, :] < N))
+            a = x.load([base + token, k])
+            sums = tl.dot(a, weight.load([column, k]).T, sums)
+            second = tl.dot(a, second_weight.load([column + FIRST, k]).T, second)
+        store_tile(sums, bias, out, token, column, present, N, ACTIVATION, BLOCK_M, FIRST)
+        store_tile(second, bias, second_out, token, column + FIRST, present, N, ACTIVATION, BLOCK_M, BLOCK_N - FIRST)
+
+
+@jit
+def store_tile(
+    sums,  # [BLOCK_M, COLUMNS] float32
+    bias,  # [N]
+    out,  # clipped descriptor
+    token,  # the first
+    column,  # the first
+    present,  # number of rows
+    N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write the result of the present rows. Rows end at CLIPPED_ROWS, which the copy leaves out of what it writes."""
+    n = column + tl.arange(0, COLUMNS)
+    sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    y = ACTIVATION(sums).to(out.dtype)
+    before = CLIPPED_ROWS - present
+    out.store([before + present, present, before + token, column], tl.reshape(y, (1, 1, BLOCK_M, COLUMNS)))
+
+
+def tma_tiles(capacity: int, columns: int, processors: int) -> Tiles:
+    """Return the tiles of which a multiprocessor reads the least in its turns, for up to `capacity` rows."""
+
+    def read(tiles: Tiles) -> int:
+        turns = -(-tiles.count(capacity, columns) // processors)
+        return turns * (tiles.rows + tiles.columns)
+
+    return min(TMA_TILES, key=read)
 
 
 def uses_tma(x: Tensor, weights: Sequence[Tensor], out: Tensor) -> bool:
@@ -77,7 +122,7 @@ def uses_tma(x: Tensor, weights: Sequence[Tensor], out: Tensor) -> bool:
     columns = weights[0].shape[0]
     if x.element_size() != 2 or not has_bulk_copies(x.device):
         return False
-    if TMA_TILES.count(out.shape[0], columns) < ENOUGH_TILES:
+    if tma_tiles(out.shape[0], columns, processors_of(x.device)).count(out.shape[0], columns) < ENOUGH_TILES:
         return False
     addresses = [t.data_ptr() for t in (x, *weights, out)]
     sizes = [size * x.element_size() for size in (x.shape[1], columns, out.shape[1])]
@@ -85,8 +130,10 @@ def uses_tma(x: Tensor, weights: Sequence[Tensor], out: Tensor) -> bool:
 
 
 def has_bulk_copies(device: torch.device) -> bool:
-    """Return whether a device has them: compute capability 9 or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    """Return whether a device has them, compute capability 9 or later, and the memory that the tiles need."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    return shared_memory(device) >= SHARED_BYTES
 
 
 def rows_linear_tma(
@@ -99,16 +146,16 @@ def rows_linear_tma(
         weight: ``[N, K]``.
         out: ``[T, N]``, whose rows may be parts of longer ones.
     """
-    (n, k), tiles = weight.shape, TMA_TILES
+    n, k = weight.shape
+    tiles = tma_tiles(out.shape[0], n, processors_of(out.device))
+    widths = FIRST_COLUMNS, tiles.columns - FIRST_COLUMNS
     rows_linear_tma_kernel[(resident_programs(tiles, out.shape[0], n, out.device),)](
         tensor_descriptor(x, [tiles.rows, tiles.depth]),
-        tensor_descriptor(weight, [tiles.columns, tiles.depth]),
-        tensor_descriptor(out, [tiles.rows, tiles.columns]),
-        out,
+        *(tensor_descriptor(weight, [width, tiles.depth]) for width in widths),
+        *(clipped_descriptor(out, [tiles.rows, width]) for width in widths),
         bias,
         offsets,
         offsets.numel() - 1,
-        out.stride(0),
         ABSOLUTE=absolute,
         N=n,
         K=k,

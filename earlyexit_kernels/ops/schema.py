@@ -32,6 +32,10 @@ ENCODER_LAYER = (
     "bool in_product, int[] rows, int[] widths, Tensor?[] slots, Tensor?[] masks, Tensor?[] kept, "
     "Tensor? inverse) -> Tensor"
 )
+PACKED_LAYER = (
+    "(Tensor x, Tensor offsets, Tensor[] weights, Tensor[] biases, Tensor[] norms, float[] eps, int heads, "
+    "str activation) -> Tensor"
+)
 GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
 PACK_TOKENS = (
     "(Tensor batch, Tensor ids, Tensor mask, Tensor positions, Tensor types, Tensor(a!) found, Tensor(b!) row_ids, "
@@ -43,10 +47,19 @@ ROWS_LINEAR = (
 FIRST_TOKENS_LINEAR = (
     "(Tensor hidden, Tensor weight, Tensor bias, Tensor offsets, Tensor row_ids, Tensor(a!) out, str activation) -> ()"
 )
-ROWS_ATTENTION = "(Tensor qkv, Tensor offsets, Tensor row_ids, int heads, int longest, Tensor(a!) out) -> ()"
+ROWS_ATTENTION = (
+    "(Tensor qkv, Tensor offsets, Tensor row_ids, int heads, int longest, Tensor(a!) out, int? window=None, "
+    "Tensor? columns=None, Tensor? starts=None) -> ()"
+)
+ROWS_ROTARY = (
+    "(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor starts, Tensor offsets, Tensor row_ids, int heads, int longest) "
+    "-> ()"
+)
+ROWS_MEAN = "(Tensor hidden, Tensor offsets, Tensor row_ids, Tensor(a!) out) -> ()"
+ROWS_GLU = "(Tensor x, Tensor offsets, Tensor(a!) out, str activation) -> ()"
 ROWS_ADD_NORM = (
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, Tensor(a!) out, "
-    "bool residual_absolute, bool out_absolute) -> ()"
+    "(Tensor? x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, Tensor(a!) out, "
+    "bool residual_absolute, bool out_absolute, Tensor(b!)? total=None) -> ()"
 )
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")

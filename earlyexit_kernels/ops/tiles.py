@@ -123,17 +123,25 @@ def tiles_for(dtype: torch.dtype, capacity: int, columns: int, device: torch.dev
     found = next((tiles for tiles in sizes if tiles.count(capacity, columns) >= ENOUGH_TILES), sizes[-1])
     if device.type != "cuda":
         return found
+    return found.fitted(dtype.itemsize, shared_memory(device) - RESERVED_BYTES)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can have on a CUDA device."""
     card = torch.cuda.get_device_properties(device)
-    limit = getattr(card, "shared_memory_per_block_optin", card.shared_memory_per_block)
-    return found.fitted(dtype.itemsize, limit - RESERVED_BYTES)
+    return getattr(card, "shared_memory_per_block_optin", card.shared_memory_per_block)
+
+
+def processors_of(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device."""
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def resident_programs(tiles: Tiles, capacity: int, columns: int, device: torch.device) -> int:
     """Return the number of persistent programs for up to `capacity` rows, limited by the tiles and the device."""
-    processors = INTERPRETED_PROCESSORS
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(tiles.count(capacity, columns), processors * tiles.resident)
+    return min(tiles.count(capacity, columns), processors_of(device) * tiles.resident)
 
 
 def product_torch(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:

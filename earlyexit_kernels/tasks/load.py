@@ -126,20 +126,28 @@ def holdout(split: Split, rows: int, *, seed: int = 0) -> tuple[Split, Split]:
 
     Args:
         split: N rows.
-        rows: number of rows to hold out, in ``[0, N)``.
+        rows: number of rows to hold out, in ``[0, N)``. Rows of one query stay together: as many queries are held out
+            as are needed for this number of rows.
         seed: random seed.
 
     Returns:
         the remaining rows, in drawn order, and the held-out rows.
 
     Raises:
-        ValueError: `rows` is out of range.
+        ValueError: `rows` is out of range, or no query is left.
     """
     if not 0 <= rows < len(split):
         raise ValueError(f"holdout: expected rows in [0, {len(split) - 1}], got {rows}")
     draw = random.Random(seed).random
     keys = [draw() for _ in range(len(split))]
+    if split.groups:
+        first = dict(zip(reversed(split.groups), reversed(keys), strict=True))
+        keys = [first[group] for group in split.groups]
     order = sorted(range(len(split)), key=keys.__getitem__)
+    while split.groups and 0 < rows < len(order) and keys[order[rows - 1]] == keys[order[rows]]:
+        rows += 1  # to the end of the query
+    if rows == len(order):
+        raise ValueError(f"holdout: expected fewer rows, the queries of {rows} rows are all that there are")
     return split.take(order[rows:]), split.take(order[:rows])
 
 

@@ -1,7 +1,8 @@
 """A user's own files as a task: texts and labels by column, and classes or numbers by what the labels look like.
 
 Labels that are whole numbers are classes, other numbers are predicted by regression, and anything else is the name of a
-class. Classes are sorted.
+class. Classes are sorted. With a column that names the query of each row, labels are the relevance of a document to its
+query, a number of at least 0, and one score a row is predicted, by which the documents of a query are ranked.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from earlyexit_kernels.tasks.sources import HIDDEN, Split, Text
 
 CLASSES, NUMBERS = "single_label_classification", "regression"
 METRICS = {CLASSES: ("accuracy",), NUMBERS: ("pearson", "spearman")}
+RANKING_METRICS = ("ndcg", "mrr")
 #: Class names that a message lists.
 SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of a user's files: a text, or a text and its pair, and the label."""
+    """Names of the columns of a user's files: a text, or a text and its pair, the label, and of rankings the query."""
 
     text: str = "text"
     pair: str | None = None
     label: str = "label"
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class OwnData:
         """
         own = OwnData(**{**data, "columns": Columns(**data["columns"]), "label_names": tuple(data["label_names"])})
         texts = [own.train, own.digest, own.columns.text, own.columns.label, *own.label_names]
-        texts += [text for text in (own.dev, own.columns.pair) if text is not None]
+        texts += [text for text in (own.dev, own.columns.pair, own.columns.group) if text is not None]
         if not all(isinstance(text, str) for text in texts) or not own.label_names or own.problem_type not in METRICS:
             raise ValueError("expected paths, columns, label names and a problem type in the entry 'data'")
         return own
@@ -148,14 +151,33 @@ def digest_of(path: Path) -> str:
 
 
 def _task(own: OwnData, splits: dict[str, Split], source: str) -> Task:
-    return Task(own.name, splits, own.label_names, METRICS[own.problem_type], own.problem_type, source, hidden=None)
+    metrics = METRICS[own.problem_type] if own.columns.group is None else RANKING_METRICS
+    return Task(own.name, splits, own.label_names, metrics, own.problem_type, source, hidden=None)
 
 
 def _split(table: Table, own: OwnData) -> Split:
     to_label = _to_number if own.problem_type == NUMBERS else _to_class(own)
+    if own.columns.group is not None:
+        to_label = _to_relevance
     values = column_of(table, own.columns.label, "--label-column")
     texts = texts_of(table, own.columns.text, own.columns.pair)
-    return Split(texts, [to_label(value, table.where(row)) for row, value in enumerate(values)])
+    labels = [to_label(value, table.where(row)) for row, value in enumerate(values)]
+    return Split(texts, labels, groups=() if own.columns.group is None else _groups(table, own.columns.group))
+
+
+def _groups(table: Table, name: str) -> list[int]:
+    """Return the number of the query of each row, in the order of the queries in the file."""
+    numbers: dict[str, int] = {}
+    found = []
+    for row, value in enumerate(column_of(table, name, "--group-column")):
+        text = str(value).strip() if isinstance(value, (str, int)) else ""
+        if not text:
+            raise ValueError(
+                f"{table.where(row)}: expected the name or number of a query in column {name!r}, got "
+                f"{'none: the cell is empty' if value is None or value == '' else reprlib.repr(value)}"
+            )
+        found.append(numbers.setdefault(text, len(numbers)))
+    return found
 
 
 def column_of(table: Table, name: str, option: str) -> Sequence[Any]:
@@ -172,6 +194,7 @@ def column_of(table: Table, name: str, option: str) -> Sequence[Any]:
 def _check_columns(table: Table, columns: Columns) -> None:
     """Raise ValueError if columns are missing; the message names all of them with their options."""
     named = {"--text-column": columns.text, "--pair-column": columns.pair, "--label-column": columns.label}
+    named["--group-column"] = columns.group
     missing = {option: name for option, name in named.items() if name is not None and name not in table.columns}
     if missing:
         asked = " and ".join(f"{name!r} ({option})" for option, name in missing.items())
@@ -218,6 +241,16 @@ def _to_number(value: Any, where: str) -> float:
     return float(number)
 
 
+def _to_relevance(value: Any, where: str) -> float:
+    relevance = _parsed(value, where)
+    if isinstance(relevance, str) or relevance < 0:
+        raise ValueError(
+            f"{where}: expected as label the relevance of a document to its query, a number of at least 0, since "
+            f"--group-column is given; got {reprlib.repr(relevance)}"
+        )
+    return float(relevance)
+
+
 def _to_class(own: OwnData) -> Callable[[Any, str], int]:
     numbers = {name: number for number, name in enumerate(own.label_names)}
 
@@ -242,7 +275,8 @@ def _label_names(table: Table, columns: Columns) -> tuple[tuple[str, ...], str]:
         ValueError: names and numbers mixed, hidden labels, one label only, or hardly a label that occurs twice.
     """
     values = column_of(table, columns.label, "--label-column")
-    labels = [_parsed(value, table.where(row)) for row, value in enumerate(values)]
+    parsed = _parsed if columns.group is None else _to_relevance
+    labels = [parsed(value, table.where(row)) for row, value in enumerate(values)]
     kinds = [isinstance(label, str) for label in labels]
     if len(set(kinds)) == 2:
         at, other = kinds.index(False), kinds.index(True)

@@ -25,11 +25,13 @@ class Split:
         sentences: N texts, or N pairs of texts.
         labels: N class indices, or N numbers for a regression task; -1 if hidden.
         levels: N levels of difficulty (the generated task), else empty.
+        groups: N numbers of the queries that the rows belong to, or empty.
     """
 
     sentences: Sequence[Text]
     labels: Sequence[float]
     levels: Sequence[int] = ()
+    groups: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.sentences)
@@ -37,7 +39,8 @@ class Split:
     def take(self, rows: Sequence[int]) -> Split:
         """Return the rows with these indices, in this order."""
         levels = [self.levels[i] for i in rows] if self.levels else ()
-        return Split([self.sentences[i] for i in rows], [self.labels[i] for i in rows], levels)
+        groups = [self.groups[i] for i in rows] if self.groups else ()
+        return Split([self.sentences[i] for i in rows], [self.labels[i] for i in rows], levels, groups)
 
 
 @dataclass(frozen=True)

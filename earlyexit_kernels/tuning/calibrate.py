@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.hf.calibration import Calibration, CurvePoint, Guarantee
 from earlyexit_kernels.hf.model import early_exit_model_in
 from earlyexit_kernels.tuning.choices import CHOICES
 from earlyexit_kernels.tuning.grids import GRIDS, settings
-from earlyexit_kernels.tuning.intervals import drop_interval
 from earlyexit_kernels.tuning.latency import BatchLatency
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
 from earlyexit_kernels.tuning.per_layer import refine
+from earlyexit_kernels.tuning.ranking import RANKING_METRICS, check_groups
 from earlyexit_kernels.tuning.risk import check_rows, risk_p_values
 from earlyexit_kernels.tuning.scored import AGREEMENT, Rows, Setting
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
@@ -35,7 +35,7 @@ from earlyexit_kernels.types import ExitTrace, default_problem_type
 CHECK = 0.5
 #: Minimum number of tuning rows and of check rows: on fewer, settings that ruin the answers look harmless.
 MIN_ROWS = 25
-DEFAULT_METRIC = {"regression": "pearson"}
+DEFAULT_METRIC = {"regression": "pearson", "ranking": "ndcg"}
 
 
 def calibrate(
@@ -52,6 +52,7 @@ def calibrate(
     batch_size: int = 32,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     problem_type: str | None = None,
+    groups: ArrayLike | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Choose the setting of a criterion for a target, and set it on the model.
@@ -67,7 +68,8 @@ def calibrate(
             ``"agreement"``.
         target: `MaxDrop`, `SpeedUp`, `Latency` (with a model) or `Risk` (requires the extra ``tuning``).
         criterion: name of a rule; ``"auto"``: every rule that the exits allow; or settings to choose from.
-        metric: name in `tuning.metrics.METRICS`; default: accuracy, Pearson correlation for regression.
+        metric: name in `tuning.metrics.METRICS`, or with `groups` in `tuning.ranking.RANKING_METRICS`; default:
+            accuracy, Pearson correlation for regression, NDCG with `groups`.
         check: share of the rows that are check rows, in (0, 1).
         points: approximate number of thresholds to try per rule, at least 8.
         per_layer: after the choice, search for a threshold of each layer; with `MaxDrop` and `SpeedUp`.
@@ -76,6 +78,8 @@ def calibrate(
         batch_size: rows per batch of the full-depth pass.
         collate_fn: pads a list of items; default: pad on the right with the pad token of the backbone.
         problem_type: as in transformers; default: that of the model or trace.
+        groups: for a model with one output, the query that each row is a document of, ``[N]``; labels are relevances of
+            at least 0, queries are not divided by the split, and each part has `MIN_ROWS` queries to rank or more.
         seed: of the split.
 
     Returns:
@@ -107,11 +111,11 @@ def calibrate(
         trace, labels = model_or_trace, None if data is None else np.asarray(data)
     else:
         trace, labels = collect_trace(model, data, collate_fn=collate_fn, batch_size=batch_size)
-    rows = _rows(trace, labels, metric, problem_type, target)
+    rows = _rows(trace, labels, metric, problem_type, target, groups)
     tuning, checked = _split(rows, check, seed)
     if isinstance(target, Risk):
         check_rows(target, len(checked), len(rows))
-    _check_enough(rows, check)
+    _check_enough(rows, tuning, checked, check)
     temperatures = None
     if temperature:
         temperatures = _temperatures(tuning, model)
@@ -163,7 +167,12 @@ def _checked_model(model_or_trace: Any, target: Any, per_layer: bool, temperatur
 
 
 def _rows(
-    trace: ExitTrace, labels: NDArray | None, metric: str | None, problem_type: str | None, target: Target
+    trace: ExitTrace,
+    labels: NDArray | None,
+    metric: str | None,
+    problem_type: str | None,
+    target: Target,
+    groups: ArrayLike | None,
 ) -> Rows:
     """Check labels and metric against a trace.
 
@@ -193,10 +202,30 @@ def _rows(
         raise ValueError("calibrate: expected finite labels, got NaN or infinity")
     if len(np.unique(labels)) < 2:
         raise ValueError(f"calibrate: expected at least two different labels, all {len(labels)} are {labels.flat[0]}")
-    name = metric or DEFAULT_METRIC.get(task, "accuracy")
-    if name not in METRICS:
-        raise ValueError(f"calibrate: expected metric to be one of {sorted(METRICS)}, got {name!r}")
-    return Rows(trace, labels, name, task)
+    of_groups = None if groups is None else _checked_groups(groups, labels, task)
+    name = metric or DEFAULT_METRIC.get(task if of_groups is None else "ranking", "accuracy")
+    known = sorted({**METRICS, **({} if of_groups is None else RANKING_METRICS)})
+    if name not in known:
+        hint = "; it ranks the rows of a query, which groups= names" if name in RANKING_METRICS else ""
+        raise ValueError(f"calibrate: expected metric to be one of {known}, got {name!r}{hint}")
+    return Rows(trace, labels, name, task, of_groups)
+
+
+def _checked_groups(groups: ArrayLike, labels: NDArray, problem_type: str) -> NDArray:
+    """Return the groups as an array.
+
+    Raises:
+        ValueError: groups without one output a row, in another number than the labels, or a negative label.
+    """
+    found = np.asarray(groups)
+    if problem_type != "regression" or found.shape != labels.shape:
+        raise ValueError(
+            f"calibrate: expected groups= of shape [N] for a model with one output, got {list(found.shape)} for "
+            f"labels {list(labels.shape)} of {problem_type}"
+        )
+    if (labels < 0).any():
+        raise ValueError(f"calibrate: expected labels of at least 0, the relevance, with groups=, got {labels.min()}")
+    return found
 
 
 def _split(rows: Rows, check: float, seed: int) -> tuple[Rows, Rows]:
@@ -207,12 +236,16 @@ def _split(rows: Rows, check: float, seed: int) -> tuple[Rows, Rows]:
     """
     if not 0 < check < 1:
         raise ValueError(f"calibrate: expected check in (0, 1), the share of the rows to check on, got {check!r}")
-    tuning, checked = split_indices(len(rows), check, seed)
+    tuning, checked = split_indices(len(rows), check, seed, groups=rows.groups)
     return rows.take(tuning), rows.take(checked)
 
 
-def _check_enough(rows: Rows, check: float) -> None:
-    """Raise ValueError if a part has fewer than `MIN_ROWS` rows."""
+def _check_enough(rows: Rows, tuning: Rows, checked: Rows, check: float) -> None:
+    """Raise ValueError if a part has fewer than `MIN_ROWS` rows, or of a ranking queries that count."""
+    if rows.metric in RANKING_METRICS:
+        for name, part in {"tuning": tuning, "check": checked}.items():
+            assert part.groups is not None
+            check_groups(f"calibrate: {name} rows", part.labels, part.groups, least=MIN_ROWS)
     needed = math.ceil(MIN_ROWS / min(check, 1 - check))
     if len(rows) < needed:
         raise ValueError(
@@ -221,12 +254,19 @@ def _check_enough(rows: Rows, check: float) -> None:
         )
 
 
-def split_indices(rows: int, check: float = CHECK, seed: int = 0) -> tuple[NDArray, NDArray]:
-    """Return the indices of the tuning and of the check rows, each ascending.
+def split_indices(
+    rows: int, check: float = CHECK, seed: int = 0, *, groups: ArrayLike | None = None
+) -> tuple[NDArray, NDArray]:
+    """Return the indices of the tuning and of the check rows, each ascending; rows of one group stay together.
 
     Raises:
         ValueError: one of the parts would be empty.
     """
+    if groups is not None:
+        number = np.unique(np.asarray(groups), return_inverse=True)[1]
+        parts = split_indices(number.max() + 1, check, seed)
+        tuning, checked = (np.flatnonzero(np.isin(number, part)) for part in parts)
+        return tuning, checked
     count = round(rows * check)
     if not 1 <= count < rows:
         raise ValueError(f"calibrate: expected rows to choose on and rows to check on, got {rows} rows in total")
@@ -297,7 +337,7 @@ def _calibration(
         full_depth=full_score,
         score=early_score,
         drop=full_score - early_score,
-        drop_interval=drop_interval(checked.function, full, predictions, checked.labels),
+        drop_interval=checked.drop_interval(predictions),
         mean_exit_layer=float(layers.mean()),
         layer_speed_up=depth / float(layers.mean()),
         exit_shares=tuple(float((layers == layer).mean()) for layer in range(1, depth + 1)),

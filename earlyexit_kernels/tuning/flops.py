@@ -17,7 +17,7 @@ rows that have left but are not yet removed).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
-from earlyexit_kernels.hf.limits import query_width
+from earlyexit_kernels.hf.limits import linear_weights, query_width
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 
 
@@ -114,13 +114,12 @@ def encoder_macs(
         layers_run: ``[N]`` int64, or one number for all rows (default: all layers).
     """
     layers: Any = model.adapter.layers(model.backbone)
-    layer: nn.Module = layers[0]
-    inside = {id(linear) for each in layers for linear in _linears(each)}
-    embedding = sum(linear.weight.numel() for linear in _linears(model.backbone) if id(linear) not in inside)
+    # shared layers count once
+    embedding = linear_weights(model.backbone) - linear_weights(*{id(each): each for each in layers}.values())
     # one step of ALBERT may be a group of several layers, each with its own attention
     config: Any = model.config
     attentions = getattr(config.backbone_config, "inner_group_num", 1)
-    per_token = sum(linear.weight.numel() for linear in _linears(layer))
+    per_token = linear_weights(layers[0])
     run = model.depth if layers_run is None else layers_run
     queries = query_width(config.backbone_config)
     return lengths * (embedding + run * (per_token + attentions * 2 * lengths * queries))
@@ -138,7 +137,7 @@ def exit_macs(model: EarlyExitForSequenceClassification, lengths: Tensor, needs:
     modules: list[nn.Module] = [heads.out[0]]
     tokens = torch.zeros_like(lengths)
     if len(heads.dense) and heads.config.family_pooling == "late":
-        tokens = lengths * sum(linear.weight.numel() for linear in _linears(heads.dense[0]))
+        tokens = lengths * linear_weights(heads.dense[0])
     else:
         modules += heads.dense[:1]
     if len(heads.attention):
@@ -147,7 +146,7 @@ def exit_macs(model: EarlyExitForSequenceClassification, lengths: Tensor, needs:
         modules.append(features.dense)
     scalars = {"halting": heads.halting[:1], "uncertainty": heads.uncertainty[:1]}
     modules += scalars.get(needs or "", ())
-    return tokens + sum(linear.weight.numel() for module in modules for linear in _linears(module))
+    return tokens + linear_weights(*modules)
 
 
 def gate_macs(model: EarlyExitForSequenceClassification, lengths: Tensor) -> Tensor:
@@ -157,12 +156,7 @@ def gate_macs(model: EarlyExitForSequenceClassification, lengths: Tensor) -> Ten
 
 
 def _attention_macs(attention: Any, lengths: Tensor) -> Tensor:
-    per_token = sum(linear.weight.numel() for linear in _linears(attention))
-    return lengths * (per_token + 2 * lengths * attention.query.out_features)
-
-
-def _linears(module: nn.Module) -> Iterable[nn.Linear]:
-    return (m for m in module.modules() if isinstance(m, nn.Linear))
+    return lengths * (linear_weights(attention) + 2 * lengths * attention.query.out_features)
 
 
 def _check(lengths: Tensor, exit_layer: Tensor, layers_run: Tensor, depth: int, skips: bool) -> None:

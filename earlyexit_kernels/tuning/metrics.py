@@ -1,7 +1,7 @@
 """Metrics of text classification tasks; listed in `METRICS`.
 
 Predictions and labels are class indices ``[N]``, or numbers ``[N]`` for a regression task. F1 and Matthews correlation
-are those of scikit-learn (extra ``tuning``).
+are those of scikit-learn (extra ``tuning``). Metrics of rankings are in `ranking`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from earlyexit_kernels.tuning.ranking import RANKING_METRICS
 
 #: Bins of `ece`.
 BINS = 15
@@ -125,6 +127,8 @@ METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
 }
 #: Functions of logits ``[N, C]`` and labels; of `ece` the lower, of `auroc` the higher is better.
 LOGIT_METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {"auroc": auroc, "ece": ece}
+#: Names of all metrics.
+METRIC_NAMES = (*METRICS, *LOGIT_METRICS, *RANKING_METRICS)
 
 
 def predictions_of(logits: NDArray, problem_type: str | None = None) -> NDArray:
@@ -143,17 +147,35 @@ def predictions_of(logits: NDArray, problem_type: str | None = None) -> NDArray:
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
 
 
-def score(metrics: Sequence[str], logits: NDArray, labels: ArrayLike) -> dict[str, float]:
+def score(
+    metrics: Sequence[str], logits: NDArray, labels: ArrayLike, *, groups: ArrayLike | None = None
+) -> dict[str, float]:
     """Return the named metrics of logits ``[N, C]`` against labels ``[N]``.
 
+    Args:
+        metrics: names in `METRIC_NAMES`.
+        logits: of one exit.
+        labels: of the rows.
+        groups: the query of each row, ``[N]``, for `RANKING_METRICS`.
+
     Raises:
-        ValueError: a metric is unknown, or the shapes do not fit.
+        ValueError: a metric is unknown, or lacks groups or one score a row, or the shapes do not fit.
     """
-    unknown = sorted(set(metrics) - set(METRICS) - set(LOGIT_METRICS))
+    unknown = sorted(set(metrics) - set(METRIC_NAMES))
     if unknown:
-        raise ValueError(f"metrics: expected names among {sorted({**METRICS, **LOGIT_METRICS})}, got {unknown}")
+        raise ValueError(f"metrics: expected names among {sorted(METRIC_NAMES)}, got {unknown}")
     predictions = predictions_of(np.asarray(logits))
-    return {
-        name: METRICS[name](predictions, labels) if name in METRICS else LOGIT_METRICS[name](logits, labels)
-        for name in metrics
-    }
+    return {name: _value(name, logits, predictions, labels, groups) for name in metrics}
+
+
+def _value(name: str, logits: NDArray, predictions: NDArray, labels: ArrayLike, groups: ArrayLike | None) -> float:
+    if name in METRICS:
+        return METRICS[name](predictions, labels)
+    if name in LOGIT_METRICS:
+        return LOGIT_METRICS[name](logits, labels)
+    if groups is None or logits.shape[1] != 1:
+        raise ValueError(
+            f"metrics: {name} expects groups=, the query of each row, and logits [N, 1]; got logits "
+            f"{list(logits.shape)} {'without' if groups is None else 'with'} groups"
+        )
+    return float(RANKING_METRICS[name](predictions, labels, groups).mean())

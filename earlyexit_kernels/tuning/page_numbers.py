@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.tuning.flops import row_macs
-from earlyexit_kernels.tuning.intervals import drop_interval, score_error
 from earlyexit_kernels.tuning.metrics import ece, predictions_of, probabilities
 from earlyexit_kernels.tuning.plots import merged
 from earlyexit_kernels.tuning.report import parameter_text
@@ -65,7 +64,7 @@ def summary(rows: Rows, answers: Answers) -> dict[str, Any]:
         "score": rows.score(early),
         "full_depth": rows.score(full),
         "drop": rows.score(full) - rows.score(early),
-        "drop_interval": list(drop_interval(rows.function, full, early, rows.labels)),
+        "drop_interval": list(rows.drop_interval(early)),
         "mean_exit_layer": float(answers.exit_layer.mean()),
         "mean_layers_run": mean,
         "layer_speed_up": rows.trace.depth / mean if mean else None,
@@ -266,4 +265,4 @@ def _standard_error(rows: Rows, point: Point) -> float | None:
     if point.criterion.skip_from is not None:
         return None
     ((_, predictions, _),) = rows.replay([point.criterion])
-    return score_error(rows.function, predictions, rows.labels)
+    return rows.score_error(predictions)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.engine.replay import replay_each
-from earlyexit_kernels.tuning.intervals import standard_error
+from earlyexit_kernels.tuning import intervals
 from earlyexit_kernels.tuning.metrics import METRICS, pearson, predictions_of
+from earlyexit_kernels.tuning.ranking import RANKING_METRICS
 from earlyexit_kernels.types import ExitTrace
 
 #: Metric where the answers of full depth stand for labels: the share of rows with the same answer.
@@ -47,30 +48,52 @@ class Rows:
     Attributes:
         trace: of N rows.
         labels: ``[N]``, or ``[N, C]`` for several labels a row.
-        metric: name in `METRICS`.
+        metric: name in `METRICS`, or in `RANKING_METRICS` with groups.
         problem_type: as in transformers.
+        groups: the query of each row, ``[N]``, or None.
     """
 
     trace: ExitTrace
     labels: NDArray
     metric: str
     problem_type: str
+    groups: NDArray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: NDArray) -> Rows:
         """Return some of the rows."""
-        return replace(self, trace=self.trace.take(torch.from_numpy(rows)), labels=self.labels[rows])
-
-    @property
-    def function(self) -> Callable[..., float]:
-        """The metric as a function of predictions and labels."""
-        return METRICS["accuracy" if self.metric == AGREEMENT else self.metric]
+        groups = None if self.groups is None else self.groups[rows]
+        return replace(self, trace=self.trace.take(torch.from_numpy(rows)), labels=self.labels[rows], groups=groups)
 
     def score(self, predictions: NDArray) -> float:
         """Return the metric of predictions ``[N]``."""
-        return self.function(predictions, self.labels)
+        metric, (values,), labels = self._drawn(predictions)
+        return metric(values, labels)
+
+    def score_error(self, predictions: NDArray) -> float:
+        """Return the standard error of the score of predictions ``[N]``, over the draw of the rows or queries."""
+        metric, (values,), labels = self._drawn(predictions)
+        return intervals.score_error(metric, values, labels)
+
+    def standard_error(self, first: NDArray, second: NDArray) -> float:
+        """Return the standard error of the difference of the scores of two predictions ``[N]``."""
+        metric, (of_first, of_second), labels = self._drawn(first, second)
+        return intervals.standard_error(metric, of_first, of_second, labels)
+
+    def drop_interval(self, early: NDArray) -> tuple[float, float]:
+        """Return the 95 % interval of what predictions ``[N]`` lose against full depth."""
+        metric, (of_full, of_early), labels = self._drawn(self.full_depth, early)
+        return intervals.drop_interval(metric, of_full, of_early, labels)
+
+    def _drawn(self, *predictions: NDArray) -> tuple[Callable[..., float], tuple[NDArray, ...], NDArray]:
+        """Return a metric, and the values and labels that it takes: of rows, or for a ranking of queries."""
+        if self.metric not in RANKING_METRICS:
+            return METRICS["accuracy" if self.metric == AGREEMENT else self.metric], predictions, self.labels
+        assert self.groups is not None
+        values = tuple(RANKING_METRICS[self.metric](each, self.labels, self.groups) for each in predictions)
+        return _mean, values, values[0]
 
     def at_layer(self, layer: int) -> NDArray:
         """Return the predictions of the exit after 1-based `layer`."""
@@ -92,9 +115,14 @@ class Rows:
     def is_chance(self, layer: int) -> bool:
         """Return whether an exit is no better than the most frequent label, by two standard errors.
 
-        For regression: whether its correlation with the labels is within two standard errors of 0.
+        For regression: whether its correlation with the labels is within two standard errors of 0; for a ranking:
+        whether it is within two standard errors of the mean over all orders, which is the score of a constant.
         """
         rows, predictions = len(self), self.at_layer(layer)
+        if self.metric in RANKING_METRICS:
+            constant = np.zeros_like(predictions)
+            gain = self.score(predictions) - self.score(constant)
+            return gain <= 2 * self.standard_error(predictions, constant)
         if self.problem_type == "regression":
             return pearson(predictions, self.labels) <= 2 / math.sqrt(rows)
         if self.metric == AGREEMENT:
@@ -121,9 +149,14 @@ class Rows:
                 rule,
                 float(layers.mean()),
                 self.score(predictions),
-                standard_error(self.function, predictions, full, self.labels),
+                self.standard_error(predictions, full),
                 float(self.lost(predictions).mean()),
             )
             for rule, predictions, layers in self.replay(criteria)
         ]
         return sorted(found, key=lambda s: (-s.mean_exit_layer, s.score))
+
+
+def _mean(values: NDArray, _: NDArray) -> float:
+    """Return the mean of the values of queries, as a metric."""
+    return float(values.mean())

@@ -121,7 +121,14 @@ def _at_layer(trace: ExitTrace, exit_layer: NDArray) -> NDArray:
     return trace.logits.numpy()[np.arange(len(exit_layer)), exit_layer - 1]
 
 
-def random_exit(trace: ExitTrace, labels: ArrayLike, shares: Sequence[float], *, metric: str = "accuracy") -> float:
+def random_exit(
+    trace: ExitTrace,
+    labels: ArrayLike,
+    shares: Sequence[float],
+    *,
+    metric: str = "accuracy",
+    groups: ArrayLike | None = None,
+) -> float:
     """Return the expected score if the rows that leave at each layer are drawn at random.
 
     Accuracy is a mean over rows; its expectation is ``sum_k share_k * accuracy_k``. Other metrics are averaged over
@@ -131,7 +138,8 @@ def random_exit(trace: ExitTrace, labels: ArrayLike, shares: Sequence[float], *,
         trace: N rows, L exits.
         labels: ``[N]``.
         shares: share of rows for each of the L layers; they sum to 1.
-        metric: name in `metrics.METRICS`.
+        metric: name in `metrics.METRIC_NAMES`.
+        groups: as for `metrics.score`.
     """
     if metric == "accuracy":
         return float(np.dot(shares, [layer[metric] for layer in truncations(trace, labels, metrics=(metric,))]))
@@ -140,12 +148,14 @@ def random_exit(trace: ExitTrace, labels: ArrayLike, shares: Sequence[float], *,
     counts = np.rint(np.cumsum(shares) * rows).astype(int)
     layers = 1 + np.searchsorted(counts, np.arange(rows), side="right").clip(max=trace.depth - 1)
     draws = [_at_layer(trace, generator.permutation(layers)) for _ in range(RANDOM_DRAWS)]
-    return float(np.mean([score((metric,), logits, labels)[metric] for logits in draws]))
+    return float(np.mean([score((metric,), logits, labels, groups=groups)[metric] for logits in draws]))
 
 
-def truncations(trace: ExitTrace, labels: ArrayLike, *, metrics: Sequence[str]) -> tuple[dict[str, float], ...]:
+def truncations(
+    trace: ExitTrace, labels: ArrayLike, *, metrics: Sequence[str], groups: ArrayLike | None = None
+) -> tuple[dict[str, float], ...]:
     """Return the scores of each exit alone, i.e. of the model truncated to its first k = 1..L layers."""
-    return tuple(score(metrics, trace.logits[:, k].numpy(), labels) for k in range(trace.depth))
+    return tuple(score(metrics, trace.logits[:, k].numpy(), labels, groups=groups) for k in range(trace.depth))
 
 
 def outcome(
@@ -155,9 +165,10 @@ def outcome(
     *,
     metrics: Sequence[str],
     problem_type: str | None = None,
+    groups: ArrayLike | None = None,
 ) -> Outcome:
     """Replay a criterion over a trace and score it; ``metrics[0]`` is the deciding metric."""
-    return next(outcomes(trace, labels, [criterion], metrics=metrics, problem_type=problem_type))
+    return next(outcomes(trace, labels, [criterion], metrics=metrics, problem_type=problem_type, groups=groups))
 
 
 def outcomes(
@@ -167,16 +178,17 @@ def outcomes(
     *,
     metrics: Sequence[str],
     problem_type: str | None = None,
+    groups: ArrayLike | None = None,
 ) -> Iterator[Outcome]:
     """Yield the outcome of each criterion, as `outcome` does, in one pass over blocks of the trace."""
-    by_layer = [layer[metrics[0]] for layer in truncations(trace, labels, metrics=metrics[:1])]
+    by_layer = [layer[metrics[0]] for layer in truncations(trace, labels, metrics=metrics[:1], groups=groups)]
     for logits, exit_layer in replay_each(trace, criteria, problem_type=problem_type):
         layers = exit_layer.numpy()
-        found = _outcome(score(metrics, logits.numpy(), labels), layers, layers, trace.depth)
+        found = _outcome(score(metrics, logits.numpy(), labels, groups=groups), layers, layers, trace.depth)
         if metrics[0] == "accuracy":
             expected = float(np.dot(found.exit_shares, by_layer))
         else:
-            expected = random_exit(trace, labels, found.exit_shares, metric=metrics[0])
+            expected = random_exit(trace, labels, found.exit_shares, metric=metrics[0], groups=groups)
         yield replace(found, random_exit=expected)
 
 
@@ -236,16 +248,18 @@ def sweep(
     drop: float = 0.0,
     points: int = 24,
     problem_type: str | None = None,
+    groups: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
     progress: str | None = None,
 ) -> Sweep:
     """Evaluate every criterion at all its settings on both splits, and choose one setting each on the tuning split.
 
     Args:
         tuning, reporting: trace and labels ``[N]`` of each split, as from `traces.collect_trace`.
-        metrics: names in `metrics.METRICS`; the first is the deciding metric.
+        metrics: names in `metrics.METRIC_NAMES`; the first is the deciding metric.
         drop: maximum score loss against full depth allowed on the tuning split, at least 0.
         points: number of thresholds to try per criterion.
         problem_type: as in transformers (default: regression for one output, else single-label classification).
+        groups: the query of each row of each split, for ``"ndcg"`` and ``"mrr"``.
         progress: title of a progress bar, or None for none.
 
     Raises:
@@ -266,18 +280,24 @@ def sweep(
         raise ValueError(f"sweep: expected traces with the same exits and classes, got {shapes[0]} and {shapes[1]}")
     if not drop >= 0:
         raise ValueError(f"sweep: expected drop >= 0, got {drop}")
-    splits = {"tuning": tuning, "reporting": reporting}
-    layers = {name: truncations(trace, labels, metrics=metrics) for name, (trace, labels) in splits.items()}
-    groups = settings(tuning[0], points=points, problem_type=problem_type)
+    splits = {"tuning": (*tuning, groups[0]), "reporting": (*reporting, groups[1])}
+    layers = {
+        name: truncations(trace, labels, metrics=metrics, groups=group)
+        for name, (trace, labels, group) in splits.items()
+    }
+    candidates = settings(tuning[0], points=points, problem_type=problem_type)
     found: dict[str, tuple[Point, ...]] = {}
     full = layers["tuning"][-1][metrics[0]]
     with tqdm(
-        total=sum(map(len, groups.values())), desc=progress, disable=progress is None or None, leave=False
+        total=sum(map(len, candidates.values())), desc=progress, disable=progress is None or None, leave=False
     ) as bar:
-        for name, group in groups.items():
+        for name, rules in candidates.items():
             evaluated = []
-            results = [outcomes(*split, group, metrics=metrics, problem_type=problem_type) for split in splits.values()]
-            for criterion, on_tuning, on_reporting in zip(group, *results, strict=True):
+            results = [
+                outcomes(trace, labels, rules, metrics=metrics, problem_type=problem_type, groups=group)
+                for trace, labels, group in splits.values()
+            ]
+            for criterion, on_tuning, on_reporting in zip(rules, *results, strict=True):
                 evaluated.append(Point(criterion, on_tuning, on_reporting))
                 bar.update()
             found[name] = _with_choice(evaluated, full, metric=metrics[0], drop=drop)

@@ -11,6 +11,7 @@ from support.models import batch_for, stock
 import earlyexit_kernels as ee
 from earlyexit_kernels import backbones
 from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead
+from earlyexit_kernels.tuning.flops import encoder_macs
 
 ERNIE = BackboneAdapter(
     model_type="ernie",
@@ -95,3 +96,16 @@ def test_wrong_fields_are_refused(field):
 def test_something_else_is_refused():
     with pytest.raises(TypeError, match="register: expected a BackboneAdapter, got 'ernie'"):
         backbones.register("ernie")
+
+
+def test_the_multiply_adds_of_a_registered_family_are_those_of_its_layers():
+    """A feed-forward part with a gate has three products; its name is on no list."""
+    backbones.register(dataclasses.replace(BACKBONES["llama"], model_type="helium"))
+    try:
+        model = ee.to_early_exit(stock("helium", num_key_value_heads=2, head_dim=16, pad_token_id=0))
+    finally:
+        BACKBONES.pop("helium")
+    width, inner = model.config.backbone_config.hidden_size, model.config.backbone_config.intermediate_size
+    expected = (2 + 1) * width * width + 3 * width * inner  # queries and output; keys and values of half the heads
+    assert model.execution._layer_macs == expected
+    assert encoder_macs(model, torch.tensor([1]), 1).tolist() == [expected + 2 * width]

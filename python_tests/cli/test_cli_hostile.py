@@ -41,8 +41,7 @@ INVALID = {
         "--train": FILES,
         "--dev": FILES,
         "--text-column": ["", " "],
-        "--pair-column": [""],
-        "--label-column": [""],
+        **dict.fromkeys(("--pair-column", "--label-column", "--group-column"), ("",)),
         "--output": [""],
         "--method": ["", "magic"],
         "--pooling": ["max", "none"],
@@ -168,7 +167,7 @@ def test_every_option_has_invalid_values():
     parser = build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
     # without values, or with values that only the network knows
-    others = {*"--help -h --set --quick --bf16 --overwrite --truncate --host --address --input".split()}
+    others = {*"--help -h --debug --set --quick --bf16 --overwrite --truncate --host --address --input".split()}
     tried = {name: set(options) | others for name, options in INVALID.items()}
     for name, command in commands.items():
         assert {option for action in command._actions for option in action.option_strings} <= tried[name]

@@ -68,3 +68,11 @@ def test_lists_are_those_of_the_package(capsys):
     with pytest.raises(SystemExit):
         earlyexit_cli.main(["eval", "--help"])
     assert f"at least {MIN_POINTS} " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["train --model m --task toy --output o", "eval --model m", "serve m", "env"])
+def test_debug_goes_before_or_after_the_command(command):
+    parser, arguments = earlyexit_cli.build_parser(), command.split()
+    assert parser.parse_args(["--debug", *arguments]).debug is True
+    assert parser.parse_args([*arguments, "--debug"]).debug is True
+    assert parser.parse_args(arguments).debug is False

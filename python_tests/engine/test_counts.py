@@ -226,7 +226,7 @@ def with_poison(batch):
 def test_bounds_and_exact_counts_give_equal_results(criterion, lag, delay, monkeypatch):
     """Equal bits of all results, with NaN rows at both ends, and for a single row."""
     model, batch, _ = setting("bert", "auto", criterion)
-    monkeypatch.setattr(model.execution, "_layers", "family")
+    monkeypatch.setattr(model.execution.layers, "_layers", "family")
     choose, spare = as_on_cuda(monkeypatch)
     parts = with_poison(batch), batch, {name: values[1:2] for name, values in batch.items()}
     with parameter_set(model.get_input_embeddings().weight, POISON, NAN):
@@ -243,7 +243,7 @@ def test_bounds_and_exact_counts_give_equal_results(criterion, lag, delay, monke
 def test_other_families_with_lengths_on_the_device(family, monkeypatch):
     """Windows and layers of their own attention run on one rectangle, with NaN in the tokens of no row."""
     model, batch, _ = setting(family, "auto", "entropy")
-    monkeypatch.setattr(model.execution, "_layers", "family")
+    monkeypatch.setattr(model.execution.layers, "_layers", "family")
     expected = answers(model, batch, "never")
     choose, _ = as_on_cuda(monkeypatch)
     for lag, delay in ARRIVALS:
@@ -258,7 +258,7 @@ def test_other_families_with_lengths_on_the_device(family, monkeypatch):
 def test_stream_with_late_counts(lag, delay, monkeypatch):
     """Each row comes once, with equal bits, although layers run after the last row has left."""
     model, batch, _ = setting("bert", "auto", "entropy")
-    monkeypatch.setattr(model.execution, "_layers", "family")
+    monkeypatch.setattr(model.execution.layers, "_layers", "family")
     choose, _ = as_on_cuda(monkeypatch)
     model.compaction = "always"
     model.set_criterion(varied_entropy(model.trace(**batch)))
@@ -276,7 +276,7 @@ def test_stream_with_late_counts(lag, delay, monkeypatch):
 def test_every_back_end_supports_bounds(backend, monkeypatch):
     """Kernels run on rows without tokens and tokens without rows; all tokens are moved at each exit."""
     model, batch, _ = setting("bert", backend)
-    monkeypatch.setattr(model.execution, "_layers", "family")
+    monkeypatch.setattr(model.execution.layers, "_layers", "family")
     choose, spare = as_on_cuda(monkeypatch)
     expected = answers(model, batch, "never")
     choose(1, 1)

@@ -9,6 +9,7 @@ import torch
 from support.models import batch_for, early_exit
 
 from earlyexit_kernels import backbones
+from earlyexit_kernels.engine import resident
 from earlyexit_kernels.engine.resident import resident_unsupported_reason
 from earlyexit_kernels.errors import BackendUnavailableError
 
@@ -26,13 +27,50 @@ def test_family_without_fused_layers_is_named(family):
 def test_name_of_an_adapter_that_its_layers_lack():
     model = early_exit("roberta-prelayernorm")
     adapter = dataclasses.replace(model.adapter, names=backbones.LayerNames())
-    reason = model.execution.fused.unsupported_reason(adapter, model.backbone)
+    reason = model.execution.layers.fused.unsupported_reason(adapter, model.backbone)
     assert reason == "RobertaPreLayerNormLayer has no module attention.output.LayerNorm, which the adapter names"
 
 
-def test_kernels_of_a_graph_do_not_take_the_layers_of_another_form():
-    """Not even without the norm at the end, for which ModernBERT itself is refused."""
-    view = early_exit("modernbert").view()
-    adapter = dataclasses.replace(view.adapter, exit_norm=lambda backbone: None)
-    reason = resident_unsupported_reason(dataclasses.replace(view, adapter=adapter), torch.float32)
-    assert reason == "its kernels do not support the gated layers of 'modernbert'"
+#: Family and what its adapter gives its layers -> the reason against fused layers.
+ARGUMENTS = {
+    "no positions": (
+        "modernbert",
+        {"layer_arguments": None},
+        "has no layer_arguments, expected the rotary positions that layers of GatedLayerNames take",
+    ),
+    "positions": (
+        "bert",
+        {"layer_arguments": backbones.BACKBONES["llama"].layer_arguments},
+        "has layer_arguments, which layers of LayerNames do not take",
+    ),
+    "rectangles": (
+        "bert",
+        {"rectangle_arguments": lambda backbone, states, keep: {}},
+        "has rectangle_arguments, its layers compute attention themselves; expected names=None",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_layers_that_take_other_arguments(case):
+    """The layers would be computed without these arguments, in a graph without an error."""
+    family, changed, words = ARGUMENTS[case]
+    model = early_exit(family)
+    adapter = dataclasses.replace(model.adapter, **changed)
+    reason = model.execution.layers.fused.unsupported_reason(adapter, model.backbone)
+    assert reason == f"the adapter of {family!r} {words}"
+    assert resident_unsupported_reason(dataclasses.replace(model.view(), adapter=adapter), torch.float32) == reason
+
+
+def test_kernels_of_a_graph_do_not_take_the_layers_of_another_form(monkeypatch):
+    monkeypatch.delitem(resident.LAYERS, backbones.GatedLayerNames)
+    reason = resident_unsupported_reason(early_exit("modernbert").view(), torch.float32)
+    assert reason == "its kernels do not support layers of GatedLayerNames"
+
+
+def test_autocast_and_other_devices_run_family_layers():
+    model = early_exit()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.layer_kind == "family"
+    assert model.layer_kind == "fused"
+    assert model.to("meta").layer_kind == "family"

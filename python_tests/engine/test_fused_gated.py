@@ -51,7 +51,7 @@ def states(model, batch):
         view, check_inputs(Inputs(**batch), view.adapter, view.backbone), with_keys=False
     )
     calls, found = layer_calls(rows, hidden, request), []
-    for number, layer in enumerate(model.execution.encoder_layers(view), start=1):
+    for number, layer in enumerate(model.execution.layers.layers(view), start=1):
         hidden = calls.run(number, layer, hidden)
         found.append(hidden)
     return found
@@ -104,7 +104,7 @@ def test_other_dtypes(dtype, tolerance):
     _, own, fused = pair()
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    layer = fused.execution.encoder_layers(fused.view())[0]
+    layer = fused.execution.layers.layers(fused.view())[0]
     assert layer.qkv.weight.dtype == dtype
     assert (layer.qkv.packed is None) == bool(fused_bert.onednn_unsupported_reason(dtype))
     # traces are float32, so float64 layers agree up to float32 rounding
@@ -113,9 +113,9 @@ def test_other_dtypes(dtype, tolerance):
 
 def test_layers_have_the_window_and_the_norms_of_their_own():
     _, _, fused = pair()
-    layers = fused.execution.encoder_layers(fused.view())
-    assert [layer.kind.window for layer in layers] == [None, 5, 5, None]
-    assert [layer.attention_norm is None for layer in layers] == [True, False, False, False]
+    layers = fused.execution.layers.layers(fused.view())
+    assert [layer.weights.window for layer in layers] == [None, 5, 5, None]
+    assert [layer.weights.attention_norm is None for layer in layers] == [True, False, False, False]
     windowed = fused.trace(**batch_for(fused)).logits
     for layer in fused.backbone.layers:
         layer.attn.sliding_window = None
@@ -126,20 +126,20 @@ def test_only_products_are_copied():
     if reason := fused_bert.onednn_unsupported_reason(torch.float32):
         pytest.skip(reason)
     _, _, fused = pair(**BIASES)
-    for own, layer in zip(fused.backbone.layers, fused.execution.encoder_layers(fused.view()), strict=True):
+    for own, layer in zip(fused.backbone.layers, fused.execution.layers.layers(fused.view()), strict=True):
         linears = {layer.qkv: own.attn.Wqkv, layer.attention_out: own.attn.Wo}
         linears |= {layer.inner: own.mlp.Wi, layer.outer: own.mlp.Wo}
         for got, linear in linears.items():
             assert got.weight.data_ptr() == linear.weight.data_ptr() and got.bias.data_ptr() == linear.bias.data_ptr()
             assert got.packed.is_mkldnn and got.packed.shape == linear.weight.shape
-        assert layer.norm.weight.data_ptr() == own.mlp_norm.weight.data_ptr()
+        assert layer.weights.norm.weight.data_ptr() == own.mlp_norm.weight.data_ptr()
         assert not any(x.requires_grad for got in linears for x in (got.weight, got.bias))
 
 
 def test_without_onednn(monkeypatch):
     monkeypatch.setattr(fused_gated, "onednn_unsupported_reason", lambda dtype: "no such names")
     _, own, fused = pair()
-    assert fused.execution.encoder_layers(fused.view())[0].qkv.packed is None
+    assert fused.execution.layers.layers(fused.view())[0].qkv.packed is None
     batch = batch_for(own)
     assert apart(fused.trace(**batch).logits, own.trace(**batch).logits) <= TOLERANCE
 
@@ -148,9 +148,9 @@ def test_copies_start_unpacked_and_agree(tmp_path):
     model = ee.to_early_exit(stock("modernbert"), criterion=Entropy(threshold=0.9))
     batch = batch_for(model)
     expected = model(**batch).logits
-    assert model.layer_kind == "fused" and len(model.execution.fused._packed.layers) == DEPTH
+    assert model.layer_kind == "fused" and len(model.execution.layers.fused._packed.layers) == DEPTH
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.execution.fused._packed is None
+        assert twin.execution.layers.fused._packed is None
         assert torch.equal(twin(**batch).logits, expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)(**batch).logits, expected)
@@ -166,7 +166,7 @@ def test_rows_that_are_not_numbers_do_not_affect_others():
         x = hidden.clone()
         x[:, start:end] = value
         calls = layer_calls(rows, x, request)
-        for number, layer in enumerate(fused.execution.encoder_layers(view), start=1):
+        for number, layer in enumerate(fused.execution.layers.layers(view), start=1):
             x = calls.run(number, layer, x)
         found.append(x[0])
     rest = torch.tensor([*range(start), *range(end, len(found[0]))])
@@ -219,6 +219,10 @@ def causal(layer) -> None:
     layer.attn.is_causal = True
 
 
+def another_scale(layer) -> None:
+    layer.attn.scaling = 1.0
+
+
 OWN_WAYS = {
     an_adapted_linear: "attn.Wqkv (Adapted) is not a plain Linear",
     lora: "attn.Wqkv (Linear) is not a plain Linear",
@@ -230,6 +234,7 @@ OWN_WAYS = {
     a_hook: "mlp.Wi (Linear) has a forward hook",
     another_forward: "attn (ModernBertAttention) has a forward hook",
     causal: "attn (ModernBertAttention) is causal",
+    another_scale: "attn (ModernBertAttention) scales by 1, expected 1 / sqrt(16)",
 }
 
 

@@ -18,9 +18,9 @@ from torch import nn
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy
-from earlyexit_kernels.engine import fused_bert
+from earlyexit_kernels.engine import bert_weights, fused_bert
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.hf import execution
+from earlyexit_kernels.hf import layer_choice
 from earlyexit_kernels.ops import bare_op
 
 #: Kinds of products: all packed by oneDNN, with fused activation, all of torch, and only small ones packed.
@@ -30,6 +30,8 @@ PRODUCTS = {
     "torch": fused_bert.Products(0, with_activation=True),
     "by size": fused_bert.Products(20, with_activation=True),
 }
+#: The vector kernels of the package, which replace those products.
+KERNELS = "kernels"
 
 
 def pair(family="bert", **sizes):
@@ -46,8 +48,19 @@ def assert_alike(own, fused, batch, *, atol=2e-5, rtol=1e-4) -> None:
     torch.testing.assert_close(fused.trace(**batch).logits, own.trace(**batch).logits, atol=atol, rtol=rtol)
 
 
-@pytest.fixture(params=PRODUCTS)
+def leave_out_kernels(monkeypatch) -> None:
+    """Have fused layers run on the products of oneDNN and torch."""
+    for room in (fused_bert, layer_choice):
+        monkeypatch.setattr(room, "kernels_unsupported_reason", lambda dtype: "they are left out")
+
+
+@pytest.fixture(params=(*PRODUCTS, KERNELS))
 def products(request, monkeypatch):
+    if request.param == KERNELS:
+        if reason := fused_bert.kernels_unsupported_reason(torch.float32):
+            pytest.skip(reason)
+        return
+    leave_out_kernels(monkeypatch)
     reason = fused_bert.onednn_unsupported_reason(torch.float32)
     if reason and request.param != "torch":
         pytest.skip(reason)
@@ -74,24 +87,27 @@ def op(request, monkeypatch):
     reason = ee.available_backends("cpu")[request.param]
     if reason:
         pytest.skip(reason)
+    leave_out_kernels(monkeypatch)
     monkeypatch.setattr(
         fused_bert, "available_backends", lambda kind: {"cpp": "" if request.param == "cpp" else "left out"}
     )
     return request.param
 
 
+@pytest.mark.parametrize("products", PRODUCTS, indirect=True)
 def test_backends(op, products):
     own, fused = pair()
-    assert fused.execution.encoder_layers(fused.view())[0].run is bare_op("encoder_layer", op, "cpu")
+    assert fused.execution.layers.layers(fused.view())[0].run is bare_op("encoder_layer", op, "cpu")
     for kind in ATTENDED:
         assert_alike(own, fused, batch_for(own, kind))
 
 
-def test_op_refuses_lists_of_wrong_length():
+def test_op_refuses_lists_of_wrong_length(monkeypatch):
+    leave_out_kernels(monkeypatch)
     if ee.available_backends("cpu")["cpp"]:
         pytest.skip(ee.available_backends("cpu")["cpp"])
     model = ee.to_early_exit(stock())
-    layer, x = model.execution.encoder_layers(model.view())[0], torch.randn(6, 64)
+    layer, x = model.execution.layers.layers(model.view())[0], torch.randn(6, 64)
     own, plan = layer.weights, ([1], [6], [None], [None], [None], None)
     run = functools.partial(bare_op("encoder_layer", "cpp", "cpu"), x)
     weights, rest = layer.tensors, (own.eps, own.heads, *own.activation, False)
@@ -115,7 +131,7 @@ def test_activations(activation, products):
 def test_layers_shared_by_groups(products):
     own, fused = pair("albert", inner_group_num=2)
     assert_alike(own, fused, batch_for(own))
-    assert len({id(layer) for layer in fused.execution.encoder_layers(fused.view())}) == 2, "each group is packed once"
+    assert len({id(layer) for layer in fused.execution.layers.layers(fused.view())}) == 2, "each group is packed once"
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.15), (torch.float16, 2e-2), (torch.float64, 1e-10)])
@@ -123,7 +139,7 @@ def test_other_dtypes(dtype, atol):
     own, fused = pair()
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    assert fused.execution.encoder_layers(fused.view())[0].tensors[0].dtype == dtype
+    assert fused.execution.layers.layers(fused.view())[0].tensors[0].dtype == dtype
     # traces are float32, so float64 layers agree up to float32 rounding
     assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
     assert torch.isfinite(fused(**batch).logits).all()
@@ -192,13 +208,13 @@ def test_train_mode_drops_the_copies_and_runs_family_layers():
     model = ee.to_early_exit(stock(), pooling="first")
     batch = batch_for(model)
     model(**batch)
-    assert model.execution.fused._packed is not None
+    assert model.execution.layers.fused._packed is not None
     model.train()
-    assert model.execution.fused._packed is None
+    assert model.execution.layers.fused._packed is None
     out = model(**batch, labels=torch.zeros(4, dtype=torch.long))
     out.loss.backward()
     assert model.backbone.encoder.layer[0].output.dense.weight.grad is not None
-    assert model.execution.fused._packed is None
+    assert model.execution.layers.fused._packed is None
 
 
 class Adapted(nn.Linear):
@@ -316,10 +332,11 @@ def test_unknown_kind_is_refused():
 
 def test_without_onednn(monkeypatch, caplog):
     """Products of torch are used instead, and 'auto' logs this once."""
-    for room in (fused_bert, execution):
+    leave_out_kernels(monkeypatch)
+    for room in (fused_bert, layer_choice):
         monkeypatch.setattr(room, "onednn_unsupported_reason", lambda dtype: "no such names")
     own, fused = pair()
-    assert not fused.execution.encoder_layers(fused.view())[0].packed
+    assert not fused.execution.layers.layers(fused.view())[0].packed
     assert_alike(own, fused, batch_for(own))
     model = ee.to_early_exit(stock(), pooling="first")
     with caplog.at_level(logging.INFO, "earlyexit_kernels"):
@@ -330,6 +347,7 @@ def test_without_onednn(monkeypatch, caplog):
 
 
 def test_onednn_unsupported_reason(monkeypatch):
+    leave_out_kernels(monkeypatch)
     ops = torch.ops.mkldnn
     assert fused_bert.onednn_unsupported_reason(torch.float16)
 
@@ -338,7 +356,7 @@ def test_onednn_unsupported_reason(monkeypatch):
             raise AttributeError(f"no {name}")
 
     own, fused = pair()
-    fused.execution.fused.forget()
+    fused.execution.layers.fused.forget()
     fused_bert.onednn_unsupported_reason.cache_clear()
     monkeypatch.setattr(torch.ops, "mkldnn", Gone())
     assert "lacks the required" in fused_bert.onednn_unsupported_reason(torch.float32)
@@ -347,20 +365,12 @@ def test_onednn_unsupported_reason(monkeypatch):
     fused_bert.onednn_unsupported_reason.cache_clear()
 
 
-def test_autocast_and_other_devices_run_family_layers():
-    model = ee.to_early_exit(stock(), pooling="first")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.layer_kind == "family"
-    assert model.layer_kind == "fused"
-    assert model.to("meta").layer_kind == "family"
-
-
 def test_copies_start_unpacked_and_agree(tmp_path):
     model = ee.to_early_exit(stock(), pooling="first", criterion=Entropy(threshold=0.9))
     batch = batch_for(model)
     expected = model(**batch).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.execution.fused._packed is None
+        assert twin.execution.layers.fused._packed is None
         assert torch.equal(twin(**batch).logits, expected)
     model.save_pretrained(tmp_path)
     assert torch.equal(ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)(**batch).logits, expected)
@@ -371,17 +381,17 @@ def test_threads_agree():
     batch = batch_for(model)
     expected = model(**batch).logits
     for _ in range(5):
-        model.execution.fused.forget()
+        model.execution.layers.fused.forget()
         with ThreadPoolExecutor(4) as pool:
             assert all(torch.equal(out.logits, expected) for out in pool.map(lambda _: model(**batch), range(8)))
 
 
 def test_layer_is_packed_once(monkeypatch):
     packed = []
-    of = fused_bert.FusedLayer.of
-    monkeypatch.setattr(fused_bert.FusedLayer, "of", staticmethod(lambda *a: packed.append(a) or of(*a)))
+    of = bert_weights.LayerWeights.of
+    monkeypatch.setattr(bert_weights.LayerWeights, "of", staticmethod(lambda *a: packed.append(a) or of(*a)))
     model = ee.to_early_exit(stock(), pooling="first")
     for _ in range(3):
         model(**batch_for(model))
     assert len(packed) == DEPTH
-    assert dataclasses.is_dataclass(model.execution.encoder_layers(model.view())[0])
+    assert dataclasses.is_dataclass(model.execution.layers.layers(model.view())[0])

@@ -85,6 +85,14 @@ def test_replaced_weights_and_other_criteria_need_a_capture(captures, model):
     assert len(captures) == 4
 
 
+def test_prenorm_encoder(captures):
+    model, runner = early_exit("modernbert", pooling="mean", criterion=Patience(patience=1)), Graphs()
+    for lengths, kind in [((17, 3, 9), "holes"), ((20, 4, 4, 4), "right"), ((17,), "full")]:
+        batch = batch_for(model, kind, lengths=lengths)
+        assert_as_eager(run(runner, model, batch), model, batch)
+    assert captures == [Bucket(4, 32), Bucket(1, 32)]
+
+
 def test_graph_is_used_in_every_autograd_mode(captures, model):
     runner, batch = Graphs(), batch_for(model)
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):

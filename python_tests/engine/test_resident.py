@@ -131,7 +131,7 @@ def test_successive_batches(backend):
 
 @pytest.mark.parametrize("built", [{"method": "palbert"}, {"pooling": "first"}], ids=["halting", "hidden cosine"])
 def test_module_exits_use_chunks_of_one_size(built, monkeypatch):
-    monkeypatch.setattr("earlyexit_kernels.engine.resident.EXIT_ROWS", 3)
+    monkeypatch.setattr("earlyexit_kernels.engine.resident_exits.EXIT_ROWS", 3)
     rule = QExit(q=0.6) if "method" in built else HiddenCosine(threshold=0.97)
     model = early_exit("bert", criterion=rule, **built)
     seen, fused = [], model.heads.fused
@@ -226,7 +226,7 @@ def test_layers_of_shared_weights_are_behind_nodes_too(threshold):
     [
         ({"method": "smartbert"}, "skips layers"),
         ({"method": "fastbert"}, "attend to all tokens"),
-        ({"method": "palbert", "pooling": "mean", "criterion": QExit(q=0.5)}, "mean of the tokens"),
+        ({"method": "palbert", "pooling": "mean", "criterion": QExit(q=0.5)}, "exits on the mean of the tokens"),
     ],
 )
 def test_unsupported_model(arguments, reason):
@@ -249,7 +249,8 @@ def test_weights_of_launches_are_kept():
     """Another thread may replace weights between the check of a graph and its replay."""
     model = early_exit("bert", pooling="first")
     loop = loop_for(model, Bucket(1, 16), "torch")
-    before = [x.data_ptr() for part in (model.backbone, model.heads) for x in part.parameters()]
+    parts = [x for part in (model.backbone, model.heads) for x in (*part.parameters(), *part.buffers())]
+    before = [x.data_ptr() for x in parts]
     model.double()
     assert [x.data_ptr() for x in loop.held] == before
 

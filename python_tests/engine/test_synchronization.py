@@ -63,7 +63,7 @@ def run_without_numbers(model, monkeypatch, tell=lambda depth: ScriptedCounts(de
         patch.setattr(embedding, "pack", unknown_lengths)
         patch.setattr(eager, "compact_batch", watched)
         patch.setattr(eager, "counts_for", lambda depth, device, exact: tell(depth))
-        patch.setattr(model.execution, "_layers", "family")
+        patch.setattr(model.execution.layers, "_layers", "family")
         patch.setattr(model, "compaction", "always")
         # the values of ids are not checked on CUDA; fake tensors have no addresses by which to distinguish them
         patch.setattr(inputs, "_check_ids", lambda *_: None)

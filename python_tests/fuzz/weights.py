@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.models import batch_for, encoder_of, stock
+from support.models import ALL_FAMILIES, batch_for, encoder_of, stock
 from support.weight_changes import BIASES
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -20,7 +20,8 @@ from torch.nn.utils import prune
 import earlyexit_kernels as ee
 from fuzz.case import Case, WrongError
 
-FAMILIES = ("bert", "bert", "roberta", "albert", "electra", "distilbert", "modernbert")
+#: The families whose layers are packed are drawn more often.
+FAMILIES = (*("bert", "roberta", "albert", "electra", "distilbert", "modernbert") * 3, *ALL_FAMILIES)
 TOLERANCE = 1e-3
 
 
@@ -57,6 +58,10 @@ class Subject:
             if isinstance(child, kind)
         ]
         return self.case.choice(found)
+
+    def norm(self) -> Any:
+        """Return a random norm of the encoder layers, of which some families have a class of their own."""
+        return self.case.choice([m for m in self.layers.modules() if type(m).__name__.endswith("Norm")])
 
     def logits(self) -> Tensor:
         self.case.calls += 1
@@ -148,13 +153,17 @@ def _storage(s: Subject) -> None:
 
 
 def _norm_data(s: Subject) -> None:
-    norm = s.module(nn.LayerNorm)[2]
+    norm = s.norm()
     norm.weight.data.mul_(1.5)
-    norm.bias.data.add_(0.3)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.data.add_(0.3)
 
 
 def _eps(s: Subject) -> None:
-    s.module(nn.LayerNorm)[2].eps = s.case.choice((0.1, 1.0))
+    norm = s.norm()
+    name = "eps" if hasattr(norm, "eps") else "variance_epsilon"
+    assert hasattr(norm, name)
+    setattr(norm, name, s.case.choice((0.1, 1.0)))
 
 
 def _new_parameter(s: Subject) -> None:
@@ -212,7 +221,8 @@ def _new_list(s: Subject) -> None:
 
 def _new_encoder(s: Subject) -> None:
     backbone = s.model.backbone
-    _replace(s, getattr(backbone, "encoder", None) or getattr(backbone, "transformer", None) or s.layers)
+    found = [getattr(backbone, name, None) for name in ("encoder", "transformer")]
+    _replace(s, next(filter(None, found), s.layers))
 
 
 def _new_backbone(s: Subject) -> None:

@@ -18,7 +18,7 @@ from support.models import FAMILIES, batch_for, early_exit, varied_entropy
 from benchmarks.end_to_end.engines import ENGINES, GRAPH
 from benchmarks.gpu import replays
 from earlyexit_kernels.criteria import RULES, Entropy
-from earlyexit_kernels.engine import graphs, resident
+from earlyexit_kernels.engine import graphs, resident_postnorm
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
 
@@ -65,7 +65,7 @@ class Place:
         with pytest.MonkeyPatch.context() as patch:
             if not self.is_gpu:
                 patch.setattr(graphs, "capture", functools.partial(_raise, error))
-            op, calls = resident.rows_add_norm, []
+            op, calls = resident_postnorm.rows_add_norm, []
 
             def fails(*arguments, **how):
                 calls.append(torch.cuda.is_current_stream_capturing())
@@ -73,7 +73,7 @@ class Place:
                     raise error
                 return op(*arguments, **how)
 
-            patch.setattr(resident, "rows_add_norm", fails)
+            patch.setattr(resident_postnorm, "rows_add_norm", fails)
             yield
 
 
@@ -103,7 +103,7 @@ def assert_agree(got, expected, dtype=torch.float32) -> None:
     assert (got.logits.cpu() - expected.logits.cpu())[same].abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, "modernbert"))
 def test_every_family_agrees_with_eager_and_cpu(place, family):
     model, batch = ready(family)
     expected = model(**batch)
@@ -137,10 +137,23 @@ def test_mean_pooling_and_shared_layers(place, family, built):
     assert_agree(graph(**batch), expected)
 
 
-@pytest.mark.parametrize("rule", ["full_depth", "entropy"])
+@pytest.mark.parametrize(("pooling", "head"), [("mean", "cls"), (None, "cls"), (None, "mean")])
+@pytest.mark.parametrize("kind", ["right", "holes"])
+def test_prenorm_layers_with_holes_and_positions(place, kind, pooling, head):
+    model = early_exit("modernbert", pooling=pooling, classifier_pooling=head)
+    batch = batch_for(model, kind, lengths=LENGTHS)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
+    model.set_criterion(varied_entropy(model.trace(**batch)))
+    expected = model(**batch)
+    eager, graph, batch = place.moved(model, batch)
+    assert_agree(graph(**batch), eager(**batch))
+    assert_agree(graph(**batch), expected)
+
+
+@pytest.mark.parametrize("family, rule", [("bert", "full_depth"), ("bert", "entropy"), ("modernbert", "entropy")])
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16])
-def test_half_precision(place, dtype, rule):
-    model, batch = ready("bert", rule)
+def test_half_precision(place, dtype, family, rule):
+    model, batch = ready(family, rule)
     eager, graph, batch = place.moved(model, batch, dtype)
     assert_agree(graph(**batch), eager(**batch), dtype)
 
@@ -149,6 +162,7 @@ def test_half_precision(place, dtype, rule):
 BITS = [("bert", "entropy", dtype) for dtype in TOLERANCES] + [
     ("albert", "entropy", HALF),
     ("bert", "q_exit", torch.float32),
+    ("modernbert", "entropy", HALF),
 ]
 
 
@@ -226,8 +240,9 @@ def test_batch_larger_than_the_largest_bucket(place, monkeypatch):
     assert {key[0].rows for key in graph.execution.graphs._captured} == {1, 4}
 
 
-def test_stale_buffers_do_not_affect_answers(place):
-    model, batch = ready()
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_stale_buffers_do_not_affect_answers(place, family):
+    model, batch = ready(family)
     _, graph, batch = place.moved(model, batch)
     expected = graph(**batch)
     for rows in (len(LENGTHS), 9):

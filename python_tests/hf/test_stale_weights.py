@@ -78,6 +78,51 @@ def test_graphs_detect_changes(name, captures):
     check_change_is_detected(name, graph_answers)
 
 
+def _replaced(path, module):
+    return lambda model: model.backbone.set_submodule(path, module)
+
+
+def _scaled(path):
+    return lambda model: model.get_parameter(f"backbone.{path}").data.mul_(1.5)
+
+
+def _new_angles(model):
+    rotary = model.backbone.rotary_emb
+    rotary.sliding_attention_inv_freq = rotary.sliding_attention_inv_freq * 3
+
+
+#: Changes of ModernBERT that graphs have to detect.
+PRENORM_WAYS = {
+    "in_place": _scaled("layers.1.mlp.Wi.weight"),
+    "norm_in_place": _scaled("final_norm.weight"),
+    "embeddings_in_place": _scaled("embeddings.norm.weight"),
+    "new_linear": _replaced("layers.1.attn.Wqkv", torch.nn.Linear(64, 192, bias=False)),
+    "new_bias": lambda model: setattr(model.backbone.layers[2].mlp.Wo, "bias", torch.nn.Parameter(torch.arange(64.0))),
+    "new_norm": _replaced("layers.2.attn_norm", torch.nn.LayerNorm(64, eps=0.1)),
+    "norm_removed": _replaced("layers.2.attn_norm", torch.nn.Identity()),
+    "new_norm_at_the_end": _replaced("final_norm", torch.nn.LayerNorm(64, eps=0.3)),
+    "window": lambda model: setattr(model.backbone.layers[1].attn, "sliding_window", 2),
+    "angles": _new_angles,
+    "angles_in_place": lambda model: model.backbone.rotary_emb.full_attention_inv_freq.mul_(3),
+    "activation": _replaced("layers.1.mlp.act", torch.nn.ReLU()),
+    "refused_activation": _replaced("layers.1.mlp.act", torch.nn.SiLU()),
+    "hook": lambda model: model.backbone.layers[1].mlp.register_forward_hook(lambda *given: given[2] * 2),
+}
+
+
+@pytest.mark.parametrize("name", PRENORM_WAYS)
+def test_graphs_of_prenorm_layers_detect_changes(name, captures):
+    model = early_exit("modernbert", pooling="first")
+    batch = batch_for(model)
+    before = graph_answers(model, batch)
+    PRENORM_WAYS[name](model)
+    got, expected = graph_answers(model, batch), family_answers(model, batch, graph_answers)
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0.0)
+    assert (expected - before).abs().max() > 1e-3, "a stale answer would not be detected"
+    refused = name in ("hook", "refused_activation")
+    assert len(captures) == (1 if refused or name.endswith("in_place") else 2)
+
+
 def test_in_place_changes_keep_the_graphs(captures):
     """Graphs hold no copies of weights, so training between evaluations needs no new capture."""
     base = stock()
@@ -118,14 +163,14 @@ def test_unchanged_weights_are_packed_once(snapshots, monkeypatch):
     model = early_exit("bert", pooling="first")
     batch = batch_for(model)
     answers(model, batch)
-    packed = model.execution.fused._packed
+    packed = model.execution.layers.fused._packed
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             model(**batch)
             answers(model, batch)
             model.explain(**batch)
     model.eval()
-    assert model.execution.fused._packed is packed
+    assert model.execution.layers.fused._packed is packed
 
 
 @pytest.mark.parametrize("changed", [torch.nan, -0.0])
@@ -203,7 +248,10 @@ def test_explaining_changes_nothing(captures, monkeypatch):
     """`explain` neither packs weights nor drops graphs."""
     model = early_exit("bert", pooling="first")
     batch = batch_for(model)
-    assert model.explain(**batch).layers.name == "fused" == model.layer_kind and model.execution.fused._packed is None
+    assert (
+        model.explain(**batch).layers.name == "fused" == model.layer_kind
+        and model.execution.layers.fused._packed is None
+    )
     graph_answers(model, batch)
     held = dict(model.execution.graphs._captured)
     WAYS["layer_replaced"](model, None)
@@ -218,11 +266,11 @@ def test_child_forked_while_weights_are_packed():
     torch.set_num_threads(1)  # a child cannot use its parent's OpenMP threads
     try:
         expected = answers(model, batch)
-        model.execution.fused.forget()
+        model.execution.layers.fused.forget()
         taken, release = threading.Event(), threading.Event()
 
         def packs():
-            with model.execution.fused._lock, model.execution.graphs._lock:
+            with model.execution.layers.fused._lock, model.execution.graphs._lock:
                 taken.set()
                 release.wait(60)
 
@@ -271,7 +319,7 @@ def test_change_while_weights_are_packed_is_detected(monkeypatch):
         model(**batch)
     assert model.layer_kind == "family"
     model(**batch)
-    assert "forward hook" in model.execution.fused._packed.reason
+    assert "forward hook" in model.execution.layers.fused._packed.reason
 
 
 def exit_code_within(child: int, seconds: float) -> int:

@@ -34,6 +34,17 @@ def given(op) -> dict:
             "longest": 2,
             "out": torch.zeros(T, H),
         },
+        "rows_rotary": {
+            "qkv": torch.zeros(T, 3 * H),
+            "cos": torch.zeros(T, H),
+            "sin": torch.zeros(T, H),
+            "starts": int32(1, 0),
+            "row_ids": row_ids,
+            "heads": 1,
+            "longest": 2,
+        },
+        "rows_mean": {"hidden": torch.zeros(2 * T, H), "row_ids": row_ids, "out": torch.zeros(R, H)},
+        "rows_glu": {"x": torch.zeros(T, 2 * H), "out": torch.zeros(T, H), "activation": "gelu"},
         "rows_add_norm": {
             "x": torch.zeros(T, H),
             "residual": torch.zeros(T, H),
@@ -68,6 +79,14 @@ ROW_IDS = {
     "row_ids_dtype": ({"row_ids": torch.arange(R)}, ("row_ids", "torch.int32", "got torch.int64")),
     "row_ids_and_offsets": ({"row_ids": int32(0, 1, 2)}, ("offsets", "[4]", "got [3]")),
 }
+#: Valid ones for a window.
+NEAR = {"columns": torch.arange(T), "starts": int32(1, 0)}
+STARTS = {
+    "starts_dtype": ({"starts": torch.arange(R)}, ("starts", "torch.int32", "got torch.int64")),
+    "starts_of_fewer_rows": ({"starts": int32(0)}, ("row_ids below the 1 rows of starts", "got 1")),
+    "starts_beyond": ({"starts": int32(T - 1, 0)}, ("starts of rows within 4 tokens", "0 to 5", "offsets")),
+    "starts_below_0": ({"starts": int32(-1, 0)}, ("starts of rows within 4 tokens", "got tokens -1 to 1")),
+}
 #: Op -> case -> the invalid arguments, and words of the message.
 REFUSED = {
     "rows_linear": {
@@ -95,6 +114,37 @@ REFUSED = {
         "heads": ({"heads": 4}, ("heads", "divide 6", "got 4")),
         "no_heads": ({"heads": 0}, ("heads", "got 0")),
         "longest": ({"longest": 1}, ("at most 1 tokens", "got 2", "the maximum length")),
+        "no_window": ({"window": 0, **NEAR}, ("window", "at least 1", "got 0")),
+        "columns_alone": (NEAR, ("only with a window",)),
+        "columns_shape": ({"window": 2, **NEAR, "columns": torch.zeros(2, 2)}, ("columns", "['*']", "got [2, 2]")),
+        "columns_dtype": ({"window": 2, **NEAR, "columns": int32(0, 1, 2)}, ("columns", "got torch.int32")),
+        "too_few_columns": ({"window": 2, **NEAR, "columns": torch.arange(2)}, ("within 2 tokens", "0 to 3", "before")),
+    },
+    "rows_rotary": {
+        **OFFSETS,
+        **ROW_IDS,
+        **STARTS,
+        "heads": ({"heads": 2}, ("heads", "a third of 18", "even parts", "got 2")),
+        "no_heads": ({"heads": 0}, ("heads", "got 0")),
+        "longest": ({"longest": 1}, ("at most 1 tokens", "got 2", "the maximum length")),
+        "cos_width": ({"cos": torch.zeros(T, 2)}, ("cos", "['*', 6]", "got [4, 2]")),
+        "sin_shape": ({"sin": torch.zeros(T + 1, H)}, ("sin", "[4, 6]", "got [5, 6]")),
+        "cos_dtype": ({"cos": torch.zeros(T, H).half()}, ("cos", "got torch.float16")),
+        "qkv_strided": ({"qkv": torch.zeros(3 * H, T).T}, ("qkv", "contiguous", "strides (1, 4)")),
+    },
+    "rows_mean": {
+        **OFFSETS,
+        **ROW_IDS,
+        "empty_row": ({"offsets": int32(0, 1, 1)}, ("one token in every present row", "row id to -1")),
+        "out_rows": ({"out": torch.zeros(R + 1, H)}, ("out", "[2, 6]", "got [3, 6]")),
+        "out_dtype": ({"out": torch.zeros(R, H).half()}, ("out", "got torch.float16")),
+        "hidden_dtype": ({"hidden": torch.zeros(2 * T, H).double()}, ("hidden", "got torch.float64")),
+    },
+    "rows_glu": {
+        **OFFSETS,
+        **OUT,
+        "x_width": ({"x": torch.zeros(T, H)}, ("x", "[4, 12]", "got [4, 6]")),
+        "activation": ({"activation": "swish"}, ("activation", "'gelu_tanh'", "got 'swish'")),
     },
     "rows_add_norm": {
         **OFFSETS,
@@ -103,6 +153,9 @@ REFUSED = {
         "residual_of_two_sides": ({"residual_absolute": True}, ("residual", "[8, 6]", "got [4, 6]")),
         "out_of_two_sides": ({"out_absolute": True}, ("out", "[8, 6]", "got [4, 6]")),
         "weight": ({"weight": torch.zeros(H + 1)}, ("weight", "[6]", "got [7]")),
+        "total_shape": ({"total": torch.zeros(T + 1, H)}, ("total", "[4, 6]", "got [5, 6]")),
+        "total_dtype": ({"total": torch.zeros(T, H).half()}, ("total", "got torch.float16")),
+        "alone_of_two_sides": ({"x": None, "residual_absolute": True}, ("out", "[2, 6]", "got [4, 6]")),
     },
 }
 CASES = [(op, case) for op, cases in REFUSED.items() for case in cases]

@@ -9,12 +9,30 @@ import numpy as np
 import pytest
 import torch
 from support.backends import backend_params
-from support.encoder_cases import EPS, SUBJECTS, TORCH_ACTIVATIONS, UNTOUCHED, WAYS, H, Layout, parameters, values_of
+from support.encoder_cases import (
+    AHEAD,
+    EPS,
+    SUBJECTS,
+    TORCH_ACTIVATIONS,
+    UNTOUCHED,
+    WAYS,
+    H,
+    Layout,
+    parameters,
+    values_of,
+)
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 from earlyexit_kernels import ops
 from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.ops.rows_linear import GROUP
-from earlyexit_kernels.ops.rows_linear_tma import rows_linear_tma, uses_tma
+from earlyexit_kernels.ops.rows_linear_tma import (
+    TMA_TILES,
+    has_bulk_copies,
+    rows_linear_tma,
+    tma_tiles,
+    uses_tma,
+)
 from earlyexit_kernels.ops.tiles import TILES, resident_programs, tiles_for
 
 BACK_ENDS = ("torch", "triton")
@@ -39,8 +57,8 @@ LAYOUTS = {
 
 on_both = pytest.mark.parametrize("backend", backend_params(BACK_ENDS))
 interpreted = pytest.mark.parametrize("backend", backend_params(["triton"]))
-#: Each op once; the interpreter is slow.
-one_way = pytest.mark.parametrize("name", SUBJECTS)
+#: Further ways of an op that read other memory than its first two: windows, and sums.
+MORE_WAYS = [("rows_attention", 2), ("rows_add_norm", 4), ("rows_add_norm", 6)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -61,12 +79,11 @@ def test_equals_float64_and_writes_only_present_tokens(way, backend, dtype, name
     assert (out[others] == UNTOUCHED).all()
 
 
-@one_way
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(("name", "way"), [*((name, way) for name in SUBJECTS for way in (0, 1)), *MORE_WAYS])
 @on_both
-def test_rows_that_have_left_do_not_affect_others(name, side, backend):
-    subject, layout = SUBJECTS[name], Layout((5, 3, 30, 1, 2), left=(0, 2), capacity=50, side=side)
-    how = subject.ways[side]
+def test_rows_that_have_left_do_not_affect_others(name, way, backend):
+    subject, layout = SUBJECTS[name], Layout((5, 3, 30, 1, 2), left=(0, 2), capacity=50, side=way % 2)
+    how = subject.ways[way]
     values = values_of(layout)
     clean = subject.run(layout, values, FLOAT32, backend, how)
     for row in layout.left:
@@ -95,11 +112,11 @@ LARGE = {"rows_linear": {"capacity": 33792}, "first_tokens_linear": {"rows": 337
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, HALF], ids=str)
-@one_way
+@pytest.mark.parametrize(("name", "way"), [*((name, 1) for name in SUBJECTS), *MORE_WAYS])
 @interpreted
-def test_bits_of_a_row_do_not_depend_on_the_batch(name, backend, dtype, products_in_order):
+def test_bits_of_a_row_do_not_depend_on_the_batch(name, way, backend, dtype, products_in_order):
     """Alone, and among others in larger buffers, on both sides and with all tile sizes."""
-    subject, how = SUBJECTS[name], SUBJECTS[name].ways[1]
+    subject, how = SUBJECTS[name], SUBJECTS[name].ways[way]
     among = Layout((5, 3, 70, 1), left=(1,), capacity=90)
     companies = [
         among,
@@ -190,6 +207,41 @@ def test_head_sizes(backend, size):
         torch.testing.assert_close(out[tokens].double(), want, atol=4e-6, rtol=4e-6)
 
 
+@pytest.mark.parametrize("window", [1, 9, 65, 300])
+@pytest.mark.parametrize(("backend", "dtype"), DTYPES)
+def test_windows_over_many_blocks(backend, dtype, window):
+    """Blocks of keys that no query of a block reaches are left out; others hold queries without a key."""
+    subject, layout = SUBJECTS["rows_attention"], Layout((150, 7), rows=2, capacity=160)
+    how = {"heads": 1, "size": 20, "window": window}
+    out = subject.run(layout, values_of(layout), dtype, backend, how)
+    for row, value in enumerate(values_of(layout)):
+        want = subject.truth(value.to(dtype).double(), how, dtype)
+        got = out[layout.tokens(row, absolute=False)].double()
+        torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("size", [2, 6, 64, 128])
+@on_both
+def test_rotary_head_sizes(backend, size):
+    layout, generator = Layout((40, 3), rows=2, capacity=43), torch.Generator().manual_seed(0)
+    values = [torch.randn(n, 6 * size, generator=generator) for n in layout.lengths]
+    out = SUBJECTS["rows_rotary"].run(layout, values, FLOAT32, backend, {"heads": 2, "size": size})
+    want = [SUBJECTS["rows_rotary"].truth(v.double(), {"heads": 2, "size": size}, FLOAT32) for v in values]
+    torch.testing.assert_close(out.double(), torch.cat(want), atol=4e-6, rtol=4e-6)
+
+
+@on_both
+def test_rotary_equals_transformers(backend):
+    """Bit for bit in float32, since the family's angles and order of operations are used."""
+    layout = Layout((9,), rows=1, capacity=9)
+    qkv, (cos, sin) = torch.randn(9, 3 * 2 * 16), torch.randn(2, 12, 16)
+    q, k, v = qkv.view(1, 9, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    turned = apply_rotary_pos_emb(q, k, cos[None, AHEAD:], sin[None, AHEAD:])
+    want = torch.stack((*turned, v)).permute(1, 3, 0, 2, 4).reshape(9, -1)
+    ops.rows_rotary(qkv, cos, sin, layout.starts, layout.offsets, layout.row_ids, 2, 9, backend=backend)
+    assert torch.equal(qkv, want)
+
+
 @on_both
 def test_attention_with_large_logits(backend):
     layout = Layout((40,), rows=1)
@@ -251,12 +303,14 @@ def test_activations_keep_nan(backend, name):
 @pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs in Triton's interpreter, as TRITON_INTERPRET=1")
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(("present", "capacity"), [(1, 130), (128, 128), (129, 300), (255, 260), (0, 5)])
-def test_bulk_copies_give_the_sums_of_pointers(present, capacity, absolute):
+@pytest.mark.parametrize("tiles", TMA_TILES, ids=lambda tiles: str(tiles.columns))
+def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolute, monkeypatch):
     """Whole numbers, whose sums are exact: the interpreter adds in an order that depends on the tile.
 
     Rows that are not present are neither read nor written, though the copies are of whole tiles.
     """
-    k, n, first = 72, 136, 3 if absolute else 0
+    monkeypatch.setattr("earlyexit_kernels.ops.rows_linear_tma.TMA_TILES", (tiles,))
+    k, n, first = 72, 264, 3 if absolute else 0
     x = torch.full((2 * capacity if absolute else capacity, k), torch.nan, dtype=HALF)
     x[first : first + present] = torch.randint(-3, 4, (present, k)).to(HALF)
     offsets = torch.tensor([first, first + present], dtype=torch.int32)
@@ -266,6 +320,24 @@ def test_bulk_copies_give_the_sums_of_pointers(present, capacity, absolute):
     rows_linear_tma(x, weight, bias, offsets, wide[:, n : 2 * n], "gelu", absolute)
     assert torch.equal(wide[:, n : 2 * n], out) and not out[:present].isnan().any()
     assert (wide[:, :n] == UNTOUCHED).all() and (wide[:, 2 * n :] == UNTOUCHED).all()
+
+
+def test_bulk_copies_take_the_tiles_whose_turns_read_the_least():
+    """BERT-base on an H100 of 132 multiprocessors: 768 columns of 4096 tokens are 96 wide tiles, or 128 narrow ones."""
+    cases = {(4096, 768): 192, (4096, 3072): 256, (16384, 768): 256, (16384, 3072): 256}
+    assert {case: tma_tiles(*case, 132).columns for case in cases} == cases
+
+
+CARDS = [(8, 163, False), (9, 227, True), (10, 227, True), (12, 99, False)]
+
+
+@pytest.mark.parametrize(("major", "kib", "is_there"), CARDS)
+def test_bulk_copies_need_shared_memory_beside_the_instruction(monkeypatch, major, kib, is_there):
+    card = SimpleNamespace(shared_memory_per_block=48 * 1024, shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert has_bulk_copies(torch.device("cuda")) is is_there
+    assert not has_bulk_copies(torch.device("cpu"))
 
 
 def test_bulk_copies_are_for_many_aligned_tokens_on_hopper(monkeypatch):

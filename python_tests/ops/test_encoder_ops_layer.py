@@ -12,7 +12,7 @@ from support.models import encoder_of, stock
 
 from earlyexit_kernels import ops
 from earlyexit_kernels.backbones import adapter_of
-from earlyexit_kernels.engine import fused_bert
+from earlyexit_kernels.engine import bert_weights
 
 #: Activation of `LayerWeights` -> activation of the ops.
 NAMES = {("gelu", "none"): "gelu", ("gelu", "tanh"): "gelu_tanh", ("relu", ""): "relu"}
@@ -25,7 +25,7 @@ CASES = [
 ]
 
 
-def run(layer: fused_bert.LayerWeights, hidden: torch.Tensor, layout: Layout, backend: str) -> None:
+def run(layer: bert_weights.LayerWeights, hidden: torch.Tensor, layout: Layout, backend: str) -> None:
     """Run one layer in place in seven launches; intermediate buffers start as NaN."""
     offsets, width = layout.offsets, hidden.shape[1]
     qkv, context, mid, inner = (
@@ -52,7 +52,7 @@ def test_layer_of_ops_is_as_close_to_float64_as_the_family_layer(family, backend
     adapter = adapter_of(family)
     (own,) = adapter.parts(adapter.layers(encoder_of(model))[0])
     exact = copy.deepcopy(own).double()
-    weights = fused_bert.LayerWeights.of(own, adapter.names, model.config.num_attention_heads)
+    weights = bert_weights.LayerWeights.of(own, adapter.names, model.config.num_attention_heads)
     values = [torch.randn(n, model.config.hidden_size).to(dtype) for n in LAYOUT.lengths]
     hidden = LAYOUT.buffer(values, model.config.hidden_size, dtype, absolute=True)
     with torch.no_grad():

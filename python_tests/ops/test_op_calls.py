@@ -232,6 +232,40 @@ OVERLAPS = {
             "heads": 1,
             "longest": 2,
             "out": torch.zeros(4, H),
+            "window": 2,
+            "columns": torch.arange(2),
+            "starts": int32([0, 0]),
+        },
+        ("out",),
+    ),
+    "rows_rotary": (
+        lambda: {
+            "qkv": torch.zeros(4, 12),
+            "cos": torch.zeros(2, 4),
+            "sin": torch.zeros(2, 4),
+            "starts": int32([0, 0]),
+            "offsets": int32([0, 2]),
+            "row_ids": int32([1]),
+            "heads": 1,
+            "longest": 2,
+        },
+        ("qkv",),
+    ),
+    "rows_mean": (
+        lambda: {
+            "hidden": torch.zeros(4, H),
+            "offsets": int32([0, 1, 2]),
+            "row_ids": int32([0, 1]),
+            "out": torch.zeros(2, H),
+        },
+        ("out",),
+    ),
+    "rows_glu": (
+        lambda: {
+            "x": torch.zeros(4, 2 * H),
+            "offsets": int32([0, 2]),
+            "out": torch.zeros(4, H),
+            "activation": "gelu",
         },
         ("out",),
     ),
@@ -244,8 +278,9 @@ OVERLAPS = {
             "eps": 1e-5,
             "offsets": int32([0, 2]),
             "out": torch.zeros(4, H),
+            "total": torch.zeros(4, H),
         },
-        ("out",),
+        ("out", "total"),
     ),
 }
 on_each = pytest.mark.parametrize(

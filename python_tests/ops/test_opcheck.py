@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.backends import backend_params
 
+from earlyexit_kernels import ops
 from earlyexit_kernels.backends import BACKENDS
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.ops import schema
@@ -58,11 +59,15 @@ def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
     row_ids = torch.tensor([2, -1, -1] if tokens else [-1] * 3, dtype=torch.int32)
     x, hidden, qkv, out = (torch.randn(*shape, requires_grad=grad) for shape in ((4, H), (8, H), (4, 3 * H), (4, H)))
     weight, bias = torch.randn(H, H, requires_grad=grad), torch.randn(H, requires_grad=grad)
+    starts, total = torch.tensor([0, 0, 1], dtype=torch.int32), torch.zeros(8, H)
     return {
         "rows_linear": (hidden, [weight], [bias], offsets, out.detach(), "gelu", True),
         "first_tokens_linear": (hidden, weight, bias, offsets, row_ids, torch.zeros(3, H), "tanh"),
-        "rows_attention": (qkv, offsets, row_ids, 2, 2, out.detach()),
-        "rows_add_norm": (x, hidden, bias, bias.detach().clone(), 1e-5, offsets, out.detach(), True, False),
+        "rows_attention": (qkv, offsets, row_ids, 2, 2, out.detach(), 1, torch.arange(4), starts),
+        "rows_rotary": (qkv.detach(), x[:, : H // 2], x[:, H // 2 :], starts, offsets, row_ids, 2, 2),
+        "rows_mean": (hidden, offsets, row_ids, torch.zeros(3, H)),
+        "rows_glu": (hidden.view(4, -1), offsets, out.detach(), "gelu"),
+        "rows_add_norm": (x, hidden, bias, bias.detach().clone(), 1e-5, offsets, out.detach(), True, False, total),
     }[op]
 
 
@@ -70,7 +75,7 @@ def pack_arguments() -> tuple:
     batch = torch.tensor([2, 3, 1, 1, 1], dtype=torch.int32)
     ids, mask, positions, types = torch.randint(1, 9, (4, 3, 4))
     found, row_ids, offsets, counts = (torch.full(s, 9, dtype=torch.int32) for s in ((2, 3), (3,), (4,), (4,)))
-    return batch, ids, mask, positions, types, found, row_ids, offsets, torch.full((3, 12), 9), counts
+    return batch, ids, mask, positions, types, found, row_ids, offsets, torch.full((4, 12), 9), counts
 
 
 def resident_arguments(source="logits") -> tuple:
@@ -97,7 +102,22 @@ def layer_arguments(buckets=1) -> tuple:
     return *call, [1, 1], [4, 1], slots, [filled, None], kept, torch.arange(4)
 
 
-ENCODER_OPS = ("rows_linear", "first_tokens_linear", "rows_attention", "rows_add_norm")
+def packed_layer_arguments(*, tokens=True) -> tuple:
+    """Positional arguments of packed_layer: rows of 3, 0 and 1 tokens, or none."""
+    offsets = torch.tensor([0, 3, 3, 4] if tokens else [0], dtype=torch.int32)
+    packed = ops.pack_weights(ops.EncoderWeights(*layer_arguments()[1]))
+    return torch.randn(4 if tokens else 0, H), offsets, *packed, [1e-5, 1e-5], 2, "gelu"
+
+
+ENCODER_OPS = (
+    "rows_linear",
+    "first_tokens_linear",
+    "rows_attention",
+    "rows_add_norm",
+    "rows_rotary",
+    "rows_mean",
+    "rows_glu",
+)
 CASES = {
     "logits": ("exit_step", lambda: exit_step_arguments()),
     "logits_grad": ("exit_step", lambda: exit_step_arguments(grad=True)),
@@ -118,7 +138,11 @@ CASES = {
     "resident": ("resident_exit", resident_arguments),
     "resident_first": ("resident_exit", lambda: resident_arguments("first")),
     "layer": ("encoder_layer", layer_arguments),
+    "packed_layer": ("packed_layer", packed_layer_arguments),
+    "packed_layer_empty": ("packed_layer", lambda: packed_layer_arguments(tokens=False)),
     "layer_buckets": ("encoder_layer", lambda: layer_arguments(2)),
+    "attention_without_a_window": ("rows_attention", lambda: (*encoder_arguments("rows_attention")[:6], *[None] * 3)),
+    "norm_alone": ("rows_add_norm", lambda: (None, *encoder_arguments("rows_add_norm")[1:-1], None)),
     **{op: (op, functools.partial(encoder_arguments, op)) for op in ENCODER_OPS},
     **{f"{op}_grad": (op, functools.partial(encoder_arguments, op, grad=True)) for op in ENCODER_OPS},
     **{f"{op}_empty": (op, functools.partial(encoder_arguments, op, tokens=False)) for op in ENCODER_OPS},

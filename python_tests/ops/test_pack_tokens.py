@@ -32,7 +32,7 @@ def packed(backend, ids, *, mask=None, positions=None, types=None, rows=8, width
     found, row_ids, offsets, counts = (
         torch.full(shape, STALE, dtype=torch.int32) for shape in ((2, rows), (rows,), (rows + 1,), (4,))
     )
-    tokens = torch.full((3, rows * width), STALE)
+    tokens = torch.full((4, rows * width), STALE)
     ids, mask, positions, types = inputs
     pack_tokens(
         batch=batch, ids=ids, mask=mask, positions=positions, types=types, found=found, row_ids=row_ids,
@@ -63,7 +63,8 @@ def test_equals_pack(n, s, masked, backend):
     assert torch.equal(out["offsets"][: n + 1], expected.offsets) and (out["offsets"][n:] == kept).all()
     assert out["row_ids"].tolist() == [*range(n), *[-1] * (8 - n)]
     assert out["counts"].tolist() == [n, kept, 0, kept]
-    for place, values in enumerate((ids, positions, types)):
+    columns = torch.arange(s).expand(n, s)
+    for place, values in enumerate((ids, positions, types, columns)):
         assert torch.equal(out["tokens"][place, :kept], expected.take(values)[0])
     assert (out["tokens"][:, kept:] == STALE).all()
 
@@ -105,7 +106,7 @@ def test_empty_batch(backend):
     [
         ("batch", torch.tensor([9, 4, 0, 0, 0], dtype=torch.int32), "at most 8 rows of 16 tokens, got 9 of 4"),
         ("mask", torch.zeros(8, 15, dtype=torch.int64), r"expected mask of shape \[8, 16\], got \[8, 15\]"),
-        ("tokens", torch.zeros(3, 127, dtype=torch.int64), r"expected tokens \[3, T\] with T >= 128, got T 127"),
+        ("tokens", torch.zeros(4, 127, dtype=torch.int64), r"expected tokens \[4, T\] with T >= 128, got T 127"),
         ("counts", torch.zeros(4), "expected counts to be torch.int32, got torch.float32"),
     ],
 )
@@ -115,7 +116,7 @@ def test_invalid_arguments_are_refused(backend, name, tensor, message):
     arguments = {
         **inputs,
         **{name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()},
-        "tokens": torch.zeros(3, 128, dtype=torch.int64),
+        "tokens": torch.zeros(4, 128, dtype=torch.int64),
     }
     pack_tokens(**arguments, backend=backend)
     with pytest.raises(ValueError, match=f"pack_tokens: .*{message}"):

@@ -13,6 +13,7 @@ import torch
 from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.ops.activations import ACTIVATIONS
+from earlyexit_kernels.ops.rows_linear_tma import FIRST_COLUMNS, SHARED_BYTES, TMA_TILES
 
 triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
@@ -39,7 +40,13 @@ POINTERS = {
 }
 SCALARS = dict.fromkeys(("p0", "p1", "p2"), "fp32")
 SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present", "capacity", "tile"), "i32")
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 #: Compute capability -> what its PTX is for, and the instruction of its matrix units.
 TARGETS = {80: ("sm_80", "mma.sync"), 90: ("sm_90a", "wgmma.mma_async"), 100: ("sm_100a", "tcgen05.mma")}
 #: Rules that keep a state.
@@ -177,14 +184,31 @@ def first_tokens_linear(dtype):
     return "first_tokens_linear", hidden, weight, bias, *ids, out, "tanh"
 
 
-def rows_attention(dtype, heads=12):
+def rows_attention(dtype, heads=12, window=None):
     ids = (empty(n, dtype=torch.int32) for n in (9, 8))
-    return "rows_attention", empty(999, 3 * 768, dtype=dtype), *ids, heads, 128, empty(999, 768, dtype=dtype)
+    near = [None] * 3 if window is None else [window, empty(999, dtype=torch.int64), empty(9, dtype=torch.int32)]
+    return "rows_attention", empty(999, 3 * 768, dtype=dtype), *ids, heads, 128, empty(999, 768, dtype=dtype), *near
 
 
-def rows_add_norm(dtype, width=768):
+def rows_rotary(dtype, heads=12):
+    qkv, cos = empty(999, 3 * 768, dtype=dtype), empty(999, 768 // heads, dtype=dtype)
+    return "rows_rotary", qkv, cos, cos, *(empty(n, dtype=torch.int32) for n in (9, 9, 8)), heads, 128
+
+
+def rows_mean(dtype):
+    ids = (empty(n, dtype=torch.int32) for n in (9, 8))
+    return "rows_mean", empty(2 * 999, 768, dtype=dtype), *ids, empty(8, 768, dtype=dtype)
+
+
+def rows_glu(dtype, width=1152, activation="gelu"):
+    x, out = empty(999, 2 * width, dtype=dtype), empty(999, width, dtype=dtype)
+    return "rows_glu", x, empty(9, dtype=torch.int32), out, activation
+
+
+def rows_add_norm(dtype, width=768, adds=True, total=False):
     x, hidden, weight = (empty(*s, dtype=dtype) for s in ((999, width), (2 * 999, width), (width,)))
-    return "rows_add_norm", x, hidden, weight, weight, 1e-12, empty(9, dtype=torch.int32), hidden, True, True
+    norm = weight, weight, 1e-12, empty(9, dtype=torch.int32)
+    return "rows_add_norm", x if adds else None, hidden, *norm, hidden, True, True, hidden if total else None
 
 
 #: Tokens that take small and large tiles.
@@ -197,6 +221,7 @@ PRODUCTS = {
     "few_of_three": lambda dtype: rows_linear(FEW, dtype, activation="none", weights=3),
     "many_of_three": lambda dtype: rows_linear(MANY, dtype, activation="none", weights=3),
     "attention": rows_attention,
+    "attention_of_a_window": lambda dtype: rows_attention(dtype, window=65),
 }
 #: Hopper with both dtypes, the other architectures with one.
 MACHINES = [(80, HALF), (90, HALF), (90, BFLOAT16), (100, HALF)]
@@ -223,23 +248,27 @@ TMA_PRODUCTS = [
 
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("tiles", TMA_TILES, ids=lambda tiles: str(tiles.columns))
 @pytest.mark.parametrize(("k", "n", "activation"), TMA_PRODUCTS)
-def test_bulk_copies_feed_the_matrix_units(k, n, activation, dtype, capability, tmp_path):
+def test_bulk_copies_feed_the_matrix_units(k, n, activation, tiles, dtype, capability, tmp_path):
     module = importlib.import_module("earlyexit_kernels.ops.rows_linear_tma")
-    tiles, kernel = module.TMA_TILES, module.rows_linear_tma_kernel
+    kernel, first, second = module.rows_linear_tma_kernel, FIRST_COLUMNS, tiles.columns - FIRST_COLUMNS
     blocks = {
         "x": (tiles.rows, tiles.depth),
-        "weight": (tiles.columns, tiles.depth),
-        "out": (tiles.rows, tiles.columns),
+        "weight": (first, tiles.depth),
+        "second_weight": (second, tiles.depth),
+        "out": (1, 1, tiles.rows, first),
+        "second_out": (1, 1, tiles.rows, second),
     }
-    types = {name: f"tensordesc<{dtype}[{high}, {wide}]>" for name, (high, wide) in blocks.items()}
-    types |= {"out_memory": f"*{dtype}", "bias": f"*{dtype}", "offsets": "*i32", "rows": "i32", "stride": "i32"}
+    types = {name: f"tensordesc<{dtype}{list(sizes)}>" for name, sizes in blocks.items()}
+    types |= {"bias": f"*{dtype}", "offsets": "*i32", "rows": "i32"}
     options = dict(tiles.options)
     constants = {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     constants |= {"ABSOLUTE": True, "N": n, "K": k, "ACTIVATION": ACTIVATIONS[activation].device, "GROUP_M": 8}
     compiled = compile_for(capability, kernel, types, constants, **options)
     assert TARGETS[capability][1] in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 227 * 1024, "shared memory of a program on Hopper"
+    assert "st.global" not in compiled.asm["ptx"], "rows that are not present are left out by the copies"
+    assert compiled.metadata.shared <= SHARED_BYTES
     assert_in_registers(compiled, tmp_path)
 
 
@@ -250,9 +279,18 @@ OTHERS = {
     "few_float32": lambda: rows_linear(FEW, FLOAT32),
     "many_float32": lambda: rows_linear(MANY, FLOAT32, n=3072),
     "attention_float32": lambda: rows_attention(FLOAT32),
+    "window_float32": lambda: rows_attention(FLOAT32, window=65),
+    "window_of_wide_heads": lambda: rows_attention(HALF, heads=6, window=65),
+    "mean_float32": lambda: rows_mean(FLOAT32),
+    "mean_bfloat16": lambda: rows_mean(BFLOAT16),
+    "rotary_float32": lambda: rows_rotary(FLOAT32),
+    "rotary_of_wide_heads": lambda: rows_rotary(BFLOAT16, heads=6),
+    **{f"glu_{name}": lambda name=name: rows_glu(FLOAT32, 40, name) for name in ("gelu", "gelu_tanh", "relu")},
     **{f"odd_{name}": lambda name=name: rows_linear(FEW, HALF, 5, 7, name) for name in ("gelu_tanh", "relu")},
     "norm": lambda: rows_add_norm(HALF),
     "wide_norm": lambda: rows_add_norm(FLOAT32, 4096),
+    "norm_and_total": lambda: rows_add_norm(FLOAT32, 1024, total=True),
+    "norm_alone": lambda: rows_add_norm(HALF, adds=False),
 }
 
 
@@ -263,7 +301,7 @@ def test_other_launches_do_not_spill_registers(name, monkeypatch, tmp_path):
     assert_in_registers(compiled, tmp_path)
 
 
-@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear])
+@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear, rows_rotary, rows_glu, rows_mean])
 @pytest.mark.parametrize("capability", [80, 100])
 def test_launches_compile_for_other_architectures(capability, launch, monkeypatch):
     compile_launch(capability, monkeypatch, *launch(HALF))
@@ -271,7 +309,16 @@ def test_launches_compile_for_other_architectures(capability, launch, monkeypatc
 
 @pytest.mark.parametrize(
     "name",
-    ["exit_step", "compact", "resident_exit", "pack_tokens", "rows_linear", "rows_add_norm", "first_tokens_linear"],
+    [
+        "exit_step",
+        "compact",
+        "resident_exit",
+        "pack_tokens",
+        "rows_linear",
+        "rows_add_norm",
+        "first_tokens_linear",
+        "rows_glu",
+    ],
 )
 def test_kernels_are_not_specialized_on_batch_sizes(name):
     module = importlib.import_module(f"earlyexit_kernels.ops.{name}")

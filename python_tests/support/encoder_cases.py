@@ -15,6 +15,8 @@ from earlyexit_kernels import ops
 #: Initial value of output buffers, exact in every dtype.
 UNTOUCHED = 768.0
 H, N, EPS = 24, 40, 1e-5
+#: Lines before the rows in the tensors that are indexed by `starts`.
+AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,20 @@ class Layout:
     @property
     def live(self) -> list[int]:
         return [i for i in range(len(self.lengths)) if i not in self.left]
+
+    @property
+    def starts(self) -> Tensor:
+        """First token of each row id, in an order in which rows lie backwards; `AHEAD` lines precede them."""
+        starts = torch.zeros(2 * self.rows + 1)
+        for row in self.live:
+            starts[2 * self.rows - row] = AHEAD + sum(self.lengths[row + 1 :])
+        return starts.to(torch.int32)
+
+    def in_first_order(self, of_place: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a function of the place in its row for every token, in the order of `starts`, and NaN elsewhere."""
+        rows = [of_place(torch.arange(n)) for n in reversed(self.lengths)]
+        empty = of_place(torch.arange(AHEAD)) * 0 + (torch.nan if of_place(torch.zeros(1)).is_floating_point() else 0)
+        return torch.cat([empty, *rows, empty])
 
     def tokens(self, row: int, *, absolute: bool) -> slice:
         start = sum(self.lengths[:row]) + (self.side * self.capacity if absolute else 0)
@@ -109,15 +125,77 @@ def run_attention(layout, values, dtype, backend, how) -> Tensor:
     heads, width = how["heads"], how["heads"] * how["size"]
     qkv = layout.buffer([v[:, : 3 * width] for v in values], 3 * width, dtype, absolute=False)
     out = torch.full((layout.capacity, width), UNTOUCHED, dtype=dtype)
-    longest = how.get("longest", max(layout.lengths, default=0))
-    ops.rows_attention(qkv, layout.offsets, layout.row_ids, heads, longest, out, backend=backend)
+    longest, near = how.get("longest", max(layout.lengths, default=0)), {}
+    if "window" in how:
+        near = {"window": how["window"], "columns": layout.in_first_order(columns_of), "starts": layout.starts}
+    ops.rows_attention(qkv, layout.offsets, layout.row_ids, heads, longest, out, **near, backend=backend)
     return out
+
+
+def columns_of(place: Tensor) -> Tensor:
+    """Columns of tokens behind a hole."""
+    return place.long() + 4 * (place >= 3)
 
 
 def true_attention(values, how, dtype) -> Tensor:
     heads, size = how["heads"], how["size"]
     q, k, v = values[:, : 3 * heads * size].view(len(values), 3, heads, size).permute(1, 2, 0, 3)
-    return (q @ k.mT / size**0.5).softmax(-1).matmul(v).transpose(0, 1).flatten(1)
+    scores, columns = q @ k.mT / size**0.5, columns_of(torch.arange(len(values)))
+    if "window" in how:
+        scores = scores.masked_fill((columns[:, None] - columns).abs() >= how["window"], -torch.inf)
+    return scores.softmax(-1).matmul(v).transpose(0, 1).flatten(1)
+
+
+def angles_of(size: int, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return cosine and sine of the place of a token in its row."""
+    angles = 10.0 ** -torch.linspace(0, 2, size // 2).repeat(2)
+    return tuple(lambda place, f=f: f(place[:, None] * angles).to(dtype) for f in (torch.cos, torch.sin))
+
+
+def run_rotary(layout, values, dtype, backend, how) -> Tensor:
+    heads, size = how["heads"], how["size"]
+    qkv = layout.buffer([v[:, : 3 * heads * size] for v in values], 3 * heads * size, dtype, absolute=False)
+    before, longest = qkv.clone(), how.get("longest", max(layout.lengths, default=0))
+    tables = [layout.in_first_order(each) for each in angles_of(size, dtype)]
+    ops.rows_rotary(qkv, *tables, layout.starts, layout.offsets, layout.row_ids, heads, longest, backend=backend)
+    others = torch.ones(len(qkv), dtype=torch.bool)
+    for row in layout.live:
+        others[layout.tokens(row, absolute=False)] = False
+    assert torch.equal(qkv[others].nan_to_num(UNTOUCHED), before[others].nan_to_num(UNTOUCHED))
+    qkv[others] = UNTOUCHED
+    return qkv
+
+
+def true_rotary(values, how, dtype) -> Tensor:
+    heads, size = how["heads"], how["size"]
+    qkv = values[:, : 3 * heads * size].view(len(values), 3 * heads, size)
+    cos, sin = (each(torch.arange(len(values))).double()[:, None] for each in angles_of(size, dtype))
+    low, high = qkv.chunk(2, dim=2)
+    turned = qkv * cos + torch.cat((-high, low), dim=2) * sin
+    return torch.cat((turned[:, : 2 * heads], qkv[:, 2 * heads :]), dim=1).flatten(1)
+
+
+def run_mean(layout, values, dtype, backend, how) -> Tensor:
+    width = how["columns"]
+    hidden = layout.buffer([v[:, :width] for v in values], width, dtype, absolute=True)
+    out = torch.full((layout.rows, width), UNTOUCHED, dtype=dtype)
+    ops.rows_mean(hidden, layout.offsets, layout.row_ids, out, backend=backend)
+    return out
+
+
+def true_mean(values, how, dtype) -> Tensor:
+    return values[:, : how["columns"]].mean(dim=0, keepdim=True)
+
+
+def run_glu(layout, values, dtype, backend, how) -> Tensor:
+    x = layout.buffer([v[:, : 2 * H] for v in values], 2 * H, dtype, absolute=False)
+    out = torch.full((layout.capacity, H), UNTOUCHED, dtype=dtype)
+    ops.rows_glu(x, layout.offsets, out, backend=backend, **how)
+    return out
+
+
+def true_glu(values, how, dtype) -> Tensor:
+    return TORCH_ACTIVATIONS[how["activation"]](values[:, :H]) * values[:, H : 2 * H]
 
 
 def run_add_norm(layout, values, dtype, backend, how) -> Tensor:
@@ -125,13 +203,27 @@ def run_add_norm(layout, values, dtype, backend, how) -> Tensor:
     of_residual, of_out = how.get("residual_absolute", False), how.get("out_absolute", False)
     residual = layout.buffer([v[:, H : 2 * H] for v in values], H, dtype, absolute=of_residual)
     out = torch.full(((1 + of_out) * layout.capacity, H), UNTOUCHED, dtype=dtype)
-    ops.rows_add_norm(x, residual, *parameters(H, dtype=dtype), EPS, layout.offsets, out, backend=backend, **how)
+    given = {name: value for name, value in how.items() if name.endswith("absolute")}
+    if how.get("adds") == "nothing":
+        x = None
+    if how.get("total") == "in place":
+        given["total"], before = residual, residual.clone()
+    norm = *parameters(H, dtype=dtype), EPS
+    ops.rows_add_norm(x, residual, *norm, layout.offsets, out, backend=backend, **given)
+    if "total" in given:
+        for row in range(len(layout.lengths)):
+            place = layout.tokens(row, absolute=of_residual)
+            before[place] += x[layout.tokens(row, absolute=False)]  # type: ignore[index]
+        assert torch.equal(residual.nan_to_num(UNTOUCHED), before.nan_to_num(UNTOUCHED))
     return out
 
 
 def true_add_norm(values, how, dtype) -> Tensor:
     weight, bias = (p.double() for p in parameters(H, dtype=dtype))
-    return F.layer_norm(values[:, :H] + values[:, H : 2 * H], (H,), weight, bias, EPS)
+    total = values[:, H : 2 * H] + (0 if how.get("adds") == "nothing" else values[:, :H])
+    if "total" in how:
+        total = total.to(dtype).double()
+    return F.layer_norm(total, (H,), weight, bias, EPS)
 
 
 @dataclass(frozen=True)
@@ -177,13 +269,34 @@ SUBJECTS = {
     "rows_attention": Subject(
         run_attention,
         true_attention,
+        (
+            {"heads": 1, "size": 20, "longest": 80},
+            {"heads": 3, "size": 8},
+            {"heads": 3, "size": 8, "window": 9},
+            {"heads": 1, "size": 20, "window": 1},
+        ),
+        writes_left=False,
+    ),
+    "rows_rotary": Subject(
+        run_rotary,
+        true_rotary,
         ({"heads": 1, "size": 20, "longest": 80}, {"heads": 3, "size": 8}),
         writes_left=False,
     ),
+    "rows_mean": Subject(run_mean, true_mean, ({"columns": 72}, {"columns": H}), tokens=False, writes_left=False),
+    "rows_glu": Subject(run_glu, true_glu, ({"activation": "gelu"}, {"activation": "relu"})),
     "rows_add_norm": Subject(
         run_add_norm,
         true_add_norm,
-        ({}, {"residual_absolute": True, "out_absolute": True}, {"residual_absolute": True}, {"out_absolute": True}),
+        (
+            {},
+            {"residual_absolute": True, "out_absolute": True},
+            {"residual_absolute": True},
+            {"out_absolute": True},
+            {"residual_absolute": True, "total": "in place"},
+            {"total": "in place", "out_absolute": True},
+            {"residual_absolute": True, "adds": "nothing"},
+        ),
     ),
 }
 #: Readable name -> op and keyword arguments.

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from support.models import CLASSES, DEPTH, batch_for, early_exit, stock
+from support.models import ALL_FAMILIES, CLASSES, DEPTH, batch_for, early_exit, stock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, FullDepth, Learned, Patience, QExit, SkipGate
-from earlyexit_kernels.hf.execution import Execution
+from earlyexit_kernels.hf.layer_choice import LayerChoice
+from earlyexit_kernels.hf.limits import _weights_per_layer, query_width
 from earlyexit_kernels.tuning.flops import encoder_macs, exit_macs, gate_macs, row_macs
 
 H, INNER, W, S = 64, 96, 128, 9
@@ -19,7 +20,7 @@ NARROW = S * (H * W + 3 * W * W + 2 * S * W)
 @pytest.fixture(autouse=True)
 def family_layers(monkeypatch):
     """Use the layers of the family: the counter of torch does not see the products of the fused layers."""
-    monkeypatch.setattr(Execution, "_fused_layers", lambda *_, **__: (None, "a test"))
+    monkeypatch.setattr(LayerChoice, "_find", lambda *_, **__: (None, "a test"))
 
 
 def counted(call, **arguments) -> int:
@@ -57,6 +58,20 @@ def test_full_depth_matches_the_counter_of_torch(family, method, pooling, needs)
     lengths = tensor(S, S, S)
     every_exit = encoder_macs(model, lengths) + model.depth * exit_macs(model, lengths, needs)
     assert counted(model.trace, **batch) == int(every_exit.sum())
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_compaction_and_a_report_count_the_same_layer(family):
+    model = early_exit(family)
+    costs = [int(encoder_macs(model, tensor(S), layers)) for layers in (1, 2)]
+    queries = query_width(model.config.backbone_config)
+    assert costs[1] - costs[0] == S * (model.execution._layer_macs + 2 * S * queries)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_limit_of_parameters_is_near_those_of_a_layer(family):
+    model = early_exit(family)
+    assert 0.7 < _weights_per_layer(model.config.backbone_config) / model.execution._layer_macs < 1.6
 
 
 def test_layers_and_exits_match_formulas():

@@ -1,0 +1,108 @@
+// The kernels for AVX2 with FMA and F16C.
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace earlyexit::cpu {
+namespace {
+
+#include "vector_code.h"
+
+struct Avx2 {
+  using R = __m256;
+  static constexpr int width = 8;
+  static R set(float x) { return _mm256_set1_ps(x); }
+  static R load(const float* x) { return _mm256_loadu_ps(x); }
+  static void store(float* x, R value) { _mm256_storeu_ps(x, value); }
+  static R add(R x, R y) { return _mm256_add_ps(x, y); }
+  static R sub(R x, R y) { return _mm256_sub_ps(x, y); }
+  static R mul(R x, R y) { return _mm256_mul_ps(x, y); }
+  static R div(R x, R y) { return _mm256_div_ps(x, y); }
+  static R fma(R x, R y, R z) { return _mm256_fmadd_ps(x, y, z); }
+  static R max(R x, R y) { return _mm256_max_ps(x, y); }
+  static R min(R x, R y) { return _mm256_min_ps(x, y); }
+  static R abs(R x) { return _mm256_andnot_ps(set(-0.0f), x); }
+  static R round(R x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static R where_negative(R x, R yes, R no) { return _mm256_blendv_ps(no, yes, x); }
+  static R power_of_two(R n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+  }
+  static float sum(R x) {
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_shuffle_ps(y, y, 1)));
+  }
+  static float largest(R x) {
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+  }
+};
+
+struct Float32 {
+  using T = float;
+  static constexpr int prefetches = 1;
+  static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
+};
+
+__m128i half_values(const uint16_t* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
+
+struct Float16 {
+  using T = uint16_t;
+  static constexpr int prefetches = 1;
+  static __m256 load(const uint16_t* x) { return _mm256_cvtph_ps(half_values(x)); }
+};
+
+struct BFloat16 {
+  using T = uint16_t;
+  static constexpr int prefetches = 1;
+  static __m256 load(const uint16_t* x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_values(x)), 16));
+  }
+};
+
+constexpr int kRows = 6;
+
+Kernels make() {
+  Kernels kernels = common_kernels<Avx2>("AVX2", kRows);
+  fill_tiles<Avx2, Float32, kRows>(kernels.tiles[0]);
+  fill_tiles<Avx2, Float16, kRows>(kernels.tiles[1]);
+  fill_tiles<Avx2, BFloat16, kRows>(kernels.tiles[2]);
+  return kernels;
+}
+
+}  // namespace
+}  // namespace earlyexit::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace earlyexit::cpu {
+
+const Kernels* avx2_kernels() {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+    return nullptr;
+  }
+  static const Kernels kernels = make();
+  return &kernels;
+}
+
+}  // namespace earlyexit::cpu
+#else
+namespace earlyexit::cpu {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace earlyexit::cpu
+#endif

@@ -1,0 +1,68 @@
+// The vector kernels of an encoder layer on the CPU, as a table of functions for each instruction set.
+// All add in an order that depends on the sizes of one row alone, so that a row has the same bits in every batch.
+#pragma once
+
+#include <cstdint>
+
+namespace earlyexit::cpu {
+
+enum class Activation { kNone, kGelu, kGeluTanh, kRelu };
+
+// How the values of a packed weight are stored. Values of kInt8 are bytes x + 128 with a scale for each column.
+enum class WeightType { kFloat32, kFloat16, kBFloat16, kInt8 };
+constexpr int kWeightTypes = 4;
+
+// Terms of a sum that are added before they are added to the sum of the terms before them.
+constexpr int64_t kDepthBlock = 384;
+constexpr int kMaxTileRows = 14;
+
+// out[r][c] = bias[c] + sum over k of a[r][k] * weight[k][c], for the rows of a tile and all columns of a panel.
+struct Tile {
+  const void* a;  // float, or narrowed if the kernels narrow the inputs of this type of weight
+  int64_t a_stride;
+  const void* weight;
+  int64_t weight_stride;  // from one step of the sum to the next
+  const float* bias;      // null: none
+  int64_t depth;          // terms of the sum
+  float* out;
+  int64_t out_stride;
+  const float* column_scales = nullptr;  // of kInt8, as the next ones
+  const float* row_scales = nullptr;
+  const int32_t* row_sums = nullptr;
+};
+
+using TileFunction = void (*)(const Tile&);
+
+struct Kernels {
+  const char* name;
+  int64_t tile_rows;  // of the largest tile
+  int64_t columns;    // of a panel
+  // Terms of a sum that lie side by side in a panel: 1, or as many as the processor multiplies at once. 0: none runs.
+  int64_t terms[kWeightTypes];
+  TileFunction tiles[kWeightTypes][kMaxTileRows];  // by the number of rows - 1
+
+  // f(x) in place for some rows of a panel
+  void (*activate)(Activation activation, float* x, int64_t stride, int64_t rows, int64_t count);
+  // x = x + residual; out = (x - mean) / sqrt(variance + eps) * weight + bias
+  void (*add_norm)(float* x, const float* residual, const float* weight, const float* bias, float eps, int64_t width,
+                   float* out);
+  // x = exp(scale * (x - max x)) for `count` scores; x has room for whole panels. Returns 1 / sum.
+  float (*softmax)(float* x, int64_t count, float scale);
+  // out = factor * x
+  void (*scale)(const float* x, float factor, int64_t count, float* out);
+  // Rounds a row to bfloat16, or to int8 with its scale and the sum of its bytes; null where no type of weight needs it.
+  // Rows of bytes that are not finite have the scale NaN.
+  void (*to_bfloat16)(const float* x, int64_t count, uint16_t* out);
+  void (*to_int8)(const float* x, int64_t count, int8_t* out, float* scale, int32_t* sum);
+
+  bool narrows(WeightType type) const { return terms[static_cast<int>(type)] > 1; }
+};
+
+// Return the kernels of an instruction set, or null where they are not compiled or the processor lacks it.
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// Return the kernels of this processor, or null. ATEN_CPU_CAPABILITY limits them as it limits those of torch.
+const Kernels* native_kernels();
+
+}  // namespace earlyexit::cpu

@@ -1,0 +1,74 @@
+"""Layers of BERT's form in the resident loop: a norm after attention and after feed-forward, absolute positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from earlyexit_kernels.backbones import LayerNames
+from earlyexit_kernels.engine.bert_weights import OP_ACTIVATIONS, LayerWeights
+from earlyexit_kernels.engine.resident_buffers import Activations, Bucket, RowBuffers, of_width
+from earlyexit_kernels.engine.view import ModelView
+from earlyexit_kernels.ops import rows_add_norm, rows_attention, rows_linear
+
+
+@dataclass(frozen=True)
+class PostNormLayers:
+    """The layers; see `resident.ResidentLayers`.
+
+    Attributes:
+        weights: of each layer; a layer of ALBERT may have several parts.
+        rows, x: buffers of the loop.
+        length: S of the bucket.
+        backend: of the ops.
+    """
+
+    weights: list[list[LayerWeights]]
+    rows: RowBuffers
+    x: Activations
+    length: int
+    backend: str
+
+    @staticmethod
+    def unsupported_reason(view: ModelView) -> str | None:
+        """Return why the kernels cannot run layers that `fused_layers.layers_unsupported_reason` accepts, or None."""
+        if view.exit_norm is not None:
+            return "the exits read the tokens through the norm at the end of the encoder"
+        return None
+
+    @staticmethod
+    def of(view: ModelView, bucket: Bucket, rows: RowBuffers, backend: str) -> PostNormLayers:
+        """Return the layers of a model, and buffers for a bucket."""
+        names, heads = cast(LayerNames, view.adapter.names), view.backbone.config.num_attention_heads
+        weights = [[LayerWeights.of(part, names, heads) for part in view.adapter.parts(layer)] for layer in view.layers]
+        inner = max(own.inner.weight.shape[0] for each in weights for own in each)
+        x = Activations.new(bucket, view, inner=inner)
+        return PostNormLayers(weights, rows, x, bucket.length, backend)
+
+    def begin(self, embedded: Tensor) -> Callable[[int], None]:
+        """Return a function that runs a 1-based layer on the live side."""
+        return self._run
+
+    def _run(self, layer: int) -> None:
+        for own in self.weights[layer - 1]:
+            self._encode(own)
+
+    def _encode(self, own: LayerWeights) -> None:
+        """Run one encoder layer."""
+        x, rows, backend = self.x, self.rows, self.backend
+        offsets, inner = rows.offsets, of_width(x.inner, own.inner.weight.shape[0])
+        weights, biases = zip(*own.projections, strict=True)
+        rows_linear(x.hidden, weights, biases, offsets, x.qkv, absolute=True, backend=backend)
+        rows_attention(x.qkv, offsets, rows.row_ids, own.heads, self.length, x.context, backend=backend)
+        rows_linear(x.context, *own.attention_out, offsets, x.middle, backend=backend)
+        rows_add_norm(
+            x.middle, x.hidden, *own.attention_norm, own.eps[0], offsets, x.context,
+            residual_absolute=True, backend=backend,
+        )  # fmt: skip
+        activation = OP_ACTIVATIONS[own.activation]
+        rows_linear(x.context, *own.inner, offsets, inner, activation=activation, backend=backend)
+        rows_linear(inner, *own.outer, offsets, x.middle, backend=backend)
+        rows_add_norm(x.middle, x.context, *own.norm, own.eps[1], offsets, x.hidden, out_absolute=True, backend=backend)

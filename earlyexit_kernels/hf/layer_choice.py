@@ -1,0 +1,109 @@
+"""Which encoder layers a model runs in eval mode: the family's own, or the fused ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from earlyexit_kernels.engine.choice import REQUESTED, Choice
+from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason
+from earlyexit_kernels.engine.fused_layers import FusedLayers
+from earlyexit_kernels.engine.packed_layers import STORED, kernels_unsupported_reason
+from earlyexit_kernels.engine.view import ModelView
+from earlyexit_kernels.errors import BackendUnavailableError
+
+logger = logging.getLogger("earlyexit_kernels")
+
+LAYER_KINDS = ("auto", "family", "fused")
+
+
+class LayerChoice:
+    """The kind of encoder layers of one model, and its packed weights.
+
+    Copies and pickles keep the choice and start without packed weights.
+
+    Attributes:
+        fused: the packed weights.
+    """
+
+    def __init__(self) -> None:
+        self.fused = FusedLayers()
+        self._layers, self._weights = "auto", "float32"
+        self._logged: set[str] = set()
+
+    def set(self, view: ModelView, layers: str, weights: str) -> None:
+        """Choose the kind of layers; see the model's method `set_layers`."""
+        for name, value, options in (("layers", layers, LAYER_KINDS), ("weights", weights, tuple(STORED))):
+            if value not in options:
+                raise ValueError(f"{name}: expected one of {options}, got {value!r}")
+        if weights != "float32" and layers != "fused":
+            raise ValueError(
+                f"weights={weights!r} changes results, so it must be asked for with layers 'fused', got {layers!r}"
+            )
+        before = self._layers, self._weights
+        self._layers, self._weights = layers, weights
+        self.fused.forget()
+        try:
+            self.kind(view)
+        except BackendUnavailableError:
+            self._layers, self._weights = before
+            raise
+
+    def kind(self, view: ModelView) -> Choice:
+        """Return the kind of encoder layers of the next batch, ``"fused"`` or ``"family"``, and why. Packs nothing."""
+        _, reason = self._find(view, pack=False)
+        if reason:
+            return Choice("family", reason)
+        return Choice("fused", REQUESTED if self._layers == "fused" else "they are supported and faster")
+
+    def layers(self, view: ModelView) -> Sequence[Callable[..., Any]]:
+        """Return the L encoder layers of eval mode, ``layer(hidden, plan=...)``.
+
+        Raises:
+            BackendUnavailableError: fused layers were requested and are no longer supported.
+        """
+        fused, reason = self._find(view, pack=True)
+        if self._layers == "auto" and (reason or "fused") not in self._logged:
+            self._logged.add(reason or "fused")
+            _log(view, reason)
+        return view.layers if fused is None else fused
+
+    def _find(self, view: ModelView, *, pack: bool) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
+        """Return the fused layers, if `pack` is set, and the reason against them or None.
+
+        Raises:
+            BackendUnavailableError: they were requested and are not supported.
+        """
+        if self._layers == "family":
+            return None, REQUESTED
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None, "autocast or torch.compile is active"
+        layers, reason, stored = None, None, STORED[self._weights]
+        if (kind := view.backbone.device.type) != "cpu":
+            reason = f"fused layers run on the CPU, the model is on {kind!r}"
+        elif pack:
+            layers, reason = self.fused.get_or_pack(view.adapter, view.backbone, stored)
+        else:
+            reason = self.fused.unsupported_reason(view.adapter, view.backbone, stored)
+        if reason and self._layers == "fused":
+            raise BackendUnavailableError(f"layers 'fused' cannot run here: {reason}; use 'auto' or 'family'")
+        return layers, reason
+
+
+def _log(view: ModelView, reason: str | None) -> None:
+    """Log which layers 'auto' chose, as a warning if a float32 model lacks an optional part."""
+    if reason:
+        logger.info("layers 'auto' chose 'family': %s", reason)
+        return
+    dtype: Any = view.backbone.dtype
+    kernels, onednn = kernels_unsupported_reason(dtype), onednn_unsupported_reason(dtype)
+    if kernels is None:
+        logger.info("layers 'auto' chose 'fused'")
+    elif onednn is None:
+        logger.info("layers 'auto' chose 'fused' with oneDNN's products: %s", kernels)
+    else:
+        level = logging.WARNING if dtype == torch.float32 else logging.INFO
+        logger.log(level, "layers 'auto' chose 'fused' with torch's own products: %s", onednn)

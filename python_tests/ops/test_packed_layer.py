@@ -1,0 +1,277 @@
+"""packed_layer against float64: sizes, bits that do not depend on the batch, non-finite rows, and wrong arguments."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.backends import backend_params
+from support.models import python_environment
+
+from earlyexit_kernels.ops import EncoderWeights, pack_weights, packed_layer
+from earlyexit_kernels.ops.packed_layer import PanelLayout, native_layouts
+
+EPS = (1e-5, 1e-3)
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+#: H, inner width, heads: multiples of the kernels' panels, none of them, odd head sizes, an inner width of 1.
+SIZES = ((64, 128, 4), (96, 160, 3), (20, 33, 2), (9, 1, 3), (7, 5, 1), (40, 800, 5))
+#: Tokens of each row; blocks of 1024 tokens end between and after them.
+LENGTHS = ((1,), (33,), (3, 17, 1, 40), (130, 7), (0, 4, 0), (700, 300, 100), (1100, 2))
+#: Dtype of the stored weights -> largest error, of outputs around 1.
+STORED = {torch.float32: 8e-6, torch.float16: 8e-6, torch.bfloat16: 0.1, torch.int8: 0.15}
+#: The same without int8, where its instructions are missing.
+NATIVE = [dtype for dtype in STORED if dtype in native_layouts()]
+
+
+@pytest.fixture(params=backend_params(("torch", "cpp")))
+def backend(request) -> str:
+    if request.param == "cpp" and not native_layouts():
+        pytest.skip("the processor has no vector kernels")
+    return request.param
+
+
+@pytest.fixture
+def kernels() -> str:
+    if not native_layouts():
+        pytest.skip("the processor has no vector kernels")
+    return "cpp"
+
+
+def weights(width, inner, seed=0) -> EncoderWeights:
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"qkv": (3 * width, width), "out": (width, width), "norm1": (width,)}
+    shapes |= {"inner": (inner, width), "outer": (width, inner), "norm2": (width,)}
+    return EncoderWeights(
+        *(torch.randn(s, generator=g) * s[-1] ** -0.5 for shape in shapes.values() for s in (shape, shape[:1]))
+    )
+
+
+def tokens(lengths, width, seed=1) -> tuple[torch.Tensor, torch.Tensor]:
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.randn(int(offsets[-1]), width, generator=torch.Generator().manual_seed(seed)), offsets
+
+
+def rounded(weight, stored) -> torch.Tensor:
+    """Return a weight as it is stored; in int8 each output has a scale."""
+    if stored != torch.int8:
+        return weight.to(stored)
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+def expected(x, w, lengths, heads, activation, stored) -> torch.Tensor:
+    """Return the layer in float64, row by row, of weights that were rounded to the dtype in which they are stored."""
+    names = [f"{name}_weight" for name in ("qkv", "out", "inner", "outer")]
+    linears = {name: rounded(getattr(w, name), stored) for name in names}
+    w = EncoderWeights(*(x.double() for x in w._replace(**linears)))
+    width, outputs = x.shape[1], []
+    for row in x.double().split(lengths):
+        q, k, v = F.linear(row, w.qkv_weight, w.qkv_bias).view(len(row), 3, heads, width // heads).permute(1, 2, 0, 3)
+        scores = (q @ k.transpose(1, 2) / (width // heads) ** 0.5).softmax(dim=-1)
+        context = (scores @ v).transpose(0, 1).reshape(len(row), width)
+        y = F.layer_norm(
+            row + F.linear(context, w.out_weight, w.out_bias), (width,), w.norm1_weight, w.norm1_bias, EPS[0]
+        )
+        z = y + F.linear(
+            ACTIVATIONS[activation](F.linear(y, w.inner_weight, w.inner_bias)), w.outer_weight, w.outer_bias
+        )
+        outputs.append(F.layer_norm(z, (width,), w.norm2_weight, w.norm2_bias, EPS[1]))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_float64(size, stored, backend):
+    if backend == "cpp" and stored not in NATIVE:
+        pytest.skip("the processor has no instructions for this type")
+    width, inner, heads = size
+    w = weights(width, inner)
+    packed = pack_weights(w, stored)
+    for lengths in LENGTHS:
+        x, offsets = tokens(lengths, width)
+        for activation in ACTIVATIONS:
+            got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, activation=activation, backend=backend)
+            want = expected(x, w, lengths, heads, activation, stored)
+            torch.testing.assert_close(got.double(), want, atol=STORED[stored], rtol=1e-5)
+
+
+def test_every_small_number_of_tokens(kernels):
+    w = weights(48, 100)
+    packed = pack_weights(w)
+    for count in range(1, 71):
+        x, offsets = tokens((count,), 48, seed=count)
+        got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=4, backend=kernels)
+        torch.testing.assert_close(
+            got.double(), expected(x, w, (count,), 4, "gelu", torch.float32), atol=5e-6, rtol=1e-5
+        )
+
+
+@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no AVX512-VNNI")
+@pytest.mark.parametrize("size", SIZES)
+def test_int8_equals_the_reference(size):
+    """Which rounds the inputs of the products too; a value between two bytes may be rounded either way."""
+    width, inner, heads = size
+    packed = pack_weights(weights(width, inner), torch.int8)
+    x, offsets = tokens((33, 1, 6), width)
+    x[2], x[7] = 0.0, 1e-30
+    got, want = (packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, backend=b) for b in ("cpp", "torch"))
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=0)
+    assert (got - want).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("stored", NATIVE)
+def test_a_row_has_the_same_bits_in_every_batch(stored, kernels):
+    """Alone, with others before and after it, and in another block; at 1, 2 and 3 threads."""
+    width, lengths = 96, (5, 64, 1, 33, 900, 200, 14, 512)
+    packed = pack_weights(weights(width, 200), stored)
+    rows = tokens(lengths, width)[0].split(lengths)
+
+    def run(chosen):
+        batch = torch.cat([rows[i] for i in chosen])
+        ends = torch.tensor([0, *(lengths[i] for i in chosen)]).cumsum(0).int()
+        out = packed_layer(batch, ends, packed=packed, eps=EPS, heads=4, backend=kernels)
+        return dict(zip(chosen, out.split([lengths[i] for i in chosen]), strict=True))
+
+    alone = {i: run([i])[i] for i in range(len(lengths))}
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for chosen in (range(8), [7, 3, 0], [4, 1, 2, 6], [6, 5, 4, 3, 2, 1, 0, 7]):
+                for i, got in run(list(chosen)).items():
+                    assert torch.equal(got, alone[i]), f"row {i} of {list(chosen)} at {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("width", [96, 21])
+def test_a_value_that_is_not_finite_stays_in_its_row(width, value, kernels):
+    lengths = (3, 20, 1, 40)
+    for stored in NATIVE:
+        packed = pack_weights(weights(width, 33), stored)
+        x, offsets = tokens(lengths, width)
+        clean = packed_layer(x, offsets, packed=packed, eps=EPS, heads=3, backend=kernels).split(lengths)
+        poisoned = x.clone()
+        poisoned[3 + 7, width - 1] = value
+        got = packed_layer(poisoned, offsets, packed=packed, eps=EPS, heads=3, backend=kernels).split(lengths)
+        assert all(torch.equal(got[i], clean[i]) for i in (0, 2, 3))
+        if value != 3e38:  # which is large, but a number
+            assert not torch.isfinite(got[1]).all()
+
+
+def test_inputs_need_no_alignment(kernels):
+    packed = pack_weights(weights(64, 100))
+    x, offsets = tokens((5, 9), 64)
+    room = torch.empty(x.numel() + 1)
+    shifted = room[1:].view_as(x).copy_(x)
+    ends = torch.cat([offsets[:1], offsets])[1:]
+    want = packed_layer(x, offsets, packed=packed, eps=EPS, heads=4, backend=kernels)
+    assert torch.equal(packed_layer(shifted, ends, packed=packed, eps=EPS, heads=4, backend=kernels), want)
+
+
+def test_no_tokens(backend):
+    packed = pack_weights(weights(8, 4))
+    for offsets in ([0], [0, 0]):
+        x = torch.empty(0, 8)
+        got = packed_layer(
+            x, torch.tensor(offsets, dtype=torch.int32), packed=packed, eps=EPS, heads=2, backend=backend
+        )
+        assert got.shape == (0, 8)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_over_their_range(activation, kernels):
+    """Identity weights put the activation of known values into the output; none loses more than float32 rounding."""
+    values = torch.linspace(-12, 12, 4096)
+    width = 64
+    eye, zeros, ones = torch.eye(width), torch.zeros(width), torch.ones(width)
+    w = EncoderWeights(
+        eye.repeat(3, 1), zeros.repeat(3), 0 * eye, zeros, ones, zeros, eye, zeros, eye, zeros, ones, zeros
+    )
+    x = values.view(-1, width)
+    offsets = torch.arange(len(x) + 1, dtype=torch.int32)
+    got = packed_layer(x, offsets, packed=pack_weights(w), eps=EPS, heads=1, activation=activation, backend=kernels)
+    torch.testing.assert_close(
+        got.double(), expected(x, w, [1] * len(x), 1, activation, torch.float32), atol=3e-6, rtol=1e-5
+    )
+
+
+def test_error_is_at_most_twice_that_of_the_plain_layer(kernels):
+    """In float32, against float64, at the sizes of BERT-base."""
+    width, inner, heads, lengths = 768, 3072, 12, (128, 32)
+    w = weights(width, inner)
+    x, offsets = tokens(lengths, width)
+    want = expected(x, w, lengths, heads, "gelu", torch.float32)
+    errors = [
+        (packed_layer(x, offsets, packed=pack_weights(w), eps=EPS, heads=heads, backend=b).double() - want).norm()
+        for b in (kernels, "torch")
+    ]
+    assert errors[0] <= 2 * errors[1]
+
+
+X, OFFSETS = tokens((2, 3), 8)
+PACKED = pack_weights(weights(8, 12))
+#: Case -> the changed arguments, and words of the message.
+REFUSED = {
+    "dtype": ({"x": X.double()}, "expected x to be torch.float32, got torch.float64"),
+    "heads": ({"heads": 3}, "expected heads to divide 8, the width of x, got 3"),
+    "activation": ({"activation": "silu"}, "expected activation to be one of .* got 'silu'"),
+    "eps": ({"eps": (1e-5,)}, r"2 eps, got \[4, 4, 4, 1\]"),
+    "weights": ({"packed": PACKED._replace(weights=PACKED.weights[:3])}, r"2 eps, got \[3, 4, 4, 2\]"),
+    "unpacked": ({"packed": PACKED._replace(weights=[torch.zeros(8, 8)] * 4)}, r"weights of shape \['\*'"),
+    "biases": ({"packed": PACKED._replace(biases=[torch.zeros(1, 3)] * 4)}, "expected biases of shape"),
+    "norms": ({"packed": PACKED._replace(norms=[torch.zeros(3)] * 4)}, r"expected norms of shape \[8\], got \[3\]"),
+    "decreasing": ({"offsets": torch.tensor([0, 3, 2, 5], dtype=torch.int32)}, "non-decreasing offsets"),
+    "short": ({"offsets": OFFSETS[:-1]}, "expected offsets from 0 to 5, so that every token has a row, got 0 to 2"),
+    "late": ({"offsets": OFFSETS[1:]}, "expected offsets from 0 to 5, so that every token has a row, got 2 to 5"),
+    "int64": ({"offsets": OFFSETS.long()}, "expected offsets to be torch.int32, got torch.int64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_invalid_arguments_are_refused(name, backend):
+    call = {"x": X, "offsets": OFFSETS, "packed": PACKED, "eps": EPS, "heads": 2, "backend": backend}
+    packed_layer(**call)
+    changed, message = REFUSED[name]
+    with pytest.raises(ValueError, match=f"^packed_layer: .*{message}"):
+        packed_layer(**call | changed)
+
+
+def test_weights_of_another_dtype_are_refused():
+    for w, dtype in (
+        (weights(8, 4), torch.float64),
+        (EncoderWeights(*(x.half() for x in weights(8, 4))), torch.float16),
+    ):
+        with pytest.raises(ValueError, match="expected float32 weights, stored in one of"):
+            pack_weights(w, dtype)
+
+
+def test_weights_of_another_layout_are_refused(kernels, monkeypatch):
+    """As of a machine with other kernels; the reference reads every layout."""
+    room = importlib.import_module("earlyexit_kernels.ops.packed_layer")
+    monkeypatch.setattr(room, "native_layouts", lambda: {torch.float32: PanelLayout(5, 3)})
+    packed = pack_weights(weights(8, 12))
+    call = {"packed": packed, "eps": EPS, "heads": 2}
+    want = packed_layer(X, OFFSETS, **call | {"packed": PACKED}, backend=kernels)
+    torch.testing.assert_close(packed_layer(X, OFFSETS, **call, backend="torch"), want)
+    with pytest.raises(ValueError, match="expected qkv to be float32"):
+        packed_layer(X, OFFSETS, **call, backend=kernels)
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_kernels_of_this_processor(capability, kernels):
+    """The tests of this file, with the kernels that ATEN_CPU_CAPABILITY leaves."""
+    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("these kernels are the ones that the other tests run")
+    options = ["-q", "-x", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not other_kernels"]
+    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
+    environment = python_environment(ATEN_CPU_CAPABILITY=capability)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert ("has no vector kernels" in done.stdout) == (capability == "default"), done.stdout[-300:]
