@@ -128,7 +128,9 @@ def _ours(variant: Variant, subject: models.Subject, work: Workload, truth: list
     except BackendUnavailableError as error:
         raise NotMeasuredError(str(error)) from error
     rule = rule_for(variant.exits, ee.ExitTrace.cat([model.trace(**batch) for batch in work.batches]), trained=False)
-    check = partial(_checked, STORED[variant.dtype], [checked(**batch).logits for batch in work.batches], truth)
+    # of the last exit: a trained model has a criterion of its own
+    answers = [checked.trace(**batch).logits[:, -1] for batch in work.batches]
+    check = partial(_checked, STORED[variant.dtype], answers, truth)
     call = partial(_all, model, work.batches)
     return Implementation(variant, call, check, partial(model.set_criterion, rule), ours=True, model=model)
 
