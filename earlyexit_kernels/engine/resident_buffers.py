@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.ops.tiles import SUM_PARTS, few_tiles
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -77,7 +79,9 @@ class Activations:
 
     Attributes:
         hidden: ``[2 T, H]``, two sides.
-        qkv, context, middle, inner: ``[T, 3 H]``, ``[T, H]``, ``[T, H]`` and ``[T, I]``.
+        qkv, context, inner: ``[T, 3 H]``, ``[T, H]`` and ``[T, I]``.
+        middle: a product before its norm, ``[T, H]``; of few tokens the sums of its parts, ``[SUM_PARTS, T, H]``
+            float32, by which the norm has the same bits.
         features: ``[R, F]`` of exits with a dense module.
     """
 
@@ -94,6 +98,15 @@ class Activations:
     ) -> Activations:
         """Return buffers of zeros for H, the largest I, and F."""
         tokens = bucket.tokens
-        shapes = ((2 * tokens, width), (tokens, 3 * width), (tokens, width), (tokens, width), (tokens, inner))
-        every = (*shapes, (bucket.rows, features))
-        return Activations(*(torch.zeros(shape, dtype=dtype, device=device) for shape in every))
+        split = few_tiles(dtype, tokens, width)
+        shapes = {
+            "hidden": (2 * tokens, width),
+            "qkv": (tokens, 3 * width),
+            "context": (tokens, width),
+            "middle": (SUM_PARTS, tokens, width) if split else (tokens, width),
+            "inner": (tokens, inner),
+            "features": (bucket.rows, features),
+        }
+        dtypes = {"middle": torch.float32} if split else {}
+        made = {n: torch.zeros(s, dtype=dtypes.get(n, dtype), device=device) for n, s in shapes.items()}
+        return Activations(**made)

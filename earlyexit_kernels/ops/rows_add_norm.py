@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, not_traced
+from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, check_apart, check_present, check_tensor, not_traced
 from earlyexit_kernels.ops.schema import ROWS_ADD_NORM, bare_op, define
+from earlyexit_kernels.ops.tiles import SUM_PARTS
 
 #: Values of a token per warp, and the maximum number of warps.
 WARP_WIDTH, MAX_WARPS = 256, 8
@@ -16,16 +19,19 @@ WARP_WIDTH, MAX_WARPS = 256, 8
 
 @jit
 def rows_add_norm_kernel(
-    x,  # [T, H]
+    x,  # [T, H], or [PARTS, T, H] float32
+    x_bias,  # [H], read if there are parts
     residual,  # [T, H], or [2 T, H]
     weight,  # [H]
     bias,  # [H]
     offsets,  # [R + 1] int32
     out,  # [T, H], or [2 T, H]
     rows,  # R
+    capacity,  # T
     EPS: tl.constexpr,
     RESIDUAL_ABSOLUTE: tl.constexpr,
     OUT_ABSOLUTE: tl.constexpr,
+    PARTS: tl.constexpr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -41,7 +47,14 @@ def rows_add_norm_kernel(
             source = token + first
         if OUT_ABSOLUTE:
             target = token + first
-        y = tl.load(x + token * H + h, mask=real, other=0.0).to(tl.float32)
+        if PARTS == 1:
+            y = tl.load(x + token * H + h, mask=real, other=0.0).to(tl.float32)
+        else:
+            y = tl.zeros((BLOCK,), dtype=tl.float32)
+            for part in tl.static_range(PARTS):
+                y += tl.load(x + (token + part * capacity) * H + h, mask=real, other=0.0)
+            y += tl.load(x_bias + h, mask=real, other=0.0).to(tl.float32)
+            y = y.to(out.dtype.element_ty).to(tl.float32)
         y += tl.load(residual + source * H + h, mask=real, other=0.0).to(tl.float32)
         y = tl.where(real, y - tl.sum(y, 0) / H, 0.0)
         y = y / tl.sqrt(tl.sum(y * y, 0) / H + EPS)
@@ -52,6 +65,7 @@ def rows_add_norm_kernel(
 
 def rows_add_norm_triton(
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -62,20 +76,23 @@ def rows_add_norm_triton(
     out_absolute: bool,
 ) -> None:
     """Launch `rows_add_norm_kernel` with one program per token of the capacity."""
-    capacity, width = x.shape
+    capacity, width = x.shape[-2:]
     block = 1 << (width - 1).bit_length()
     if x.numel():
         rows_add_norm_kernel[(capacity,)](
             x,
+            bias if x_bias is None else x_bias,
             residual,
             weight,
             bias,
             offsets,
             out,
             offsets.numel() - 1,
+            capacity,
             EPS=eps,
             RESIDUAL_ABSOLUTE=residual_absolute,
             OUT_ABSOLUTE=out_absolute,
+            PARTS=SUM_PARTS if x.dim() == 3 else 1,
             H=width,
             BLOCK=block,
             num_warps=max(1, min(MAX_WARPS, block // WARP_WIDTH)),
@@ -86,6 +103,7 @@ def rows_add_norm_triton(
 @torch.no_grad()
 def rows_add_norm_torch(
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -99,8 +117,9 @@ def rows_add_norm_torch(
     first, end = int(offsets[0]), int(offsets[-1])
     absolute, relative = slice(first, end), slice(0, end - first)
     source, target = (absolute if there else relative for there in (residual_absolute, out_absolute))
-    y = x[relative].float() + residual[source].float()
-    out[target] = F.layer_norm(y, x.shape[1:], weight.float(), bias.float(), eps).to(out.dtype)
+    y = x[relative] if x_bias is None else (sum(x[:, relative].unbind()) + x_bias.float()).to(out.dtype)
+    y = y.float() + residual[source].float()
+    out[target] = F.layer_norm(y, weight.shape, weight.float(), bias.float(), eps).to(out.dtype)
 
 
 define("rows_add_norm", ROWS_ADD_NORM, implementations={"torch": rows_add_norm_torch, "triton": rows_add_norm_triton})
@@ -115,6 +134,7 @@ def rows_add_norm(
     offsets: Tensor,
     out: Tensor,
     *,
+    x_bias: Tensor | None = None,
     residual_absolute: bool = False,
     out_absolute: bool = False,
     backend: str = "auto",
@@ -124,13 +144,16 @@ def rows_add_norm(
     Sum, mean and variance are float32. With Triton the result of a token does not depend on other tokens, bit for bit.
 
     Args:
-        x: ``[T, H]``, the present tokens first; float32, float16 or bfloat16, like all tensors but `offsets`.
+        x: ``[T, H]``, the present tokens first; float32, float16 or bfloat16, like all tensors but `offsets`. With
+            `x_bias` ``[SUM_PARTS, T, H]`` float32, the parts of a product that `rows_linear` has summed.
         residual: ``[T, H]``, the present tokens first; with `residual_absolute` ``[2 T, H]``, from ``offsets[0]`` on.
         weight, bias: ``[H]``, of the norm.
         eps: of the norm.
         offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, since that would synchronise.
         out: shaped like `residual`, with `out_absolute`; it may be `x` or `residual` itself if a token has the same
             position in both. **Changed** for the present tokens.
+        x_bias: ``[H]``, of the product of which `x` holds the parts. Their sum and the bias are rounded to the dtype of
+            `out`, as by `rows_linear`, before the residual is added.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
@@ -148,23 +171,28 @@ def rows_add_norm(
     """
     op = "rows_add_norm"
     absolute = residual_absolute, out_absolute
-    x, residual, weight, bias, offsets = _checked(op, x, residual, weight, bias, offsets, out, absolute)
-    bare_op(op, backend, x.device.type)(x, residual, weight, bias, eps, offsets, out, *absolute)
+    x, x_bias, residual, weight, bias, offsets = _checked(op, x, x_bias, residual, weight, bias, offsets, out, absolute)
+    bare_op(op, backend, x.device.type)(x, x_bias, residual, weight, bias, eps, offsets, out, *absolute)
 
 
 @not_traced
 def _checked(
     op: str,
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
     offsets: Tensor,
     out: Tensor,
     absolute: tuple[bool, bool],
-) -> tuple[Tensor, ...]:
-    check_tensor(op, "x", x, (None, None), FLOATS)
-    (capacity, width), device = x.shape, x.device
+) -> tuple[Any, ...]:
+    if x_bias is None:
+        check_tensor(op, "x", x, (None, None), FLOATS)
+    else:
+        check_tensor(op, "x", x, (SUM_PARTS, None, None), FLOAT32)
+    (capacity, width), device = x.shape[-2:], x.device
+    check_tensor(op, "residual", residual, (None, None), FLOATS if x_bias is not None else (x.dtype,))
     residual_rows, out_rows = (2 * capacity if each else capacity for each in absolute)
     for name, tensor, shape in (
         ("residual", residual, (residual_rows, width)),
@@ -172,12 +200,15 @@ def _checked(
         ("bias", bias, (width,)),
         ("out", out, (out_rows, width)),
     ):
-        check_tensor(op, name, tensor, shape, (x.dtype,), written=name == "out", device=device)
+        check_tensor(op, name, tensor, shape, (residual.dtype,), written=name == "out", device=device)
+    if x_bias is not None:
+        check_tensor(op, "x_bias", x_bias, (width,), (residual.dtype,), device=device)
+        x_bias = x_bias.contiguous()
     check_present(op, offsets, None, capacity=capacity, device=device)
     x, residual, weight, bias, offsets = (tensor.contiguous() for tensor in (x, residual, weight, bias, offsets))
-    read = {"weight": weight, "bias": bias, "offsets": offsets}
+    read = {"x_bias": x_bias, "weight": weight, "bias": bias, "offsets": offsets}
     for name, tensor, is_absolute in (("x", x, False), ("residual", residual, absolute[0])):
-        if tensor.data_ptr() != out.data_ptr() or is_absolute != absolute[1]:
+        if tensor.data_ptr() != out.data_ptr() or is_absolute != absolute[1] or tensor.dim() != out.dim():
             read[name] = tensor
     check_apart(op, {"out": out}, read)
-    return x, residual, weight, bias, offsets
+    return x, x_bias, residual, weight, bias, offsets

@@ -59,10 +59,10 @@ def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
     x, hidden, qkv, out = (torch.randn(*shape, requires_grad=grad) for shape in ((4, H), (8, H), (4, 3 * H), (4, H)))
     weight, bias = torch.randn(H, H, requires_grad=grad), torch.randn(H, requires_grad=grad)
     return {
-        "rows_linear": (hidden, [weight], [bias], offsets, out.detach(), "gelu", True),
+        "rows_linear": (hidden, [weight], [bias], offsets, out.detach(), "gelu", True, False),
         "first_tokens_linear": (hidden, weight, bias, offsets, row_ids, torch.zeros(3, H), "tanh"),
         "rows_attention": (qkv, offsets, row_ids, 2, 2, out.detach()),
-        "rows_add_norm": (x, hidden, bias, bias.detach().clone(), 1e-5, offsets, out.detach(), True, False),
+        "rows_add_norm": (x, None, hidden, bias, bias.detach().clone(), 1e-5, offsets, out.detach(), True, False),
     }[op]
 
 
