@@ -12,13 +12,15 @@ from torch import Tensor
 from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, check_apart, check_present, check_tensor, not_traced
-from earlyexit_kernels.ops.rows_linear_tma import GROUP, rows_linear_tma, uses_tma
+from earlyexit_kernels.ops.rows_linear_tma import GROUP, rows_linear_tma, tma_tiles, uses_tma
 from earlyexit_kernels.ops.schema import ROWS_LINEAR, bare_op, define
 from earlyexit_kernels.ops.tiles import (
     SUM_PARTS,
+    Tiles,
     check_product,
     part_terms,
     parts_torch,
+    processors_of,
     product_tile,
     product_torch,
     resident_programs,
@@ -116,16 +118,33 @@ def rows_linear_triton(
     absolute: bool,
     in_parts: bool,
 ) -> None:
-    """Launch `rows_linear_kernel`; tiles and programs depend on the capacity, not on the token count."""
+    """Launch a kernel; it, tiles and programs depend on the capacity, not on the token count."""
+    capacity, n, parts = out.shape[-2], weights[0].shape[0], SUM_PARTS if out.dim() == 3 else 1
+    if parts == 1 and uses_tma(x, weights, out, in_parts):
+        tiles = tma_tiles(capacity, n, processors_of(out.device), in_parts)
+        for weight, bias, part in zip(weights, biases, out.split(n, dim=1), strict=True):
+            rows_linear_tma(x, weight, bias, offsets, part, activation, absolute, in_parts, tiles)
+        return
+    tiles = tiles_for(x.dtype, capacity, parts * out.shape[-1], out.device)
+    rows_linear_tiled(x, weights, biases, offsets, out, activation, absolute, in_parts, tiles)
+
+
+def rows_linear_tiled(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Tensor,
+    out: Tensor,
+    activation: str,
+    absolute: bool,
+    in_parts: bool,
+    tiles: Tiles,
+) -> None:
+    """Launch `rows_linear_kernel`."""
     capacity, rows = out.shape[-2], offsets.numel() - 1
     n, k = weights[0].shape
     parts = SUM_PARTS if out.dim() == 3 else 1
-    if parts == 1 and uses_tma(x, weights, out, in_parts):
-        for weight, bias, part in zip(weights, biases, out.split(n, dim=1), strict=True):
-            rows_linear_tma(x, weight, bias, offsets, part, activation, absolute, in_parts)
-        return
     columns = parts * out.shape[-1]
-    tiles = tiles_for(x.dtype, capacity, columns, out.device)
     programs = resident_programs(tiles, capacity, columns, out.device)
     # the kernel has three pairs of arguments; unused ones are the first pair again
     pairs = [*zip(weights, biases, strict=True)] + [(weights[0], biases[0])] * (MAX_WEIGHTS - len(weights))

@@ -163,6 +163,7 @@ def rows_linear_tma(
     activation: str,
     absolute: bool,
     in_parts: bool,
+    tiles: Tiles,
 ) -> None:
     """Launch `rows_linear_tma_kernel` for one weight; the descriptors are of the capacity, and passed by value.
 
@@ -170,9 +171,9 @@ def rows_linear_tma(
         x, bias, offsets, activation, absolute, in_parts: as for `rows_linear`.
         weight: ``[N, K]``.
         out: ``[T, N]``, whose rows may be parts of longer ones.
+        tiles: wider than `FIRST_COLUMNS`.
     """
     n, k = weight.shape
-    tiles = tma_tiles(out.shape[0], n, processors_of(out.device), in_parts)
     widths = FIRST_COLUMNS, tiles.columns - FIRST_COLUMNS
     rows_linear_tma_kernel[(resident_programs(tiles, out.shape[0], n, out.device),)](
         tensor_descriptor(x, [tiles.rows, tiles.depth]),

@@ -258,12 +258,11 @@ def test_activations_keep_nan(backend, name):
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(("present", "capacity"), [(1, 130), (128, 128), (129, 300), (255, 260), (0, 5)])
 @pytest.mark.parametrize("tiles", TMA_TILES, ids=lambda tiles: str(tiles.columns))
-def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolute, monkeypatch):
+def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolute):
     """Whole numbers, whose sums are exact: the interpreter adds in an order that depends on the tile.
 
     Rows that are not present are neither read nor written, though the copies are of whole tiles.
     """
-    monkeypatch.setattr("earlyexit_kernels.ops.rows_linear_tma.TMA_TILES", (tiles,))
     k, n, first = 72, 264, 3 if absolute else 0
     x = torch.full((2 * capacity if absolute else capacity, k), torch.nan, dtype=HALF)
     x[first : first + present] = torch.randint(-3, 4, (present, k)).to(HALF)
@@ -271,7 +270,7 @@ def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolut
     weight, bias = torch.randint(-3, 4, (n, k)).to(HALF), torch.randint(-3, 4, (n,)).to(HALF)
     out, wide = torch.full((capacity, n), UNTOUCHED, dtype=HALF), torch.full((capacity, 3 * n), UNTOUCHED, dtype=HALF)
     ops.rows_linear(x, weight, bias, offsets, out, activation="gelu", absolute=absolute, backend="triton")
-    rows_linear_tma(x, weight, bias, offsets, wide[:, n : 2 * n], "gelu", absolute, False)
+    rows_linear_tma(x, weight, bias, offsets, wide[:, n : 2 * n], "gelu", absolute, False, tiles)
     assert torch.equal(wide[:, n : 2 * n], out) and not out[:present].isnan().any()
     assert (wide[:, :n] == UNTOUCHED).all() and (wide[:, 2 * n :] == UNTOUCHED).all()
 

@@ -128,7 +128,7 @@ def test_bulk_copies_have_the_bits_of_the_parts(k, present, capacity, products_i
     x[:present] = values(present, k).to(HALF)
     weight, bias = weights(HALF, (N, k), (N,))
     offsets, out = torch.tensor([0, present], dtype=torch.int32), torch.full((capacity, N), torch.nan, dtype=HALF)
-    rows_linear_tma(x, weight, bias, offsets, out, "none", False, True)
+    rows_linear_tma(x, weight, bias, offsets, out, "none", False, True, TMA_TILES[-1])
     parts = torch.full((SUM_PARTS, capacity, N), torch.nan)
     ops.rows_linear(x, weight, bias, offsets, parts, in_parts=True, backend="triton")
     want = (parts[0] + parts[1] + parts[2] + parts[3] + bias.float()).to(HALF)

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 
+from benchmarks.gpu.tiles import BY_POINTERS
 from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.ops.activations import ACTIVATIONS
@@ -227,6 +228,14 @@ def test_products_use_the_matrix_units_and_stay_in_registers(name, capability, d
     compiled = compile_launch(capability, monkeypatch, *PRODUCTS[name](dtype))
     assert TARGETS[capability][1] in compiled.asm["ptx"]
     assert_in_registers(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("tiles", BY_POINTERS, ids=lambda tiles: f"{tiles.rows} {tiles.columns} {tiles.warps}")
+def test_tiles_that_are_measured_stay_in_registers(tiles, monkeypatch, tmp_path):
+    """One of them may become an entry of the table, for every product."""
+    monkeypatch.setattr(importlib.import_module("earlyexit_kernels.ops.rows_linear"), "tiles_for", lambda *_: tiles)
+    for given in (rows_linear(FEW, HALF), rows_linear_in_parts(FEW, HALF), rows_linear_in_parts(MANY, HALF)):
+        assert_in_registers(compile_launch(90, monkeypatch, *given), tmp_path)
 
 
 #: Columns in and out, and activation, of the products of BERT-base, and those of odd widths.
