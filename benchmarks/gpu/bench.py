@@ -27,6 +27,7 @@ class Bench:
         copies: of an input; each has a call of its own in one timing.
         nodes: of a graph that measures the cost of one.
         products: tokens of the matrix products.
+        tiled: tokens of those that are computed in tiles of all sizes.
         shapes: rows and length of the batches on which the engines are compared.
         rounds, warmup: timed and untimed.
     """
@@ -41,6 +42,7 @@ class Bench:
     copies: int = 20
     nodes: int = 100
     products: tuple[int, ...] = (128, 512, 2048, 8192, 32768, 65536)
+    tiled: tuple[int, ...] = (128, 1024, 4096, 16384)
     shapes: tuple[tuple[int, int], ...] = ((1, 32), (1, 128), (4, 128), (16, 128), (64, 128), (256, 128), (512, 128))
     rounds: int = 50
     warmup: int = 5

@@ -203,6 +203,8 @@ def _print(records: Iterable[Record]) -> None:
         if "entry" in record:
             entry = f"{torch.cuda.get_device_name(0)!r}: {tuple(map(tuple, record['entry']))!r},"
             print(f"to paste into engine/choice.py, FASTEST:\n    {entry}", flush=True)
+        if "fastest" in record:
+            print(f"the fastest for {record['case']}, {record['shape']}:\n    {record['fastest']},", flush=True)
 
 
 def line_of(record: Record) -> str:

@@ -20,7 +20,7 @@ import torch
 from benchmarks import harness
 from benchmarks.end_to_end.forced import NEVER
 from earlyexit_kernels.ops.rows_linear_tma import TMA_TILES, tma_tiles
-from earlyexit_kernels.ops.tiles import ENOUGH_TILES, Tiles, tiles_for
+from earlyexit_kernels.ops.tiles import ENOUGH_TILES, SUM_PARTS, Tiles, few_tiles, tiles_for
 from earlyexit_kernels.tuning.report import markdown_table
 
 WIDTH, INNER, LAYERS, LENGTH, BYTES = 768, 3072, 12, 128, 2
@@ -35,6 +35,7 @@ class Card:
         l2: bytes from the L2 cache to all multiprocessors; Triton's Hopper tutorials reach 7.9 TB/s.
         memory: bytes from memory.
         tensor: half-precision operations of the matrix units.
+        adds: float32 additions.
         processors: multiprocessors.
         gap: from the end of a kernel in a graph to the start of the next one.
         latency: of a copy from L2 or memory.
@@ -44,6 +45,7 @@ class Card:
     l2: float = 8.0e6
     memory: float = 4.3e6
     tensor: float = 790e6
+    adds: float = 30e6
     processors: int = 132
     gap: float = 1.2
     latency: float = 0.75
@@ -53,12 +55,12 @@ class Card:
 CARD = Card()
 #: Microseconds of an exit beside its gap, of an IF node, and of everything before layer 1.
 EXIT, NODE, FRONT = 4.5, 3.0, 28.0
-#: Name of a product -> weights side by side, columns and terms of a sum.
+#: Name of a product -> weights side by side, columns and terms of a sum, and whether K is summed in parts.
 PRODUCTS = {
-    "query, key, value": (3, WIDTH, WIDTH),
-    "attention output": (1, WIDTH, WIDTH),
-    "intermediate": (1, INNER, WIDTH),
-    "output": (1, WIDTH, INNER),
+    "query, key, value": (3, WIDTH, WIDTH, False),
+    "attention output": (1, WIDTH, WIDTH, True),
+    "intermediate": (1, INNER, WIDTH, False),
+    "output": (1, WIDTH, INNER, True),
 }
 #: Part of a pass -> how its kernels' names begin.
 PARTS = {
@@ -70,12 +72,18 @@ PARTS = {
 }
 
 
-def tiles_of(capacity: int, columns: int, weights: int = 1) -> Tiles:
+def parts_of(capacity: int, columns: int, in_parts: bool) -> int:
+    """Return how many parts of K are computed side by side."""
+    return SUM_PARTS if in_parts and few_tiles(torch.float16, capacity, columns) else 1
+
+
+def tiles_of(capacity: int, columns: int, weights: int = 1, in_parts: bool = False) -> Tiles:
     """Return the tiles of a half-precision product on a Hopper card."""
-    bulk = tma_tiles(capacity, columns, CARD.processors)
-    if bulk.count(capacity, columns) >= ENOUGH_TILES:
+    parts = parts_of(capacity, columns, in_parts)
+    bulk = tma_tiles(capacity, columns, CARD.processors, in_parts)
+    if parts == 1 and bulk.count(capacity, columns) >= ENOUGH_TILES:
         return bulk
-    return tiles_for(torch.float16, capacity, weights * columns, torch.device("cpu"))
+    return tiles_for(torch.float16, capacity, parts * weights * columns, torch.device("cpu"))
 
 
 def l2_bytes(tiles: Tiles, tokens: int, columns: int, terms: int) -> int:
@@ -85,24 +93,30 @@ def l2_bytes(tiles: Tiles, tokens: int, columns: int, terms: int) -> int:
 
 def product_us(name: str, tokens: int, capacity: int) -> float:
     """Return the time of a product of some live tokens."""
-    weights, columns, terms = PRODUCTS[name]
-    tiles = tiles_of(capacity, columns, weights)
-    launches, wide = (weights, columns) if tiles in TMA_TILES else (1, weights * columns)
+    weights, columns, terms, in_parts = PRODUCTS[name]
+    parts, tiles = parts_of(capacity, columns, in_parts), tiles_of(capacity, columns, weights, in_parts)
+    launches, wide = (weights, columns) if tiles in TMA_TILES else (1, parts * weights * columns)
     count = tiles.count(tokens, wide)
     processors = min(CARD.processors, count)
     step = (tiles.rows + tiles.columns) * tiles.depth * BYTES
     by_matrix_units = 2 * tiles.rows * tiles.columns * tiles.depth * CARD.processors / CARD.tensor
     by_l2 = step * processors / CARD.l2
     by_latency = CARD.latency / (tiles.stages - 1)
-    steps = math.ceil(terms / tiles.depth) * math.ceil(count / processors)
-    return launches * (steps * max(by_matrix_units, by_l2, by_latency) + CARD.launch + CARD.gap)
+    steps = math.ceil(terms / parts / tiles.depth)
+    between = SUM_PARTS - 1 if in_parts and parts == 1 else 0
+    adds = between * tiles.rows * tiles.columns * CARD.processors / CARD.adds
+    tile = max(steps * by_matrix_units + adds, steps * by_l2, steps * by_latency)
+    return launches * (math.ceil(count / processors) * tile + CARD.launch + CARD.gap)
 
 
 def layer_us(tokens: int, capacity: int) -> dict[str, float]:
     """Return the times of one encoder layer by part."""
     bytes_of_token, source = WIDTH * BYTES, CARD.memory if tokens > 8192 else CARD.l2
     attention = tokens * 4 * bytes_of_token / source + 2 * CARD.launch
-    norm = tokens * 3 * bytes_of_token / source
+    # parts of the product are written and read as float32; its only write otherwise belongs to the product
+    parts = parts_of(capacity, WIDTH, in_parts=True)
+    read = BYTES if parts == 1 else 2 * 4 * parts
+    norm = tokens * WIDTH * (read + 2 * BYTES) / source
     return {
         "products": sum(product_us(name, tokens, capacity) for name in PRODUCTS),
         "attention": attention + CARD.gap,

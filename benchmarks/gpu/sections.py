@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.gpu import exits, kernels, nodes, products, promises, whole
+from benchmarks.gpu import exits, kernels, nodes, products, promises, tiles, whole
 from benchmarks.gpu.bench import Bench
 from benchmarks.harness import Record
 
@@ -33,6 +33,7 @@ SECTIONS: dict[str, Section] = {
     "empty_launches": Section(nodes.empty_records, 60),
     "kernels": Section(kernels.records, 60),
     "products": Section(products.records, 120),
+    "tiles": Section(tiles.records, 240),
     **{name: _HALF[name] for name in _HALF if name.startswith("whole")},
     "conditional": Section(whole.conditional_records, 90),
     "synchronisations": Section(promises.sync_records, 60),

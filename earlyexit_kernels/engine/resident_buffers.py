@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.engine.view import ModelView
+from earlyexit_kernels.ops.tiles import SUM_PARTS, few_tiles
 
 
 @dataclass(frozen=True, order=True)
@@ -82,7 +83,9 @@ class Activations:
     Attributes:
         hidden: ``[2 T, H]``, two sides.
         read: ``[2 T, H]``, what the exits read: `hidden`, or in pre-norm encoders these behind the norm at their end.
-        qkv, context, middle, inner: ``[T, 3 H]``, ``[T, H]``, ``[T, H]`` and ``[T, I]``.
+        qkv, context, inner: ``[T, 3 H]``, ``[T, H]`` and ``[T, I]``.
+        middle: a product before its norm, ``[T, H]``; of few tokens the sums of its parts, ``[SUM_PARTS, T, H]``
+            float32, by which the norm has the same bits.
         wide: ``[T, 2 I]`` of gated feed-forward layers, else ``[T, 0]``.
         features: ``[R, F]`` of exits with a dense module.
     """
@@ -112,13 +115,15 @@ class Activations:
         def buffer(rows: int, columns: int) -> Tensor:
             return torch.zeros(rows, columns, dtype=like.dtype, device=like.device)
 
-        hidden = buffer(2 * tokens, width)
+        hidden, middle = buffer(2 * tokens, width), buffer(tokens, width)
+        if few_tiles(like.dtype, tokens, width):
+            middle = torch.zeros(SUM_PARTS, tokens, width, dtype=torch.float32, device=like.device)
         return Activations(
             hidden=hidden,
             read=buffer(2 * tokens, width) if pre_norm else hidden,
             qkv=buffer(tokens, 3 * width),
             context=buffer(tokens, width),
-            middle=buffer(tokens, width),
+            middle=middle,
             inner=buffer(tokens, inner),
             wide=buffer(tokens, 2 * inner * pre_norm),
             features=buffer(bucket.rows, view.heads.features_size),

@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor
 
 from earlyexit_kernels.backbones import LayerNames
-from earlyexit_kernels.engine.bert_weights import OP_ACTIVATIONS, LayerWeights
+from earlyexit_kernels.engine.bert_weights import OP_ACTIVATIONS, LayerWeights, Pair
 from earlyexit_kernels.engine.resident_buffers import Activations, Bucket, RowBuffers, of_width
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.ops import rows_add_norm, rows_attention, rows_linear
@@ -63,12 +63,17 @@ class PostNormLayers:
         weights, biases = zip(*own.projections, strict=True)
         rows_linear(x.hidden, weights, biases, offsets, x.qkv, absolute=True, backend=backend)
         rows_attention(x.qkv, offsets, rows.row_ids, own.heads, self.length, x.context, backend=backend)
-        rows_linear(x.context, *own.attention_out, offsets, x.middle, backend=backend)
-        rows_add_norm(
-            x.middle, x.hidden, *own.attention_norm, own.eps[0], offsets, x.context,
-            residual_absolute=True, backend=backend,
-        )  # fmt: skip
+        first, second = own.eps
+        self._add_norm(x.context, own.attention_out, x.hidden, own.attention_norm, first, x.context)
         activation = OP_ACTIVATIONS[own.activation]
         rows_linear(x.context, *own.inner, offsets, inner, activation=activation, backend=backend)
-        rows_linear(inner, *own.outer, offsets, x.middle, backend=backend)
-        rows_add_norm(x.middle, x.context, *own.norm, own.eps[1], offsets, x.hidden, out_absolute=True, backend=backend)
+        self._add_norm(inner, own.outer, x.context, own.norm, second, x.hidden)
+
+    def _add_norm(self, x: Tensor, linear: Pair, residual: Tensor, norm: Pair, eps: float, out: Tensor) -> None:
+        """Write the norm of a residual and a linear of `x`; `hidden` starts at its live side."""
+        offsets, middle, hidden = self.rows.offsets, self.x.middle, self.x.hidden
+        rows_linear(x, *linear, offsets, middle, in_parts=True, backend=self.backend)
+        rows_add_norm(
+            middle, residual, *norm, eps, offsets, out, x_bias=linear.bias if middle.dim() == 3 else None,
+            residual_absolute=residual is hidden, out_absolute=out is hidden, backend=self.backend,
+        )  # fmt: skip

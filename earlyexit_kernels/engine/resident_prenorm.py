@@ -107,7 +107,7 @@ class PreNormLayers:
         if own.attention_norm is None:
             self._linear(x.hidden, own.qkv, x.qkv, absolute=True)
         else:
-            self._norm(None, own.attention_norm, x.context)
+            self._norm(None, None, own.attention_norm, x.context)
             self._linear(x.context, own.qkv, x.qkv)
         rows_rotary(x.qkv, *turns, rows.starts, offsets, row_ids, heads, self.length, backend=backend)
         columns, starts = (None, None) if own.window is None else (rows.tokens[3], rows.starts)
@@ -115,24 +115,34 @@ class PreNormLayers:
             x.qkv, offsets, row_ids, heads, self.length, x.context,
             window=own.window, columns=columns, starts=starts, backend=backend,
         )  # fmt: skip
-        self._linear(x.context, own.attention_out, x.middle)
-        self._norm(x.middle, cast(Norm, own.norm), x.context)
+        self._add_norm(x.context, own.attention_out, cast(Norm, own.norm), x.context)
         self._linear(x.context, own.inner, wide)
         activation = OP_ACTIVATIONS[ACTIVATIONS[type(own.activation).__name__]]
         rows_glu(wide, offsets, inner, activation=activation, backend=backend)
-        self._linear(inner, own.outer, x.middle)
-        self._norm(x.middle, self.exit_norm, x.read, out_absolute=True)
+        self._add_norm(inner, own.outer, self.exit_norm, x.read, out_absolute=True)
 
-    def _linear(self, x: Tensor, own: Affine, out: Tensor, *, absolute: bool = False) -> None:
-        bias = self._bias(own.bias, own.weight)
-        rows_linear(x, own.weight, bias, self.rows.offsets, out, absolute=absolute, backend=self.backend)
+    def _linear(self, x: Tensor, own: Affine, out: Tensor, *, absolute: bool = False, in_parts: bool = False) -> None:
+        rows_linear(
+            x, own.weight, self._bias(own.bias, own.weight), self.rows.offsets, out,
+            absolute=absolute, in_parts=in_parts, backend=self.backend,
+        )  # fmt: skip
 
-    def _norm(self, x: Tensor | None, own: Norm, out: Tensor, *, out_absolute: bool = False) -> None:
+    def _add_norm(self, x: Tensor, own: Affine, norm: Norm, out: Tensor, *, out_absolute: bool = False) -> None:
+        """Add a linear of `x` to the residual stream, and write the norm of the stream to `out`."""
+        middle = self.x.middle
+        self._linear(x, own, middle, in_parts=True)
+        bias = self._bias(own.bias, own.weight) if middle.dim() == 3 else None
+        self._norm(middle, bias, norm, out, out_absolute=out_absolute)
+
+    def _norm(
+        self, x: Tensor | None, x_bias: Tensor | None, own: Norm, out: Tensor, *, out_absolute: bool = False
+    ) -> None:
         """Add `x` to the residual stream, if given, and write its norm to `out`."""
         stream, weight = self.x.hidden, cast(Tensor, own.weight)
         rows_add_norm(
-            x, stream, weight, self._bias(own.bias, weight), own.eps, self.rows.offsets, out, residual_absolute=True,
-            out_absolute=out_absolute, total=None if x is None else stream, backend=self.backend,
+            x, stream, weight, self._bias(own.bias, weight), own.eps, self.rows.offsets, out, x_bias=x_bias,
+            residual_absolute=True, out_absolute=out_absolute, total=None if x is None else stream,
+            backend=self.backend,
         )  # fmt: skip
 
     def _bias(self, bias: Tensor | None, weight: Tensor) -> Tensor:

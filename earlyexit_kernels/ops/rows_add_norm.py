@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, not_traced
+from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, check_apart, check_present, check_tensor, not_traced
 from earlyexit_kernels.ops.schema import ROWS_ADD_NORM, bare_op, define
+from earlyexit_kernels.ops.tiles import SUM_PARTS
 
 #: Values of a token per warp, and the maximum number of warps.
 WARP_WIDTH, MAX_WARPS = 256, 8
@@ -16,7 +19,8 @@ WARP_WIDTH, MAX_WARPS = 256, 8
 
 @jit
 def rows_add_norm_kernel(
-    x,  # [T, H]; read with HAS_X
+    x,  # [T, H], or [PARTS, T, H] float32; not read with PARTS = 0
+    x_bias,  # [H], read with PARTS > 1
     residual,  # [T, H], or [2 T, H]
     weight,  # [H]
     bias,  # [H]
@@ -24,11 +28,12 @@ def rows_add_norm_kernel(
     out,  # [T, H], or [2 T, H]
     total,  # like residual; written with HAS_TOTAL
     rows,  # R
-    HAS_X: tl.constexpr,
+    capacity,  # T
     HAS_TOTAL: tl.constexpr,
     EPS: tl.constexpr,
     RESIDUAL_ABSOLUTE: tl.constexpr,
     OUT_ABSOLUTE: tl.constexpr,
+    PARTS: tl.constexpr,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -44,9 +49,17 @@ def rows_add_norm_kernel(
             source = token + first
         if OUT_ABSOLUTE:
             target = token + first
-        y = tl.load(residual + source * H + h, mask=real, other=0.0).to(tl.float32)
-        if HAS_X:
-            y += tl.load(x + token * H + h, mask=real, other=0.0).to(tl.float32)
+        if PARTS == 0:
+            y = tl.zeros((BLOCK,), dtype=tl.float32)
+        elif PARTS == 1:
+            y = tl.load(x + token * H + h, mask=real, other=0.0).to(tl.float32)
+        else:
+            y = tl.zeros((BLOCK,), dtype=tl.float32)
+            for part in tl.static_range(PARTS):
+                y += tl.load(x + (token + part * capacity) * H + h, mask=real, other=0.0)
+            y += tl.load(x_bias + h, mask=real, other=0.0).to(tl.float32)
+            y = y.to(out.dtype.element_ty).to(tl.float32)
+        y += tl.load(residual + source * H + h, mask=real, other=0.0).to(tl.float32)
         if HAS_TOTAL:
             rounded = y.to(total.dtype.element_ty)
             tl.store(total + source * H + h, rounded, mask=real)
@@ -60,6 +73,7 @@ def rows_add_norm_kernel(
 
 def rows_add_norm_triton(
     x: Tensor | None,
+    x_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -76,6 +90,7 @@ def rows_add_norm_triton(
     if out.numel():
         rows_add_norm_kernel[(capacity,)](
             residual if x is None else x,
+            bias if x_bias is None else x_bias,
             residual,
             weight,
             bias,
@@ -83,11 +98,12 @@ def rows_add_norm_triton(
             out,
             out if total is None else total,
             offsets.numel() - 1,
-            HAS_X=x is not None,
+            capacity,
             HAS_TOTAL=total is not None,
             EPS=eps,
             RESIDUAL_ABSOLUTE=residual_absolute,
             OUT_ABSOLUTE=out_absolute,
+            PARTS=0 if x is None else SUM_PARTS if x.dim() == 3 else 1,
             H=width,
             BLOCK=block,
             num_warps=max(1, min(MAX_WARPS, block // WARP_WIDTH)),
@@ -98,6 +114,7 @@ def rows_add_norm_triton(
 @torch.no_grad()
 def rows_add_norm_torch(
     x: Tensor | None,
+    x_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -113,8 +130,10 @@ def rows_add_norm_torch(
     absolute, relative = slice(first, end), slice(0, end - first)
     source, target = (absolute if there else relative for there in (residual_absolute, out_absolute))
     y = residual[source].float()
-    if x is not None:
-        y = y + x[relative].float()
+    if x_bias is not None and x is not None:
+        y = (sum(x[:, relative].unbind()) + x_bias.float()).to(out.dtype).float() + y
+    elif x is not None:
+        y = x[relative].float() + y
     if total is not None:
         total[source] = y.to(total.dtype)
         y = total[source].float()
@@ -133,6 +152,7 @@ def rows_add_norm(
     offsets: Tensor,
     out: Tensor,
     *,
+    x_bias: Tensor | None = None,
     residual_absolute: bool = False,
     out_absolute: bool = False,
     total: Tensor | None = None,
@@ -143,7 +163,8 @@ def rows_add_norm(
     Sum, mean and variance are float32. With Triton the result of a token does not depend on other tokens, bit for bit.
 
     Args:
-        x: ``[T, H]``, the present tokens first; float32, float16 or bfloat16, like all tensors but `offsets`. None adds
+        x: ``[T, H]``, the present tokens first; float32, float16 or bfloat16, like all tensors but `offsets`. With
+            `x_bias` ``[SUM_PARTS, T, H]`` float32, the parts of a product that `rows_linear` has summed. None adds
             nothing: the norm is that of `residual`.
         residual: ``[T, H]``, the present tokens first; with `residual_absolute` ``[2 T, H]``, from ``offsets[0]`` on.
         weight, bias: ``[H]``, of the norm.
@@ -151,6 +172,8 @@ def rows_add_norm(
         offsets: ``[R + 1]`` int32, non-decreasing. On CUDA the values are not checked, since that would synchronise.
         out: shaped like `residual`, with `out_absolute`; it may be `x` or `residual` itself if a token has the same
             position in both. **Changed** for the present tokens.
+        x_bias: ``[H]``, of the product of which `x` holds the parts. Their sum and the bias are rounded to the dtype of
+            `out`, as by `rows_linear`, before the residual is added.
         total: shaped like `residual`, which it may be, or None. **Changed** for the present tokens to ``x + residual``,
             with which pre-norm layers go on; the norm is then that of the rounded sum.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
@@ -170,14 +193,17 @@ def rows_add_norm(
     """
     op = "rows_add_norm"
     absolute = residual_absolute, out_absolute
-    x, residual, weight, bias, offsets = _checked(op, x, residual, weight, bias, offsets, out, total, absolute)
-    bare_op(op, backend, out.device.type)(x, residual, weight, bias, eps, offsets, out, *absolute, total)
+    x, x_bias, residual, weight, bias, offsets = _checked(
+        op, x, x_bias, residual, weight, bias, offsets, out, total, absolute
+    )
+    bare_op(op, backend, out.device.type)(x, x_bias, residual, weight, bias, eps, offsets, out, *absolute, total)
 
 
 @not_traced
 def _checked(
     op: str,
     x: Tensor | None,
+    x_bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -185,15 +211,17 @@ def _checked(
     out: Tensor,
     total: Tensor | None,
     absolute: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-    if x is None:
-        check_tensor(op, "residual", residual, (None, None), FLOATS)
-        capacity = residual.shape[0] // 2 if absolute[0] else residual.shape[0]
-    else:
+) -> tuple[Any, ...]:
+    parts = x_bias is not None
+    if parts:
+        check_tensor(op, "x", x, (SUM_PARTS, None, None), FLOAT32)
+    elif x is not None:
         check_tensor(op, "x", x, (None, None), FLOATS)
-        capacity, x = x.shape[0], x.contiguous()
-    like = residual if x is None else x
-    width, device = like.shape[1], like.device
+    check_tensor(op, "residual", residual, (None, None), FLOATS if x is None or parts else (x.dtype,))
+    capacity = residual.shape[0] // 2 if absolute[0] else residual.shape[0]
+    width, device = residual.shape[1], residual.device
+    if x is not None:
+        (capacity, width), device, x = x.shape[-2:], x.device, x.contiguous()
     residual_rows, out_rows = (2 * capacity if each else capacity for each in absolute)
     shapes = {"residual": (residual_rows, width), "weight": (width,), "bias": (width,), "out": (out_rows, width)}
     given = {"residual": residual, "weight": weight, "bias": bias, "out": out}
@@ -201,16 +229,19 @@ def _checked(
         shapes, given = {**shapes, "total": shapes["residual"]}, {**given, "total": total}
     for name, shape in shapes.items():
         written = name in ("out", "total")
-        check_tensor(op, name, given[name], shape, (like.dtype,), written=written, device=device)
+        check_tensor(op, name, given[name], shape, (residual.dtype,), written=written, device=device)
+    if x_bias is not None:
+        check_tensor(op, "x_bias", x_bias, (width,), (residual.dtype,), device=device)
+        x_bias = x_bias.contiguous()
     check_present(op, offsets, None, capacity=capacity, device=device)
     residual, weight, bias, offsets = (tensor.contiguous() for tensor in (residual, weight, bias, offsets))
-    read = {"weight": weight, "bias": bias, "offsets": offsets}
+    read = {"x_bias": x_bias, "weight": weight, "bias": bias, "offsets": offsets}
     # in place: a token is written where it was read
-    if x is not None and (x.data_ptr() != out.data_ptr() or absolute[1]):
+    if x is not None and (x.data_ptr() != out.data_ptr() or absolute[1] or parts):
         read["x"] = x
     if residual.data_ptr() != out.data_ptr() or absolute[0] != absolute[1]:
         read["residual"] = residual
     if total is not None and residual.data_ptr() == total.data_ptr():
         read.pop("residual", None)
     check_apart(op, {"out": out, "total": total}, read)
-    return x, residual, weight, bias, offsets
+    return x, x_bias, residual, weight, bias, offsets

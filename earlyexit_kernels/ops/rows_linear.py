@@ -11,10 +11,21 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
-from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, not_traced
-from earlyexit_kernels.ops.rows_linear_tma import GROUP, rows_linear_tma, uses_tma
+from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, check_apart, check_present, check_tensor, not_traced
+from earlyexit_kernels.ops.rows_linear_tma import GROUP, rows_linear_tma, tma_tiles, uses_tma
 from earlyexit_kernels.ops.schema import ROWS_LINEAR, bare_op, define
-from earlyexit_kernels.ops.tiles import check_product, product_tile, product_torch, resident_programs, tiles_for
+from earlyexit_kernels.ops.tiles import (
+    SUM_PARTS,
+    Tiles,
+    check_product,
+    part_terms,
+    parts_torch,
+    processors_of,
+    product_tile,
+    product_torch,
+    resident_programs,
+    tiles_for,
+)
 
 #: Maximum number of weights of a call: query, key and value.
 MAX_WEIGHTS = 3
@@ -30,13 +41,16 @@ def rows_linear_kernel(
     third_weight,
     third_bias,
     offsets,  # [R + 1] int32
-    out,  # [T, WEIGHTS * N]
+    out,  # [T, WEIGHTS * N], or [PARTS, T, N]
     rows,  # R
+    capacity,  # T
     WEIGHTS: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,  # side by side; 1 unless only the sums of the parts are written
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -46,7 +60,7 @@ def rows_linear_kernel(
     first = tl.load(offsets)
     present = tl.load(offsets + rows) - first
     high = tl.cdiv(present, BLOCK_M)
-    wide = WEIGHTS * tl.cdiv(N, BLOCK_N)
+    wide = WEIGHTS * PARTS * tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     while tile < high * wide:
         top = tile // (GROUP_M * wide) * GROUP_M
@@ -66,19 +80,27 @@ def rows_linear_kernel(
         if WEIGHTS > 2:
             chosen = tl.where(number == 2, third_weight, chosen)
             chosen_bias = tl.where(number == 2, third_bias, chosen_bias)
+        place = out + number * N
+        begin = 0
+        if PARTS > 1:
+            place = out + number.to(tl.int64) * capacity * N
+            begin = number * PART
         product_tile(
             x,
             chosen,
             chosen_bias,
-            out + number * N,
+            place,
             source,
             token,
             token < present,
             column % tl.cdiv(N, BLOCK_N) * BLOCK_N,
+            begin,
             N,
             K,
             WEIGHTS * N,
             ACTIVATION,
+            PART,
+            PARTS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -94,15 +116,35 @@ def rows_linear_triton(
     out: Tensor,
     activation: str,
     absolute: bool,
+    in_parts: bool,
 ) -> None:
-    """Launch `rows_linear_kernel`; tiles and programs depend on the capacity, not on the token count."""
-    (capacity, columns), rows = out.shape, offsets.numel() - 1
-    n, k = weights[0].shape
-    if uses_tma(x, weights, out):
+    """Launch a kernel; it, tiles and programs depend on the capacity, not on the token count."""
+    capacity, n, parts = out.shape[-2], weights[0].shape[0], SUM_PARTS if out.dim() == 3 else 1
+    if parts == 1 and uses_tma(x, weights, out, in_parts):
+        tiles = tma_tiles(capacity, n, processors_of(out.device), in_parts)
         for weight, bias, part in zip(weights, biases, out.split(n, dim=1), strict=True):
-            rows_linear_tma(x, weight, bias, offsets, part, activation, absolute)
+            rows_linear_tma(x, weight, bias, offsets, part, activation, absolute, in_parts, tiles)
         return
-    tiles = tiles_for(out.dtype, capacity, columns, out.device)
+    tiles = tiles_for(x.dtype, capacity, parts * out.shape[-1], out.device)
+    rows_linear_tiled(x, weights, biases, offsets, out, activation, absolute, in_parts, tiles)
+
+
+def rows_linear_tiled(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    offsets: Tensor,
+    out: Tensor,
+    activation: str,
+    absolute: bool,
+    in_parts: bool,
+    tiles: Tiles,
+) -> None:
+    """Launch `rows_linear_kernel`."""
+    capacity, rows = out.shape[-2], offsets.numel() - 1
+    n, k = weights[0].shape
+    parts = SUM_PARTS if out.dim() == 3 else 1
+    columns = parts * out.shape[-1]
     programs = resident_programs(tiles, capacity, columns, out.device)
     # the kernel has three pairs of arguments; unused ones are the first pair again
     pairs = [*zip(weights, biases, strict=True)] + [(weights[0], biases[0])] * (MAX_WEIGHTS - len(weights))
@@ -113,11 +155,14 @@ def rows_linear_triton(
             offsets,
             out,
             rows,
+            capacity,
             WEIGHTS=len(weights),
             ABSOLUTE=absolute,
             N=n,
             K=k,
             ACTIVATION=ACTIVATIONS[activation].device,
+            PART=part_terms(k, x.dtype) if in_parts else k,
+            PARTS=parts,
             GROUP_M=GROUP,
             **tiles.options,
         )
@@ -132,10 +177,14 @@ def rows_linear_torch(
     out: Tensor,
     activation: str,
     absolute: bool,
+    in_parts: bool,
 ) -> None:
     """`rows_linear` in torch, the reference of the Triton back-end; synchronises to read the token count."""
     first, end = int(offsets[0]), int(offsets[-1])
     tokens = x[first:end] if absolute else x[: end - first]
+    if out.dim() == 3:
+        out[:, : end - first] = parts_torch(tokens, weights[0])
+        return
     products = [product_torch(tokens, *each, activation) for each in zip(weights, biases, strict=True)]
     out[: end - first] = torch.cat(products, dim=1).to(out.dtype)
 
@@ -152,6 +201,7 @@ def rows_linear(
     *,
     activation: str = "none",
     absolute: bool = False,
+    in_parts: bool = False,
     backend: str = "auto",
 ) -> None:
     """Write ``f(x W^T + b)`` of the present tokens, ``offsets[-1] - offsets[0]`` of them.
@@ -170,6 +220,9 @@ def rows_linear(
             tokens, which it holds first.
         activation: ``"none"``, ``"gelu"``, ``"gelu_tanh"``, ``"relu"`` or ``"tanh"``.
         absolute: whether the present tokens of `x` start at ``offsets[0]``.
+        in_parts: whether a sum is that of the `SUM_PARTS` parts of K, each summed by itself and added in order. Then
+            `out` may be ``[SUM_PARTS, T, N]`` float32, which receives the sums of the parts without bias for
+            `rows_add_norm`: programs share K, and no bit of the norm changes. One weight, no activation.
         backend: ``"auto"``, ``"torch"`` or ``"triton"``.
 
     Raises:
@@ -186,27 +239,43 @@ def rows_linear(
     [3.0, 5.0, 0.0]
     """
     op = "rows_linear"
-    x, weights, biases, offsets = _checked(op, x, weight, bias, offsets, out, activation, absolute)
-    bare_op(op, backend, out.device.type)(x, weights, biases, offsets, out, activation, absolute)
+    x, weights, biases, offsets = _checked(op, x, weight, bias, offsets, out, activation, absolute, in_parts)
+    bare_op(op, backend, out.device.type)(x, weights, biases, offsets, out, activation, absolute, in_parts)
 
 
 @not_traced
 def _checked(
-    op: str, x: Tensor, weight: Any, bias: Any, offsets: Tensor, out: Tensor, activation: str, absolute: bool
+    op: str,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    offsets: Tensor,
+    out: Tensor,
+    activation: str,
+    absolute: bool,
+    in_parts: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     weights, biases = _tensors(op, "weight", weight), _tensors(op, "bias", bias)
     if not 1 <= len(weights) <= MAX_WEIGHTS or len(weights) != len(biases):
         raise ValueError(
             f"{op}: expected 1 to {MAX_WEIGHTS} weights and as many biases, got {len(weights)} and {len(biases)}"
         )
-    check_tensor(op, "out", out, (None, None), FLOATS, written=True)
+    if in_parts and (len(weights) > 1 or activation != "none"):
+        raise ValueError(
+            f"{op}: expected one weight and no activation with in_parts, got {len(weights)} and {activation!r}"
+        )
+    split = in_parts and isinstance(out, Tensor) and out.dim() == 3
+    shape = (SUM_PARTS, None, None) if split else (None, None)
+    check_tensor(op, "out", out, shape, FLOAT32 if split else FLOATS, written=True)
     device = out.device
-    capacity = out.shape[0]
-    check_tensor(op, "x", x, (2 * capacity if absolute else capacity, None), (out.dtype,), device=device)
+    capacity = out.shape[-2]
+    check_tensor(
+        op, "x", x, (2 * capacity if absolute else capacity, None), FLOATS if split else (out.dtype,), device=device
+    )
     for each in zip(weights, biases, strict=True):
         check_product(op, x, *each, activation)
         check_tensor(op, "weight", each[0], tuple(weights[0].shape), FLOATS)
-    check_tensor(op, "out", out, (capacity, len(weights) * weights[0].shape[0]), FLOATS)
+    check_tensor(op, "out", out, (*shape[:-2], capacity, len(weights) * weights[0].shape[0]), FLOATS)
     check_present(op, offsets, None, capacity=capacity, device=device)
     x, offsets = x.contiguous(), offsets.contiguous()
     weights, biases = ([tensor.contiguous() for tensor in each] for each in (weights, biases))

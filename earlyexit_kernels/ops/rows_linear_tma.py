@@ -13,6 +13,7 @@ from earlyexit_kernels.ops.tiles import (
     BLOCK_DEPTH,
     ENOUGH_TILES,
     Tiles,
+    part_terms,
     processors_of,
     resident_programs,
     shared_memory,
@@ -51,12 +52,13 @@ def rows_linear_tma_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Persistent programs. Every sum runs over K from its beginning, BLOCK_K terms per step, as in `product_tile`."""
+    """Persistent programs. Every sum runs over its part of K, BLOCK_K terms per step, as in `product_tile`."""
     first = tl.load(offsets)
     present = tl.load(offsets + rows) - first
     base = 0
@@ -72,10 +74,21 @@ def rows_linear_tma_kernel(
         column = within // group * BLOCK_N
         sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
         second = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
+        total = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+        second_total = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
             a = x.load([base + token, k])
             sums = tl.dot(a, weight.load([column, k]).T, sums)
             second = tl.dot(a, second_weight.load([column + FIRST, k]).T, second)
+            if PART < K:  # noqa: SIM102 - known when the kernel is compiled
+                if (k + BLOCK_K < K) & ((k + BLOCK_K) % PART == 0):
+                    total += sums
+                    sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+                    second_total += second
+                    second = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
+        if PART < K:
+            sums = total + sums
+            second = second_total + second
         store_tile(sums, bias, out, token, column, present, N, ACTIVATION, BLOCK_M, FIRST)
         store_tile(second, bias, second_out, token, column + FIRST, present, N, ACTIVATION, BLOCK_M, BLOCK_N - FIRST)
 
@@ -101,28 +114,33 @@ def store_tile(
     out.store([before + present, present, before + token, column], tl.reshape(y, (1, 1, BLOCK_M, COLUMNS)))
 
 
-def tma_tiles(capacity: int, columns: int, processors: int) -> Tiles:
-    """Return the tiles of which a multiprocessor reads the least in its turns, for up to `capacity` rows."""
+def tma_tiles(capacity: int, columns: int, processors: int, in_parts: bool) -> Tiles:
+    """Return the tiles of which a multiprocessor reads the least in its turns, for up to `capacity` rows.
+
+    With `in_parts` the narrowest, since every sum needs a second register.
+    """
 
     def read(tiles: Tiles) -> int:
         turns = -(-tiles.count(capacity, columns) // processors)
         return turns * (tiles.rows + tiles.columns)
 
-    return min(TMA_TILES, key=read)
+    return min(TMA_TILES[-1:] if in_parts else TMA_TILES, key=read)
 
 
-def uses_tma(x: Tensor, weights: Sequence[Tensor], out: Tensor) -> bool:
+def uses_tma(x: Tensor, weights: Sequence[Tensor], out: Tensor, in_parts: bool) -> bool:
     """Return whether products are faster by `rows_linear_tma_kernel` than by `rows_linear_kernel`.
 
     Args:
         x: ``[*, K]``.
         weights: each ``[N, K]``.
         out: ``[T, WEIGHTS * N]``, contiguous.
+        in_parts: as for `rows_linear`.
     """
     columns = weights[0].shape[0]
     if x.element_size() != 2 or not has_bulk_copies(x.device):
         return False
-    if tma_tiles(out.shape[0], columns, processors_of(x.device)).count(out.shape[0], columns) < ENOUGH_TILES:
+    tiles = tma_tiles(out.shape[0], columns, processors_of(x.device), in_parts)
+    if tiles.count(out.shape[0], columns) < ENOUGH_TILES:
         return False
     addresses = [t.data_ptr() for t in (x, *weights, out)]
     sizes = [size * x.element_size() for size in (x.shape[1], columns, out.shape[1])]
@@ -137,17 +155,25 @@ def has_bulk_copies(device: torch.device) -> bool:
 
 
 def rows_linear_tma(
-    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, out: Tensor, activation: str, absolute: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    activation: str,
+    absolute: bool,
+    in_parts: bool,
+    tiles: Tiles,
 ) -> None:
     """Launch `rows_linear_tma_kernel` for one weight; the descriptors are of the capacity, and passed by value.
 
     Args:
-        x, bias, offsets, activation, absolute: as for `rows_linear`.
+        x, bias, offsets, activation, absolute, in_parts: as for `rows_linear`.
         weight: ``[N, K]``.
         out: ``[T, N]``, whose rows may be parts of longer ones.
+        tiles: wider than `FIRST_COLUMNS`.
     """
     n, k = weight.shape
-    tiles = tma_tiles(out.shape[0], n, processors_of(out.device))
     widths = FIRST_COLUMNS, tiles.columns - FIRST_COLUMNS
     rows_linear_tma_kernel[(resident_programs(tiles, out.shape[0], n, out.device),)](
         tensor_descriptor(x, [tiles.rows, tiles.depth]),
@@ -160,6 +186,7 @@ def rows_linear_tma(
         N=n,
         K=k,
         ACTIVATION=ACTIVATIONS[activation].device,
+        PART=part_terms(k, x.dtype) if in_parts else k,
         GROUP_M=GROUP,
         **tiles.options,
     )

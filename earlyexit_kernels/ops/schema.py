@@ -42,7 +42,8 @@ PACK_TOKENS = (
     "Tensor(c!) offsets, Tensor(d!) tokens, Tensor(e!) counts) -> ()"
 )
 ROWS_LINEAR = (
-    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor offsets, Tensor(a!) out, str activation, bool absolute) -> ()"
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor offsets, Tensor(a!) out, str activation, bool absolute, "
+    "bool in_parts) -> ()"
 )
 FIRST_TOKENS_LINEAR = (
     "(Tensor hidden, Tensor weight, Tensor bias, Tensor offsets, Tensor row_ids, Tensor(a!) out, str activation) -> ()"
@@ -58,8 +59,8 @@ ROWS_ROTARY = (
 ROWS_MEAN = "(Tensor hidden, Tensor offsets, Tensor row_ids, Tensor(a!) out) -> ()"
 ROWS_GLU = "(Tensor x, Tensor offsets, Tensor(a!) out, str activation) -> ()"
 ROWS_ADD_NORM = (
-    "(Tensor? x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, Tensor(a!) out, "
-    "bool residual_absolute, bool out_absolute, Tensor(b!)? total=None) -> ()"
+    "(Tensor? x, Tensor? x_bias, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, "
+    "Tensor(a!) out, bool residual_absolute, bool out_absolute, Tensor(b!)? total=None) -> ()"
 )
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")

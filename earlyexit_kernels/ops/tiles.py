@@ -60,15 +60,17 @@ BLOCK_DEPTH = 64
 TILES = {
     2: (
         Tiles(128, 128, BLOCK_DEPTH, warps=8, stages=3, resident=1),
-        Tiles(64, 64, BLOCK_DEPTH, warps=4, stages=8, resident=1),
+        Tiles(64, 64, BLOCK_DEPTH, warps=8, stages=8, resident=1),
         Tiles(64, 32, BLOCK_DEPTH, warps=4, stages=10, resident=1),
         Tiles(64, 16, BLOCK_DEPTH, warps=4, stages=12, resident=1),
     ),
     4: (
-        Tiles(128, 128, 16, warps=8, stages=3, resident=1),
+        Tiles(128, 64, 16, warps=8, stages=3, resident=2),
         Tiles(64, 64, 16, warps=4, stages=3, resident=4),
     ),
 }
+#: Parts of K, each a sum of its own, of a product `in_parts`; the sums of the parts are added in order.
+SUM_PARTS = 4
 #: The largest tiles are chosen of which there are as many: half of the multiprocessors of an H100.
 ENOUGH_TILES = 66
 #: Bytes of shared memory of a program that are left to Triton.
@@ -87,34 +89,61 @@ def product_tile(
     target,  # [BLOCK_M] int64, row of out
     present,  # [BLOCK_M], whether there is such a row
     column,  # of this weight, the first
+    begin,  # the first term of the sums; 0 unless PARTS > 1
     N: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PART: tl.constexpr,  # terms of a part of K; at least K if there is one part
+    PARTS: tl.constexpr,  # 1, or more if the sums are those of one part, without bias and activation
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Every sum runs over K from its beginning, BLOCK_K terms per step, whatever the position of the tile."""
+    """Every sum of a part runs from its beginning, BLOCK_K terms per step, whatever the position of the tile.
+
+    The sums of the parts are added in order, here or, with PARTS, by `rows_add_norm`.
+    """
     n = column + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     in_rows = present[:, None]
     in_columns = n[None, :] < N
-    from_x = x + source[:, None] * K + k[None, :]
-    from_weight = weight + n[None, :].to(tl.int64) * K + k[:, None]
+    from_x = x + source[:, None] * K + begin + k[None, :]
+    from_weight = weight + n[None, :].to(tl.int64) * K + begin + k[:, None]
+    terms: tl.constexpr = PART if PARTS > 1 else K
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    if terms > PART:
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, terms, BLOCK_K):
         x_mask = in_rows
         weight_mask = in_columns
-        if K % BLOCK_K != 0:
-            x_mask = in_rows & (k[None, :] < K - start)
-            weight_mask = in_columns & (k[:, None] < K - start)
+        if K % BLOCK_K != 0 or (PARTS > 1 and PARTS * PART != K):
+            x_mask = in_rows & (k[None, :] < K - begin - start)
+            weight_mask = in_columns & (k[:, None] < K - begin - start)
         a = tl.load(from_x + start, mask=x_mask, other=0.0)
         b = tl.load(from_weight + start, mask=weight_mask, other=0.0)
         sums = tl.dot(a, b, sums, input_precision="ieee")
-    sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    y = ACTIVATION(sums).to(out.dtype.element_ty)
+        if terms > PART:  # noqa: SIM102 - known when the kernel is compiled
+            if (start + BLOCK_K < terms) & ((start + BLOCK_K) % PART == 0):
+                total += sums
+                sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if terms > PART:
+        sums = total + sums
+    if PARTS == 1:
+        sums = ACTIVATION(sums + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :])
+    y = sums.to(out.dtype.element_ty)
     tl.store(out + target[:, None] * STRIDE + n[None, :], y, mask=in_rows & in_columns)
+
+
+def part_terms(k: int, dtype: torch.dtype) -> int:
+    """Return the number of terms of a part of K: whole steps of all tiles, shared out to `SUM_PARTS` parts."""
+    depth = TILES[dtype.itemsize][0].depth
+    return max(1, -(-k // (SUM_PARTS * depth))) * depth
+
+
+def few_tiles(dtype: torch.dtype, capacity: int, columns: int) -> bool:
+    """Return whether the parts of a product are faster side by side: the largest tiles leave multiprocessors idle."""
+    return TILES[dtype.itemsize][0].count(capacity, columns) < ENOUGH_TILES
 
 
 def tiles_for(dtype: torch.dtype, capacity: int, columns: int, device: torch.device) -> Tiles:
@@ -147,6 +176,13 @@ def resident_programs(tiles: Tiles, capacity: int, columns: int, device: torch.d
 def product_torch(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Return ``f(x W^T + b)`` in float32, the reference of `product_tile`."""
     return ACTIVATIONS[activation].reference(F.linear(x.float(), weight.float(), bias.float()))
+
+
+def parts_torch(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the sums of the parts of K, ``[SUM_PARTS, T, N]`` float32, the reference of `product_tile` with PARTS."""
+    part = part_terms(weight.shape[1], weight.dtype)
+    starts = range(0, SUM_PARTS * part, part)
+    return torch.stack([F.linear(*(y[:, start : start + part].float() for y in (x, weight))) for start in starts])
 
 
 def check_product(op: str, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> None:

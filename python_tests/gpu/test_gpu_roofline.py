@@ -17,13 +17,24 @@ LARGEST = Tiles(256, 128, 64, warps=8, stages=3, resident=1)
 @pytest.mark.parametrize("tokens", [128, 1024, 4096, 16384])
 @pytest.mark.parametrize("name", roofline.PRODUCTS)
 def test_products_read_little_and_use_the_card(name, tokens):
-    weights, columns, terms = roofline.PRODUCTS[name]
-    tiles = roofline.tiles_of(tokens, columns, weights)
-    count = tiles.count(tokens, weights * columns)
+    weights, columns, terms, in_parts = roofline.PRODUCTS[name]
+    tiles, parts = roofline.tiles_of(tokens, columns, weights, in_parts), roofline.parts_of(tokens, columns, in_parts)
+    count = tiles.count(tokens, parts * weights * columns)
     assert count >= roofline.CARD.processors / 2, "more than half of the multiprocessors are idle"
     if tokens >= 4096:
         least = roofline.l2_bytes(LARGEST, tokens, weights * columns, terms)
         assert roofline.l2_bytes(tiles, tokens, weights * columns, terms) <= 1.6 * least
+
+
+def test_parts_side_by_side_are_faster_for_few_tokens(monkeypatch):
+    def times(tokens):
+        return [roofline.product_us(name, tokens, tokens) for name in ("attention output", "output")]
+
+    for tokens in (128, 256, 512, 1024):
+        split = times(tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(roofline, "few_tiles", lambda *_: False)
+            assert all(ours < whole for ours, whole in zip(split, times(tokens), strict=True))
 
 
 def test_fewer_rows_and_layers_take_less_time():

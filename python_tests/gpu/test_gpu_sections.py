@@ -17,17 +17,19 @@ from torch.autograd import DeviceType
 from benchmarks import goals, machine
 from benchmarks.end_to_end import baselines, engines, models
 from benchmarks.end_to_end.engines import GRAPH
-from benchmarks.gpu import bench, calls, exits, nodes, products, promises, whole
+from benchmarks.gpu import bench, calls, exits, nodes, products, promises, tiles, whole
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.machine import DTYPES, NotMeasuredError
-from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels import ops
+from earlyexit_kernels.backends import TRITON_INTERPRETED, available_backends
 from earlyexit_kernels.engine import choice, graphs
 from earlyexit_kernels.engine.inputs import Inputs
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
-NUMBERS = {"median_ms", "syncs", "different", "launches", "entry", "microseconds"}
+NUMBERS = {"median_ms", "syncs", "different", "launches", "entry", "fastest", "microseconds"}
 PROFILED = calls.calls_of
+LAUNCHED = dict(tiles.LAUNCHES)
 #: Goals that the sections have had records for in this process, by section.
 REACHED: dict[str, set[str]] = {}
 
@@ -44,7 +46,14 @@ def gpu_calls(monkeypatch):
         monkeypatch.setattr(module, "calls_of", as_on_a_gpu)
     monkeypatch.setattr(exits, "LARGE_COPY", 2**12)
     monkeypatch.setattr(promises, "ROWS", 12)
+    for way in tiles.LAUNCHES:
+        monkeypatch.setitem(tiles.LAUNCHES, way, in_torch)
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: 227 * 1024)
     monkeypatch.delenv("EARLYEXIT_DATA", raising=False)
+
+
+def in_torch(x, weight, bias, offsets, out, in_parts, size) -> None:
+    ops.rows_linear(x, weight, bias, offsets, out, in_parts=in_parts, backend="torch")
 
 
 def records_of(name, gpu) -> list[dict]:
@@ -118,6 +127,52 @@ def test_wrong_product_is_refused(gpu, monkeypatch):
     monkeypatch.setitem(products.WAYS, products.OURS, lambda bench, x, weight, bias, offsets, out: out * 0)
     refused = [record for record in products.records(gpu) if record["engine"] == products.OURS]
     assert refused and all("off" in record["refused"] and "median_us" not in record for record in refused)
+
+
+def test_wrong_tile_is_refused_and_never_the_fastest(gpu, monkeypatch):
+    monkeypatch.setattr(tiles, "has_bulk_copies", lambda device: True)
+    monkeypatch.setattr(tiles, "few_tiles", lambda *_: False)
+    monkeypatch.setitem(tiles.LAUNCHES, "pointers", lambda x, weight, bias, offsets, out, in_parts, size: out.zero_())
+    found = records_of("tiles", gpu)
+    refused = [record for record in found if "refused" in record]
+    assert all("off" in record["refused"] and "pointers" in record["engine"] for record in refused)
+    assert len(refused) == len(products.PRODUCTS) * len(tiles.BY_POINTERS)
+    best = [record for record in found if "fastest" in record]
+    assert [record["case"] for record in best] == [*products.PRODUCTS]
+    for record in best:
+        assert record["backend"] == "bulk copies" and record["fastest"].startswith("Tiles(rows=128, columns=")
+    assert all("192" in record["fastest"] for record in best if record["case"] in tiles.IN_PARTS)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs in Triton's interpreter, as TRITON_INTERPRET=1")
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_tiles_are_launched(in_parts, monkeypatch):
+    """Whole numbers, whose sums are exact."""
+    monkeypatch.setattr(tiles, "has_bulk_copies", lambda device: True)
+    monkeypatch.setattr(tiles, "few_tiles", lambda *_: False)
+    x, weight = (torch.randint(-3, 4, shape).half() for shape in ((70, 136), (264, 136)))
+    bias, offsets = weight[:, 0].contiguous(), torch.tensor([0, 69], dtype=torch.int32)
+    want = x.float() @ weight.float().T + bias.float()
+    found = tiles.entries(x, 264, in_parts)
+    for way, size in found.values():
+        out = torch.full((70, 264), torch.nan, dtype=torch.float16)
+        LAUNCHED[way](x, weight, bias, offsets, out, in_parts, size)
+        assert torch.equal(out[:69], want[:69].half()) and out[69].isnan().all()
+    assert {way for way, _ in found.values()} == {*LAUNCHED}
+
+
+def test_tiles_that_fit_are_swept(gpu, monkeypatch):
+    x = torch.zeros(4096, 768, dtype=torch.float16)
+    monkeypatch.setattr(tiles, "has_bulk_copies", lambda device: True)
+    assert len(tiles.entries(x, 768, False)) == len(tiles.BY_POINTERS) + 2
+    assert sum(way == "bulk copies" for way, _ in tiles.entries(x, 768, True).values()) == 1
+    assert all(way == "pointers" for way, _ in tiles.entries(x[:128], 768, True).values()), "parts side by side"
+    monkeypatch.setattr(tiles, "has_bulk_copies", lambda device: False)
+    monkeypatch.setattr(tiles, "shared_memory", lambda device: 99 * 1024)
+    small = [size for _, size in tiles.entries(x, 768, False).values()]
+    assert small and all(size.shared_bytes(2) < 99 * 1024 for size in small)
+    assert {size.depth for size in (*tiles.BY_POINTERS, *small)} == {64}, "the depth decides bits"
 
 
 def test_compiled_model_without_graphs_is_not_measured(gpu, monkeypatch):

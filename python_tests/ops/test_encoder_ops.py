@@ -304,12 +304,11 @@ def test_activations_keep_nan(backend, name):
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize(("present", "capacity"), [(1, 130), (128, 128), (129, 300), (255, 260), (0, 5)])
 @pytest.mark.parametrize("tiles", TMA_TILES, ids=lambda tiles: str(tiles.columns))
-def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolute, monkeypatch):
+def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolute):
     """Whole numbers, whose sums are exact: the interpreter adds in an order that depends on the tile.
 
     Rows that are not present are neither read nor written, though the copies are of whole tiles.
     """
-    monkeypatch.setattr("earlyexit_kernels.ops.rows_linear_tma.TMA_TILES", (tiles,))
     k, n, first = 72, 264, 3 if absolute else 0
     x = torch.full((2 * capacity if absolute else capacity, k), torch.nan, dtype=HALF)
     x[first : first + present] = torch.randint(-3, 4, (present, k)).to(HALF)
@@ -317,7 +316,7 @@ def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolut
     weight, bias = torch.randint(-3, 4, (n, k)).to(HALF), torch.randint(-3, 4, (n,)).to(HALF)
     out, wide = torch.full((capacity, n), UNTOUCHED, dtype=HALF), torch.full((capacity, 3 * n), UNTOUCHED, dtype=HALF)
     ops.rows_linear(x, weight, bias, offsets, out, activation="gelu", absolute=absolute, backend="triton")
-    rows_linear_tma(x, weight, bias, offsets, wide[:, n : 2 * n], "gelu", absolute)
+    rows_linear_tma(x, weight, bias, offsets, wide[:, n : 2 * n], "gelu", absolute, False, tiles)
     assert torch.equal(wide[:, n : 2 * n], out) and not out[:present].isnan().any()
     assert (wide[:, :n] == UNTOUCHED).all() and (wide[:, 2 * n :] == UNTOUCHED).all()
 
@@ -325,7 +324,8 @@ def test_bulk_copies_give_the_sums_of_pointers(tiles, present, capacity, absolut
 def test_bulk_copies_take_the_tiles_whose_turns_read_the_least():
     """BERT-base on an H100 of 132 multiprocessors: 768 columns of 4096 tokens are 96 wide tiles, or 128 narrow ones."""
     cases = {(4096, 768): 192, (4096, 3072): 256, (16384, 768): 256, (16384, 3072): 256}
-    assert {case: tma_tiles(*case, 132).columns for case in cases} == cases
+    assert {case: tma_tiles(*case, 132, False).columns for case in cases} == cases
+    assert {tma_tiles(*case, 132, True).columns for case in cases} == {192}, "a second register for every sum"
 
 
 CARDS = [(8, 163, False), (9, 227, True), (10, 227, True), (12, 99, False)]
@@ -345,7 +345,7 @@ def test_bulk_copies_are_for_many_aligned_tokens_on_hopper(monkeypatch):
         x, weight, out = (
             torch.empty(0, dtype=dtype).new_empty(s) for s in ((tokens, k), (n, k), (tokens, weights * n))
         )
-        return uses_tma(x.flatten()[shift:][: (tokens - 1) * k].view(-1, k), [weight] * weights, out)
+        return uses_tma(x.flatten()[shift:][: (tokens - 1) * k].view(-1, k), [weight] * weights, out, False)
 
     assert not product(), "on a CPU"
     monkeypatch.setattr("earlyexit_kernels.ops.rows_linear_tma.has_bulk_copies", lambda device: True)

@@ -61,13 +61,25 @@ def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
     weight, bias = torch.randn(H, H, requires_grad=grad), torch.randn(H, requires_grad=grad)
     starts, total = torch.tensor([0, 0, 1], dtype=torch.int32), torch.zeros(8, H)
     return {
-        "rows_linear": (hidden, [weight], [bias], offsets, out.detach(), "gelu", True),
+        "rows_linear": (hidden, [weight], [bias], offsets, out.detach(), "gelu", True, False),
         "first_tokens_linear": (hidden, weight, bias, offsets, row_ids, torch.zeros(3, H), "tanh"),
         "rows_attention": (qkv, offsets, row_ids, 2, 2, out.detach(), 1, torch.arange(4), starts),
         "rows_rotary": (qkv.detach(), x[:, : H // 2], x[:, H // 2 :], starts, offsets, row_ids, 2, 2),
         "rows_mean": (hidden, offsets, row_ids, torch.zeros(3, H)),
         "rows_glu": (hidden.view(4, -1), offsets, out.detach(), "gelu"),
-        "rows_add_norm": (x, hidden, bias, bias.detach().clone(), 1e-5, offsets, out.detach(), True, False, total),
+        "rows_add_norm": (
+            x,
+            None,
+            hidden,
+            bias,
+            bias.detach().clone(),
+            1e-5,
+            offsets,
+            out.detach(),
+            True,
+            False,
+            total,
+        ),
     }[op]
 
 
@@ -142,7 +154,7 @@ CASES = {
     "packed_layer_empty": ("packed_layer", lambda: packed_layer_arguments(tokens=False)),
     "layer_buckets": ("encoder_layer", lambda: layer_arguments(2)),
     "attention_without_a_window": ("rows_attention", lambda: (*encoder_arguments("rows_attention")[:6], *[None] * 3)),
-    "norm_alone": ("rows_add_norm", lambda: (None, *encoder_arguments("rows_add_norm")[1:-1], None)),
+    "norm_alone": ("rows_add_norm", lambda: (None, None, *encoder_arguments("rows_add_norm")[2:-1], None)),
     **{op: (op, functools.partial(encoder_arguments, op)) for op in ENCODER_OPS},
     **{f"{op}_grad": (op, functools.partial(encoder_arguments, op, grad=True)) for op in ENCODER_OPS},
     **{f"{op}_empty": (op, functools.partial(encoder_arguments, op, tokens=False)) for op in ENCODER_OPS},

@@ -10,10 +10,12 @@ import subprocess
 import pytest
 import torch
 
+from benchmarks.gpu.tiles import BY_POINTERS
 from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.rows_linear_tma import FIRST_COLUMNS, SHARED_BYTES, TMA_TILES
+from earlyexit_kernels.ops.tiles import SUM_PARTS, Tiles, few_tiles, part_terms
 
 triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
@@ -175,7 +177,14 @@ def empty(*shape, dtype):
 def rows_linear(tokens, dtype, n=768, k=768, activation="gelu", weights=1):
     x, weight, bias, out = (empty(*s, dtype=dtype) for s in ((2 * tokens, k), (n, k), (n,), (tokens, weights * n)))
     offsets = empty(9, dtype=torch.int32)
-    return "rows_linear", x, [weight] * weights, [bias] * weights, offsets, out, activation, True
+    return "rows_linear", x, [weight] * weights, [bias] * weights, offsets, out, activation, True, False
+
+
+def rows_linear_in_parts(tokens, dtype, n=768, k=768):
+    x, weight, bias, out = (empty(*s, dtype=dtype) for s in ((tokens, k), (n, k), (n,), (tokens, n)))
+    if few_tiles(dtype, tokens, n):
+        out = empty(SUM_PARTS, tokens, n, dtype=FLOAT32)
+    return "rows_linear", x, [weight], [bias], empty(9, dtype=torch.int32), out, "none", False, True
 
 
 def first_tokens_linear(dtype):
@@ -208,7 +217,13 @@ def rows_glu(dtype, width=1152, activation="gelu"):
 def rows_add_norm(dtype, width=768, adds=True, total=False):
     x, hidden, weight = (empty(*s, dtype=dtype) for s in ((999, width), (2 * 999, width), (width,)))
     norm = weight, weight, 1e-12, empty(9, dtype=torch.int32)
-    return "rows_add_norm", x if adds else None, hidden, *norm, hidden, True, True, hidden if total else None
+    return "rows_add_norm", x if adds else None, None, hidden, *norm, hidden, True, True, hidden if total else None
+
+
+def norm_of_parts(dtype, width=768):
+    parts, bias = empty(SUM_PARTS, 999, width, dtype=FLOAT32), empty(width, dtype=dtype)
+    out = empty(999, width, dtype=dtype)
+    return "rows_add_norm", parts, bias, out, bias, bias, 1e-12, empty(9, dtype=torch.int32), out, False, False
 
 
 #: Tokens that take small and large tiles.
@@ -220,6 +235,9 @@ PRODUCTS = {
     "many": lambda dtype: rows_linear(MANY, dtype, n=3072),
     "few_of_three": lambda dtype: rows_linear(FEW, dtype, activation="none", weights=3),
     "many_of_three": lambda dtype: rows_linear(MANY, dtype, activation="none", weights=3),
+    "few_in_parts": lambda dtype: rows_linear_in_parts(FEW, dtype, k=3072),
+    "more_in_parts": lambda dtype: rows_linear_in_parts(1024, dtype),
+    "many_in_parts": lambda dtype: rows_linear_in_parts(MANY, dtype),
     "attention": rows_attention,
     "attention_of_a_window": lambda dtype: rows_attention(dtype, window=65),
 }
@@ -236,21 +254,34 @@ def test_products_use_the_matrix_units_and_stay_in_registers(name, capability, d
     assert_in_registers(compiled, tmp_path)
 
 
+@pytest.mark.parametrize("tiles", BY_POINTERS, ids=lambda tiles: f"{tiles.rows} {tiles.columns} {tiles.warps}")
+def test_tiles_that_are_measured_stay_in_registers(tiles, monkeypatch, tmp_path):
+    """One of them may become an entry of the table, for every product."""
+    monkeypatch.setattr(importlib.import_module("earlyexit_kernels.ops.rows_linear"), "tiles_for", lambda *_: tiles)
+    for given in (rows_linear(FEW, HALF), rows_linear_in_parts(FEW, HALF), rows_linear_in_parts(MANY, HALF)):
+        assert_in_registers(compile_launch(90, monkeypatch, *given), tmp_path)
+
+
 #: Columns in and out, and activation, of the products of BERT-base, and those of odd widths.
 TMA_PRODUCTS = [
-    (768, 768, "none"),
-    (768, 3072, "gelu"),
-    (3072, 768, "none"),
-    (768, 3072, "gelu_tanh"),
-    (40, 24, "relu"),
+    (768, 768, "none", False),
+    (768, 3072, "gelu", False),
+    (768, 3072, "gelu_tanh", False),
+    (40, 24, "relu", False),
+    (768, 768, "none", True),
+    (3072, 768, "none", True),
+    (1000, 24, "none", True),
 ]
 
 
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("tiles", TMA_TILES, ids=lambda tiles: str(tiles.columns))
-@pytest.mark.parametrize(("k", "n", "activation"), TMA_PRODUCTS)
-def test_bulk_copies_feed_the_matrix_units(k, n, activation, tiles, dtype, capability, tmp_path):
+@pytest.mark.parametrize(
+    ("k", "n", "activation", "in_parts", "tiles"),
+    [(*product, tiles) for product in TMA_PRODUCTS for tiles in (TMA_TILES[-1:] if product[-1] else TMA_TILES)],
+    ids=lambda value: f"{value.columns} wide" if isinstance(value, Tiles) else None,
+)
+def test_bulk_copies_feed_the_matrix_units(k, n, activation, in_parts, tiles, dtype, capability, tmp_path):
     module = importlib.import_module("earlyexit_kernels.ops.rows_linear_tma")
     kernel, first, second = module.rows_linear_tma_kernel, FIRST_COLUMNS, tiles.columns - FIRST_COLUMNS
     blocks = {
@@ -265,6 +296,7 @@ def test_bulk_copies_feed_the_matrix_units(k, n, activation, tiles, dtype, capab
     options = dict(tiles.options)
     constants = {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     constants |= {"ABSOLUTE": True, "N": n, "K": k, "ACTIVATION": ACTIVATIONS[activation].device, "GROUP_M": 8}
+    constants["PART"] = part_terms(k, HALF) if in_parts else k
     compiled = compile_for(capability, kernel, types, constants, **options)
     assert TARGETS[capability][1] in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
     assert "st.global" not in compiled.asm["ptx"], "rows that are not present are left out by the copies"
@@ -278,6 +310,8 @@ OTHERS = {
     "first_tokens": lambda: first_tokens_linear(BFLOAT16),
     "few_float32": lambda: rows_linear(FEW, FLOAT32),
     "many_float32": lambda: rows_linear(MANY, FLOAT32, n=3072),
+    "few_float32_in_parts": lambda: rows_linear_in_parts(FEW, FLOAT32, k=3072),
+    "many_float32_in_parts": lambda: rows_linear_in_parts(MANY, FLOAT32),
     "attention_float32": lambda: rows_attention(FLOAT32),
     "window_float32": lambda: rows_attention(FLOAT32, window=65),
     "window_of_wide_heads": lambda: rows_attention(HALF, heads=6, window=65),
@@ -288,9 +322,11 @@ OTHERS = {
     **{f"glu_{name}": lambda name=name: rows_glu(FLOAT32, 40, name) for name in ("gelu", "gelu_tanh", "relu")},
     **{f"odd_{name}": lambda name=name: rows_linear(FEW, HALF, 5, 7, name) for name in ("gelu_tanh", "relu")},
     "norm": lambda: rows_add_norm(HALF),
+    "norm_of_parts": lambda: norm_of_parts(HALF),
     "wide_norm": lambda: rows_add_norm(FLOAT32, 4096),
     "norm_and_total": lambda: rows_add_norm(FLOAT32, 1024, total=True),
     "norm_alone": lambda: rows_add_norm(HALF, adds=False),
+    "wide_norm_of_parts": lambda: norm_of_parts(FLOAT32, 4096),
 }
 
 

@@ -73,8 +73,8 @@ class Nodes:
 def small_bench() -> Bench:
     """Return a `Bench` with the usual numbers of rows and the smallest other sizes."""
     return Bench(
-        "cpu", "torch", "torch", length=8, width=24, copies=2, nodes=3, products=(8,), shapes=((1, 4), (3, 8)),
-        rounds=2, warmup=0,
+        "cpu", "torch", "torch", length=8, width=24, copies=2, nodes=3, products=(8,), tiled=(8,),
+        shapes=((1, 4), (3, 8)), rounds=2, warmup=0,
     )  # fmt: skip
 
 
