@@ -21,7 +21,7 @@ namespace earlyexit::cpu {
 namespace {
 
 constexpr const char* kOp = "packed_layer_cpp";
-// Tokens of a block: its results take 25 MB for a model of width 768.
+// Tokens of a block: its results take 29 MB for a model of width 768.
 constexpr int64_t kBlockTokens = 1024;
 // Bytes of the inputs of the tiles that use a panel one after the other, which stay in the cache of a core.
 constexpr int64_t kInputBytes = 320 * 1024;
@@ -44,8 +44,9 @@ struct Matrix {
 };
 
 struct Linear {
-  const void* weight;  // [panels, depth / terms, columns, terms]
-  const float* bias;   // [panels * columns], and for kInt8 as many scales behind them
+  const void* weight;   // [panels, depth / terms, columns, terms]
+  const float* bias;    // [panels * columns]
+  const float* scales;  // [panels * columns] of kInt8, else null
   WeightType type;
   int64_t itemsize, panels;
   int64_t inputs;  // values of a row
@@ -55,8 +56,7 @@ struct Linear {
 
 class Layer {
  public:
-  Layer(const Kernels& kernels, int64_t width, int64_t inner, int64_t heads)
-      : kernels_(kernels), width_(width), inner_(inner), heads_(heads) {}
+  Layer(const Kernels& kernels, int64_t width, int64_t heads) : kernels_(kernels), width_(width), heads_(heads) {}
 
   // out = activation(x W + b) for `rows` rows
   void multiply(const Linear& linear, const Matrix& x, int64_t rows, const Matrix& out,
@@ -149,9 +149,13 @@ class Layer {
     const float* bias = linear.bias + panel * columns;
     each_tile(rows, [&](int64_t r, int64_t height) {
       const void* from = inputs.data + r * inputs.stride * inputs.itemsize;
-      kernels_.tiles[static_cast<int>(linear.type)][height - 1](
-          {from, inputs.stride, weight, columns * linear.terms, bias, linear.depth, out.row(r), out.stride,
-           bias + linear.panels * columns, inputs.scales + r, inputs.sums + r});
+      Tile tile{from, inputs.stride, weight, columns * linear.terms, bias, linear.depth, out.row(r), out.stride};
+      if (linear.scales != nullptr) {
+        tile.column_scales = linear.scales + panel * columns;
+        tile.row_scales = inputs.scales + r;
+        tile.row_sums = inputs.sums + r;
+      }
+      kernels_.tiles[static_cast<int>(linear.type)][height - 1](tile);
       kernels_.activate(activation, out.row(r), out.stride, height, columns);
     });
   }
@@ -209,7 +213,7 @@ class Layer {
   }
 
   const Kernels& kernels_;
-  int64_t width_, inner_, heads_;
+  int64_t width_, heads_;
 };
 
 Activation find_activation(std::string_view name) {
@@ -233,9 +237,12 @@ Linear find_linear(const Kernels& kernels, const char* name, const at::Tensor& w
   EE_CHECK(terms > 0, kOp, "expected a processor with AVX512-VNNI for weights in int8; store them in another type");
   const int64_t panels = (outputs + columns - 1) / columns, steps = (depth + terms - 1) / terms;
   check_tensor(kOp, name, weight, dtype, {panels, steps, columns, terms});
-  check_tensor(kOp, name, bias, at::kFloat, {type == WeightType::kInt8 ? 2 : 1, panels * columns});
+  const bool scaled = type == WeightType::kInt8;
+  check_tensor(kOp, name, bias, at::kFloat, {scaled ? 2 : 1, panels * columns});
+  const float* vectors = bias.const_data_ptr<float>();
+  const float* scales = scaled ? vectors + panels * columns : nullptr;
   const int64_t itemsize = static_cast<int64_t>(weight.itemsize());
-  return {weight.const_data_ptr(), bias.const_data_ptr<float>(), type, itemsize, panels, depth, steps * terms, terms};
+  return {weight.const_data_ptr(), vectors, scales, type, itemsize, panels, depth, steps * terms, terms};
 }
 
 at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& offsets, at::TensorList weights, at::TensorList biases,
@@ -268,7 +275,7 @@ at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& offsets, at::Tens
   at::Tensor out = at::empty_like(x);
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  const Layer layer(*kernels, width, inner, heads);
+  const Layer layer(*kernels, width, heads);
   std::vector<int64_t> starts;
   for (int64_t row = 0; row < rows;) {
     const int64_t begin = ends[row];

@@ -26,6 +26,7 @@ TESTS = (
     "ops/test_encoder_ops.py",
     "ops/test_encoder_ops_layer.py",
     "ops/test_opcheck.py",
+    "ops/test_packed_layer.py",
     "criteria/test_criteria.py",
 )
 #: A read past the end of a heap buffer (ASan), and an overflowing sum (UBSan).

@@ -17,11 +17,17 @@ namespace {
 
 #include "vector_code.h"
 
+__m128i half_values(const uint16_t* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
+
 struct Avx2 {
   using R = __m256;
   static constexpr int width = 8;
   static R set(float x) { return _mm256_set1_ps(x); }
   static R load(const float* x) { return _mm256_loadu_ps(x); }
+  static R load_float16(const uint16_t* x) { return _mm256_cvtph_ps(half_values(x)); }
+  static R load_bfloat16(const uint16_t* x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_values(x)), 16));
+  }
   static void store(float* x, R value) { _mm256_storeu_ps(x, value); }
   static R add(R x, R y) { return _mm256_add_ps(x, y); }
   static R sub(R x, R y) { return _mm256_sub_ps(x, y); }
@@ -49,37 +55,9 @@ struct Avx2 {
   }
 };
 
-struct Float32 {
-  using T = float;
-  static constexpr int prefetches = 1;
-  static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
-};
-
-__m128i half_values(const uint16_t* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
-
-struct Float16 {
-  using T = uint16_t;
-  static constexpr int prefetches = 1;
-  static __m256 load(const uint16_t* x) { return _mm256_cvtph_ps(half_values(x)); }
-};
-
-struct BFloat16 {
-  using T = uint16_t;
-  static constexpr int prefetches = 1;
-  static __m256 load(const uint16_t* x) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_values(x)), 16));
-  }
-};
-
 constexpr int kRows = 6;
 
-Kernels make() {
-  Kernels kernels = common_kernels<Avx2>("AVX2", kRows);
-  fill_tiles<Avx2, Float32, kRows>(kernels.tiles[0]);
-  fill_tiles<Avx2, Float16, kRows>(kernels.tiles[1]);
-  fill_tiles<Avx2, BFloat16, kRows>(kernels.tiles[2]);
-  return kernels;
-}
+Kernels make() { return common_kernels<Avx2, kRows>("AVX2"); }
 
 }  // namespace
 }  // namespace earlyexit::cpu

@@ -23,11 +23,17 @@ namespace {
 
 #include "vector_code.h"
 
+__m256i half_values(const uint16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
+
 struct Avx512 {
   using R = __m512;
   static constexpr int width = 16;
   static R set(float x) { return _mm512_set1_ps(x); }
   static R load(const float* x) { return _mm512_loadu_ps(x); }
+  static R load_float16(const uint16_t* x) { return _mm512_cvtph_ps(half_values(x)); }
+  static R load_bfloat16(const uint16_t* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_values(x)), 16));
+  }
   static void store(float* x, R value) { _mm512_storeu_ps(x, value); }
   static R add(R x, R y) { return _mm512_add_ps(x, y); }
   static R sub(R x, R y) { return _mm512_sub_ps(x, y); }
@@ -49,37 +55,12 @@ struct Avx512 {
   static float largest(R x) { return _mm512_reduce_max_ps(x); }
 };
 
-struct Float32 {
-  using T = float;
-  static constexpr int prefetches = 2;
-  static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
-};
-
-__m256i half_values(const uint16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
-
-struct Float16 {
-  using T = uint16_t;
-  static constexpr int prefetches = 1;
-  static __m512 load(const uint16_t* x) { return _mm512_cvtph_ps(half_values(x)); }
-};
-
-struct BFloat16 {
-  using T = uint16_t;
-  static constexpr int prefetches = 1;
-  static __m512 load(const uint16_t* x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_values(x)), 16));
-  }
-};
-
 constexpr int kRows = 14;
 
 #include "avx512_narrow.h"
 
 Kernels make(bool has_bfloat16, bool has_vnni) {
-  Kernels kernels = common_kernels<Avx512>("AVX-512", kRows);
-  fill_tiles<Avx512, Float32, kRows>(kernels.tiles[0]);
-  fill_tiles<Avx512, Float16, kRows>(kernels.tiles[1]);
-  fill_tiles<Avx512, BFloat16, kRows>(kernels.tiles[2]);
+  Kernels kernels = common_kernels<Avx512, kRows>("AVX-512");
   if (has_bfloat16) {
     fill_pair_tiles<kRows>(kernels.tiles[2]);
     kernels.terms[2] = 2;

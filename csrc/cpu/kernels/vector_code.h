@@ -133,6 +133,28 @@ inline void store_sums(const Tile& t, bool first, typename V::R (&sums)[ROWS][2]
   }
 }
 
+// How a panel's values become floats. `prefetches` are the lines of the cache that one step of a sum reads.
+template <class V>
+struct Float32 {
+  using T = float;
+  static constexpr int prefetches = 2 * V::width * sizeof(T) / 64;
+  static typename V::R load(const T* x) { return V::load(x); }
+};
+
+template <class V>
+struct Float16 {
+  using T = uint16_t;
+  static constexpr int prefetches = 1;
+  static typename V::R load(const T* x) { return V::load_float16(x); }
+};
+
+template <class V>
+struct BFloat16 {
+  using T = uint16_t;
+  static constexpr int prefetches = 1;
+  static typename V::R load(const T* x) { return V::load_bfloat16(x); }
+};
+
 template <class V, class W, int ROWS>
 void tile(const Tile& t) {
   const float* a = static_cast<const float*>(t.a);
@@ -166,16 +188,19 @@ void fill_tiles(TileFunction* tiles) {
 
 constexpr WeightType kFloats[] = {WeightType::kFloat32, WeightType::kFloat16, WeightType::kBFloat16};
 
-template <class V>
-Kernels common_kernels(const char* name, int64_t rows) {
+template <class V, int ROWS>
+Kernels common_kernels(const char* name) {
   Kernels kernels{};
   kernels.name = name;
-  kernels.tile_rows = rows;
+  kernels.tile_rows = ROWS;
   kernels.columns = 2 * V::width;
   for (const WeightType type : kFloats) kernels.terms[static_cast<int>(type)] = 1;
   kernels.activate = activate<V>;
   kernels.add_norm = add_norm<V>;
   kernels.softmax = softmax<V>;
   kernels.scale = scale<V>;
+  fill_tiles<V, Float32<V>, ROWS>(kernels.tiles[0]);
+  fill_tiles<V, Float16<V>, ROWS>(kernels.tiles[1]);
+  fill_tiles<V, BFloat16<V>, ROWS>(kernels.tiles[2]);
   return kernels;
 }
