@@ -68,6 +68,30 @@ def stored_goal(subject: str, shape: str, variant: Variant, capability: str | No
     return None if value is None else Goal(value)
 
 
+#: Type of stored weights -> tokens -> least share of an AVX2 processor's peak: of bytes at M 1, else of operations.
+ROOFLINE: dict[str, dict[int, Goal]] = {
+    stored: {
+        1: Goal(0.75, "bytes_share"),
+        32: Goal(at_32, "operations_share"),
+        128: Goal(beyond, "operations_share"),
+        1024: Goal(beyond, "operations_share"),
+    }
+    for stored, at_32, beyond in (("float32", 0.62, 0.72), ("float16", 0.72, 0.75))
+}
+
+
+def roofline_goal(stored: str, tokens: int, capability: str | None = None) -> Goal | None:
+    """Return the goal of layers with stored weights beside the peaks of the processor, or None; AVX-512 has none.
+
+    Args:
+        stored: type of the weights.
+        tokens: M.
+        capability: of the processor as torch names it; default: of this one.
+    """
+    avx2 = (capability or torch.backends.cpu.get_cpu_capability()) == "AVX2"
+    return ROOFLINE.get(stored, {}).get(tokens) if avx2 else None
+
+
 #: Name -> goal; a record that belongs to a goal has the name under ``goal_name``.
 GPU: dict[str, Goal] = {
     "exit step: launches": Goal(1, "launches"),

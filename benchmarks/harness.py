@@ -172,13 +172,17 @@ def ratio_fields(times: Sequence[float], baseline: Sequence[float]) -> Record:
     return paired_ratio(times, baseline).fields()
 
 
+#: Fields of records of which more is better.
+AT_LEAST = ("efficiency", "operations_share", "bytes_share")
+
+
 @dataclass(frozen=True)
 class Goal:
     """A number to reach.
 
     Attributes:
         value: the number.
-        of: field of the record that is compared. ``"efficiency"`` must be at least `value`, others at most.
+        of: field of the record that is compared. Those of `AT_LEAST` must be at least `value`, others at most.
     """
 
     value: float
@@ -187,7 +191,7 @@ class Goal:
     def met(self, record: Mapping[str, Any]) -> bool:
         """Return whether a record reaches the goal."""
         number = record[self.of]
-        return bool(number >= self.value if self.of == "efficiency" else number <= self.value)
+        return bool(number >= self.value if self.of in AT_LEAST else number <= self.value)
 
 
 def goal_fields(goal: Goal | None, record: Mapping[str, Any]) -> Record:

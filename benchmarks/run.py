@@ -15,14 +15,15 @@ from benchmarks import harness, plots
 from benchmarks.end_to_end import measure, server, stored, suites
 from benchmarks.end_to_end.models import MODEL_VARIABLE
 from benchmarks.harness import Record
-from benchmarks.micro import decision_cost, layer_products, weight_checks
+from benchmarks.micro import decision_cost, layer_products, layer_roofline, weight_checks
 from benchmarks.readme import rewrite
 from earlyexit_kernels.tuning.report import environment
 
+MODULES = (stored, server, decision_cost, layer_products, layer_roofline, weight_checks)
 #: Suite -> its records, given the repeats.
 SUITES: dict[str, Callable[[int], Iterator[Record]]] = {
     **{name: partial(measure.records, name, cases) for name, cases in suites.CASES.items()},
-    **{module.SUITE: module.records for module in (stored, server, decision_cost, layer_products, weight_checks)},
+    **{module.SUITE: module.records for module in MODULES},
 }
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels/kernels.h"
 #include "criteria/all.h"
 #include "fingerprint.h"
@@ -16,6 +17,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   for (const char* name : kNames) names.append(name);
   module.attr("criteria") = pybind11::tuple(names);
   earlyexit::bind_fingerprint(module);
+  module.def("prefer_huge_pages", &earlyexit::cpu::prefer_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
+             "Ask the system for huge pages, for memory that has not been written to.");
   module.def("layer_kernels", [] {
     const earlyexit::cpu::Kernels* kernels = earlyexit::cpu::native_kernels();
     pybind11::dict found;

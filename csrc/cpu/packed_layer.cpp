@@ -27,6 +27,7 @@ constexpr int64_t kBlockTokens = 1024;
 constexpr int64_t kInputBytes = 320 * 1024;
 // Multiply-adds, or values read, that are worth another thread.
 constexpr int64_t kThreadWork = 1 << 16;
+constexpr int64_t kLineBytes = 64;  // of the cache
 // Values by which the rows of a buffer are apart beyond their length, so that they do not share sets of the cache.
 constexpr int64_t kRowGap = 16;
 
@@ -73,7 +74,8 @@ class Layer {
         const int64_t first = rows * g / groups, count = rows * (g + 1) / groups - first;
         const Inputs inputs = inputs_of(linear, {x.row(first), x.stride}, count);
         for (int64_t p = first_panel; p < last_panel; ++p) {
-          multiply_panel(linear, p, inputs, count, {out.row(first) + p * kernels_.columns, out.stride}, activation);
+          const Matrix panel_out{out.row(first) + p * kernels_.columns, out.stride};
+          multiply_panel(linear, p, p + 1 < last_panel, inputs, count, panel_out, activation);
         }
       }
     });
@@ -142,14 +144,23 @@ class Layer {
     return {values, stride, itemsize, scales, sums};
   }
 
-  void multiply_panel(const Linear& linear, int64_t panel, const Inputs& inputs, int64_t rows, const Matrix& out,
-                      Activation activation) const {
+  // The first tiles prefetch the next panel, if the thread has one; a single tile reads it as fast as memory gives it.
+  void multiply_panel(const Linear& linear, int64_t panel, bool has_next, const Inputs& inputs, int64_t rows,
+                      const Matrix& out, Activation activation) const {
     const int64_t columns = kernels_.columns;
-    const char* weight = static_cast<const char*>(linear.weight) + panel * linear.depth * columns * linear.itemsize;
+    const int64_t step_bytes = columns * linear.terms * linear.itemsize;
+    const int64_t panel_bytes = linear.depth * columns * linear.itemsize;
+    const char* weight = static_cast<const char*>(linear.weight) + panel * panel_bytes;
+    const char* next = has_next && rows > kernels_.tile_rows ? weight + panel_bytes : nullptr;
+    const char* next_end = next + (next == nullptr ? 0 : step_bytes);
     const float* bias = linear.bias + panel * columns;
     each_tile(rows, [&](int64_t r, int64_t height) {
       const void* from = inputs.data + r * inputs.stride * inputs.itemsize;
       Tile tile{from, inputs.stride, weight, columns * linear.terms, bias, linear.depth, out.row(r), out.stride};
+      if (next < next_end) {
+        tile.next = next;
+        next += kLineBytes;
+      }
       if (linear.scales != nullptr) {
         tile.column_scales = linear.scales + panel * columns;
         tile.row_scales = inputs.scales + r;

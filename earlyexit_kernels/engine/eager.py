@@ -234,7 +234,7 @@ def start(
     live = LiveBatch(batch, hidden, layer_calls(batch, hidden, request), rows, hidden.shape[1], norm)
     exits = _Exits(
         RequestExits.new(rule, rows=rows, classes=classes, depth=len(layers), device=device, keys=keys),
-        exit_source(heads, rule.needs, live.states),
+        exit_source(heads, rule.needs, live.states, options.backend),
         bare_op("exit_step", resolve_backend(rule.name, options.backend, device.type), device.type),
         counts_for(len(layers), device, exact=skips is not None),
         options.strict,

@@ -6,18 +6,24 @@ The eager loop, the resident loop and `replay` decide by the op `exit_step`: a *
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
 from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.heads.bank import FusedExit, LinearExits
-from earlyexit_kernels.ops import ExitCall
+from earlyexit_kernels.ops import ExitCall, bare_op
+from earlyexit_kernels.ops.checks import FLOATS
 from earlyexit_kernels.types import ExitTrace, RowStates, pooled, read_aux
+
+#: Activation of a dense module that `ops.first_tokens_linear` computes -> its class.
+DENSE_ACTIVATIONS = {"gelu": GELUActivation, "relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class ExitInputs(NamedTuple):
@@ -66,6 +72,29 @@ class LinearSource:
         if vectors.dtype != weight.dtype:  # a mean is float32
             weight, bias = weight.to(vectors.dtype), bias.to(vectors.dtype)
         return ExitInputs(vectors, weight, bias, None, None, "none")
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """Exits of a dense module on the first token, its activation and a last linear, computed by two ops.
+
+    Attributes:
+        exits: weight and bias of the dense module and of the last linear, by layer.
+        activation: of the dense module, as in `ops.first_tokens_linear`.
+        features: buffer ``[N, F]`` for at least as many rows as a call has.
+        multiply: the bare op `first_tokens_linear`.
+    """
+
+    exits: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]
+    activation: str
+    features: Tensor
+    multiply: Callable[..., None]
+
+    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
+        dense_weight, dense_bias, weight, bias = self.exits[layer - 1]
+        features = self.features[: row_ids.shape[0]]
+        self.multiply(states.hidden, dense_weight, dense_bias, states.offsets, row_ids, features, self.activation)
+        return ExitInputs(features, weight, bias, None, None, "none")
 
 
 class ExitMemory:
@@ -131,18 +160,51 @@ class TraceSource:
         return ExitInputs(None, None, None, logits, aux, "none")
 
 
-def exit_source(heads: ExitHeads, needs: str | None, states: RowStates) -> ExitSource:
+def exit_source(heads: ExitHeads, needs: str | None, states: RowStates, backend: str) -> ExitSource:
     """Return the source for the exits of a request.
 
     Args:
         heads: the exits.
         needs: the scalar that the rule needs, or None.
         states: tokens after the embeddings.
+        backend: of the ops.
     """
     if needs is not None:
         return ModuleSource(heads, needs, ExitMemory(heads.first_memory(states, needs)))
     linear = heads.linear_exits(states.hidden.dtype)
-    return ModuleSource(heads, needs) if linear is None else LinearSource(linear)
+    if linear is not None:
+        return LinearSource(linear)
+    # elsewhere a product of the library is one launch, too
+    if states.norm is None and states.hidden.device.type == "cpu":
+        return dense_source(heads, states.hidden, backend, rows=states.rows) or ModuleSource(heads, None)
+    return ModuleSource(heads, None)
+
+
+def dense_source(heads: ExitHeads, hidden: Tensor, backend: str, *, rows: int) -> DenseSource | None:
+    """Return the source that computes the family's form of exits by ops, or None where these are something else.
+
+    Args:
+        heads: the exits.
+        hidden: ``[T, H]``, for its dtype and device.
+        backend: of the ops.
+        rows: largest number of rows of a call.
+    """
+    config, device = heads.config, hidden.device
+    known = config.has_dense and config.reads == "first" and config.dense_bias and not config.norm
+    if not known or hidden.dtype not in FLOATS or torch.is_autocast_enabled(device.type):
+        return None
+    dense: list[Any] = list(heads.dense)
+    outs = heads.last_linears()
+    if type(heads.activation) is not DENSE_ACTIVATIONS.get(config.activation):
+        return None
+    if any(type(module) is not nn.Linear or hooked(module) for module in dense):
+        return None
+    pairs = zip(dense * (len(outs) if len(dense) == 1 else 1), outs, strict=True)
+    exits = [(a.weight.contiguous(), a.bias, b.weight.contiguous(), b.bias) for a, b in pairs]
+    if any(x.dtype != hidden.dtype for each in exits for x in each):
+        return None
+    features = hidden.new_empty(rows, exits[0][0].shape[0])
+    return DenseSource(exits, config.activation, features, bare_op("first_tokens_linear", backend, device.type))
 
 
 def read_exit(

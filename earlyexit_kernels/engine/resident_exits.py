@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,18 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.engine.exits import ExitInputs, ExitMemory, ExitSource, LinearSource, ModuleSource
+from earlyexit_kernels.engine.exits import (
+    DENSE_ACTIVATIONS,
+    ExitInputs,
+    ExitMemory,
+    ExitSource,
+    LinearSource,
+    ModuleSource,
+    dense_source,
+)
 from earlyexit_kernels.engine.resident_buffers import Activations
 from earlyexit_kernels.engine.states import PackedStates, PaddedStates
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.heads.config import HeadConfig
-from earlyexit_kernels.ops import first_tokens_linear, rows_mean
+from earlyexit_kernels.ops import rows_mean
 from earlyexit_kernels.types import RowStates
 
 #: Rows per call of exits that torch modules compute, in every bucket: a library's products round depending on the size.
 EXIT_ROWS = 128
-#: Activations of a dense module in an exit that the kernels support.
-DENSE_ACTIVATIONS = ("gelu", "relu", "tanh")
 
 
 def exits_unsupported_reason(shape: HeadConfig, rule: Criterion) -> str | None:
@@ -34,7 +40,7 @@ def exits_unsupported_reason(shape: HeadConfig, rule: Criterion) -> str | None:
     if shape.reads == "mean" and rule.needs is not None:
         return f"criterion {rule.name!r} reads a scalar of exits on the mean of the tokens"
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
-        return f"the activation of the exits is {shape.activation!r}, supported are {DENSE_ACTIVATIONS}"
+        return f"the activation of the exits is {shape.activation!r}, supported are {tuple(DENSE_ACTIVATIONS)}"
     return None
 
 
@@ -51,9 +57,8 @@ def exits_of(heads: ExitHeads, x: Activations, backend: str) -> ExitSource:
         return LinearSource(linear)
     if shape.reads == "mean":
         return ChunkedSource(ModuleSource(heads, None), x.features, backend)
-    if shape.norm or not shape.dense_bias:
-        return ChunkedSource(ModuleSource(heads, None))
-    return DenseSource(heads, x.features, backend)
+    dense = dense_source(heads, x.hidden, backend, rows=x.features.shape[0])
+    return ChunkedSource(ModuleSource(heads, None)) if dense is None else replace(dense, features=x.features)
 
 
 def exits_with_scalar(heads: ExitHeads, needs: str, states: PackedStates) -> ExitSource:
@@ -65,29 +70,6 @@ def exits_with_scalar(heads: ExitHeads, needs: str, states: PackedStates) -> Exi
         states: tokens after the embeddings, in the buffer of two sides.
     """
     return ChunkedSource(ModuleSource(heads, needs, ExitMemory(heads.first_memory(_readable(states), needs))))
-
-
-@dataclass(frozen=True)
-class DenseSource:
-    """Exits of a dense module on the first token and a last linear, computed by `ops.first_tokens_linear`.
-
-    Attributes:
-        heads: the exits.
-        features: ``[R, F]`` buffer.
-        backend: of the op.
-    """
-
-    heads: ExitHeads
-    features: Tensor
-    backend: str
-
-    def __call__(self, layer: int, states: Any, row_ids: Tensor) -> ExitInputs:
-        dense, out = self.heads.dense_exit(layer)
-        first_tokens_linear(
-            states.hidden, dense.weight, dense.bias, states.offsets, row_ids, self.features,
-            activation=self.heads.config.activation, backend=self.backend,
-        )  # fmt: skip
-        return ExitInputs(self.features, out.weight, out.bias, None, None, "none")
 
 
 @dataclass(frozen=True)

@@ -176,13 +176,14 @@ class ExitHeads(nn.Module):
         """
         if self.config.has_dense or self.config.form != "linear":
             return None
-        outs = [self._last_linear(layer) for layer in range(1, self.depth + 1)]
-        weights: list[tuple[Tensor, Tensor]] = [(out.weight.contiguous(), out.bias) for out in outs]
+        weights: list[tuple[Tensor, Tensor]] = [(x.weight.contiguous(), x.bias) for x in self.last_linears()]
         return LinearExits(self.config.reads, weights) if weights[0][0].dtype == dtype else None
 
-    def dense_exit(self, layer: int) -> tuple[nn.Linear, nn.Linear]:
-        """Return the dense module and last linear of the exit after 1-based `layer`, for the family's form of exits."""
-        return _module_for(layer, self.dense), self._last_linear(layer)
+    def last_linears(self) -> list[nn.Linear]:
+        """Return the last linear of the exit after each layer; see `_last_linear`."""
+        if len(self.out) == 1:
+            return [self._last_linear(1)] * self.depth
+        return [_checked_linear(layer, out) for layer, out in enumerate(self.out, start=1)]
 
     def fused(self, layer: int, states: RowStates, memory: Mapping[str, Tensor], needs: str | None) -> FusedExit:
         """Compute the exit after a layer for inference, except its last linear, which the fused op computes.
@@ -216,14 +217,7 @@ class ExitHeads(nn.Module):
         Raises:
             TypeError: it has been replaced by another kind of module.
         """
-        out = _module_for(layer, self.out)
-        if not isinstance(out, nn.Linear):
-            raise TypeError(
-                f"the exit after layer {layer}: expected torch.nn.Linear, got {type(out).__module__}."
-                f"{type(out).__name__}; do not replace modules of the exits: quantize model.backbone only, and give "
-                "PEFT modules_to_save=['heads'] to train them, or merge its adapters"
-            )
-        return out
+        return _checked_linear(layer, _module_for(layer, self.out))
 
     def _features(self, layer: int, states: RowStates) -> tuple[Tensor, Tensor | None]:
         """Return the input of the last linear ``[B, F]``, and the projected tokens of an attention exit."""
@@ -277,6 +271,16 @@ def exit_logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the last linear in float32, as in the fused op: in half precision it can overflow."""
     with torch.autocast(features.device.type, enabled=False):
         return F.linear(features.float(), weight.float(), bias.float())
+
+
+def _checked_linear(layer: int, out: nn.Module) -> nn.Linear:
+    if not isinstance(out, nn.Linear):
+        raise TypeError(
+            f"the exit after layer {layer}: expected torch.nn.Linear, got {type(out).__module__}."
+            f"{type(out).__name__}; do not replace modules of the exits: quantize model.backbone only, and give "
+            "PEFT modules_to_save=['heads'] to train them, or merge its adapters"
+        )
+    return out
 
 
 def _bank(count: int, module: type[nn.Module], *arguments: Any) -> nn.ModuleList:

@@ -90,7 +90,7 @@ def first_tokens_linear_triton(
 def first_tokens_linear_torch(
     hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, row_ids: Tensor, out: Tensor, activation: str
 ) -> None:
-    """`first_tokens_linear` in torch, the reference of the Triton back-end."""
+    """`first_tokens_linear` in torch, the reference of the other back-ends."""
     present = row_ids >= 0
     out[present] = product_torch(hidden[offsets[:-1][present]], weight, bias, activation).to(out.dtype)
 
@@ -99,6 +99,7 @@ define(
     "first_tokens_linear",
     FIRST_TOKENS_LINEAR,
     implementations={"torch": first_tokens_linear_torch, "triton": first_tokens_linear_triton},
+    compiled_for=("cpu",),
 )
 
 

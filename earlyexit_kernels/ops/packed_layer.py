@@ -26,6 +26,8 @@ from earlyexit_kernels.ops.schema import PACKED_LAYER, bare_op, define
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 #: A weight of int8 is stored as a byte ``x + OFFSET``.
 OFFSET = 128
+#: Bytes of a line of the cache, and of a huge page.
+LINE, HUGE_PAGE = 64, 2 << 20
 STORED_AS = {torch.int8: torch.uint8}
 PACKED_DTYPES = tuple(STORED_AS.get(dtype, dtype) for dtype in WEIGHT_DTYPES)
 
@@ -112,8 +114,8 @@ def pack_weights(weights: EncoderWeights, dtype: torch.dtype = torch.float32) ->
     w = weights
     linears = [(w.qkv_weight, w.qkv_bias), (w.out_weight, w.out_bias)]
     linears += [(w.inner_weight, w.inner_bias), (w.outer_weight, w.outer_bias)]
-    packed, biases = zip(*(_pack(weight, bias, dtype, layout) for weight, bias in linears), strict=True)
-    return PackedWeights(list(packed), list(biases), [w.norm1_weight, w.norm1_bias, w.norm2_weight, w.norm2_bias])
+    panels, biases = zip(*(_pack(weight, bias, dtype, layout) for weight, bias in linears), strict=True)
+    return PackedWeights(_joined(panels), list(biases), [w.norm1_weight, w.norm1_bias, w.norm2_weight, w.norm2_bias])
 
 
 def _pack(weight: Tensor, bias: Tensor, dtype: torch.dtype, layout: PanelLayout) -> tuple[Tensor, Tensor]:
@@ -128,7 +130,23 @@ def _pack(weight: Tensor, bias: Tensor, dtype: torch.dtype, layout: PanelLayout)
     columns, terms = -n % layout.columns, -k % layout.terms
     padded = F.pad(values.to(STORED_AS.get(dtype, dtype)), (0, terms, 0, columns))
     panels = padded.view(-1, layout.columns, padded.shape[1] // layout.terms, layout.terms).transpose(1, 2)
-    return panels.contiguous(), F.pad(torch.stack(vectors), (0, columns))
+    return panels, F.pad(torch.stack(vectors), (0, columns))
+
+
+def _joined(panels: Sequence[Tensor]) -> list[Tensor]:
+    """Return contiguous copies, those of a large layer in one buffer of huge pages where the system has them."""
+    sizes = [-(-x.nbytes // LINE) * LINE for x in panels]
+    if sum(sizes) < HUGE_PAGE:
+        return [x.contiguous() for x in panels]
+    buffer = torch.empty(sum(sizes) + HUGE_PAGE, dtype=torch.uint8)
+    start = -buffer.data_ptr() % HUGE_PAGE
+    if (prefer_huge_pages := extension_function("prefer_huge_pages")) is not None:
+        prefer_huge_pages(buffer.data_ptr() + start, sum(sizes))
+    parts = buffer[start : start + sum(sizes)].split(sizes)
+    copies = [part[: x.nbytes].view(x.dtype).view(x.shape) for part, x in zip(parts, panels, strict=True)]
+    for copy, x in zip(copies, panels, strict=True):
+        copy.copy_(x)
+    return copies
 
 
 def _linear(x: Tensor, panels: Tensor, vectors: Tensor, outputs: int) -> Tensor:

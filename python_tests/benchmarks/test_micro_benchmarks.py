@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import goals
 from benchmarks.micro import (
     bench_compact,
     bench_exit_step,
     decision_cost,
     decisions,
     layer_products,
+    layer_roofline,
+    peaks,
     plain,
+    tables,
     weight_checks,
 )
 from benchmarks.micro.decisions import LAYER
@@ -120,6 +124,39 @@ def test_interleaved_suites_record_their_baseline(suite, sizes, monkeypatch):
     assert records and all(record["ratio_low"] <= record["ratio"] <= record["ratio_high"] for record in records)
     itself = [record for record in records if suite.BASELINE in (record.get("rule"), record.get("case"))]
     assert itself and all(record["ratio"] == 1 for record in itself)
+
+
+def test_layers_are_recorded_beside_the_peaks(monkeypatch):
+    for name, size in {"LAYERS": 1, "TOKENS": (1, 256)}.items():
+        monkeypatch.setattr(layer_roofline, name, size)
+    found = [record for record in layer_roofline.records(1) if "not_measured" not in record]
+    assert {record["shape"] for record in found} <= {"M 1", "M 256"}
+    for record in found:
+        for rate, share, peak in (
+            ("gflops", "operations_share", "peak_gflops"),
+            ("gb_per_second", "bytes_share", None),
+        ):
+            want = record[rate] / record[peak or "peak_gb_per_second"]
+            assert record[rate] > 0 and record[share] == pytest.approx(want, rel=0.1, abs=0.01)
+    assert tables.roofline(found).count("| M 256") == len(found) / 2
+
+
+def test_no_compiler_is_not_measured(monkeypatch):
+    peaks.machine_peaks.cache_clear()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(peaks.shutil, "which", lambda name: None)
+    (record,) = layer_roofline.records(1)
+    assert "no compiler was found" in record["not_measured"] and "no compiler" in tables.roofline([record])
+    peaks.machine_peaks.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("stored", "tokens", "share", "met"), [("float32", 32, 0.62, True), ("float16", 1, 0.7, False)]
+)
+def test_roofline_goals_are_for_avx2(stored, tokens, share, met):
+    goal = goals.roofline_goal(stored, tokens, "AVX2")
+    assert goal is not None and goal.met({"operations_share": share, "bytes_share": share}) == met
+    assert goals.roofline_goal(stored, tokens, "AVX512") is None
 
 
 def test_weight_checks_are_timed_and_a_false_alarm_raises(monkeypatch):

@@ -54,7 +54,7 @@ def test_memory_of_the_packed_weights():
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("pooling", [None, "first", "mean"])
 @pytest.mark.parametrize("criterion", [None, Entropy(threshold=0.9), Patience(patience=1)])
 def test_a_row_has_the_same_bits_in_every_batch(criterion, pooling, stored):
     model = ee.to_early_exit(stock("bert"), pooling=pooling)

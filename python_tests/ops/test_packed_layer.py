@@ -275,3 +275,20 @@ def test_other_kernels_of_this_processor(capability, kernels):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     assert ("has no vector kernels" in done.stdout) == (capability == "default"), done.stdout[-300:]
+
+
+@pytest.mark.parametrize("stored", NATIVE)
+def test_a_large_layer_has_its_weights_side_by_side(stored, kernels):
+    """The weights of a layer of more than a huge page are parts of one buffer, and those of a small layer are not."""
+    heads, (width, inner) = 4, (512, 2048)
+    w = weights(width, inner)
+    packed = pack_weights(w, stored)
+    begins = [x.data_ptr() for x in packed.weights]
+    ends = [x.data_ptr() + x.nbytes for x in packed.weights]
+    assert begins[0] % 64 == 0 and all(0 <= b - e < 64 for b, e in zip(begins[1:], ends[:-1], strict=True))
+    x, offsets = tokens((3, 17), width)
+    got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, backend=kernels)
+    torch.testing.assert_close(
+        got.double(), expected(x, w, (3, 17), heads, "gelu", stored), atol=4 * STORED[stored], rtol=0
+    )
+    assert len({x.untyped_storage().data_ptr() for x in pack_weights(weights(64, 128), stored).weights}) == 4

@@ -22,6 +22,7 @@ __m128i half_values(const uint16_t* x) { return _mm_loadu_si128(reinterpret_cast
 struct Avx2 {
   using R = __m256;
   static constexpr int width = 8;
+  static constexpr int dot_rows = 2;
   static R set(float x) { return _mm256_set1_ps(x); }
   static R load(const float* x) { return _mm256_loadu_ps(x); }
   static R load_float16(const uint16_t* x) { return _mm256_cvtph_ps(half_values(x)); }

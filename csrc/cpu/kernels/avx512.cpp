@@ -28,6 +28,7 @@ __m256i half_values(const uint16_t* x) { return _mm256_loadu_si256(reinterpret_c
 struct Avx512 {
   using R = __m512;
   static constexpr int width = 16;
+  static constexpr int dot_rows = 4;
   static R set(float x) { return _mm512_set1_ps(x); }
   static R load(const float* x) { return _mm512_loadu_ps(x); }
   static R load_float16(const uint16_t* x) { return _mm512_cvtph_ps(half_values(x)); }

@@ -7,6 +7,7 @@ template <int ROWS>
 void pair_tile(const Tile& t) {
   const uint16_t* a = static_cast<const uint16_t*>(t.a);
   const uint16_t* weight = static_cast<const uint16_t*>(t.weight);
+  NextPanel next(t, sizeof(uint16_t));
   for (int64_t start = 0; start < t.depth; start += kDepthBlock) {
     const int64_t end = start + kDepthBlock < t.depth ? start + kDepthBlock : t.depth;
     __m512 sums[ROWS][2];
@@ -14,8 +15,9 @@ void pair_tile(const Tile& t) {
     for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t k = start; k < end; k += 2) {
       const __m512bh w0 = pairs(weight), w1 = pairs(weight + 32);
-      __builtin_prefetch(weight + 1024);
-      __builtin_prefetch(weight + 1024 + 32);
+      __builtin_prefetch(weight + kAhead / 2);
+      __builtin_prefetch(weight + kAhead / 2 + 32);
+      next.prefetch();
       weight += t.weight_stride;
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
@@ -57,13 +59,15 @@ template <int ROWS>
 void byte_tile(const Tile& t) {
   const int8_t* a = static_cast<const int8_t*>(t.a);
   const uint8_t* weight = static_cast<const uint8_t*>(t.weight);
+  NextPanel next(t, sizeof(uint8_t));
   __m512i sums[ROWS][2];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
   for (int64_t k = 0; k < t.depth; k += 4) {
     const __m512i w0 = bytes(weight), w1 = bytes(weight + 64);
-    __builtin_prefetch(weight + 2048);
-    __builtin_prefetch(weight + 2048 + 64);
+    __builtin_prefetch(weight + kAhead);
+    __builtin_prefetch(weight + kAhead + 64);
+    next.prefetch();
     weight += t.weight_stride;
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {

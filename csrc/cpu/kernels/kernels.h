@@ -6,7 +6,7 @@
 
 namespace earlyexit::cpu {
 
-enum class Activation { kNone, kGelu, kGeluTanh, kRelu };
+enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kTanh };
 
 // How the values of a packed weight are stored. Values of kInt8 are bytes x + 128 with a scale for each column.
 enum class WeightType { kFloat32, kFloat16, kBFloat16, kInt8 };
@@ -29,9 +29,23 @@ struct Tile {
   const float* column_scales = nullptr;  // of kInt8, as the next ones
   const float* row_scales = nullptr;
   const int32_t* row_sums = nullptr;
+  const char* next = nullptr;  // a line of the cache in the first step of the panel that is read next, or null
 };
 
 using TileFunction = void (*)(const Tile&);
+
+// out[r][n] = bias[n] + x[r] . weight[n] for some rows and outputs of a weight as torch has it.
+struct Dots {
+  const float* const* x;
+  int64_t rows;
+  const void* weight;  // [outputs, depth], of the type of the function
+  const float* bias;
+  int64_t outputs, depth;
+  float* out;
+  int64_t out_stride;
+};
+
+using DotsFunction = void (*)(const Dots&);
 
 struct Kernels {
   const char* name;
@@ -40,6 +54,7 @@ struct Kernels {
   // Terms of a sum that lie side by side in a panel: 1, or as many as the processor multiplies at once. 0: none runs.
   int64_t terms[kWeightTypes];
   TileFunction tiles[kWeightTypes][kMaxTileRows];  // by the number of rows - 1
+  DotsFunction dots[kWeightTypes];                 // null for kInt8
 
   // f(x) in place for some rows of a panel
   void (*activate)(Activation activation, float* x, int64_t stride, int64_t rows, int64_t count);

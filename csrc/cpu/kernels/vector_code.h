@@ -43,6 +43,17 @@ inline typename V::R gelu_tanh(typename V::R x) {
   return V::div(x, V::add(V::set(1.0f), exp_of<V>(u)));
 }
 
+// 1 - 2 / (exp(2 x) + 1), and the series near 0, where that form cancels
+constexpr float kTanhFactors[] = {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3, 1.0f};
+
+template <class V>
+inline typename V::R tanh_of(typename V::R x) {
+  const typename V::R one = V::set(1.0f), square = V::mul(x, x);
+  const typename V::R series = V::mul(x, polynomial<V>(square, kTanhFactors));
+  const typename V::R far = V::sub(one, V::div(V::set(2.0f), V::add(exp_of<V>(V::add(x, x)), one)));
+  return V::where_negative(V::sub(square, V::set(0.0625f)), series, far);
+}
+
 template <class V, typename V::R (*F)(typename V::R)>
 void apply(float* x, int64_t stride, int64_t rows, int64_t count) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -61,6 +72,7 @@ void activate(Activation activation, float* x, int64_t stride, int64_t rows, int
     case Activation::kGelu: return apply<V, gelu<V>>(x, stride, rows, count);
     case Activation::kGeluTanh: return apply<V, gelu_tanh<V>>(x, stride, rows, count);
     case Activation::kRelu: return apply<V, relu<V>>(x, stride, rows, count);
+    case Activation::kTanh: return apply<V, tanh_of<V>>(x, stride, rows, count);
     case Activation::kNone: return;
   }
 }
@@ -118,6 +130,22 @@ void scale(const float* x, float factor, int64_t count, float* out) {
   for (int64_t i = whole; i < count; ++i) out[i] = x[i] * factor;
 }
 
+// Bytes of a panel that are prefetched before they are read.
+constexpr int64_t kAhead = 4096;
+
+// Prefetches a line of each step of the panel that is read next into the second-level cache: where few rows share a panel,
+// reading it from memory takes as long as the sums.
+struct NextPanel {
+  const char* line;
+  int64_t step;
+  NextPanel(const Tile& t, int64_t itemsize)
+      : line(t.next ? t.next : static_cast<const char*>(t.weight)), step(t.next ? t.weight_stride * itemsize : 0) {}
+  void prefetch() {
+    __builtin_prefetch(line, 0, 2);
+    line += step;
+  }
+};
+
 // Stores the sums of one block of terms: the first ones beside the bias, later ones beside those before.
 template <class V, int ROWS>
 inline void store_sums(const Tile& t, bool first, typename V::R (&sums)[ROWS][2]) {
@@ -159,6 +187,7 @@ template <class V, class W, int ROWS>
 void tile(const Tile& t) {
   const float* a = static_cast<const float*>(t.a);
   const typename W::T* weight = static_cast<const typename W::T*>(t.weight);
+  NextPanel next(t, sizeof(typename W::T));
   for (int64_t start = 0; start < t.depth; start += kDepthBlock) {
     const int64_t end = start + kDepthBlock < t.depth ? start + kDepthBlock : t.depth;
     typename V::R sums[ROWS][2];
@@ -166,7 +195,10 @@ void tile(const Tile& t) {
     for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = V::set(0.0f);
     for (int64_t k = start; k < end; ++k) {
       const typename V::R w0 = W::load(weight), w1 = W::load(weight + V::width);
-      for (int b = 0; b < W::prefetches; ++b) __builtin_prefetch(reinterpret_cast<const char*>(weight) + 2048 + 64 * b);
+      for (int b = 0; b < W::prefetches; ++b) {
+        __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead + 64 * b);
+      }
+      next.prefetch();
       weight += t.weight_stride;
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
@@ -186,6 +218,61 @@ void fill_tiles(TileFunction* tiles) {
   if constexpr (ROWS > 1) fill_tiles<V, W, ROWS - 1>(tiles);
 }
 
+// Loads the first values of a vector, and zeros behind them.
+template <class V, class W>
+inline typename V::R first_of(const typename W::T* x, int64_t count) {
+  typename W::T values[V::width] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = x[i];
+  return W::load(values);
+}
+
+// ROWS x OUTPUTS sums at a time, each over the lanes of a vector and then of these.
+template <class V, class W, int ROWS, int OUTPUTS>
+inline void dot_tile(const Dots& d, int64_t row, int64_t output) {
+  const typename W::T* weight = static_cast<const typename W::T*>(d.weight) + output * d.depth;
+  const int64_t whole = d.depth / V::width * V::width;
+  typename V::R sums[ROWS][OUTPUTS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < OUTPUTS; ++n) sums[r][n] = V::set(0.0f);
+  }
+  for (int64_t k = 0; k < whole; k += V::width) {
+    typename V::R w[OUTPUTS];
+#pragma GCC unroll 4
+    for (int n = 0; n < OUTPUTS; ++n) w[n] = W::load(weight + n * d.depth + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const typename V::R x = V::load(d.x[row + r] + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < OUTPUTS; ++n) sums[r][n] = V::fma(x, w[n], sums[r][n]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int n = 0; n < OUTPUTS; ++n) {
+      if (whole < d.depth) {
+        const typename V::R x = first_of<V, Float32<V>>(d.x[row + r] + whole, d.depth - whole);
+        sums[r][n] = V::fma(x, first_of<V, W>(weight + n * d.depth + whole, d.depth - whole), sums[r][n]);
+      }
+      d.out[(row + r) * d.out_stride + output + n] = V::sum(sums[r][n]) + d.bias[output + n];
+    }
+  }
+}
+
+template <class V, class W, int OUTPUTS>
+inline void dot_rows(const Dots& d, int64_t output) {
+  int64_t r = 0;
+  for (; r + V::dot_rows <= d.rows; r += V::dot_rows) dot_tile<V, W, V::dot_rows, OUTPUTS>(d, r, output);
+  for (; r < d.rows; ++r) dot_tile<V, W, 1, OUTPUTS>(d, r, output);
+}
+
+template <class V, class W>
+void dots(const Dots& d) {
+  int64_t n = 0;
+  for (; n + 4 <= d.outputs; n += 4) dot_rows<V, W, 4>(d, n);
+  for (; n < d.outputs; ++n) dot_rows<V, W, 1>(d, n);
+}
+
 constexpr WeightType kFloats[] = {WeightType::kFloat32, WeightType::kFloat16, WeightType::kBFloat16};
 
 template <class V, int ROWS>
@@ -202,5 +289,8 @@ Kernels common_kernels(const char* name) {
   fill_tiles<V, Float32<V>, ROWS>(kernels.tiles[0]);
   fill_tiles<V, Float16<V>, ROWS>(kernels.tiles[1]);
   fill_tiles<V, BFloat16<V>, ROWS>(kernels.tiles[2]);
+  kernels.dots[0] = dots<V, Float32<V>>;
+  kernels.dots[1] = dots<V, Float16<V>>;
+  kernels.dots[2] = dots<V, BFloat16<V>>;
   return kernels;
 }

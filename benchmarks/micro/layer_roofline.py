@@ -1,0 +1,79 @@
+"""Encoder layers on the vector kernels beside what the processor can do: operations, and bytes of weights.
+
+The layers of BERT-base, one after the other, so that each reads its weights from memory, on M tokens in rows of at most
+128. Operations are those of the products alone, while the time is that of the whole layers. The peaks are measured
+first; see `peaks`. Run with ``python -m benchmarks.run --suite layer_roofline``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+import earlyexit_kernels as ee
+from benchmarks.goals import roofline_goal
+from benchmarks.harness import Implementation, PreparedCase, Record, Variant, goal_fields, time_fields
+from benchmarks.machine import NotMeasuredError
+from benchmarks.micro.peaks import machine_peaks
+from earlyexit_kernels.engine.attention_plan import plan_attention
+from earlyexit_kernels.engine.packed_layers import STORED, kernels_unsupported_reason
+from earlyexit_kernels.engine.packing import pack
+from earlyexit_kernels.tuning.timing import quantiles
+
+SUITE = "layer_roofline"
+TOKENS = (1, 8, 32, 128, 1024)
+LONGEST = 128
+LAYERS = 12
+
+
+def records(repeats: int) -> Iterator[Record]:
+    """Yield a record for each number of tokens and type of weights."""
+    try:
+        peaks = machine_peaks()
+    except NotMeasuredError as error:
+        yield {"suite": SUITE, "not_measured": str(error)}
+        return
+    with torch.inference_mode():
+        model = ee.to_early_exit(BertForSequenceClassification(BertConfig(num_hidden_layers=LAYERS)).eval())
+        stacks: dict[str, Sequence[Any]] = {}
+        for stored, dtype in STORED.items():
+            if reason := kernels_unsupported_reason(torch.float32, dtype):
+                yield {"suite": SUITE, "case": stored, "not_measured": reason}
+                continue
+            model.set_layers("fused", weights=stored)
+            stacks[stored] = model.execution.layers.layers(model.view())
+        for tokens in TOKENS:
+            yield from _records_of(tokens, stacks, peaks, repeats)
+
+
+def _records_of(tokens: int, stacks: dict[str, Sequence[Any]], peaks: Any, repeats: int) -> Iterator[Record]:
+    rows = -(-tokens // LONGEST)
+    plan = plan_attention(pack(torch.ones(rows, tokens // rows, dtype=torch.long), None))
+    hidden = torch.randn(1, tokens, BertConfig().hidden_size)
+    variants = {stored: Variant("fused layers", "cpp", stored) for stored in stacks}
+    case = PreparedCase({v: Implementation(v, partial(_run, stacks[s], hidden, plan)) for s, v in variants.items()})
+    times = case.times(rounds=3 * repeats, warmup=2, progress=f"M {tokens}")
+    for stored, variant in variants.items():
+        packed = [layer.packed.weights for layer in stacks[stored]]
+        bytes_read = sum(x.nbytes for weights in packed for x in weights)
+        operations = 2 * tokens * sum(x.numel() for weights in packed for x in weights)
+        seconds = quantiles(times[variant], (0.5,))[0] / 1000
+        shape = f"M {tokens}"
+        record = {"suite": SUITE, "case": stored, "shape": shape, "dtype": stored, "engine": "fused layers"}
+        record |= {"backend": "cpp", "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+        record |= {"peak_gflops": round(peaks.operations / 1e9), "peak_gb_per_second": round(peaks.bytes / 1e9, 1)}
+        record |= {"gflops": round(operations / seconds / 1e9), "gb_per_second": round(bytes_read / seconds / 1e9, 1)}
+        record |= {"operations_share": round(operations / seconds / peaks.operations, 3)}
+        record |= {"bytes_share": round(bytes_read / seconds / peaks.bytes, 3)}
+        record |= time_fields(times[variant])
+        yield record | goal_fields(roofline_goal(stored, tokens), record)
+
+
+def _run(layers: Sequence[Any], hidden: torch.Tensor, plan: Any) -> torch.Tensor:
+    for layer in layers:
+        hidden = layer(hidden, plan=plan)
+    return hidden
