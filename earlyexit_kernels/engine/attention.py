@@ -107,11 +107,8 @@ def attend_by_plan(
             k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
             return _varlen(q, k, v, plan, scaling, dropout, causal=kind.causal)
         plan = plan.rectangle(q.shape[0])
-    # fillers are behind the tokens of their row, so that causal attention alone needs no mask
-    plain = kind.causal and kind.window is None and kind.softcap is None
-    masks = [None] * len(plan.buckets) if plain else plan.masks_of(kind, q.device)
     attended = []
-    for bucket, mask in zip(plan.buckets, masks, strict=True):
+    for bucket, mask in zip(plan.buckets, plan.masks_of(kind, q.device), strict=True):
         bq, bk, bv = (bucket.gather(x).transpose(1, 2) for x in (q, k, v))
         attended.append(_attend(bq, bk, bv, mask, kind, scaling, dropout).transpose(1, 2))
     return plan.join(attended)

@@ -35,7 +35,7 @@ class AttentionKind(NamedTuple):
     softcap: float | None = None
 
 
-FULL = AttentionKind()
+FULL, CAUSAL = AttentionKind(), AttentionKind(causal=True)
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,20 @@ class AttentionPlan:
         return self.rectangles[tokens]
 
     def masks_of(self, kind: AttentionKind, device: torch.device) -> list[Tensor | None]:
-        """Return the mask ``[rows or 1, 1, width or 1, width]`` bool of each bucket, None where all attend to all."""
+        """Return the mask ``[rows or 1, 1, width or 1, width]`` bool of each bucket, None where the kind needs none.
+
+        Causal attention alone needs none, since fillers are behind the tokens of their row.
+        """
         if kind not in self.masks:
-            self.masks[kind] = [
-                allowed(kind, bucket.mask, functools.partial(bucket.columns, self.columns, device))
-                for bucket in self.buckets
-            ]
+            self.masks[kind] = [self._mask(kind, bucket, device) for bucket in self.buckets]
         return self.masks[kind]
+
+    def _mask(self, kind: AttentionKind, bucket: LengthBucket, device: torch.device) -> Tensor | None:
+        if kind.window is not None and self.columns is None and kind.window >= bucket.width:
+            kind = kind._replace(window=None)
+        if kind == CAUSAL:
+            return None
+        return allowed(kind, bucket.mask, functools.partial(bucket.columns, self.columns, device))
 
 
 @dataclass(frozen=True)

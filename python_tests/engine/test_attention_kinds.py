@@ -129,6 +129,35 @@ def test_masks_of_a_plan_are_made_once():
     assert plan.masks_of(kind, torch.device("cpu")) is plan.masks_of(kind, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.window], ids=str)
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 4, 3), LENGTHS])
+def test_a_window_that_covers_a_bucket_needs_no_mask(lengths, kind):
+    generator = torch.Generator().manual_seed(3)
+    batch, columns, _ = batch_of(lengths, holes=False)
+    q, k, v = torch.randn(3, int(batch.offsets[-1]), HEADS, WIDTH, generator=generator)
+    plan, with_columns = plan_attention(batch), plan_attention(batch, columns)
+    assert torch.equal(
+        attend_by_plan(q, k, v, plan, None, 0.0, kind), attend_by_plan(q, k, v, with_columns, None, 0.0, kind)
+    )
+    masks = zip(plan.masks_of(kind, q.device), with_columns.masks_of(kind, q.device), plan.buckets, strict=True)
+    for mask, windowed, bucket in masks:
+        assert windowed.shape[2] == bucket.width
+        if kind.window < bucket.width:
+            assert torch.equal(mask.expand_as(windowed), windowed)
+        elif kind.causal and kind.softcap is None:
+            assert mask is None
+        elif not kind.causal:
+            assert mask is bucket.mask
+
+
+def test_holes_may_put_tokens_of_a_short_row_outside_of_a_window():
+    """The window reaches over columns, of which there are more than tokens."""
+    batch, columns, _ = batch_of((12, 12), holes=True)
+    kind = AttentionKind(window=9)
+    (mask,) = plan_attention(batch, columns).masks_of(kind, columns.device)
+    assert all(bucket.width < 12 for bucket in plan_attention(batch, columns).buckets) and not mask.all()
+
+
 def test_a_window_below_one_is_refused():
     states, plan = torch.randn(1, 2, 5, 4), plan_attention(batch_of((5,), holes=False)[0])
     with pytest.raises(ValueError, match="sliding_window: expected at least 1, got 0 from Identity"):
