@@ -13,6 +13,15 @@ from earlyexit_kernels.arguments import choice
 from earlyexit_kernels.types import FAMILY_POOLINGS
 
 
+def pooling_of(config: Any, poolings: Mapping[str, str]) -> str:
+    """Return the `HeadConfig.family_pooling` that the `classifier_pooling` of a config stands for in a family.
+
+    Raises:
+        ValueError: the family does not have it.
+    """
+    return poolings[choice(*poolings)("classifier_pooling", config.classifier_pooling)]
+
+
 def as_stated(config: Any) -> Mapping[str, Any]:
     """Return no settings: those of the head do not depend on the config."""
     return {}

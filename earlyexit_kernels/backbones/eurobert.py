@@ -12,6 +12,7 @@ from earlyexit_kernels.backbones.base import (
     embed_tokens,
     layers_of,
     norm_of,
+    pooling_of,
     position_limit,
     rotary,
 )
@@ -21,7 +22,7 @@ POOLINGS = {"bos": "first", "mean": "mean", "late": "late"}
 
 
 def _settings(config: Any) -> Mapping[str, Any]:
-    return {"family_pooling": POOLINGS[config.classifier_pooling]}
+    return {"family_pooling": pooling_of(config, POOLINGS)}
 
 
 EUROBERT = BackboneAdapter(

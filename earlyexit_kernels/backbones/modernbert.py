@@ -13,6 +13,7 @@ from earlyexit_kernels.backbones.base import (
     StockHead,
     column_positions,
     layers_of,
+    pooling_of,
     position_limit,
     rotary_by_type,
 )
@@ -32,7 +33,7 @@ def _norm(backbone: nn.Module) -> nn.Module:
 
 def _settings(config: Any) -> Mapping[str, Any]:
     return {
-        "family_pooling": POOLINGS[config.classifier_pooling],
+        "family_pooling": pooling_of(config, POOLINGS),
         "activation": config.classifier_activation,
         "dense_bias": config.classifier_bias,
         "norm_eps": config.norm_eps,

@@ -7,7 +7,7 @@ weights stay in place; the packed ones are a second copy, which is replaced when
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class Form(NamedTuple):
     rotates: bool
 
 
+#: Keyword argument with the cosines and sines of the positions.
+ROTARY = "position_embeddings"
 #: Class of `BackboneAdapter.names` -> form of the layers.
 FORMS: dict[type, Form] = {
     LayerNames: Form(
@@ -58,17 +60,13 @@ FORMS: dict[type, Form] = {
 }
 
 
-def layers_unsupported_reason(adapter: BackboneAdapter, layers: Sequence[nn.Module]) -> str | None:
-    """Return why a layer of a backbone cannot be computed from its weights alone, or None if all can.
-
-    Args:
-        adapter: of the backbone.
-        layers: of the backbone, as the adapter lists them.
-    """
-    form = FORMS.get(type(adapter.names))
+def layers_unsupported_reason(adapter: BackboneAdapter, backbone: nn.Module) -> str | None:
+    """Return why a layer of a backbone cannot be computed from its weights alone, or None if all can."""
+    form, layers = FORMS.get(type(adapter.names)), cast(Sequence[nn.Module], adapter.layers(backbone))
     if form is None:
-        return f"the layers of {adapter.model_type!r} ({type(layers[0]).__name__}) are not supported"
-    if reason := _arguments_unsupported_reason(adapter, form):
+        own = type(layers[0]).__name__
+        return f"family {adapter.model_type!r} has no fused layers, its own ({own}) have another form"
+    if reason := _arguments_unsupported_reason(adapter, backbone, form):
         return reason
     reasons = [
         form.unsupported_reason(part, adapter.names) for layer in dict.fromkeys(layers) for part in adapter.parts(layer)
@@ -77,7 +75,7 @@ def layers_unsupported_reason(adapter: BackboneAdapter, layers: Sequence[nn.Modu
     return next((reason for reason in reasons if reason), None)
 
 
-def _arguments_unsupported_reason(adapter: BackboneAdapter, form: Form) -> str | None:
+def _arguments_unsupported_reason(adapter: BackboneAdapter, backbone: Any, form: Form) -> str | None:
     """Return why the layers of a family take other arguments than those of a form, or None."""
     title, names = f"the adapter of {adapter.model_type!r}", type(adapter.names).__name__
     if adapter.rectangle_arguments is not None:
@@ -86,6 +84,13 @@ def _arguments_unsupported_reason(adapter: BackboneAdapter, form: Form) -> str |
         return f"{title} has no layer_arguments, expected the rotary positions that layers of {names} take"
     if adapter.layer_arguments is not None and not form.rotates:
         return f"{title} has layer_arguments, which layers of {names} do not take"
+    if adapter.layer_arguments is None:
+        return None
+    with torch.no_grad():  # what it gives the layers is known from a call only
+        token = torch.zeros(1, 1, backbone.config.hidden_size, dtype=backbone.dtype, device=backbone.device)
+        given = adapter.layer_arguments(backbone, token, torch.zeros(1, 1, dtype=torch.int64, device=backbone.device))
+    if others := sorted({name for each in given for name in each} - {ROTARY}):
+        return f"{title} gives its layers {', '.join(others)}, layers of {names} take {ROTARY} alone"
     return None
 
 
@@ -162,17 +167,16 @@ class FusedLayers:
         packed = self._packed
         if packed is not None and packed.is_current(backbone, stored):
             return packed.reason
-        layers: Any = adapter.layers(backbone)
-        return layers_unsupported_reason(adapter, layers) or stored_unsupported_reason(adapter, backbone, stored)
+        return layers_unsupported_reason(adapter, backbone) or stored_unsupported_reason(adapter, backbone, stored)
 
 
 def _pack(adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype) -> _Packed:
     # fingerprints are taken first, so that a change during the check or the copy is detected at the next batch
     checked = ModuleFingerprint([backbone])
-    layers: Any = tuple(adapter.layers(backbone))
-    reason = layers_unsupported_reason(adapter, layers) or stored_unsupported_reason(adapter, backbone, stored)
+    reason = layers_unsupported_reason(adapter, backbone) or stored_unsupported_reason(adapter, backbone, stored)
     if reason:
         return _Packed(checked, stored, None, reason)
+    layers: Any = tuple(adapter.layers(backbone))
     form, names, config = FORMS[type(adapter.names)], adapter.names, backbone.config
     parts = {layer: adapter.parts(layer) for layer in layers}
     copied = ModuleFingerprint(

@@ -92,7 +92,7 @@ def layer_unsupported_reason(layer: nn.Module, names: GatedLayerNames) -> str | 
         names.activation: _unlike_activation,
     }
     path = names.qkv.rpartition(".")[0]
-    reason = parts_unsupported_reason(layer, checks, attention=path)
+    reason = parts_unsupported_reason(layer, checks, attention=path, refused=("attn_logit_softcapping",))
     return reason or _attention_unsupported_reason(path, layer, names) or _sizes_unsupported_reason(layer, names)
 
 

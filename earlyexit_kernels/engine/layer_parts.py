@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,8 @@ from transformers.activations import ACT2CLS
 ACTIVATION_CLASSES = {each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()}
 #: Modules that return their input in eval mode.
 WITHOUT_EFFECT = (nn.Dropout, nn.Identity)
+#: Settings by which attention modules of transformers ask for a window, and for soft-capped scores.
+ATTENTION_SETTINGS = ("sliding_window", "attn_logit_softcapping")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -21,7 +23,10 @@ def hooked(module: nn.Module) -> bool:
 
 
 def parts_unsupported_reason(
-    layer: nn.Module, checks: Mapping[str, Callable[[nn.Module], str | None]], attention: str
+    layer: nn.Module,
+    checks: Mapping[str, Callable[[nn.Module], str | None]],
+    attention: str,
+    refused: Sequence[str] = ATTENTION_SETTINGS,
 ) -> str | None:
     """Return why a layer may compute something else than its parts tell, or None if it does not.
 
@@ -31,11 +36,15 @@ def parts_unsupported_reason(
         layer: of a family.
         checks: dotted name of each part ``->`` why the module there is not such a part, or None.
         attention: dotted name of the module that computes attention from some of the parts.
+        refused: those of `ATTENTION_SETTINGS` that this module, or its config, may not have.
     """
     found = dict(layer.named_modules())
     missing = sorted(checks.keys() - found.keys())
     if missing:
-        return f"{type(layer).__name__} has no module {missing[0]}, which the adapter names"
+        return (
+            f"{type(layer).__name__} has no module {missing[0]}, which the adapter names; an adapter of layers of "
+            "another form has names=None"
+        )
     for path, module in found.items():
         title = f"{path or 'the layer'} ({type(module).__name__})"
         if hooked(module):
@@ -45,15 +54,19 @@ def parts_unsupported_reason(
                 return f"{title} {reason}"
         elif type(module) in WITHOUT_EFFECT:
             continue
-        elif path == attention and (reason := _attention_unsupported_reason(module)):
+        elif path == attention and (reason := _attention_unsupported_reason(module, refused)):
             return f"{title} {reason}"
         elif module._parameters or not len(module._modules) or not type(module).__module__.startswith("transformers."):
             return f"{title} is not supported"
     return None
 
 
-def _attention_unsupported_reason(module: Any) -> str | None:
+def _attention_unsupported_reason(module: Any, refused: Sequence[str]) -> str | None:
     """Return why an attention module is not softmax(q k / sqrt(D)) v over tokens on both sides of a token, or None."""
+    for name in refused:
+        for holder in (module, getattr(module, "config", None)):
+            if (value := getattr(holder, name, None)) is not None:
+                return f"has {name} {value}, which layers of this form do not"
     if getattr(module, "is_causal", False):
         return "is causal"
     scaling = getattr(module, "scaling", None)

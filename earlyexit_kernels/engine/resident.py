@@ -73,7 +73,7 @@ def resident_unsupported_reason(view: ModelView, dtype: torch.dtype) -> str | No
 
 def _layers_unsupported_reason(view: ModelView) -> str | None:
     """Return why the kernels would compute something else than the layers of a model, or None."""
-    if reason := layers_unsupported_reason(view.adapter, view.layers):
+    if reason := layers_unsupported_reason(view.adapter, view.backbone):
         return reason
     names = type(view.adapter.names)
     if names not in LAYERS:

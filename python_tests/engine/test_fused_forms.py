@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from support.models import batch_for, early_exit
+from support.models import DECODERS, batch_for, early_exit
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from earlyexit_kernels import backbones
 from earlyexit_kernels.engine import resident
@@ -14,10 +15,11 @@ from earlyexit_kernels.engine.resident import resident_unsupported_reason
 from earlyexit_kernels.errors import BackendUnavailableError
 
 
-@pytest.mark.parametrize("family", ["llama", "eurobert", "roberta-prelayernorm", "deberta-v2", "mpnet"])
+@pytest.mark.parametrize("family", [*DECODERS, "eurobert", "roberta-prelayernorm", "deberta-v2", "mpnet"])
 def test_family_without_fused_layers_is_named(family):
     model = early_exit(family)
-    reason = f"the layers of {family!r} ({type(model.view().layers[0]).__name__}) are not supported"
+    own = type(model.view().layers[0]).__name__
+    reason = f"family {family!r} has no fused layers, its own ({own}) have another form"
     assert model.explain(**batch_for(model)).layers == ("family", reason)
     with pytest.raises(BackendUnavailableError) as error:
         model.set_layers("fused")
@@ -28,7 +30,15 @@ def test_name_of_an_adapter_that_its_layers_lack():
     model = early_exit("roberta-prelayernorm")
     adapter = dataclasses.replace(model.adapter, names=backbones.LayerNames())
     reason = model.execution.layers.fused.unsupported_reason(adapter, model.backbone)
-    assert reason == "RobertaPreLayerNormLayer has no module attention.output.LayerNorm, which the adapter names"
+    assert reason == (
+        "RobertaPreLayerNormLayer has no module attention.output.LayerNorm, which the adapter names; an adapter of "
+        "layers of another form has names=None"
+    )
+
+
+def with_another_argument(backbone, hidden, positions):
+    own = backbones.BACKBONES["modernbert"].layer_arguments(backbone, hidden, positions)
+    return [{**each, "output_attentions": False} for each in own]
 
 
 #: Family and what its adapter gives its layers -> the reason against fused layers.
@@ -42,6 +52,11 @@ ARGUMENTS = {
         "bert",
         {"layer_arguments": backbones.BACKBONES["llama"].layer_arguments},
         "has layer_arguments, which layers of LayerNames do not take",
+    ),
+    "more than positions": (
+        "modernbert",
+        {"layer_arguments": with_another_argument},
+        "gives its layers output_attentions, layers of GatedLayerNames take position_embeddings alone",
     ),
     "rectangles": (
         "bert",
@@ -74,3 +89,43 @@ def test_autocast_and_other_devices_run_family_layers():
         assert model.layer_kind == "family"
     assert model.layer_kind == "fused"
     assert model.to("meta").layer_kind == "family"
+
+
+def test_an_argument_that_only_the_layers_of_the_family_take():
+    model = early_exit("modernbert")
+    batch = batch_for(model)
+    model.set_layers("family")
+    expected = model.trace(**batch).logits
+    model.adapter = dataclasses.replace(model.adapter, layer_arguments=with_another_argument)
+    model.set_layers("auto")
+    assert model.layer_kind == "family"
+    assert torch.equal(model.trace(**batch).logits, expected)
+
+
+class OwnAttention(BertSelfAttention):
+    """Attention of a family that asks for what its config says."""
+
+    def forward(self, hidden_states, attention_mask=None, **arguments):
+        asked = {"sliding_window": self.config.sliding_window, "softcap": self.config.attn_logit_softcapping}
+        return super().forward(hidden_states, attention_mask, **asked, **arguments)
+
+
+@pytest.mark.parametrize(("name", "value"), [("sliding_window", 2), ("attn_logit_softcapping", 0.5)])
+@pytest.mark.parametrize("holder", ["config", "module"])
+def test_attention_of_another_kind_is_not_fused(holder, name, value, monkeypatch):
+    """Fused layers of BERT's form would attend to whole rows, without a cap of the scores."""
+    monkeypatch.setattr(OwnAttention, "__module__", "transformers.models.windowed.modeling_windowed")
+    model = early_exit("bert")
+    batch, config = batch_for(model), model.backbone.config
+    full = model.trace(**batch).logits
+    config.sliding_window = config.attn_logit_softcapping = None
+    for layer in model.view().layers:
+        layer.attention.self.__class__ = OwnAttention
+    assert model.layer_kind == "fused"
+    setattr(config if holder == "config" else model.backbone.encoder.layer[2].attention.self, name, value)
+    model.refresh()
+    reason = f"attention.self (OwnAttention) has {name} {value}, which layers of this form do not"
+    assert model.explain(**batch).layers == ("family", reason)
+    assert resident_unsupported_reason(model.view(), torch.float32) == reason
+    if holder == "config":
+        assert (model.trace(**batch).logits - full).abs().max() > 1e-3

@@ -101,6 +101,12 @@ def test_eurobert_reads_what_its_config_says(pooling):
     assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
 
 
+def test_another_pooling_of_eurobert_is_refused():
+    base = stock("eurobert", classifier_pooling="cls")
+    with pytest.raises(ValueError, match=r"classifier_pooling: expected one of \('bos', 'mean', 'late'\), got 'cls'"):
+        ee.to_early_exit(base)
+
+
 @pytest.mark.parametrize("settings", [{"conv_kernel_size": 3, "conv_act": "gelu"}, {}])
 def test_a_convolution_of_deberta_is_refused(settings):
     base = stock("deberta-v2", **settings)
