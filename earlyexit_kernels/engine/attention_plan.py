@@ -10,15 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.engine.length_buckets import LengthBucket, LengthBuckets, group_by_length, once
 from earlyexit_kernels.engine.packing import PackedBatch
-
-#: Rows share a bucket if the longest has at most this many tokens, or this factor, more than the shortest.
-BUCKET_SLACK_TOKENS = 8
-BUCKET_SLACK_FACTOR = 1.25
 
 
 class AttentionKind(NamedTuple):
@@ -39,49 +35,11 @@ FULL, CAUSAL = AttentionKind(), AttentionKind(causal=True)
 
 
 @dataclass(frozen=True)
-class LengthBucket:
-    """Rows of similar length, attended together as a rectangle ``[rows, width]``.
-
-    Attributes:
-        rows, width: size of the rectangle.
-        slots: ``[rows * width]`` packed token in each slot, or None if the packed tokens are the rectangle. A filler
-            slot holds the last token of its own row, so that no value of another row, NaN included, affects it.
-        mask: ``[rows, 1, 1, width]`` bool, False for filler slots, or None without fillers.
-        kept: slots that are not fillers, or None without fillers.
-    """
-
-    rows: int
-    width: int
-    slots: Tensor | None = None
-    mask: Tensor | None = None
-    kept: Tensor | None = None
-
-    def gather(self, tokens: Tensor) -> Tensor:
-        """Return packed tokens ``[T, ...]`` as the rectangle ``[rows, width, ...]``."""
-        chosen = tokens if self.slots is None else tokens.index_select(0, self.slots)
-        return chosen.view(self.rows, self.width, *tokens.shape[1:])
-
-    def columns(self, columns: Tensor | None, device: torch.device) -> Tensor:
-        """Return the column of the token in each slot, ``[rows or 1, width]``.
-
-        Args:
-            columns: ``[T]`` of the packed tokens, or None if each is the place of the token in its row.
-            device: of the result.
-        """
-        if self.slots is None:
-            ordered = torch.arange(self.width, device=device)[None]
-            return ordered if columns is None else columns.view(self.rows, self.width)
-        slots = self.slots.view(self.rows, self.width)
-        return slots - slots[:, :1] if columns is None else columns[slots]
-
-
-@dataclass(frozen=True)
 class AttentionPlan:
     """How the rows of a packed batch are attended: in buckets, or in one call if the lengths are on the device.
 
     Attributes:
-        buckets: rectangles of rows of similar length.
-        inverse: ``[T]`` position of each packed token among the tokens of the buckets, or None if they are in order.
+        grouped: returns the rows in buckets, made when a layer first asks for them; the vector kernels do not.
         offsets, longest: arguments of the variable-length kernel; no row is longer than `longest`.
         ends: ``[R + 1]`` int32 offsets of the rows on the CPU.
         columns: ``[T]`` column of each token in its padded row, or None if that is its place in the row, up to a
@@ -90,8 +48,7 @@ class AttentionPlan:
         rectangles: plans of `rectangle`, by the number of tokens.
     """
 
-    buckets: tuple[LengthBucket, ...] = ()
-    inverse: Tensor | None = None
+    grouped: Callable[[], LengthBuckets] = LengthBuckets
     offsets: Tensor | None = None
     longest: int = 0
     ends: Tensor | None = None
@@ -99,19 +56,14 @@ class AttentionPlan:
     masks: dict[AttentionKind, list[Tensor | None]] = field(default_factory=dict, compare=False)
     rectangles: dict[int, AttentionPlan] = field(default_factory=dict, compare=False)
 
-    @functools.cached_property
-    def bucket_lists(self) -> tuple[list[Any], ...]:
-        """Rows, widths, slots, masks and kept of the buckets, the arguments of `ops.encoder_layer`."""
-        return tuple([getattr(b, name) for b in self.buckets] for name in ("rows", "width", "slots", "mask", "kept"))
+    @property
+    def buckets(self) -> tuple[LengthBucket, ...]:
+        """Rectangles of rows of similar length."""
+        return self.grouped().buckets
 
     def join(self, rectangles: Sequence[Tensor]) -> Tensor:
         """Return the packed tokens ``[T, ...]`` of a rectangle ``[rows, width, ...]`` for each bucket."""
-        flat = (x.flatten(0, 1) for x in rectangles)
-        parts = [
-            x if bucket.kept is None else x.index_select(0, bucket.kept)
-            for bucket, x in zip(self.buckets, flat, strict=True)
-        ]
-        return parts[0] if self.inverse is None else torch.cat(parts).index_select(0, self.inverse)
+        return self.grouped().join(rectangles)
 
     def rectangle(self, tokens: int) -> AttentionPlan:
         """Return `one_rectangle` of this plan and T tokens; made once."""
@@ -174,7 +126,7 @@ def allowed(kind: AttentionKind, keys: Tensor | None, columns: Callable[[], Tens
 
 
 def plan_attention(batch: PackedBatch, columns: Tensor | None = None) -> AttentionPlan:
-    """Group the rows of a batch for attention: once per batch and compaction, not per layer.
+    """Plan the attention of a batch: once per batch and compaction, not per layer.
 
     Args:
         batch: the rows.
@@ -183,38 +135,7 @@ def plan_attention(batch: PackedBatch, columns: Tensor | None = None) -> Attenti
     lengths, device = batch.lengths, batch.offsets.device
     if lengths is None:
         return AttentionPlan(offsets=batch.offsets, longest=batch.longest, columns=columns)
-    if min(lengths) == max(lengths):
-        return AttentionPlan(buckets=(LengthBucket(len(lengths), lengths[0]),), ends=batch.offsets, columns=columns)
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    widths = np.array(lengths, dtype=np.int64)
-    starts = widths.cumsum() - widths
-    buckets, kept = [], []
-    while order:
-        limit = max(lengths[order[0]] + BUCKET_SLACK_TOKENS, int(lengths[order[0]] * BUCKET_SLACK_FACTOR))
-        size = next((k for k, row in enumerate(order) if lengths[row] > limit), len(order))
-        bucket, tokens = _bucket(starts[order[:size]], widths[order[:size]], device)
-        buckets.append(bucket)
-        kept.append(tokens)
-        order = order[size:]
-    token_of_place = np.concatenate(kept)
-    inverse = np.empty_like(token_of_place)
-    inverse[token_of_place] = np.arange(token_of_place.size)
-    places = torch.from_numpy(inverse).to(device)
-    return AttentionPlan(buckets=tuple(buckets), inverse=places, ends=batch.offsets, columns=columns)
-
-
-def _bucket(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[LengthBucket, np.ndarray]:
-    """Return a bucket of rows with these first tokens and ascending lengths, and its tokens in order."""
-    rows, width = len(lengths), int(lengths[-1])
-    column = np.arange(width)
-    slots = (starts[:, None] + np.minimum(column, lengths[:, None] - 1)).ravel()
-    if lengths[0] == width:
-        return LengthBucket(rows, width, torch.from_numpy(slots).to(device)), slots
-    real = column < lengths[:, None]
-    kept = real.ravel().nonzero()[0]
-    mask, places = torch.from_numpy(real[:, None, None, :]), torch.from_numpy(kept)
-    bucket = LengthBucket(rows, width, torch.from_numpy(slots).to(device), mask.to(device), places.to(device))
-    return bucket, slots[kept]
+    return AttentionPlan(once(lambda: group_by_length(lengths, device)), ends=batch.offsets, columns=columns)
 
 
 def one_rectangle(plan: AttentionPlan, tokens: int) -> AttentionPlan:
@@ -230,11 +151,9 @@ def one_rectangle(plan: AttentionPlan, tokens: int) -> AttentionPlan:
     last = (lengths - 1).clamp(min=0)[:, None]
     slots = (starts[:, None] + torch.minimum(column, last)).clamp(max=tokens - 1)
     row, place = rows_of_tokens(offsets, tokens)
-    return AttentionPlan(
-        buckets=(LengthBucket(len(starts), plan.longest, slots.flatten(), (column <= last)[:, None, None, :]),),
-        inverse=row * plan.longest + place.clamp(max=plan.longest - 1),
-        columns=plan.columns,
-    )
+    bucket = LengthBucket(len(starts), plan.longest, slots.flatten(), (column <= last)[:, None, None, :])
+    buckets = LengthBuckets((bucket,), inverse=row * plan.longest + place.clamp(max=plan.longest - 1))
+    return AttentionPlan(lambda: buckets, columns=plan.columns)
 
 
 def rows_of_tokens(offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ class FusedLayer:
         x, own = hidden[0], self.weights
         packed = self.packed if x.shape[0] <= self.products.packed_up_to else []
         how = (own.eps, own.heads, *own.activation, self.products.with_activation)
-        return self.run(x, self.tensors, packed, *how, *plan.bucket_lists, plan.inverse)[None]
+        return self.run(x, self.tensors, packed, *how, *plan.grouped().arguments)[None]
 
 
 def pack_layer(layer: nn.Module, names: LayerNames, config: Any, stored: torch.dtype) -> PackedLayer | FusedLayer:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.models import DEPTH, varied
 
-from earlyexit_kernels.engine import attention
+from earlyexit_kernels.engine import attention, attention_plan
 from earlyexit_kernels.engine.attention import attend_by_plan, packed_attention
 from earlyexit_kernels.engine.attention_plan import AttentionKind, PaddedPlan, plan_attention, rows_of_tokens
+from earlyexit_kernels.engine.packed_layers import kernels_unsupported_reason
 from earlyexit_kernels.engine.packing import pack
 
 KINDS = [AttentionKind(*kind) for kind in itertools.product((False, True), (None, 1, 3, 40), (None, 2.0)) if any(kind)]
@@ -162,3 +165,41 @@ def test_a_window_below_one_is_refused():
     states, plan = torch.randn(1, 2, 5, 4), plan_attention(batch_of((5,), holes=False)[0])
     with pytest.raises(ValueError, match="sliding_window: expected at least 1, got 0 from Identity"):
         packed_attention(torch.nn.Identity(), states, states, states, None, plan=plan, sliding_window=0)
+
+
+@pytest.fixture
+def groupings(monkeypatch):
+    """The lengths of each group of rows that was put into buckets."""
+    found, group = [], attention_plan.group_by_length
+    monkeypatch.setattr(attention_plan, "group_by_length", lambda *given: found.append(given[0]) or group(*given))
+    return found
+
+
+def test_rows_are_put_into_buckets_once_and_when_a_layer_asks(groupings):
+    plan = plan_attention(batch_of(LENGTHS, holes=False)[0])
+    assert plan.ends.tolist()[-1] == sum(LENGTHS) and not groupings
+    q = torch.randn(sum(LENGTHS), HEADS, WIDTH)
+    for kind in (AttentionKind(), AttentionKind(window=3)):
+        attend_by_plan(q, q, q, plan, None, 0.0, kind)
+    assert plan.grouped().arguments[0] == [bucket.rows for bucket in plan.buckets]
+    assert groupings == [LENGTHS]
+
+
+def test_threads_share_the_buckets_of_a_plan():
+    plan = plan_attention(batch_of(LENGTHS, holes=False)[0])
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: plan.buckets, range(64)))
+    assert all(buckets is found[0] for buckets in found)
+
+
+@pytest.mark.parametrize("layers", ["family", "fused"])
+def test_vector_kernels_need_no_buckets(layers, groupings):
+    if layers == "fused" and kernels_unsupported_reason(torch.float32):
+        pytest.skip("the processor has no vector kernels")
+    model, batch = varied("bert")
+    model.set_layers(layers)
+    model.compaction = "always"
+    groupings.clear()
+    exits = model(**batch).exit_layer
+    assert len(exits.unique()) > 2
+    assert len(groupings) == (0 if layers == "fused" else len({int(e) for e in exits} - {DEPTH}) + 1)

@@ -12,7 +12,8 @@ from support.models import CLASSES, DEPTH, batch_for, early_exit, ragged, stock
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import BACKBONES
 from earlyexit_kernels.engine.attention import packed_attention
-from earlyexit_kernels.engine.attention_plan import AttentionPlan, LengthBucket
+from earlyexit_kernels.engine.attention_plan import plan_attention
+from earlyexit_kernels.engine.packing import pack
 from earlyexit_kernels.ops import exit_step
 
 OF_STOCK = ("inputs_embeds", "head_mask", "past_key_values", "use_cache", "encoder_hidden_states", "cache_position")
@@ -171,7 +172,7 @@ def test_conversion_of_a_large_module_gives_a_short_message():
 
 @pytest.mark.parametrize("argument", ["position_bias", "s_aux", "attention_mask"])
 def test_attention_refuses_unsupported_arguments(argument):
-    states, plan = torch.randn(1, 2, 5, 4), AttentionPlan(buckets=(LengthBucket(1, 5),))
+    states, plan = torch.randn(1, 2, 5, 4), plan_attention(pack(torch.ones(1, 5), None))
     given = {"attention_mask": None, argument: torch.ones(1)}
     with pytest.raises(ValueError, match=f"packed attention supports plan, .* got {argument} from Linear"):
         packed_attention(torch.nn.Linear(1, 1), states, states, states, plan=plan, **given)

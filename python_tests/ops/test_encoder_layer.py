@@ -32,8 +32,8 @@ def plan_of(lengths) -> dict:
     """The arguments of the op for rows of these lengths."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     plan = plan_attention(pack(torch.zeros(mask.shape, dtype=torch.int64), mask))
-    names = ("rows", "widths", "slots", "masks", "kept")
-    return dict(zip(names, plan.bucket_lists, strict=True)) | {"inverse": plan.inverse}
+    names = ("rows", "widths", "slots", "masks", "kept", "inverse")
+    return dict(zip(names, plan.grouped().arguments, strict=True))
 
 
 def expected(x, w, lengths, activation) -> torch.Tensor:
