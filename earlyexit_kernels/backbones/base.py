@@ -81,18 +81,24 @@ class GatedLayerNames:
     """Dotted names of the parts of one pre-norm encoder layer with rotary positions and a gated feed-forward.
 
     Such a layer computes ``y = x + attention_out(attend(rotate q, rotate k, v))`` with ``q, k, v = qkv(attention_norm
-    x)``, then ``y + outer(activation(a) * b)`` with ``a, b = inner(norm y)``. The module that has `qkv` holds the width
-    of a head as `head_dim`, and as `sliding_window` that of a window or None. A norm may be an `nn.Identity`. The layer
-    takes cosine and sine as `position_embeddings`, which `BackboneAdapter.layer_arguments` computes.
+    x)``, then ``y + outer(activation(a) * b)`` with ``a, b = inner(norm y)``. `qkv` is one linear, or three, where key
+    and value may have fewer heads; `inner` is one, or two. The module that has `qkv` holds the width of a head as
+    `head_dim`, and as `sliding_window` that of a window or None. A norm may be an `nn.Identity`. The layer takes cosine
+    and sine as `position_embeddings`, which `BackboneAdapter.layer_arguments` computes.
     """
 
     attention_norm: str = "attn_norm"
-    qkv: str = "attn.Wqkv"
+    qkv: str | tuple[str, str, str] = "attn.Wqkv"
     attention_out: str = "attn.Wo"
     norm: str = "mlp_norm"
-    inner: str = "mlp.Wi"
+    inner: str | tuple[str, str] = "mlp.Wi"
     activation: str = "mlp.act"
     outer: str = "mlp.Wo"
+
+    def of(self, part: str) -> tuple[str, ...]:
+        """Return the names of the modules that a part consists of, in order."""
+        names = getattr(self, part)
+        return (names,) if isinstance(names, str) else names
 
 
 def single(layer: nn.Module) -> Sequence[nn.Module]:

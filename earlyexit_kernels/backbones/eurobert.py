@@ -7,6 +7,7 @@ from typing import Any
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    GatedLayerNames,
     StockHead,
     column_positions,
     embed_tokens,
@@ -33,7 +34,15 @@ EUROBERT = BackboneAdapter(
     layers=layers_of,
     positions=column_positions,
     longest=position_limit,
-    names=None,
+    names=GatedLayerNames(
+        attention_norm="input_layernorm",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out="self_attn.o_proj",
+        norm="post_attention_layernorm",
+        inner=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        outer="mlp.down_proj",
+    ),
     embeddings="embed_tokens",
     exit_norm=norm_of,
     layer_arguments=rotary,

@@ -1,8 +1,8 @@
 """Fused encoder layers with norms before attention and feed-forward, rotary positions and a gated feed-forward.
 
-That is the form of ModernBERT (`backbones.GatedLayerNames`). A layer runs as one matrix product for query, key and
-value, rotation of query and key together, attention over the packed tokens, in full or in a window, and two products
-fused with the addition of their input; the fourth computes both halves of the gated feed-forward.
+That is the form of ModernBERT and EuroBERT (`backbones.GatedLayerNames`). A layer runs as one matrix product for query,
+key and value, rotation of query and key together, attention over the packed tokens, in full or in a window, and two
+products fused with the addition of their input; the fourth computes both halves of the gated feed-forward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from earlyexit_kernels.backbones import GatedLayerNames
 from earlyexit_kernels.engine.attention import attend_by_plan
 from earlyexit_kernels.engine.attention_plan import AttentionKind, AttentionPlan
 from earlyexit_kernels.engine.fused_bert import PRODUCTS, onednn_unsupported_reason
-from earlyexit_kernels.engine.gated_weights import LINEARS, GatedWeights
+from earlyexit_kernels.engine.gated_weights import LINEARS, GatedWeights, linears_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class FusedGatedLayer:
 
     Attributes:
         weights: of the layer.
-        qkv, attention_out, inner, outer: its linears, packed.
+        qkv, attention_out, inner, outer: its linears, packed; those of a part side by side.
     """
 
     weights: GatedWeights
@@ -81,15 +81,16 @@ class FusedGatedLayer:
         return self.outer(own.activation(inner[:, :half]) * inner[:, half:], x)[None]
 
     def _attended(self, qkv: Tensor, plan: AttentionPlan, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return attention ``[T, heads * D]`` over ``[T, 3 * heads * D]``."""
-        tokens = qkv.view(qkv.shape[0], 3, -1, self.weights.head_width)
-        q, k = rotated(tokens[:, :2], cos[0], sin[0]).unbind(1)
-        kind = AttentionKind(window=self.weights.window)
-        return attend_by_plan(q, k, tokens[:, 2], plan, None, 0.0, kind).flatten(1)
+        """Return attention ``[T, heads * D]`` over query, key and value side by side."""
+        tokens, heads = qkv.view(qkv.shape[0], -1, self.weights.head_width), self.weights.heads
+        shared = (tokens.shape[1] - heads) // 2
+        turning, v = tokens.split((heads + shared, shared), dim=1)
+        q, k = rotated(turning, cos[0], sin[0]).split((heads, shared), dim=1)
+        return attend_by_plan(q, k, v, plan, None, 0.0, AttentionKind(window=self.weights.window)).flatten(1)
 
 
 def rotated(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return heads ``[T, 2, heads, D]`` rotated by the angles of their tokens, in float32 as in transformers.
+    """Return heads ``[T, heads, D]`` rotated by the angles of their tokens, in float32.
 
     Args:
         tokens: queries and keys.
@@ -97,7 +98,7 @@ def rotated(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     x, half = tokens.float(), tokens.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos[:, None, None] + turned * sin[:, None, None]).to(tokens.dtype)
+    return (x * cos[:, None] + turned * sin[:, None]).to(tokens.dtype)
 
 
 def pack_layer(layer: nn.Module, names: GatedLayerNames, config: Any) -> FusedGatedLayer:
@@ -109,5 +110,7 @@ def pack_layer(layer: nn.Module, names: GatedLayerNames, config: Any) -> FusedGa
 def copied_parameters(layer: nn.Module, names: GatedLayerNames) -> Iterator[Tensor]:
     """Yield the parameters that `pack_layer` copies."""
     for name in LINEARS:
-        linear: Any = layer.get_submodule(getattr(names, name))
-        yield linear.weight
+        linears = linears_of(layer, names, name)
+        yield from (linear.weight for linear in linears)
+        if len(linears) > 1:
+            yield from (linear.bias for linear in linears if linear.bias is not None)

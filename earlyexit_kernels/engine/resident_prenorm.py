@@ -62,6 +62,9 @@ class PreNormLayers:
     def unsupported_reason(view: ModelView) -> str | None:
         """Return why the kernels cannot run layers that `fused_layers.layers_unsupported_reason` accepts, or None."""
         norm, width = view.exit_norm, view.backbone.config.hidden_size
+        names = cast(GatedLayerNames, view.adapter.names)
+        if len(names.of("qkv")) + len(names.of("inner")) > 2:
+            return "its kernels require query, key and value in one linear, and both halves of the feed-forward in one"
         if norm is None or unlike_norm(norm) or not _is_affine(Norm.of(norm)):
             return f"the norm at the end of the encoder ({type(norm).__name__}) is not a plain LayerNorm with a weight"
         reasons = (_unsupported_reason(own, width) for each in _weights(view) for own in each)
@@ -107,7 +110,7 @@ class PreNormLayers:
         if own.attention_norm is None:
             self._linear(x.hidden, own.qkv, x.qkv, absolute=True)
         else:
-            self._norm(None, None, own.attention_norm, x.context)
+            self._norm(None, None, cast(Norm, own.attention_norm), x.context)
             self._linear(x.context, own.qkv, x.qkv)
         rows_rotary(x.qkv, *turns, rows.starts, offsets, row_ids, heads, self.length, backend=backend)
         columns, starts = (None, None) if own.window is None else (rows.tokens[3], rows.starts)
@@ -155,8 +158,8 @@ def _weights(view: ModelView) -> list[list[GatedWeights]]:
     return [[GatedWeights.of(part, names) for part in view.adapter.parts(layer)] for layer in view.layers]
 
 
-def _is_affine(norm: Norm | None) -> bool:
-    return norm is not None and norm.weight is not None
+def _is_affine(norm: Any) -> bool:
+    return isinstance(norm, Norm) and norm.weight is not None
 
 
 def _unsupported_reason(own: GatedWeights, width: int) -> str | None:

@@ -15,7 +15,7 @@ from earlyexit_kernels.engine.resident import resident_unsupported_reason
 from earlyexit_kernels.errors import BackendUnavailableError
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "eurobert", "roberta-prelayernorm", "deberta-v2", "mpnet"])
+@pytest.mark.parametrize("family", [*DECODERS, "roberta-prelayernorm", "xlm-roberta-xl", "deberta-v2", "mpnet"])
 def test_family_without_fused_layers_is_named(family):
     model = early_exit(family)
     own = type(model.view().layers[0]).__name__

@@ -1,4 +1,4 @@
-"""Fused layers with norms first, rotary positions and a gated feed-forward: equality with ModernBERT's own layers."""
+"""Fused layers with norms first, rotary positions and a gated feed-forward: equality with the layers of the family."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from earlyexit_kernels.errors import BackendUnavailableError
 #: Difference between float32 results, relative to the largest value.
 TOLERANCE = 3e-6
 BIASES = {"attention_bias": True, "mlp_bias": True, "norm_bias": True}
+every_family = pytest.mark.parametrize("family", ["modernbert", "eurobert"])
 #: One row, equal rows, ragged rows, and rows longer than the window of 9 tokens.
 BATCHES = ((1,), (30,), (5, 5, 5), (17, 3, 9, 12), (60, 2, 33, 34))
 #: Largest number of tokens of packed products: all, none, and some.
 PACKED_UP_TO = {"packed": math.inf, "torch": 0, "by size": 20}
 
 
-def pair(**sizes):
+def pair(family="modernbert", **sizes):
     """Return a stock model and two models on its weights, with the family's layers and with fused ones."""
-    base = stock("modernbert", **sizes)
+    base = stock(family, **sizes)
     models = [ee.to_early_exit(base) for _ in range(2)]
     for model, kind in zip(models, ("family", "fused"), strict=True):
         model.set_layers(kind)
@@ -68,10 +69,11 @@ def products(request, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [{}, BIASES], ids=["plain", "biases"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_equals_the_layers_of_the_family(attention, sizes, products):
-    base, own, fused = pair(attention=attention, **sizes)
+@every_family
+def test_equals_the_layers_of_the_family(family, attention, sizes, products):
+    base, own, fused = pair(family, attention=attention, **sizes)
     for lengths in BATCHES:
-        kinds = kinds_of("modernbert") if min(lengths) > 2 else ("full", "right")
+        kinds = kinds_of(family) if min(lengths) > 2 else ("full", "right")
         for kind in kinds:
             batch = batch_for(own, kind, lengths=lengths)
             after = zip(states(fused, batch), states(own, batch), strict=True)
@@ -80,9 +82,10 @@ def test_equals_the_layers_of_the_family(attention, sizes, products):
             assert apart(fused(**batch).logits, base(**batch).logits) <= TOLERANCE
 
 
-def test_rows_leave_at_the_same_layers(products):
-    _, own, fused = pair()
-    for kind in kinds_of("modernbert"):
+@every_family
+def test_rows_leave_at_the_same_layers(family, products):
+    _, own, fused = pair(family)
+    for kind in kinds_of(family):
         batch = batch_for(own, kind)
         for threshold in (0.0, 0.9, 2.0):
             for model in (own, fused):
@@ -93,15 +96,17 @@ def test_rows_leave_at_the_same_layers(products):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu", "silu", "swish", "linear"])
-def test_activations(activation):
-    _, own, fused = pair(hidden_activation=activation)
+@pytest.mark.parametrize(("family", "name"), [("modernbert", "hidden_activation"), ("eurobert", "hidden_act")])
+def test_activations(family, name, activation):
+    _, own, fused = pair(family, **{name: activation})
     batch = batch_for(own)
     assert apart(fused.trace(**batch).logits, own.trace(**batch).logits) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float16, 4e-3), (torch.float64, 2e-6)])
-def test_other_dtypes(dtype, tolerance):
-    _, own, fused = pair()
+@every_family
+def test_other_dtypes(family, dtype, tolerance):
+    _, own, fused = pair(family)
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
     layer = fused.execution.layers.layers(fused.view())[0]
@@ -136,16 +141,18 @@ def test_only_products_are_copied():
         assert not any(x.requires_grad for got in linears for x in (got.weight, got.bias))
 
 
-def test_without_onednn(monkeypatch):
+@every_family
+def test_without_onednn(family, monkeypatch):
     monkeypatch.setattr(fused_gated, "onednn_unsupported_reason", lambda dtype: "no such names")
-    _, own, fused = pair()
+    _, own, fused = pair(family)
     assert fused.execution.layers.layers(fused.view())[0].qkv.packed is None
     batch = batch_for(own)
     assert apart(fused.trace(**batch).logits, own.trace(**batch).logits) <= TOLERANCE
 
 
-def test_copies_start_unpacked_and_agree(tmp_path):
-    model = ee.to_early_exit(stock("modernbert"), criterion=Entropy(threshold=0.9))
+@every_family
+def test_copies_start_unpacked_and_agree(family, tmp_path):
+    model = ee.to_early_exit(stock(family), criterion=Entropy(threshold=0.9))
     batch = batch_for(model)
     expected = model(**batch).logits
     assert model.layer_kind == "fused" and len(model.execution.layers.fused._packed.layers) == DEPTH
@@ -156,9 +163,10 @@ def test_copies_start_unpacked_and_agree(tmp_path):
     assert torch.equal(ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)(**batch).logits, expected)
 
 
+@every_family
 @torch.no_grad()
-def test_rows_that_are_not_numbers_do_not_affect_others():
-    _, _, fused = pair()
+def test_rows_that_are_not_numbers_do_not_affect_others(family):
+    _, _, fused = pair(family)
     view, batch, found = fused.view(), batch_for(fused), []
     hidden, rows, _, request = embed_rows(view, Inputs(**batch), with_keys=False)
     start, end = rows.offsets[1:3].tolist()
@@ -277,9 +285,10 @@ def test_errors_are_those_of_the_family(setting):
         model(**batch_for(model))
 
 
-def test_gates_run_a_layer_on_some_rows():
+@every_family
+def test_gates_run_a_layer_on_some_rows(family):
     """Rows that a gate lets run are gathered, with the positions that they have in the request."""
-    model = ee.to_early_exit(stock("modernbert"), method="smartbert")
+    model = ee.to_early_exit(stock(family), method="smartbert")
     batch = batch_for(model)
     for gate in model.heads.gates:
         nn.init.normal_(gate.out.weight, std=3.0)

@@ -274,7 +274,7 @@ def test_changed_layers_are_refused(name):
     assert reason in resident_unsupported_reason(model.view(), torch.float32)
 
 
-@pytest.mark.parametrize("family", ["eurobert", "llama", "roberta-prelayernorm"])
+@pytest.mark.parametrize("family", ["llama", "roberta-prelayernorm"])
 def test_other_encoders_with_a_norm_at_the_end_are_refused(family):
     model = early_exit(family)
     own = type(model.view().layers[0]).__name__

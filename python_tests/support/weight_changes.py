@@ -21,6 +21,7 @@ import earlyexit_kernels as ee
 BIASES: dict[str, dict[str, Any]] = {
     "bert": {},
     "modernbert": {"attention_bias": True, "mlp_bias": True, "norm_bias": True},
+    "eurobert": {"attention_bias": True, "mlp_bias": True},
 }
 #: Name -> change. Those in `SAME_NUMBERS` keep the values of the weights, up to rounding.
 WAYS: dict[str, Callable[[Any, Any], Any]] = {}
@@ -43,7 +44,10 @@ def layer_of(model: Any, number: int = 1) -> Any:
 def path_of(model: Any, part: str) -> str:
     """Return the dotted name of a part of a layer; query and value may be parts of one linear."""
     names = model.adapter.names
-    return getattr(names, part) if hasattr(names, part) else names.qkv
+    if hasattr(names, part):
+        named = getattr(names, part)
+        return named if isinstance(named, str) else named[0]
+    return names.qkv if isinstance(names.qkv, str) else names.qkv[("query", "key", "value").index(part)]
 
 
 def part_of(model: Any, part: str) -> Any:
@@ -190,7 +194,8 @@ def bias_removed(model, base):
 
 @way
 def eps_changed(model, base):
-    part_of(model, "norm").eps = 0.5
+    norm = part_of(model, "norm")
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 0.5)
 
 
 @way
