@@ -140,7 +140,7 @@ def test_invalid_config_is_refused(saved, load, values, message):
         load(saved)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 def test_other_attention_is_refused(saved, load, attention):
     with pytest.raises(ValueError, match="attn_implementation cannot be chosen"):
         load(saved, attn_implementation=attention)

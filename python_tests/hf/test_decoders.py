@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import DECODERS, LENGTHS, RECTANGULAR, batch_for, early_exit, ragged, stock
+from support.models import ALL_FAMILIES, DECODERS, LENGTHS, RECTANGULAR, batch_for, early_exit, ragged, stock
 
 import earlyexit_kernels as ee
 
@@ -38,18 +38,76 @@ def test_without_a_padding_token_the_mask_tells_the_last_token(family):
     batch = ragged("right", pad=7)
     with pytest.raises(ValueError, match="Cannot handle batch sizes > 1"):
         base(**batch)
-    got = ee.to_early_exit(base)(**batch).logits
-    for row, length in enumerate(LENGTHS):
-        alone = base(input_ids=batch["input_ids"][row : row + 1, :length]).logits[0]
-        assert (got[row] - alone).abs().max() <= TOLERANCE
+    model = ee.to_early_exit(base)
+    alone = torch.cat(
+        [base(input_ids=batch["input_ids"][row : row + 1, :length]).logits for row, length in enumerate(LENGTHS)]
+    )
+    for got in (model(**batch).logits, model.trace(**batch).logits[:, -1], model.fixed_depth()(**batch)[0]):
+        assert (got - alone).abs().max() <= TOLERANCE
 
 
-def test_a_masked_last_token_is_refused():
-    model = early_exit("qwen3")
+@every_decoder
+def test_padding_on_both_sides_is_found_by_the_mask(family):
+    """Each row is padded on another side, one on both; a token is attended to wherever its row begins."""
+    base = stock(family)
+    alone = [torch.arange(7, 7 + length)[None] for length in (9, 4, 6, 3)]
+    batch = {name: torch.zeros(4, 9, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    for row, (ids, start) in enumerate(zip(alone, (0, 0, 3, 2), strict=True)):
+        place = slice(start, start + ids.shape[1])
+        batch["input_ids"][row, place], batch["attention_mask"][row, place] = ids[0], 1
+    model = ee.to_early_exit(base)
+    expected = torch.cat([base(input_ids=ids).logits for ids in alone])
+    for got in (model(**batch).logits, model.trace(**batch).logits[:, -1], model.fixed_depth()(**batch)[0]):
+        assert (got - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in DECODERS])
+def test_an_encoder_answers_a_row_without_its_masked_last_token(family):
+    model = early_exit(family)
     batch = batch_for(model)
     batch["attention_mask"][2, LENGTHS[2] - 1] = 0
-    with pytest.raises(ValueError, match=r"attention_mask: the last token of row 2 that is not padding is masked"):
-        model(**batch)
+    alone = model(input_ids=batch["input_ids"][2:3, : LENGTHS[2] - 1]).logits
+    for got in (model(**batch).logits, model.fixed_depth()(**batch)[0]):
+        assert (got[2:3] - alone).abs().max() <= TOLERANCE
+
+
+@every_decoder
+def test_a_masked_last_token_is_refused(family):
+    model = early_exit(family)
+    batch = batch_for(model)
+    batch["attention_mask"][2, LENGTHS[2] - 1] = 0
+    for call in (model, model.trace, model.fixed_depth()):
+        with pytest.raises(ValueError, match=r"attention_mask: the last token of row 2 that is not padding is masked"):
+            call(**batch)
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "least"),
+    [
+        *((family, "sliding_window", 1) for family in ("mistral", "qwen2", "gemma2", "gemma3_text")),
+        ("modernbert", "local_attention", 0),  # columns on both sides, of which the layer takes half, and its own
+    ],
+)
+def test_windows_of_no_column_are_refused(family, size, least):
+    base = stock(family, **{size: least})
+    batch = batch_for(base)
+    assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
+    with pytest.raises(ValueError, match="sliding_window: expected at least 1, got 0 from "):
+        ee.to_early_exit(stock(family, **{size: least - 2 if family == "modernbert" else 0}))(**batch)
+
+
+@pytest.mark.parametrize("family", ["modernbert", "eurobert", *DECODERS])
+def test_positions_beyond_the_angles_are_refused(family):
+    model, ids = early_exit(family), torch.full((1, 70), 7)
+    positions = torch.arange(70)[None]
+    assert torch.equal(model(ids, position_ids=positions).logits, model(ids).logits)
+    for wrong in (70, -1):
+        for call in (model, model.trace):
+            with pytest.raises(ValueError, match=rf"position_ids: expected ids in \[0, 69\], got {wrong}"):
+                call(input_ids=ids, position_ids=positions.index_fill(1, torch.tensor(3), wrong))
+    for call in (model, model.trace, model.fixed_depth()):
+        with pytest.raises(ValueError, match="a row may have 70 tokens in this model, got 71"):
+            call(input_ids=torch.full((1, 71), 7))
 
 
 @every_decoder
@@ -73,11 +131,6 @@ def test_angles_that_depend_on_the_batch_are_refused(kind):
     base.config.rope_parameters = {**base.config.rope_parameters, "rope_type": kind, "factor": 2.0}
     with pytest.raises(ValueError, match=rf"rope_type '{kind}' is not supported: its angles depend on the longest row"):
         ee.to_early_exit(base)
-
-
-def test_rows_longer_than_the_positions_are_refused():
-    with pytest.raises(ValueError, match="a row may have 70 tokens in this model, got 71"):
-        early_exit("modernbert")(input_ids=torch.full((1, 71), 7))
 
 
 @pytest.mark.parametrize("family", RECTANGULAR)

@@ -40,7 +40,7 @@ def same(out, expected, tolerance=1e-5):
 def test_attention_cannot_be_set_on_the_model():
     model, batch = varied()
     expected = model(**batch)
-    for attention in ("sdpa", "eager"):
+    for attention in ("sdpa", "eager", "flash_attention_2", "flex_attention"):
         with pytest.raises(ValueError, match="attn_implementation cannot be chosen"):
             model.set_attn_implementation(attention)
     same(model(**batch), expected, 0.0)
@@ -57,6 +57,31 @@ def test_attention_set_on_the_backbone_is_refused(family, attention):
         with pytest.raises(ee.AttentionReplacedError, match=f"attention to be 'earlyexit_packed', got '{attention}'"):
             call(**batch)
         model.eval()
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", None])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_attention_written_to_the_config_is_refused(family, attention):
+    model = early_exit(family)
+    batch, own = batch_for(model), model.backbone.config._attn_implementation
+    fixed = model.fixed_depth()
+    model.backbone.config._attn_implementation = attention
+    for call in (model, model.trace, fixed, model.stream):
+        with pytest.raises(ee.AttentionReplacedError, match=f"attention to be '{own}', got {attention!r}"):
+            list(call(**batch))
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mistral", "deberta-v2"])
+def test_attention_of_the_stock_model_is_not_taken_over(family, attention):
+    """A stock model on a GPU may have flash attention, which is not what its exits run on."""
+    base = stock(family)
+    batch, stated = batch_for(base), base.config._attn_implementation
+    expected = base(**batch).logits
+    base.config._attn_implementation = attention
+    model = ee.to_early_exit(base)
+    assert (model(**batch).logits - expected).abs().max() <= 1e-5
+    assert base.config._attn_implementation == attention != stated
 
 
 def test_attention_of_a_config_is_refused_or_packed():
