@@ -19,12 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import early_exit
 from test_layering import MAY_IMPORT
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.backbones import BACKBONES
-from earlyexit_kernels.engine.resident import resident_unsupported_reason
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -250,20 +247,3 @@ def test_docstring_examples_run(name, in_empty_folder):
     for test in tests:
         runner.run(test, out=report.write)
     assert not runner.failures, report.getvalue()
-
-
-def test_the_table_of_families_tells_which_layers_run():
-    """Rows of docs/limits.md: family, fused layers on a CPU, CUDA graph."""
-    section = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8").split("## Models", 1)[1].split("\n\n")[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()[2:]]
-    told = {}
-    for names, *columns in rows:
-        for name in names.split(", "):
-            family = re.findall(r"`([^`]+)`", name) or [name.lower()]
-            told[family[0]] = [cell.split(":")[0] for cell in columns]
-    assert sorted(told) == sorted(BACKBONES)
-    for family, columns in told.items():
-        model = early_exit(family)
-        fused = model.execution.layers.fused.unsupported_reason(model.adapter, model.backbone) is None
-        graph = resident_unsupported_reason(model.view(), torch.float32) is None
-        assert columns == [{True: "yes", False: "no"}[kind] for kind in (fused, graph)], family
