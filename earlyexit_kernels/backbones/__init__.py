@@ -8,6 +8,7 @@ from earlyexit_kernels.arguments import defined_again
 from earlyexit_kernels.backbones.albert import ALBERT
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    EmbeddingSum,
     GatedLayerNames,
     LayerNames,
     StockHead,
@@ -38,6 +39,7 @@ from earlyexit_kernels.backbones.roberta import (
 __all__ = [
     "BACKBONES",
     "BackboneAdapter",
+    "EmbeddingSum",
     "GatedLayerNames",
     "LayerNames",
     "StockHead",

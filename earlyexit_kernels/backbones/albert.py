@@ -9,10 +9,10 @@ from torch import nn
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    EmbeddingSum,
     LayerNames,
     StockHead,
     column_positions,
-    embed_with_types,
     position_limit,
 )
 
@@ -37,7 +37,7 @@ ALBERT = BackboneAdapter(
     model_type="albert",
     base="albert",
     head=StockHead(dense="albert.pooler"),
-    embed=embed_with_types,
+    embed=EmbeddingSum(),
     layers=_layers,
     positions=column_positions,
     longest=position_limit,

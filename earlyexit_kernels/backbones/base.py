@@ -101,6 +101,33 @@ class GatedLayerNames:
         return (names,) if isinstance(names, str) else names
 
 
+@dataclass(frozen=True)
+class EmbeddingSum:
+    """`BackboneAdapter.embed` of a family whose module ``embeddings`` returns a norm of a sum of embeddings.
+
+    That is ``norm(words id + types type + positions position)``, which a CUDA graph computes in one kernel.
+
+    Attributes:
+        words, positions, types: dotted names of the embeddings; None for positions or types that are not added, which
+            the module then does not take as `position_ids` or `token_type_ids` either.
+        norm: dotted name of the layer norm.
+    """
+
+    words: str = "word_embeddings"
+    positions: str | None = "position_embeddings"
+    types: str | None = "token_type_embeddings"
+    norm: str = "LayerNorm"
+
+    def __call__(self, backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+        """Return the embeddings by the family's module."""
+        given = {"input_ids": ids}
+        if self.positions is not None:
+            given["position_ids"] = positions
+        if self.types is not None:
+            given["token_type_ids"] = types
+        return backbone.embeddings(**given)  # type: ignore[operator]
+
+
 def single(layer: nn.Module) -> Sequence[nn.Module]:
     """Return a layer that is one encoder layer as a sequence of length 1."""
     return (layer,)
@@ -127,7 +154,8 @@ class BackboneAdapter:
         model_type: of the family's config.
         base: name of the encoder in the stock classifier.
         head: the stock classification head.
-        embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> [1, T, E]``, the embeddings of packed tokens.
+        embed: ``(backbone, ids [1, T], positions [1, T], types [1, T]) -> [1, T, E]``, the embeddings of packed tokens;
+            an `EmbeddingSum` if they are a norm of a sum.
         layers: ``backbone ->`` the L layers in order of use, each called as ``layer(hidden, plan=...)``; the
             layer must pass `plan` on to the attention function.
         positions: ``(backbone, input_ids [N, S]) -> [N, S]``, positions as the stock model computes them from padded

@@ -2,9 +2,9 @@
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    EmbeddingSum,
     StockHead,
     column_positions,
-    embed_with_types,
     encoder_layers,
     position_limit,
 )
@@ -13,7 +13,7 @@ BERT = BackboneAdapter(
     model_type="bert",
     base="bert",
     head=StockHead(dense="bert.pooler.dense"),
-    embed=embed_with_types,
+    embed=EmbeddingSum(),
     layers=encoder_layers,
     positions=column_positions,
     longest=position_limit,

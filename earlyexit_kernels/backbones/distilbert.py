@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from earlyexit_kernels.backbones.base import BackboneAdapter, LayerNames, StockHead, column_positions, position_limit
-
-
-def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-    embeddings: Any = backbone.embeddings
-    return embeddings(input_ids=ids, position_ids=positions)
+from earlyexit_kernels.backbones.base import (
+    BackboneAdapter,
+    EmbeddingSum,
+    LayerNames,
+    StockHead,
+    column_positions,
+    position_limit,
+)
 
 
 def _layers(backbone: nn.Module) -> Sequence[nn.Module]:
@@ -24,7 +26,7 @@ DISTILBERT = BackboneAdapter(
     model_type="distilbert",
     base="distilbert",
     head=StockHead(dense="pre_classifier", activation="relu"),
-    embed=_embed,
+    embed=EmbeddingSum(types=None),
     layers=_layers,
     positions=column_positions,
     longest=position_limit,

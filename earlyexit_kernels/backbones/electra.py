@@ -6,9 +6,9 @@ from torch import nn
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    EmbeddingSum,
     StockHead,
     column_positions,
-    embed_with_types,
     encoder_layers,
     position_limit,
 )
@@ -28,7 +28,7 @@ ELECTRA = BackboneAdapter(
         activation="gelu",
         dropout_before_dense=True,
     ),
-    embed=embed_with_types,
+    embed=EmbeddingSum(),
     layers=encoder_layers,
     positions=column_positions,
     longest=position_limit,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
+    EmbeddingSum,
     GatedLayerNames,
     StockHead,
     column_positions,
@@ -20,11 +21,6 @@ from earlyexit_kernels.backbones.base import (
 
 #: `classifier_pooling` of the config -> `HeadConfig.family_pooling`.
 POOLINGS = {"cls": "first", "mean": "mean"}
-
-
-def _embed(backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-    embeddings: Any = backbone.embeddings
-    return embeddings(input_ids=ids)
 
 
 def _norm(backbone: nn.Module) -> nn.Module:
@@ -45,7 +41,7 @@ MODERNBERT = BackboneAdapter(
     model_type="modernbert",
     base="model",
     head=StockHead(dense="head.dense", norm="head.norm", dropout="drop", settings=_settings),
-    embed=_embed,
+    embed=EmbeddingSum(words="tok_embeddings", positions=None, types=None, norm="norm"),
     layers=layers_of,
     positions=column_positions,
     longest=position_limit,

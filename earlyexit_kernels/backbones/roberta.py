@@ -12,7 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from earlyexit_kernels.backbones.base import BackboneAdapter, StockHead, embed_with_types, encoder_layers
+from earlyexit_kernels.backbones.base import (
+    BackboneAdapter,
+    EmbeddingSum,
+    StockHead,
+    embed_with_types,
+    encoder_layers,
+)
 
 
 def _positions(backbone: nn.Module, input_ids: Tensor) -> Tensor:
@@ -33,7 +39,7 @@ ROBERTA = BackboneAdapter(
         dropout="classifier.dropout",
         dropout_before_dense=True,
     ),
-    embed=embed_with_types,
+    embed=EmbeddingSum(),
     layers=encoder_layers,
     positions=_positions,
     longest=_longest,
@@ -55,4 +61,7 @@ def _norm_of_encoder(backbone: nn.Module) -> nn.Module:
 ROBERTA_PRELAYERNORM = dataclasses.replace(
     ROBERTA, model_type="roberta-prelayernorm", base="roberta_prelayernorm", names=None, exit_norm=_norm
 )
-XLM_ROBERTA_XL = dataclasses.replace(ROBERTA, model_type="xlm-roberta-xl", names=None, exit_norm=_norm_of_encoder)
+#: Its embeddings have no norm.
+XLM_ROBERTA_XL = dataclasses.replace(
+    ROBERTA, model_type="xlm-roberta-xl", embed=embed_with_types, names=None, exit_norm=_norm_of_encoder
+)

@@ -25,17 +25,17 @@ def hooked(module: nn.Module) -> bool:
 def parts_unsupported_reason(
     layer: nn.Module,
     checks: Mapping[str, Callable[[nn.Module], str | None]],
-    attention: str,
+    attention: str | None,
     refused: Sequence[str] = ATTENTION_SETTINGS,
 ) -> str | None:
-    """Return why a layer may compute something else than its parts tell, or None if it does not.
+    """Return why a layer or embeddings may compute something else than their parts tell, or None if they do not.
 
     Everything unknown is refused: an adapter inside the layer, a hook, a quantized linear.
 
     Args:
-        layer: of a family.
+        layer: of a family, or its embeddings.
         checks: dotted name of each part ``->`` why the module there is not such a part, or None.
-        attention: dotted name of the module that computes attention from some of the parts.
+        attention: dotted name of the module that computes attention from some of the parts; None for embeddings.
         refused: those of `ATTENTION_SETTINGS` that this module, or its config, may not have.
     """
     found = dict(layer.named_modules())

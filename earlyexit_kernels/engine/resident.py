@@ -23,6 +23,7 @@ from earlyexit_kernels.engine.fused_layers import layers_unsupported_reason
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
+from earlyexit_kernels.engine.resident_embedding import embedding_of
 from earlyexit_kernels.engine.resident_exits import exits_of, exits_unsupported_reason, exits_with_scalar
 from earlyexit_kernels.engine.resident_postnorm import PostNormLayers
 from earlyexit_kernels.engine.resident_prenorm import PreNormLayers
@@ -119,6 +120,8 @@ class ResidentLoop:
     Attributes:
         counts: ``[L + 1, 6]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
             `ops.resident_exit`.
+        embedded: ``[T, E]``, the embeddings: the first side of the hidden states, or a buffer of their own where they
+            are narrower.
         groups: the layers from one exit to the next; each group but the first can be put into a conditional node.
     """
 
@@ -141,10 +144,14 @@ class ResidentLoop:
         self.request = RequestExits.new(
             self.rule, rows=bucket.rows, classes=view.classes, depth=self.depth, device=self.device
         )
-        self.first_state = self.request.state.clone()
+        self.first_state = self.request.state[:, 0].clone()
         self.counts = torch.zeros(self.depth + 1, COUNTS, dtype=torch.int32, device=self.device)
         self.groups = _groups(self.rule, self.depth)
         self.source = exits_of(view.heads, self.activations, backend)
+        self.first_side = self.embedded = self.activations.hidden[: bucket.tokens]
+        if self.widen is not None:
+            self.embedded = self.first_side.new_zeros(bucket.tokens, self.widen.weight.shape[1])
+        self.embed = embedding_of(view, self.rows, self.embedded, backend)
 
     @property
     def answers(self) -> Tensor:
@@ -204,23 +211,17 @@ class ResidentLoop:
         self._leave(group[-1], handle)
 
     def _begin(self) -> None:
-        """Pack and embed the tokens, and reset the state of the rows."""
-        batch, rows, view = self.batch, self.rows, self.view
-        self.counts.zero_()
+        """Pack and embed the tokens, and reset the counts and the state of the rows."""
+        batch, rows, view, first_side = self.batch, self.rows, self.view, self.first_side
         self.pack(
-            batch.size, batch.ids, batch.mask, batch.positions, batch.types,
-            rows.found, rows.row_ids, rows.offsets, rows.tokens, self.counts[0, :4],
+            batch.size, batch.ids, batch.mask, batch.positions, batch.types, rows.found, rows.row_ids, rows.offsets,
+            rows.tokens, self.counts.view(-1), self.first_state, self.request.state,
         )  # fmt: skip
-        ids, positions, types, _ = rows.tokens[:, None]
-        embedded = view.adapter.embed(view.backbone, ids, positions, types)[0]
-        first_side = self.activations.hidden[: self.bucket.tokens]
-        if self.widen is None:
-            first_side.copy_(embedded)
-        else:
+        self.embed()
+        if self.widen is not None:
             weight, bias = self.widen.weight, self.widen.bias
-            rows_linear(embedded, weight, bias, rows.offsets, first_side, backend=self.backend)
-        self.run_layer = self.layers.begin(embedded)
-        self.request.state.copy_(self.first_state)
+            rows_linear(self.embedded, weight, bias, rows.offsets, first_side, backend=self.backend)
+        self.run_layer = self.layers.begin(self.embedded)
         if self.rule.needs is not None:
             first = PackedStates(self.activations.hidden, rows.offsets, AttentionPlan(), view.exit_norm)
             self.source = exits_with_scalar(view.heads, self.rule.needs, first)

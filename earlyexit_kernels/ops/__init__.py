@@ -13,6 +13,7 @@ from earlyexit_kernels.ops.packed_layer import PackedWeights, pack_weights, pack
 from earlyexit_kernels.ops.resident_exit import resident_exit
 from earlyexit_kernels.ops.rows_add_norm import rows_add_norm
 from earlyexit_kernels.ops.rows_attention import rows_attention
+from earlyexit_kernels.ops.rows_embed import rows_embed
 from earlyexit_kernels.ops.rows_glu import rows_glu
 from earlyexit_kernels.ops.rows_linear import rows_linear
 from earlyexit_kernels.ops.rows_mean import rows_mean
@@ -35,6 +36,7 @@ __all__ = [
     "resident_exit",
     "rows_add_norm",
     "rows_attention",
+    "rows_embed",
     "rows_glu",
     "rows_linear",
     "rows_mean",

@@ -39,7 +39,11 @@ PACKED_LAYER = (
 GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
 PACK_TOKENS = (
     "(Tensor batch, Tensor ids, Tensor mask, Tensor positions, Tensor types, Tensor(a!) found, Tensor(b!) row_ids, "
-    "Tensor(c!) offsets, Tensor(d!) tokens, Tensor(e!) counts) -> ()"
+    "Tensor(c!) offsets, Tensor(d!) tokens, Tensor(e!) counts, Tensor first_state, Tensor(f!) state) -> ()"
+)
+ROWS_EMBED = (
+    "(Tensor tokens, Tensor words, Tensor? positions, Tensor? types, Tensor weight, Tensor bias, float eps, "
+    "Tensor offsets, Tensor(a!) out) -> ()"
 )
 ROWS_LINEAR = (
     "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor offsets, Tensor(a!) out, str activation, bool absolute, "

@@ -45,6 +45,16 @@ def given(op) -> dict:
         },
         "rows_mean": {"hidden": torch.zeros(2 * T, H), "row_ids": row_ids, "out": torch.zeros(R, H)},
         "rows_glu": {"x": torch.zeros(T, 2 * H), "out": torch.zeros(T, H), "activation": "gelu"},
+        "rows_embed": {
+            "tokens": torch.tensor([[4, 0, 1, 9], [2, 1, 0, 9], [1, 0, 0, 9], [9, 9, 9, 9]]),
+            "words": torch.zeros(N, H),
+            "positions": torch.zeros(3, H),
+            "types": torch.zeros(2, H),
+            "weight": torch.zeros(H),
+            "bias": torch.zeros(H),
+            "eps": 1e-5,
+            "out": torch.zeros(T, H),
+        },
         "rows_add_norm": {
             "x": torch.zeros(T, H),
             "residual": torch.zeros(T, H),
@@ -145,6 +155,21 @@ REFUSED = {
         **OUT,
         "x_width": ({"x": torch.zeros(T, H)}, ("x", "[4, 12]", "got [4, 6]")),
         "activation": ({"activation": "swish"}, ("activation", "'gelu_tanh'", "got 'swish'")),
+    },
+    "rows_embed": {
+        **OFFSETS,
+        **OUT,
+        "tokens_shape": ({"tokens": torch.zeros(3, T).long()}, ("tokens", "[4, 4]", "got [3, 4]")),
+        "tokens_dtype": (
+            {"tokens": torch.zeros(4, T, dtype=torch.int32)},
+            ("tokens", "torch.int64", "got torch.int32"),
+        ),
+        "words_width": ({"words": torch.zeros(N, 7)}, ("words", "['*', 6]", "got [5, 7]")),
+        "positions_dtype": ({"positions": torch.zeros(3, H).half()}, ("positions", "got torch.float16")),
+        "bias": ({"bias": torch.zeros(H + 1)}, ("bias", "[6]", "got [7]")),
+        "word": ({"words": torch.zeros(4, H)}, ("indices of words in [0, 3]", "got 0 to 4")),
+        "position": ({"positions": torch.zeros(2, H)}, ("indices of positions in [0, 1]", "got 0 to 2")),
+        "type": ({"tokens": -torch.ones(4, T).long(), "positions": None}, ("indices of words", "got -1 to -1")),
     },
     "rows_add_norm": {
         **OFFSETS,

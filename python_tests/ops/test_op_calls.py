@@ -269,6 +269,17 @@ OVERLAPS = {
         },
         ("out",),
     ),
+    "rows_embed": (
+        lambda: {
+            "tokens": torch.zeros(4, 4).long(),
+            **{name: torch.zeros(2, H) for name in ("words", "positions", "types")},
+            **{name: torch.zeros(H) for name in ("weight", "bias")},
+            "eps": 1e-5,
+            "offsets": int32([0, 2]),
+            "out": torch.zeros(4, H),
+        },
+        ("out",),
+    ),
     "rows_add_norm": (
         lambda: {
             "x": torch.zeros(4, H),

@@ -67,6 +67,7 @@ def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
         "rows_rotary": (qkv.detach(), x[:, : H // 2], x[:, H // 2 :], starts, offsets, row_ids, 2, 2),
         "rows_mean": (hidden, offsets, row_ids, torch.zeros(3, H)),
         "rows_glu": (hidden.view(4, -1), offsets, out.detach(), "gelu"),
+        "rows_embed": (torch.ones(4, 4).long(), hidden, weight, x, bias, bias.detach(), 1e-5, offsets, out.detach()),
         "rows_add_norm": (
             x,
             None,
@@ -87,7 +88,8 @@ def pack_arguments() -> tuple:
     batch = torch.tensor([2, 3, 1, 1, 1], dtype=torch.int32)
     ids, mask, positions, types = torch.randint(1, 9, (4, 3, 4))
     found, row_ids, offsets, counts = (torch.full(s, 9, dtype=torch.int32) for s in ((2, 3), (3,), (4,), (4,)))
-    return batch, ids, mask, positions, types, found, row_ids, offsets, torch.full((4, 12), 9), counts
+    tokens, states = torch.full((4, 12), 9), (torch.tensor([1.0, 2.0]), torch.zeros(2, 3))
+    return batch, ids, mask, positions, types, found, row_ids, offsets, tokens, counts, *states
 
 
 def resident_arguments(source="logits") -> tuple:
@@ -129,6 +131,7 @@ ENCODER_OPS = (
     "rows_rotary",
     "rows_mean",
     "rows_glu",
+    "rows_embed",
 )
 CASES = {
     "logits": ("exit_step", lambda: exit_step_arguments()),
@@ -154,6 +157,10 @@ CASES = {
     "packed_layer_empty": ("packed_layer", lambda: packed_layer_arguments(tokens=False)),
     "layer_buckets": ("encoder_layer", lambda: layer_arguments(2)),
     "attention_without_a_window": ("rows_attention", lambda: (*encoder_arguments("rows_attention")[:6], *[None] * 3)),
+    "words_alone": (
+        "rows_embed",
+        lambda: (*encoder_arguments("rows_embed")[:2], None, None, *encoder_arguments("rows_embed")[4:]),
+    ),
     "norm_alone": ("rows_add_norm", lambda: (None, None, *encoder_arguments("rows_add_norm")[2:-1], None)),
     **{op: (op, functools.partial(encoder_arguments, op)) for op in ENCODER_OPS},
     **{f"{op}_grad": (op, functools.partial(encoder_arguments, op, grad=True)) for op in ENCODER_OPS},

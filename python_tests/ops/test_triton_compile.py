@@ -109,19 +109,6 @@ def test_state_is_read_before_a_barrier_and_written_after(name, block):
 
 
 @pytest.mark.parametrize("capability", TARGETS)
-@pytest.mark.parametrize("name", ["count_tokens_kernel", "pack_tokens_kernel"])
-def test_pack_tokens_compiles(name, capability, tmp_path):
-    kernel = getattr(importlib.import_module("earlyexit_kernels.ops.pack_tokens"), name)
-    longs = dict.fromkeys(("ids", "mask", "positions", "types", "tokens"), "*i64")
-    types = by_name(kernel) | {n: t for n, t in longs.items() if n in kernel.arg_names}
-    types |= dict.fromkeys({"rows", "width", "capacity"} & set(kernel.arg_names), "i32")
-    blocks = {"BLOCK": 512, "BLOCK_ROWS": 1024}
-    assert_in_registers(
-        compile_for(capability, kernel, types, {n: v for n, v in blocks.items() if n in kernel.arg_names}), tmp_path
-    )
-
-
-@pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize(
     ("room", "kernel", "block"),
     [
@@ -153,6 +140,11 @@ def compile_launch(capability, monkeypatch, op, *arguments):
     with monkeypatch.context() as patch:
         patch.setattr(module, f"{op}_kernel", recorder)
         getattr(module, f"{op}_triton")(*arguments)
+    return compile_recorded(capability, kernel, recorder)
+
+
+def compile_recorded(capability, kernel, recorder):
+    """Compile what has been launched."""
     given = zip(kernel.arg_names, recorder.given, strict=False)
     types = {name: TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32" for name, value in given}
     constants = {name: value for name, value in recorder.keywords.items() if name in kernel.arg_names}
@@ -354,6 +346,7 @@ def test_launches_compile_for_other_architectures(capability, launch, monkeypatc
         "rows_add_norm",
         "first_tokens_linear",
         "rows_glu",
+        "rows_embed",
     ],
 )
 def test_kernels_are_not_specialized_on_batch_sizes(name):

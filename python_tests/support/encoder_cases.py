@@ -226,6 +226,42 @@ def true_add_norm(values, how, dtype) -> Tensor:
     return F.layer_norm(total, (H,), weight, bias, EPS)
 
 
+#: Sizes of the tables of words, positions and types; the first has one more word, of NaN.
+TABLES = (16, 8, 2)
+
+
+def indices_of(values) -> Tensor:
+    """Return word, position and type of each token ``[3, n]`` by the signs of its values; NaN is the last word."""
+    bits = (values[:, :8] > 0).long()
+    words, positions, types = (bits[:, a:b] @ 2 ** torch.arange(b - a) for a, b in ((0, 4), (4, 7), (7, 8)))
+    return torch.stack((words.masked_fill(values[:, 0].isnan(), TABLES[0]), positions, types))
+
+
+def tables_of(dtype, how) -> list[Tensor | None]:
+    """Return the tables of words, positions and types."""
+    words, positions, types = (parameters(size, H, dtype=dtype)[0] for size in TABLES)
+    words = torch.cat((words, torch.full_like(words[:1], torch.nan)))
+    without = how.get("without", "")
+    return [words, None if "positions" in without else positions, None if "types" in without else types]
+
+
+def run_embed(layout, values, dtype, backend, how) -> Tensor:
+    tokens = torch.full((4, layout.capacity), 10**6)
+    for row, value in enumerate(values):
+        tokens[:3, layout.tokens(row, absolute=False)] = indices_of(value)
+    out = torch.full((layout.capacity, H), UNTOUCHED, dtype=dtype)
+    norm = *parameters(H, dtype=dtype), EPS
+    ops.rows_embed(tokens, *tables_of(dtype, how), *norm, layout.offsets, out, backend=backend)
+    return out
+
+
+def true_embed(values, how, dtype) -> Tensor:
+    weight, bias = (p.double() for p in parameters(H, dtype=dtype))
+    found = zip(tables_of(dtype, how), indices_of(values), strict=True)
+    total = sum(table.double()[index] for table, index in found if table is not None)
+    return F.layer_norm(total, (H,), weight, bias, EPS)
+
+
 @dataclass(frozen=True)
 class Subject:
     """An op to test.
@@ -285,6 +321,9 @@ SUBJECTS = {
     ),
     "rows_mean": Subject(run_mean, true_mean, ({"columns": 72}, {"columns": H}), tokens=False, writes_left=False),
     "rows_glu": Subject(run_glu, true_glu, ({"activation": "gelu"}, {"activation": "relu"})),
+    "rows_embed": Subject(
+        run_embed, true_embed, ({}, {"without": "types"}, {"without": "positions"}, {"without": "positions and types"})
+    ),
     "rows_add_norm": Subject(
         run_add_norm,
         true_add_norm,
