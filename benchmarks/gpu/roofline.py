@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.end_to_end.forced import NEVER
+from earlyexit_kernels.ops.pack_tokens import COUNTED_TOKENS
 from earlyexit_kernels.ops.rows_linear_tma import TMA_TILES, tma_tiles
 from earlyexit_kernels.ops.tiles import ENOUGH_TILES, SUM_PARTS, Tiles, few_tiles, tiles_for
 from earlyexit_kernels.tuning.report import markdown_table
@@ -53,8 +54,11 @@ class Card:
 
 
 CARD = Card()
-#: Microseconds of an exit beside its gap, of an IF node, and of everything before layer 1.
-EXIT, NODE, FRONT = 4.5, 3.0, 28.0
+#: Microseconds of an exit beside its gap, and of an IF node.
+EXIT, NODE = 4.5, 3.0
+#: Microseconds of a kernel before layer 1, but for bytes. In `pack_tokens` and `rows_embed` three loads wait for each
+#: other (sizes, mask, ids; count, index, embedding), of which the fixed time of a kernel has one: 1.5 + 1.2 + 2 x 0.75.
+FRONT = CARD.launch + CARD.gap + 2 * CARD.latency
 #: Name of a product -> weights side by side, columns and terms of a sum, and whether K is summed in parts.
 PRODUCTS = {
     "query, key, value": (3, WIDTH, WIDTH, False),
@@ -109,9 +113,22 @@ def product_us(name: str, tokens: int, capacity: int) -> float:
     return launches * (math.ceil(count / processors) * tile + CARD.launch + CARD.gap)
 
 
+def front_us(tokens: int) -> float:
+    """Return the time before layer 1: two kernels, or three where the tokens are counted first.
+
+    Embeddings of words and positions are read and the sum is written; those of types stay in the L1 cache.
+    """
+    return (2 + (tokens > COUNTED_TOKENS)) * FRONT + tokens * 3 * WIDTH * BYTES / _source(tokens)
+
+
+def _source(tokens: int) -> float:
+    """Return the bytes per microsecond of kernels that read what the kernel before has written."""
+    return CARD.memory if tokens > 8192 else CARD.l2
+
+
 def layer_us(tokens: int, capacity: int) -> dict[str, float]:
     """Return the times of one encoder layer by part."""
-    bytes_of_token, source = WIDTH * BYTES, CARD.memory if tokens > 8192 else CARD.l2
+    bytes_of_token, source = WIDTH * BYTES, _source(tokens)
     attention = tokens * 4 * bytes_of_token / source + 2 * CARD.launch
     # parts of the product are written and read as float32; its only write otherwise belongs to the product
     parts = parts_of(capacity, WIDTH, in_parts=True)
@@ -126,7 +143,7 @@ def layer_us(tokens: int, capacity: int) -> dict[str, float]:
 
 def pass_us(rows: int, exits: str) -> dict[str, float]:
     """Return the times of one pass by part; at mean depth 6 as many rows leave at every layer."""
-    found = {**dict.fromkeys(PARTS, 0.0), "rest": FRONT}
+    found = {**dict.fromkeys(PARTS, 0.0), "rest": front_us(rows * LENGTH)}
     for layer in range(1, LAYERS + 1):
         if exits != NEVER and rows == 1 and layer > LAYERS / 2:
             found["rest"] += CARD.launch  # an IF node that is skipped

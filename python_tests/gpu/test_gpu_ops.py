@@ -8,6 +8,7 @@ import pytest
 import torch
 from ops import test_encoder_ops as encoder
 from ops import test_exit_step as steps
+from ops import test_pack_tokens as packs
 from ops import test_resident_exit as residents
 from support import encoder_cases
 from support.compaction_cases import PATTERNS
@@ -119,6 +120,15 @@ class OnDevice:
 def test_encoder_ops_against_float64(way, dtype, name, device, backend, monkeypatch):
     monkeypatch.setattr(encoder_cases, "ops", OnDevice(device))
     encoder.test_equals_float64_and_writes_only_present_tokens(way, backend, dtype, name)
+
+
+@everywhere(
+    ["counted", "masked", "shape"], list(itertools.product((4096, 0), (True, False), packs.SHAPES)), ("triton",)
+)
+def test_pack_tokens_in_one_and_two_launches(counted, masked, shape, device, backend, monkeypatch):
+    monkeypatch.setattr(packs, "pack_tokens", OnDevice(device).pack_tokens)
+    monkeypatch.setattr(packs.op, "COUNTED_TOKENS", counted)
+    packs.test_equals_pack(*shape, masked, backend, None)
 
 
 #: Sizes of BERT-base; on the CPU small ones, which show that the test runs.
