@@ -74,6 +74,21 @@ def test_as_close_to_float64_as_the_module_of_the_family(family, dtype, backend)
     assert 0 < error <= 1.25 * allowed
 
 
+def test_a_row_with_an_id_beyond_the_vocabulary_is_invalid(backend):
+    """On CUDA the ids of a batch are not checked, since that would synchronise."""
+    model = early_exit("bert", pooling="first", criterion=Patience(patience=1))
+    batch = batch_for(model)
+    loop = loaded(model, batch, backend)
+    loop.launch()
+    clean = loop.answers.clone()
+    batch["input_ids"][1, 2] = 10**6
+    loop = loaded(model, batch, backend)
+    loop.launch()
+    others = [0, 2, 3]
+    assert loop.answers[1].isnan().all() and loop.counts[1:, 2].tolist() == [1] * model.depth
+    torch.testing.assert_close(loop.answers[others], clean[others], atol=1e-5, rtol=1e-4)
+
+
 class Launches(TorchDispatchMode):
     """Names of the ops that are called, but for views."""
 
