@@ -17,7 +17,9 @@ hypothesis.settings.load_profile("here")
 # test processes run in parallel, and more threads than cores would slow them down
 torch.set_num_threads(1)
 
-pytest_plugins = ("support.fake_gpu", "support.gpu_checks", "support.graph_captures", "support.small_models")
+pytest_plugins = tuple(
+    f"support.{name}" for name in ("fake_capture", "fake_gpu", "gpu_checks", "graph_captures", "small_models")
+)
 
 FLIPS = "decision flips"
 #: Status of a test process that ends because its device does not work any more.

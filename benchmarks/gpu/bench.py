@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import Call, Record, Variant, do_nothing, ratio_fields, record_header, time_fields
 from benchmarks.machine import DTYPES, NotMeasuredError, l2_filler
-from earlyexit_kernels.backends import NAMESPACE, available_backends
+from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.engine.capturing import available_nodes, record
+from earlyexit_kernels.engine.resident import Nodes
 from earlyexit_kernels.tuning.timing import interleave
 
 
@@ -84,33 +85,27 @@ class Bench:
                 call()
         return graph.replay
 
-    def conditional_graph(self, record: Callable[[Any], None], warm_up: Call = do_nothing) -> Call:
-        """Capture a graph with IF nodes; return what launches it.
+    def conditional_graph(self, launch: Callable[[Nodes | None], None], warm_up: Call = do_nothing) -> Call:
+        """Capture a graph with IF nodes, those that the exits of this bench set; return what replays it.
 
         Args:
-            record: called with the graph while the stream captures, for its handles and nodes.
+            launch: called with the nodes while the stream captures.
             warm_up: launches the same on that stream, without nodes; the libraries keep their workspaces by stream.
 
         Raises:
-            NotMeasuredError: the extension lacks the class.
+            NotMeasuredError: there are no nodes.
         """
-        if reason := available_backends("cuda")["cpp"]:
-            raise NotMeasuredError(f"no graphs with IF nodes: {reason}")
-        graph = getattr(torch.classes, NAMESPACE).ConditionalGraph()
+        nodes = available_nodes(self.exits)
+        if nodes.name == "none":
+            raise NotMeasuredError(f"no graphs with IF nodes: {nodes.reason}")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             warm_up()
             stream.synchronize()
-            try:
-                graph.begin(torch.cuda.current_device(), *torch.cuda.graph_pool_handle())
-                record(graph)
-                graph.end()
-            except BaseException:
-                graph.abandon()
-                raise
+            replay = record(nodes.name, launch, stream)
         torch.cuda.current_stream().wait_stream(stream)
-        return graph.replay
+        return replay
 
     def by_events(self, call: Call) -> float:
         """Return the milliseconds of a call on the device, queued behind a flush of its L2 cache."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from benchmarks.gpu.bench import Bench, header, micros
 from benchmarks.harness import Call, Record
 from earlyexit_kernels.criteria import Entropy
+from earlyexit_kernels.engine.capturing import available_nodes
+from earlyexit_kernels.engine.resident import Nodes
 from earlyexit_kernels.ops import bare_op, rows_add_norm, rows_attention, rows_linear
 from earlyexit_kernels.ops.resident_exit import COUNTS
 
@@ -40,41 +41,39 @@ class Setter:
 def node_records(bench: Bench) -> Iterator[Record]:
     """Yield the time of a skipped IF node, and of a taken one over the same launches without nodes.
 
+    The records say whether the nodes are those of the extension or of torch.
+
     Raises:
         NotMeasuredError: graphs with IF nodes are not supported here.
     """
     setter, ran = Setter(bench), torch.zeros(1, dtype=torch.int64, device=bench.device)
+    unset = torch.zeros_like(setter.counts)
 
     def step() -> None:
         ran.add_(1)
 
-    def skipped(graph: Any) -> None:
-        for handle in [graph.handle() for _ in range(bench.nodes)]:
-            graph.begin_if(handle)
-            step()
-            graph.end_if()
+    def skipped(nodes: Nodes) -> None:
+        for handle in [nodes.handle() for _ in range(bench.nodes)]:
+            nodes.when(handle, unset, step)
 
-    def taken(graph: Any) -> None:
-        for handle in [graph.handle() for _ in range(bench.nodes)]:
+    def taken(nodes: Nodes) -> None:
+        for handle in [nodes.handle() for _ in range(bench.nodes)]:
             setter(handle)
-            graph.begin_if(handle)
-            step()
-            graph.end_if()
+            nodes.when(handle, setter.counts, step)
 
     plain = bench.graph_of([setter, step] * bench.nodes)
     ways = {"no nodes": plain, "taken": bench.conditional_graph(taken), "skipped": bench.conditional_graph(skipped)}
+    node = f"IF node of {available_nodes(bench.exits).name}"
     for name, runs in (("taken", bench.nodes), ("skipped", 0)):
         ran.zero_()
         ways[name]()
         if int(ran) != runs:
-            yield header(NODES, name, "IF node") | {
-                "refused": f"{int(ran)} bodies of {bench.nodes} ran, expected {runs}"
-            }
+            yield header(NODES, name, node) | {"refused": f"{int(ran)} bodies of {bench.nodes} ran, expected {runs}"}
             return
     times = bench.times(ways)
     extra = [a - b for a, b in zip(times["taken"], times["no nodes"], strict=True)]
-    yield header(NODES, "taken, over the same launches", "IF node") | micros(extra, bench.nodes)
-    yield header(NODES, "skipped", "IF node") | micros(times["skipped"], bench.nodes)
+    yield header(NODES, "taken, over the same launches", node) | micros(extra, bench.nodes)
+    yield header(NODES, "skipped", node) | micros(times["skipped"], bench.nodes)
     yield header(NODES, "exit and a small kernel", "no nodes") | micros(times["no nodes"], bench.nodes)
 
 

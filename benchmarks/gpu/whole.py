@@ -22,8 +22,8 @@ from benchmarks.goals import gpu_goal
 from benchmarks.gpu.bench import Bench, header, micros, over
 from benchmarks.harness import Record
 from benchmarks.machine import NotMeasuredError
-from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.engine import graphs
+from earlyexit_kernels.engine import capturing, graphs
+from earlyexit_kernels.engine.capturing import available_nodes
 from earlyexit_kernels.engine.graphs import bucket_of
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
@@ -82,19 +82,15 @@ def _goal_name(record: Mapping[str, object], rows: int, ragged: bool) -> str:
     return f"{what} over {against}, B {rows}"
 
 
-def has_conditional_nodes() -> bool:
-    """Return whether the compiled extension can capture conditional nodes."""
-    return not available_backends("cuda")["cpp"]
-
-
 def conditional_records(bench: Bench) -> Iterator[Record]:
     """Yield the time of the loop with IF nodes over that of a plain graph, whose kernels return if no row is live.
 
     Raises:
-        NotMeasuredError: the extension lacks the nodes, or a graph does not support the model.
+        NotMeasuredError: there are no nodes, or a graph does not support the model.
     """
-    if not has_conditional_nodes():
-        raise NotMeasuredError("the extension has no graphs with IF nodes")
+    nodes = available_nodes(bench.exits)
+    if nodes.name == "none":
+        raise NotMeasuredError(f"no graphs with IF nodes: {nodes.reason}")
     dtype = bench.dtypes[0]
     subject = models.subject(SUBJECT, dtype)
     with torch.inference_mode():
@@ -112,20 +108,21 @@ def _conditional(bench: Bench, subject: models.Subject, batch: dict[str, torch.T
     if reason := resident_unsupported_reason(parts, subject.model.dtype):
         raise NotMeasuredError(reason)
     bucket, stream = bucket_of(rows, length), torch.cuda.Stream()
-    captured = graphs.capture(parts, bucket, "cpp", stream)
+    captured = graphs.capture(parts, bucket, bench.exits, stream)
     loop = ResidentLoop(parts, bucket, bench.encoder, bench.exits)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         loop.launch()
         stream.synchronize()
-        plain = graphs._plain(loop, stream)
+        plain = capturing.record("none", loop.launch, stream)
     ways = {"IF nodes": (captured.loop, captured.replay), "plain graph": (loop, plain)}
     answers = {}
     for name, (own, replay) in ways.items():
         own.load(Inputs(batch["input_ids"], batch["attention_mask"]))
         replay()
         answers[name] = own.answers[:rows].clone(), own.exit_layer[:rows].clone()
-    record = header(CONDITIONAL, case, "IF nodes", shape=str(bucket), dtype=subject.dtype, backend=bench.exits)
+    engine = f"IF nodes of {available_nodes(bench.exits).name}"
+    record = header(CONDITIONAL, case, engine, shape=str(bucket), dtype=subject.dtype, backend=bench.exits)
     if not all(torch.equal(a, b) for a, b in zip(*answers.values(), strict=True)):
         yield record | {"refused": "the two graphs answer differently"}
         return

@@ -43,15 +43,20 @@ class Explanation(NamedTuple):
         engine: ``"eager"`` or ``"graph"``, and why.
         layers: ``"family"`` or ``"fused"``, and why; the graph engine uses its own kernels instead.
         backend: of the exits.
+        nodes: whose IF nodes a graph has, ``"extension"``, ``"torch"`` or ``"none"``, and why; None without a graph.
     """
 
     engine: Choice
     layers: Choice
     backend: str
+    nodes: Choice | None = None
 
     def __str__(self) -> str:
-        return (
-            f"engine {self.engine.name!r}: {self.engine.reason}\n"
-            f"layers {self.layers.name!r}: {self.layers.reason}\n"
-            f"back-end of the exits: {self.backend!r}"
-        )
+        lines = [
+            f"engine {self.engine.name!r}: {self.engine.reason}",
+            f"layers {self.layers.name!r}: {self.layers.reason}",
+            f"back-end of the exits: {self.backend!r}",
+        ]
+        if self.nodes is not None:
+            lines.append(f"IF nodes {self.nodes.name!r}: {self.nodes.reason}")
+        return "\n".join(lines)

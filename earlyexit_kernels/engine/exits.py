@@ -189,22 +189,36 @@ def dense_source(heads: ExitHeads, hidden: Tensor, backend: str, *, rows: int) -
         backend: of the ops.
         rows: largest number of rows of a call.
     """
-    config, device = heads.config, hidden.device
-    known = config.has_dense and config.reads == "first" and config.dense_bias and not config.norm
-    if not known or hidden.dtype not in FLOATS or torch.is_autocast_enabled(device.type):
-        return None
-    dense: list[Any] = list(heads.dense)
-    outs = heads.last_linears()
-    if type(heads.activation) is not DENSE_ACTIVATIONS.get(config.activation):
-        return None
-    if any(type(module) is not nn.Linear or hooked(module) for module in dense):
-        return None
-    pairs = zip(dense * (len(outs) if len(dense) == 1 else 1), outs, strict=True)
-    exits = [(a.weight.contiguous(), a.bias, b.weight.contiguous(), b.bias) for a, b in pairs]
-    if any(x.dtype != hidden.dtype for each in exits for x in each):
+    exits = dense_exits(heads, hidden.dtype, hidden.device)
+    if exits is None:
         return None
     features = hidden.new_empty(rows, exits[0][0].shape[0])
-    return DenseSource(exits, config.activation, features, bare_op("first_tokens_linear", backend, device.type))
+    multiply = bare_op("first_tokens_linear", backend, hidden.device.type)
+    return DenseSource(exits, heads.config.activation, features, multiply)
+
+
+def dense_exits(
+    heads: ExitHeads, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]] | None:
+    """Return weight and bias of the dense module and the last linear by layer, or None where an exit is something else.
+
+    Args:
+        heads: the exits.
+        dtype, device: of the hidden states.
+    """
+    config = heads.config
+    known = config.has_dense and config.reads == "first" and config.dense_bias and not config.norm
+    if not known or dtype not in FLOATS or torch.is_autocast_enabled(device.type):
+        return None
+    if type(heads.activation) is not DENSE_ACTIVATIONS.get(config.activation):
+        return None
+    dense: list[Any] = list(heads.dense)
+    if any(type(module) is not nn.Linear or hooked(module) for module in dense):
+        return None
+    outs = heads.last_linears()
+    pairs = zip(dense * (len(outs) if len(dense) == 1 else 1), outs, strict=True)
+    exits: list[Any] = [(a.weight.contiguous(), a.bias, b.weight.contiguous(), b.bias) for a, b in pairs]
+    return None if any(x.dtype != dtype for each in exits for x in each) else exits
 
 
 def read_exit(

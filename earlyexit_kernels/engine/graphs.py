@@ -1,7 +1,6 @@
 """The graph engine: one CUDA graph of the device-resident loop for each bucket of batch sizes.
 
-A replay costs one launch and one synchronisation. With the compiled extension each group of layers is an IF node on the
-live count (csrc/cuda/graph.cpp). Without it the graph has no nodes, and its kernels return at once when no row is live.
+A replay costs one launch and one synchronisation.
 """
 
 from __future__ import annotations
@@ -9,19 +8,15 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from earlyexit_kernels.backends import NAMESPACE
-from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
+from earlyexit_kernels.engine.capturing import Captured, capture
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.locks import ForkSafeLock
 from earlyexit_kernels.engine.packing import refuse_masked_first
-from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
+from earlyexit_kernels.engine.resident import resident_unsupported_reason
 from earlyexit_kernels.engine.resident_buffers import Bucket
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.ops.resident_exit import MAX_ROWS
@@ -36,7 +31,6 @@ RETRY_SECONDS = 30.0
 #: Tokens that the buffers of a bucket hold at most; a larger batch is split.
 MAX_TOKENS = 65_536
 MIN_LENGTH = 16
-WARM_UPS = 2
 
 
 class CaptureError(RuntimeError):
@@ -67,24 +61,6 @@ def key_of(view: ModelView, backend: str, rows: int, length: int) -> Key:
     """Return the key of a batch ``[N, S]`` that fits one graph."""
     weight = next(view.backbone.parameters())
     return Key(bucket_of(rows, length), backend, view.criterion, weight.dtype, weight.device)
-
-
-@dataclass(frozen=True)
-class Captured:
-    """One captured graph.
-
-    Attributes:
-        loop: its buffers.
-        replay: launches it.
-        made_from: the modules whose weights it reads by address. Weights are not copied, so a weight that changes in
-            place needs no new capture.
-        results: pinned copy of the loop's counts ``[L + 1, 6]``.
-    """
-
-    loop: ResidentLoop
-    replay: Callable[[], None]
-    made_from: ModuleFingerprint
-    results: Tensor
 
 
 class Refusal(NamedTuple):
@@ -253,65 +229,3 @@ class Graphs:
         # too, and can be captured again
         self._captured.clear()
         return capture(view, key.bucket, key.backend, stream)
-
-
-@torch.inference_mode(False)
-def capture(view: ModelView, bucket: Bucket, backend: str, stream: Any) -> Captured:
-    """Build the loop of a bucket and capture it.
-
-    Args:
-        view: of the model.
-        bucket: the largest batch.
-        backend: of the exits.
-        stream: to warm up, capture and replay on; cuBLAS has one workspace per stream.
-    """
-    made_from = ModuleFingerprint(view.roots)
-    with torch.cuda.stream(stream):
-        loop = ResidentLoop(view, bucket, "triton", backend)
-        for _ in range(WARM_UPS):
-            loop.launch()
-        stream.synchronize()
-        replay = _conditional(loop) if backend == "cpp" else _plain(loop, stream)
-    results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype, device="cpu", pin_memory=True)
-    return Captured(loop, replay, made_from, results)
-
-
-def _plain(loop: ResidentLoop, stream: Any) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        loop.launch()
-    return graph.replay
-
-
-class ConditionalNodes:
-    """Conditional nodes of a graph that the compiled extension captures; see `resident.Nodes`.
-
-    Args:
-        graph: being captured.
-    """
-
-    def __init__(self, graph: Any) -> None:
-        self.graph = graph
-        self.handle = graph.handle
-
-    def when(self, handle: int, body: Callable[[], None]) -> None:
-        """Add an IF node."""
-        self.graph.begin_if(handle)
-        body()
-        self.graph.end_if()
-
-
-def _conditional(loop: ResidentLoop) -> Callable[[], None]:
-    """Capture on the current stream, with conditional nodes for layers that may not have to run."""
-    graph = getattr(torch.classes, NAMESPACE).ConditionalGraph()
-    # as torch.cuda.graph does: the allocator cannot release cached memory during a capture
-    torch.cuda.empty_cache()
-    try:
-        graph.begin(loop.device.index, *torch.cuda.graph_pool_handle())
-        loop.launch(ConditionalNodes(graph))
-        graph.end()
-    except BaseException:
-        # otherwise the stream would continue to capture
-        graph.abandon()
-        raise
-    return graph.replay

@@ -96,13 +96,19 @@ def _unsupported_module(roots: Sequence[nn.Module], dtype: torch.dtype) -> str |
 
 
 class Nodes(Protocol):
-    """Conditional nodes of a CUDA graph. A handle is a number that kernels set and nodes test."""
+    """Conditional nodes of a CUDA graph."""
 
-    def handle(self) -> int:
-        """Return a new handle, which is 0 at the start of each replay."""
+    def handle(self) -> Any:
+        """Return a number for an exit to set, which is 0 at the start of each replay, or None to read its counts."""
 
-    def when(self, handle: int, body: Callable[[], None]) -> None:
-        """Run `body` if the handle is not 0."""
+    def when(self, handle: Any, counts: Tensor, body: Callable[[], None]) -> None:
+        """Run `body` if rows are live after an exit.
+
+        Args:
+            handle: that the exit sets, or None.
+            counts: ``[6]`` of the exit; all 0 if it did not run.
+            body: launches.
+        """
 
 
 class ResidentLoop:
@@ -198,10 +204,10 @@ class ResidentLoop:
             for group in self.groups:
                 after = nodes.handle() if nodes is not None and group is not self.groups[-1] else None
                 body = partial(self._run, group, after)
-                if nodes is not None and handle is not None:
-                    nodes.when(handle, body)
-                else:
+                if nodes is None or group is self.groups[0]:
                     body()
+                else:
+                    nodes.when(handle, self.counts[group[0] - 1], body)
                 handle = after
 
     def _run(self, group: range, handle: int | None) -> None:

@@ -18,10 +18,12 @@ from earlyexit_kernels.engine.exits import (
     ExitSource,
     LinearSource,
     ModuleSource,
+    dense_exits,
     dense_source,
 )
 from earlyexit_kernels.engine.resident_buffers import Activations
 from earlyexit_kernels.engine.states import PackedStates, PaddedStates
+from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.heads.config import HeadConfig
 from earlyexit_kernels.ops import rows_mean
@@ -42,6 +44,14 @@ def exits_unsupported_reason(shape: HeadConfig, rule: Criterion) -> str | None:
     if shape.has_dense and shape.activation not in DENSE_ACTIVATIONS:
         return f"the activation of the exits is {shape.activation!r}, supported are {tuple(DENSE_ACTIVATIONS)}"
     return None
+
+
+def runs_modules(view: ModelView) -> bool:
+    """Return whether torch modules compute the exits of a model that is supported, by products of a library."""
+    heads, dtype, device = view.heads, view.backbone.dtype, view.backbone.device
+    if view.criterion.exit_rule.needs is not None:
+        return True
+    return heads.linear_exits(dtype) is None and dense_exits(heads, dtype, device) is None
 
 
 def exits_of(heads: ExitHeads, x: Activations, backend: str) -> ExitSource:

@@ -12,6 +12,7 @@ from torch import Tensor
 from earlyexit_kernels import backends
 from earlyexit_kernels.criteria import RULES, check_known, resolve_backend, supported_backends
 from earlyexit_kernels.engine import eager
+from earlyexit_kernels.engine.capturing import nodes_for
 from earlyexit_kernels.engine.choice import ENGINES, REQUESTED, Choice, Explanation, fastest
 from earlyexit_kernels.engine.embedding import embed_rows
 from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
@@ -109,8 +110,9 @@ class Execution:
         """Return how a batch ``[N, S]`` would run in train or eval mode. Changes nothing."""
         if training:
             return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend(view))
-        layers = self.layers.kind(view)
-        return Explanation(self.choose_engine(view, rows, length, check_stale=True), layers, self.backend(view))
+        engine, backend = self.choose_engine(view, rows, length, check_stale=True), self.backend(view)
+        nodes = nodes_for(view, backend) if engine.name == "graph" else None
+        return Explanation(engine, self.layers.kind(view), backend, nodes)
 
     @torch.no_grad()
     def run(self, view: ModelView, inputs: Inputs, *, strict: bool) -> ExitOutput:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import jit, tl
+from earlyexit_kernels.backends import constant, jit, tl
 from earlyexit_kernels.criteria import Criterion, resolve_backend
 from earlyexit_kernels.ops.checks import (
     FLOATS,
@@ -34,6 +34,9 @@ from earlyexit_kernels.ops.schema import RESIDENT_EXIT, bare_op, define
 MAX_ROWS = 1024
 #: Numbers in `counts`: four results, and two words of scratch.
 COUNTS = 6
+#: Where in `counts` back-ends other than ``"cpp"`` say whether rows are live, as a condition of a CUDA graph.
+LIVE = 4
+_LIVE = constant(LIVE)
 
 
 @jit
@@ -85,6 +88,7 @@ def settle_rows_kernel(
     tl.store(counts + 1, live_tokens)
     tl.store(counts + 2, tl.load(found + 2))
     tl.store(counts + 3, present)
+    tl.store(counts + _LIVE, (live_rows > 0).to(tl.int32))
 
 
 def settle_rows_triton(
@@ -130,7 +134,8 @@ def settle_rows_torch(
     source.copy_(torch.where(moves & ~beyond, order, -1))
     row_ids.copy_(torch.where(moves, row_ids[order].masked_fill(beyond, -1), row_ids))
     offsets.copy_(torch.where(moves, moved, offsets))
-    counts[:4].copy_(torch.stack((live.sum(), live_tokens, found[2], torch.where(moves, live_tokens, present))))
+    now_present = torch.where(moves, live_tokens, present)
+    counts[: LIVE + 1].copy_(torch.stack((live.sum(), live_tokens, found[2], now_present, live.any())))
 
 
 def _two_launches(
@@ -205,8 +210,8 @@ def resident_exit(
         old_offsets: ``[R + 1]`` int32. **Changed** to the offsets before the move, if rows move.
         source: ``[R]`` int32. **Changed** to the old index of each moved row, -1 for none.
         counts: ``[6]`` int32. **Changed**: the first four to the live rows, their tokens, the present rows with invalid
-            logits, and the tokens present after the move. The last two must be 0, and are 0 again afterwards: back-end
-            ``"cpp"`` counts its blocks there.
+            logits, and the tokens present after the move. The last two must be 0. Back-end ``"cpp"`` counts its blocks
+            there, and they are 0 again afterwards; the others set the fifth to 1 if rows are live, else to 0.
         capacity: T, tokens of one side.
         tile: tokens per tile, at least 1.
         hidden: ``[2 T, H]`` tokens, or ``[R, F]`` features with ``pooling="none"``; float32, float16 or bfloat16.

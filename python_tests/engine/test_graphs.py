@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from earlyexit_kernels.criteria import Entropy, Patience
 from earlyexit_kernels.engine import graphs
-from earlyexit_kernels.engine.graphs import CaptureError, ConditionalNodes, Graphs, max_rows
+from earlyexit_kernels.engine.graphs import CaptureError, Graphs, max_rows
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident_buffers import Bucket
 
@@ -279,18 +279,6 @@ def test_model_refuses_to_run_in_a_capture(captures, model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"data-dependent; capture model\.fixed_depth\(\) instead"):
         run_graph(model, batch_for(model)["input_ids"])
-
-
-def test_conditional_nodes_enclose_their_bodies():
-    said = []
-
-    class Graph:
-        def __getattr__(self, name):
-            return lambda *given: said.append((name, *given)) or len(said)
-
-    nodes = ConditionalNodes(Graph())
-    nodes.when(7, lambda: said.append("body"))
-    assert said == [("begin_if", 7), "body", ("end_if",)]
 
 
 def test_copies_start_without_graphs(model):

@@ -70,7 +70,7 @@ class HostNodes:
         self.values.append(0)
         return len(self.values) - 1
 
-    def when(self, handle, body) -> None:
+    def when(self, handle, counts, body) -> None:
         self.added.append("when")
         if self.values[handle]:
             self.ran += 1

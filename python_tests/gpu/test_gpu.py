@@ -18,7 +18,7 @@ from support.models import FAMILIES, batch_for, early_exit, varied_entropy
 from benchmarks.end_to_end.engines import ENGINES, GRAPH
 from benchmarks.gpu import replays
 from earlyexit_kernels.criteria import RULES, Entropy
-from earlyexit_kernels.engine import graphs, resident_postnorm
+from earlyexit_kernels.engine import capturing, graphs, resident_postnorm
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident import ResidentLoop, resident_unsupported_reason
 
@@ -208,11 +208,28 @@ def test_two_threads_and_two_streams(place):
     assert found == [True] * 40
 
 
+@pytest.mark.parametrize("nodes", ["torch", "none"])
+def test_exits_in_triton(place, nodes, monkeypatch):
+    """As in a build without the extension: with the IF nodes of torch where it has them, and in a plain graph."""
+    if nodes == "none":
+        monkeypatch.setattr(capturing, "TORCH_CALLS", ("no_such_call",))
+    model, batch = ready()
+    eager, graph, batch = place.moved(model, batch)
+    if place.is_gpu:
+        graph.set_backend("triton")
+    assert graph.explain(**batch).nodes is None or graph.explain(**batch).nodes.name in (nodes, "none")
+    for _ in range(2):
+        assert_agree(graph(**batch), eager(**batch))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("error", [RuntimeError("an op broke"), torch.OutOfMemoryError("CUDA out of memory\nmore")])
-def test_failed_capture_falls_back_and_is_logged(place, error, caplog):
+def test_failed_capture_falls_back_and_is_logged(place, error, backend, caplog):
     model, batch = ready()
     eager, _, batch = place.moved(model, batch)
     graph = place.on_graph(copy.deepcopy(eager), strict=False)
+    if place.is_gpu:
+        graph.set_backend(backend)
     expected = eager(**batch)
     with place.broken(error), caplog.at_level(logging.WARNING, "earlyexit_kernels"):
         for _ in range(2):

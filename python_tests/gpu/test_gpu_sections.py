@@ -23,7 +23,7 @@ from benchmarks.gpu.sections import SECTIONS
 from benchmarks.machine import DTYPES, NotMeasuredError
 from earlyexit_kernels import ops
 from earlyexit_kernels.backends import TRITON_INTERPRETED, available_backends
-from earlyexit_kernels.engine import choice, graphs
+from earlyexit_kernels.engine import capturing, choice, graphs
 from earlyexit_kernels.engine.inputs import Inputs
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
@@ -115,8 +115,8 @@ def test_wrong_chain_is_refused(gpu, monkeypatch):
 
 def test_nodes_that_do_not_skip_are_refused(gpu, monkeypatch):
     def ignoring(self, record, warm_up=None):
-        graph = SimpleNamespace(handle=lambda: None, begin_if=lambda handle: None, end_if=lambda: None)
-        return lambda: record(graph)
+        ignored = SimpleNamespace(handle=lambda: None, when=lambda handle, counts, body: body())
+        return lambda: record(ignored)
 
     monkeypatch.setattr(Bench, "conditional_graph", ignoring)
     (record,) = nodes.node_records(gpu)
@@ -316,24 +316,19 @@ def test_calls_are_captured_after_a_warm_up(cuda):
     assert cuda == ["call", "call", "begin", "call", "call", "end", "replay"]
 
 
-def test_failed_capture_of_nodes_is_abandoned(cuda, monkeypatch):
-    made = SimpleNamespace(
-        begin=lambda *pool: cuda.append(pool),
-        end=lambda: cuda.append("end"),
-        abandon=lambda: cuda.append("abandon"),
-        replay=lambda: cuda.append("replay"),
-    )
-    classes = SimpleNamespace(earlyexit_kernels=SimpleNamespace(ConditionalGraph=lambda: made))
-    monkeypatch.setattr(torch, "classes", classes)
-    monkeypatch.setattr(bench, "available_backends", lambda device: {"cpp": ""})
-    small_bench().conditional_graph(lambda graph: cuda.append("record"), lambda: cuda.append("warm up"))()
-    assert cuda == ["warm up", (0, 0, 1), "record", "end", "replay"]
-    with pytest.raises(ZeroDivisionError):
-        small_bench().conditional_graph(lambda graph: 1 // 0)
-    assert cuda[-1] == "abandon"
-    monkeypatch.setattr(bench, "available_backends", lambda device: {"cpp": "it is not built"})
-    with pytest.raises(NotMeasuredError, match="it is not built"):
-        small_bench().conditional_graph(lambda graph: None)
+@pytest.mark.parametrize(("backend", "kind"), [("cpp", "ConditionalNodes"), ("triton", "TorchNodes")])
+def test_nodes_are_captured_after_a_warm_up(cuda_captures, backend, kind):
+    made, own = [], with_changes(small_bench(), exits=backend)
+    launches = (lambda nodes: made.append(type(nodes).__name__), lambda: cuda_captures.said.append("warm up"))
+    own.conditional_graph(*launches)()
+    assert cuda_captures.said == ["warm up", "begin", "end", "replay"] and made == [kind]
+
+
+def test_missing_nodes_are_not_measured(monkeypatch):
+    monkeypatch.setattr(capturing, "TORCH_CALLS", ("no_such_call",))
+    for measure in (lambda own: own.conditional_graph(print), lambda own: next(whole.conditional_records(own))):
+        with pytest.raises(NotMeasuredError, match=r"no graphs with IF nodes: torch .* has no CUDAGraph"):
+            measure(small_bench())
 
 
 def test_times_by_events_and_by_the_host(cuda):

@@ -20,9 +20,9 @@ from transformers import BertConfig
 from benchmarks import machine
 from benchmarks.end_to_end import answers, baselines, engines, measure, models
 from benchmarks.end_to_end.workloads import Fixed
-from benchmarks.gpu import kernels, nodes, whole
+from benchmarks.gpu import kernels, nodes
 from benchmarks.gpu.bench import Bench
-from earlyexit_kernels.engine import graphs
+from earlyexit_kernels.engine import capturing
 from earlyexit_kernels.engine.choice import Choice
 from earlyexit_kernels.ops import bare_op
 
@@ -52,22 +52,19 @@ class NoWrites(TorchDispatchMode):
 
 
 class Nodes:
-    """A graph with IF nodes, whose handles are set by `_opening`."""
+    """IF nodes whose handles are set by `_opening`."""
 
     def __init__(self) -> None:
         self.opened: set[int] = set()
         self.made = 0
-        self.body = contextlib.ExitStack()
 
     def handle(self) -> int:
         self.made += 1
         return self.made
 
-    def begin_if(self, handle: int) -> None:
-        self.body.enter_context(contextlib.nullcontext() if handle in self.opened else NoWrites())
-
-    def end_if(self) -> None:
-        self.body.close()
+    def when(self, handle: int, counts: torch.Tensor, body: Any) -> None:
+        with contextlib.nullcontext() if handle in self.opened else NoWrites():
+            body()
 
 
 def small_bench() -> Bench:
@@ -119,9 +116,9 @@ def gpu(monkeypatch, captures) -> Bench:
     monkeypatch.setattr(Bench, "graph_of", lambda self, calls: lambda: [call() for call in calls])
     monkeypatch.setattr(Bench, "conditional_graph", _conditional_graph)
     monkeypatch.setattr(nodes, "bare_op", lambda *_: _opening)
-    monkeypatch.setattr(whole, "has_conditional_nodes", lambda: True)
+    monkeypatch.setattr(capturing, "TORCH_CALLS", ())
     monkeypatch.setattr(kernels, "kernels_of", _kernels)
-    monkeypatch.setattr(graphs, "_plain", lambda loop, stream: loop.launch)
+    monkeypatch.setattr(capturing, "record", lambda nodes, launch, stream: launch)
     monkeypatch.setitem(engines.ENGINES, engines.GRAPH, _graph_on_cpu)
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
     use_tiny_models(monkeypatch)

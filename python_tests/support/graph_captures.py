@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from earlyexit_kernels.engine import graphs
+from earlyexit_kernels.engine.capturing import Captured
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
-from earlyexit_kernels.engine.graphs import Captured
 from earlyexit_kernels.engine.resident import ResidentLoop
 from earlyexit_kernels.engine.resident_buffers import Bucket
 
