@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import sys
 import time
 import traceback
@@ -30,6 +31,8 @@ from benchmarks.machine import first_line
 from earlyexit_kernels.tuning.report import environment
 
 MINUTES = 9.0
+#: Exit status after Ctrl-C or SIGTERM.
+INTERRUPTED = 130
 #: A step is not started with less than so many seconds left, nor a section with less than this share of its time.
 MIN_SECONDS, MIN_SHARE = 30, 1 / 3
 #: Seconds of the steps that run tests.
@@ -100,13 +103,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("note: not a git checkout; set EARLYEXIT_COMMIT, or the results name no commit", file=sys.stderr)
     with Worker() as worker:
         chosen = args.only or names
-        wanted = {name: step for name, step in plan(worker).items() if step.always or name in chosen}
-        summary = check(wanted, minutes=args.minutes, redo=args.redo, results=args.results)
-    return finish(summary, args.results)
+        return run_steps({name: step for name, step in plan(worker).items() if step.always or name in chosen}, args)
 
 
-def finish(summary: Summary, results: Path | None) -> int:
-    """Print the goals and the summary, rewrite the documents' tables, and return the exit status."""
+def run_steps(wanted: Mapping[str, Step], args: argparse.Namespace) -> int:
+    """Run steps; print the goals and the summary, rewrite the documents' tables, and return the exit status.
+
+    Args:
+        wanted: as for `check`.
+        args: from `arguments_of`.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        summary, results = check(wanted, minutes=args.minutes, redo=args.redo, results=args.results), args.results
+    except KeyboardInterrupt:
+        print("interrupted; finished steps are kept, run the command again for the others", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"\n{goals_table(results)}\n\n{summary}")
     if results is None:
         rewrite_documents()

@@ -21,7 +21,7 @@ import torch
 from benchmarks.goals import gpu_goal
 from benchmarks.gpu import steps
 from benchmarks.gpu.bench import header
-from benchmarks.gpu.check import Step, arguments_of, check, finish
+from benchmarks.gpu.check import Step, arguments_of, run_steps
 from benchmarks.gpu.steps import Outcome
 
 #: Messages of the tool if it does not support the device.
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in (args.only or PASSES)
     }
     wanted = {"build": Step(steps.build, 300, always=True), **passes}
-    return finish(check(wanted, minutes=args.minutes, redo=args.redo, results=args.results), args.results)
+    return run_steps(wanted, args)
 
 
 def find_tool() -> str | None:

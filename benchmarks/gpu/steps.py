@@ -109,7 +109,8 @@ def tests(step: str, seconds: float) -> Outcome:
 def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
     """Run a command; return its exit status, None if the time ran out, and its output.
 
-    Near the end of the time it is interrupted, as by Ctrl-C, and killed if that does not end it.
+    Near the end of the time it is interrupted, as by Ctrl-C, and killed if that does not end it. An interrupt of this
+    process kills it.
     """
     process = subprocess.Popen(
         command,
@@ -121,6 +122,14 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> 
         errors="replace",
         start_new_session=True,
     )
+    try:
+        return _outcome(process, seconds)
+    except BaseException:  # an interrupt, which does not reach the session of the process
+        _end(process, signal.SIGKILL)
+        raise
+
+
+def _outcome(process: subprocess.Popen[str], seconds: float) -> tuple[int | None, str]:
     try:
         output, _ = process.communicate(timeout=max(seconds - GRACE_SECONDS, seconds / 2))
         return process.returncode, output
