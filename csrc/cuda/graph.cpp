@@ -95,9 +95,13 @@ class ConditionalGraph : public torch::CustomClassHolder {
     pause();
     stop_allocating();
     cudaGraphInstantiateParams how{};
-    const cudaError_t error = cudaGraphInstantiateWithParams(&runnable_, root_, &how);
-    if (error != cudaSuccess) TORCH_WARN("cudaGraphInstantiateWithParams ended with result ", how.result_out);
-    C10_CUDA_CHECK(error);
+    if (const cudaError_t error = cudaGraphInstantiateWithParams(&runnable_, root_, &how); error != cudaSuccess) {
+      runnable_ = nullptr;
+      (void)cudaGetLastError();  // it stays otherwise, and later calls would report it
+      TORCH_CHECK_WITH(OutOfMemoryError, error != cudaErrorMemoryAllocation, kOp, ": ", cudaGetErrorString(error));
+      TORCH_CHECK(false, kOp, ": cudaGraphInstantiateWithParams failed with result ", how.result_out, ": ",
+                  cudaGetErrorString(error));
+    }
     C10_CUDA_CHECK_WARN(cudaGraphUpload(runnable_, stream_));  // otherwise the first replay uploads it
   }
 

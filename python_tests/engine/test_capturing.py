@@ -10,10 +10,10 @@ from support.fake_gpu import falls_back_on_cpu
 from support.models import batch_for, early_exit
 
 from earlyexit_kernels.criteria import Entropy, HiddenCosine, Patience
-from earlyexit_kernels.engine import capturing, resident_postnorm
+from earlyexit_kernels.engine import capturing, graphs, resident_postnorm
 from earlyexit_kernels.engine.capturing import available_nodes, capture, nodes_for, record
 from earlyexit_kernels.engine.inputs import Inputs
-from earlyexit_kernels.engine.resident_buffers import Bucket
+from earlyexit_kernels.engine.resident_buffers import Activations, Bucket
 from earlyexit_kernels.hf.execution import Execution
 from earlyexit_kernels.ops.resident_exit import LIVE
 
@@ -139,35 +139,77 @@ def test_capture_of_torch_is_ended_on_its_stream_when_a_body_cannot_be(cuda_capt
     assert len(capturing._BROKEN) == 1, "its destruction would change the current stream of a thread"
 
 
-#: Call of torch or of the extension -> the error of a driver or a card that does not support it.
+NO_NODES = "CUDA error: API call is not supported in the installed CUDA driver"
+INVALID = "CUDA error: operation failed due to a previous error during capture"
+NOT_MADE = "ConditionalGraph: cudaGraphInstantiateWithParams failed with result 1: operation not supported"
+#: Kind of nodes and call -> the error of a driver or a card that does not support it.
 REFUSED = {
-    "begin": "CUDA error: operation not permitted",
-    "begin_if": "CUDA error: API call is not supported in the installed CUDA driver",
-    "end_if": "CUDA error: operation failed due to a previous error during capture",
-    "end": "CUDA error: the graph exec update was not performed",
+    ("torch", "begin"): "CUDA error: operation not permitted",
+    ("torch", "begin_if"): NO_NODES,
+    ("torch", "end_if"): INVALID,
+    ("torch", "end"): "CUDA error: operation not supported",
+    ("none", "end"): INVALID,
+    ("extension", "begin"): "CUDA error: operation not permitted",
+    ("extension", "handle"): NO_NODES,
+    ("extension", "end_if"): INVALID,
+    ("extension", "end"): NOT_MADE,
 }
 
 
-@pytest.mark.parametrize("call", REFUSED)
-@NODES
-def test_refused_call_is_logged_once_and_the_model_runs_eagerly(cuda_captures, model, nodes, call, caplog, monkeypatch):
+@pytest.fixture
+def on_graph(cuda_captures, model, nodes, monkeypatch):
+    """Return a function that runs a batch on the graph engine and compares its answers with those of the eager one."""
     monkeypatch.setattr(capturing, "_BROKEN", [])
-    monkeypatch.setattr(Execution, "backend", lambda *_: BACKEND[nodes])
     batch = batch_for(model)
     expected = model(**batch)
+    monkeypatch.setattr(Execution, "backend", lambda *_: BACKEND[nodes])
     falls_back_on_cpu(model)
-    error = cuda_captures.errors[call] = RuntimeError(f"{REFUSED[call]}\nmore")
+
+    def run() -> None:
+        out = model(**batch)
+        assert torch.equal(out.logits, expected.logits) and torch.equal(out.exit_layer, expected.exit_layer)
+
+    return run
+
+
+@pytest.mark.parametrize(("nodes", "call"), REFUSED, indirect=["nodes"])
+def test_refused_call_is_logged_once_and_the_model_runs_eagerly(cuda_captures, on_graph, nodes, call, caplog):
+    message = REFUSED[nodes, call]
+    error = cuda_captures.errors[call] = RuntimeError(f"{message}\nmore")
     with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
         for _ in range(2):
-            out = model(**batch)
-            assert torch.equal(out.logits, expected.logits) and torch.equal(out.exit_layer, expected.exit_layer)
+            on_graph()
     (logged,) = caplog.records
     assert logged.message == (
-        f"engine 'graph' fell back to 'eager': capturing Bucket(rows=4, length=32) failed: {REFUSED[call]}"
+        f"engine 'graph' fell back to 'eager': capturing Bucket(rows=4, length=32) failed: {message}"
     )
     assert logged.exc_info[1] is error, "with the traceback"
     assert cuda_captures.said.count("begin") == 1, "the capture is not tried again"
-    assert nodes == "torch" or cuda_captures.said[-1] == "abandon"
+    assert nodes != "extension" or cuda_captures.said[-1] == "abandon"
+
+
+@EVERY_KIND
+def test_buffers_without_memory_are_tried_again_later(cuda_captures, on_graph, model, nodes, monkeypatch, caplog):
+    now, tried, makes = [0.0], [], Activations.new
+
+    def new(*arguments, **how):
+        tried.append(now[0])
+        if now[0] < 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return makes(*arguments, **how)
+
+    monkeypatch.setattr(Activations, "new", new)
+    monkeypatch.setattr(graphs.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.WARNING, "earlyexit_kernels"):
+        for now[0] in (0.0, 10.0, 31.0, 60.0):
+            on_graph()
+    (logged,) = caplog.records
+    assert logged.message.endswith("failed: CUDA out of memory. Tried to allocate 3.00 GiB") and logged.exc_info
+    assert tried == [0.0, 31.0] and not cuda_captures.said, "no capture has begun"
+    now[0] = 100.0
+    key = graphs.key_of(model.view(), BACKEND[nodes], 4, 32)
+    model.execution.graphs._get_or_capture(key, model.view(), cuda_captures.new_stream())
+    assert cuda_captures.said == WITH_NODES[nodes] and tried == [0.0, 31.0, 100.0]
 
 
 def test_explanation_names_the_nodes(cuda_captures, model, monkeypatch):

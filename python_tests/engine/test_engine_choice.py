@@ -103,6 +103,8 @@ def test_reason_against_a_graph_is_explained(on_cuda, monkeypatch):
     assert "back-end 'torch' reads counts" in model.explain(batch["input_ids"][:1]).engine.reason
     monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": "it is missing"})
     assert "it is missing" in model.explain(batch["input_ids"][:1]).engine.reason
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    assert "do not support autocast" in model.explain(batch["input_ids"][:1]).engine.reason
 
 
 def test_model_with_a_graph_is_not_checked_twice(captures, on_cuda, monkeypatch):

@@ -25,7 +25,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from earlyexit_kernels import ops
 from earlyexit_kernels.backends import TRITON_INTERPRETED
-from earlyexit_kernels.ops.rows_linear import GROUP
+from earlyexit_kernels.ops.rows_linear import GROUP, rows_linear_triton
 from earlyexit_kernels.ops.rows_linear_tma import (
     TMA_TILES,
     has_bulk_copies,
@@ -338,6 +338,22 @@ def test_bulk_copies_need_shared_memory_beside_the_instruction(monkeypatch, majo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     assert has_bulk_copies(torch.device("cuda")) is is_there
     assert not has_bulk_copies(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("major", "kib", "is_there"), CARDS)
+def test_products_on_cards_without_bulk_copies_load_by_pointers(monkeypatch, major, kib, is_there):
+    card = SimpleNamespace(shared_memory_per_block=1, shared_memory_per_block_optin=kib * 1024, multi_processor_count=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    launched = []
+    for kernel in ("rows_linear_tma", "rows_linear_tiled"):
+        own = rows_linear_triton.__globals__
+        monkeypatch.setitem(own, kernel, lambda *_, kernel=kernel: launched.append(kernel))
+    monkeypatch.setitem(uses_tma.__globals__, "has_bulk_copies", lambda device: has_bulk_copies(torch.device("cuda")))
+    x, weight = torch.empty(4096, 768, dtype=HALF), torch.empty(768, 768, dtype=HALF)
+    offsets = torch.tensor([0, 4096], dtype=torch.int32)
+    rows_linear_triton(x, [weight], [weight[0]], offsets, torch.empty_like(x), "none", False, False)
+    assert launched == ["rows_linear_tma" if is_there else "rows_linear_tiled"]
 
 
 def test_bulk_copies_are_for_many_aligned_tokens_on_hopper(monkeypatch):
