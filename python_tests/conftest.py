@@ -18,7 +18,8 @@ hypothesis.settings.load_profile("here")
 torch.set_num_threads(1)
 
 pytest_plugins = tuple(
-    f"support.{name}" for name in ("fake_capture", "fake_gpu", "gpu_checks", "graph_captures", "small_models")
+    f"support.{name}"
+    for name in ("fake_capture", "fake_gpu", "gpu_checks", "graph_captures", "ordered_products", "small_models")
 )
 
 FLIPS = "decision flips"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 
 from benchmarks import harness
 from benchmarks.end_to_end.forced import NEVER
+from earlyexit_kernels.engine.graphs import bucket_of
 from earlyexit_kernels.ops.pack_tokens import COUNTED_TOKENS
-from earlyexit_kernels.ops.rows_linear_tma import TMA_TILES, tma_tiles
+from earlyexit_kernels.ops.rows_linear_tma import FIRST_COLUMNS, TMA_TILES, tma_tiles
 from earlyexit_kernels.ops.tiles import ENOUGH_TILES, SUM_PARTS, Tiles, few_tiles, tiles_for
 from earlyexit_kernels.tuning.report import markdown_table
 
@@ -101,6 +102,9 @@ def product_us(name: str, tokens: int, capacity: int) -> float:
     parts, tiles = parts_of(capacity, columns, in_parts), tiles_of(capacity, columns, weights, in_parts)
     launches, wide = (weights, columns) if tiles in TMA_TILES else (1, parts * weights * columns)
     count = tiles.count(tokens, wide)
+    narrow, programs = replace(tiles, columns=FIRST_COLUMNS), min(CARD.processors, tiles.count(capacity, wide))
+    if tiles == TMA_TILES[-1] and narrow.count(tokens, wide) <= programs:
+        tiles, count = narrow, narrow.count(tokens, wide)
     processors = min(CARD.processors, count)
     step = (tiles.rows + tiles.columns) * tiles.depth * BYTES
     by_matrix_units = 2 * tiles.rows * tiles.columns * tiles.depth * CARD.processors / CARD.tensor
@@ -143,18 +147,20 @@ def layer_us(tokens: int, capacity: int) -> dict[str, float]:
 
 def pass_us(rows: int, exits: str) -> dict[str, float]:
     """Return the times of one pass by part; at mean depth 6 as many rows leave at every layer."""
+    bucket = bucket_of(rows, LENGTH)
     found = {**dict.fromkeys(PARTS, 0.0), "rest": front_us(rows * LENGTH)}
     for layer in range(1, LAYERS + 1):
         if exits != NEVER and rows == 1 and layer > LAYERS / 2:
             found["rest"] += CARD.launch  # an IF node that is skipped
             continue
         live = 1.0 if exits == NEVER or rows == 1 else max(1 / rows, 1 - (layer - 1) / LAYERS)
-        for part, time in layer_us(max(1, round(rows * live)) * LENGTH, rows * LENGTH).items():
+        for part, time in layer_us(max(1, round(rows * live)) * LENGTH, bucket.tokens).items():
             found[part] += time
         found["exits"] += EXIT + CARD.gap
         if layer < LAYERS:
             found["rest"] += NODE
-            found["moves"] += CARD.launch + CARD.gap
+            if bucket.rows > 1:  # a single row is never moved
+                found["moves"] += CARD.launch + CARD.gap
     return found
 
 
@@ -179,8 +185,9 @@ def table(results: Path | None = None) -> str:
 
 def _row(batch: int, exits: str, known: Mapping[tuple[str, str], float]) -> Sequence[str]:
     case, predicted = f"B {batch}, {exits}", pass_us(batch, exits)
-    own: dict[str, Any] = {part: known.get((case, part)) for part in predicted}
-    cells = [_cell(time, own[part]) for part, time in predicted.items()]
+    # no kernel stands for a part that does not run
+    own: dict[str, Any] = {part: known.get((case, part)) for part, time in predicted.items() if time}
+    cells = [_cell(time, own.get(part)) for part, time in predicted.items()]
     total = None if None in own.values() else sum(own.values())
     return case, *cells, _cell(sum(predicted.values()), total)
 

@@ -58,39 +58,65 @@ def rows_linear_tma_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Persistent programs. Every sum runs over its part of K, BLOCK_K terms per step, as in `product_tile`."""
+    """Persistent programs. Every sum runs over its part of K, BLOCK_K terms per step, as in `product_tile`.
+
+    Where the present tokens have no more tiles of FIRST columns than there are programs, each program computes one of
+    those instead of fewer, wider ones. That changes no bit.
+    """
     first = tl.load(offsets)
     present = tl.load(offsets + rows) - first
     base = 0
     if ABSOLUTE:
         base = first
     high = tl.cdiv(present, BLOCK_M)
-    wide: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=True):
-        top = tile // (GROUP_M * wide) * GROUP_M
-        within = tile % (GROUP_M * wide)
-        group = tl.minimum(high - top, GROUP_M)
-        token = (top + within % group) * BLOCK_M
-        column = within // group * BLOCK_N
-        sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
-        second = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
-        total = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
-        second_total = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            a = x.load([base + token, k])
-            sums = tl.dot(a, weight.load([column, k]).T, sums)
-            second = tl.dot(a, second_weight.load([column + FIRST, k]).T, second)
-            if PART < K:  # noqa: SIM102 - known when the kernel is compiled
-                if (k + BLOCK_K < K) & ((k + BLOCK_K) % PART == 0):
-                    total += sums
-                    sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
-                    second_total += second
-                    second = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
-        if PART < K:
-            sums = total + sums
-            second = second_total + second
-        store_tile(sums, bias, out, token, column, present, N, ACTIVATION, BLOCK_M, FIRST)
-        store_tile(second, bias, second_out, token, column + FIRST, present, N, ACTIVATION, BLOCK_M, BLOCK_N - FIRST)
+    narrow: tl.constexpr = (N + FIRST - 1) // FIRST
+    few = False
+    if BLOCK_N < 2 * FIRST:  # the widest tiles leave no registers for a second body
+        few = high * narrow <= tl.num_programs(0)
+    if few:
+        tile = tl.program_id(0)
+        if tile < high * narrow:
+            token = tile % high * BLOCK_M
+            column = tile // high * FIRST
+            sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+            total = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+            for k in range(0, K, BLOCK_K):
+                sums = tl.dot(x.load([base + token, k]), weight.load([column, k]).T, sums)
+                if PART < K:  # noqa: SIM102 - known when the kernel is compiled
+                    if (k + BLOCK_K < K) & ((k + BLOCK_K) % PART == 0):
+                        total += sums
+                        sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+            if PART < K:
+                sums = total + sums
+            store_tile(sums, bias, out, token, column, present, N, ACTIVATION, BLOCK_M, FIRST)
+    else:
+        wide: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+        for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), flatten=True):
+            top = tile // (GROUP_M * wide) * GROUP_M
+            within = tile % (GROUP_M * wide)
+            group = tl.minimum(high - top, GROUP_M)
+            token = (top + within % group) * BLOCK_M
+            column = within // group * BLOCK_N
+            sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+            second = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
+            total = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+            second_total = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
+            for k in range(0, K, BLOCK_K):
+                a = x.load([base + token, k])
+                sums = tl.dot(a, weight.load([column, k]).T, sums)
+                second = tl.dot(a, second_weight.load([column + FIRST, k]).T, second)
+                if PART < K:  # noqa: SIM102 - known when the kernel is compiled
+                    if (k + BLOCK_K < K) & ((k + BLOCK_K) % PART == 0):
+                        total += sums
+                        sums = tl.zeros((BLOCK_M, FIRST), dtype=tl.float32)
+                        second_total += second
+                        second = tl.zeros((BLOCK_M, BLOCK_N - FIRST), dtype=tl.float32)
+            if PART < K:
+                sums = total + sums
+                second = second_total + second
+            store_tile(sums, bias, out, token, column, present, N, ACTIVATION, BLOCK_M, FIRST)
+            column += FIRST
+            store_tile(second, bias, second_out, token, column, present, N, ACTIVATION, BLOCK_M, BLOCK_N - FIRST)
 
 
 @jit

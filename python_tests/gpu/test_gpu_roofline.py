@@ -44,16 +44,32 @@ def test_fewer_rows_and_layers_take_less_time():
     assert sum(roofline.pass_us(1, NEVER).values()) < sum(roofline.pass_us(32, NEVER).values())
 
 
+def test_few_live_tokens_run_in_narrow_tiles(monkeypatch):
+    """Of 4096 tokens a quarter, in tiles of 128 columns instead of 192."""
+    name, tokens = "output", 4096
+    some, all_ = (roofline.product_us(name, live, tokens) for live in (tokens // 4, tokens))
+    monkeypatch.setattr(roofline, "FIRST_COLUMNS", 192)
+    assert some < roofline.product_us(name, tokens // 4, tokens) and all_ == roofline.product_us(name, tokens, tokens)
+
+
+def test_a_single_row_does_not_move():
+    """As in `ResidentLoop`, whose bucket of one row has no launch that moves rows."""
+    for rows in roofline.BATCHES:
+        assert (roofline.pass_us(rows, NEVER)["moves"] > 0) == (rows > 1)
+
+
 def test_measured_times_stand_beside_the_predicted_ones(tmp_path):
     assert "measured" not in roofline.table(tmp_path)
     names = {"rows_linear_tma_kernel": 1800.0, "rows_linear_kernel": 100.0, "exit_kernel": 50.0, "Memset": 7.0}
     names |= {"rows_attention_kernel": 90.0, "rows_add_norm_kernel": 120.0, "gather_rows_kernel": 30.0}
-    case = f"B 32, {NEVER}"
+    cases = {f"B 32, {NEVER}": names, f"B 1, {NEVER}": {k: v for k, v in names.items() if not k.startswith("gather")}}
     records = [
         {"suite": "gpu_kernels", "dtype": "float16", "case": case, "engine": name, "microseconds": time}
-        for name, time in names.items()
+        for case, own in cases.items()
+        for name, time in own.items()
     ]
     document = {"environment": {"cpu": "fake"}, "suites": {}, "records": records}
     (tmp_path / "fake.json").write_text(json.dumps(document))
-    (line,) = [line for line in roofline.table(tmp_path).splitlines() if line.startswith(f"| {case} ")]
-    assert "measured 1900" in line and "measured 7 " in line and "measured 2197" in line
+    for case, total in zip(cases, (2197, 2167), strict=True):
+        (line,) = [line for line in roofline.table(tmp_path).splitlines() if line.startswith(f"| {case} ")]
+        assert "measured 1900" in line and "measured 7 " in line and f"measured {total}" in line

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from support.backends import backend_params
@@ -92,19 +91,6 @@ def test_rows_that_have_left_do_not_affect_others(name, way, backend):
     for row in layout.live:
         place = subject.place(layout, row, how)
         assert not clean[place].isnan().any() and torch.equal(clean[place], poisoned[place])
-
-
-@pytest.fixture
-def products_in_order(monkeypatch):
-    """Replace numpy's matrix product in the interpreter, the rounding of which depends on the number of rows."""
-
-    def matmul(a, b, dtype):
-        a, b, sums = a.astype(dtype), b.astype(dtype), np.zeros((len(a), b.shape[1]), dtype)
-        for k in range(len(b)):
-            sums += a[:, k, None] * b[k]
-        return sums
-
-    monkeypatch.setattr(np, "matmul", matmul)
 
 
 #: Op -> sizes of a layout for which it uses large tiles, if it has any.

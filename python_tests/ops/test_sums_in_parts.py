@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 from support.backends import backend_params
@@ -26,19 +25,6 @@ TOLERANCE = {FLOAT32: 2e-6, HALF: 2e-3}
 on_both = pytest.mark.parametrize("backend", backend_params(("torch", "triton")))
 in_both_dtypes = pytest.mark.parametrize("dtype", [FLOAT32, HALF], ids=str)
 interpreted = pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs in Triton's interpreter, as TRITON_INTERPRET=1")
-
-
-@pytest.fixture
-def products_in_order(monkeypatch):
-    """Replace numpy's matrix product in the interpreter, the rounding of which depends on the number of rows."""
-
-    def matmul(a, b, dtype):
-        a, b, sums = a.astype(dtype), b.astype(dtype), np.zeros((len(a), b.shape[1]), dtype)
-        for k in range(len(b)):
-            sums += a[:, k, None] * b[k]
-        return sums
-
-    monkeypatch.setattr(np, "matmul", matmul)
 
 
 def weights(dtype, *shapes) -> list[torch.Tensor]:
