@@ -27,7 +27,7 @@ NAMESPACE = "earlyexit_kernels"
 
 #: Integer arguments that Triton does not specialise kernels on. Otherwise batches of 1 and of 16 rows would run
 #: different kernels, in which a row might round differently.
-_NOT_SPECIALIZED = ("rows", "present", "capacity", "layer", "depth")
+_NOT_SPECIALIZED = ("rows", "present", "capacity", "longest", "layer", "depth")
 
 
 def _undecorated(fn: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.goals import GPU
-from benchmarks.gpu import roofline
+from benchmarks.gpu import programs, roofline
 from benchmarks.harness import Record
 from benchmarks.tables import machine_line, skipped
 from earlyexit_kernels.tuning.report import markdown_table
@@ -28,6 +28,11 @@ def details_table(results: Path | None = None) -> str:
 def roofline_table(results: Path | None = None) -> str:
     """Predicted microseconds of a pass by kind of kernel, and the measured ones where there are any."""
     return roofline.table(results)
+
+
+def programs_table(results: Path | None = None) -> str:
+    """Programs of the launches between the products, which follow from the sizes alone."""
+    return programs.table()
 
 
 def _per_machine(results: Path | None, table: Callable[[list[Record]], str]) -> str:
@@ -92,4 +97,9 @@ def _times(record: Record) -> tuple[str, str, str]:
     return f"{1000 * record['median_ms']:.4g}", record["baseline"], ratio
 
 
-TABLES = {"gpu": goals_table, "gpu_details": details_table, "gpu_roofline": roofline_table}
+TABLES = {
+    "gpu": goals_table,
+    "gpu_details": details_table,
+    "gpu_roofline": roofline_table,
+    "gpu_programs": programs_table,
+}

@@ -11,10 +11,12 @@ from torch import Tensor
 from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.checks import FLOAT32, FLOATS, check_apart, check_present, check_tensor, not_traced
 from earlyexit_kernels.ops.schema import ROWS_ADD_NORM, bare_op, define
-from earlyexit_kernels.ops.tiles import SUM_PARTS
+from earlyexit_kernels.ops.tiles import SUM_PARTS, looping_programs
 
 #: Values of a token per warp, and the maximum number of warps.
 WARP_WIDTH, MAX_WARPS = 256, 8
+#: Warps of a multiprocessor: up to width 2048 programs have room for all of them.
+RESIDENT_WARPS = 64
 
 
 @jit
@@ -37,12 +39,13 @@ def rows_add_norm_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per token."""
-    token = tl.program_id(0).to(tl.int64)
+    """Persistent programs, which loop over the present tokens."""
     first = tl.load(offsets)
-    if token < tl.load(offsets + rows) - first:
-        h = tl.arange(0, BLOCK)
-        real = h < H
+    present = tl.load(offsets + rows) - first
+    h = tl.arange(0, BLOCK)
+    real = h < H
+    for number in tl.range(tl.program_id(0), present, tl.num_programs(0), disable_licm=True):
+        token = tl.cast(number, tl.int64)
         source = token
         target = token
         if RESIDUAL_ABSOLUTE:
@@ -84,11 +87,12 @@ def rows_add_norm_triton(
     out_absolute: bool,
     total: Tensor | None = None,
 ) -> None:
-    """Launch `rows_add_norm_kernel` with one program per token of the capacity."""
+    """Launch `rows_add_norm_kernel`."""
     capacity, width = out.shape[0] // (2 if out_absolute else 1), out.shape[1]
     block = 1 << (width - 1).bit_length()
+    warps = max(1, min(MAX_WARPS, block // WARP_WIDTH))
     if out.numel():
-        rows_add_norm_kernel[(capacity,)](
+        rows_add_norm_kernel[(looping_programs(capacity, RESIDENT_WARPS // warps, out.device),)](
             residual if x is None else x,
             bias if x_bias is None else x_bias,
             residual,
@@ -106,7 +110,7 @@ def rows_add_norm_triton(
             PARTS=0 if x is None else SUM_PARTS if x.dim() == 3 else 1,
             H=width,
             BLOCK=block,
-            num_warps=max(1, min(MAX_WARPS, block // WARP_WIDTH)),
+            num_warps=warps,
             enable_fp_fusion=False,
         )
 

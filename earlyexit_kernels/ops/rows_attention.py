@@ -22,10 +22,13 @@ from earlyexit_kernels.ops.checks import (
     not_traced,
 )
 from earlyexit_kernels.ops.schema import ROWS_ATTENTION, bare_op, define
+from earlyexit_kernels.ops.tiles import looping_programs
 
-#: Bytes per element -> queries per program, keys per step, warps, and pipeline stages; the same for every maximum
-#: length. Unmeasured. Larger float32 blocks do not fit into registers.
+#: Bytes per element -> queries of a program at a time, keys per step, warps, and pipeline stages; the same for every
+#: maximum length. Unmeasured. Larger float32 blocks do not fit into registers.
 BLOCKS = {2: (64, 64, 4, 2), 4: (32, 32, 8, 2)}
+#: Programs per multiprocessor, of which 2, 3 or 4 run at a time, depending on the GPU and the window. Unmeasured.
+RESIDENT = 12
 
 
 @jit
@@ -36,6 +39,8 @@ def rows_attention_kernel(
     out,  # [T, H]
     columns,  # [P] int64; read with a window
     starts,  # [N] int32; read with a window
+    rows,  # R
+    longest,  # tokens of a row
     H: tl.constexpr,
     D: tl.constexpr,  # H / heads
     SCALE: tl.constexpr,  # of the logits, to base 2
@@ -44,57 +49,61 @@ def rows_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per row, head and block of queries, which loops over the keys of the row from the first one.
+    """Persistent programs, which loop over blocks of queries, rows and heads, in these over the keys from the first on.
 
-    With a window it leaves out blocks of keys that are out of reach by their places; columns are at least as far apart.
+    With a window, blocks of keys that are out of reach by their places are left out; columns are at least as far apart.
+    The first blocks of all rows come first, so that the programs share them evenly.
     """
-    row = tl.program_id(0)
-    top = tl.program_id(2) * BLOCK_M
-    first = tl.load(offsets + row)
-    length = tl.where(tl.load(row_ids + row) < 0, 0, tl.load(offsets + row + 1) - first)
-    if top < length:
-        token = (first - tl.load(offsets)).to(tl.int64)
-        m = top + tl.arange(0, BLOCK_M)
-        n = tl.arange(0, BLOCK_N)
-        d = tl.arange(0, BLOCK_D)
-        queries = (m[:, None] < length) & (d[None, :] < D)
-        stride = 3 * H
-        column = tl.program_id(1) * D
-        from_q = qkv + token * stride + column
-        from_k = from_q + H + n[None, :] * stride + d[:, None]
-        from_v = from_q + 2 * H + n[:, None] * stride + d[None, :]
-        q = tl.load(from_q + m[:, None] * stride + d[None, :], mask=queries, other=0.0)
-        largest = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
-        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        sums = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        begin = 0
-        end = length
-        if WINDOW > 0:
-            begin = tl.maximum(top - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
-            end = tl.minimum(length, top + BLOCK_M + WINDOW - 1)
-            own = columns + tl.load(starts + tl.load(row_ids + row)).to(tl.int64)
-            at = tl.load(own + m, mask=m < length, other=0)
-        for start in tl.range(begin, end, BLOCK_N):
-            keys = n < length - start
-            k = tl.load(from_k + start * stride, mask=keys[None, :] & (d[:, None] < D), other=0.0)
-            z = tl.dot(q, k, input_precision="ieee") * SCALE
-            z = tl.where(keys[None, :], z, -float("inf"))
+    heads: tl.constexpr = H // D
+    items = tl.cdiv(longest, BLOCK_M) * rows * heads
+    for number in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        top = number // (rows * heads) * BLOCK_M
+        row = number % (rows * heads) // heads
+        first = tl.load(offsets + row)
+        length = tl.where(tl.load(row_ids + row) < 0, 0, tl.load(offsets + row + 1) - first)
+        if top < length:
+            token = (first - tl.load(offsets)).to(tl.int64)
+            m = top + tl.arange(0, BLOCK_M)
+            n = tl.arange(0, BLOCK_N)
+            d = tl.arange(0, BLOCK_D)
+            queries = (m[:, None] < length) & (d[None, :] < D)
+            stride = 3 * H
+            column = number % heads * D
+            from_q = qkv + token * stride + column
+            from_k = from_q + H + n[None, :] * stride + d[:, None]
+            from_v = from_q + 2 * H + n[:, None] * stride + d[None, :]
+            q = tl.load(from_q + m[:, None] * stride + d[None, :], mask=queries, other=0.0)
+            largest = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+            total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            sums = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+            begin = 0
+            end = length
             if WINDOW > 0:
-                distance = tl.abs(at[:, None] - tl.load(own + start + n, mask=keys, other=0)[None, :])
-                z = tl.where(distance < WINDOW, z, -float("inf"))
-            larger = tl.maximum(largest, tl.max(z, 1))
-            base = larger
-            if WINDOW > 0:
-                # a query without a key so far: all terms are exp2(-inf)
-                base = tl.where(larger == -float("inf"), 0.0, larger)
-            p = tl.exp2(z - base[:, None])
-            shrunk = tl.exp2(largest - base)
-            total = total * shrunk + tl.sum(p, 1)
-            v = tl.load(from_v + start * stride, mask=keys[:, None] & (d[None, :] < D), other=0.0)
-            sums = tl.dot(p.to(v.dtype), v, sums * shrunk[:, None], input_precision="ieee")
-            largest = larger
-        y = (sums / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + (token + m[:, None]) * H + column + d[None, :], y, mask=queries)
+                begin = tl.maximum(top - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
+                end = tl.minimum(length, top + BLOCK_M + WINDOW - 1)
+                own = columns + tl.load(starts + tl.load(row_ids + row)).to(tl.int64)
+                at = tl.load(own + m, mask=m < length, other=0)
+            for start in tl.range(begin, end, BLOCK_N):
+                keys = n < length - start
+                k = tl.load(from_k + start * stride, mask=keys[None, :] & (d[:, None] < D), other=0.0)
+                z = tl.dot(q, k, input_precision="ieee") * SCALE
+                z = tl.where(keys[None, :], z, -float("inf"))
+                if WINDOW > 0:
+                    distance = tl.abs(at[:, None] - tl.load(own + start + n, mask=keys, other=0)[None, :])
+                    z = tl.where(distance < WINDOW, z, -float("inf"))
+                larger = tl.maximum(largest, tl.max(z, 1))
+                base = larger
+                if WINDOW > 0:
+                    # a query without a key so far: all terms are exp2(-inf)
+                    base = tl.where(larger == -float("inf"), 0.0, larger)
+                p = tl.exp2(z - base[:, None])
+                shrunk = tl.exp2(largest - base)
+                total = total * shrunk + tl.sum(p, 1)
+                v = tl.load(from_v + start * stride, mask=keys[:, None] & (d[None, :] < D), other=0.0)
+                sums = tl.dot(p.to(v.dtype), v, sums * shrunk[:, None], input_precision="ieee")
+                largest = larger
+            y = (sums / total[:, None]).to(out.dtype.element_ty)
+            tl.store(out + (token + m[:, None]) * H + column + d[None, :], y, mask=queries)
 
 
 def rows_attention_triton(
@@ -112,15 +121,17 @@ def rows_attention_triton(
     rows, width = row_ids.numel(), out.shape[1]
     size = width // heads
     block_m, block_n, warps, stages = BLOCKS[out.dtype.itemsize]
-    grid = (rows, heads, -(-longest // block_m))
-    if rows and longest and out.numel():
-        rows_attention_kernel[grid](
+    programs = looping_programs(-(-longest // block_m) * rows * heads, RESIDENT, out.device)
+    if programs and out.numel():
+        rows_attention_kernel[(programs,)](
             qkv,
             offsets,
             row_ids,
             out,
             offsets if columns is None else columns,
             offsets if starts is None else starts,
+            rows,
+            longest,
             H=width,
             D=size,
             SCALE=math.log2(math.e) / math.sqrt(size),

@@ -9,9 +9,10 @@ from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.checks import FLOATS, check_apart, check_present, check_tensor, not_traced
 from earlyexit_kernels.ops.schema import ROWS_GLU, bare_op, define
+from earlyexit_kernels.ops.tiles import looping_programs
 
-#: Maximum number of values of a program. Unmeasured.
-MAX_BLOCK = 1024
+#: Maximum number of values of a program at a time, its warps, and programs per multiprocessor. Unmeasured.
+MAX_BLOCK, WARPS, RESIDENT = 1024, 4, 16
 
 
 @jit
@@ -24,21 +25,24 @@ def rows_glu_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per token and block of columns."""
-    token = tl.program_id(0).to(tl.int64)
-    if token < tl.load(offsets + rows) - tl.load(offsets):
-        n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Persistent programs, which loop over the present tokens and blocks of their columns."""
+    present = tl.load(offsets + rows) - tl.load(offsets)
+    wide: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    for number in tl.range(tl.program_id(0), present * wide, tl.num_programs(0), disable_licm=True):
+        token = tl.cast(number // wide, tl.int64)
+        n = number % wide * BLOCK + tl.arange(0, BLOCK)
         a = tl.load(x + token * (2 * N) + n, mask=n < N, other=0.0).to(tl.float32)
         b = tl.load(x + token * (2 * N) + N + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(out + token * N + n, (ACTIVATION(a) * b).to(out.dtype.element_ty), mask=n < N)
 
 
 def rows_glu_triton(x: Tensor, offsets: Tensor, out: Tensor, activation: str) -> None:
-    """Launch `rows_glu_kernel` for the capacity."""
+    """Launch `rows_glu_kernel`."""
     capacity, width = out.shape
     block = min(MAX_BLOCK, 1 << (width - 1).bit_length())
-    if out.numel():
-        rows_glu_kernel[(capacity, -(-width // block))](
+    programs = looping_programs(capacity * -(-width // block), RESIDENT, out.device)
+    if programs:
+        rows_glu_kernel[(programs,)](
             x,
             offsets,
             out,
@@ -46,7 +50,7 @@ def rows_glu_triton(x: Tensor, offsets: Tensor, out: Tensor, activation: str) ->
             N=width,
             ACTIVATION=ACTIVATIONS[activation].device,
             BLOCK=block,
-            num_warps=4,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
 

@@ -16,9 +16,10 @@ from earlyexit_kernels.ops.checks import (
     not_traced,
 )
 from earlyexit_kernels.ops.schema import ROWS_ROTARY, bare_op, define
+from earlyexit_kernels.ops.tiles import looping_programs
 
-#: Tokens per program, each of one head. Unmeasured.
-BLOCK_TOKENS = 32
+#: Tokens of a program at a time, each of one head, its warps, and programs per multiprocessor. Unmeasured.
+BLOCK_TOKENS, WARPS, RESIDENT = 32, 4, 10
 
 
 @jit
@@ -29,34 +30,40 @@ def rows_rotary_kernel(
     starts,  # [N] int32
     offsets,  # [R + 1] int32
     row_ids,  # [R] int32
+    rows,  # R
+    longest,  # tokens of a row
     H: tl.constexpr,
     D: tl.constexpr,  # H / heads
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per row, head of query or key, and block of tokens."""
-    row = tl.program_id(0)
-    top = tl.program_id(2) * BLOCK_M
-    first = tl.load(offsets + row)
-    number = tl.load(row_ids + row)
-    length = tl.where(number < 0, 0, tl.load(offsets + row + 1) - first)
-    if top < length:
-        half: tl.constexpr = D // 2
-        place = top + tl.arange(0, BLOCK_M)
-        d = tl.arange(0, BLOCK_D)
-        inside = (place[:, None] < length) & (d[None, :] < half)
-        token = (first - tl.load(offsets) + place).to(tl.int64)
-        angle = (tl.load(starts + number) + place).to(tl.int64)
-        at = qkv + token[:, None] * (3 * H) + tl.program_id(1) * D + d[None, :]
-        by = angle[:, None] * D + d[None, :]
-        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
-        turned_x = x * tl.load(cos + by, mask=inside, other=0.0).to(tl.float32)
-        turned_x -= y * tl.load(sin + by, mask=inside, other=0.0).to(tl.float32)
-        turned_y = y * tl.load(cos + by + half, mask=inside, other=0.0).to(tl.float32)
-        turned_y += x * tl.load(sin + by + half, mask=inside, other=0.0).to(tl.float32)
-        tl.store(at, turned_x.to(qkv.dtype.element_ty), mask=inside)
-        tl.store(at + half, turned_y.to(qkv.dtype.element_ty), mask=inside)
+    """Persistent programs, which loop over blocks of tokens, rows, and heads of query or key."""
+    start = tl.load(offsets)
+    heads: tl.constexpr = 2 * (H // D)
+    half: tl.constexpr = D // 2
+    d = tl.arange(0, BLOCK_D)
+    items = tl.cdiv(longest, BLOCK_M) * rows * heads
+    for number in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        top = number // (rows * heads) * BLOCK_M
+        row = number % (rows * heads) // heads
+        first = tl.load(offsets + row)
+        row_id = tl.load(row_ids + row)
+        length = tl.where(row_id < 0, 0, tl.load(offsets + row + 1) - first)
+        if top < length:
+            place = top + tl.arange(0, BLOCK_M)
+            inside = (place[:, None] < length) & (d[None, :] < half)
+            token = (first - start + place).to(tl.int64)
+            angle = (tl.load(starts + row_id) + place).to(tl.int64)
+            at = qkv + token[:, None] * (3 * H) + number % heads * D + d[None, :]
+            by = angle[:, None] * D + d[None, :]
+            x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
+            turned_x = x * tl.load(cos + by, mask=inside, other=0.0).to(tl.float32)
+            turned_x -= y * tl.load(sin + by, mask=inside, other=0.0).to(tl.float32)
+            turned_y = y * tl.load(cos + by + half, mask=inside, other=0.0).to(tl.float32)
+            turned_y += x * tl.load(sin + by + half, mask=inside, other=0.0).to(tl.float32)
+            tl.store(at, turned_x.to(qkv.dtype.element_ty), mask=inside)
+            tl.store(at + half, turned_y.to(qkv.dtype.element_ty), mask=inside)
 
 
 def rows_rotary_triton(
@@ -65,20 +72,22 @@ def rows_rotary_triton(
     """Launch `rows_rotary_kernel`."""
     rows, width = row_ids.numel(), qkv.shape[1] // 3
     size = width // heads
-    grid = (rows, 2 * heads, -(-longest // BLOCK_TOKENS))
-    if rows and longest and qkv.numel():
-        rows_rotary_kernel[grid](
+    programs = looping_programs(-(-longest // BLOCK_TOKENS) * rows * 2 * heads, RESIDENT, qkv.device)
+    if programs and qkv.numel():
+        rows_rotary_kernel[(programs,)](
             qkv,
             cos,
             sin,
             starts,
             offsets,
             row_ids,
+            rows,
+            longest,
             H=width,
             D=size,
             BLOCK_M=BLOCK_TOKENS,
             BLOCK_D=1 << (size // 2 - 1).bit_length(),
-            num_warps=4,
+            num_warps=WARPS,
             enable_fp_fusion=False,
         )
 

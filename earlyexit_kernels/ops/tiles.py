@@ -173,6 +173,20 @@ def resident_programs(tiles: Tiles, capacity: int, columns: int, device: torch.d
     return min(tiles.count(capacity, columns), processors_of(device) * tiles.resident)
 
 
+def looping_programs(items: int, resident: int, device: torch.device) -> int:
+    """Return the number of persistent programs that loop over up to this many items.
+
+    Their loops leave loop-invariant addresses where they are (``disable_licm``): held in registers, they would leave
+    room for fewer programs.
+
+    Args:
+        items: of the capacity, of which few may be present.
+        resident: programs per multiprocessor, as many as have room for their registers, or a multiple of that.
+        device: of the launch.
+    """
+    return min(items, processors_of(device) * resident)
+
+
 def product_torch(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Return ``f(x W^T + b)`` in float32, the reference of `product_tile`."""
     return ACTIVATIONS[activation].reference(F.linear(x.float(), weight.float(), bias.float()))

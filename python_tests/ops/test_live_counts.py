@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from support.encoder_cases import SUBJECTS, UNTOUCHED, Layout, values_of
 
 from earlyexit_kernels.backends import TRITON_INTERPRETED, tensor_descriptor
 from earlyexit_kernels.ops.rows_linear_tma import FIRST_COLUMNS, TMA_TILES, rows_linear_tma
@@ -58,3 +59,31 @@ def test_narrow_tiles_have_the_bits_of_wide_ones(in_parts, products_in_order, mo
     monkeypatch.setattr(importlib.import_module("earlyexit_kernels.ops.tiles"), "INTERPRETED_PROCESSORS", 1)
     few_wide = product(128, in_parts)
     assert all(torch.equal(rows, many[: len(rows)]) for rows in (*few.values(), few_wide))
+
+
+#: Ops whose programs loop, in all of their ways.
+LOOPS = ("rows_add_norm", "rows_attention", "rows_glu", "rows_rotary")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize(("name", "way"), [(name, way) for name in LOOPS for way in range(len(SUBJECTS[name].ways))])
+def test_any_number_of_programs_gives_the_same_bits(name, way, dtype, products_in_order, monkeypatch):
+    """One program for each block of the capacity, or a few that loop, also over blocks without tokens.
+
+    The buffers hold NaN outside of the rows, and some rows have left.
+    """
+    module, subject = importlib.import_module(f"earlyexit_kernels.ops.{name}"), SUBJECTS[name]
+    layout, asked, found = Layout((5, 3, 70, 1), left=(1,), capacity=90, side=1), [], []
+
+    for programs in (10**6, 1, 2, 7):
+
+        def of(items, resident, device, programs=programs):
+            asked.append(items)
+            return min(items, programs)
+
+        monkeypatch.setattr(module, "looping_programs", of)
+        found.append(subject.run(layout, values_of(layout), dtype, "triton", subject.ways[way]))
+    assert len(asked) == 4 and min(asked) > 7
+    for row in layout.live:
+        assert not found[0][subject.place(layout, row, subject.ways[way])].isnan().any()
+    assert all(torch.equal(found[0].nan_to_num(UNTOUCHED), other.nan_to_num(UNTOUCHED)) for other in found[1:])

@@ -15,7 +15,7 @@ from earlyexit_kernels.backends import TRITON_INTERPRETED
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.rows_linear_tma import FIRST_COLUMNS, SHARED_BYTES, TMA_TILES
-from earlyexit_kernels.ops.tiles import SUM_PARTS, Tiles, few_tiles, part_terms
+from earlyexit_kernels.ops.tiles import INTERPRETED_PROCESSORS, SUM_PARTS, Tiles, few_tiles, part_terms
 
 triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
@@ -127,20 +127,26 @@ class Recorder:
     """Replaces a kernel and records its launches."""
 
     def __getitem__(self, grid):
+        self.grid = grid
         return self.launch
 
     def launch(self, *given, **keywords):
         self.given, self.keywords = given, keywords
 
 
-def compile_launch(capability, monkeypatch, op, *arguments):
-    """Compile what the launcher of `op` launches for these arguments."""
+def launch_of(monkeypatch, op, *arguments):
+    """Return the kernel that the launcher of `op` launches for these arguments, and the launch."""
     module, recorder = importlib.import_module(f"earlyexit_kernels.ops.{op}"), Recorder()
     kernel = getattr(module, f"{op}_kernel")
     with monkeypatch.context() as patch:
         patch.setattr(module, f"{op}_kernel", recorder)
         getattr(module, f"{op}_triton")(*arguments)
-    return compile_recorded(capability, kernel, recorder)
+    return kernel, recorder
+
+
+def compile_launch(capability, monkeypatch, op, *arguments):
+    """Compile what the launcher of `op` launches for these arguments."""
+    return compile_recorded(capability, *launch_of(monkeypatch, op, *arguments))
 
 
 def compile_recorded(capability, kernel, recorder):
@@ -152,13 +158,15 @@ def compile_recorded(capability, kernel, recorder):
     return compile_for(capability, kernel, types, constants, **options)
 
 
-def assert_in_registers(compiled, folder) -> None:
-    """No register is spilled, and nothing else is on the stack."""
+def assert_in_registers(compiled, folder) -> int:
+    """No register is spilled, and nothing else is on the stack. Returns the registers of a thread."""
     file = folder / "kernel.cubin"
     file.write_bytes(compiled.asm["cubin"])
     command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"STACK:(\d+) \S+ LOCAL:(\d+)", report) == [("0", "0")], report
+    ((registers, *others),) = re.findall(r"REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", report)
+    assert others == ["0", "0"], report
+    return int(registers)
 
 
 def empty(*shape, dtype):
@@ -329,28 +337,49 @@ def test_other_launches_do_not_spill_registers(name, monkeypatch, tmp_path):
     assert_in_registers(compiled, tmp_path)
 
 
+#: Kernels that loop over the live tokens with a bounded number of programs.
+LOOPS = {
+    "norm": rows_add_norm,
+    "norm_and_total": lambda dtype: rows_add_norm(dtype, total=True),
+    "wider_norm": lambda dtype: rows_add_norm(dtype, 2048),
+    "glu": rows_glu,
+    "rotary": rows_rotary,
+    "attention": rows_attention,
+    "attention_of_a_window": lambda dtype: rows_attention(dtype, window=65),
+    "wide_heads": lambda dtype: rows_attention(dtype, heads=6),
+}
+#: Compute capability -> KiB of shared memory of a multiprocessor that its programs share, each with one more.
+SHARED_KIB = {80: 164, 90: 228, 100: 228}
+
+
+@pytest.mark.parametrize(("name", "machine"), [(name, machine) for name in LOOPS for machine in MACHINES], ids=str)
+def test_programs_that_loop_run_in_full_rounds(name, machine, monkeypatch, tmp_path):
+    """All at a time, or a multiple of those that have room: a round costs as much if most of its places are empty."""
+    capability, dtype = machine
+    given = LOOPS[name](dtype)
+    programs = launch_of(monkeypatch, *given)[1].grid[0] // INTERPRETED_PROCESSORS
+    compiled = compile_launch(capability, monkeypatch, *given)
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared + 1024
+    registers = -(-assert_in_registers(compiled, tmp_path) // 8) * 8
+    room = min(65536 // (32 * warps * registers), 64 // warps, SHARED_KIB[capability] * 1024 // shared)
+    assert programs <= room or programs % room == 0, (programs, room, registers)
+
+
 @pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear, rows_rotary, rows_glu, rows_mean])
 @pytest.mark.parametrize("capability", [80, 100])
 def test_launches_compile_for_other_architectures(capability, launch, monkeypatch):
     compile_launch(capability, monkeypatch, *launch(HALF))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "exit_step",
-        "compact",
-        "resident_exit",
-        "pack_tokens",
-        "rows_linear",
-        "rows_add_norm",
-        "first_tokens_linear",
-        "rows_glu",
-        "rows_embed",
-    ],
-)
+#: Modules of kernels that are told the size of a batch.
+SIZED = ("exit_step", "compact", "resident_exit", "pack_tokens", "rows_linear", "rows_add_norm", "first_tokens_linear")
+SIZED += ("rows_embed", "rows_glu", "rows_rotary", "rows_attention")
+
+
+@pytest.mark.parametrize("name", SIZED)
 def test_kernels_are_not_specialized_on_batch_sizes(name):
     module = importlib.import_module(f"earlyexit_kernels.ops.{name}")
     kernels = [kernel for own, kernel in vars(module).items() if own.endswith("_kernel")]
-    sizes = [p for kernel in kernels for p in kernel.params if p.name in ("rows", "present", "capacity", "layer")]
+    names = ("rows", "present", "capacity", "longest", "layer")
+    sizes = [p for kernel in kernels for p in kernel.params if p.name in names]
     assert sizes and all(p.do_not_specialize for p in sizes)
