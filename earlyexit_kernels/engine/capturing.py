@@ -18,7 +18,7 @@ from earlyexit_kernels.backends import NAMESPACE
 from earlyexit_kernels.engine.choice import Choice
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
 from earlyexit_kernels.engine.resident import Nodes, ResidentLoop
-from earlyexit_kernels.engine.resident_buffers import Bucket
+from earlyexit_kernels.engine.resident_buffers import Arena, Bucket
 from earlyexit_kernels.engine.resident_exits import runs_modules
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.ops.resident_exit import LIVE
@@ -75,7 +75,7 @@ def nodes_for(view: ModelView, backend: str) -> Choice:
 
 
 @torch.inference_mode(False)
-def capture(view: ModelView, bucket: Bucket, backend: str, stream: Any) -> Captured:
+def capture(view: ModelView, bucket: Bucket, backend: str, stream: Any, arena: Arena | None = None) -> Captured:
     """Build the loop of a bucket and capture it.
 
     Args:
@@ -83,10 +83,11 @@ def capture(view: ModelView, bucket: Bucket, backend: str, stream: Any) -> Captu
         bucket: the largest batch.
         backend: of the exits.
         stream: to warm up, capture and replay on; cuBLAS has one workspace per stream.
+        arena: as for `ResidentLoop`.
     """
     made_from, nodes = ModuleFingerprint(view.roots), nodes_for(view, backend)
     with torch.cuda.stream(stream):
-        loop = ResidentLoop(view, bucket, "triton", backend)
+        loop = ResidentLoop(view, bucket, "triton", backend, arena)
         for _ in range(WARM_UPS):
             loop.launch()
         stream.synchronize()

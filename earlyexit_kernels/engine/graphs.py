@@ -17,7 +17,7 @@ from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.locks import ForkSafeLock
 from earlyexit_kernels.engine.packing import refuse_masked_first
 from earlyexit_kernels.engine.resident import resident_unsupported_reason
-from earlyexit_kernels.engine.resident_buffers import Bucket
+from earlyexit_kernels.engine.resident_buffers import Arena, Bucket
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.ops.resident_exit import MAX_ROWS
 from earlyexit_kernels.types import ExitOutput
@@ -104,6 +104,8 @@ class Graphs:
         self._captured: collections.OrderedDict[Key, Captured] = collections.OrderedDict()
         self._refused: dict[Key, Refusal] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        # one batch runs at a time, and no activation is read after it
+        self._arena = Arena()
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs()
@@ -221,11 +223,11 @@ class Graphs:
 
     def _capture(self, key: Key, view: ModelView, stream: Any) -> Captured:
         try:
-            return capture(view, key.bucket, key.backend, stream)
+            return capture(view, key.bucket, key.backend, stream, self._arena)
         except torch.OutOfMemoryError:
             if not self._captured:
                 raise
         # after the except clause, since the error holds the buffers of the failed capture. The other graphs hold memory
         # too, and can be captured again
         self._captured.clear()
-        return capture(view, key.bucket, key.backend, stream)
+        return capture(view, key.bucket, key.backend, stream, self._arena)

@@ -22,7 +22,7 @@ from earlyexit_kernels.engine.exits import RequestExits
 from earlyexit_kernels.engine.fused_layers import layers_unsupported_reason
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.layer_parts import hooked
-from earlyexit_kernels.engine.resident_buffers import Activations, BatchBuffers, Bucket, RowBuffers
+from earlyexit_kernels.engine.resident_buffers import Activations, Arena, BatchBuffers, Bucket, RowBuffers
 from earlyexit_kernels.engine.resident_embedding import embedding_of
 from earlyexit_kernels.engine.resident_exits import exits_of, exits_unsupported_reason, exits_with_scalar
 from earlyexit_kernels.engine.resident_postnorm import PostNormLayers
@@ -122,6 +122,7 @@ class ResidentLoop:
         bucket: maximum size of a batch.
         backend: of the ops.
         exit_backend: of the exits; only ``"cpp"`` sets conditional handles.
+        arena: memory that loops share which never run at the same time, or None for memory of its own.
 
     Attributes:
         counts: ``[L + 1, 6]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
@@ -133,7 +134,9 @@ class ResidentLoop:
 
     # tensors made in inference mode could not be written to outside of it
     @torch.inference_mode(False)
-    def __init__(self, view: ModelView, bucket: Bucket, backend: str, exit_backend: str) -> None:
+    def __init__(
+        self, view: ModelView, bucket: Bucket, backend: str, exit_backend: str, arena: Arena | None = None
+    ) -> None:
         self.view, self.bucket, self.backend = view, bucket, backend
         weight = next(view.backbone.parameters())
         self.device = weight.device
@@ -145,7 +148,7 @@ class ResidentLoop:
         # launches hold addresses: a graph reads them even after a parameter was given other memory
         self.held = [x.detach() for module in view.roots for x in (*module.parameters(), *module.buffers())]
         self.batch, self.rows = BatchBuffers.new(bucket, self.device), RowBuffers.new(bucket, self.device)
-        self.layers: ResidentLayers = LAYERS[type(view.adapter.names)].of(view, bucket, self.rows, backend)
+        self.layers: ResidentLayers = LAYERS[type(view.adapter.names)].of(view, bucket, self.rows, backend, arena)
         self.activations = self.layers.x
         self.request = RequestExits.new(
             self.rule, rows=bucket.rows, classes=view.classes, depth=self.depth, device=self.device

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from earlyexit_kernels.backbones import LayerNames
 from earlyexit_kernels.engine.bert_weights import OP_ACTIVATIONS, LayerWeights, Pair
-from earlyexit_kernels.engine.resident_buffers import Activations, Bucket, RowBuffers, of_width
+from earlyexit_kernels.engine.resident_buffers import Activations, Arena, Bucket, RowBuffers, of_width
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.ops import rows_add_norm, rows_attention, rows_linear
 
@@ -40,12 +40,14 @@ class PostNormLayers:
         return None
 
     @staticmethod
-    def of(view: ModelView, bucket: Bucket, rows: RowBuffers, backend: str) -> PostNormLayers:
+    def of(
+        view: ModelView, bucket: Bucket, rows: RowBuffers, backend: str, arena: Arena | None = None
+    ) -> PostNormLayers:
         """Return the layers of a model, and buffers for a bucket."""
         names, heads = cast(LayerNames, view.adapter.names), view.backbone.config.num_attention_heads
         weights = [[LayerWeights.of(part, names, heads) for part in view.adapter.parts(layer)] for layer in view.layers]
         inner = max(own.inner.weight.shape[0] for each in weights for own in each)
-        x = Activations.new(bucket, view, inner=inner)
+        x = Activations.new(bucket, view, inner=inner, arena=arena)
         return PostNormLayers(weights, rows, x, bucket.length, backend)
 
     def begin(self, embedded: Tensor) -> Callable[[int], None]:

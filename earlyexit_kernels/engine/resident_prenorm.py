@@ -16,7 +16,7 @@ from torch import Tensor
 from earlyexit_kernels.backbones import GatedLayerNames
 from earlyexit_kernels.engine.bert_weights import ACTIVATIONS, OP_ACTIVATIONS
 from earlyexit_kernels.engine.gated_weights import Affine, GatedWeights, Norm, unlike_norm
-from earlyexit_kernels.engine.resident_buffers import Activations, Bucket, RowBuffers, of_width
+from earlyexit_kernels.engine.resident_buffers import Activations, Arena, Bucket, RowBuffers, of_width
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.ops import rows_add_norm, rows_attention, rows_glu, rows_linear, rows_rotary
 
@@ -71,7 +71,9 @@ class PreNormLayers:
         return next((reason for reason in reasons if reason), None)
 
     @staticmethod
-    def of(view: ModelView, bucket: Bucket, rows: RowBuffers, backend: str) -> PreNormLayers:
+    def of(
+        view: ModelView, bucket: Bucket, rows: RowBuffers, backend: str, arena: Arena | None = None
+    ) -> PreNormLayers:
         """Return the layers of a model, and buffers for a bucket."""
         weights = _weights(view)
         parts = [own for each in weights for own in each]
@@ -82,7 +84,7 @@ class PreNormLayers:
             exit_norm=cast(Norm, Norm.of(view.exit_norm)),
             zeros=parts[0].qkv.weight.new_zeros(outputs),
             rows=rows,
-            x=Activations.new(bucket, view, inner=inner, pre_norm=True),
+            x=Activations.new(bucket, view, inner=inner, pre_norm=True, arena=arena),
             length=bucket.length,
             backend=backend,
             arguments=partial(cast(Callable, view.adapter.layer_arguments), view.backbone),

@@ -22,7 +22,7 @@ def backend(request) -> str:
 def loop_for(model, bucket, backend, *, poison=False) -> ResidentLoop:
     loop = ResidentLoop(model.view(), bucket, backend, backend)
     if poison:
-        for buffer in (*vars(loop.activations).values(), loop.answers):
+        for buffer in (*loop.activations.buffers, loop.answers):
             buffer.fill_(torch.nan)
     return loop
 

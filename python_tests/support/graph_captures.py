@@ -28,9 +28,9 @@ def captures(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     made: list[Bucket] = []
 
-    def plain(parts, bucket, backend, stream):
+    def plain(parts, bucket, backend, stream, arena):
         made.append(bucket)
-        loop = ResidentLoop(parts, bucket, "torch", "torch")
+        loop = ResidentLoop(parts, bucket, "torch", "torch", arena)
         with torch.inference_mode(False):
             results = torch.zeros(loop.counts.shape, dtype=loop.counts.dtype)
         return Captured(loop, loop.launch, ModuleFingerprint(parts.roots), results)
