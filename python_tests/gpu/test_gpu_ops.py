@@ -139,27 +139,30 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @everywhere(["dtype"], [(dtype,) for dtype in DTYPES], ("triton",))
 def test_token_has_equal_bits_in_every_capacity(dtype, device, backend):
-    """The same tokens at the beginning of small buffers and inside large ones, which use other tiles."""
+    """The same tokens at the beginning of small buffers, and inside and alone in large ones, which use other tiles."""
     width, inner, heads, capacities = SIZES[device]
     g = torch.Generator().manual_seed(0)
     tokens = capacities[0] // 2
     factors = [(torch.randn(s, generator=g) / width**0.5).to(device, dtype) for s in ((inner, width), (inner,))]
     values, qkv = (torch.randn(tokens, s, generator=g).to(device, dtype) for s in (width, 3 * width))
     found = []
-    for capacity in capacities:
-        before = 0 if capacity == capacities[0] else capacity // 2 + 3
-        ends = [0, before, before + tokens, max(before + tokens, capacity - 5)]
+    for capacity, alone in itertools.product(capacities, (False, True)):
+        before = 0 if alone or capacity == capacities[0] else capacity // 2 + 3
+        ends = [0, before, before + tokens, before + tokens if alone else max(before + tokens, capacity - 5)]
         offsets = torch.tensor(ends, dtype=torch.int32, device=device)
         row_ids = torch.tensor([-1, 0, -1], dtype=torch.int32, device=device)
         x, both = (torch.randn(capacity, v.shape[1], device=device).to(dtype) for v in (values, qkv))
         x[before : before + tokens], both[before : before + tokens] = values, qkv
-        product, attended, normed = x.new_zeros(capacity, inner), torch.zeros_like(x), torch.zeros_like(x)
+        product, (attended, normed, summed) = x.new_zeros(capacity, inner), torch.zeros(3, *x.shape).to(x).unbind()
         ops.rows_linear(x, *factors, offsets, product, activation="gelu", backend=backend)
+        square = [factor[:width] for factor in factors]
+        ops.rows_linear(x, *square, offsets, summed, in_parts=True, backend=backend)
         ops.rows_attention(both, offsets, row_ids, heads, capacity, attended, backend=backend)
         ones = x.new_ones(width)
         ops.rows_add_norm(x, x, ones, ones, 1e-5, offsets, normed, backend=backend)
-        assert not any(y[ends[-1] :].any() for y in (product, attended, normed)), "tokens that are not present"
-        found.append([y[before : before + tokens] for y in (product, attended, normed)])
+        results = product, summed, attended, normed
+        assert not any(y[ends[-1] :].any() for y in results), "tokens that are not present"
+        found.append([y[before : before + tokens] for y in results])
     weight, bias = (factor.float() for factor in factors)
     want = torch.nn.functional.gelu(values.float() @ weight.T + bias)
     assert (found[0][0].float() - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
