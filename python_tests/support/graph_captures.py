@@ -28,7 +28,7 @@ def captures(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     made: list[Bucket] = []
 
-    def plain(parts, bucket, backend, stream, arena):
+    def plain(parts, bucket, backend, stream, arena=None):
         made.append(bucket)
         loop = ResidentLoop(parts, bucket, "torch", "torch", arena)
         with torch.inference_mode(False):
