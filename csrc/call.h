@@ -54,11 +54,16 @@ void with_rule(Rule rule, F f) {
 #undef EE_CASE
 }
 
-// Decides on row i of the batch, which is row n of the request. `answer` holds z on entry and the answer on return.
+// Returns the scalar of row i of the batch, 0 if the criterion needs none.
 template <class Criterion>
-EE_HD Decision decide(const Call& call, int64_t i, int64_t n, const float* z, float* answer) {
+EE_HD float aux_of(const Call& call, int64_t i) {
+  return Criterion::needs_aux ? call.aux[i] : 0.0f;
+}
+
+// Decides on row n of the request. `answer` holds z on entry and the answer on return.
+template <class Criterion>
+EE_HD Decision decide(const Call& call, int64_t n, float aux, const float* z, float* answer) {
   const int classes = static_cast<int>(call.classes);
-  const float aux = Criterion::needs_aux ? call.aux[i] : 0.0f;
   const bool last = call.layer == call.depth;
   if (is_invalid(z, classes) || aux != aux) return {last, true};
   const bool leaves =

@@ -88,7 +88,10 @@ Counts step_rows(const Call& call, int64_t begin, int64_t end) {
     row_logits<scalar_t>(call, i, pooled, z);
     std::copy_n(z, call.classes, answer);
     Decision decision{};
-    with_rule(call.rule, [&](auto rule) { decision = decide<decltype(rule)>(call, i, n, z, answer); });
+    with_rule(call.rule, [&](auto rule) {
+      using Criterion = decltype(rule);
+      decision = decide<Criterion>(call, n, aux_of<Criterion>(call, i), z, answer);
+    });
     counts.invalid += decision.invalid;
     if (decision.leaves) {
       std::copy_n(answer, call.classes, call.answers + n * call.classes);

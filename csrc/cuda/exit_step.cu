@@ -1,4 +1,4 @@
-// exit_step on CUDA: the last block counts the live rows.
+// exit_step on CUDA: the last block writes the counts.
 
 #include "exit_row.cuh"
 
@@ -8,11 +8,15 @@ namespace {
 struct CountRows {
   int32_t* counts;
 
-  __device__ void operator()(const Call&, Counts live, int32_t invalid_rows) const {
+  struct Seen {};
+
+  __device__ Seen read(const Call&) const { return {}; }
+
+  __device__ void operator()(const Call&, Seen, const Totals& all) const {
     if (threadIdx.x > 0) return;
-    counts[0] = rows_of(live);
-    counts[1] = tokens_of(live);
-    counts[2] = invalid_rows;
+    counts[0] = rows_of(all.live);
+    counts[1] = tokens_of(all.live);
+    counts[2] = all.invalid;
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -27,13 +28,31 @@ Dtype dtype_of(const at::Tensor& input) {
   return dtype == at::kFloat ? Dtype::kFloat32 : dtype == at::kHalf ? Dtype::kFloat16 : Dtype::kBFloat16;
 }
 
+// Returns a matrix whose rows are made of whole packs, which the kernels load: itself, or a copy with zeros after each
+// row. They change no bit, since a sum of products is never -0.
+at::Tensor in_packs(const at::Tensor& x) {
+  const int64_t beyond = x.size(1) * x.element_size() % kPackBytes;
+  if (beyond == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kPackBytes == 0) return x;
+  return at::constant_pad_nd(x, {0, (kPackBytes - beyond) % kPackBytes / x.element_size()});
+}
+
 // Launches an exit kernel: calls `launcher` with the arguments of the call, followed by `last`.
 template <class Launcher, class Last>
-void launch(Launcher launcher, const Call& call, const ExitTensors& tensors, const Last& last) {
+void launch(const char* op, Launcher launcher, Call call, const ExitTensors& tensors, const Last& last) {
   const Dtype dtype = dtype_of(tensors.input());
+  EE_CHECK(call.width <= kMaxWidth, op, "expected hidden of width at most ", kMaxWidth, ", got ", call.width);
+  at::Tensor hidden;
+  at::Tensor weight;
+  if (tensors.hidden) {
+    hidden = in_packs(*tensors.hidden);
+    weight = in_packs(*tensors.weight);
+    call.input = hidden.const_data_ptr();
+    call.weight = weight.const_data_ptr();
+    call.width = hidden.size(1);
+  }
   Frame frame = new_frame(call, dtype);
   at::Tensor scratch;
-  if (frame.floats > kSharedFloats) {  // from some thousands of classes on
+  if (frame.shared_bytes() > kSharedBytes) {  // from some thousands of classes on
     scratch = at::empty({call.rows, frame.floats}, tensors.answers.options());
     frame.scratch = scratch.mutable_data_ptr<float>();
   }
@@ -52,7 +71,7 @@ at::Tensor exit_step(
   const Call call = bind_exit(kOp, tensors, criterion, params, pooling, layer, depth);
   const c10::cuda::CUDAGuard guard(row_ids.device());
   at::Tensor counts = at::zeros({kCounts}, row_ids.options());
-  if (call.rows > 0) launch(launch_exit_step, call, tensors, counts.mutable_data_ptr<int32_t>());
+  if (call.rows > 0) launch(kOp, launch_exit_step, call, tensors, counts.mutable_data_ptr<int32_t>());
   return counts.narrow(0, 0, 3);
 }
 
@@ -86,9 +105,9 @@ void resident_exit(
   const c10::cuda::CUDAGuard guard(row_ids.device());
   const Settle settle{offsets.mutable_data_ptr<int32_t>(), old_offsets.mutable_data_ptr<int32_t>(),
                       source.mutable_data_ptr<int32_t>(), counts.mutable_data_ptr<int32_t>(),
-                      static_cast<int32_t>(tile), static_cast<int32_t>(capacity),
+                      Divisor(static_cast<uint32_t>(tile)), static_cast<int32_t>(capacity),
                       handle.has_value(), static_cast<unsigned long long>(handle.value_or(0))};
-  launch(launch_resident_exit, call, tensors, settle);
+  launch(kOp, launch_resident_exit, call, tensors, settle);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> compact(const at::Tensor& row_ids, const at::Tensor& offsets) {

@@ -45,11 +45,15 @@ struct Pack {
   }
 };
 
+template <class T>
+__device__ Pack<T> as_pack(uint4 words) {
+  return {{words.x, words.y, words.z, words.w}};
+}
+
 // Loads a whole pack from p, which is aligned to it.
 template <class T>
 __device__ Pack<T> load_pack(const typename T::Bits* p) {
-  const uint4 words = *reinterpret_cast<const uint4*>(p);
-  return {{words.x, words.y, words.z, words.w}};
+  return as_pack<T>(*reinterpret_cast<const uint4*>(p));
 }
 
 }  // namespace earlyexit

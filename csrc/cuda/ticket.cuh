@@ -18,19 +18,36 @@ __device__ inline Counts add_in_order(Counts* count, Counts value) {
   return before;
 }
 
-// Returns whether this is the last block; if so, `invalid_rows` is the total of all blocks. The ticket is 0 before the
-// launch, and again after it: its lower half counts arrivals, its upper half their invalid rows. The arguments of
-// thread 0 count.
-__device__ inline bool arrive(Counts* ticket, bool invalid, int32_t& invalid_rows) {
-  __shared__ Counts before;
+// Live rows with their tokens, and rows with invalid logits, of a block or of a launch.
+struct Totals {
+  Counts live;
+  int32_t invalid;
+};
+
+// Returns whether this is the last block; if so, `all` are the totals of the launch. The two tickets are 0 before the
+// launch and again after it: the first counts arrivals in its lower half and invalid rows in its upper half, the second
+// live rows. The totals of thread 0 count. A launch of one block needs no tickets.
+__device__ inline bool arrive(Counts* tickets, const Totals& own, Totals& all) {
+  __shared__ Totals totals;
+  __shared__ bool last;
   // the last block may rewrite row ids, so all threads of this one must have read theirs
   __syncthreads();
-  if (threadIdx.x == 0) before = add_in_order(ticket, new_counts(invalid, 1));
+  if (threadIdx.x == 0) {
+    totals = own;
+    last = true;
+    if (gridDim.x > 1) {
+      if (own.live != 0) atomicAdd(tickets + 1, own.live);
+      const Counts before = add_in_order(tickets, new_counts(own.invalid, 1));
+      last = tokens_of(before) == static_cast<int32_t>(gridDim.x) - 1;
+      if (last) {
+        totals = {__ldcg(tickets + 1), rows_of(before) + own.invalid};
+        tickets[0] = tickets[1] = 0;
+      }
+    }
+  }
   __syncthreads();
-  if (tokens_of(before) != static_cast<int32_t>(gridDim.x) - 1) return false;
-  invalid_rows = rows_of(before) + invalid;
-  if (threadIdx.x == 0) *ticket = 0;
-  return true;
+  all = totals;
+  return last;
 }
 
 }  // namespace

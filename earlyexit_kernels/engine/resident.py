@@ -125,7 +125,7 @@ class ResidentLoop:
         arena: memory that loops share which never run at the same time, or None for memory of its own.
 
     Attributes:
-        counts: ``[L + 1, 6]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
+        counts: ``[L + 1, 8]`` int32: first the counts of `ops.pack_tokens`, then for each layer those of
             `ops.resident_exit`.
         embedded: ``[T, E]``, the embeddings: the first side of the hidden states, or a buffer of their own where they
             are narrower.

@@ -32,8 +32,8 @@ from earlyexit_kernels.ops.schema import RESIDENT_EXIT, bare_op, define
 
 #: Maximum number of rows, which one program plans.
 MAX_ROWS = 1024
-#: Numbers in `counts`: four results, and two words of scratch.
-COUNTS = 6
+#: Numbers in `counts`: four results, and four words of scratch.
+COUNTS = 8
 #: Where in `counts` back-ends other than ``"cpp"`` say whether rows are live, as a condition of a CUDA graph.
 LIVE = 4
 _LIVE = constant(LIVE)
@@ -46,7 +46,7 @@ def settle_rows_kernel(
     old_offsets,  # [R + 1] int32
     source,  # [R] int32
     found,  # [3] int32, as exit_step returns them
-    counts,  # [6] int32
+    counts,  # [8] int32
     rows,  # R
     capacity,  # T
     tile,
@@ -209,9 +209,9 @@ def resident_exit(
             synchronise. **Changed** to those after the move.
         old_offsets: ``[R + 1]`` int32. **Changed** to the offsets before the move, if rows move.
         source: ``[R]`` int32. **Changed** to the old index of each moved row, -1 for none.
-        counts: ``[6]`` int32. **Changed**: the first four to the live rows, their tokens, the present rows with invalid
-            logits, and the tokens present after the move. The last two must be 0. Back-end ``"cpp"`` counts its blocks
-            there, and they are 0 again afterwards; the others set the fifth to 1 if rows are live, else to 0.
+        counts: ``[8]`` int32. **Changed**: the first four to the live rows, their tokens, the present rows with invalid
+            logits, and the tokens present after the move. The last four must be 0. Back-end ``"cpp"`` counts its blocks
+            and rows there, and they are 0 again afterwards; the others set the fifth to 1 if rows are live, else to 0.
         capacity: T, tokens of one side.
         tile: tokens per tile, at least 1.
         hidden: ``[2 T, H]`` tokens, or ``[R, F]`` features with ``pooling="none"``; float32, float16 or bfloat16.
@@ -230,7 +230,7 @@ def resident_exit(
     >>> import earlyexit_kernels as ee
     >>> rule = ee.criteria.MaxProbability(threshold=0.9)
     >>> ints = lambda *values: torch.tensor(values, dtype=torch.int32)
-    >>> row_ids, source, counts = ints(0, 1), ints(0, 0), torch.zeros(6, dtype=torch.int32)
+    >>> row_ids, source, counts = ints(0, 1), ints(0, 0), torch.zeros(8, dtype=torch.int32)
     >>> offsets, old_offsets = ints(0, 2, 3), ints(0, 0, 0)
     >>> state = rule.new_state(2, torch.device("cpu"), 2)
     >>> answers, exit_layer = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)

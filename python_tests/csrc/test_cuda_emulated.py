@@ -124,6 +124,22 @@ def test_classes_beyond_shared_memory(classes):
     assert torch.equal(row_ids < 0, left) and torch.equal(held["answers"][left], logits[left])
 
 
+def test_classes_of_a_head_beyond_shared_memory():
+    given = head(24, torch.float32, "first", classes=6000)
+    first = given["hidden"][given["offsets"][:-1].long()]
+    torch.testing.assert_close(answers_at_last_layer(given), first @ given["weight"].T + given["bias"])
+
+
+def test_too_wide_a_hidden_state_is_refused(ops):
+    width, held, criterion = 2**26 + 8, memory(FullDepth(), 1, 1), FullDepth()
+    hidden, bias = torch.empty(1, width, dtype=torch.float16), torch.empty(1, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"exit_step_cpp: expected hidden of width at most 67108864, got 67108872"):
+        ops["exit_step"](
+            hidden, None, torch.empty_like(hidden), bias, None, None, torch.zeros(1).int(), *held.values(),
+            criterion.exit_rule.name, [], "none", 1, 2,
+        )  # fmt: skip
+
+
 def test_large_batch():
     rows = 1500
     logits, held = torch.randn(rows, 2), memory(FullDepth(), rows, 2)
@@ -181,7 +197,7 @@ def resident(criterion, lengths, capacity, side, rows, requests, classes) -> dic
         "offsets": offsets + side * capacity,
         "old_offsets": torch.zeros(rows + 1).int(),
         "source": torch.full((rows,), -7, dtype=torch.int32),
-        "counts": torch.tensor([-7] * 4 + [0, 0], dtype=torch.int32),
+        "counts": torch.tensor([-7] * 4 + [0] * 4, dtype=torch.int32),
         **memory(criterion, requests, classes),
     }
 
@@ -196,7 +212,7 @@ def expected_after_exit(row_ids, offsets, invalid, tile, capacity) -> dict[str, 
             "row_ids": row_ids,
             "offsets": offsets,
             "source": [-1] * len(row_ids),
-            "counts": [len(live), tokens, invalid, present, 0, 0],
+            "counts": [len(live), tokens, invalid, present, 0, 0, 0, 0],
         }
     start, rest = (0 if offsets[0] else capacity), [-1] * (len(row_ids) - len(live))
     ends = [start]
@@ -207,7 +223,7 @@ def expected_after_exit(row_ids, offsets, invalid, tile, capacity) -> dict[str, 
         "source": live + rest,
         "old_offsets": offsets,
         "offsets": ends + [ends[-1]] * len(rest),
-        "counts": [len(live), tokens, invalid, tokens, 0, 0],
+        "counts": [len(live), tokens, invalid, tokens, 0, 0, 0, 0],
     }
 
 
@@ -223,7 +239,7 @@ def call_resident(op, given, criterion, layer, *, tile, capacity, depth=DEPTH, h
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("tile", [1, 16, 64])
+@pytest.mark.parametrize("tile", [1, 7, 16, 64])
 @pytest.mark.parametrize(("rows", "present"), [(1, 1), (8, 5), (33, 33), (1024, 300), (1100, 1100)])
 def test_resident_exit_compacts(ops, rows, present, tile, side):
     g = torch.Generator().manual_seed(rows + tile)
@@ -298,8 +314,8 @@ def source_pooling(source) -> str:
 INVALID = {
     "old_offsets": ({"old_offsets": torch.zeros(2).int()}, {}, ("old_offsets", "[3]", "got int32 [2]")),
     "source": ({"source": torch.zeros(2)}, {}, ("source", "int32 [2]", "got float32")),
-    "counts": ({"counts": torch.zeros(3).int()}, {}, ("counts", "[6]", "got int32 [3]")),
-    "slice of counts": ({"counts": torch.zeros(7).int()[1:]}, {}, ("counts", "8 bytes", "a slice")),
+    "counts": ({"counts": torch.zeros(3).int()}, {}, ("counts", "[8]", "got int32 [3]")),
+    "slice of counts": ({"counts": torch.zeros(9).int()[1:]}, {}, ("counts", "8 bytes", "a slice")),
     "tile": ({}, {"tile": 0}, ("tile", "got 0")),
     "capacity": ({}, {"capacity": 2**30}, ("capacity", "got 1073741824")),
     "sides": ({}, {"capacity": 5}, ("hidden", "[10, H]", "got [8, 8]")),

@@ -21,12 +21,14 @@ CUDA_SYNTAX = (
         r"auto* \1 = reinterpret_cast<float*>(emulator::shared_memory);",
     ),
     (r"__shared__ ", "static "),
+    (r"asm\(\"\" : \"\+l\"\(\w+\)\);", ""),
     (r"asm volatile\(\"atom.*?\"memory\"\);", "before = *count, *count += value;"),
     (r"TORCH_LIBRARY_IMPL\(earlyexit_kernels, CUDA,", f"TORCH_LIBRARY_IMPL({NAMESPACE}, CPU,"),
 )
 HEADERS = (
     "cuda_runtime_api.h",
     "cuda_fp16.h",
+    "cuda_pipeline_primitives.h",
     "c10/cuda/CUDAException.h",
     "c10/cuda/CUDAGuard.h",
     "c10/cuda/CUDAStream.h",

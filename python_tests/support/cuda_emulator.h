@@ -29,9 +29,20 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+using std::min;
 using cudaStream_t = void*;
 
 namespace emulator {
+
+// Of a thread; made when the thread waits for it.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
 enum class Wait { kNothing, kWarp, kBlock, kDone };
 
@@ -40,6 +51,8 @@ struct Fiber {
   static constexpr size_t kStack = 1 << 16;
   Wait wait = Wait::kNothing;
   bool started = false;
+  std::vector<Copy> copies;
+  size_t committed = 0;
   jmp_buf place;
   ucontext_t context;
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
@@ -111,6 +124,10 @@ inline void run_block(int threads) {
     for (int warp = 0; warp < threads; warp += 32) release(warp, warp + 32, Wait::kWarp);
     release(0, threads, Wait::kBlock);
   }
+  if (std::any_of(fibers.begin(), fibers.begin() + threads, [](const auto& f) { return !f->copies.empty(); })) {
+    fibers.clear();
+    throw std::runtime_error("emulator: a thread ends before its copies");
+  }
 }
 
 inline void run(std::function<void()> body, dim3 grid, int threads, size_t shared_bytes, cudaStream_t) {
@@ -167,6 +184,33 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 template <class T>
 T __ldcg(const T* p) {
   return *p;
+}
+
+template <class T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p += value;
+  return before;
+}
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) std::abort();
+  emulator::fibers[emulator::running]->copies.push_back({to, from, bytes});
+}
+
+inline void __pipeline_commit() {
+  emulator::Fiber& fiber = *emulator::fibers[emulator::running];
+  fiber.committed = fiber.copies.size();
+}
+
+inline void __pipeline_wait_prior(size_t) {
+  emulator::Fiber& fiber = *emulator::fibers[emulator::running];
+  for (size_t k = 0; k < fiber.committed; ++k) {
+    const emulator::Copy& copy = fiber.copies[k];
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + fiber.committed);
+  fiber.committed = 0;
 }
 
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
