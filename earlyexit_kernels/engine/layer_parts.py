@@ -41,10 +41,8 @@ def parts_unsupported_reason(
     found = dict(layer.named_modules())
     missing = sorted(checks.keys() - found.keys())
     if missing:
-        return (
-            f"{type(layer).__name__} has no module {missing[0]}, which the adapter names; an adapter of layers of "
-            "another form has names=None"
-        )
+        cure = "" if attention is None else "; an adapter of layers of another form has names=None"
+        return f"{type(layer).__name__} has no module {missing[0]}, which the adapter names{cure}"
     for path, module in found.items():
         title = f"{path or 'the layer'} ({type(module).__name__})"
         if hooked(module):
