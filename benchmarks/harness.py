@@ -83,13 +83,17 @@ class PreparedCase:
     facts: dict[Variant, Mapping[str, Any]] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def times(self, *, rounds: int, warmup: int = 0, prepare: Call = do_nothing, **how: Any) -> dict[Variant, list]:
+    def times(
+        self, *, rounds: int, warmup: int = 0, prepare: Call = do_nothing, awake: bool = False, **how: Any
+    ) -> dict[Variant, list]:
         """Time all variants in interleaved rounds.
 
         Args:
             rounds: timed rounds.
             warmup: untimed rounds before them.
             prepare: called before each call, after the variant's own preparation.
+            awake: then make the same call once, untimed: after a rest, threads and the processors of a virtual machine
+                take up to milliseconds to wake up.
             how: ``sync``, ``clock`` and ``progress`` of `interleave`.
 
         Returns:
@@ -102,6 +106,8 @@ class PreparedCase:
         def prepared(name: str) -> None:
             self.ready[variants[name]].prepare()
             prepare()
+            if awake:
+                calls[name]()
 
         calls = {name: self.ready[variant].call for name, variant in variants.items()}
         found = interleave(calls, repeats=rounds, warmup=warmup, prepare=prepared, **how)

@@ -42,8 +42,6 @@ def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Callable[[dict
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # its threads must not spin while others are timed
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     path = _quantized(subject) if quantized else exported(subject)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,8 +1,9 @@
 """Fused layers on the vector kernels, by the type in which weights are stored, beside ONNX Runtime and OpenVINO.
 
-Run with ``python -m benchmarks.run --suite stored_weights``. Every variant answers the same batches; the peers run all
-layers on padded rows. The largest distance of the logits from those of the plain float32 model, relative to their
-spread, is in each record, and a variant beyond the limit of its type is refused.
+Run with ``python -m benchmarks.run --suite stored_weights``. Every variant answers the same batches, twice in a row, of
+which the second time counts; the peers run all layers on padded rows. The largest distance of the logits from those of
+the plain float32 model, relative to their spread, is in each record, and a variant beyond the limit of its type is
+refused.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _case_records(case: StoredCase, repeats: int) -> Iterator[Record]:
         return
     found = harness.prepare(_builders(case, subject, work))
     yield from found.skipped_records(header)
-    how: dict[str, Any] = {"prepare": partial(measure.rest), "progress": f"{case.subject}, {case.work.name}"}
+    how: dict[str, Any] = {"prepare": measure.rest, "awake": True, "progress": f"{case.subject}, {case.work.name}"}
     one_round = sum(times[0] + 1000 * measure.REST for times in found.times(rounds=1, **how).values())
     times = found.times(rounds=measure.rounds_of(3 * repeats, one_round), **how)
     kinds = {kind for kind, _ in PEERS.values()}
