@@ -2,7 +2,7 @@
 
 The layers of BERT-base, one after the other, so that each reads its weights from memory, on M tokens in rows of at most
 128. Operations are those of the products alone, while the time is that of the whole layers. The peaks are measured
-first; see `peaks`. Run with ``python -m benchmarks.run --suite layer_roofline``.
+before and after, and the larger ones count; see `peaks`. Run with ``python -m benchmarks.run --suite layer_roofline``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import earlyexit_kernels as ee
 from benchmarks.goals import roofline_goal
 from benchmarks.harness import Implementation, PreparedCase, Record, Variant, goal_fields, time_fields
 from benchmarks.machine import NotMeasuredError
-from benchmarks.micro.peaks import machine_peaks
+from benchmarks.micro.peaks import Peaks, measured_peaks
 from earlyexit_kernels.engine.attention_plan import plan_attention
 from earlyexit_kernels.engine.packed_layers import STORED, kernels_unsupported_reason
 from earlyexit_kernels.engine.packing import pack
-from earlyexit_kernels.tuning.timing import quantiles
 
 SUITE = "layer_roofline"
 TOKENS = (1, 8, 32, 128, 1024)
@@ -33,7 +32,7 @@ LAYERS = 12
 def records(repeats: int) -> Iterator[Record]:
     """Yield a record for each number of tokens and type of weights."""
     try:
-        peaks = machine_peaks()
+        before = measured_peaks()
     except NotMeasuredError as error:
         yield {"suite": SUITE, "not_measured": str(error)}
         return
@@ -46,11 +45,14 @@ def records(repeats: int) -> Iterator[Record]:
                 continue
             model.set_layers("fused", weights=stored)
             stacks[stored] = model.execution.layers.layers(model.view())
-        for tokens in TOKENS:
-            yield from _records_of(tokens, stacks, peaks, repeats)
+        found = [record for tokens in TOKENS for record in _times_of(tokens, stacks, repeats)]
+    peaks = measured_peaks().best(before)
+    for record in found:
+        yield _beside(peaks, record)
 
 
-def _records_of(tokens: int, stacks: dict[str, Sequence[Any]], peaks: Any, repeats: int) -> Iterator[Record]:
+def _times_of(tokens: int, stacks: dict[str, Sequence[Any]], repeats: int) -> Iterator[Record]:
+    """Yield the time of all layers on some tokens, and their operations and bytes."""
     rows = -(-tokens // LONGEST)
     plan = plan_attention(pack(torch.ones(rows, tokens // rows, dtype=torch.long), None))
     hidden = torch.randn(1, tokens, BertConfig().hidden_size)
@@ -61,16 +63,19 @@ def _records_of(tokens: int, stacks: dict[str, Sequence[Any]], peaks: Any, repea
         packed = [layer.packed.weights for layer in stacks[stored]]
         bytes_read = sum(x.nbytes for weights in packed for x in weights)
         operations = 2 * tokens * sum(x.numel() for weights in packed for x in weights)
-        seconds = quantiles(times[variant], (0.5,))[0] / 1000
-        shape = f"M {tokens}"
-        record = {"suite": SUITE, "case": stored, "shape": shape, "dtype": stored, "engine": "fused layers"}
-        record |= {"backend": "cpp", "cpu_capability": torch.backends.cpu.get_cpu_capability()}
-        record |= {"peak_gflops": round(peaks.operations / 1e9), "peak_gb_per_second": round(peaks.bytes / 1e9, 1)}
-        record |= {"gflops": round(operations / seconds / 1e9), "gb_per_second": round(bytes_read / seconds / 1e9, 1)}
-        record |= {"operations_share": round(operations / seconds / peaks.operations, 3)}
-        record |= {"bytes_share": round(bytes_read / seconds / peaks.bytes, 3)}
-        record |= time_fields(times[variant])
-        yield record | goal_fields(roofline_goal(stored, tokens), record)
+        record = {"suite": SUITE, "case": stored, "shape": f"M {tokens}", "dtype": stored, "engine": "fused layers"}
+        record |= {"backend": "cpp", "cpu_capability": torch.backends.cpu.get_cpu_capability(), "tokens": tokens}
+        yield record | {"operations": operations, "bytes": bytes_read} | time_fields(times[variant])
+
+
+def _beside(peaks: Peaks, record: Record) -> Record:
+    """Return a record with its rates, their shares of the peaks, and its goal."""
+    operations, read = (1000 * record[name] / record["median_ms"] for name in ("operations", "bytes"))
+    record |= {"peak_gflops": round(peaks.operations / 1e9), "peak_gb_per_second": round(peaks.bytes / 1e9, 1)}
+    record |= {"gflops": round(operations / 1e9), "gb_per_second": round(read / 1e9, 1)}
+    record |= {"operations_share": round(operations / peaks.operations, 3)}
+    record |= {"bytes_share": round(read / peaks.bytes, 3)}
+    return record | goal_fields(roofline_goal(record["case"], record["tokens"]), record)
 
 
 def _run(layers: Sequence[Any], hidden: torch.Tensor, plan: Any) -> torch.Tensor:

@@ -14,9 +14,10 @@
 namespace {
 
 typedef float Vector __attribute__((vector_size(64)));
-constexpr long kLanes = 16, kSums = 12, kSteps = 20'000'000;
+constexpr long kLanes = 16, kSums = 12, kSteps = 200'000'000;
 constexpr long kBytes = 1L << 28;  // of each thread
 constexpr long kHugePage = 2L << 20;
+constexpr long kAhead = 4096;
 constexpr int kRepeats = 9;
 
 volatile float sink = 1.0f;
@@ -36,6 +37,7 @@ void read(const float* data) {
   for (const char* at = reinterpret_cast<const char*>(data); at < reinterpret_cast<const char*>(data) + kBytes;) {
 #pragma GCC unroll 8
     for (Vector& sum : sums) {
+      __builtin_prefetch(at + kAhead);
       sum += *reinterpret_cast<const Vector*>(at);
       at += sizeof(Vector);
     }

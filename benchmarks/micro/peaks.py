@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import subprocess
@@ -24,14 +23,13 @@ class Peaks(NamedTuple):
     operations: float
     bytes: float
 
-    def seconds(self, operations: float, bytes_read: float) -> float:
-        """Return the shortest time of some work: that of its operations, or of its bytes if that is longer."""
-        return max(operations / self.operations, bytes_read / self.bytes)
+    def best(self, other: Peaks) -> Peaks:
+        """Return the larger of each: other machines on the same host can slow a measurement."""
+        return Peaks(*map(max, self, other))
 
 
-@functools.cache
-def machine_peaks() -> Peaks:
-    """Measure the peaks of this machine, once in a process; it takes two seconds.
+def measured_peaks() -> Peaks:
+    """Measure the peaks of this machine, which takes a few seconds.
 
     Raises:
         NotMeasuredError: there is no C++ compiler.
