@@ -174,8 +174,8 @@ def exit_source(heads: ExitHeads, needs: str | None, states: RowStates, backend:
     linear = heads.linear_exits(states.hidden.dtype)
     if linear is not None:
         return LinearSource(linear)
-    # elsewhere a product of the library is one launch, too
-    if states.norm is None and states.hidden.device.type == "cpu":
+    # in half precision a full-depth pass, which calls the modules, would round differently
+    if states.norm is None and states.hidden.device.type == "cpu" and states.hidden.dtype == torch.float32:
         return dense_source(heads, states.hidden, backend, rows=states.rows) or ModuleSource(heads, None)
     return ModuleSource(heads, None)
 

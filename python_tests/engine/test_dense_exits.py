@@ -80,7 +80,7 @@ def test_autocast_and_other_dtypes_run_the_modules():
         assert isinstance(source_of(model), ModuleSource)
     assert isinstance(source_of(model, dtype=torch.bfloat16), ModuleSource)
     assert isinstance(source_of(model.double(), dtype=torch.float64), ModuleSource)
-    assert isinstance(source_of(model.bfloat16(), dtype=torch.bfloat16), DenseSource)
+    assert isinstance(source_of(model.bfloat16(), dtype=torch.bfloat16), ModuleSource)
 
 
 @pytest.mark.parametrize("name", ["dense.0.weight", "dense.0.bias", "out.3.weight", "out.3.bias"])
