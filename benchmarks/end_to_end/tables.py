@@ -127,7 +127,7 @@ def stored_weights(results: Path | None = None) -> str:
             goal, reached = (
                 ("none", "") if r["goal"] is None else (f"{r['goal']:.2f}", "yes" if r["goal_met"] else "no")
             )
-            cells = (r["case"], r["dtype"], f"{r['median_ms']:.2f}", r["against"], ratio_text(r))
+            cells = (r["case"], r["dtype"], f"{r['median_ms']:.2f}", r["against"], ratio_text(r, 3))
             rows.append((*cells, goal, reached, f"{r['error']:.2g}"))
         return "\n\n".join([markdown_table(header, rows) if rows else NOT_MEASURED, *skipped(records)])
 

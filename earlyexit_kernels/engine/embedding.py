@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from earlyexit_kernels.engine.attention_plan import rows_of_tokens
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.layer_calls import RequestRectangles, RequestRows, RequestTokens
+from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.packing import PackedBatch, pack, row_keys
 from earlyexit_kernels.engine.states import last_kept
 from earlyexit_kernels.engine.view import ModelView
+from earlyexit_kernels.ops import bare_op
 
 
 class EmbeddedRows(NamedTuple):
@@ -52,9 +54,26 @@ def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool) -> EmbeddedR
         positions = adapter.positions(view.backbone, ids)
     types = torch.zeros_like(ids) if types is None else types
     tokens, places = batch.take(ids), batch.take(positions.expand(ids.shape))
-    hidden = adapter.first_states(view.backbone, tokens, places, batch.take(types.expand(ids.shape)))
+    hidden = _first_states(view, tokens, places, batch.take(types.expand(ids.shape)))
     keys = row_keys(tokens, batch.offsets) if with_keys else None
     return EmbeddedRows(hidden, batch, keys, request_rows(view, batch, ids.shape[1], places[0]))
+
+
+def _first_states(view: ModelView, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    """Return the input of layer 1, ``[1, T, H]``; a product that widens it rounds independently of the other tokens."""
+    adapter, backbone = view.adapter, view.backbone
+    widen: Any = adapter.widen(backbone)
+    embedded = adapter.embed(backbone, ids, positions, types)
+    plain = type(widen) is nn.Linear and widen.bias is not None and not hooked(widen)
+    alike = plain and embedded.dtype == widen.weight.dtype == torch.float32 and embedded.device.type == "cpu"
+    if not alike or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return embedded if widen is None else widen(embedded)
+    tokens = embedded.shape[1]
+    ends = torch.arange(tokens + 1, dtype=torch.int32)
+    out = embedded.new_empty(tokens, widen.weight.shape[0])
+    each = bare_op("first_tokens_linear", "auto", "cpu")
+    each(embedded[0].contiguous(), widen.weight.contiguous(), widen.bias, ends, ends[:-1], out, "none")
+    return out[None]
 
 
 def request_rows(view: ModelView, batch: PackedBatch, length: int, positions: Tensor) -> RequestRows | None:

@@ -75,6 +75,20 @@ def test_a_row_has_the_same_bits_in_every_batch(criterion, pooling, stored):
         assert torch.equal(logits, alone[0][rows]) and torch.equal(exit_layer, alone[1][rows])
 
 
+@pytest.mark.parametrize("family", ["albert", "electra", "distilbert", "roberta"])
+def test_rows_of_every_family_have_the_same_bits_in_every_batch(family):
+    """ALBERT and ELECTRA widen their embeddings by a product of their own."""
+    sizes = {"embedding_size": 96} if family in ("albert", "electra") else {}
+    model = ee.to_early_exit(stock(family, hidden_size=192, intermediate_size=256, **sizes))
+    model.set_layers("fused")
+    g = torch.Generator().manual_seed(0)
+    ids, lengths = torch.randint(5, 100, (24, 24), generator=g), torch.arange(1, 25)
+    mask = (torch.arange(24) < lengths[:, None]).long()
+    together = model(input_ids=ids, attention_mask=mask).logits
+    alone = [model(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1]).logits for i in range(24)]
+    assert torch.equal(torch.cat(alone), together)
+
+
 @pytest.mark.parametrize("stored", STORED)
 def test_changed_weights_are_seen(stored):
     model = model_with(stored)
