@@ -34,13 +34,14 @@ class EmbeddedRows(NamedTuple):
     request: RequestRows | None
 
 
-def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool) -> EmbeddedRows:
+def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool, alone: bool = False) -> EmbeddedRows:
     """Pack and embed a batch of at least one row.
 
     Args:
         view: of the model.
         inputs: checked.
         with_keys: compute a key for each row, for criteria that draw random numbers.
+        alone: widen the embeddings of each token on its own, as layers on the vector kernels compute them.
 
     Raises:
         ValueError: the first token of a row is masked and the exits read it.
@@ -54,19 +55,22 @@ def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool) -> EmbeddedR
         positions = adapter.positions(view.backbone, ids)
     types = torch.zeros_like(ids) if types is None else types
     tokens, places = batch.take(ids), batch.take(positions.expand(ids.shape))
-    hidden = _first_states(view, tokens, places, batch.take(types.expand(ids.shape)))
+    kinds = batch.take(types.expand(ids.shape))
+    if alone:
+        hidden = _first_states_alone(view, tokens, places, kinds)
+    else:
+        hidden = adapter.first_states(view.backbone, tokens, places, kinds)
     keys = row_keys(tokens, batch.offsets) if with_keys else None
     return EmbeddedRows(hidden, batch, keys, request_rows(view, batch, ids.shape[1], places[0]))
 
 
-def _first_states(view: ModelView, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-    """Return the input of layer 1, ``[1, T, H]``; a product that widens it rounds independently of the other tokens."""
+def _first_states_alone(view: ModelView, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
+    """Return the input of layer 1, ``[1, T, H]``, of which no value depends on the number of tokens."""
     adapter, backbone = view.adapter, view.backbone
     widen: Any = adapter.widen(backbone)
     embedded = adapter.embed(backbone, ids, positions, types)
     plain = type(widen) is nn.Linear and widen.bias is not None and not hooked(widen)
-    alike = plain and embedded.dtype == widen.weight.dtype == torch.float32 and embedded.device.type == "cpu"
-    if not alike or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not plain or not embedded.dtype == widen.weight.dtype == torch.float32:
         return embedded if widen is None else widen(embedded)
     tokens = embedded.shape[1]
     ends = torch.arange(tokens + 1, dtype=torch.int32)

@@ -5,8 +5,9 @@ A row has the same bits in every batch, since no sum depends on the other rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +67,8 @@ class PackedLayer:
         """``[1, T, H] -> [1, T, H]``."""
         x = hidden[0].contiguous()
         return self.run(x, plan.ends, *self.packed, self.eps, self.heads, self.activation)[None]
+
+
+def rounds_alone(layers: Sequence[Callable[..., Any]]) -> bool:
+    """Return whether layers are those of the vector kernels, which compute each row as if it were alone."""
+    return isinstance(layers[0], PackedLayer)

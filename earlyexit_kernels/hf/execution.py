@@ -19,6 +19,7 @@ from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
 from earlyexit_kernels.engine.graphs import CaptureError, Graphs
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.invalid import InvalidRows
+from earlyexit_kernels.engine.packed_layers import rounds_alone
 from earlyexit_kernels.engine.replay import replay
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
@@ -155,14 +156,14 @@ class Execution:
 
     def _start(self, view: ModelView, inputs: Inputs, strict: bool) -> eager.Pass:
         """Embed a batch of at least one row for the eager loop."""
-        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=view.criterion.exit_rule.uses_keys)
+        layers, with_keys = self.layers.layers(view), view.criterion.exit_rule.uses_keys
+        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=with_keys, alone=rounds_alone(layers))
         options = eager.RunOptions(
             backend=_requested(self._backend, view),
             compaction=self._compaction,
             strict=strict,
             layer_macs=self._layer_macs,
         )
-        layers = self.layers.layers(view)
         parts = view.heads, view.criterion, view.classes
         return eager.start(hidden, batch, layers, *parts, options, keys, view.exit_norm, request)
 
@@ -211,8 +212,8 @@ class Execution:
         with_keys = not training and "halting" in view.heads.aux_names
         if not inputs.rows:
             return _no_exits(view, problem_type, with_keys=with_keys, training=training)
-        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=with_keys)
         layers = view.layers if training else self.layers.layers(view)
+        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=with_keys, alone=rounds_alone(layers))
         trace = trace_exits(hidden, batch, layers, view.heads, options, keys, view.exit_norm, request)
         self.invalid.add_pass(trace.logits, strict, training=training)
         return dataclasses.replace(trace, problem_type=problem_type)
