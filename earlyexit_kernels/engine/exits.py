@@ -176,24 +176,23 @@ def exit_source(heads: ExitHeads, needs: str | None, states: RowStates, backend:
         return LinearSource(linear)
     # in half precision a full-depth pass, which calls the modules, would round differently
     if states.norm is None and states.hidden.device.type == "cpu" and states.hidden.dtype == torch.float32:
-        return dense_source(heads, states.hidden, backend, rows=states.rows) or ModuleSource(heads, None)
+        features = states.hidden.new_empty(states.rows, heads.features_size)
+        return dense_source(heads, features, backend) or ModuleSource(heads, None)
     return ModuleSource(heads, None)
 
 
-def dense_source(heads: ExitHeads, hidden: Tensor, backend: str, *, rows: int) -> DenseSource | None:
+def dense_source(heads: ExitHeads, features: Tensor, backend: str) -> DenseSource | None:
     """Return the source that computes the family's form of exits by ops, or None where these are something else.
 
     Args:
         heads: the exits.
-        hidden: ``[T, H]``, for its dtype and device.
+        features: buffer ``[N, F]`` for at least as many rows as a call has, dtype and device of the hidden states.
         backend: of the ops.
-        rows: largest number of rows of a call.
     """
-    exits = dense_exits(heads, hidden.dtype, hidden.device)
+    exits = dense_exits(heads, features.dtype, features.device)
     if exits is None:
         return None
-    features = hidden.new_empty(rows, exits[0][0].shape[0])
-    multiply = bare_op("first_tokens_linear", backend, hidden.device.type)
+    multiply = bare_op("first_tokens_linear", backend, features.device.type)
     return DenseSource(exits, heads.config.activation, features, multiply)
 
 

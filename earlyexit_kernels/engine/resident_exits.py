@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,8 +67,7 @@ def exits_of(heads: ExitHeads, x: Activations, backend: str) -> ExitSource:
         return LinearSource(linear)
     if shape.reads == "mean":
         return ChunkedSource(ModuleSource(heads, None), x.features, backend)
-    dense = dense_source(heads, x.hidden, backend, rows=x.features.shape[0])
-    return ChunkedSource(ModuleSource(heads, None)) if dense is None else replace(dense, features=x.features)
+    return dense_source(heads, x.features, backend) or ChunkedSource(ModuleSource(heads, None))
 
 
 def exits_with_scalar(heads: ExitHeads, needs: str, states: PackedStates) -> ExitSource:

@@ -123,7 +123,9 @@ def first_tokens_linear(
         row_ids: ``[R]`` int32, -1 for a row that has left or does not exist. On CUDA the values of ids and offsets are
             not checked, since that would synchronise.
         out: ``[R, N]``, dtype of `hidden`, not overlapping it. **Changed** for the present rows.
-        activation, backend: as in `rows_linear`.
+        activation: as in `rows_linear`.
+        backend: ``"auto"``, ``"torch"``, ``"triton"``, or on the CPU ``"cpp"``, with which the result of a row does not
+            depend on the other rows, bit for bit.
 
     Raises:
         TypeError: an argument is not a tensor.
