@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from earlyexit_kernels.engine.attention_plan import rows_of_tokens
+from earlyexit_kernels.engine.encoder import Embed
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.layer_calls import RequestRectangles, RequestRows, RequestTokens
-from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.packing import PackedBatch, pack, row_keys
 from earlyexit_kernels.engine.states import last_kept
 from earlyexit_kernels.engine.view import ModelView
-from earlyexit_kernels.ops import bare_op
 
 
 class EmbeddedRows(NamedTuple):
@@ -34,14 +33,14 @@ class EmbeddedRows(NamedTuple):
     request: RequestRows | None
 
 
-def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool, alone: bool = False) -> EmbeddedRows:
+def embed_rows(view: ModelView, inputs: Inputs, embed: Embed, *, with_keys: bool) -> EmbeddedRows:
     """Pack and embed a batch of at least one row.
 
     Args:
         view: of the model.
         inputs: checked.
+        embed: of the encoder.
         with_keys: compute a key for each row, for criteria that draw random numbers.
-        alone: widen the embeddings of each token on its own, as layers on the vector kernels compute them.
 
     Raises:
         ValueError: the first token of a row is masked and the exits read it.
@@ -56,28 +55,9 @@ def embed_rows(view: ModelView, inputs: Inputs, *, with_keys: bool, alone: bool 
     types = torch.zeros_like(ids) if types is None else types
     tokens, places = batch.take(ids), batch.take(positions.expand(ids.shape))
     kinds = batch.take(types.expand(ids.shape))
-    if alone:
-        hidden = _first_states_alone(view, tokens, places, kinds)
-    else:
-        hidden = adapter.first_states(view.backbone, tokens, places, kinds)
+    hidden = embed(tokens, places, kinds)
     keys = row_keys(tokens, batch.offsets) if with_keys else None
     return EmbeddedRows(hidden, batch, keys, request_rows(view, batch, ids.shape[1], places[0]))
-
-
-def _first_states_alone(view: ModelView, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
-    """Return the input of layer 1, ``[1, T, H]``, of which no value depends on the number of tokens."""
-    adapter, backbone = view.adapter, view.backbone
-    widen: Any = adapter.widen(backbone)
-    embedded = adapter.embed(backbone, ids, positions, types)
-    plain = type(widen) is nn.Linear and widen.bias is not None and not hooked(widen)
-    if not plain or not embedded.dtype == widen.weight.dtype == torch.float32:
-        return embedded if widen is None else widen(embedded)
-    tokens = embedded.shape[1]
-    ends = torch.arange(tokens + 1, dtype=torch.int32)
-    out = embedded.new_empty(tokens, widen.weight.shape[0])
-    each = bare_op("first_tokens_linear", "auto", "cpu")
-    each(embedded[0].contiguous(), widen.weight.contiguous(), widen.bias, ends, ends[:-1], out, "none")
-    return out[None]
 
 
 def request_rows(view: ModelView, batch: PackedBatch, length: int, positions: Tensor) -> RequestRows | None:

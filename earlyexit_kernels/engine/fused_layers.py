@@ -6,6 +6,7 @@ weights stay in place; the packed ones are a second copy, which is replaced when
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, GatedLayerNames, LayerNames
 from earlyexit_kernels.engine import bert_weights, fused_bert, fused_gated, gated_weights
+from earlyexit_kernels.engine.encoder import Encoder, embed_alone
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
 from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.locks import ForkSafeLock
-from earlyexit_kernels.engine.packed_layers import kernels_unsupported_reason
+from earlyexit_kernels.engine.packed_layers import PackedLayer, kernels_unsupported_reason
 
 
 class Form(NamedTuple):
@@ -115,7 +117,7 @@ def stored_unsupported_reason(adapter: BackboneAdapter, backbone: nn.Module, sto
 class _Packed(NamedTuple):
     made_from: ModuleFingerprint
     stored: torch.dtype
-    layers: tuple[Callable[..., Tensor], ...] | None
+    encoder: Encoder | None
     reason: str | None
 
     def is_current(self, backbone: nn.Module, stored: torch.dtype) -> bool:
@@ -145,8 +147,8 @@ class FusedLayers:
 
     def get_or_pack(
         self, adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype = torch.float32
-    ) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
-        """Return the L fused layers of a backbone on the CPU and None, or None and the reason against them.
+    ) -> tuple[Encoder | None, str | None]:
+        """Return the encoder of a backbone on the CPU with fused layers and None, or None and the reason against them.
 
         Args:
             adapter, backbone: of the model.
@@ -158,7 +160,7 @@ class FusedLayers:
                 packed = self._packed
                 if packed is None or not packed.is_current(backbone, stored):
                     packed = self._packed = _pack(adapter, backbone, stored)
-        return packed.layers, packed.reason
+        return packed.encoder, packed.reason
 
     def unsupported_reason(
         self, adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype = torch.float32
@@ -183,15 +185,16 @@ def _pack(adapter: BackboneAdapter, backbone: nn.Module, stored: torch.dtype) ->
         [backbone], [x for each in parts.values() for part in each for x in form.copied(part, names)]
     )
     try:
-        fused = {
-            layer: _in_turn([form.pack(part, names, config, stored) for part in each]) for layer, each in parts.items()
-        }
+        packed = {layer: [form.pack(part, names, config, stored) for part in each] for layer, each in parts.items()}
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return _Packed(checked, stored, None, f"there is not enough memory for a packed copy of the weights: {error}")
+    alone = all(isinstance(part, PackedLayer) for each in packed.values() for part in each)
+    embed = embed_alone(adapter, backbone) if alone else functools.partial(adapter.first_states, backbone)
+    fused = {layer: _in_turn(each) for layer, each in packed.items()}
     made_from = copied if checked.is_current([backbone]) else checked
-    return _Packed(made_from, stored, tuple(fused[layer] for layer in layers), None)
+    return _Packed(made_from, stored, Encoder(embed, tuple(fused[layer] for layer in layers)), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

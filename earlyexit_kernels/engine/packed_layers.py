@@ -5,9 +5,8 @@ A row has the same bits in every batch, since no sum depends on the other rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +66,3 @@ class PackedLayer:
         """``[1, T, H] -> [1, T, H]``."""
         x = hidden[0].contiguous()
         return self.run(x, plan.ends, *self.packed, self.eps, self.heads, self.activation)[None]
-
-
-def rounds_alone(layers: Sequence[Callable[..., Any]]) -> bool:
-    """Return whether layers are those of the vector kernels, which compute each row as if it were alone."""
-    return isinstance(layers[0], PackedLayer)

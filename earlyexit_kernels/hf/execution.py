@@ -15,11 +15,11 @@ from earlyexit_kernels.engine import eager
 from earlyexit_kernels.engine.capturing import nodes_for
 from earlyexit_kernels.engine.choice import ENGINES, REQUESTED, Choice, Explanation, fastest
 from earlyexit_kernels.engine.embedding import embed_rows
+from earlyexit_kernels.engine.encoder import family_encoder
 from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
 from earlyexit_kernels.engine.graphs import CaptureError, Graphs
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.invalid import InvalidRows
-from earlyexit_kernels.engine.packed_layers import rounds_alone
 from earlyexit_kernels.engine.replay import replay
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
@@ -156,8 +156,8 @@ class Execution:
 
     def _start(self, view: ModelView, inputs: Inputs, strict: bool) -> eager.Pass:
         """Embed a batch of at least one row for the eager loop."""
-        layers, with_keys = self.layers.layers(view), view.criterion.exit_rule.uses_keys
-        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=with_keys, alone=rounds_alone(layers))
+        encoder, with_keys = self.layers.encoder(view), view.criterion.exit_rule.uses_keys
+        hidden, batch, keys, request = embed_rows(view, inputs, encoder.embed, with_keys=with_keys)
         options = eager.RunOptions(
             backend=_requested(self._backend, view),
             compaction=self._compaction,
@@ -165,7 +165,7 @@ class Execution:
             layer_macs=self._layer_macs,
         )
         parts = view.heads, view.criterion, view.classes
-        return eager.start(hidden, batch, layers, *parts, options, keys, view.exit_norm, request)
+        return eager.start(hidden, batch, encoder.layers, *parts, options, keys, view.exit_norm, request)
 
     @torch.no_grad()
     def run_full_depth(self, view: ModelView, inputs: Inputs, *, strict: bool, problem_type: str) -> ExitOutput:
@@ -212,9 +212,9 @@ class Execution:
         with_keys = not training and "halting" in view.heads.aux_names
         if not inputs.rows:
             return _no_exits(view, problem_type, with_keys=with_keys, training=training)
-        layers = view.layers if training else self.layers.layers(view)
-        hidden, batch, keys, request = embed_rows(view, inputs, with_keys=with_keys, alone=rounds_alone(layers))
-        trace = trace_exits(hidden, batch, layers, view.heads, options, keys, view.exit_norm, request)
+        encoder = family_encoder(view) if training else self.layers.encoder(view)
+        hidden, batch, keys, request = embed_rows(view, inputs, encoder.embed, with_keys=with_keys)
+        trace = trace_exits(hidden, batch, encoder.layers, view.heads, options, keys, view.exit_norm, request)
         self.invalid.add_pass(trace.logits, strict, training=training)
         return dataclasses.replace(trace, problem_type=problem_type)
 

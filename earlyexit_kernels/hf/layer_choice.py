@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from earlyexit_kernels.engine.choice import REQUESTED, Choice
+from earlyexit_kernels.engine.encoder import Encoder, family_encoder
 from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason
 from earlyexit_kernels.engine.fused_layers import FusedLayers
 from earlyexit_kernels.engine.packed_layers import STORED, kernels_unsupported_reason
@@ -59,8 +59,8 @@ class LayerChoice:
             return Choice("family", reason)
         return Choice("fused", REQUESTED if self._layers == "fused" else "they are supported and faster")
 
-    def layers(self, view: ModelView) -> Sequence[Callable[..., Any]]:
-        """Return the L encoder layers of eval mode, ``layer(hidden, plan=...)``.
+    def encoder(self, view: ModelView) -> Encoder:
+        """Return the encoder of eval mode.
 
         Raises:
             BackendUnavailableError: fused layers were requested and are no longer supported.
@@ -69,10 +69,10 @@ class LayerChoice:
         if self._layers == "auto" and (reason or "fused") not in self._logged:
             self._logged.add(reason or "fused")
             _log(view, reason)
-        return view.layers if fused is None else fused
+        return family_encoder(view) if fused is None else fused
 
-    def _find(self, view: ModelView, *, pack: bool) -> tuple[Sequence[Callable[..., Any]] | None, str | None]:
-        """Return the fused layers, if `pack` is set, and the reason against them or None.
+    def _find(self, view: ModelView, *, pack: bool) -> tuple[Encoder | None, str | None]:
+        """Return the encoder with fused layers, if `pack` is set, and the reason against them or None.
 
         Raises:
             BackendUnavailableError: they were requested and are not supported.
@@ -81,16 +81,16 @@ class LayerChoice:
             return None, REQUESTED
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None, "autocast or torch.compile is active"
-        layers, reason, stored = None, None, STORED[self._weights]
+        encoder, reason, stored = None, None, STORED[self._weights]
         if (kind := view.backbone.device.type) != "cpu":
             reason = f"fused layers run on the CPU, the model is on {kind!r}"
         elif pack:
-            layers, reason = self.fused.get_or_pack(view.adapter, view.backbone, stored)
+            encoder, reason = self.fused.get_or_pack(view.adapter, view.backbone, stored)
         else:
             reason = self.fused.unsupported_reason(view.adapter, view.backbone, stored)
         if reason and self._layers == "fused":
             raise BackendUnavailableError(f"layers 'fused' cannot run here: {reason}; use 'auto' or 'family'")
-        return layers, reason
+        return encoder, reason
 
 
 def _log(view: ModelView, reason: str | None) -> None:

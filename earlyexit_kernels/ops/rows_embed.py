@@ -124,7 +124,12 @@ def _embedding(table: Tensor, index: Tensor) -> Tensor:
     return table[index.masked_fill(outside, 0)].float().masked_fill(outside[:, None], torch.nan)
 
 
-define("rows_embed", ROWS_EMBED, implementations={"torch": rows_embed_torch, "triton": rows_embed_triton})
+define(
+    "rows_embed",
+    ROWS_EMBED,
+    implementations={"torch": rows_embed_torch, "triton": rows_embed_triton},
+    compiled_for=("cpu",),
+)
 
 
 def rows_embed(
@@ -142,7 +147,8 @@ def rows_embed(
 ) -> None:
     """Write ``layer_norm(words[id] + types[type] + positions[position])`` of the present tokens.
 
-    Sum, mean and variance are float32. With Triton the result of a token does not depend on other tokens, bit for bit.
+    Sum, mean and variance are float32. With Triton and C++ the result of a token does not depend on other tokens,
+    bit for bit.
 
     Args:
         tokens: ``[4, T]`` int64, as `pack_tokens` writes it: ids, positions, types and columns, of which the last are
@@ -155,7 +161,7 @@ def rows_embed(
         eps: of the norm.
         offsets: ``[R + 1]`` int32, non-decreasing.
         out: ``[T, H]``. **Changed** for the present tokens.
-        backend: ``"auto"``, ``"torch"`` or ``"triton"``.
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"cpp"`` (on the CPU).
 
     On CUDA the values of `offsets` and `tokens` are not checked, since that would synchronise: there a token that a
     table does not have becomes NaN, and the exits count its row as invalid.

@@ -15,6 +15,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.engine import fused_bert, fused_gated
 from earlyexit_kernels.engine.embedding import embed_rows
+from earlyexit_kernels.engine.encoder import family_encoder
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs
 from earlyexit_kernels.engine.layer_calls import layer_calls
 from earlyexit_kernels.errors import BackendUnavailableError
@@ -48,11 +49,12 @@ def apart(got, expected) -> float:
 def states(model, batch):
     """Return the hidden states after each layer."""
     view = model.view()
+    encoder = model.execution.layers.encoder(view)
     hidden, rows, _, request = embed_rows(
-        view, check_inputs(Inputs(**batch), view.adapter, view.backbone), with_keys=False
+        view, check_inputs(Inputs(**batch), view.adapter, view.backbone), encoder.embed, with_keys=False
     )
     calls, found = layer_calls(rows, hidden, request), []
-    for number, layer in enumerate(model.execution.layers.layers(view), start=1):
+    for number, layer in enumerate(encoder.layers, start=1):
         hidden = calls.run(number, layer, hidden)
         found.append(hidden)
     return found
@@ -109,7 +111,7 @@ def test_other_dtypes(family, dtype, tolerance):
     _, own, fused = pair(family)
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    layer = fused.execution.layers.layers(fused.view())[0]
+    layer = fused.execution.layers.encoder(fused.view()).layers[0]
     assert layer.qkv.weight.dtype == dtype
     assert (layer.qkv.packed is None) == bool(fused_bert.onednn_unsupported_reason(dtype))
     # traces are float32, so float64 layers agree up to float32 rounding
@@ -118,7 +120,7 @@ def test_other_dtypes(family, dtype, tolerance):
 
 def test_layers_have_the_window_and_the_norms_of_their_own():
     _, _, fused = pair()
-    layers = fused.execution.layers.layers(fused.view())
+    layers = fused.execution.layers.encoder(fused.view()).layers
     assert [layer.weights.window for layer in layers] == [None, 5, 5, None]
     assert [layer.weights.attention_norm is None for layer in layers] == [True, False, False, False]
     windowed = fused.trace(**batch_for(fused)).logits
@@ -131,7 +133,7 @@ def test_only_products_are_copied():
     if reason := fused_bert.onednn_unsupported_reason(torch.float32):
         pytest.skip(reason)
     _, _, fused = pair(**BIASES)
-    for own, layer in zip(fused.backbone.layers, fused.execution.layers.layers(fused.view()), strict=True):
+    for own, layer in zip(fused.backbone.layers, fused.execution.layers.encoder(fused.view()).layers, strict=True):
         linears = {layer.qkv: own.attn.Wqkv, layer.attention_out: own.attn.Wo}
         linears |= {layer.inner: own.mlp.Wi, layer.outer: own.mlp.Wo}
         for got, linear in linears.items():
@@ -145,7 +147,7 @@ def test_only_products_are_copied():
 def test_without_onednn(family, monkeypatch):
     monkeypatch.setattr(fused_gated, "onednn_unsupported_reason", lambda dtype: "no such names")
     _, own, fused = pair(family)
-    assert fused.execution.layers.layers(fused.view())[0].qkv.packed is None
+    assert fused.execution.layers.encoder(fused.view()).layers[0].qkv.packed is None
     batch = batch_for(own)
     assert apart(fused.trace(**batch).logits, own.trace(**batch).logits) <= TOLERANCE
 
@@ -155,7 +157,7 @@ def test_copies_start_unpacked_and_agree(family, tmp_path):
     model = ee.to_early_exit(stock(family), criterion=Entropy(threshold=0.9))
     batch = batch_for(model)
     expected = model(**batch).logits
-    assert model.layer_kind == "fused" and len(model.execution.layers.fused._packed.layers) == DEPTH
+    assert model.layer_kind == "fused" and len(model.execution.layers.fused._packed.encoder.layers) == DEPTH
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.execution.layers.fused._packed is None
         assert torch.equal(twin(**batch).logits, expected)
@@ -168,13 +170,13 @@ def test_copies_start_unpacked_and_agree(family, tmp_path):
 def test_rows_that_are_not_numbers_do_not_affect_others(family):
     _, _, fused = pair(family)
     view, batch, found = fused.view(), batch_for(fused), []
-    hidden, rows, _, request = embed_rows(view, Inputs(**batch), with_keys=False)
+    hidden, rows, _, request = embed_rows(view, Inputs(**batch), family_encoder(view).embed, with_keys=False)
     start, end = rows.offsets[1:3].tolist()
     for value in (0.5, torch.nan):
         x = hidden.clone()
         x[:, start:end] = value
         calls = layer_calls(rows, x, request)
-        for number, layer in enumerate(fused.execution.layers.layers(view), start=1):
+        for number, layer in enumerate(fused.execution.layers.encoder(view).layers, start=1):
             x = calls.run(number, layer, x)
         found.append(x[0])
     rest = torch.tensor([*range(start), *range(end, len(found[0]))])

@@ -30,7 +30,7 @@ def model_with(stored="float32", family="bert", **options):
 
 
 def layers_of(model):
-    return model.execution.layers.layers(model.view())
+    return model.execution.layers.encoder(model.view()).layers
 
 
 @pytest.mark.parametrize("stored", STORED)

@@ -15,6 +15,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from earlyexit_kernels.backbones import BACKBONES, EmbeddingSum, embed_with_types
 from earlyexit_kernels.criteria import Patience
+from earlyexit_kernels.engine.embedding_sum import embedding_unsupported_reason
 from earlyexit_kernels.engine.graphs import Graphs
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident import resident_unsupported_reason
@@ -22,7 +23,6 @@ from earlyexit_kernels.engine.resident_buffers import Bucket
 from earlyexit_kernels.engine.resident_embedding import (
     FamilyEmbedding,
     SummedEmbedding,
-    embedding_unsupported_reason,
 )
 
 #: Families whose layers run in a CUDA graph.
@@ -186,9 +186,9 @@ CHANGES = {
 def test_other_embeddings_are_those_of_the_family(name):
     change, reason = CHANGES[name]
     model = early_exit("bert", pooling="first", dropout=1e-9)
-    assert embedding_unsupported_reason(model.view()) is None
+    assert embedding_unsupported_reason(model.adapter, model.backbone) is None
     change(model.backbone)
-    assert reason in embedding_unsupported_reason(model.view())
+    assert reason in embedding_unsupported_reason(model.adapter, model.backbone)
     assert resident_unsupported_reason(model.view(), torch.float32) is None, "the layers still run in a graph"
     batch = batch_of(model)
     model.set_criterion(splitting(model, batch))
@@ -200,7 +200,7 @@ def test_other_embeddings_are_those_of_the_family(name):
 def test_a_dropout_that_drops_nothing_may_train():
     model = early_exit("bert", pooling="first", dropout=0.0)
     model.backbone.embeddings.dropout.train()
-    assert embedding_unsupported_reason(model.view()) is None
+    assert embedding_unsupported_reason(model.adapter, model.backbone) is None
 
 
 @pytest.mark.parametrize("family", BACKBONES)
@@ -208,13 +208,13 @@ def test_names_are_given_for_embeddings_of_this_form_alone(family):
     view = early_exit(family).view()
     known = {*RESIDENT, "roberta-prelayernorm"}
     assert isinstance(view.adapter.embed, EmbeddingSum) == (family in known)
-    assert (embedding_unsupported_reason(view) is None) == (family in known)
+    assert (embedding_unsupported_reason(view.adapter, view.backbone) is None) == (family in known)
 
 
 def test_missing_part():
     view = early_exit("distilbert").view()
     adapter = dataclasses.replace(view.adapter, embed=EmbeddingSum())
-    reason = embedding_unsupported_reason(dataclasses.replace(view, adapter=adapter))
+    reason = embedding_unsupported_reason(adapter, view.backbone)
     assert reason == "Embeddings has no module token_type_embeddings, which the adapter names"
 
 

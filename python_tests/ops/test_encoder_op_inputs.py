@@ -227,7 +227,7 @@ def test_norm_in_place_requires_equal_positions(backend, shift):
         ops.rows_add_norm(**arguments, out_absolute=True, backend=backend)
 
 
-@pytest.mark.parametrize("op", sorted(REFUSED.keys() - {"first_tokens_linear"}))
+@pytest.mark.parametrize("op", sorted(REFUSED.keys() - {"first_tokens_linear", "rows_embed"}))
 def test_refuses_unsupported_back_end(op):
     with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch', 'triton'\), got 'cpp'"):
         getattr(ops, op)(**given(op), backend="cpp")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from support.backends import backend_params
-from support.models import python_environment
+from support.capability import run_tests_of, with_fewer_instructions
 
 from earlyexit_kernels.ops import first_tokens_linear
 from earlyexit_kernels.ops.activations import ACTIVATIONS
-from earlyexit_kernels.ops.packed_layer import native_layouts
 
 #: H, outputs: multiples of the vectors, none of them, and single values.
 SIZES = ((64, 64), (384, 100), (7, 3), (33, 17), (1, 1), (16, 130))
@@ -112,13 +107,7 @@ def test_wrong_arguments_of_the_bare_op_are_refused(backend):
 
 
 @compiled
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@with_fewer_instructions
 def test_other_kernels_of_this_processor(capability, backend):
     """The tests above with fewer instructions, and without vector kernels."""
-    if not native_layouts():
-        pytest.skip("the processor has no vector kernels")
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not other_kernels"]
-    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
-    environment = python_environment(ATEN_CPU_CAPABILITY=capability)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:]
+    run_tests_of(__file__, capability)

@@ -1,0 +1,26 @@
+"""The tests of a file in a process of their own, with fewer instructions than the processor has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.models import python_environment
+
+from earlyexit_kernels.ops.packed_layer import native_layouts
+
+#: What ATEN_CPU_CAPABILITY leaves: the kernels of AVX2, and no vector kernels.
+with_fewer_instructions = pytest.mark.parametrize("capability", ["avx2", "default"])
+
+
+def run_tests_of(file: str, capability: str) -> None:
+    """Run the other tests of a file with the kernels that ATEN_CPU_CAPABILITY leaves; skip where none are left out."""
+    if not native_layouts():
+        pytest.skip("the processor has no vector kernels")
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not other_kernels"]
+    command = [sys.executable, "-m", "pytest", *options, str(Path(file))]
+    environment = python_environment(ATEN_CPU_CAPABILITY=capability)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
