@@ -44,7 +44,7 @@ def records(repeats: int) -> Iterator[Record]:
                 yield {"suite": SUITE, "case": stored, "not_measured": reason}
                 continue
             model.set_layers("fused", weights=stored)
-            stacks[stored] = model.execution.layers.layers(model.view())
+            stacks[stored] = model.execution.layers.encoder(model.view()).layers
         found = [record for tokens in TOKENS for record in _times_of(tokens, stacks, repeats)]
     peaks = measured_peaks().best(before)
     for record in found:

@@ -1,5 +1,5 @@
 // Prints the float32 operations and the bytes read from memory, per second, that THREADS threads of this processor reach:
-// independent fused multiply-adds in registers, and sums over a buffer much larger than the caches.
+// independent fused multiply-adds in registers of VECTOR_BYTES, and sums over a buffer much larger than the caches.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -13,8 +13,8 @@
 
 namespace {
 
-typedef float Vector __attribute__((vector_size(64)));
-constexpr long kLanes = 16, kSums = 12, kSteps = 200'000'000;
+typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+constexpr long kLanes = VECTOR_BYTES / sizeof(float), kSums = 12, kSteps = 200'000'000;
 constexpr long kBytes = 1L << 28;  // of each thread
 constexpr long kHugePage = 2L << 20;
 constexpr long kAhead = 4096;

@@ -15,6 +15,8 @@ from benchmarks.machine import NotMeasuredError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 OPTIONS = ("-O3", "-march=native", "-std=c++17", "-pthread")
+#: CPU capability as torch names it -> options of the compiler for its vectors; ATEN_CPU_CAPABILITY limits it.
+VECTORS = {"AVX512": ("-DVECTOR_BYTES=64",), "AVX2": ("-DVECTOR_BYTES=32", "-mno-avx512f")}
 
 
 class Peaks(NamedTuple):
@@ -37,9 +39,14 @@ def measured_peaks() -> Peaks:
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         raise NotMeasuredError("the peaks of the processor are measured by a C++ program, and no compiler was found")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in VECTORS:
+        raise NotMeasuredError(f"the program that measures peaks needs AVX2 or AVX-512, torch uses {capability}")
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "peaks")
-        subprocess.run([compiler, *OPTIONS, str(SOURCE), "-o", program], check=True, capture_output=True)
+        subprocess.run(
+            [compiler, *OPTIONS, *VECTORS[capability], str(SOURCE), "-o", program], check=True, capture_output=True
+        )
         done = subprocess.run(
             [program, str(torch.get_num_threads())], check=True, capture_output=True, text=True, timeout=120
         )

@@ -51,6 +51,9 @@ def _cpu_name() -> str:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     # processors of one name have different vector instructions, which decide how fast a layer is
+    limit = os.environ.get("ATEN_CPU_CAPABILITY")
+    if limit:
+        return f"{name}, ATEN_CPU_CAPABILITY={limit}"
     return f"{name}, AVX-512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else name
 
 
