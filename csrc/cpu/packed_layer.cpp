@@ -123,22 +123,19 @@ class Layer {
   };
 
   Inputs inputs_of(const Linear& linear, const Matrix& x, int64_t rows) const {
-    if (!kernels_.narrows(linear.type)) return {reinterpret_cast<const char*>(x.data), x.stride, sizeof(float)};
+    const NarrowFunction narrow = kernels_.narrow[static_cast<int>(linear.type)];
+    const int64_t itemsize = kernels_.input_bytes[static_cast<int>(linear.type)];
+    if (narrow == nullptr) return {reinterpret_cast<const char*>(x.data), x.stride, itemsize};
     static thread_local std::vector<char> buffer;
     static thread_local std::vector<float> scale_buffer;
     static thread_local std::vector<int32_t> sum_buffer;
-    const bool bytes = linear.type == WeightType::kInt8;
-    const int64_t itemsize = bytes ? 1 : 2, stride = linear.depth + 64 / itemsize, gap = linear.depth - linear.inputs;
+    const int64_t stride = linear.depth + kLineBytes / itemsize, gap = linear.depth - linear.inputs;
     char* values = scratch(buffer, rows * stride * itemsize);
     float* scales = scratch(scale_buffer, rows);
     int32_t* sums = scratch(sum_buffer, rows);
     for (int64_t r = 0; r < rows; ++r) {
       char* to = values + r * stride * itemsize;
-      if (bytes) {
-        kernels_.to_int8(x.row(r), linear.inputs, reinterpret_cast<int8_t*>(to), scales + r, sums + r);
-      } else {
-        kernels_.to_bfloat16(x.row(r), linear.inputs, reinterpret_cast<uint16_t*>(to));
-      }
+      narrow(x.row(r), linear.inputs, to, scales + r, sums + r);
       std::fill_n(to + linear.inputs * itemsize, gap * itemsize, char{0});
     }
     return {values, stride, itemsize, scales, sums};
@@ -245,10 +242,13 @@ Linear find_linear(const Kernels& kernels, const char* name, const at::Tensor& w
            dtype_name(dtype), "; pack it with ops.pack_weights");
   const WeightType type = static_cast<WeightType>(found - std::begin(kStored));
   const int64_t terms = kernels.terms[static_cast<int>(type)], columns = kernels.columns;
-  EE_CHECK(terms > 0, kOp, "expected a processor with AVX512-VNNI for weights in int8; store them in another type");
+  EE_CHECK(terms > 0, kOp, "expected AVX512-VNNI for weights in int8 on a processor with AVX-512; store them in another ",
+           "type, or set ATEN_CPU_CAPABILITY=avx2");
   const int64_t panels = (outputs + columns - 1) / columns, steps = (depth + terms - 1) / terms;
   check_tensor(kOp, name, weight, dtype, {panels, steps, columns, terms});
   const bool scaled = type == WeightType::kInt8;
+  EE_CHECK(!scaled || depth <= kMostByteTerms, kOp, "expected at most ", kMostByteTerms, " inputs of ", name,
+           " for weights in int8, got ", depth, "; store them in another type");
   check_tensor(kOp, name, bias, at::kFloat, {scaled ? 2 : 1, panels * columns});
   const float* vectors = bias.const_data_ptr<float>();
   const float* scales = scaled ? vectors + panels * columns : nullptr;

@@ -35,7 +35,12 @@ def kernels_unsupported_reason(dtype: torch.dtype, stored: torch.dtype = torch.f
     layouts = native_layouts()
     if not layouts:
         return "the processor has neither AVX2 nor AVX-512 (or ATEN_CPU_CAPABILITY hides them)"
-    return None if stored in layouts else f"weights in {stored} require AVX512-VNNI, which this processor lacks"
+    if stored in layouts:
+        return None
+    return (
+        f"on a processor with AVX-512, weights in {stored} require AVX512-VNNI, which this one lacks; the kernels for "
+        "AVX2 take them (ATEN_CPU_CAPABILITY=avx2)"
+    )
 
 
 @dataclass(frozen=True)

@@ -206,8 +206,8 @@ def packed_layer(
 
     Back-end `cpp` requires a processor with AVX2 or AVX-512 and weights that were packed on it. Where weights are
     stored in bfloat16 and the processor multiplies pairs of bfloat16, the inputs of each product are rounded to
-    bfloat16 too. Weights in int8 require AVX512-VNNI; the inputs of their products are rounded to int8 with a scale for
-    each token. Everything else is float32.
+    bfloat16 too. With weights in int8 they are rounded to int8, with a scale for each token; among processors with
+    AVX-512, only those with AVX512-VNNI take such weights. Everything else is float32.
 
     Args:
         x: ``[T, H]`` float32 packed tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.backends import backend_params
-from support.models import python_environment
+from support.models import python_environment, run_python
 
 from earlyexit_kernels.ops import EncoderWeights, pack_weights, packed_layer
 from earlyexit_kernels.ops.packed_layer import PanelLayout, native_layouts
@@ -24,7 +25,7 @@ SIZES = ((64, 128, 4), (96, 160, 3), (20, 33, 2), (9, 1, 3), (7, 5, 1), (40, 800
 LENGTHS = ((1,), (33,), (3, 17, 1, 40), (130, 7), (0, 4, 0), (700, 300, 100), (1100, 2))
 #: Dtype of the stored weights -> largest error, of outputs around 1.
 STORED = {torch.float32: 8e-6, torch.float16: 8e-6, torch.bfloat16: 0.1, torch.int8: 0.15}
-#: The same without int8, where its instructions are missing.
+#: The same without int8 on a processor with AVX-512 but without its instructions for bytes.
 NATIVE = [dtype for dtype in STORED if dtype in native_layouts()]
 
 
@@ -35,11 +36,11 @@ def backend(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def kernels() -> str:
+@pytest.fixture(params=["cpp"])
+def kernels(request) -> str:
     if not native_layouts():
         pytest.skip("the processor has no vector kernels")
-    return "cpp"
+    return request.param
 
 
 def weights(width, inner, seed=0) -> EncoderWeights:
@@ -100,28 +101,72 @@ def test_equals_float64(size, stored, backend):
             torch.testing.assert_close(got.double(), want, atol=STORED[stored], rtol=1e-5)
 
 
-def test_every_small_number_of_tokens(kernels):
-    w = weights(48, 100)
-    packed = pack_weights(w)
+@pytest.mark.parametrize("width", [48, 51])
+@pytest.mark.parametrize("stored", NATIVE)
+def test_every_small_number_of_tokens(stored, width, kernels):
+    w = weights(width, 101)
+    packed = pack_weights(w, stored)
     for count in range(1, 71):
-        x, offsets = tokens((count,), 48, seed=count)
-        got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=4, backend=kernels)
+        x, offsets = tokens((count,), width, seed=count)
+        got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=3, backend=kernels)
         torch.testing.assert_close(
-            got.double(), expected(x, w, (count,), 4, "gelu", torch.float32), atol=5e-6, rtol=1e-5
+            got.double(), expected(x, w, (count,), 3, "gelu", stored), atol=STORED[stored], rtol=1e-5
         )
 
 
-@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no AVX512-VNNI")
+@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
 @pytest.mark.parametrize("size", SIZES)
-def test_int8_equals_the_reference(size):
+def test_int8_equals_the_reference(size, kernels):
     """Which rounds the inputs of the products too; a value between two bytes may be rounded either way."""
     width, inner, heads = size
     packed = pack_weights(weights(width, inner), torch.int8)
     x, offsets = tokens((33, 1, 6), width)
     x[2], x[7] = 0.0, 1e-30
-    got, want = (packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, backend=b) for b in ("cpp", "torch"))
+    x[3] *= 1e-38  # the inverse of its scale is not finite
+    got, want = (packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, backend=b) for b in (kernels, "torch"))
     torch.testing.assert_close(got, want, atol=2e-2, rtol=0)
     assert (got - want).abs().mean() < 1e-3
+
+
+@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
+@pytest.mark.parametrize("width", [130, 131])
+def test_int8_loses_nothing_of_values_that_are_bytes(width, kernels):
+    """The norm makes each y a row of ones; sums are whole numbers up to 127, one of them of the largest bytes alone."""
+    g = torch.Generator().manual_seed(0)
+    signs = {"inner": (77, width), "outer": (width, 77)}
+    inner, outer = (torch.randint(0, 2, shape, generator=g) * 2.0 - 1 for shape in signs.values())
+    inner[5], inner[6] = 1.0, -1.0
+    bias = torch.zeros(77)
+    bias[5] = 127 - width
+    w = weights(width, 77)._replace(norm1_weight=torch.zeros(width), norm1_bias=torch.ones(width))
+    w = w._replace(inner_weight=inner, inner_bias=bias, outer_weight=outer, outer_bias=torch.zeros(width))
+    for count in range(1, 30):
+        x, offsets = tokens((count,), width)
+        packed = pack_weights(w, torch.int8)
+        got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=1, activation="relu", backend=kernels)
+        want = expected(x, w, (count,), 1, "relu", torch.float32)
+        torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5)
+
+
+def one_vector_layers() -> dict[str, torch.Tensor]:
+    """Return layers by the kernels, as integers, in which no sum is over more than a vector of AVX2 but in products."""
+    found = {}
+    for stored in (torch.float32, torch.float16, torch.int8):
+        for width, inner in ((7, 301), (5, 33), (1, 900)):
+            x, offsets = tokens((1, 8, 3, 5), width)
+            packed = pack_weights(weights(width, inner), stored)
+            got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=1, backend="cpp")
+            found[f"{stored} {width} {inner}"] = got.view(torch.int32).tolist()
+    return found
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="compares with the AVX-512 kernels")
+@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
+def test_products_have_the_same_bits_with_avx2_as_with_avx512(kernels):
+    """Other sums, over more values than a vector of AVX2 has, are added in another order."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_packed_layer as t; print(t.one_vector_layers())"
+    got = run_python(code, str(Path(__file__).parent), ATEN_CPU_CAPABILITY="avx2")
+    assert ast.literal_eval(got) == one_vector_layers()
 
 
 @pytest.mark.parametrize("stored", NATIVE)
@@ -165,8 +210,9 @@ def test_a_value_that_is_not_finite_stays_in_its_row(width, value, kernels):
             assert not torch.isfinite(got[1]).all()
 
 
-def test_inputs_need_no_alignment(kernels):
-    packed = pack_weights(weights(64, 100))
+@pytest.mark.parametrize("stored", NATIVE)
+def test_inputs_need_no_alignment(stored, kernels):
+    packed = pack_weights(weights(64, 100), stored)
     x, offsets = tokens((5, 9), 64)
     room = torch.empty(x.numel() + 1)
     shifted = room[1:].view_as(x).copy_(x)
@@ -252,6 +298,13 @@ def test_weights_of_another_dtype_are_refused():
             pack_weights(w, dtype)
 
 
+@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
+def test_sums_of_bytes_that_may_overflow_are_refused(kernels):
+    w, (x, offsets) = weights(1, (1 << 17) + 1), tokens((2,), 1)
+    with pytest.raises(ValueError, match=r"at most 131072 inputs of outer for weights in int8, got 13107[46]"):
+        packed_layer(x, offsets, packed=pack_weights(w, torch.int8), eps=EPS, heads=1, backend=kernels)
+
+
 def test_weights_of_another_layout_are_refused(kernels, monkeypatch):
     """As of a machine with other kernels; the reference reads every layout."""
     room = importlib.import_module("earlyexit_kernels.ops.packed_layer")
@@ -275,6 +328,8 @@ def test_other_kernels_of_this_processor(capability, kernels):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
     assert ("has no vector kernels" in done.stdout) == (capability == "default"), done.stdout[-300:]
+    if capability == "avx2":
+        assert "no instructions for this type" not in done.stdout, done.stdout[-300:]
 
 
 @pytest.mark.parametrize("stored", NATIVE)

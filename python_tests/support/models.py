@@ -276,9 +276,9 @@ def python_environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
-def run_python(code: str, *arguments: str, timeout: float = 120) -> str:
+def run_python(code: str, *arguments: str, timeout: float = 120, **variables: str) -> str:
     """Run `code` in a new interpreter and return its output; fail the test if it fails."""
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=python_environment(), capture_output=True, text=True, timeout=timeout)
+    command, environment = [sys.executable, "-c", code, *arguments], python_environment(**variables)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-4000:]}"
     return done.stdout

@@ -17,6 +17,8 @@ namespace {
 
 #include "vector_code.h"
 
+#include "byte_code.h"
+
 __m128i half_values(const uint16_t* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
 
 struct Avx2 {
@@ -56,9 +58,36 @@ struct Avx2 {
   }
 };
 
+// Two products of 16 bits at once. `vpmaddubsw`, which multiplies bytes, would saturate, and with the signs moved from the
+// inputs to the weights it would take more instructions and registers.
+struct Pairs {
+  using V = Avx2;
+  using I = __m256i;
+  using Input = int16_t;
+  static constexpr int terms = 2;
+  static I set(int32_t x) { return _mm256_set1_epi32(x); }
+  static I load(const uint8_t* x) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  }
+  static I add_products(I sum, I weight, I x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, x)); }
+  static void store(float* x, I sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), sum); }
+  static V::R less(const float* sums, int32_t x) {
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)), set(x)));
+  }
+  static void store_inputs(Input* x, V::R values) {
+    const __m256i whole = _mm256_cvtps_epi32(values);
+    const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), narrow);
+  }
+};
+
 constexpr int kRows = 6;
 
-Kernels make() { return common_kernels<Avx2, kRows>("AVX2"); }
+Kernels make() {
+  Kernels kernels = common_kernels<Avx2, kRows>("AVX2");
+  add_byte_kernels<Pairs, kRows>(kernels);
+  return kernels;
+}
 
 }  // namespace
 }  // namespace earlyexit::cpu

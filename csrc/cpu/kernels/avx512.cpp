@@ -23,6 +23,8 @@ namespace {
 
 #include "vector_code.h"
 
+#include "byte_code.h"
+
 __m256i half_values(const uint16_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
 
 struct Avx512 {
@@ -65,13 +67,10 @@ Kernels make(bool has_bfloat16, bool has_vnni) {
   if (has_bfloat16) {
     fill_pair_tiles<kRows>(kernels.tiles[2]);
     kernels.terms[2] = 2;
-    kernels.to_bfloat16 = to_bfloat16;
+    kernels.input_bytes[2] = sizeof(uint16_t);
+    kernels.narrow[2] = to_bfloat16;
   }
-  if (has_vnni) {
-    fill_byte_tiles<kRows>(kernels.tiles[3]);
-    kernels.terms[3] = 4;
-    kernels.to_int8 = to_int8;
-  }
+  if (has_vnni) add_byte_kernels<Vnni, kRows>(kernels);
   return kernels;
 }
 

@@ -38,7 +38,8 @@ void fill_pair_tiles(TileFunction* tiles) {
   if constexpr (ROWS > 1) fill_pair_tiles<ROWS - 1>(tiles);
 }
 
-void to_bfloat16(const float* x, int64_t count, uint16_t* out) {
+void to_bfloat16(const float* x, int64_t count, void* values_out, float*, int32_t*) {
+  uint16_t* out = static_cast<uint16_t*>(values_out);
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     const __m256bh values = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
@@ -51,74 +52,20 @@ void to_bfloat16(const float* x, int64_t count, uint16_t* out) {
   }
 }
 
-__m512i bytes(const void* x) { return _mm512_loadu_si512(x); }
-
-// Panels hold four terms of each column side by side, as bytes x + 128; each instruction adds four products to the sum.
-// The sums of integers are exact, and (sum - 128 * row sum) * row scale * column scale is the product.
-template <int ROWS>
-void byte_tile(const Tile& t) {
-  const int8_t* a = static_cast<const int8_t*>(t.a);
-  const uint8_t* weight = static_cast<const uint8_t*>(t.weight);
-  NextPanel next(t, sizeof(uint8_t));
-  __m512i sums[ROWS][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < t.depth; k += 4) {
-    const __m512i w0 = bytes(weight), w1 = bytes(weight + 64);
-    __builtin_prefetch(weight + kAhead);
-    __builtin_prefetch(weight + kAhead + 64);
-    next.prefetch();
-    weight += t.weight_stride;
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) {
-      int four;
-      __builtin_memcpy(&four, a + r * t.a_stride + k, sizeof(four));
-      const __m512i x = _mm512_set1_epi32(four);
-      sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], w0, x);
-      sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], w1, x);
-    }
+// Four products of a weight and an input, both bytes, at once.
+struct Vnni {
+  using V = Avx512;
+  using I = __m512i;
+  using Input = int8_t;
+  static constexpr int terms = 4;
+  static I set(int32_t x) { return _mm512_set1_epi32(x); }
+  static I load(const uint8_t* x) { return _mm512_loadu_si512(x); }
+  static I add_products(I sum, I weight, I x) { return _mm512_dpbusd_epi32(sum, weight, x); }
+  static void store(float* x, I sum) { _mm512_storeu_si512(x, sum); }
+  static V::R less(const float* sums, int32_t x) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), set(x)));
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {  // in two steps, since GCC keeps the sums in memory otherwise
-    _mm512_storeu_si512(t.out + r * t.out_stride, sums[r][0]);
-    _mm512_storeu_si512(t.out + r * t.out_stride + 16, sums[r][1]);
+  static void store_inputs(Input* x, V::R values) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(values)));
   }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int c = 0; c < 32; c += 16) {
-      float* out = t.out + r * t.out_stride + c;
-      const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(out), _mm512_set1_epi32(128 * t.row_sums[r]));
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(t.row_scales[r]));
-      _mm512_storeu_ps(out, _mm512_fmadd_ps(product, _mm512_loadu_ps(t.column_scales + c), _mm512_loadu_ps(t.bias + c)));
-    }
-  }
-}
-
-template <int ROWS>
-void fill_byte_tiles(TileFunction* tiles) {
-  tiles[ROWS - 1] = &byte_tile<ROWS>;
-  if constexpr (ROWS > 1) fill_byte_tiles<ROWS - 1>(tiles);
-}
-
-__m512 some_values(const float* x, int64_t count) {
-  return count >= 16 ? _mm512_loadu_ps(x) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), x);
-}
-
-void to_int8(const float* x, int64_t count, int8_t* out, float* scale, int32_t* sum) {
-  __m512 most = _mm512_setzero_ps(), poison = _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512 values = some_values(x + i, count - i);
-    most = _mm512_max_ps(most, _mm512_abs_ps(values));
-    poison = _mm512_fmadd_ps(values, _mm512_setzero_ps(), poison);  // NaN where a value is not finite
-  }
-  const float largest = _mm512_reduce_max_ps(most) + _mm512_reduce_add_ps(poison);
-  const __m512 factor = _mm512_set1_ps(largest > 0.0f ? 127.0f / largest : 0.0f);
-  __m512i sums = _mm512_setzero_si512();
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(some_values(x + i, count - i), factor));
-    sums = _mm512_add_epi32(sums, rounded);
-    const __mmask16 present = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count - i)) - 1);
-    _mm_mask_storeu_epi8(out + i, present, _mm512_cvtsepi32_epi8(rounded));
-  }
-  *scale = largest / 127.0f;
-  *sum = _mm512_reduce_add_epi32(sums);
-}
+};

@@ -14,11 +14,11 @@
 namespace earlyexit::cpu {
 namespace {
 
-// A number between -1 and 1 that float32, float16 and bfloat16 represent, and times 32 int8.
-float value(int64_t i) { return static_cast<float>(i * 37 % 61 - 30) / 32; }
+// A number that float32, float16 and bfloat16 represent, and times 32 a whole one from -127 to 127.
+float value(int64_t i) { return static_cast<float>(i * 37 % 255 - 127) / 32; }
 
-// Values as the inputs or the weights of a tile have them.
-std::vector<char> stored(WeightType type, const std::vector<float>& values, int offset) {
+// Values as the weights of a tile have them.
+std::vector<char> stored(WeightType type, const std::vector<float>& values) {
   const auto as = [&](auto convert) {
     std::vector<decltype(convert(0.0f))> found;
     for (const float x : values) found.push_back(convert(x));
@@ -29,9 +29,30 @@ std::vector<char> stored(WeightType type, const std::vector<float>& values, int 
     case WeightType::kFloat32: return as([](float x) { return x; });
     case WeightType::kFloat16: return as([](float x) { return c10::Half(x).x; });
     case WeightType::kBFloat16: return as([](float x) { return c10::BFloat16(x).x; });
-    case WeightType::kInt8: return as([&](float x) { return static_cast<uint8_t>(static_cast<int>(x * 32) + offset); });
+    case WeightType::kInt8: return as([](float x) { return static_cast<uint8_t>(static_cast<int>(x * 32) + 128); });
   }
   return {};
+}
+
+// The inputs of a tile, with the scales and sums of its rows.
+struct Inputs {
+  std::vector<char> data;
+  int64_t stride;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+};
+
+Inputs narrowed(const Kernels& kernels, WeightType type, const std::vector<float>& a, int64_t rows) {
+  const NarrowFunction narrow = kernels.narrow[static_cast<int>(type)];
+  const int64_t depth = static_cast<int64_t>(a.size()) / rows;
+  if (narrow == nullptr) return {stored(WeightType::kFloat32, a), depth, {}, {}};
+  const int64_t stride = depth + 64, itemsize = kernels.input_bytes[static_cast<int>(type)];
+  Inputs found{std::vector<char>(rows * stride * itemsize), stride, std::vector<float>(rows), std::vector<int32_t>(rows)};
+  for (int64_t r = 0; r < rows; ++r) {
+    char* to = found.data.data() + r * stride * itemsize;
+    narrow(a.data() + r * depth, depth, to, &found.scales[r], &found.sums[r]);
+  }
+  return found;
 }
 
 // Returns whether the tile of `rows` rows computes the sums, which are exact in float32.
@@ -45,14 +66,12 @@ bool is_right(const Kernels& kernels, WeightType type, int64_t rows) {
   for (int64_t k = 0; k < kDepth; ++k) {
     for (int64_t c = 0; c < columns; ++c) weight[place(k, c)] = value(k * columns + c + 11);
   }
-  const std::vector<float> row_scales(rows, 1.0f / 32), column_scales(columns, 1.0f / 32);
-  std::vector<int32_t> row_sums(rows);
-  for (int64_t i = 0; i < static_cast<int64_t>(a.size()); ++i) row_sums[i / kDepth] += static_cast<int32_t>(a[i] * 32);
-  const std::vector<char> inputs = stored(kernels.narrows(type) ? type : WeightType::kFloat32, a, 0);
-  const std::vector<char> weights = stored(type, weight, 128);
-  kernels.tiles[static_cast<int>(type)][rows - 1]({inputs.data(), kDepth, weights.data(), columns * terms, bias.data(),
-                                                   kDepth, out.data(), columns, column_scales.data(), row_scales.data(),
-                                                   row_sums.data()});
+  const std::vector<float> column_scales(columns, 1.0f / 32);
+  const std::vector<char> weights = stored(type, weight);
+  const Inputs inputs = narrowed(kernels, type, a, rows);
+  kernels.tiles[static_cast<int>(type)][rows - 1](
+      {inputs.data.data(), inputs.stride, weights.data(), columns * terms, bias.data(), kDepth, out.data(), columns,
+       column_scales.data(), inputs.scales.data(), inputs.sums.data()});
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       float sum = bias[c];

@@ -15,10 +15,12 @@ constexpr int kWeightTypes = 4;
 // Terms of a sum that are added before they are added to the sum of the terms before them.
 constexpr int64_t kDepthBlock = 384;
 constexpr int kMaxTileRows = 14;
+// Terms of a sum of products of bytes that cannot overflow: 2^17 * 127 * 127 < 2^31
+constexpr int64_t kMostByteTerms = 1 << 17;
 
 // out[r][c] = bias[c] + sum over k of a[r][k] * weight[k][c], for the rows of a tile and all columns of a panel.
 struct Tile {
-  const void* a;  // float, or narrowed if the kernels narrow the inputs of this type of weight
+  const void* a;  // float32, or narrowed if the kernels narrow the inputs of this type of weight
   int64_t a_stride;
   const void* weight;
   int64_t weight_stride;  // from one step of the sum to the next
@@ -47,12 +49,18 @@ struct Dots {
 
 using DotsFunction = void (*)(const Dots&);
 
+// Narrows a row of inputs; `out` has room for whole vectors. Inputs of kInt8 are whole numbers between -127 and 127, with
+// their scale, which is NaN for a row that is not finite, and their sum; the others need neither.
+using NarrowFunction = void (*)(const float* x, int64_t count, void* out, float* scale, int32_t* sum);
+
 struct Kernels {
   const char* name;
   int64_t tile_rows;  // of the largest tile
   int64_t columns;    // of a panel
   // Terms of a sum that lie side by side in a panel: 1, or as many as the processor multiplies at once. 0: none runs.
   int64_t terms[kWeightTypes];
+  int64_t input_bytes[kWeightTypes];               // of one input of a tile
+  NarrowFunction narrow[kWeightTypes];             // null where the inputs are float32
   TileFunction tiles[kWeightTypes][kMaxTileRows];  // by the number of rows - 1
   DotsFunction dots[kWeightTypes];                 // null for kInt8
 
@@ -65,12 +73,6 @@ struct Kernels {
   float (*softmax)(float* x, int64_t count, float scale);
   // out = factor * x
   void (*scale)(const float* x, float factor, int64_t count, float* out);
-  // Rounds a row to bfloat16, or to int8 with its scale and the sum of its bytes; null where no type of weight needs it.
-  // Rows of bytes that are not finite have the scale NaN.
-  void (*to_bfloat16)(const float* x, int64_t count, uint16_t* out);
-  void (*to_int8)(const float* x, int64_t count, int8_t* out, float* scale, int32_t* sum);
-
-  bool narrows(WeightType type) const { return terms[static_cast<int>(type)] > 1; }
 };
 
 // Return the kernels of an instruction set, or null where they are not compiled or the processor lacks it.

@@ -281,7 +281,10 @@ Kernels common_kernels(const char* name) {
   kernels.name = name;
   kernels.tile_rows = ROWS;
   kernels.columns = 2 * V::width;
-  for (const WeightType type : kFloats) kernels.terms[static_cast<int>(type)] = 1;
+  for (const WeightType type : kFloats) {
+    kernels.terms[static_cast<int>(type)] = 1;
+    kernels.input_bytes[static_cast<int>(type)] = sizeof(float);
+  }
   kernels.activate = activate<V>;
   kernels.add_norm = add_norm<V>;
   kernels.softmax = softmax<V>;
