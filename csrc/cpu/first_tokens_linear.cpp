@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "activations.h"
 #include "kernels/kernels.h"
 
 namespace earlyexit::cpu {
@@ -109,16 +110,6 @@ void run(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& b
   }
 }
 
-Activation find_activation(std::string_view name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  if (name == "relu") return Activation::kRelu;
-  EE_CHECK(name == "tanh", kOp, "expected activation to be 'none', 'gelu', 'gelu_tanh', 'relu' or 'tanh', got '", name,
-           "'");
-  return Activation::kTanh;
-}
-
 void first_tokens_linear(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
                          const at::Tensor& offsets, const at::Tensor& row_ids, at::Tensor& out,
                          std::string_view activation) {
@@ -135,7 +126,7 @@ void first_tokens_linear(const at::Tensor& hidden, const at::Tensor& weight, con
   const int32_t* ids = row_ids.const_data_ptr<int32_t>();
   const int32_t* starts = offsets.const_data_ptr<int32_t>();
   check_offsets(kOp, "offsets", starts, rows, kAnySize);
-  const Activation function = find_activation(activation);
+  const Activation function = find_activation(kOp, activation);
   std::vector<int64_t> present;
   for (int64_t i = 0; i < rows; ++i) {
     if (ids[i] < 0) continue;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "activations.h"
 #include "kernels/kernels.h"
 
 namespace earlyexit::cpu {
@@ -224,13 +225,6 @@ class Layer {
   int64_t width_, heads_;
 };
 
-Activation find_activation(std::string_view name) {
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  EE_CHECK(name == "relu", kOp, "expected activation to be 'gelu', 'gelu_tanh' or 'relu', got '", name, "'");
-  return Activation::kRelu;
-}
-
 // The dtypes of packed weights, in the order of WeightType.
 constexpr at::ScalarType kStored[] = {at::kFloat, at::kHalf, at::kBFloat16, at::kByte};
 
@@ -280,7 +274,7 @@ at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& offsets, at::Tens
   const Linear attention_out = find_linear(*kernels, "out", weights[1], biases[1], width, width);
   const Linear in = find_linear(*kernels, "inner", weights[2], biases[2], inner, width);
   const Linear outer = find_linear(*kernels, "outer", weights[3], biases[3], width, inner);
-  const Activation function = find_activation(activation);
+  const Activation function = find_activation(kOp, activation);
   const auto norm = [&](size_t i) { return norms[i].const_data_ptr<float>(); };
 
   at::Tensor out = at::empty_like(x);

@@ -289,6 +289,13 @@ def test_invalid_arguments_are_refused(name, backend):
         packed_layer(**call | changed)
 
 
+def test_an_unknown_activation_of_the_bare_op_is_refused(kernels):
+    op = torch.ops.earlyexit_kernels.packed_layer_cpp
+    names = "'none', 'gelu', 'gelu_tanh', 'relu', 'tanh'"
+    with pytest.raises(ValueError, match=f"^packed_layer_cpp: expected activation to be one of {names}, got 'silu'"):
+        op(X, OFFSETS, *PACKED, EPS, 2, "silu")
+
+
 def test_weights_of_another_dtype_are_refused():
     for w, dtype in (
         (weights(8, 4), torch.float64),
