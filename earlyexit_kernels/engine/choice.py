@@ -13,7 +13,7 @@ FASTEST: dict[str, tuple[tuple[int, str], ...]] = {}
 
 
 class Choice(NamedTuple):
-    """A chosen engine or kind of layers, and the reason."""
+    """A chosen engine, kind of layers or kind of products, and the reason."""
 
     name: str
     reason: str
@@ -44,19 +44,27 @@ class Explanation(NamedTuple):
         layers: ``"family"`` or ``"fused"``, and why; the graph engine uses its own kernels instead.
         backend: of the exits.
         nodes: whose IF nodes a graph has, ``"extension"``, ``"torch"`` or ``"none"``, and why; None without a graph.
+        products: what computes the matrix products of fused layers, and why: ``"avx512"`` or ``"avx2"`` (the vector
+            kernels of the package), ``"onednn"`` or ``"torch"``; None for the family's layers.
+        weights: type in which fused layers store their weights, such as ``"float32"``; None for the family's layers.
     """
 
     engine: Choice
     layers: Choice
     backend: str
     nodes: Choice | None = None
+    products: Choice | None = None
+    weights: str | None = None
 
     def __str__(self) -> str:
         lines = [
             f"engine {self.engine.name!r}: {self.engine.reason}",
             f"layers {self.layers.name!r}: {self.layers.reason}",
-            f"back-end of the exits: {self.backend!r}",
         ]
+        if self.products is not None:
+            how = f"{self.products.reason}, weights in {self.weights!r}"
+            lines.append(f"products of the layers {self.products.name!r}: {how}")
+        lines.append(f"back-end of the exits: {self.backend!r}")
         if self.nodes is not None:
             lines.append(f"IF nodes {self.nodes.name!r}: {self.nodes.reason}")
         return "\n".join(lines)

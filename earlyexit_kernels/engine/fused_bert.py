@@ -51,6 +51,11 @@ PRODUCTS = {
 }
 
 
+def products_here() -> Products:
+    """Return how products are computed on this processor."""
+    return PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"])
+
+
 @functools.cache
 def onednn_unsupported_reason(dtype: torch.dtype) -> str | None:
     """Return why oneDNN's packed products are not available for a dtype, or None if they are.
@@ -102,7 +107,7 @@ class FusedLayer:
             weights=weights,
             tensors=list(tensors),
             packed=[torch.ops.mkldnn._reorder_linear_weight(w, None) for w in products] if onednn else [],
-            products=PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"]),
+            products=products_here(),
             run=bare_op("encoder_layer", backend, "cpu"),
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from earlyexit_kernels.backbones import GatedLayerNames
 from earlyexit_kernels.engine.attention import attend_by_plan
 from earlyexit_kernels.engine.attention_plan import AttentionKind, AttentionPlan
-from earlyexit_kernels.engine.fused_bert import PRODUCTS, onednn_unsupported_reason
+from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason, products_here
 from earlyexit_kernels.engine.gated_weights import LINEARS, GatedWeights, linears_of
 
 
@@ -43,8 +43,7 @@ class PackedLinear:
         # without oneDNN its names may be missing from torch.ops
         onednn = onednn_unsupported_reason(weight.dtype) is None
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None) if onednn else None
-        products = PRODUCTS.get(torch.backends.cpu.get_cpu_capability(), PRODUCTS["DEFAULT"])
-        return PackedLinear(weight, bias, packed, products.packed_up_to)
+        return PackedLinear(weight, bias, packed, products_here().packed_up_to)
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Return ``x W + b``, and `other` added to it if given, for ``[T, ...]``."""

@@ -7,6 +7,7 @@ weights stay in place; the packed ones are a second copy, which is replaced when
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import BackboneAdapter, GatedLayerNames, LayerNames
 from earlyexit_kernels.engine import bert_weights, fused_bert, fused_gated, gated_weights
+from earlyexit_kernels.engine.choice import Choice
 from earlyexit_kernels.engine.encoder import Encoder, embed_alone
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
+from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason, products_here
 from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.locks import ForkSafeLock
-from earlyexit_kernels.engine.packed_layers import PackedLayer, kernels_unsupported_reason
+from earlyexit_kernels.engine.packed_layers import PackedLayer, kernels_name, kernels_unsupported_reason
 
 
 class Form(NamedTuple):
@@ -112,6 +115,24 @@ def stored_unsupported_reason(adapter: BackboneAdapter, backbone: nn.Module, sto
     dtype: Any = backbone.dtype
     reason = kernels_unsupported_reason(dtype, stored)
     return f"weights stored in {stored} require the vector kernels: {reason}" if reason else None
+
+
+def products_of(adapter: BackboneAdapter, dtype: torch.dtype) -> Choice:
+    """Return what computes the matrix products of fused layers, as `Explanation.products`.
+
+    Args:
+        adapter: of a family whose layers have a form in `FORMS`.
+        dtype: of the model.
+    """
+    stores = FORMS[type(adapter.names)].stores
+    no_kernels = kernels_unsupported_reason(dtype) if stores else "only layers of BERT's form have them"
+    if no_kernels is None:
+        return Choice(kernels_name(), "vector kernels of the package")
+    no_onednn, most = onednn_unsupported_reason(dtype), products_here().packed_up_to
+    if no_onednn is not None:
+        return Choice("torch", f"no vector kernels ({no_kernels}) and no oneDNN ({no_onednn})")
+    beyond = "" if math.isinf(most) else f"; torch's own beyond {most} tokens"
+    return Choice("onednn", f"no vector kernels ({no_kernels}){beyond}")
 
 
 class _Packed(NamedTuple):

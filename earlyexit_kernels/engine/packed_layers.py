@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.backends import available_backends
+from earlyexit_kernels.backends import available_backends, extension_function
 from earlyexit_kernels.engine.attention_plan import AttentionPlan
 from earlyexit_kernels.engine.bert_weights import OP_ACTIVATIONS, LayerWeights
 from earlyexit_kernels.ops import PackedWeights, bare_op, pack_weights
@@ -41,6 +41,12 @@ def kernels_unsupported_reason(dtype: torch.dtype, stored: torch.dtype = torch.f
         f"on a processor with AVX-512, weights in {stored} require AVX512-VNNI, which this one lacks; the kernels for "
         "AVX2 take them (ATEN_CPU_CAPABILITY=avx2)"
     )
+
+
+def kernels_name() -> str:
+    """Return the name of the vector kernels of this processor, ``"avx512"`` or ``"avx2"``, which it must have."""
+    describe: Any = extension_function("layer_kernels")
+    return describe()["name"].lower().replace("-", "")
 
 
 @dataclass(frozen=True)

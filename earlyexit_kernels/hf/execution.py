@@ -113,7 +113,9 @@ class Execution:
             return Explanation(Choice("eager", IN_TRAINING), Choice("family", IN_TRAINING), self.backend(view))
         engine, backend = self.choose_engine(view, rows, length, check_stale=True), self.backend(view)
         nodes = nodes_for(view, backend) if engine.name == "graph" else None
-        return Explanation(engine, self.layers.kind(view), backend, nodes)
+        layers = self.layers.kind(view)
+        fused = self.layers.products(view) if layers.name == "fused" else ()
+        return Explanation(engine, layers, backend, nodes, *fused)
 
     @torch.no_grad()
     def run(self, view: ModelView, inputs: Inputs, *, strict: bool) -> ExitOutput:

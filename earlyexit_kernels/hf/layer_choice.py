@@ -9,9 +9,8 @@ import torch
 
 from earlyexit_kernels.engine.choice import REQUESTED, Choice
 from earlyexit_kernels.engine.encoder import Encoder, family_encoder
-from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason
-from earlyexit_kernels.engine.fused_layers import FusedLayers
-from earlyexit_kernels.engine.packed_layers import STORED, kernels_unsupported_reason
+from earlyexit_kernels.engine.fused_layers import FusedLayers, products_of
+from earlyexit_kernels.engine.packed_layers import STORED
 from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
 
@@ -59,6 +58,13 @@ class LayerChoice:
             return Choice("family", reason)
         return Choice("fused", REQUESTED if self._layers == "fused" else "they are supported and faster")
 
+    def products(self, view: ModelView) -> tuple[Choice, str]:
+        """Return what computes the products of fused layers, and the type in which their weights are stored."""
+        dtype: Any = view.backbone.dtype
+        # float32 stands for the dtype of the model
+        stored = dtype if self._weights == "float32" else STORED[self._weights]
+        return products_of(view.adapter, dtype), str(stored).removeprefix("torch.")
+
     def encoder(self, view: ModelView) -> Encoder:
         """Return the encoder of eval mode.
 
@@ -94,16 +100,11 @@ class LayerChoice:
 
 
 def _log(view: ModelView, reason: str | None) -> None:
-    """Log which layers 'auto' chose, as a warning if a float32 model lacks an optional part."""
+    """Log which layers 'auto' chose, as a warning if a float32 model runs on torch's own products."""
     if reason:
         logger.info("layers 'auto' chose 'family': %s", reason)
         return
     dtype: Any = view.backbone.dtype
-    kernels, onednn = kernels_unsupported_reason(dtype), onednn_unsupported_reason(dtype)
-    if kernels is None:
-        logger.info("layers 'auto' chose 'fused'")
-    elif onednn is None:
-        logger.info("layers 'auto' chose 'fused' with oneDNN's products: %s", kernels)
-    else:
-        level = logging.WARNING if dtype == torch.float32 else logging.INFO
-        logger.log(level, "layers 'auto' chose 'fused' with torch's own products: %s", onednn)
+    products = products_of(view.adapter, dtype)
+    level = logging.WARNING if products.name == "torch" and dtype == torch.float32 else logging.INFO
+    logger.log(level, "layers 'auto' chose 'fused', products by %r: %s", products.name, products.reason)

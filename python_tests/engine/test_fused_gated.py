@@ -66,7 +66,7 @@ def products(request, monkeypatch):
     if reason and request.param != "torch":
         pytest.skip(reason)
     changed = fused_bert.Products(PACKED_UP_TO[request.param], with_activation=False)
-    monkeypatch.setattr(fused_gated, "PRODUCTS", dict.fromkeys(fused_bert.PRODUCTS, changed))
+    monkeypatch.setattr(fused_bert, "PRODUCTS", dict.fromkeys(fused_bert.PRODUCTS, changed))
 
 
 @pytest.mark.parametrize("sizes", [{}, BIASES], ids=["plain", "biases"])

@@ -18,9 +18,8 @@ from torch import nn
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy
-from earlyexit_kernels.engine import bert_weights, fused_bert
+from earlyexit_kernels.engine import bert_weights, fused_bert, fused_layers
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.hf import layer_choice
 from earlyexit_kernels.ops import bare_op
 
 #: Kinds of products: all packed by oneDNN, with fused activation, all of torch, and only small ones packed.
@@ -50,8 +49,8 @@ def assert_alike(own, fused, batch, *, atol=2e-5, rtol=1e-4) -> None:
 
 def leave_out_kernels(monkeypatch) -> None:
     """Have fused layers run on the products of oneDNN and torch."""
-    for room in (fused_bert, layer_choice):
-        monkeypatch.setattr(room, "kernels_unsupported_reason", lambda dtype: "they are left out")
+    for room in (fused_bert, fused_layers):
+        monkeypatch.setattr(room, "kernels_unsupported_reason", lambda *dtypes: "they are left out")
 
 
 @pytest.fixture(params=(*PRODUCTS, KERNELS))
@@ -333,7 +332,7 @@ def test_unknown_kind_is_refused():
 def test_without_onednn(monkeypatch, caplog):
     """Products of torch are used instead, and 'auto' logs this once."""
     leave_out_kernels(monkeypatch)
-    for room in (fused_bert, layer_choice):
+    for room in (fused_bert, fused_layers):
         monkeypatch.setattr(room, "onednn_unsupported_reason", lambda dtype: "no such names")
     own, fused = pair()
     assert not fused.execution.layers.layers(fused.view())[0].packed
