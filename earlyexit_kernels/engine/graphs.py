@@ -15,7 +15,7 @@ import torch
 from earlyexit_kernels.engine.capturing import Captured, capture
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.locks import ForkSafeLock
-from earlyexit_kernels.engine.packing import refuse_masked_first
+from earlyexit_kernels.engine.packing import check_first_tokens
 from earlyexit_kernels.engine.resident import resident_unsupported_reason
 from earlyexit_kernels.engine.resident_buffers import Arena, Bucket
 from earlyexit_kernels.engine.view import ModelView
@@ -151,13 +151,13 @@ class Graphs:
         size = max_rows(inputs.length)
         with self._lock:
             outputs = [
-                self._run_chunk(view, backend, inputs.rows_from(start, start + size))
+                self._run_chunk(view, backend, inputs.rows_from(start, start + size), start)
                 for start in range(0, inputs.rows, size)
             ]
         return outputs[0] if len(outputs) == 1 else ExitOutput.cat(outputs)
 
-    def _run_chunk(self, view: ModelView, backend: str, inputs: Inputs) -> ExitOutput:
-        """Answer a batch that fits one graph."""
+    def _run_chunk(self, view: ModelView, backend: str, inputs: Inputs, before: int) -> ExitOutput:
+        """Answer rows that fit one graph, with so many rows of the request before them."""
         n, key = inputs.rows, key_of(view, backend, inputs.rows, inputs.length)
         if key.device not in self._streams:
             self._streams[key.device] = torch.cuda.Stream(key.device)
@@ -176,8 +176,9 @@ class Graphs:
             x.record_stream(current)
         done.synchronize()
         masked_first, *invalid = captured.results[:, 2].tolist()
-        if captured.loop.pools_first:
-            refuse_masked_first(masked_first > 0)
+        if captured.loop.pools_first and masked_first:
+            mask: Any = inputs.attention_mask
+            check_first_tokens((mask != 0).any(dim=1) & (mask[:, 0] == 0), before)
         return ExitOutput(answers, exit_layer, exit_layer.clone(), tuple(invalid))
 
     def _capture_refusal(self, key: Key, view: ModelView) -> str | None:

@@ -78,7 +78,8 @@ def _pack_on_host(keep: Tensor, first_token: bool) -> PackedBatch | None:
     first = keep[:, 0]
     if not bool(first.all()):
         empty = ~keep.any(dim=1)
-        refuse_masked_first(first_token and not bool((first | empty).all()))
+        if first_token:
+            check_first_tokens(~(first | empty))
         first |= empty
     counts = keep.sum(dim=1)
     offsets = torch.zeros(n + 1, dtype=torch.int32, device=keep.device)
@@ -91,11 +92,12 @@ def _pack_on_device(keep: Tensor, first_token: bool) -> PackedBatch | None:
     """Pack as `_pack_on_host` does, with one synchronisation; the lengths stay on the device."""
     n, s = keep.shape
     first, empty = keep[:, 0], ~keep.any(dim=1)
-    masked_first = ~(first | empty).all()
+    masked = ~(first | empty)
     first |= empty
     counts = keep.sum(dim=1)
-    tokens, longest, refused = torch.stack((counts.sum(), counts.max(), masked_first.long())).tolist()
-    refuse_masked_first(first_token and bool(refused))
+    tokens, longest, refused = torch.stack((counts.sum(), counts.max(), masked.any().long())).tolist()
+    if first_token and refused:
+        check_first_tokens(masked)
     if tokens == n * s:
         return None
     offsets = torch.zeros(n + 1, dtype=torch.int32, device=keep.device)
@@ -109,12 +111,20 @@ def _pack_on_device(keep: Tensor, first_token: bool) -> PackedBatch | None:
     return PackedBatch(index[:tokens], offsets, row_ids, None, longest)
 
 
-def refuse_masked_first(refused: bool) -> None:
-    """Raise ValueError if the first token of a row is masked, which the exits read."""
-    if refused:
+def check_first_tokens(masked: Tensor, before: int = 0) -> None:
+    """Check that the exits can read the first token of each row.
+
+    Args:
+        masked: ``[N]`` bool, whether the first token of a row is masked while others are kept.
+        before: rows of the request before these.
+
+    Raises:
+        ValueError: names the first such row.
+    """
+    if bool(masked.any()):
         raise ValueError(
-            "attention_mask: the first token of a row is masked, but these exits read it; pad on the right "
-            "(tokenizer.padding_side = 'right')"
+            f"attention_mask: the first token of row {before + int(masked.nonzero()[0])} is masked, but these exits "
+            "read it; pad on the right (tokenizer.padding_side = 'right')"
         )
 
 

@@ -50,6 +50,16 @@ def test_one_capture_per_bucket(captures, model):
     assert len(captures) == 3
 
 
+def test_masked_first_token_is_named_by_its_row(captures, model, monkeypatch):
+    """Also in a batch that several launches answer."""
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 64)
+    batch = batch_for(model, lengths=(17, 3, 9, 12, 6))
+    batch["attention_mask"][3:, 0] = 0
+    for call in (lambda: run(Graphs(), model, batch), lambda: model(**batch)):
+        with pytest.raises(ValueError, match="the first token of row 3 is masked"):
+            call()
+
+
 def test_large_batch_is_split(captures, model, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_TOKENS", 64)
     assert (max_rows(17), max_rows(16), max_rows(64)) == (2, 4, 1)

@@ -173,11 +173,12 @@ def test_hidden_states_and_attentions_are_refused(asked, training):
 @pytest.mark.parametrize("pooling", [None, "first"])
 def test_left_padding_is_refused_unless_pooling_is_mean(family, pooling):
     model = early_exit(family, pooling=pooling)
-    with pytest.raises(ValueError, match=r"pad on the right \(tokenizer.padding_side = 'right'\)$"):
+    message = r"first token of row 1 is masked, .*; pad on the right \(tokenizer.padding_side = 'right'\)$"
+    with pytest.raises(ValueError, match=message):
         model(**batch_for(model, "left"))
     batch = batch_for(model, holes_of(family))
     batch["attention_mask"][2, 0] = 0
-    with pytest.raises(ValueError, match="first token of a row is masked"):
+    with pytest.raises(ValueError, match="first token of row 2 is masked"):
         model(**batch)
 
 

@@ -160,7 +160,7 @@ def test_packing_on_the_device_synchronizes_once(kind):
 @pytest.mark.parametrize("pack", [packing._pack_on_host, packing._pack_on_device])
 def test_packing_refuses_a_masked_first_token(pack):
     left = ragged("left")["attention_mask"] != 0
-    with pytest.raises(ValueError, match="the first token of a row is masked"):
+    with pytest.raises(ValueError, match="the first token of row 1 is masked"):
         pack(left.clone(), True)
     assert pack(left.clone(), False).offsets[-1] == left.sum()
     empty = ragged("right")["attention_mask"] != 0
