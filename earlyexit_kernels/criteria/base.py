@@ -61,6 +61,15 @@ class Criterion:
     checks: ClassVar[Mapping[str, Check]] = {}
     triton_step: ClassVar[Any] = None
 
+    def __new__(cls, *given: Any, **settings: Any) -> Any:
+        by_name = [field.name for field in dataclasses.fields(cls) if field.kw_only]
+        if given and len(by_name) == len(dataclasses.fields(cls)) > 0:
+            raise TypeError(
+                f"{cls.__name__}: expected settings by name, such as {cls.__name__}({by_name[0]}={given[0]!r}), got "
+                f"{reprlib.repr(given[0])} without a name"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_fields(self, self.checks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -66,8 +67,11 @@ def test_refused_tensor_in_a_list_or_of_a_single_number_says_how_to_convert_it()
 
 @pytest.mark.parametrize("cls", [c for c in CRITERIA.values() if c not in (FullDepth, Expectation, Dact)])
 def test_arguments_are_keyword_only_and_required(cls):
-    with pytest.raises(TypeError, match="positional"):
-        cls(1)
+    first = dataclasses.fields(cls)[0].name
+    words = rf"{cls.__name__}: expected settings by name, such as {cls.__name__}\({first}=0\.8\), got 0\.8 without"
+    with pytest.raises(TypeError, match=words):
+        cls(0.8)
+    assert list(inspect.signature(cls).parameters) == [field.name for field in dataclasses.fields(cls)]
     with pytest.raises(TypeError, match="missing"):
         cls()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 from typing import ClassVar
 
 import pytest
@@ -274,3 +275,13 @@ def test_criterion_is_chosen_apart_from_the_dtype():
     model.double().set_criterion(criteria.Entropy(threshold=0.3))
     with pytest.raises(BackendUnavailableError, match="float64"):
         model(**ragged())
+
+
+def test_a_registered_rule_may_take_its_settings_by_position():
+    @dataclasses.dataclass(frozen=True)
+    class ByPosition(Criterion):
+        threshold: float
+
+    assert ByPosition(0.8).threshold == 0.8 == pickle.loads(pickle.dumps(Entropy(threshold=0.8))).threshold
+    with pytest.raises(TypeError, match="positional"):
+        ByPosition(0.8, 1)
