@@ -41,9 +41,9 @@ def to_early_exit(
     ``.half()`` or ``.to()`` on one moves both. The given instance is otherwise unchanged; hooks and adapters that are
     added to it later have no effect on the new model.
 
-    A model that has exits already is converted to another method: the new model shares its encoder, and starts with
-    copies of the exits, halting outputs and gates that both methods have in the same form; others are new. So DACT may
-    start from exits trained with ``"joint"``.
+    A model that has exits already is converted to another method: the new model shares its encoder parameters, and
+    starts with copies of the exits, halting outputs and gates that both methods have in the same form; others are new.
+    So DACT may start from exits trained with ``"joint"``.
 
     Args:
         hf_model: a ``...ForSequenceClassification`` instance of a supported family, or an early-exit model.
