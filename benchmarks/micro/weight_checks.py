@@ -38,7 +38,7 @@ def records(repeats: int) -> Iterator[Record]:
         ids = torch.randint(5, 1000, (1, LENGTH))
         model(input_ids=ids)
         packed = model.execution.layers.fused._packed
-        if packed is None or packed.layers is None:
+        if packed is None or packed.encoder is None:
             yield {"suite": SUITE, "case": case, "not_measured": model.explain(input_ids=ids).layers.reason}
             continue
         check = partial(packed.made_from.is_current, [model.backbone])

@@ -72,11 +72,13 @@ void rows_embed(const at::Tensor& tokens, const at::Tensor& words, const std::op
   check_float_dtype(kOp, "out", out);
   const at::ScalarType dtype = out.scalar_type();
   check_tensor(kOp, "out", out, dtype, {kAnySize, kAnySize});
-  const int64_t capacity = out.size(0), width = out.size(1), rows = offsets.size(0) - 1;
+  const int64_t capacity = out.size(0), width = out.size(1);
   check_tensor(kOp, "tokens", tokens, at::kLong, {4, capacity});
   check_tensor(kOp, "weight", weight, dtype, {width});
   check_tensor(kOp, "bias", bias, dtype, {width});
   check_tensor(kOp, "offsets", offsets, at::kInt, {kAnySize});
+  const int64_t rows = offsets.size(0) - 1;
+  EE_CHECK(rows >= 0, kOp, "expected offsets [R + 1], got an empty tensor");
   const int32_t* starts = offsets.const_data_ptr<int32_t>();
   check_offsets(kOp, "offsets", starts, rows, kAnySize);
   const int64_t present = starts[rows] - starts[0];

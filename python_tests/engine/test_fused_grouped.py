@@ -25,7 +25,7 @@ LENGTHS = (17, 3, 9, 12, 30, 1)
 def test_heads_that_share_keys_and_values(heads, shared):
     base, own, fused = pair("eurobert", num_attention_heads=heads, num_key_value_heads=shared, attention_bias=True)
     batch = batch_for(own, lengths=LENGTHS)
-    (layer, *_) = fused.execution.layers.layers(fused.view())
+    (layer, *_) = fused.execution.layers.encoder(fused.view()).layers
     assert layer.weights.heads == heads and layer.qkv.weight.shape[0] == (heads + 2 * shared) * 64 // heads
     assert apart(fused.trace(**batch).logits, own.trace(**batch).logits) <= TOLERANCE
     assert apart(fused(**batch).logits, base(**batch).logits) <= TOLERANCE
@@ -66,7 +66,7 @@ def test_a_row_does_not_depend_on_its_batch(pooling):
 
 def test_linears_side_by_side_are_copied():
     _, _, fused = pair("eurobert", attention_bias=True, mlp_bias=True)
-    own, layer = fused.backbone.layers[1], fused.execution.layers.layers(fused.view())[1]
+    own, layer = fused.backbone.layers[1], fused.execution.layers.encoder(fused.view()).layers[1]
     query, key, value = own.self_attn.q_proj, own.self_attn.k_proj, own.self_attn.v_proj
     for name in ("weight", "bias"):
         joined = torch.cat([getattr(linear, name) for linear in (query, key, value)])

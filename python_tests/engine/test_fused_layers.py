@@ -96,7 +96,7 @@ def op(request, monkeypatch):
 @pytest.mark.parametrize("products", PRODUCTS, indirect=True)
 def test_backends(op, products):
     own, fused = pair()
-    assert fused.execution.layers.layers(fused.view())[0].run is bare_op("encoder_layer", op, "cpu")
+    assert fused.execution.layers.encoder(fused.view()).layers[0].run is bare_op("encoder_layer", op, "cpu")
     for kind in ATTENDED:
         assert_alike(own, fused, batch_for(own, kind))
 
@@ -106,7 +106,7 @@ def test_op_refuses_lists_of_wrong_length(monkeypatch):
     if ee.available_backends("cpu")["cpp"]:
         pytest.skip(ee.available_backends("cpu")["cpp"])
     model = ee.to_early_exit(stock())
-    layer, x = model.execution.layers.layers(model.view())[0], torch.randn(6, 64)
+    layer, x = model.execution.layers.encoder(model.view()).layers[0], torch.randn(6, 64)
     own, plan = layer.weights, ([1], [6], [None], [None], [None], None)
     run = functools.partial(bare_op("encoder_layer", "cpp", "cpu"), x)
     weights, rest = layer.tensors, (own.eps, own.heads, *own.activation, False)
@@ -130,7 +130,9 @@ def test_activations(activation, products):
 def test_layers_shared_by_groups(products):
     own, fused = pair("albert", inner_group_num=2)
     assert_alike(own, fused, batch_for(own))
-    assert len({id(layer) for layer in fused.execution.layers.layers(fused.view())}) == 2, "each group is packed once"
+    assert len({id(layer) for layer in fused.execution.layers.encoder(fused.view()).layers}) == 2, (
+        "each group is packed once"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.15), (torch.float16, 2e-2), (torch.float64, 1e-10)])
@@ -138,7 +140,7 @@ def test_other_dtypes(dtype, atol):
     own, fused = pair()
     batch = batch_for(own)
     own.to(dtype), fused.to(dtype)
-    assert fused.execution.layers.layers(fused.view())[0].tensors[0].dtype == dtype
+    assert fused.execution.layers.encoder(fused.view()).layers[0].tensors[0].dtype == dtype
     # traces are float32, so float64 layers agree up to float32 rounding
     assert_alike(own, fused, batch, atol=max(atol, 2e-6), rtol=0.0)
     assert torch.isfinite(fused(**batch).logits).all()
@@ -335,7 +337,7 @@ def test_without_onednn(monkeypatch, caplog):
     for room in (fused_bert, fused_layers):
         monkeypatch.setattr(room, "onednn_unsupported_reason", lambda dtype: "no such names")
     own, fused = pair()
-    assert not fused.execution.layers.layers(fused.view())[0].packed
+    assert not fused.execution.layers.encoder(fused.view()).layers[0].packed
     assert_alike(own, fused, batch_for(own))
     model = ee.to_early_exit(stock(), pooling="first")
     with caplog.at_level(logging.INFO, "earlyexit_kernels"):
@@ -393,4 +395,4 @@ def test_layer_is_packed_once(monkeypatch):
     for _ in range(3):
         model(**batch_for(model))
     assert len(packed) == DEPTH
-    assert dataclasses.is_dataclass(model.execution.layers.layers(model.view())[0])
+    assert dataclasses.is_dataclass(model.execution.layers.encoder(model.view()).layers[0])

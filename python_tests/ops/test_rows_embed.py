@@ -67,6 +67,8 @@ def test_wrong_arguments_of_the_bare_op_are_refused(backend):
     op(*good)
     bad = {0: tokens.int(), 1: words.double(), 2: positions[:, :4], 3: types.T, 4: weight[:4], 5: bias.double()}
     bad |= {7: offsets.long(), 8: out[:2]}
+    with pytest.raises(ValueError, match=r"rows_embed_cpp: expected offsets \[R \+ 1\], got an empty tensor"):
+        op(*good[:7], offsets[:0], out)
     for place, value in bad.items():
         with pytest.raises(ValueError, match="rows_embed_cpp: expected"):
             op(*good[:place], value, *good[place + 1 :])
