@@ -177,6 +177,8 @@ class BackboneAdapter:
             ``layer(states, **arguments)`` on rows of similar length. Rows with holes are refused, since such layers
             read the distance of two tokens. None for layers that call the attention function.
         beside_layers: ``backbone ->`` modules with weights that these two functions read.
+        window: ``config ->`` what attention modules made for a config have as `sliding_window` where their layer has a
+            window; None where they hold none.
     """
 
     model_type: str
@@ -195,6 +197,7 @@ class BackboneAdapter:
     layer_arguments: Callable[[nn.Module, Tensor, Tensor], Sequence[Mapping[str, Any]]] | None = None
     rectangle_arguments: Callable[[nn.Module, Tensor, Tensor], Mapping[str, Any]] | None = None
     beside_layers: Callable[[nn.Module], Sequence[nn.Module]] = none_beside
+    window: Callable[[Any], int | None] | None = None
 
     def first_states(self, backbone: nn.Module, ids: Tensor, positions: Tensor, types: Tensor) -> Tensor:
         """Return the input of layer 1, ``[1, T, H]``, for ids, positions and types ``[1, T]``."""
@@ -214,7 +217,8 @@ FIELD_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("a function", callable),
     ),
     **dict.fromkeys(
-        ("layer_arguments", "rectangle_arguments"), ("a function or None", lambda v: v is None or callable(v))
+        ("layer_arguments", "rectangle_arguments", "window"),
+        ("a function or None", lambda v: v is None or callable(v)),
     ),
     "head": ("a StockHead", lambda v: isinstance(v, StockHead)),
     "names": (

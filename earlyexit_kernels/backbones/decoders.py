@@ -7,6 +7,7 @@ Llama (arXiv 2307.09288), Mistral (arXiv 2310.06825), Qwen2 (arXiv 2407.10671), 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from earlyexit_kernels.backbones.base import (
     BackboneAdapter,
@@ -19,6 +20,11 @@ from earlyexit_kernels.backbones.base import (
     rotary,
     rotary_by_type,
 )
+
+
+def _window(config: Any) -> int | None:
+    return config.sliding_window
+
 
 LLAMA = BackboneAdapter(
     model_type="llama",
@@ -34,7 +40,7 @@ LLAMA = BackboneAdapter(
     layer_arguments=rotary,
 )
 MISTRAL = dataclasses.replace(LLAMA, model_type="mistral")
-QWEN2 = dataclasses.replace(LLAMA, model_type="qwen2")
-QWEN3 = dataclasses.replace(LLAMA, model_type="qwen3")
-GEMMA2 = dataclasses.replace(LLAMA, model_type="gemma2")
-GEMMA3 = dataclasses.replace(LLAMA, model_type="gemma3_text", layer_arguments=rotary_by_type)
+QWEN2 = dataclasses.replace(LLAMA, model_type="qwen2", window=_window)
+QWEN3 = dataclasses.replace(QWEN2, model_type="qwen3")
+GEMMA2 = dataclasses.replace(QWEN2, model_type="gemma2")
+GEMMA3 = dataclasses.replace(QWEN2, model_type="gemma3_text", layer_arguments=rotary_by_type)

@@ -27,6 +27,10 @@ def _norm(backbone: nn.Module) -> nn.Module:
     return backbone.final_norm  # type: ignore[return-value]
 
 
+def _window(config: Any) -> int | None:
+    return config.sliding_window + 1
+
+
 def _settings(config: Any) -> Mapping[str, Any]:
     return {
         "family_pooling": pooling_of(config, POOLINGS),
@@ -48,4 +52,5 @@ MODERNBERT = BackboneAdapter(
     names=GatedLayerNames(),
     exit_norm=_norm,
     layer_arguments=rotary_by_type,
+    window=_window,
 )

@@ -6,7 +6,8 @@ the plan of the batch. What else a layer asks for is an `AttentionKind`: causal,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -180,6 +181,28 @@ def check_attention(attention: str, adapter: BackboneAdapter) -> None:
             "a batch would attend to each other. If it was set by set_attn_implementation, set it back; if "
             "model.backbone is a stock encoder now, put that encoder into the stock classifier and convert it with "
             "to_early_exit"
+        )
+
+
+def check_windows(adapter: BackboneAdapter, backbone: Any) -> None:
+    """Check that windows are those of the config, which the stock model reads at each call and its layers only once.
+
+    Raises:
+        ValueError: there are windows, and none is that of the config.
+    """
+    if adapter.window is None:
+        return
+    held, expected = None, adapter.window(backbone.config)
+    for layer in cast(Sequence[torch.nn.Module], adapter.layers(backbone)):
+        for part in layer._modules.values():
+            found = getattr(part, "sliding_window", None)
+            if found is not None and found == expected:
+                return
+            held = found if held is None else held
+    if held is not None:
+        raise ValueError(
+            f"expected layers with a window of {expected}, as in the config, got {held}; layers keep the window with "
+            "which they were made. Set that of the config back, or change it before the model is made"
         )
 
 

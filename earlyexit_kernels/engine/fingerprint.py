@@ -1,8 +1,9 @@
 """Detects changes of modules that packed weights or CUDA graphs were built from.
 
 Version counters do not suffice: fused optimizers, writes through ``weight.data``, NumPy or DLPack views, and writes in
-inference mode leave them unchanged. A fingerprint therefore also holds the identity of every module and attribute from
-the backbone down, the address and layout of every parameter, and a few elements of each copied weight.
+inference mode leave them unchanged. A fingerprint therefore also holds the identity of every module, attribute and
+setting of a config from the backbone down, the address and layout of every parameter, and a few elements of each copied
+weight.
 
 Not detected: a change of elements that are not sampled, by a write that no version counter records.
 """
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from earlyexit_kernels.backends import available_backends
 
@@ -102,6 +104,9 @@ class ModuleFingerprint:
         self._roots = tuple(roots)
         modules = list({id(m): m for root in roots for m in root.modules()}.values())
         own = [m.__dict__ for m in modules]
+        # layers may read their config at each call
+        held = [names.get("config") for names in own]
+        configs = list({id(c): vars(c) for c in held if isinstance(c, PretrainedConfig)}.values())
         hooks = [table for names in own for name in _HOOKS if isinstance(table := names.get(name), dict)]
         parts = [table for names in own for name in _PARTS if isinstance(table := names.get(name), dict) and table]
         named = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
@@ -111,7 +116,7 @@ class ModuleFingerprint:
         elements = [sampled_elements(x.numel()) for x in contents]
         self._kept: list[Any] = []
         self._snapshot = _snapshot_class()(
-            modules, [*own, *hooks, *parts], _IGNORED, tensors, contents, elements, self._kept
+            modules, [*own, *configs, *hooks, *parts], _IGNORED, tensors, contents, elements, self._kept
         )
 
     def is_current(self, roots: Sequence[nn.Module]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.backbones import BackboneAdapter
-from earlyexit_kernels.engine.attention import check_attention
+from earlyexit_kernels.engine.attention import check_attention, check_windows
 from earlyexit_kernels.types import INTEGER_DTYPES
 
 
@@ -56,9 +56,11 @@ def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, chec
     Raises:
         ValueError: names the argument, what was expected and what was given. Negative mask values, as in additive
             masks, and NaN are refused on the CPU.
+        ValueError: the layers have other windows than the config says.
         AttentionReplacedError: the backbone has another attention than the packed one.
     """
     check_attention(backbone.config._attn_implementation, adapter)
+    check_windows(adapter, backbone)
     named = dict(zip(Inputs._fields, given, strict=True))
     for name, value in named.items():
         if value is not None and not isinstance(value, Tensor):

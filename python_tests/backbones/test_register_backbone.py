@@ -81,6 +81,7 @@ REFUSED = {
     "layer_arguments": ({}, "a function or None, got {}"),
     "rectangle_arguments": (0, "a function or None, got 0"),
     "beside_layers": (None, "a function, got None"),
+    "window": (64, "a function or None, got 64"),
     "embeddings": (b"embeddings", "a non-empty string, got b'embeddings'"),
 }
 

@@ -96,6 +96,37 @@ def test_windows_of_no_column_are_refused(family, size, least):
         ee.to_early_exit(stock(family, **{size: least - 2 if family == "modernbert" else 0}))(**batch)
 
 
+WINDOWED = ("qwen2", "gemma2", "gemma3_text", "modernbert")
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_window_that_the_layers_do_not_have_is_refused(family):
+    """The stock model reads the window from its config at each call, the layers read it when they are made."""
+    base = stock(family)
+    model, batch = ee.to_early_exit(base), batch_for(base)
+    config, before = model.backbone.config, base(**batch).logits
+    assert (model(**batch).logits - before).abs().max() <= TOLERANCE
+    name = "local_attention" if family == "modernbert" else "sliding_window"
+    old, words = getattr(config, name), "expected layers with a window of 2, as in the config, got 5; layers keep"
+    for each in (base.config, config):
+        setattr(each, name, 2)
+    assert (base(**batch).logits - before).abs().max() > 0.01
+    for call in (model, model.trace, model.fixed_depth(), ee.to_early_exit(base), ee.to_early_exit(base).train()):
+        with pytest.raises(ValueError, match=words):
+            call(**batch)
+    setattr(config, name, old)
+    assert (model(**batch).logits - before).abs().max() <= TOLERANCE
+
+
+def test_a_window_that_layers_read_from_their_config_is_followed():
+    base = stock("mistral")
+    model, batch = ee.to_early_exit(base), batch_for(base)
+    for config in (base.config, model.backbone.config):
+        config.sliding_window = 2
+    assert (ee.to_early_exit(stock("mistral"))(**batch).logits - base(**batch).logits).abs().max() > 0.01
+    assert (model(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["modernbert", "eurobert", *DECODERS])
 def test_positions_beyond_the_angles_are_refused(family):
     model, ids = early_exit(family), torch.full((1, 70), 7)
