@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.backends import backend_params
-from support.models import python_environment, run_python
+from support.capability import run_tests_of, with_fewer_instructions
+from support.models import run_python
 
 from earlyexit_kernels.ops import EncoderWeights, pack_weights, packed_layer
 from earlyexit_kernels.ops.packed_layer import PanelLayout, native_layouts
@@ -165,7 +164,7 @@ def one_vector_layers() -> dict[str, torch.Tensor]:
 def test_products_have_the_same_bits_with_avx2_as_with_avx512(kernels):
     """Other sums, over more values than a vector of AVX2 has, are added in another order."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_packed_layer as t; print(t.one_vector_layers())"
-    got = run_python(code, str(Path(__file__).parent), ATEN_CPU_CAPABILITY="avx2")
+    got = run_python(code, str(Path(__file__).parent), timeout=300, ATEN_CPU_CAPABILITY="avx2")
     assert ast.literal_eval(got) == one_vector_layers()
 
 
@@ -324,19 +323,13 @@ def test_weights_of_another_layout_are_refused(kernels, monkeypatch):
         packed_layer(X, OFFSETS, **call, backend=kernels)
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@with_fewer_instructions
 def test_other_kernels_of_this_processor(capability, kernels):
     """The tests of this file, with the kernels that ATEN_CPU_CAPABILITY leaves."""
-    if capability == "avx2" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        pytest.skip("these kernels are the ones that the other tests run")
-    options = ["-q", "-x", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not other_kernels"]
-    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__))]
-    environment = python_environment(ATEN_CPU_CAPABILITY=capability)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert ("has no vector kernels" in done.stdout) == (capability == "default"), done.stdout[-300:]
+    printed = run_tests_of(__file__, capability)
+    assert ("has no vector kernels" in printed) == (capability == "default"), printed[-300:]
     if capability == "avx2":
-        assert "no instructions for this type" not in done.stdout, done.stdout[-300:]
+        assert "no instructions for this type" not in printed, printed[-300:]
 
 
 @pytest.mark.parametrize("stored", NATIVE)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.models import python_environment
 
 from earlyexit_kernels.ops.packed_layer import native_layouts
@@ -15,12 +16,17 @@ from earlyexit_kernels.ops.packed_layer import native_layouts
 with_fewer_instructions = pytest.mark.parametrize("capability", ["avx2", "default"])
 
 
-def run_tests_of(file: str, capability: str) -> None:
-    """Run the other tests of a file with the kernels that ATEN_CPU_CAPABILITY leaves; skip where none are left out."""
-    if not native_layouts():
-        pytest.skip("the processor has no vector kernels")
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not other_kernels"]
+def run_tests_of(file: str, capability: str) -> str:
+    """Run the other tests of a file with the kernels that ATEN_CPU_CAPABILITY leaves, and return what pytest prints.
+
+    Skips where these kernels are the ones that the calling test has.
+    """
+    here = torch.backends.cpu.get_cpu_capability().lower()
+    if here == capability or not native_layouts():
+        pytest.skip("these kernels are the ones that the other tests run")
+    options = ["-q", "-x", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not other_kernels"]
     command = [sys.executable, "-m", "pytest", *options, str(Path(file))]
     environment = python_environment(ATEN_CPU_CAPABILITY=capability)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
