@@ -20,7 +20,7 @@ from earlyexit_kernels.engine.resident import resident_unsupported_reason
 from earlyexit_kernels.engine.resident_buffers import Bucket
 from earlyexit_kernels.engine.resident_exits import exits_unsupported_reason
 
-LENGTHS = (17, 3, 9, 12, 20, 1)
+LENGTHS = (13, 3, 9, 12, 15, 1)
 
 
 @pytest.fixture(params=backend_params(("torch", "triton")))
@@ -44,7 +44,7 @@ def test_poolings_and_masks(pooling, kind, backend, tiles_of_a_token):
     model = early_exit("modernbert", pooling=None if pooling.startswith("head") else pooling, **head)
     batch = batch_for(model, kind, lengths=LENGTHS)
     model.set_criterion(splitting(model, batch))
-    loop = loop_for(model, Bucket(8, 32), backend, poison=True)
+    loop = loop_for(model, Bucket(8, 16), backend, poison=True)
     assert_as_eager(model, loop, batch)
     assert len(loop.exit_layer[: len(LENGTHS)].unique()) > 1, "rows leave at several layers"
     present = loop.counts[:, 3].tolist()
@@ -65,13 +65,15 @@ def test_rules(name, backend, tiles_of_a_token):
         pytest.skip("the interpreter is slow")
     criterion, built = RULES[name]
     model = early_exit("modernbert", criterion=criterion, pooling="first", **built)
-    loop = loop_for(model, Bucket(8, 32), backend, poison=True)
+    loop = loop_for(model, Bucket(8, 16), backend, poison=True)
     assert_as_eager(model, loop, batch_for(model, lengths=LENGTHS))
 
 
 @pytest.mark.parametrize("kind", ["right", "holes"])
 def test_positions_of_the_user(kind, backend, tiles_of_a_token):
     """They turn query and key, and leave the windows as they are."""
+    if backend == "triton" and kind != "holes":
+        pytest.skip("the interpreter is slow")
     model = early_exit("modernbert", pooling="first")
     batch = batch_for(model, kind, lengths=LENGTHS)
     default = model(**batch).logits
@@ -79,7 +81,7 @@ def test_positions_of_the_user(kind, backend, tiles_of_a_token):
     batch["position_ids"] = torch.randint(0, 70, batch["input_ids"].shape, generator=generator)
     assert (model(**batch).logits - default).abs().max() > 1e-2
     model.set_criterion(splitting(model, batch))
-    loop = loop_for(model, Bucket(8, 32), backend)
+    loop = loop_for(model, Bucket(8, 16), backend)
     assert_as_eager(model, loop, batch)
     del batch["position_ids"]
     assert_as_eager(model, loop, batch)
@@ -101,7 +103,7 @@ def test_settings_of_the_config(name):
     sizes = {**SETTINGS[name]}
     pooling = sizes.pop("pooling", "first")
     model = ee.to_early_exit(stock("modernbert", **sizes), pooling=pooling, criterion=FullDepth())
-    assert_as_eager(model, loop_for(model, Bucket(8, 32), "torch", poison=True), batch_for(model, lengths=LENGTHS))
+    assert_as_eager(model, loop_for(model, Bucket(8, 16), "torch", poison=True), batch_for(model, lengths=LENGTHS))
 
 
 def test_weights_are_those_of_the_layers():
@@ -119,7 +121,7 @@ def test_layers_of_several_widths(backend):
     model = early_exit("modernbert", pooling="first", criterion=FullDepth())
     mlp = model.backbone.layers[1].mlp
     mlp.Wi, mlp.Wo = torch.nn.Linear(64, 2 * 40), torch.nn.Linear(40, 64)
-    assert_as_eager(model, loop_for(model, Bucket(8, 32), backend, poison=True), batch_for(model, lengths=LENGTHS))
+    assert_as_eager(model, loop_for(model, Bucket(8, 16), backend, poison=True), batch_for(model, lengths=LENGTHS))
 
 
 def test_layers_of_several_parts(monkeypatch):
@@ -132,7 +134,7 @@ def test_layers_of_several_parts(monkeypatch):
     model = early_exit("modernbert", pooling="first", criterion=FullDepth())
     model.set_layers("fused")
     assert (model(**batch).logits - before).abs().max() > 1e-2
-    assert_as_eager(model, loop_for(model, Bucket(8, 32), "torch", poison=True), batch)
+    assert_as_eager(model, loop_for(model, Bucket(8, 16), "torch", poison=True), batch)
 
 
 def test_a_registered_family(monkeypatch):
@@ -144,7 +146,7 @@ def test_a_registered_family(monkeypatch):
     assert resident_unsupported_reason(model.view(), torch.float32) is None
     batch = batch_for(model, "holes", lengths=LENGTHS)
     model.set_criterion(splitting(model, batch))
-    assert_as_eager(model, loop_for(model, Bucket(8, 32), "torch", poison=True), batch)
+    assert_as_eager(model, loop_for(model, Bucket(8, 16), "torch", poison=True), batch)
 
 
 def test_further_arguments_of_the_layers_are_an_error(monkeypatch):
@@ -157,7 +159,7 @@ def test_further_arguments_of_the_layers_are_an_error(monkeypatch):
     monkeypatch.setitem(BACKBONES, "modernbert", dataclasses.replace(adapter, layer_arguments=more))
     model = early_exit("modernbert", pooling="first")
     with pytest.raises(TypeError, match="softcap"):
-        answers(loop_for(model, Bucket(8, 32), "torch"), batch_for(model))
+        answers(loop_for(model, Bucket(8, 16), "torch"), batch_for(model, lengths=LENGTHS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -166,7 +168,7 @@ def test_states_are_as_close_to_float64_as_those_of_the_family(dtype, backend):
         pytest.skip("the interpreter cannot multiply matrices of bfloat16")
     model = early_exit("modernbert", pooling="first", criterion=FullDepth()).to(dtype)
     batch = batch_for(model, lengths=LENGTHS)
-    loop = loop_for(model, Bucket(8, 32), backend, poison=True)
+    loop = loop_for(model, Bucket(8, 16), backend, poison=True)
     answers(loop, batch)
     kept = batch["attention_mask"] != 0
     exact = copy.deepcopy(model.backbone).double()
@@ -183,10 +185,10 @@ def test_a_row_of_nan_does_not_affect_others(backend, tiles_of_a_token):
     model = early_exit("modernbert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model, lengths=LENGTHS)
     batch["input_ids"][2, 4] = 3
-    clean = answers(loop_for(model, Bucket(8, 32), backend), batch)
+    clean = answers(loop_for(model, Bucket(8, 16), backend), batch)
     with torch.no_grad():
         model.backbone.embeddings.tok_embeddings.weight[3] = torch.nan
-    loop = loop_for(model, Bucket(8, 32), backend, poison=True)
+    loop = loop_for(model, Bucket(8, 16), backend, poison=True)
     logits, exit_layer = answers(loop, batch)
     assert logits[2].isnan().all() and exit_layer[2] == DEPTH and loop.counts[1:, 2].tolist() == [1] * DEPTH
     others = [0, 1, 3, 4, 5]
@@ -198,10 +200,10 @@ def test_rows_do_not_depend_on_the_batch(backend):
     # bits are equal on a GPU only: here both back-ends use the products of a library, which round by the number of rows
     model = early_exit("modernbert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model, lengths=LENGTHS)
-    logits, exit_layer = answers(loop_for(model, Bucket(8, 32), backend), batch)
+    logits, exit_layer = answers(loop_for(model, Bucket(8, 16), backend), batch)
     for row in (0, 1):
         alone = {name: value[row : row + 1, : LENGTHS[row]] for name, value in batch.items()}
-        own = answers(loop_for(model, Bucket(1, 32), backend), alone)
+        own = answers(loop_for(model, Bucket(1, 16), backend), alone)
         torch.testing.assert_close(own[0][0], logits[row], atol=1e-5, rtol=1e-4)
         assert own[1][0] == exit_layer[row]
 
@@ -209,7 +211,7 @@ def test_rows_do_not_depend_on_the_batch(backend):
 def test_layers_are_behind_conditional_nodes():
     model = early_exit("modernbert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model, lengths=LENGTHS)
-    loop = loop_for(model, Bucket(8, 32), "torch")
+    loop = loop_for(model, Bucket(8, 16), "torch")
     nodes = HostNodes(loop)
     loop.load(Inputs(**batch))
     loop.launch(nodes)
