@@ -27,6 +27,10 @@ from earlyexit_kernels.ops.tiles import looping_programs
 #: Bytes per element -> queries of a program at a time, keys per step, warps, and pipeline stages; the same for every
 #: maximum length. Unmeasured. Larger float32 blocks do not fit into registers.
 BLOCKS = {2: (64, 64, 4, 2), 4: (32, 32, 8, 2)}
+#: The same with a window for heads of more than `WIDE` numbers, which leave too few registers for the columns.
+WIDE, WIDE_WINDOW_BLOCKS = 64, {2: (64, 64, 8, 2), 4: (32, 32, 8, 3)}
+#: A window of all columns, whose sum with a column is an int32.
+WIDEST_WINDOW = 1 << 30
 #: Programs per multiprocessor, of which 2, 3 or 4 run at a time, depending on the GPU and the window. Unmeasured.
 RESIDENT = 12
 
@@ -69,10 +73,8 @@ def rows_attention_kernel(
             queries = (m[:, None] < length) & (d[None, :] < D)
             stride = 3 * H
             column = number % heads * D
-            from_q = qkv + token * stride + column
-            from_k = from_q + H + n[None, :] * stride + d[:, None]
-            from_v = from_q + 2 * H + n[:, None] * stride + d[None, :]
-            q = tl.load(from_q + m[:, None] * stride + d[None, :], mask=queries, other=0.0)
+            from_q = qkv + (token * stride + column)
+            q = tl.load(from_q + (m[:, None] * stride + d[None, :]), mask=queries, other=0.0)
             largest = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
             total = tl.zeros((BLOCK_M,), dtype=tl.float32)
             sums = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -82,15 +84,19 @@ def rows_attention_kernel(
                 begin = tl.maximum(top - (WINDOW - 1), 0) // BLOCK_N * BLOCK_N
                 end = tl.minimum(length, top + BLOCK_M + WINDOW - 1)
                 own = columns + tl.load(starts + tl.load(row_ids + row)).to(tl.int64)
-                at = tl.load(own + m, mask=m < length, other=0)
+                at = tl.load(own + m, mask=m < length, other=0).to(tl.int32)
             for start in tl.range(begin, end, BLOCK_N):
                 keys = n < length - start
-                k = tl.load(from_k + start * stride, mask=keys[None, :] & (d[:, None] < D), other=0.0)
+                from_k = from_q + start * stride + H
+                k = tl.load(
+                    from_k + (n[None, :] * stride + d[:, None]), mask=keys[None, :] & (d[:, None] < D), other=0.0
+                )
                 z = tl.dot(q, k, input_precision="ieee") * SCALE
-                z = tl.where(keys[None, :], z, -float("inf"))
+                seen = keys[None, :]
                 if WINDOW > 0:
-                    distance = tl.abs(at[:, None] - tl.load(own + start + n, mask=keys, other=0)[None, :])
-                    z = tl.where(distance < WINDOW, z, -float("inf"))
+                    of_key = tl.load(own + start + n, mask=keys, other=0).to(tl.int32)[None, :]
+                    seen = seen & (of_key < at[:, None] + WINDOW) & (of_key > at[:, None] - WINDOW)
+                z = tl.where(seen, z, -float("inf"))
                 larger = tl.maximum(largest, tl.max(z, 1))
                 base = larger
                 if WINDOW > 0:
@@ -99,11 +105,14 @@ def rows_attention_kernel(
                 p = tl.exp2(z - base[:, None])
                 shrunk = tl.exp2(largest - base)
                 total = total * shrunk + tl.sum(p, 1)
-                v = tl.load(from_v + start * stride, mask=keys[:, None] & (d[None, :] < D), other=0.0)
+                from_v = from_q + start * stride + 2 * H
+                v = tl.load(
+                    from_v + (n[:, None] * stride + d[None, :]), mask=keys[:, None] & (d[None, :] < D), other=0.0
+                )
                 sums = tl.dot(p.to(v.dtype), v, sums * shrunk[:, None], input_precision="ieee")
                 largest = larger
             y = (sums / total[:, None]).to(out.dtype.element_ty)
-            tl.store(out + (token + m[:, None]) * H + column + d[None, :], y, mask=queries)
+            tl.store(out + (token * H + column) + (m[:, None] * H + d[None, :]), y, mask=queries)
 
 
 def rows_attention_triton(
@@ -120,7 +129,8 @@ def rows_attention_triton(
     """Launch `rows_attention_kernel`."""
     rows, width = row_ids.numel(), out.shape[1]
     size = width // heads
-    block_m, block_n, warps, stages = BLOCKS[out.dtype.itemsize]
+    blocks = BLOCKS if window is None or size <= WIDE else WIDE_WINDOW_BLOCKS
+    block_m, block_n, warps, stages = blocks[out.dtype.itemsize]
     programs = looping_programs(-(-longest // block_m) * rows * heads, RESIDENT, out.device)
     if programs and out.numel():
         rows_attention_kernel[(programs,)](
@@ -135,7 +145,7 @@ def rows_attention_triton(
             H=width,
             D=size,
             SCALE=math.log2(math.e) / math.sqrt(size),
-            WINDOW=window or 0,
+            WINDOW=min(window or 0, WIDEST_WINDOW),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_D=max(16, 1 << (size - 1).bit_length()),

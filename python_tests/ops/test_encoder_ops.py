@@ -193,7 +193,7 @@ def test_head_sizes(backend, size):
         torch.testing.assert_close(out[tokens].double(), want, atol=4e-6, rtol=4e-6)
 
 
-@pytest.mark.parametrize("window", [1, 9, 65, 300])
+@pytest.mark.parametrize("window", [1, 9, 65, 300, 2**31 - 1])
 @pytest.mark.parametrize(("backend", "dtype"), DTYPES)
 def test_windows_over_many_blocks(backend, dtype, window):
     """Blocks of keys that no query of a block reaches are left out; others hold queries without a key."""
