@@ -19,7 +19,15 @@ torch.set_num_threads(1)
 
 pytest_plugins = tuple(
     f"support.{name}"
-    for name in ("fake_capture", "fake_gpu", "gpu_checks", "graph_captures", "ordered_products", "small_models")
+    for name in (
+        "fake_capture",
+        "fake_gpu",
+        "gpu_checks",
+        "graph_captures",
+        "kernel_table",
+        "ordered_products",
+        "small_models",
+    )
 )
 
 FLIPS = "decision flips"

@@ -14,11 +14,11 @@ from ops.test_triton_compile import (
     HALF,
     TARGETS,
     Recorder,
-    assert_in_registers,
     compile_launch,
     compile_recorded,
     empty,
 )
+from support.kernel_table import usage_of
 
 #: Rows and columns of a batch, and the kernels that pack it.
 PACKED = {
@@ -31,7 +31,7 @@ PACKED = {
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", PACKED)
-def test_pack_tokens(name, capability, monkeypatch, tmp_path):
+def test_pack_tokens(name, capability, monkeypatch, kernel_table, tmp_path):
     """A state of three numbers a row, and the counts of 48 layers."""
     module, (rows, width, kernels) = importlib.import_module("earlyexit_kernels.ops.pack_tokens"), PACKED[name]
     longs = [empty(rows, width, dtype=torch.int64) for _ in range(4)]
@@ -45,8 +45,11 @@ def test_pack_tokens(name, capability, monkeypatch, tmp_path):
             patch.setattr(module, kernel, recorder)
         module.pack_tokens_triton(empty(5, dtype=torch.int32), *longs, found, row_ids, offsets, tokens, counts, *states)
     assert [kernel for kernel, recorder in recorders.items() if vars(recorder)] == kernels
-    for kernel in kernels:
-        assert_in_registers(compile_recorded(capability, getattr(module, kernel), recorders[kernel]), tmp_path)
+    compiled = [compile_recorded(capability, getattr(module, kernel), recorders[kernel]) for kernel in kernels]
+    for kernel in compiled:
+        usage_of(kernel, tmp_path)
+    for kernel in compiled:
+        kernel_table.check(f"{rows} x {width}", capability, kernel, tmp_path)
 
 
 def rows_embed(dtype, width=768, positions=512, types=2):
@@ -67,5 +70,6 @@ EMBEDDINGS = {
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", EMBEDDINGS)
-def test_rows_embed(name, capability, monkeypatch, tmp_path):
-    assert_in_registers(compile_launch(capability, monkeypatch, *EMBEDDINGS[name]()), tmp_path)
+def test_rows_embed(name, capability, monkeypatch, kernel_table, tmp_path):
+    compiled = compile_launch(capability, monkeypatch, *EMBEDDINGS[name]())
+    kernel_table.check(name, capability, compiled, tmp_path)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
-import subprocess
 
 import pytest
 import torch
+from support.kernel_table import usage_of
 
 from benchmarks.gpu.tiles import BY_POINTERS
 from earlyexit_kernels.backends import TRITON_INTERPRETED
@@ -21,7 +20,6 @@ triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from triton import knobs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -73,8 +71,9 @@ def by_name(kernel):
     return {name: POINTERS.get(name, SCALARS.get(name, "*i32")) for name in kernel.arg_names}
 
 
-#: Every rule for Hopper, one for the other architectures.
-EXITS = [(90, name) for name in sorted(RULES)] + [(80, "entropy"), (100, "entropy")]
+#: Every rule, with means for Hopper.
+EXITS = [(capability, name, "first") for capability in TARGETS for name in sorted(RULES)]
+EXITS += [(90, name, "mean") for name in sorted(RULES)] + [(80, "entropy", "mean"), (100, "entropy", "mean")]
 
 
 def compile_exit(capability, name, pooling, block):
@@ -93,10 +92,9 @@ def compile_exit(capability, name, pooling, block):
     return compile_for(capability, kernel, by_name(kernel), constants)
 
 
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-@pytest.mark.parametrize(("capability", "name"), EXITS)
-def test_exit_step_compiles(capability, name, pooling):
-    compile_exit(capability, name, pooling, 4)
+@pytest.mark.parametrize(("capability", "name", "pooling"), EXITS)
+def test_exit_step_compiles(capability, name, pooling, kernel_table, tmp_path):
+    kernel_table.check(f"{name}, {pooling}", capability, compile_exit(capability, name, pooling, 4), tmp_path)
 
 
 @pytest.mark.parametrize("block", [4, 64])
@@ -118,9 +116,10 @@ def test_state_is_read_before_a_barrier_and_written_after(name, block):
     ],
     ids=["compact", "gather_rows", "settle_rows"],
 )
-def test_compact_and_gather_rows_compile(room, kernel, block, capability):
+def test_compact_and_gather_rows_compile(room, kernel, block, capability, kernel_table, tmp_path):
     kernel = getattr(room, kernel)
-    compile_for(capability, kernel, by_name(kernel), {"BLOCK": block})
+    compiled = compile_for(capability, kernel, by_name(kernel), {"BLOCK": block})
+    kernel_table.check(f"blocks of {block}", capability, compiled, tmp_path)
 
 
 class Recorder:
@@ -156,17 +155,6 @@ def compile_recorded(capability, kernel, recorder):
     constants = {name: value for name, value in recorder.keywords.items() if name in kernel.arg_names}
     options = {name: value for name, value in recorder.keywords.items() if name not in constants}
     return compile_for(capability, kernel, types, constants, **options)
-
-
-def assert_in_registers(compiled, folder) -> int:
-    """No register is spilled, and nothing else is on the stack. Returns the registers of a thread."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(compiled.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ((registers, *others),) = re.findall(r"REG:(\d+) STACK:(\d+) \S+ LOCAL:(\d+)", report)
-    assert others == ["0", "0"], report
-    return int(registers)
 
 
 def empty(*shape, dtype):
@@ -226,6 +214,11 @@ def norm_of_parts(dtype, width=768):
     return "rows_add_norm", parts, bias, out, bias, bias, 1e-12, empty(9, dtype=torch.int32), out, False, False
 
 
+def named(name, dtype) -> str:
+    """The configuration of a launch, as in the table."""
+    return f"{name.replace('_', ' ')}, {str(dtype).removeprefix('torch.')}"
+
+
 #: Tokens that take small and large tiles.
 FEW, MANY = 128, 32768
 #: The loops over matrix products, in each size that is shipped.
@@ -248,10 +241,10 @@ MACHINES = [(80, HALF), (90, HALF), (90, BFLOAT16), (100, HALF)]
 @pytest.mark.parametrize(
     ("name", "capability", "dtype"), [(name, *machine) for name in PRODUCTS for machine in MACHINES], ids=str
 )
-def test_products_use_the_matrix_units_and_stay_in_registers(name, capability, dtype, monkeypatch, tmp_path):
+def test_products_use_the_matrix_units(name, capability, dtype, monkeypatch, kernel_table, tmp_path):
     compiled = compile_launch(capability, monkeypatch, *PRODUCTS[name](dtype))
     assert TARGETS[capability][1] in compiled.asm["ptx"]
-    assert_in_registers(compiled, tmp_path)
+    kernel_table.check(named(name, dtype), capability, compiled, tmp_path)
 
 
 @pytest.mark.parametrize("tiles", BY_POINTERS, ids=lambda tiles: f"{tiles.rows} {tiles.columns} {tiles.warps}")
@@ -259,7 +252,7 @@ def test_tiles_that_are_measured_stay_in_registers(tiles, monkeypatch, tmp_path)
     """One of them may become an entry of the table, for every product."""
     monkeypatch.setattr(importlib.import_module("earlyexit_kernels.ops.rows_linear"), "tiles_for", lambda *_: tiles)
     for given in (rows_linear(FEW, HALF), rows_linear_in_parts(FEW, HALF), rows_linear_in_parts(MANY, HALF)):
-        assert_in_registers(compile_launch(90, monkeypatch, *given), tmp_path)
+        usage_of(compile_launch(90, monkeypatch, *given), tmp_path)
 
 
 #: Columns in and out, and activation, of the products of BERT-base, and those of odd widths.
@@ -274,14 +267,23 @@ TMA_PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+#: Both dtypes; bfloat16 in one size.
+TMA_LAUNCHES = [
+    (capability, dtype, *product, tiles)
+    for capability, dtype in ((90, "fp16"), (90, "bf16"), (100, "fp16"))
+    for product in TMA_PRODUCTS
+    for tiles in (TMA_TILES[-1:] if product[-1] or dtype == "bf16" else TMA_TILES)
+]
+
+
 @pytest.mark.parametrize(
-    ("k", "n", "activation", "in_parts", "tiles"),
-    [(*product, tiles) for product in TMA_PRODUCTS for tiles in (TMA_TILES[-1:] if product[-1] else TMA_TILES)],
+    ("capability", "dtype", "k", "n", "activation", "in_parts", "tiles"),
+    TMA_LAUNCHES,
     ids=lambda value: f"{value.columns} wide" if isinstance(value, Tiles) else None,
 )
-def test_bulk_copies_feed_the_matrix_units(k, n, activation, in_parts, tiles, dtype, capability, tmp_path):
+def test_bulk_copies_feed_the_matrix_units(
+    k, n, activation, in_parts, tiles, dtype, capability, kernel_table, tmp_path
+):
     module = importlib.import_module("earlyexit_kernels.ops.rows_linear_tma")
     kernel, first, second = module.rows_linear_tma_kernel, FIRST_COLUMNS, tiles.columns - FIRST_COLUMNS
     blocks = {
@@ -301,12 +303,12 @@ def test_bulk_copies_feed_the_matrix_units(k, n, activation, in_parts, tiles, dt
     assert TARGETS[capability][1] in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
     assert "st.global" not in compiled.asm["ptx"], "rows that are not present are left out by the copies"
     assert compiled.metadata.shared <= SHARED_BYTES
-    assert_in_registers(compiled, tmp_path)
+    words = f"{k} to {n}{' in parts' if in_parts else ''}, {activation}, {tiles.rows} x {tiles.columns}, {dtype}"
+    kernel_table.check(words, capability, compiled, tmp_path)
 
 
 #: Other launches: wide heads, first tokens, float32 (not on matrix units), odd widths, and norms.
 OTHERS = {
-    "wide_heads": lambda: rows_attention(HALF, heads=6),
     "first_tokens": lambda: first_tokens_linear(BFLOAT16),
     "few_float32": lambda: rows_linear(FEW, FLOAT32),
     "many_float32": lambda: rows_linear(MANY, FLOAT32, n=3072),
@@ -315,13 +317,14 @@ OTHERS = {
     "attention_float32": lambda: rows_attention(FLOAT32),
     "window_float32": lambda: rows_attention(FLOAT32, window=65),
     "window_of_wide_heads": lambda: rows_attention(HALF, heads=6, window=65),
+    "window_of_wide_heads_float32": lambda: rows_attention(FLOAT32, heads=6, window=65),
+    "wide_heads_float32": lambda: rows_attention(FLOAT32, heads=6),
     "mean_float32": lambda: rows_mean(FLOAT32),
     "mean_bfloat16": lambda: rows_mean(BFLOAT16),
     "rotary_float32": lambda: rows_rotary(FLOAT32),
     "rotary_of_wide_heads": lambda: rows_rotary(BFLOAT16, heads=6),
     **{f"glu_{name}": lambda name=name: rows_glu(FLOAT32, 40, name) for name in ("gelu", "gelu_tanh", "relu")},
     **{f"odd_{name}": lambda name=name: rows_linear(FEW, HALF, 5, 7, name) for name in ("gelu_tanh", "relu")},
-    "norm": lambda: rows_add_norm(HALF),
     "norm_of_parts": lambda: norm_of_parts(HALF),
     "wide_norm": lambda: rows_add_norm(FLOAT32, 4096),
     "norm_and_total": lambda: rows_add_norm(FLOAT32, 1024, total=True),
@@ -330,17 +333,12 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_launches_do_not_spill_registers(name, monkeypatch, tmp_path):
-    compiled = compile_launch(90, monkeypatch, *OTHERS[name]())
+def test_other_launches(name, capability, monkeypatch, kernel_table, tmp_path):
+    compiled = compile_launch(capability, monkeypatch, *OTHERS[name]())
     assert "tf32" not in compiled.asm["ptx"]
-    assert_in_registers(compiled, tmp_path)
-
-
-@pytest.mark.parametrize("launch", [rows_add_norm, first_tokens_linear, rows_rotary, rows_glu, rows_mean])
-@pytest.mark.parametrize("capability", [80, 100])
-def test_launches_compile_for_other_architectures(capability, launch, monkeypatch):
-    compile_launch(capability, monkeypatch, *launch(HALF))
+    kernel_table.check(name.replace("_", " "), capability, compiled, tmp_path)
 
 
 #: Modules of kernels that are told the size of a batch.
