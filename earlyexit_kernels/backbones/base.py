@@ -312,8 +312,12 @@ def rotary(backbone: nn.Module, hidden: Tensor, positions: Tensor) -> Sequence[M
 
 
 def rotary_by_type(backbone: nn.Module, hidden: Tensor, positions: Tensor) -> Sequence[Mapping[str, Any]]:
-    """Return the rotary embeddings of the positions, which differ between the types of layers of the config."""
+    """Return the rotary embeddings of the positions, which differ between the types of layers.
+
+    The types are those that the layers were made with, or of the config for layers that do not tell theirs.
+    """
     module: Any = backbone
-    types = module.config.layer_types
+    known = zip(module.layers, module.config.layer_types, strict=True)
+    types = [vars(layer).get("attention_type", kind) for layer, kind in known]
     embeddings = {kind: module.rotary_emb(hidden, positions, kind) for kind in dict.fromkeys(types)}
     return [{"position_embeddings": embeddings[kind]} for kind in types]

@@ -187,22 +187,33 @@ def check_attention(attention: str, adapter: BackboneAdapter) -> None:
 def check_windows(adapter: BackboneAdapter, backbone: Any) -> None:
     """Check that windows are those of the config, which the stock model reads at each call and its layers only once.
 
+    Layers with an `attention_type` choose by it instead of by the types in the config, in the stock model too.
+
     Raises:
-        ValueError: there are windows, and none is that of the config.
+        ValueError: a layer is of another type than in the config, or none has the window of the config.
     """
     if adapter.window is None:
         return
-    held, expected = None, adapter.window(backbone.config)
-    for layer in cast(Sequence[torch.nn.Module], adapter.layers(backbone)):
-        for part in layer._modules.values():
-            found = getattr(part, "sliding_window", None)
-            if found is not None and found == expected:
-                return
-            held = found if held is None else held
-    if held is not None:
+    config: Any = backbone.config
+    windows: set[Any] = set()
+    expected, types = adapter.window(config), config.layer_types
+    for number, layer in enumerate(cast(Sequence[torch.nn.Module], adapter.layers(backbone))):
+        for part in (layer, *layer._modules.values()):
+            own = vars(part)
+            made = own.get("layer_type") or types[number]
+            if made != types[number]:
+                raise ValueError(
+                    f"layer {number + 1} was made as {made!r}, layer_types in the config now says {types[number]!r}; "
+                    "set the config back, or change it before the model is made"
+                )
+            windows.add(own.get("sliding_window"))
+    windows.discard(None)
+    if windows and expected not in windows:
+        held = " or ".join(map(str, sorted(windows)))
         raise ValueError(
-            f"expected layers with a window of {expected}, as in the config, got {held}; layers keep the window with "
-            "which they were made. Set that of the config back, or change it before the model is made"
+            f"layers were made with a window of {held} tokens to each side, their own included; sliding_window or "
+            f"local_attention in the config now means {expected}. Set the config back, or change it before the model "
+            "is made"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones import LayerNames
-from earlyexit_kernels.engine.layer_parts import ACTIVATION_CLASSES, parts_unsupported_reason
+from earlyexit_kernels.engine.layer_parts import ACTIVATION_CLASSES, head_width, parts_unsupported_reason
 from earlyexit_kernels.ops import EncoderWeights
 
 #: Activation of transformers -> its name and variant in oneDNN and torch.
@@ -62,8 +62,13 @@ class LayerWeights:
     activation: tuple[str, str]
 
     @staticmethod
-    def of(layer: nn.Module, names: LayerNames, heads: int) -> LayerWeights:
-        """Return the weights of a layer that `layer_unsupported_reason` accepts."""
+    def of(layer: nn.Module, names: LayerNames, config: Any) -> LayerWeights:
+        """Return the weights of a layer that `layer_unsupported_reason` accepts.
+
+        Args:
+            layer, names: of the model.
+            config: of the backbone, for heads of layers that do not tell how wide theirs are.
+        """
         part: dict[str, Any] = {name: layer.get_submodule(getattr(names, name)) for name in PART_TYPES}
         pairs = {
             name: Pair(part[name].weight.detach(), part[name].bias.detach())
@@ -71,6 +76,8 @@ class LayerWeights:
             if kind
         }
         eps = [part["attention_norm"].eps, part["norm"].eps]
+        width = head_width(layer.get_submodule(_attention(names)))
+        heads = pairs["query"].weight.shape[0] // width if width else config.num_attention_heads
         return LayerWeights(**pairs, eps=eps, heads=heads, activation=ACTIVATIONS[type(part["activation"]).__name__])
 
     @property
@@ -88,7 +95,12 @@ class LayerWeights:
 def layer_unsupported_reason(layer: nn.Module, names: LayerNames) -> str | None:
     """Return why a layer may compute something else than its `LayerWeights` tell, or None if it does not."""
     checks = {getattr(names, name): functools.partial(_unlike, kind) for name, kind in PART_TYPES.items()}
-    return parts_unsupported_reason(layer, checks, attention=names.query.rpartition(".")[0])
+    return parts_unsupported_reason(layer, checks, attention=_attention(names))
+
+
+def _attention(names: LayerNames) -> str:
+    """Return the dotted name of the module that computes attention."""
+    return names.query.rpartition(".")[0]
 
 
 def _unlike(kind: type[nn.Module] | None, module: nn.Module) -> str | None:

@@ -126,7 +126,7 @@ def pack_layer(layer: nn.Module, names: LayerNames, config: Any, stored: torch.d
         layer, names, config: of the model.
         stored: dtype of the packed weights for the vector kernels.
     """
-    weights = LayerWeights.of(layer, names, config.num_attention_heads)
+    weights = LayerWeights.of(layer, names, config)
     if kernels_unsupported_reason(weights.inner.weight.dtype) is None:
         return PackedLayer.of(weights, stored)
     return FusedLayer.of(weights, "torch" if available_backends("cpu")["cpp"] else "cpp")

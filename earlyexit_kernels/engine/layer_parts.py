@@ -68,7 +68,12 @@ def _attention_unsupported_reason(module: Any, refused: Sequence[str]) -> str | 
     if getattr(module, "is_causal", False):
         return "is causal"
     scaling = getattr(module, "scaling", None)
-    size = getattr(module, "attention_head_size", None) or getattr(module, "head_dim", None)
+    size = head_width(module)
     if scaling is not None and size and not math.isclose(scaling, size**-0.5):
         return f"scales by {scaling:g}, expected 1 / sqrt({size})"
     return None
+
+
+def head_width(module: Any) -> int | None:
+    """Return the width of the heads of an attention module, or None where it does not tell."""
+    return getattr(module, "attention_head_size", None) or getattr(module, "head_dim", None)

@@ -44,8 +44,10 @@ class PostNormLayers:
         view: ModelView, bucket: Bucket, rows: RowBuffers, backend: str, arena: Arena | None = None
     ) -> PostNormLayers:
         """Return the layers of a model, and buffers for a bucket."""
-        names, heads = cast(LayerNames, view.adapter.names), view.backbone.config.num_attention_heads
-        weights = [[LayerWeights.of(part, names, heads) for part in view.adapter.parts(layer)] for layer in view.layers]
+        names, config = cast(LayerNames, view.adapter.names), view.backbone.config
+        weights = [
+            [LayerWeights.of(part, names, config) for part in view.adapter.parts(layer)] for layer in view.layers
+        ]
         inner = max(own.inner.weight.shape[0] for each in weights for own in each)
         x = Activations.new(bucket, view, inner=inner, arena=arena)
         return PostNormLayers(weights, rows, x, bucket.length, backend)

@@ -66,7 +66,7 @@ class ExitHeads(nn.Module):
 
     def __init__(self, config: HeadConfig, hidden_size: int, classes: int, depth: int) -> None:
         super().__init__()
-        self.config, self.depth = config, depth
+        self.config, self.classes, self.depth = config, classes, depth
         width, dropout, pooling = config.width, config.dropout, config.reads
         attention = (width, config.attention_heads, dropout, pooling)
         halting = (config.halting_layers, config.halting_input, config.halting_bias)

@@ -26,6 +26,12 @@ def check_model_inputs(model: Any, given: Inputs) -> Inputs:
             f"the backbone has {layers} layers, the model has {model.depth} exits; change the layers of the stock "
             "model and its config.num_hidden_layers before to_early_exit"
         )
+    labels, classes = model.config.num_labels, model.heads.classes
+    if labels != classes:
+        raise ValueError(
+            f"the config has {labels} labels, the exits have {classes}; set config.num_labels back, or change it in "
+            "the stock model before to_early_exit"
+        )
     model.heads.check_beside(model.backbone.get_input_embeddings().weight)
     return check_inputs(given, model.adapter, model.backbone)
 

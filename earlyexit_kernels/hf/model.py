@@ -383,7 +383,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
                 "fixed_depth: strict=True reads the logits of every exit, which ends a graph; set "
                 "model.config.strict = False"
             )
-        return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.config.num_labels)
+        return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.heads.classes)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings of the backbone, as in transformers; those of the stock model keep their size."""

@@ -107,7 +107,7 @@ def test_a_window_that_the_layers_do_not_have_is_refused(family):
     config, before = model.backbone.config, base(**batch).logits
     assert (model(**batch).logits - before).abs().max() <= TOLERANCE
     name = "local_attention" if family == "modernbert" else "sliding_window"
-    old, words = getattr(config, name), "expected layers with a window of 2, as in the config, got 5; layers keep"
+    old, words = getattr(config, name), "window of 5 tokens to each side.* in the config now means 2. Set the config"
     for each in (base.config, config):
         setattr(each, name, 2)
     assert (base(**batch).logits - before).abs().max() > 0.01
