@@ -35,15 +35,14 @@ struct Row {
 
 // Returns whether the softmax of the logits is undefined: any NaN, more than one +inf, or all -inf.
 EE_HD inline bool is_invalid(const float* z, int classes) {
-  int top_heavy = 0;
+  int top_heavy = 0;  // +inf once, NaN twice
   int above_floor = 0;
-  int nan = 0;
   EE_ROLLED for (int c = 0; c < classes; ++c) {
-    nan += z[c] != z[c];
-    top_heavy += z[c] == INFINITY;
+    top_heavy += !(z[c] < INFINITY);
+    top_heavy += z[c] != z[c];
     above_floor += z[c] > -INFINITY;
   }
-  return nan > 0 || top_heavy > 1 || above_floor == 0;
+  return top_heavy > 1 || above_floor == 0;
 }
 
 // Returns the class with the largest logit; ties go to the lowest class.

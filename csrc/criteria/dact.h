@@ -24,11 +24,12 @@ struct Dact {
     row.state[0] = p;
     const float top_logit = row.z[top_class(row)];
     float sum = 0.0f;
-    EE_ROLLED for (int c = 0; c < row.classes; ++c) sum += row.answer[c] = expf(below_top(row.z[c], top_logit));
+    EE_ROLLED for (int c = 0; c < row.classes; ++c) sum += row.answer[c] = expf(below_top(row.answer[c], top_logit));
     float top = 0.0f;
     float second = 0.0f;
+    float* state = row.state;
     EE_ROLLED for (int c = 0; c < row.classes; ++c) {
-      float& a = row.state[(1 + c) * row.stride];
+      float& a = *(state += row.stride);
       a += (row.answer[c] / sum - a) * before;
       second = a > top ? top : a > second ? a : second;
       top = a > top ? a : top;

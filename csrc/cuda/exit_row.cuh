@@ -39,6 +39,7 @@ template <class T>
 __device__ void sum_tokens(const Call& call, const Frame& frame, int first, int end, float* sums) {
   constexpr int kSize = Pack<T>::kSize;
   constexpr int kInFlight = 8;
+  constexpr int kAdded = 32 / kSize;  // packs whose code is repeated
   const int group = frame.columns.divide(threadIdx.x);
   const int column = threadIdx.x - group * frame.columns.by;
   if (group >= frame.groups) return;
@@ -53,12 +54,18 @@ __device__ void sum_tokens(const Call& call, const Frame& frame, int first, int 
       Pack<T> packs[kInFlight];
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
-        if (t + u * frame.groups < end) packs[u] = load_pack<T>(p + u * step);
+        if (t + u * frame.groups < end) packs[u] = load_pack<T>(p + static_cast<uint64_t>(step) * u);
       }
+      // in order; a loop, so that every load is in flight before the first of them is awaited
+#pragma unroll 1
+      for (int added = 0; added < kInFlight; added += kAdded) {
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
+        for (int u = 0; u < kAdded; ++u) {
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sum[e] += packs[u].value(e);
+          for (int e = 0; e < kSize; ++e) sum[e] += packs[u].value(e);
+        }
+#pragma unroll
+        for (int u = kAdded; u < kInFlight; ++u) packs[u - kAdded] = packs[u];
       }
     }
     store_pack<T>(sum, sums + group * frame.width + k);
@@ -99,26 +106,29 @@ __device__ void copy_logits(const Call& call, const Frame& frame, int i, float* 
 template <class T, class Criterion>
 __device__ Totals step_row(const Call& call, const Frame& frame, int i, float* shared) {
   __shared__ Decision decision;
+  __shared__ float aux;  // of thread 0, which decides: the sums leave no register for it
   const FirstClass<T> head = start_linear<T>(call, frame, shared);
   const int n = call.row_ids[i];
-  const float aux = aux_of<Criterion>(call, i);
+  const float own_aux = aux_of<Criterion>(call, i);
   const int begin = call.offsets != nullptr ? call.offsets[i] : i;
   const int after = call.offsets != nullptr ? call.offsets[i + 1] : i + 1;
   if (n < 0) {
     wait_for_copies();
     return {};
   }
+  if (Criterion::needs_aux && threadIdx.x == 0) aux = own_aux;
   float* scratch = frame.scratch != nullptr ? frame.scratch + i * frame.floats : shared + frame.staged;
+  if (call.weight != nullptr) pool<T>(call, frame, call.pools_tokens() ? begin : i, after, scratch);
   float* z = scratch + frame.sums;
   float* answer = z + frame.classes;
+  asm("" : "+l"(z), "+l"(answer));  // otherwise each address below is computed from that of the scratch memory
   if (call.weight == nullptr) {
     copy_logits<T>(call, frame, i, z, answer);
   } else {
-    pool<T>(call, frame, call.pools_tokens() ? begin : i, after, scratch);
     linear<T>(call, frame, head, scratch, z, answer);
   }
   __syncthreads();
-  if (threadIdx.x == 0) decision = decide<Criterion>(call, n, aux, z, answer);
+  if (threadIdx.x == 0) decision = decide<Criterion>(call, n, Criterion::needs_aux ? aux : 0.0f, z, answer);
   __syncthreads();
   if (!decision.leaves) return {new_counts(1, after - begin), decision.invalid};
   float* to = call.answers + static_cast<int64_t>(n) * frame.classes;

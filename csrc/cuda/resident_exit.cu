@@ -36,7 +36,7 @@ struct SettleRows {
       present = tokens_of(all.live);
     } else {
 #pragma unroll 1
-      for (int j = threadIdx.x; j < call.rows; j += blockDim.x) to.source[j] = -1;
+      for (uint32_t j = threadIdx.x; j < static_cast<uint32_t>(call.rows); j += blockDim.x) to.source[j] = -1;
     }
     if (threadIdx.x > 0) return;
     to.counts[0] = rows_of(all.live);

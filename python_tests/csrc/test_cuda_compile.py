@@ -24,7 +24,7 @@ CARDS = ("sm_80", "sm_90", "sm_100")
 #: File -> number of kernels, counting every dtype or word type, and every rule of an exit.
 KERNELS = {"compact": 5, "exit_step": 45, "resident_exit": 45}
 #: File -> bytes of code that its largest kernel may have for sm_90. An exit with all rules in one kernel had 130,000.
-CODE_BYTES = {"compact": 6_000, "exit_step": 20_000, "resident_exit": 23_000}
+CODE_BYTES = {"compact": 6_000, "exit_step": 19_000, "resident_exit": 20 * 1024}
 #: Header that a build of torch without CUDA lacks.
 GENERATED = Path("c10/cuda/impl/cuda_cmake_macros.h")
 
@@ -120,8 +120,11 @@ def test_kernels_compile_without_spills(compiled, name):
 
 
 @pytest.mark.parametrize("name", ["exit_step", "resident_exit"])
-def test_exits_load_their_weight_before_the_row_is_known(compiled, toolkit, name):
-    """Its copies to shared memory (LDGSTS) come before all loads, of which that of the row's id is awaited first."""
+def test_exits_have_their_loads_in_flight(compiled, toolkit, name):
+    """Copies of the weight (LDGSTS) come before all loads, of which that of the row's id is awaited first.
+
+    Of a mean, a thread loads eight packs of 16 bytes before it adds the first.
+    """
     tool = disassembler(toolkit)
     if tool is None:
         pytest.skip("no nvdisasm was found in the CUDA toolkit or in triton; install one of them")
@@ -130,6 +133,8 @@ def test_exits_load_their_weight_before_the_row_is_known(compiled, toolkit, name
     for code in kernels:
         loads = re.findall(r"\b(LDGSTS|LDG)\.", code)
         assert loads[0] == "LDGSTS" and "LDG" in loads, code[:200]
+        work = "".join("L" if load else "+" for load in re.findall(r"\b(?:(LDG?\.E\.128)\b|FADD\b|HADD2\b)", code))
+        assert "L" * 8 in work, code[:200]
 
 
 def disassembler(toolkit: Path) -> Path | None:
