@@ -20,6 +20,16 @@ RESIDENT_WARPS = 64
 
 
 @jit
+def normed(y, weight, bias, h, EPS: tl.constexpr, H: tl.constexpr):
+    """Return the layer norm of the first H of the values `y`, which are 0 after those."""
+    real = h < H
+    y = tl.where(real, y - tl.sum(y, 0) / H, 0.0)
+    y = y / tl.sqrt(tl.sum(y * y, 0) / H + EPS)
+    y = y * tl.load(weight + h, mask=real, other=0.0).to(tl.float32)
+    return y + tl.load(bias + h, mask=real, other=0.0).to(tl.float32)
+
+
+@jit
 def rows_add_norm_kernel(
     x,  # [T, H], or [PARTS, T, H] float32; not read with PARTS = 0
     x_bias,  # [H], read with PARTS > 1
@@ -67,10 +77,7 @@ def rows_add_norm_kernel(
             rounded = y.to(total.dtype.element_ty)
             tl.store(total + source * H + h, rounded, mask=real)
             y = rounded.to(tl.float32)
-        y = tl.where(real, y - tl.sum(y, 0) / H, 0.0)
-        y = y / tl.sqrt(tl.sum(y * y, 0) / H + EPS)
-        y = y * tl.load(weight + h, mask=real, other=0.0).to(tl.float32)
-        y = y + tl.load(bias + h, mask=real, other=0.0).to(tl.float32)
+        y = normed(y, weight, bias, h, EPS, H)
         tl.store(out + target * H + h, y.to(out.dtype.element_ty), mask=real)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.ops.checks import FLOATS, INT64, check_apart, check_present, check_tensor, not_traced
-from earlyexit_kernels.ops.rows_add_norm import MAX_WARPS, WARP_WIDTH
+from earlyexit_kernels.ops.rows_add_norm import MAX_WARPS, WARP_WIDTH, normed
 from earlyexit_kernels.ops.schema import ROWS_EMBED, bare_op, define
 
 
@@ -52,10 +52,7 @@ def rows_embed_kernel(
         if POSITIONS:
             y += embedding(positions, tokens + token + capacity, POSITIONS, h, H)
         y = tl.where(real, y, 0.0)
-        y = tl.where(real, y - tl.sum(y, 0) / H, 0.0)
-        y = y / tl.sqrt(tl.sum(y * y, 0) / H + EPS)
-        y = y * tl.load(weight + h, mask=real, other=0.0).to(tl.float32)
-        y = y + tl.load(bias + h, mask=real, other=0.0).to(tl.float32)
+        y = normed(y, weight, bias, h, EPS, H)
         tl.store(out + token * H + h, y.to(out.dtype.element_ty), mask=real)
 
 
