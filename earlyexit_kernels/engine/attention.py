@@ -198,13 +198,13 @@ def check_windows(adapter: BackboneAdapter, backbone: Any) -> None:
     windows: set[Any] = set()
     expected, types = adapter.window(config), config.layer_types
     for number, layer in enumerate(cast(Sequence[torch.nn.Module], adapter.layers(backbone))):
-        for part in (layer, *layer._modules.values()):
+        kind = types[number] if number < len(types) else None
+        for part in filter(None, layer._modules.values()):
             own = vars(part)
-            made = own.get("layer_type") or types[number]
-            if made != types[number]:
+            if (made := own.get("layer_type")) not in (None, kind):
                 raise ValueError(
-                    f"layer {number + 1} was made as {made!r}, layer_types in the config now says {types[number]!r}; "
-                    "set the config back, or change it before the model is made"
+                    f"layer {number + 1} was made as {made!r}, layer_types in the config now says {kind!r}; set the "
+                    "config back, or change it before the model is made"
                 )
             windows.add(own.get("sliding_window"))
     windows.discard(None)
