@@ -204,7 +204,7 @@ def check_windows(adapter: BackboneAdapter, backbone: Any) -> None:
             if (made := own.get("layer_type")) not in (None, kind):
                 raise ValueError(
                     f"layer {number + 1} was made as {made!r}, layer_types in the config now says {kind!r}; set the "
-                    "config back, or change it before the model is made"
+                    "config back, or give layer_types the order of the layers"
                 )
             windows.add(own.get("sliding_window"))
     windows.discard(None)

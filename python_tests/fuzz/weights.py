@@ -187,6 +187,9 @@ def _swapped_layers(s: Subject) -> None:
     layers = s.layers
     if len(layers) > 1:
         layers[0], layers[1] = layers[1], layers[0]
+        config = s.model.backbone.config
+        if types := getattr(config, "layer_types", None):  # the stock model reads them by number
+            config.layer_types = [types[1], types[0], *types[2:]]
     else:
         _no_grad(s)
 
