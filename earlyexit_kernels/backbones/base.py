@@ -105,7 +105,8 @@ class GatedLayerNames:
 class EmbeddingSum:
     """`BackboneAdapter.embed` of a family whose module ``embeddings`` returns a norm of a sum of embeddings.
 
-    That is ``norm(words id + types type + positions position)``, which a CUDA graph computes in one kernel.
+    That is ``norm(words id + types type + positions position)``, which `ops.rows_embed` computes in one call: in a CUDA
+    graph, and on the CPU beside layers on the vector kernels.
 
     Attributes:
         words, positions, types: dotted names of the embeddings; None for positions or types that are not added, which

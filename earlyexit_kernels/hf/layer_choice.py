@@ -95,9 +95,8 @@ class LayerChoice:
         else:
             reason = self.fused.unsupported_reason(view.adapter, view.backbone, stored)
         if reason and self._layers == "fused":
-            others = "'auto' or 'family'"
-            others = others if stored == torch.float32 else f"weights='float32', or layers {others}"
-            raise BackendUnavailableError(f"layers 'fused' cannot run here: {reason}; use {others}")
+            narrow = "" if stored == torch.float32 else "weights='float32', or layers "
+            raise BackendUnavailableError(f"layers 'fused' cannot run here: {reason}; use {narrow}'auto' or 'family'")
         return encoder, reason
 
 
