@@ -12,6 +12,8 @@ PY := $(VENV)/bin/python
 # a test process a core, up to four; a file's tests stay in one process, where they share what they set up; files run in
 # their order, since those with the fewest tests are not the shortest
 PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
+# each run of the tests adds a line to this file, which says what ran where
+SUMMARY := $(VENV)/tests.txt
 # in a variable, since `call` takes a comma for the end of an argument
 EXTRAS := .[test,train,plot,bench,serve]
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check --no-compile
@@ -21,7 +23,7 @@ DOCS_VENV := $(VENV)-docs
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs fuzz sanitize-cpu lint bench bench-compare evidence kernel-table gpu-check gpu-sanitize build clean setup
+.PHONY: help demo test test-all test-thorough docs fuzz sanitize-cpu lint bench bench-compare evidence kernel-table gpu-check gpu-sanitize build clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -30,11 +32,30 @@ demo: setup ## train a small model on generated text and measure what early exit
 	@echo "running the demo"
 	@$(VENV)/bin/earlyexit demo $(ARGS)
 
-test: setup ## run the tests plainly, then the Triton kernels under the interpreter; ARGS goes to pytest
-	@echo "testing"
-	@$(PYTEST) -m "not triton" $(ARGS)
+# $(call on_cpu,MARKS): run tests with GPUs hidden, so that they are the same everywhere, and those of the Triton kernels
+# under the interpreter
+define on_cpu
+	@echo "testing on the CPU"
+	@EARLYEXIT_TEST_SUMMARY=$(SUMMARY) CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not triton and not gpu and $(1)" $(ARGS)
 	@echo "testing the Triton kernels under the interpreter"
-	@TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS)
+	@EARLYEXIT_TEST_SUMMARY=$(SUMMARY) CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 \
+		$(PYTEST) -m "triton and not gpu and $(1)" $(ARGS)
+endef
+
+test: setup ## run the tests on the CPU, five minutes on two cores, then those of a GPU where there is one; ARGS goes to pytest
+	@rm -f $(SUMMARY)
+	$(call on_cpu,not thorough)
+	@if $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		echo "testing on the GPU" && EARLYEXIT_TEST_SUMMARY=$(SUMMARY) $(PY) -m pytest -m gpu $(ARGS); \
+	else echo "no GPU: the tests of the mark gpu did not run" >> $(SUMMARY); fi
+	@cat $(SUMMARY)
+
+test-all: test test-thorough ## run every test
+
+test-thorough: setup ## run the tests that make test leaves out
+	@rm -f $(SUMMARY)
+	$(call on_cpu,thorough)
+	@cat $(SUMMARY)
 
 docs: $(DOCS_VENV)/.mkdocs ## build the documentation in build/docs; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 from support.backends import backend_params
+
+from earlyexit_kernels.backends import TRITON_INTERPRETED
 
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.load_profile("here")
@@ -39,6 +42,20 @@ def pytest_configure(config) -> None:
     # the interpreter computes with numpy, which warns about NaN
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy._core.fromnumeric")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Mark the cases that a `sample` leaves out as thorough, before `-m` selects by marks."""
+    cases: Counter[tuple[str, ...]] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("sample")
+        if marker is not None:
+            # cases under the interpreter are a set of their own, since they run in another process
+            test = item.location[0], item.originalname, str(item.get_closest_marker("triton"))
+            if cases[test] % marker.args[0]:
+                item.add_marker("thorough")
+            cases[test] += 1
 
 
 @pytest.fixture(params=backend_params())
@@ -82,6 +99,21 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if counted:
         flips, rows = (sum(column) for column in zip(*counted, strict=True))
         terminalreporter.write_line(f"decision flips within tolerance: {flips} of {rows} rows")
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    """Add a line on what ran where to the file that `make test` prints at its end."""
+    path = os.environ.get("EARLYEXIT_TEST_SUMMARY")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if path is None or reporter is None or hasattr(session.config, "workerinput"):
+        return
+    counts = {kind: len(reporter.stats.get(kind, ())) for kind in ("passed", "failed", "error", "skipped")}
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    if TRITON_INTERPRETED:
+        where += ", Triton's interpreter"
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    with open(path, "a") as file:
+        file.write(f"{told or 'no tests'} on {where}\n")
 
 
 @pytest.fixture(scope="session")

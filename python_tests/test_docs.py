@@ -83,11 +83,13 @@ def output_of(path: Path) -> str:
 PAGES_WITH_PYTHON = [path for path in PAGES if blocks(path, "python") and path.name not in IN_A_PROCESS]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("path", PAGES_WITH_PYTHON, ids=lambda path: path.name)
 def test_python_of_a_page_runs(path, in_empty_folder):
     output_of(path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(IN_A_PROCESS))
 def test_python_of_a_page_that_registers_classes_runs(name, in_empty_folder):
     program = in_empty_folder / "page.py"
@@ -199,6 +201,7 @@ def run_example(name: str, folder: Path, monkeypatch) -> str:
     return printed.getvalue()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name, example_folder, monkeypatch):
     if name in ("text_pipeline", "export_onnx") and not (example_folder / "early-exit-model").is_dir():

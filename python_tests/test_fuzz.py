@@ -61,6 +61,7 @@ def driven(tmp_path_factory):
     return folder, driver.drive(60)
 
 
+@pytest.mark.thorough
 def test_every_kind_of_finding_is_reported_with_its_case(driven):
     _, done = driven
     found = {kind: {f.number for f in done.findings if f.kind == kind} for kind in report.KINDS}

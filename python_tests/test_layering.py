@@ -166,6 +166,7 @@ OPTIONAL = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("blocked", OPTIONAL)
 def test_works_where_an_optional_part_is_missing(blocked):
     code = PROGRAM.format(blocked=[blocked])

@@ -196,7 +196,7 @@ def test_comparison_is_with_the_faster_runtime(monkeypatch):
     assert ours["against"] == min(middle, key=middle.get)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_runtimes_answer_as_the_plain_model():
     for package in ("onnxruntime", "openvino", "onnxscript"):
         pytest.importorskip(package)

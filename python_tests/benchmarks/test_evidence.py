@@ -67,6 +67,7 @@ def tiny(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.thorough
 def test_training_that_starts_from_another_is_measured_after_it(tiny, tmp_path):
     joint = Training("toy", "joint", 0, epochs=(0.5,))
     dact = Training("toy", "dact", 0, {"start": None}, start=joint, epochs=(0.5,))

@@ -48,7 +48,7 @@ def test_copy_without_a_criterion(saved, tmp_path):
     assert ee.EarlyExitForSequenceClassification.from_pretrained(folder).criterion is None
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_users_of_locust(saved, tmp_path):
     if importlib.util.find_spec("locust") is None:  # its import changes the threads of the process that imports it
         pytest.skip("locust is not installed")

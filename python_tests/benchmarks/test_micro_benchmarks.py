@@ -90,6 +90,7 @@ def test_broken_op_is_found(monkeypatch, fault):
     assert FAULTS[fault] in found.pop("torch") and set(found.values()) == {""}
 
 
+@pytest.mark.thorough
 def test_benchmarks_run_under_pytest_and_are_collected_only_by_name():
     files = [str(path) for path in Path(bench_compact.__file__).parent.glob("bench_*.py")]
     options = ("-qq", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "(one_is_left or patience) and B8-C3-H768")
@@ -126,6 +127,7 @@ def test_interleaved_suites_record_their_baseline(suite, sizes, monkeypatch):
     assert itself and all(record["ratio"] == 1 for record in itself)
 
 
+@pytest.mark.thorough
 def test_layers_are_recorded_beside_the_peaks(monkeypatch):
     for name, size in {"LAYERS": 1, "TOKENS": (1, 256)}.items():
         monkeypatch.setattr(layer_roofline, name, size)

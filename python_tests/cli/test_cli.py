@@ -92,6 +92,7 @@ def test_default_holdout_of_a_small_data_set_says_what_would_fit(capsys, base, t
     assert main([*arguments, *fitting.split(), "--epochs", "1"]) == 0
 
 
+@pytest.mark.thorough
 def test_model_with_exits_is_trained_by_another_method(capsys, trained, tmp_path, small_task):
     """From the encoder and the exits of the first method, without steps that change them."""
     arguments = ["--task", "toy", "--holdout", "16", "--epochs", "1", "--lr", "1e-30", "--head-lr", "1e-30"]
@@ -189,6 +190,7 @@ def test_train_saves_model_tokenizer_and_recipe(trained):
     assert len(rows) == 96 and len(held_out) == 64 and not set(rows.sentences) & set(held_out.sentences)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_every_method_trains_and_saves(base, tmp_path, small_task, method):
     recipe = train_few(base, tmp_path, "--method", method, "--epochs", "1")
@@ -198,6 +200,7 @@ def test_every_method_trains_and_saves(base, tmp_path, small_task, method):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()], "folders of phases are left"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["dact", "smartbert", "ensemble"])
 def test_bfloat16_rounds_products_and_keeps_weights_in_float32(base, tmp_path, small_task, method):
     recipes, weights = [], []
@@ -243,6 +246,7 @@ def test_phase_with_rows_of_its_own(base, tmp_path, small_task, monkeypatch):
     assert [len(rows) for rows in train.rows_of_phases(specs[:1], range(9))] == [9]
 
 
+@pytest.mark.thorough
 def test_eval_of_several_models_marks_rule_of_each_method(base, tmp_path, small_task, capsys):
     pytest.importorskip("matplotlib")
     folders = [tmp_path / "gates", tmp_path / "ponder"]

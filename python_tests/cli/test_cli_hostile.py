@@ -153,6 +153,7 @@ def trained(tmp_path, small_task):
     return folder
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("command", "option"), [(command, option) for command, options in INVALID.items() for option in options]
 )

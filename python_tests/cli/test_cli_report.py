@@ -210,6 +210,7 @@ def test_no_setting_is_good_enough(plain, monkeypatch):
     assert "no setting loses so little" in source and not Page(source).problems
 
 
+@pytest.mark.thorough
 def test_rule_that_skips_layers(tmp_path, splits):
     folder = trained(tmp_path, splits, "--method", "smartbert")
     found = trace_splits(folder, Recipe.load(folder), task=None, batch_size=32)

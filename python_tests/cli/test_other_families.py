@@ -36,6 +36,7 @@ def base(request, tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_learns_exits_early_and_answers_in_a_pipeline(base, tmp_path):
     arguments = ["train", "--model", str(base), "--task", "toy", "--output", str(tmp_path / "out"), *TRAINING]
     assert main([*arguments, "--pooling", "family"]) == 0
@@ -56,6 +57,7 @@ def test_learns_exits_early_and_answers_in_a_pipeline(base, tmp_path):
         assert [one["label"] for one in found] == table["label"]
 
 
+@pytest.mark.sample(2)
 def test_a_tokenizer_without_padding_is_refused_or_gets_the_end_token(base, tmp_path, capsys):
     tokenizer = tf.AutoTokenizer.from_pretrained(base)
     for end in ("[SEP]", None):

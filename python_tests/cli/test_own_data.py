@@ -205,6 +205,7 @@ print(json.dumps(layers))
 """
 
 
+@pytest.mark.thorough
 def test_a_new_process_exits_where_the_replay_said(model, tmp_path):
     arguments = ["calibrate", "--model", str(model), "--max-drop", "0.02"]
     assert main([*arguments, "--output", str(tmp_path / "found.json")]) == 0
@@ -315,6 +316,7 @@ def test_target_that_no_criterion_reaches_is_an_error(model, capsys):
 # eval
 
 
+@pytest.mark.thorough
 def test_eval_shows_the_metrics_asked_for(model, capsys):
     pytest.importorskip("sklearn", reason="macro_f1 and auroc require the extra 'tuning'")
     assert main(["eval", "--model", str(model), "--points", "8", "--metric", "macro_f1", "auroc", "ece"]) == 0

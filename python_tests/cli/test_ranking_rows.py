@@ -62,6 +62,7 @@ def held_out(folder):
     return recipe.held_out(recipe.load_data())
 
 
+@pytest.mark.thorough
 def test_queries_are_held_out_whole(trained):
     recipe = Recipe.load(trained)
     assert recipe.holdout == 405 and recipe.data.columns.group == "id" and recipe.data.problem_type == "regression"

@@ -101,6 +101,7 @@ def test_divergence_of_disjoint_exits_is_log_2(backend):
         assert bool(step(rule, -z, backend, layer=2, state=state)["state"][0, 0]) == close
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("classes", [2, 3, 8, 9])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
 def test_divergence_decides_alike_close_to_and_far_from_the_threshold(backend, classes, spread):

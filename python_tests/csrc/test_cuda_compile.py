@@ -108,6 +108,7 @@ def compiled(setup, toolkit, tmp_path_factory) -> Callable[[str], Compiled]:
     return compile_file
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_without_spills(compiled, name):
     """A stack frame or spills would put variables of a thread into slow memory."""
@@ -119,6 +120,7 @@ def test_kernels_compile_without_spills(compiled, name):
     assert max(code_bytes(compiled(name).binary)) <= CODE_BYTES[name]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["exit_step", "resident_exit"])
 def test_exits_have_their_loads_in_flight(compiled, toolkit, name):
     """Copies of the weight (LDGSTS) come before all loads, of which that of the row's id is awaited first.
@@ -155,6 +157,7 @@ def code_bytes(binary: Path) -> list[int]:
     return [length for name, length in named if name.startswith(b".text.")]
 
 
+@pytest.mark.thorough
 def test_bindings_compile(setup, toolkit, tmp_path):
     from torch.utils.cpp_extension import include_paths
 

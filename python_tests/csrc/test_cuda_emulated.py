@@ -50,6 +50,7 @@ CASES += [Case("dact", "mean", torch.bfloat16, 7, 17), Case("entropy", "mean", t
 CASES += [Case("q_exit", source, torch.float32, 0, 3) for source in SOURCES]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_oracle(case, count_flips):
     steps.follow(BACKEND, case, count_flips)

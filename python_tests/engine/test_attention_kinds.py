@@ -55,6 +55,7 @@ def on_device(batch):
     return batch.__class__(batch.tokens, batch.offsets, batch.row_ids, None, batch.longest)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("lengths", [LENGTHS, (5, 5, 5)])

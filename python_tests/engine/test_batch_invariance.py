@@ -77,6 +77,7 @@ def report(count_flips, found, total):
     count_flips(found, total)
 
 
+@pytest.mark.sample(3)
 @every_case
 def test_one_row_at_a_time(family, backend, criterion, count_flips):
     model, batch, trace = setting(family, backend, criterion)
@@ -88,6 +89,7 @@ def test_one_row_at_a_time(family, backend, criterion, count_flips):
     report(count_flips, found, 2 * n)
 
 
+@pytest.mark.sample(3)
 @every_case
 def test_shuffled_and_regrouped_rows(family, backend, criterion, count_flips):
     model, batch, trace = setting(family, backend, criterion)
@@ -105,6 +107,7 @@ def test_shuffled_and_regrouped_rows(family, backend, criterion, count_flips):
     report(count_flips, found, 2 * seeds * n)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("family", "criterion", "pooling"),
     [
@@ -132,6 +135,7 @@ def test_rows_beside_invalid_and_empty_rows(family, criterion, pooling, backend,
     report(count_flips, flips(trace, model.criterion, got, expected), n)
 
 
+@pytest.mark.sample(4)
 @every_case
 @pytest.mark.parametrize("pooling", [None, "mean"])
 def test_compaction_does_not_change_results(family, pooling, criterion, backend, monkeypatch):

@@ -221,6 +221,7 @@ def with_poison(batch):
     return {"input_ids": torch.cat([row, ids, row]), "attention_mask": torch.cat([mask[1:2], mask, mask[:1]])}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("lag", "delay"), ARRIVALS)
 @pytest.mark.parametrize("criterion", RULES)
 def test_bounds_and_exact_counts_give_equal_results(criterion, lag, delay, monkeypatch):
@@ -239,6 +240,7 @@ def test_bounds_and_exact_counts_give_equal_results(criterion, lag, delay, monke
     assert any(spare) or lag != 1 or len(expected[1].exit_layer.unique()) < 3, "no bound was one too many"
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in FAMILIES])
 def test_other_families_with_lengths_on_the_device(family, monkeypatch):
     """Windows and layers of their own attention run on one rectangle, with NaN in the tokens of no row."""
@@ -294,6 +296,7 @@ def leaving(arguments, family="bert", kind="right"):
     return model, batch
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["full", "right", "holes"])
 @pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
 def test_all_heads_support_bounds(arguments, kind, monkeypatch):

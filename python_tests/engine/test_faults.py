@@ -315,6 +315,7 @@ print("fine")
 """
 
 
+@pytest.mark.thorough
 def test_without_triton_and_extension():
     """The import succeeds and prints nothing."""
     assert run_python(WITHOUT).split() == ["fine"]

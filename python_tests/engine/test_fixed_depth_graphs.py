@@ -20,6 +20,7 @@ def no_old_graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("name", "family"), list(zip(CRITERIA, itertools.cycle(FAMILIES))))
 def test_compiles_without_graph_breaks(name, family, no_old_graphs):
     """One compilation serves all batch sizes and lengths."""
@@ -31,6 +32,7 @@ def test_compiles_without_graph_breaks(name, family, no_old_graphs):
         assert_same_answers(compiled(**part), model(**part))
 
 
+@pytest.mark.thorough
 def test_compiles_twice_with_automatic_dynamic_shapes(no_old_graphs):
     """Once for the first size, and once for all others."""
     model, batch = model_for_rule("sampled_exit", num_hidden_layers=2)
@@ -43,7 +45,7 @@ def test_compiles_twice_with_automatic_dynamic_shapes(no_old_graphs):
         assert_same_answers(compiled(**part), model(**part))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_compiles_with_inductor(no_old_graphs):
     model, batch = model_for_rule("sampled_exit", num_hidden_layers=2, pooling="mean")
     compiled = torch.compile(model.fixed_depth(), fullgraph=True)
@@ -63,6 +65,7 @@ def ops_of(program):
     return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("family", "name"),
     [
@@ -89,6 +92,7 @@ def test_exports_with_dynamic_shapes(family, name):
         assert not answers[0].requires_grad
 
 
+@pytest.mark.thorough
 def test_program_exported_without_gradients():
     model, batch = model_for_rule("entropy", "bert", num_hidden_layers=2)
     with torch.no_grad():
@@ -107,6 +111,7 @@ torch.save(torch.export.load(folder + "/fixed.pt2").module()(**batch), folder + 
 """
 
 
+@pytest.mark.thorough
 def test_saved_program_needs_only_torch(tmp_path):
     model, batch = model_for_rule("sampled_exit", num_hidden_layers=2)
     torch.export.save(exported(model, batch), tmp_path / "fixed.pt2")

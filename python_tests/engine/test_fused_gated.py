@@ -69,6 +69,7 @@ def products(request, monkeypatch):
     monkeypatch.setattr(fused_bert, "PRODUCTS", dict.fromkeys(fused_bert.PRODUCTS, changed))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("sizes", [{}, BIASES], ids=["plain", "biases"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @every_family

@@ -66,6 +66,7 @@ def products(request, monkeypatch):
     monkeypatch.setattr(fused_bert, "PRODUCTS", dict.fromkeys(fused_bert.PRODUCTS, PRODUCTS[request.param]))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_and_products(family, products):
     own, fused = pair(family)

@@ -49,6 +49,7 @@ def created(**variables: str) -> dict[str, list[int]]:
     return {family: counts[k * ROUNDS : (k + 1) * ROUNDS] for k, family in enumerate(FAMILIES)}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(bool(onednn_unsupported_reason(torch.float32)), reason="oneDNN's packed products are not available")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_products_are_cached_by_token_count_up_to_the_capacity(family):

@@ -23,6 +23,7 @@ import earlyexit_kernels as ee
 TOLERANCE = 1e-5
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "attention"), [(f, a) for f in ALL_FAMILIES for a in attentions_of(f)])
 def test_never_exit_logits_equal_stock(family, attention, record_property):
     base = stock(family, attention=attention)
@@ -80,6 +81,7 @@ def test_token_types_and_positions_without_a_mask(family):
     assert all(changed)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("pooling", ["mean", None])
 @pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in RECTANGULAR])
 def test_hidden_states_of_attended_tokens_equal_stock(family, pooling, record_property):

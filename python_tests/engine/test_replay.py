@@ -89,6 +89,7 @@ def test_patience_exit(run):
         assert same(got[0], accuracy) and same(got[1], layer), (patience, got)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("criterion", "numbers"),

@@ -84,6 +84,7 @@ def assert_as_eager(model, loop, batch, atol=2e-5) -> None:
     torch.testing.assert_close(logits, out.logits, atol=atol, rtol=1e-4)
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("kind", ATTENDED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family, kind, backend):
@@ -110,6 +111,7 @@ RULES = {
 }
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("name", RULES)
 def test_rules_and_heads(name, backend):
     if backend == "triton" and name not in ("patience", "family heads", "mean", "halting"):
@@ -122,6 +124,7 @@ def test_rules_and_heads(name, backend):
     assert_as_eager(model, loop_for(model, Bucket(4, 32), backend, poison=True), batch)
 
 
+@pytest.mark.thorough
 def test_successive_batches(backend):
     model = early_exit("bert", pooling="first", criterion=Patience(patience=1))
     loop = loop_for(model, Bucket(4, 32), backend)
@@ -147,6 +150,7 @@ def test_module_exits_use_chunks_of_one_size(built, monkeypatch):
         seen.clear()
 
 
+@pytest.mark.thorough
 def test_rows_do_not_depend_on_the_batch(backend):
     # bits are equal on a GPU only: here both back-ends use the products of a library, which round by the number of rows
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
@@ -159,6 +163,7 @@ def test_rows_do_not_depend_on_the_batch(backend):
         assert own[1][0] == exit_layer[row]
 
 
+@pytest.mark.thorough
 def test_rows_without_tokens_and_invalid_rows(backend):
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model)
@@ -171,6 +176,7 @@ def test_rows_without_tokens_and_invalid_rows(backend):
     assert loop.counts[:, 2].tolist() == [0, 4, 0, 0, 0]
 
 
+@pytest.mark.thorough
 def test_types_and_positions(backend):
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model)
@@ -255,6 +261,7 @@ def test_weights_of_launches_are_kept():
     assert [x.data_ptr() for x in loop.held] == before
 
 
+@pytest.mark.thorough
 def test_answers_ignore_the_default_dtype(backend):
     model = early_exit("bert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model)

@@ -51,6 +51,7 @@ def batch_of(model, **given):
     return batch
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", RESIDENT)
 def test_as_close_to_float64_as_the_module_of_the_family(family, dtype, backend):
@@ -74,6 +75,7 @@ def test_as_close_to_float64_as_the_module_of_the_family(family, dtype, backend)
     assert 0 < error <= 1.25 * allowed
 
 
+@pytest.mark.thorough
 def test_a_row_with_an_id_beyond_the_vocabulary_is_invalid(backend):
     """On CUDA the ids of a batch are not checked, since that would synchronise."""
     model = early_exit("bert", pooling="first", criterion=Patience(patience=1))
@@ -218,6 +220,7 @@ def test_missing_part():
     assert reason == "Embeddings has no module token_type_embeddings, which the adapter names"
 
 
+@pytest.mark.thorough
 def test_norm_without_a_bias(backend):
     model = early_exit("modernbert", pooling="first", criterion=Patience(patience=1))
     assert model.backbone.embeddings.norm.bias is None

@@ -34,6 +34,7 @@ def tiles_of_a_token(monkeypatch):
     monkeypatch.setattr(resident, "TILE_TOKENS", 1)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("kind", ATTENDED)
 @pytest.mark.parametrize("pooling", ["first", "mean", "head on first", "head on mean"])
 def test_poolings_and_masks(pooling, kind, backend, tiles_of_a_token):
@@ -59,6 +60,7 @@ RULES = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", RULES)
 def test_rules(name, backend, tiles_of_a_token):
     if backend == "triton" and name != "patience":
@@ -69,6 +71,7 @@ def test_rules(name, backend, tiles_of_a_token):
     assert_as_eager(model, loop, batch_for(model, lengths=LENGTHS))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["right", "holes"])
 def test_positions_of_the_user(kind, backend, tiles_of_a_token):
     """They turn query and key, and leave the windows as they are."""
@@ -117,6 +120,7 @@ def test_weights_are_those_of_the_layers():
     assert not any(x.requires_grad for x in second.inner)
 
 
+@pytest.mark.thorough
 def test_layers_of_several_widths(backend):
     model = early_exit("modernbert", pooling="first", criterion=FullDepth())
     mlp = model.backbone.layers[1].mlp
@@ -162,6 +166,7 @@ def test_further_arguments_of_the_layers_are_an_error(monkeypatch):
         answers(loop_for(model, Bucket(8, 16), "torch"), batch_for(model, lengths=LENGTHS))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_states_are_as_close_to_float64_as_those_of_the_family(dtype, backend):
     if (backend, dtype) == ("triton", torch.bfloat16):
@@ -181,6 +186,7 @@ def test_states_are_as_close_to_float64_as_those_of_the_family(dtype, backend):
     assert 0 < error <= 1.25 * allowed
 
 
+@pytest.mark.thorough
 def test_a_row_of_nan_does_not_affect_others(backend, tiles_of_a_token):
     model = early_exit("modernbert", pooling="first", criterion=Entropy(threshold=0.7))
     batch = batch_for(model, lengths=LENGTHS)
@@ -196,6 +202,7 @@ def test_a_row_of_nan_does_not_affect_others(backend, tiles_of_a_token):
     assert torch.equal(exit_layer[others], clean[1][others])
 
 
+@pytest.mark.thorough
 def test_rows_do_not_depend_on_the_batch(backend):
     # bits are equal on a GPU only: here both back-ends use the products of a library, which round by the number of rows
     model = early_exit("modernbert", pooling="first", criterion=Entropy(threshold=0.7))

@@ -75,12 +75,14 @@ def run_without_numbers(model, monkeypatch, tell=lambda depth: ScriptedCounts(de
     return met
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("criterion", RULES)
 def test_rules_do_not_synchronize(criterion, monkeypatch):
     model, _, _ = setting("bert", "auto", criterion)
     assert run_without_numbers(model, monkeypatch) == [(2, 10)]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("arguments", HEADS.values(), ids=HEADS)
 def test_heads_do_not_synchronize(arguments, dtype, monkeypatch):

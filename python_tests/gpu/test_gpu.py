@@ -114,6 +114,7 @@ def test_every_family_agrees_with_eager_and_cpu(place, family):
     assert_agree(got, expected)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("pooling", [None, "first"])
 @pytest.mark.parametrize("rule", SUPPORTED)
 def test_every_supported_criterion(place, rule, pooling):
@@ -166,6 +167,7 @@ BITS = [("bert", "entropy", dtype) for dtype in TOLERANCES] + [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("family", "rule", "dtype"), BITS)
 def test_row_has_equal_bits_alone_and_in_batches(place, family, rule, dtype):
     model, _ = ready(family, rule)

@@ -174,6 +174,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.thorough
 def test_worker_that_dies_or_hangs_is_restarted():
     with Worker([sys.executable, "-c", SERVES]) as served:
         assert served.ask("one", 60) == Outcome([{"case": "one"}])
@@ -228,6 +229,7 @@ def test_worker_reports_records_and_errors(monkeypatch, tmp_path):
     assert not fit and lines[-1] == {"end": "", "fit": False}, "the records count, and the process is replaced"
 
 
+@pytest.mark.thorough
 def test_worker_measures_nothing_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -299,6 +301,7 @@ def test_hanging_tests_are_stopped_if_pytest_timeout_is_installed(monkeypatch):
     assert steps.tests("tests_ops", 60).records[0]["not_measured"] == "pytest is not installed"
 
 
+@pytest.mark.thorough
 def test_command_is_stopped_in_time():
     sleeps = "print('x', flush=True); import time; time.sleep(600)"
     code, output = steps.run([sys.executable, "-c", sleeps], 6, {})

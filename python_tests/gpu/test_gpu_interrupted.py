@@ -50,6 +50,7 @@ def is_running(process: int) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("command", "by"), [("check", signal.SIGINT), ("check", signal.SIGTERM), ("sanitize", signal.SIGTERM)]
 )

@@ -64,6 +64,7 @@ def with_changes(gpu, **changes) -> Bench:
     return dataclasses.replace(gpu, **changes)
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", SECTIONS)
 def test_section_runs_and_records(name, gpu):
     records = json.loads(json.dumps(records_of(name, gpu)))

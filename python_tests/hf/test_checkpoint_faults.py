@@ -273,6 +273,7 @@ HUGE = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("part", "name", "value"), HUGE)
 def test_huge_sizes_are_refused_before_modules_are_built(saved, load, part, name, value, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module was built"))

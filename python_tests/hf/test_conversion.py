@@ -38,6 +38,7 @@ def test_encoder_parameters_are_the_same_objects(family):
     assert not [name for name, m in model.named_modules() if id(m) in modules]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "attention"), [(f, a) for f in ALL_FAMILIES for a in attentions_of(f)])
 def test_stock_instance_is_unchanged(family, attention):
     base = stock(family, attention=attention)

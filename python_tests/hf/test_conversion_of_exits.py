@@ -33,6 +33,7 @@ def exits_of(model):
     return model.trace(**batch_for(model)).logits
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(METHODS, 2)))
 def test_exits_of_one_form_are_carried(first, second):
     model = different(first)

@@ -16,6 +16,7 @@ def ranks(tmp_path_factory):
     return run_ranks(ddp_worker, tmp_path_factory.mktemp("ddp"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ddp_worker.CASES)
 def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
     alone = ddp_worker.steps(case, 0, 1)
@@ -33,6 +34,7 @@ def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
         assert (ranks[0][case]["state"][name] - value).abs().max() < 1e-6, name
 
 
+@pytest.mark.thorough
 def test_predictions_are_of_the_whole_data_set(ranks):
     """Every process gets all rows once, in the order of the data set."""
     model = early_exit(criterion=ee.criteria.Patience(patience=1))

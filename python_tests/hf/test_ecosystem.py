@@ -46,6 +46,7 @@ def test_attention_cannot_be_set_on_the_model():
     same(model(**batch), expected, 0.0)
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("family", "attention"), [(f, a) for f in ALL_FAMILIES for a in attentions_of(f) if f not in RECTANGULAR]
 )
@@ -59,6 +60,7 @@ def test_attention_set_on_the_backbone_is_refused(family, attention):
         model.eval()
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", None])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_attention_written_to_the_config_is_refused(family, attention):
@@ -172,6 +174,7 @@ def test_to_another_device():
     assert model.device.type == "meta" and {p.device.type for p in model.parameters()} == {"meta"}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("family", [f for f in ALL_FAMILIES if f not in ("albert", "mpnet")])
 def test_gradient_checkpointing(family):
     plain, checkpointed = (early_exit(family, dropout=0.0).train() for _ in range(2))
@@ -200,6 +203,7 @@ def test_gradient_checkpointing_of_albert_is_refused():
         model.gradient_checkpointing_enable()
 
 
+@pytest.mark.thorough
 def test_compile_with_graph_breaks():
     """The compiler is `eager`; `test_fixed_depth_graphs` compiles with the inductor."""
     torch._dynamo.reset()
@@ -238,6 +242,7 @@ def test_model_inside_another_module():
     assert any(name.startswith("model.backbone.") for name in pair.state_dict())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_added_tokens(tmp_path, family):
     """After `resize_token_embeddings` new ids are valid, also after a save and a load."""

@@ -39,6 +39,7 @@ def learning(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("family", "method"), METHODS)
 def test_training_and_evaluation(tmp_path, family, method):
     model, data = adapted(family, method=method), dataset()
@@ -75,6 +76,7 @@ def test_save_load_and_merge(tmp_path):
     assert torch.allclose(merged(**batch).logits, expected, atol=1e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["deebert", "smartbert"])
 def test_phases_of_an_adapted_model(tmp_path, name):
     """Phases freeze exits inside the wrapper of PEFT, and the callback finds the model."""

@@ -123,6 +123,7 @@ def test_berxit_alternates_by_optimizer_steps(tmp_path, monkeypatch):
     assert [step.epoch for step in seen] == pytest.approx([0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5])
 
 
+@pytest.mark.thorough
 def test_smartbert_goes_from_soft_to_hard(tmp_path, monkeypatch):
     """Gates become hard at the first batch of the given epoch, and are hard throughout the second phase."""
     hard, mix = [], full_depth.mixed_by_gate
@@ -198,6 +199,7 @@ def test_groups_of_the_optimizer(tmp_path, name, given, rates):
             assert group["betas"] == (0.8, 0.999) and group["eps"] == 1e-7
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_method_under_the_stock_trainer(tmp_path, name):
     """Each phase changes only the parts it trains and writes to its own folder."""
@@ -234,6 +236,7 @@ CUT = [
 ]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("objective", "cut"), CUT, ids=[f"{o.name}-{k}" for o, k in CUT])
 def test_resume_in_the_middle_of_a_phase(tmp_path, objective, cut):
     """A resumed run gives the weights of an uninterrupted one."""

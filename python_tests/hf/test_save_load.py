@@ -59,6 +59,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_round_trip(tmp_path, load, setting):
     model = early_exit(**SETTINGS[setting])
@@ -187,6 +188,7 @@ FRESH = """
 """
 
 
+@pytest.mark.thorough
 def test_fresh_process_without_network(tmp_path):
     """A new process gives equal answers, and loads the encoder without importing the package."""
     expected = {}

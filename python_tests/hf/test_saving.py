@@ -116,6 +116,7 @@ CASES = [("kill", "shards over one file"), ("kill", "one file over shards")]
 CASES += [("full disk", "shards over one file"), ("read-only", "one file")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("failure", "sizes"), CASES)
 def test_failure_at_every_call_leaves_old_or_new(tmp_path, models, sizes, failure):
     before, after = SIZES[sizes]

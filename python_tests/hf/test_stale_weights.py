@@ -67,12 +67,14 @@ def check_change_is_detected(name, ask, family="bert"):
         assert (expected - before).abs().max() > 10 * tolerance, "a stale answer would not be detected"
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("family", BIASES)
 def test_fused_layers_detect_changes(family, name, snapshots):
     check_change_is_detected(name, answers, family)
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", WAYS)
 def test_graphs_detect_changes(name, captures):
     check_change_is_detected(name, graph_answers)

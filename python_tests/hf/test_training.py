@@ -48,6 +48,7 @@ def pair(family, pooling):
     return model.train(), twin.train(), base.train()
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", ["right", "holes"])
 @pytest.mark.parametrize("pooling", [None, "first", "mean"])
 @pytest.mark.parametrize("family", ACTIVATIONS)
@@ -84,6 +85,7 @@ def test_joint_loss_weights():
         assert loss.item() == pytest.approx(0.458333, abs=1e-6)
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("problem_type", "labels"),
     [

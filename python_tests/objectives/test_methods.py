@@ -103,6 +103,7 @@ def test_every_method_has_a_row():
     assert {name for name in METHODS if len(OBJECTIVES[name]().phases) > 1} == set(PHASED)
 
 
+@pytest.mark.sample(4)
 @methods()
 def test_training_fits_a_small_batch(family, name):
     """With the default criterion of the method, and with the rule of its paper.
@@ -138,6 +139,7 @@ def test_only_the_parts_of_a_phase_change(family, name):
         assert told.moved <= told.trains and told.trains - told.moved <= told.trains - told.reached
 
 
+@pytest.mark.sample(3)
 @methods()
 def test_all_parts_are_trainable_after_the_phases(family, name):
     model = converted(family, name).train()
@@ -238,6 +240,7 @@ def test_regression(name):
         assert model(**batch).logits.shape == (32, 1)
 
 
+@pytest.mark.sample(3)
 @methods()
 def test_save_and_load(family, name, tmp_path):
     objective = method_case(name).otherwise

@@ -16,6 +16,7 @@ def ranks(tmp_path_factory):
     return run_ranks(objective_worker, tmp_path_factory.mktemp("objectives"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", objective_worker.WANTED)
 def test_loss_and_gradients_equal_one_process(ranks, name):
     alone = objective_worker.run(name, 0, 1)

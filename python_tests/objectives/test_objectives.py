@@ -53,6 +53,7 @@ def test_gradients_reach_the_trained_parts_only(case):
     assert {part for part, reached in parts.items() if reached} <= trains
 
 
+@pytest.mark.sample(5)
 @cases(lambda case: not case.detached)
 def test_gradients_equal_finite_differences(case):
     trace = case.trace()

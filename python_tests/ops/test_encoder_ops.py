@@ -60,6 +60,7 @@ interpreted = pytest.mark.parametrize("backend", backend_params(["triton"]))
 MORE_WAYS = [("rows_attention", 2), ("rows_add_norm", 4), ("rows_add_norm", 6)]
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("backend", "dtype"), DTYPES)
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -78,6 +79,7 @@ def test_equals_float64_and_writes_only_present_tokens(way, backend, dtype, name
     assert (out[others] == UNTOUCHED).all()
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("name", "way"), [*((name, way) for name in SUBJECTS for way in (0, 1)), *MORE_WAYS])
 @on_both
 def test_rows_that_have_left_do_not_affect_others(name, way, backend):
@@ -97,6 +99,7 @@ def test_rows_that_have_left_do_not_affect_others(name, way, backend):
 LARGE = {"rows_linear": {"capacity": 33792}, "first_tokens_linear": {"rows": 33792}}
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("dtype", [FLOAT32, HALF], ids=str)
 @pytest.mark.parametrize(("name", "way"), [*((name, 1) for name in SUBJECTS), *MORE_WAYS])
 @interpreted
@@ -285,6 +288,7 @@ def test_activations_keep_nan(backend, name):
     assert out.isnan().all()
 
 
+@pytest.mark.sample(7)
 @pytest.mark.triton
 @pytest.mark.skipif(not TRITON_INTERPRETED, reason="runs in Triton's interpreter, as TRITON_INTERPRET=1")
 @pytest.mark.parametrize("absolute", [False, True])

@@ -73,11 +73,13 @@ def test_every_criterion_has_cases():
     assert set(OWNERS.values()) == set(TABLE)
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize(("backend", "case"), EVERY_CASE)
 def test_equals_oracle(backend, case, count_flips):
     follow(backend, case, count_flips)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("backend", "case"), LARGE)
 def test_equals_oracle_on_a_large_batch(backend, case, count_flips):
     follow(backend, case, count_flips)
@@ -123,6 +125,7 @@ CASES_IN_SUBSETS = [
 ]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("name", "source"), CASES_IN_SUBSETS)
 def test_bits_of_a_row_do_not_depend_on_the_batch(backend, name, source):
     rows = 7 if backend == "triton" else 33

@@ -106,6 +106,7 @@ def test_wrong_arguments_of_the_bare_op_are_refused(backend):
         op(hidden, weight, bias, torch.tensor([0, 8, 9], dtype=torch.int32), ids, out, "tanh")
 
 
+@pytest.mark.thorough
 @compiled
 @with_fewer_instructions
 def test_other_kernels_of_this_processor(capability, backend):

@@ -29,6 +29,7 @@ PACKED = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", PACKED)
 def test_pack_tokens(name, capability, monkeypatch, kernel_table, tmp_path):
@@ -68,6 +69,7 @@ EMBEDDINGS = {
 }
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", EMBEDDINGS)
 def test_rows_embed(name, capability, monkeypatch, kernel_table, tmp_path):

@@ -65,6 +65,7 @@ def test_narrow_tiles_have_the_bits_of_wide_ones(in_parts, products_in_order, mo
 LOOPS = ("rows_add_norm", "rows_attention", "rows_glu", "rows_rotary")
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name in LOOPS for way in range(len(SUBJECTS[name].ways))])
 def test_any_number_of_programs_gives_the_same_bits(name, way, dtype, products_in_order, monkeypatch):

@@ -191,6 +191,7 @@ every_case = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sample(4)
 @every_case
 def test_opcheck(backend, case):
     name, arguments = CASES[case]

@@ -84,6 +84,7 @@ def expected(x, w, lengths, heads, activation, stored) -> torch.Tensor:
     return torch.cat(outputs)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_float64(size, stored, backend):
@@ -159,6 +160,7 @@ def one_vector_layers() -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="compares with the AVX-512 kernels")
 @pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
 def test_products_have_the_same_bits_with_avx2_as_with_avx512(kernels):
@@ -323,6 +325,7 @@ def test_weights_of_another_layout_are_refused(kernels, monkeypatch):
         packed_layer(X, OFFSETS, **call, backend=kernels)
 
 
+@pytest.mark.thorough
 @with_fewer_instructions
 def test_other_kernels_of_this_processor(capability, kernels):
     """The tests of this file, with the kernels that ATEN_CPU_CAPABILITY leaves."""

@@ -31,6 +31,7 @@ LOOPS = {
 SHARED_KIB = {80: 164, 90: 228, 100: 228}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "machine"), [(name, machine) for name in LOOPS for machine in MACHINES], ids=str)
 def test_programs_that_loop_run_in_full_rounds(name, machine, monkeypatch, kernel_table, tmp_path):
     """All at a time, or a multiple of those that have room: a round costs as much if most of its places are empty.

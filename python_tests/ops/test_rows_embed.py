@@ -99,6 +99,7 @@ def test_a_token_has_the_same_bits_beside_any_tokens_and_with_any_number_of_thre
         torch.set_num_threads(threads)
 
 
+@pytest.mark.thorough
 @compiled
 @with_fewer_instructions
 def test_other_kernels_of_this_processor(capability, backend):

@@ -54,6 +54,7 @@ def norm_of_product(lengths, capacity, dtype, backend, *, split, k=K) -> list[to
     return [out[place] for place in places]
 
 
+@pytest.mark.sample(4)
 @in_both_dtypes
 @on_both
 @pytest.mark.parametrize("split", [False, True])
@@ -69,6 +70,7 @@ def test_equals_float64(k, split, backend, dtype):
         torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.triton
 @interpreted
 @in_both_dtypes

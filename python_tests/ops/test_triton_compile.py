@@ -92,11 +92,13 @@ def compile_exit(capability, name, pooling, block):
     return compile_for(capability, kernel, by_name(kernel), constants)
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize(("capability", "name", "pooling"), EXITS)
 def test_exit_step_compiles(capability, name, pooling, kernel_table, tmp_path):
     kernel_table.check(f"{name}, {pooling}", capability, compile_exit(capability, name, pooling, 4), tmp_path)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("block", [4, 64])
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_is_read_before_a_barrier_and_written_after(name, block):
@@ -106,6 +108,7 @@ def test_state_is_read_before_a_barrier_and_written_after(name, block):
     assert "bar.sync" in ptx[ptx.rindex("ld.global", 0, writes) : writes]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize(
     ("room", "kernel", "block"),
@@ -238,6 +241,7 @@ PRODUCTS = {
 MACHINES = [(80, HALF), (90, HALF), (90, BFLOAT16), (100, HALF)]
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize(
     ("name", "capability", "dtype"), [(name, *machine) for name in PRODUCTS for machine in MACHINES], ids=str
 )
@@ -247,6 +251,7 @@ def test_products_use_the_matrix_units(name, capability, dtype, monkeypatch, ker
     kernel_table.check(named(name, dtype), capability, compiled, tmp_path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tiles", BY_POINTERS, ids=lambda tiles: f"{tiles.rows} {tiles.columns} {tiles.warps}")
 def test_tiles_that_are_measured_stay_in_registers(tiles, monkeypatch, tmp_path):
     """One of them may become an entry of the table, for every product."""
@@ -276,6 +281,7 @@ TMA_LAUNCHES = [
 ]
 
 
+@pytest.mark.sample(29)
 @pytest.mark.parametrize(
     ("capability", "dtype", "k", "n", "activation", "in_parts", "tiles"),
     TMA_LAUNCHES,
@@ -333,6 +339,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_launches(name, capability, monkeypatch, kernel_table, tmp_path):

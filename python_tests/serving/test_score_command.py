@@ -57,7 +57,7 @@ def lines_of(scored):
     return [row for name in sorted(os.listdir(scored)) for row in pq.read_table(scored / name).to_pylist()]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_then_a_full_disk_then_finished(saved, tmp_path, cluster, capfd):
     """One table in 40 files: its first one is CSV, the second one is damaged, the last one has a row without text."""
     rows, table, output = texts(100, seed=1), tmp_path / "in", tmp_path / "out"

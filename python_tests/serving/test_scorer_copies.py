@@ -69,6 +69,7 @@ def test_a_copy_of_one_made_from_a_model_holds_the_model(saved, copied):
     assert twin(["", *ROWS])["exit_layer"] == scorer(["", *ROWS])["exit_layer"]
 
 
+@pytest.mark.thorough
 def test_a_new_process_gives_the_same_answers(saved, tmp_path):
     scorer = ee.Scorer(saved[2])
     (tmp_path / "scorer").write_bytes(pickle.dumps(scorer))

@@ -71,6 +71,7 @@ def client(command):
         yield found
 
 
+@pytest.mark.thorough
 def test_startup_line(command, folder, model):
     assert command.line.startswith(f"serving {folder} at http://127.0.0.1:")
     for part in ("method joint", str(model.criterion), "calibrated for", "4 layers"):

@@ -45,7 +45,7 @@ def replicas():
     return [int(line.split()[0]) for line in listed if "ray::ServeReplica:earlyexit" in line]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_replica_is_killed_under_load(saved):
     """The answers are those of a scorer; requests of the replica fail, none hangs, and another one is started."""
     wanted = ee.Scorer(str(saved))(ROWS)

@@ -99,6 +99,7 @@ def test_without_datasets_json_lines_name_the_extra(tmp_path, monkeypatch):
     assert len(read_table(tmp_path / "a.csv")) == 1
 
 
+@pytest.mark.thorough
 def test_nothing_is_left_outside_of_the_files(tmp_path):
     """`datasets` caches in the home folder unless told otherwise, prints progress bars and logs errors."""
     pytest.importorskip("datasets", reason="JSON lines and Parquet require the extra 'train'")

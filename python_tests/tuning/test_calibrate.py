@@ -120,6 +120,7 @@ def test_risk_tests_from_the_slowest_setting_to_the_fastest(against):
     assert looser.mean_exit_layer < found.mean_exit_layer
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", ["entropy", "patient_confidence"])
 def test_risk_exceeds_the_bound_at_most_as_often_as_promised(rule):
     """The risk over 20,000 rows, for settings chosen on 600 rows each; `benchmarks.guarantee` draws more."""
@@ -145,6 +146,7 @@ def test_without_labels_full_depth_is_the_truth():
     assert found.metric == "agreement" and found.full_depth == 1.0 and 0.95 < found.score < 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("metric", ["matthews", "macro_f1"])
 def test_other_metrics_decide(metric):
     trace, labels = noisy_trace(800)

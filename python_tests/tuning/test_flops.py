@@ -36,6 +36,7 @@ def tensor(*values):
     return torch.tensor(values)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", ["bert", "roberta", "albert", "electra", "distilbert"])
 @pytest.mark.parametrize(
     ("method", "pooling", "needs"),

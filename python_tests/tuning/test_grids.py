@@ -112,6 +112,7 @@ def test_regression_thresholds_are_not_within_rounding_of_a_step():
     assert len(rules) >= 8 and all((steps - rule.tolerance).abs().min() > 4e-7 for rule in rules)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", backend_params(("triton", "cpp")))
 def test_decisions_do_not_depend_on_the_backend(backend):
     """Back-ends round differently, but no threshold is within rounding of a score of its trace."""

@@ -184,6 +184,7 @@ def test_curves_are_those_of_the_sweep():
     assert any(point for curve in found for point in curve["chosen"].values())
 
 
+@pytest.mark.thorough
 def test_standard_error_of_another_metric(monkeypatch):
     """The jackknife that leaves out one row at a time, where there are as many groups as rows."""
     rows = rows_of(classes=2, metric="matthews")
