@@ -29,6 +29,7 @@ pytest_plugins = tuple(
         "graph_captures",
         "kernel_table",
         "ordered_products",
+        "other_device",
         "small_models",
     )
 )

@@ -61,8 +61,8 @@ def program_of(path: Path) -> str:
 
 
 @pytest.fixture
-def in_empty_folder(tmp_path, monkeypatch):
-    """An empty working folder, seeded draws, no hub; the environment is restored."""
+def in_empty_folder(tmp_path, monkeypatch, other_device):
+    """An empty working folder, seeded draws, no hub, inputs checked for their device; the environment is restored."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("EARLYEXIT_DATA", raising=False)
@@ -203,7 +203,7 @@ def run_example(name: str, folder: Path, monkeypatch) -> str:
 
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_run(name, example_folder, monkeypatch):
+def test_examples_run(name, example_folder, monkeypatch, other_device):
     if name in ("text_pipeline", "export_onnx") and not (example_folder / "early-exit-model").is_dir():
         run_example("convert_and_train", example_folder, monkeypatch)
     assert run_example(name, example_folder, monkeypatch).strip()

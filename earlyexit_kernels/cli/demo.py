@@ -253,6 +253,8 @@ def _classify(model: Any, tokenizer: Any, folder: Path) -> str:
     for sentence in SENTENCES:
         answer = classify(sentence)[0]
         with torch.inference_mode():
-            exit_layer = int(loaded(**tokenizer(sentence, return_tensors="pt")).exit_layer)
+            # the pipeline moves the model to a GPU where there is one
+            inputs = tokenizer(sentence, return_tensors="pt").to(loaded.device)
+            exit_layer = int(loaded(**inputs).exit_layer)
         rows.append((sentence, answer["label"], f"{answer['score']:.3f}", exit_layer))
     return markdown_table(("sentence", "label", "score", "exit layer"), rows)

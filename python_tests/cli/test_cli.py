@@ -326,7 +326,7 @@ def test_damaged_recipe_is_refused(trained, tmp_path, capsys):
     assert "is not a recipe" in error_of(capsys, ["eval", "--model", str(tmp_path)])
 
 
-def test_demo_runs_and_writes_results(tmp_path, capsys, monkeypatch):
+def test_demo_runs_and_writes_results(tmp_path, capsys, monkeypatch, other_device):
     pytest.importorskip("matplotlib")
     sizes = demo.Sizes(train_rows=64, rows=40, rounds=1, batches={1: 1, 32: 1})
     monkeypatch.setattr(demo, "QUICK", sizes)
