@@ -122,14 +122,37 @@ _UNAVAILABLE_REASONS: dict[str, Callable[[str], str]] = {
 _PREFERENCE = {"cpu": ("cpp", "torch"), "cuda": ("cpp", "triton", "torch")}
 
 
+def _not_tested(backend: str, device: torch.device) -> str:
+    return ""
+
+
+_self_test: Callable[[str, torch.device], str] = _not_tested
+
+
+def register_self_test(test: Callable[[str, torch.device], str]) -> None:
+    """Set the function that returns why a back-end does not work on a device, ``""`` if it does."""
+    global _self_test
+    _self_test = test
+
+
+def _unavailable_reason(name: str, device: torch.device) -> str:
+    """Return why a back-end cannot run on a device: it cannot be imported, or failed its self-test."""
+    return _UNAVAILABLE_REASONS[name](device.type) or _self_test(name, device)
+
+
 def available_backends(device: str | torch.device | None = None) -> dict[str, str]:
-    """Return which back-ends can run on a kind of device.
+    """Return which back-ends can run on a device: those that can be imported and pass the self-test there.
 
     Args:
-        device: ``"cpu"`` or ``"cuda"``. Default: ``"cuda"`` if torch finds one, else ``"cpu"``.
+        device: ``"cpu"``, ``"cuda"`` for the current GPU, or a GPU with its index. Default: ``"cuda"`` if torch finds
+            one, else ``"cpu"``.
 
     Returns:
         Name of the back-end -> ``""`` if it can run, else the reason why not and what to do.
+
+    Raises:
+        ValueError: the environment variable ``EARLYEXIT_SELF_TEST`` is neither ``0``, which switches the self-test off,
+            nor ``1``.
 
     >>> import earlyexit_kernels as ee
     >>> ee.available_backends("cpu")["torch"]
@@ -137,49 +160,75 @@ def available_backends(device: str | torch.device | None = None) -> dict[str, st
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.device(device).type
-    return {name: reason(kind) for name, reason in _UNAVAILABLE_REASONS.items()}
+    return {name: _unavailable_reason(name, torch.device(device)) for name in BACKENDS}
 
 
-#: Choices made so far, each of which is logged once.
-_CHOICES: dict[tuple[str, str, tuple[str, ...]], str] = {}
+def working_device() -> torch.device:
+    """Return the current GPU where torch finds one, else the CPU.
+
+    Raises:
+        BackendUnavailableError: torch finds a GPU, on which it cannot make a tensor.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        return torch.ones(1, device="cuda").device
+    except Exception as error:  # of almost any class, by what is broken
+        raise BackendUnavailableError(
+            f"torch finds a GPU but cannot use it ({first_line(error)}); set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+#: Choices made so far.
+_CHOICES: dict[tuple[str, str | torch.device, tuple[str, ...]], str] = {}
+#: What has been logged about them, once.
+_LOGGED: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
-def resolve(backend: str, device: str, among: tuple[str, ...] = BACKENDS) -> str:
-    """Choose the back-end for tensors of one kind of device.
+def resolve(backend: str, device: str | torch.device, among: tuple[str, ...] = BACKENDS) -> str:
+    """Choose the back-end for tensors on a device.
 
     Args:
         backend: ``"auto"`` or the name of a back-end.
-        device: kind of device, ``"cpu"`` or ``"cuda"``.
+        device: of the tensors, or its kind: ``"cpu"``, or ``"cuda"`` for the current GPU.
         among: the back-ends to choose from.
 
     Raises:
-        ValueError: `backend` is neither ``"auto"`` nor in `among`.
+        ValueError: `backend` is neither ``"auto"`` nor in `among`, or ``EARLYEXIT_SELF_TEST`` neither ``0`` nor ``1``.
         BackendUnavailableError: the back-end cannot run here.
     """
     key = backend, device, among
     if key not in _CHOICES:
-        _CHOICES[key] = _choose(*key)
+        _CHOICES[key] = _choose(backend, torch.device(device), among)
     return _CHOICES[key]
 
 
-def _choose(backend: str, device: str, among: tuple[str, ...]) -> str:
+def _choose(backend: str, device: torch.device, among: tuple[str, ...]) -> str:
     if backend not in ("auto", *among):
         raise ValueError(f"backend: expected one of {('auto', *among)}, got {backend!r}")
     if backend != "auto":
-        reason = _UNAVAILABLE_REASONS[backend](device)
-        if reason:
-            raise BackendUnavailableError(f"backend {backend!r} cannot run on {device} tensors: {reason}")
+        if reason := _unavailable_reason(backend, device):
+            raise BackendUnavailableError(f"backend {backend!r} cannot run on {device.type} tensors: {reason}")
         return backend
     unavailable: list[str] = []
-    for name in _PREFERENCE.get(device, ("torch",)):
+    for name in _PREFERENCE.get(device.type, ("torch",)):
         if name not in among:
             continue
-        reason = _UNAVAILABLE_REASONS[name](device)
+        reason = _unavailable_reason(name, device)
         if not reason:
-            level = logging.WARNING if unavailable else logging.INFO
-            logger.log(level, "backend 'auto' chose %r on %s%s", name, device, "".join(unavailable))
+            _log_once(f"backend 'auto' chose {name!r} on {device}{''.join(unavailable)}", warn=bool(unavailable))
             return name
         unavailable.append(f"; not {name!r}: {reason}")
     raise AssertionError("torch runs everywhere")
+
+
+def _log_once(message: str, *, warn: bool) -> None:
+    if message not in _LOGGED:
+        _LOGGED.add(message)
+        logger.log(logging.WARNING if warn else logging.INFO, "%s", message)

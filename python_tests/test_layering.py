@@ -35,9 +35,10 @@ MAY_IMPORT = {
     "engine": "backbones backends criteria errors hashing heads ops types numpy torch transformers",
     "hf": "arguments backbones backends criteria engine errors heads objectives types huggingface_hub numpy "
     "safetensors torch transformers",
-    "tuning": "arguments criteria engine hf page_style types mapie matplotlib numpy safetensors sklearn torch tqdm",
-    "serving": "arguments criteria hf ops page_style types fastapi numpy prometheus_client pyarrow pydantic ray "
-    "torch transformers uvicorn",
+    "tuning": "arguments backends criteria engine hf page_style types mapie matplotlib numpy safetensors sklearn torch "
+    "tqdm",
+    "serving": "arguments backends criteria hf ops page_style types fastapi numpy prometheus_client pyarrow pydantic "
+    "ray torch transformers uvicorn",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",
     "cli": "* __init__ numpy safetensors torch tqdm transformers",
     "__init__": "* transformers",

@@ -14,10 +14,10 @@ from earlyexit_kernels.tuning.report import environment, markdown_table
 def run(args: argparse.Namespace) -> int:
     """Print the environment and the back-ends."""
     print(markdown_table(("environment", "value"), _rows(environment())))
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for kind in kinds:
-        rows = [(name, reason or "usable") for name, reason in available_backends(kind).items()]
-        print(f"\nBack-ends on {kind} tensors ('auto' selects {resolve('auto', kind)!r}):\n")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for device in ("cpu", *(f"cuda:{i}" for i in range(gpus))):
+        rows = [(name, reason or "usable") for name, reason in available_backends(device).items()]
+        print(f"\nBack-ends on {device} tensors ('auto' selects {resolve('auto', device)!r}):\n")
         print(markdown_table(("back-end", "state"), rows))
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
+from earlyexit_kernels.backends import working_device
 from earlyexit_kernels.cli.inputs import (
     check_lengths,
     check_max_length,
@@ -268,8 +269,7 @@ def load_any(folder: Path) -> EarlyExitForSequenceClassification:
         raise ValueError(
             f"--model: expected a model with exits, {folder} contains a {type(model).__name__}; train it first"
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model
+    return model.to(working_device())
 
 
 def layer_table(result: Sweep) -> str:

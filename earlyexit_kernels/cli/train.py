@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from earlyexit_kernels.backends import working_device
 from earlyexit_kernels.cli.base_model import load_base, reads_last_token
 from earlyexit_kernels.cli.card import README, card, check_card, score_table
 from earlyexit_kernels.cli.inputs import (
@@ -284,7 +285,12 @@ def _too_many_rows(args: argparse.Namespace, task: str, total: int) -> str:
 def training_arguments(
     output: Path, seed: int, epochs: float, lr: float, batch_size: int, **others: Any
 ) -> TrainingArguments:
-    """Return arguments of a Trainer run without checkpoints, logs and reports."""
+    """Return arguments of a Trainer run without checkpoints, logs and reports.
+
+    Raises:
+        BackendUnavailableError: torch finds a GPU and cannot use it.
+    """
+    working_device()
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=epochs,

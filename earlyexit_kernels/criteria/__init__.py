@@ -160,13 +160,13 @@ def supported_backends(name: str) -> tuple[str, ...]:
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(name: str, backend: str, device: str) -> str:
-    """Choose the back-end that runs a rule on tensors of one kind of device.
+def resolve_backend(name: str, backend: str, device: str | torch.device) -> str:
+    """Choose the back-end that runs a rule on tensors on a device.
 
     Args:
         name: of the rule.
         backend: ``"auto"`` or the name of a back-end.
-        device: kind of device, ``"cpu"`` or ``"cuda"``.
+        device: of the tensors, or its kind: ``"cpu"``, or ``"cuda"`` for the current GPU.
 
     Raises:
         ValueError: an unknown back-end or rule.

@@ -235,7 +235,7 @@ def start(
     exits = _Exits(
         RequestExits.new(rule, rows=rows, classes=classes, depth=len(layers), device=device, keys=keys),
         exit_source(heads, rule.needs, live.states, options.backend),
-        bare_op("exit_step", resolve_backend(rule.name, options.backend, device.type), device.type),
+        bare_op("exit_step", resolve_backend(rule.name, options.backend, device), device),
         counts_for(len(layers), device, exact=skips is not None),
         options.strict,
     )

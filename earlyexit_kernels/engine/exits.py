@@ -192,7 +192,7 @@ def dense_source(heads: ExitHeads, features: Tensor, backend: str) -> DenseSourc
     exits = dense_exits(heads, features.dtype, features.device)
     if exits is None:
         return None
-    multiply = bare_op("first_tokens_linear", backend, features.device.type)
+    multiply = bare_op("first_tokens_linear", backend, features.device)
     return DenseSource(exits, heads.config.activation, features, multiply)
 
 

@@ -159,7 +159,7 @@ def compact_batch(
     Returns:
         The smaller batch, its tokens ``[1, tokens, H]``, and the old index ``[live]`` int32 of each row, -1 for none.
     """
-    device = hidden.device.type
+    device = hidden.device
     compact, gather_rows = bare_op("compact", backend, device), bare_op("gather_rows", backend, device)
     row_ids, offsets, source = compact(batch.row_ids, batch.offsets)
     row_ids, offsets, source = row_ids[:live], offsets[: live + 1], source[:live]
@@ -182,6 +182,6 @@ def scatter_rows(
     place = torch.full_like(batch.row_ids, -1)
     index = source.long()
     place[index] = torch.arange(source.shape[0], dtype=torch.int32, device=source.device)
-    gather_rows = bare_op("gather_rows", backend, hidden.device.type)
+    gather_rows = bare_op("gather_rows", backend, hidden.device)
     gather_rows(part_hidden[0].contiguous(), part.offsets, place, batch.offsets, hidden[0])
     batch.row_ids[index] = part.row_ids

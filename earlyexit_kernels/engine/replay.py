@@ -128,7 +128,7 @@ def _plan(trace: ExitTrace, criterion: Criterion | None, problem_type: str | Non
     task = problem_type or trace.problem_type or default_problem_type(classes)
     check_fits(rule, depth=depth, classes=classes, problem_type=task, aux=tuple(trace.aux))
     check_known(rule)
-    device = trace.logits.device.type
+    device = trace.logits.device
     return _Plan(rule, bare_op("exit_step", resolve_backend(rule.name, backend, device), device))
 
 

@@ -141,9 +141,9 @@ class ResidentLoop:
         weight = next(view.backbone.parameters())
         self.device = weight.device
         self.rule, self.depth = view.criterion.exit_rule, len(view.layers)
-        self.pack = bare_op("pack_tokens", backend, self.device.type)
-        self.exit = bare_op("resident_exit", exit_backend, self.device.type)
-        self.move = bare_op("gather_rows", exit_backend, self.device.type)
+        self.pack = bare_op("pack_tokens", backend, self.device)
+        self.exit = bare_op("resident_exit", exit_backend, self.device)
+        self.move = bare_op("gather_rows", exit_backend, self.device)
         self.widen = view.adapter.widen(view.backbone)
         # launches hold addresses: a graph reads them even after a parameter was given other memory
         self.held = [x.detach() for module in view.roots for x in (*module.parameters(), *module.buffers())]

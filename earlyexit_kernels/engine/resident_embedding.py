@@ -24,7 +24,7 @@ def embedding_of(view: ModelView, rows: RowBuffers, out: Tensor, backend: str) -
     """
     if embedding_unsupported_reason(view.adapter, view.backbone) is None:
         weights = SumWeights.of(view.adapter, view.backbone)
-        return SummedEmbedding(weights, rows, out, bare_op("rows_embed", backend, out.device.type))
+        return SummedEmbedding(weights, rows, out, bare_op("rows_embed", backend, out.device))
     return FamilyEmbedding(view, rows, out)
 
 

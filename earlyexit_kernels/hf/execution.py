@@ -98,7 +98,7 @@ class Execution:
             kind = view.backbone.device.type
             if kind != "cuda":
                 raise BackendUnavailableError(f"engine 'graph' runs on CUDA, the model is on {kind!r}; move it first")
-            backends.resolve("triton", kind)
+            backends.resolve("triton", view.backbone.device)
         self._engine = engine
         self.graphs.forget()
 
@@ -270,7 +270,7 @@ class Execution:
         return choice
 
     def _graph_unsupported_reason(self, view: ModelView, rows: int, length: int, check_stale: bool) -> str | None:
-        if missing := backends.available_backends("cuda")["triton"]:
+        if missing := backends.available_backends(view.backbone.device)["triton"]:
             return f"a graph requires Triton's kernels: {missing}"
         backend = self.backend(view)
         if backend == "torch":
@@ -299,7 +299,7 @@ def _check_option(name: str, value: str, options: Sequence[str]) -> None:
 
 def _resolved(backend: str, view: ModelView) -> str:
     """Return the back-end of the exits that a name stands for on a model's device."""
-    return resolve_backend(view.criterion.exit_rule.name, _requested(backend, view), view.backbone.device.type)
+    return resolve_backend(view.criterion.exit_rule.name, _requested(backend, view), view.backbone.device)
 
 
 def _requested(backend: str, view: ModelView) -> str:

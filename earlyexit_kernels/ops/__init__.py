@@ -3,6 +3,7 @@
 Each function checks its arguments and runs on the back-end that is asked for; `bare_op` returns an op without checks.
 """
 
+from earlyexit_kernels.backends import register_self_test
 from earlyexit_kernels.ops.compact import compact, gather_rows
 from earlyexit_kernels.ops.encoder_layer import EncoderWeights, encoder_layer
 from earlyexit_kernels.ops.exit_call import ExitCall
@@ -19,6 +20,7 @@ from earlyexit_kernels.ops.rows_linear import rows_linear
 from earlyexit_kernels.ops.rows_mean import rows_mean
 from earlyexit_kernels.ops.rows_rotary import rows_rotary
 from earlyexit_kernels.ops.schema import bare_op
+from earlyexit_kernels.ops.self_test import failure
 
 __all__ = [
     "EncoderWeights",
@@ -42,3 +44,5 @@ __all__ = [
     "rows_mean",
     "rows_rotary",
 ]
+
+register_self_test(failure)

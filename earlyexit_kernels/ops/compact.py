@@ -174,7 +174,7 @@ def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple
     ([0, 2, -1], [0, 2, 3, 3], [0, 2, -1])
     """
     row_ids, offsets = _checked_compact("compact", row_ids, offsets)
-    return bare_op("compact", backend, row_ids.device.type)(row_ids, offsets)
+    return bare_op("compact", backend, row_ids.device)(row_ids, offsets)
 
 
 @not_traced
@@ -219,7 +219,7 @@ def gather_rows(
     [0.0, 1.0, 5.0]
     """
     read = _checked_gather("gather_rows", hidden, offsets, source, new_offsets, out)
-    bare_op("gather_rows", backend, out.device.type)(*read, out)
+    bare_op("gather_rows", backend, out.device)(*read, out)
 
 
 @not_traced

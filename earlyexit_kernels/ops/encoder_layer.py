@@ -196,7 +196,7 @@ def encoder_layer(
         inverse=inverse,
     )  # fmt: skip
     _check(op, call)
-    return bare_op(op, backend, x.device.type)(*call)
+    return bare_op(op, backend, x.device)(*call)
 
 
 @not_traced

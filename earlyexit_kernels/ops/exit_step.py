@@ -294,5 +294,5 @@ def exit_step(
         rule.name, (), pooling, layer, depth,
     )  # fmt: skip
     call = checked_call(op, rule, call)
-    device = row_ids.device.type
+    device = row_ids.device
     return bare_op(op, resolve_backend(rule.name, backend, device), device)(*call)

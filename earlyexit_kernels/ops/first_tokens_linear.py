@@ -144,7 +144,7 @@ def first_tokens_linear(
     """
     op = "first_tokens_linear"
     read = _checked(op, hidden, weight, bias, offsets, row_ids, out, activation)
-    bare_op(op, backend, out.device.type)(*read, out, activation)
+    bare_op(op, backend, out.device)(*read, out, activation)
 
 
 @not_traced

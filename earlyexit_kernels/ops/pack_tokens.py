@@ -261,7 +261,7 @@ def pack_tokens(
         {"found": found, "row_ids": row_ids, "offsets": offsets, "tokens": tokens, "counts": counts, "state": state},
     )
     written = found, row_ids, offsets, tokens, counts
-    bare_op(op, backend, ids.device.type)(*inputs, *written, first_state, state)
+    bare_op(op, backend, ids.device)(*inputs, *written, first_state, state)
 
 
 @not_traced

@@ -238,7 +238,7 @@ def packed_layer(
     """
     call = PackedLayerCall(x, offsets, *packed, list(eps), heads, activation)
     _check(call)
-    return bare_op("packed_layer", backend, x.device.type)(*call)
+    return bare_op("packed_layer", backend, x.device)(*call)
 
 
 @not_traced

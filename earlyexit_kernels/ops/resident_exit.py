@@ -249,8 +249,8 @@ def resident_exit(
         rule.name, (), pooling, layer, depth, tile, capacity, handle,
     )  # fmt: skip
     call = _checked(op, rule, call)
-    device = row_ids.device.type
-    if backend == "auto" and device == "cpu":
+    device = row_ids.device
+    if backend == "auto" and device.type == "cpu":
         backend = "torch"  # the extension has this op on CUDA only
     bare_op(op, resolve_backend(rule.name, backend, device), device)(*call)
 

@@ -207,7 +207,7 @@ def rows_add_norm(
     x, x_bias, residual, weight, bias, offsets = _checked(
         op, x, x_bias, residual, weight, bias, offsets, out, total, absolute
     )
-    bare_op(op, backend, out.device.type)(x, x_bias, residual, weight, bias, eps, offsets, out, *absolute, total)
+    bare_op(op, backend, out.device)(x, x_bias, residual, weight, bias, eps, offsets, out, *absolute, total)
 
 
 @not_traced

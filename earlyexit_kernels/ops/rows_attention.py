@@ -242,7 +242,7 @@ def rows_attention(
     op = "rows_attention"
     read = _checked(op, qkv, offsets, row_ids, heads, longest, out, window, columns, starts)
     qkv, offsets, row_ids, columns, starts = read
-    bare_op(op, backend, out.device.type)(qkv, offsets, row_ids, heads, longest, out, window, columns, starts)
+    bare_op(op, backend, out.device)(qkv, offsets, row_ids, heads, longest, out, window, columns, starts)
 
 
 @not_traced

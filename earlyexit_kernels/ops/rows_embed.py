@@ -180,7 +180,7 @@ def rows_embed(
     op = "rows_embed"
     given = _checked(op, tokens, {"words": words, "positions": positions, "types": types}, weight, bias, offsets, out)
     tokens, tables, weight, bias, offsets = given
-    bare_op(op, backend, out.device.type)(tokens, *tables, weight, bias, eps, offsets, out)
+    bare_op(op, backend, out.device)(tokens, *tables, weight, bias, eps, offsets, out)
 
 
 @not_traced

@@ -90,7 +90,7 @@ def rows_glu(x: Tensor, offsets: Tensor, out: Tensor, *, activation: str, backen
     """
     op = "rows_glu"
     x, offsets = _checked(op, x, offsets, out, activation)
-    bare_op(op, backend, out.device.type)(x, offsets, out, activation)
+    bare_op(op, backend, out.device)(x, offsets, out, activation)
 
 
 @not_traced

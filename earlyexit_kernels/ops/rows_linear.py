@@ -240,7 +240,7 @@ def rows_linear(
     """
     op = "rows_linear"
     x, weights, biases, offsets = _checked(op, x, weight, bias, offsets, out, activation, absolute, in_parts)
-    bare_op(op, backend, out.device.type)(x, weights, biases, offsets, out, activation, absolute, in_parts)
+    bare_op(op, backend, out.device)(x, weights, biases, offsets, out, activation, absolute, in_parts)
 
 
 @not_traced

@@ -106,7 +106,7 @@ def rows_mean(hidden: Tensor, offsets: Tensor, row_ids: Tensor, out: Tensor, *, 
     """
     op = "rows_mean"
     read = _checked(op, hidden, offsets, row_ids, out)
-    bare_op(op, backend, out.device.type)(*read, out)
+    bare_op(op, backend, out.device)(*read, out)
 
 
 @not_traced

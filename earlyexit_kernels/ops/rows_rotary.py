@@ -158,7 +158,7 @@ def rows_rotary(
     """
     op = "rows_rotary"
     read = _checked(op, qkv, cos, sin, starts, offsets, row_ids, heads, longest)
-    bare_op(op, backend, qkv.device.type)(qkv, *read, heads, longest)
+    bare_op(op, backend, qkv.device)(qkv, *read, heads, longest)
 
 
 @not_traced

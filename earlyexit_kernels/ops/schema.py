@@ -124,7 +124,12 @@ def define(
         _OPS[op][backend] = getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def bare_op(op: str, backend: str, device: str) -> Callable[..., Any]:
+def op_of(op: str, backend: str) -> Callable[..., Any]:
+    """Return an op of a back-end that is known to have it and to run here."""
+    return _OPS[op][backend]
+
+
+def bare_op(op: str, backend: str, device: str | torch.device) -> Callable[..., Any]:
     """Return an op of a back-end without the input checks of its public function.
 
     For loops that call an op at every layer on tensors that they have made themselves. Invalid arguments are undefined
@@ -133,7 +138,7 @@ def bare_op(op: str, backend: str, device: str) -> Callable[..., Any]:
     Args:
         op: name of a function of `earlyexit_kernels.ops`.
         backend: ``"auto"`` or the name of a back-end.
-        device: kind of device, ``"cpu"`` or ``"cuda"``.
+        device: of the tensors, or its kind: ``"cpu"``, or ``"cuda"`` for the current GPU.
 
     Raises:
         ValueError: the op does not exist, or does not have this back-end on this kind of device.
@@ -151,7 +156,7 @@ def bare_op(op: str, backend: str, device: str) -> Callable[..., Any]:
     return _OPS[op][resolve(backend, device, _back_ends(op, device))]
 
 
-def _back_ends(op: str, device: str) -> tuple[str, ...]:
-    """Return the back-ends that have `op` on a kind of device."""
-    names = tuple(_OPS[op])
-    return names if device in _COMPILED_FOR[op] else tuple(name for name in names if name != "cpp")
+def _back_ends(op: str, device: str | torch.device) -> tuple[str, ...]:
+    """Return the back-ends that have `op` on a device."""
+    names, kind = tuple(_OPS[op]), device if isinstance(device, str) else device.type
+    return names if kind in _COMPILED_FOR[op] else tuple(name for name in names if name != "cpp")

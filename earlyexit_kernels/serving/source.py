@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from earlyexit_kernels.backends import working_device
 from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, early_exit_model_in
 from earlyexit_kernels.hf.weight_files import find_file
@@ -52,7 +53,7 @@ class Source:
                 "otherwise; make a new one"
             )
         model = AutoModelForSequenceClassification.from_pretrained(self.name)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu"), self._tokenizer()
+        return model.to(working_device()), self._tokenizer()
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is not None:

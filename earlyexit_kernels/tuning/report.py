@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from earlyexit_kernels.backends import first_line
 from earlyexit_kernels.criteria import Criterion
 
 _PACKAGES = ("earlyexit_kernels", "torch", "transformers", "triton", "accelerate", "numpy")
@@ -23,13 +24,12 @@ _PACKAGES = ("earlyexit_kernels", "torch", "transformers", "triton", "accelerate
 
 def environment() -> dict[str, Any]:
     """Return JSON-ready facts about the machine, the versions of packages, the threads and the commit."""
-    cuda = torch.cuda.is_available()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "gpus": _gpu_names(),
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -43,6 +43,15 @@ def device_text(facts: Mapping[str, Any]) -> str:
     """Return the device of an `environment` for titles, e.g. ``"AMD EPYC, 2 threads"`` or the names of the GPUs."""
     threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
     return ", ".join(facts["gpus"]) or f"{facts['cpu']}, {threads}"
+
+
+def _gpu_names() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    try:
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    except Exception as error:  # of almost any class, by what is broken
+        return [f"unusable ({first_line(error)})"]
 
 
 def _cpu_name() -> str:

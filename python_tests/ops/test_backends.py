@@ -12,14 +12,17 @@ import earlyexit_kernels as ee
 from earlyexit_kernels import backends
 from earlyexit_kernels.ops import bare_op, compact
 from earlyexit_kernels.ops.schema import on_its_device
+from earlyexit_kernels.ops.self_test import VARIABLE
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice():
     """Clear the choices, which are made once per process."""
-    backends._CHOICES.clear()
+    for made in (backends._CHOICES, backends._LOGGED):
+        made.clear()
     yield
-    backends._CHOICES.clear()
+    for made in (backends._CHOICES, backends._LOGGED):
+        made.clear()
 
 
 @pytest.fixture
@@ -48,6 +51,7 @@ def test_reasons_say_what_to_do(compiled_triton, without_extension):
 
 
 def test_interpreted_triton_runs_on_the_cpu_only(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "0")
     monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
     monkeypatch.setattr(backends, "_TRITON_MISSING", "")
     assert ee.available_backends("cpu")["triton"] == ""

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from earlyexit_kernels.backends import working_device
 from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.serving.http.batches import Batches, Done
@@ -61,7 +62,7 @@ def load(folder: str) -> EarlyExitForSequenceClassification:
     except Exception as error:  # transformers raises almost any class for a broken file
         reason = " ".join(str(error).removeprefix("Scorer: ").split())
         raise ValueError(reason or type(error).__name__) from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(working_device())
     model.config.strict = False  # rows with invalid logits fail alone; strict fails their whole batch
     return model.eval()
 
