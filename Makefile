@@ -73,9 +73,9 @@ lint: $(VENV)/.lint ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-bench: setup $(VENV)/.peers ## measure this machine: JSON, plots and the tables of the documents (about ten minutes)
+bench: setup $(VENV)/.peers ## measure the CPU of this machine: JSON, plots and the tables of the documents (about ten minutes)
 	@echo "running the benchmarks"
-	@$(PY) -m benchmarks.run $(ARGS)
+	@CUDA_VISIBLE_DEVICES= $(PY) -m benchmarks.run $(ARGS)
 
 bench-compare: setup ## time this version and another in alternation: make bench-compare BASE=<git ref>
 	@echo "comparing with $(BASE)"

@@ -55,8 +55,8 @@ def headline(results: Path | None = None) -> str:
     return (
         f"On SST-2 sentences in batches of 32 on {machine}, a 6-layer MiniLM with\n"
         f"exits takes {plain['ratio']:.2f} of the time of the plain Transformers model, {peer['ratio']:.2f} of that of "
-        f"{peer['against']}, the faster of ONNX Runtime\nand OpenVINO, and {own['ratio']:.2f} of its own time with early "
-        "exit off ([results](#results))."
+        f"{peer['against']}, the faster of ONNX Runtime\nand OpenVINO, and {own['ratio']:.2f} of its own time with "
+        "early exit off ([results](#results))."
     )
 
 

@@ -248,13 +248,11 @@ def _classify(model: Any, tokenizer: Any, folder: Path) -> str:
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
     loaded: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True)
-    classify = pipeline("text-classification", model=loaded, tokenizer=tokenizer)
+    classify = pipeline("text-classification", model=loaded, tokenizer=tokenizer, device="cpu")
     rows = []
     for sentence in SENTENCES:
         answer = classify(sentence)[0]
         with torch.inference_mode():
-            # the pipeline moves the model to a GPU where there is one
-            inputs = tokenizer(sentence, return_tensors="pt").to(loaded.device)
-            exit_layer = int(loaded(**inputs).exit_layer)
+            exit_layer = int(loaded(**tokenizer(sentence, return_tensors="pt")).exit_layer)
         rows.append((sentence, answer["label"], f"{answer['score']:.3f}", exit_layer))
     return markdown_table(("sentence", "label", "score", "exit layer"), rows)

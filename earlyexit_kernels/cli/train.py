@@ -288,9 +288,9 @@ def training_arguments(
     """Return arguments of a Trainer run without checkpoints, logs and reports.
 
     Raises:
-        BackendUnavailableError: torch finds a GPU and cannot use it.
+        BackendUnavailableError: torch finds a GPU and cannot use it, and ``use_cpu`` is not set.
     """
-    working_device()
+    on_gpu = not others.get("use_cpu") and working_device().type == "cuda"
     return TrainingArguments(
         output_dir=str(output),
         num_train_epochs=epochs,
@@ -302,6 +302,6 @@ def training_arguments(
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=on_gpu,
         **{"use_cpu": not torch.accelerator.is_available()} | others,  # without it the Trainer refuses bf16 on a CPU
     )
