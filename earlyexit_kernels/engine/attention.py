@@ -103,6 +103,7 @@ def attend_by_plan(
     kind: AttentionKind = FULL,
 ) -> Tensor:
     """Return attention within the rows of packed tokens, over and to ``[T, heads, D]``."""
+    q, k, v = (_as_autocast(x) for x in (q, k, v))
     if plan.offsets is not None:
         if kind.window is None and kind.softcap is None:
             k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
@@ -113,6 +114,17 @@ def attend_by_plan(
         bq, bk, bv = (bucket.gather(x).transpose(1, 2) for x in (q, k, v))
         attended.append(_attend(bq, bk, bv, mask, kind, scaling, dropout).transpose(1, 2))
     return plan.join(attended)
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """Return `x` in the dtype of autocast where that is active, as it gives sdpa; other kernels it does not know.
+
+    Rotary positions make queries and keys float32 there, and leave values in half precision.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def _attend(
@@ -152,8 +164,16 @@ def _varlen(
 
     Both are called by their private aten names. `torch.nn.attention.varlen.varlen_attn` calls the same flash kernel but
     has no dropout, which training needs, and no float32; there is no public function for the memory-efficient kernel.
-    Both kernels skip rows without tokens and do not write tokens after the last row.
+    Both kernels skip rows without tokens and do not write tokens after the last row. They do not compare dtypes.
+
+    Raises:
+        ValueError: queries, keys and values of several dtypes.
     """
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"attention: expected queries, keys and values of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; "
+            "convert the whole model with model.to(dtype), or run it under torch.autocast"
+        )
     width, ends = q.shape[-1], (plan.offsets, plan.offsets, plan.longest, plan.longest, dropout)
     scale = width**-0.5 if scaling is None else scaling
     if width % HEAD_WIDTH_MULTIPLE:
