@@ -22,6 +22,7 @@ from earlyexit_kernels.engine.exits import read_exit
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs
 from earlyexit_kernels.engine.layer_calls import hidden_of
 from earlyexit_kernels.engine.states import PaddedStates
+from earlyexit_kernels.engine.view import embedding_weight
 from earlyexit_kernels.hashing import token_keys
 from earlyexit_kernels.heads import ExitHeads, exit_logits
 from earlyexit_kernels.ops.exit_step import valid_rows
@@ -92,7 +93,7 @@ class FixedDepth(nn.Module):
         self._check_mode()
         given = Inputs(input_ids, attention_mask, token_type_ids, position_ids)
         inputs = check_inputs(given, self.adapter, self.backbone, check_values=False)
-        rows, device = inputs.rows, self.backbone.device
+        rows, device = inputs.rows, embedding_weight(self.backbone).device
         answers = torch.zeros(rows, self.classes, dtype=torch.float32, device=device)
         exit_layer = torch.zeros(rows, dtype=torch.int64, device=device)
         if rows == 0:

@@ -23,6 +23,7 @@ from earlyexit_kernels.engine.fused_bert import onednn_unsupported_reason, produ
 from earlyexit_kernels.engine.layer_parts import hooked
 from earlyexit_kernels.engine.locks import ForkSafeLock
 from earlyexit_kernels.engine.packed_layers import PackedLayer, kernels_name, kernels_unsupported_reason
+from earlyexit_kernels.engine.view import embedding_weight
 
 
 class Form(NamedTuple):
@@ -92,8 +93,8 @@ def _arguments_unsupported_reason(adapter: BackboneAdapter, backbone: Any, form:
     if adapter.layer_arguments is None:
         return None
     with torch.no_grad():  # what it gives the layers is known from a call only
-        token = torch.zeros(1, 1, backbone.config.hidden_size, dtype=backbone.dtype, device=backbone.device)
-        given = adapter.layer_arguments(backbone, token, torch.zeros(1, 1, dtype=torch.int64, device=backbone.device))
+        token = embedding_weight(backbone).new_zeros(1, 1, backbone.config.hidden_size)
+        given = adapter.layer_arguments(backbone, token, torch.zeros(1, 1, dtype=torch.int64, device=token.device))
     if others := sorted({name for each in given for name in each} - {ROTARY}):
         return f"{title} gives its layers {', '.join(others)}, layers of {names} take {ROTARY} alone"
     return None
@@ -112,8 +113,7 @@ def stored_unsupported_reason(adapter: BackboneAdapter, backbone: nn.Module, sto
         return (
             f"the weights of {adapter.model_type!r} cannot be stored in {stored}, only those of layers of BERT's form"
         )
-    dtype: Any = backbone.dtype
-    reason = kernels_unsupported_reason(dtype, stored)
+    reason = kernels_unsupported_reason(embedding_weight(backbone).dtype, stored)
     return f"weights stored in {stored} require the vector kernels: {reason}" if reason else None
 
 

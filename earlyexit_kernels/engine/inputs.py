@@ -11,6 +11,7 @@ from torch import Tensor
 
 from earlyexit_kernels.backbones import BackboneAdapter
 from earlyexit_kernels.engine.attention import check_attention, check_windows
+from earlyexit_kernels.engine.view import embedding_weight
 from earlyexit_kernels.types import INTEGER_DTYPES
 
 
@@ -68,7 +69,7 @@ def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, chec
     ids, mask = given.input_ids, given.attention_mask
     if ids is None:
         raise ValueError("input_ids: expected integers of shape [N, S], got None")
-    shape, max_length, device = ids.shape, adapter.longest(backbone.config), backbone.device
+    shape, max_length, device = ids.shape, adapter.longest(backbone.config), embedding_weight(backbone).device
     if ids.dim() != 2:
         single = "; for one row pass input_ids[None]" if ids.dim() == 1 else ""
         raise ValueError(f"input_ids: expected integers of shape [N, S], got shape {list(shape)}{single}")

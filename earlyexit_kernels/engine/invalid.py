@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from earlyexit_kernels.engine.locks import ForkSafeLock
 from earlyexit_kernels.errors import InvalidLogitsError
 from earlyexit_kernels.ops.exit_step import valid_rows
 
@@ -23,18 +24,21 @@ class InvalidRows:
     """Number of rows with invalid logits, counted once for each exit.
 
     Counts of training passes stay on the device, since reading them synchronises. They are read by `total`, by the next
-    call of `add`, and every `PASSES_BETWEEN_READS` passes. Counts on the CPU are read at once.
+    call of `add`, and every `PASSES_BETWEEN_READS` passes. Counts on the CPU are read at once. Threads may count at the
+    same time, on several devices.
     """
 
     def __init__(self) -> None:
+        self._lock = ForkSafeLock()
         self._total = 0
-        self._waiting: Tensor | None = None
+        self._waiting: dict[torch.device, Tensor] = {}
         self._passes = 0
 
     def total(self) -> int:
         """Return the number so far; synchronises with the device if counts were left there."""
-        self._read()
-        return self._total
+        with self._lock:
+            self._read()
+            return self._total
 
     def add(self, by_layer: Sequence[int], strict: bool) -> None:
         """Count the invalid rows of layers 1..L.
@@ -42,7 +46,11 @@ class InvalidRows:
         Raises:
             InvalidLogitsError: there are some, and `strict` is set.
         """
-        self._read()
+        with self._lock:
+            self._read()
+            self._count(by_layer, strict)
+
+    def _count(self, by_layer: Sequence[int], strict: bool) -> None:
         if not any(by_layer):
             return
         if strict:
@@ -72,18 +80,18 @@ class InvalidRows:
         if strict or not training or by_layer.device.type in SYNCHRONOUS_DEVICES:
             self.add(by_layer.tolist(), strict)
             return
-        if self._waiting is not None and self._waiting.device != by_layer.device:
-            self._read()
-        self._waiting = by_layer if self._waiting is None else self._waiting + by_layer
-        self._passes += 1
-        if self._passes >= PASSES_BETWEEN_READS:
-            self._read()
+        with self._lock:
+            before = self._waiting.get(by_layer.device)
+            self._waiting[by_layer.device] = by_layer if before is None else before + by_layer
+            self._passes += 1
+            if self._passes >= PASSES_BETWEEN_READS:
+                self._read()
 
     def _read(self) -> None:
         """Add the counts that were left on the device."""
-        waiting, self._waiting, self._passes = self._waiting, None, 0
-        if waiting is not None:
-            self.add(waiting.tolist(), strict=False)
+        waiting, self._waiting, self._passes = self._waiting, {}, 0
+        for counts in waiting.values():
+            self._count(counts.tolist(), strict=False)
 
 
 def refuse_invalid(by_layer: Sequence[int]) -> None:

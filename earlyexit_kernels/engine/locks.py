@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from typing import Any
 
 
 class ForkSafeLock:
@@ -22,6 +23,10 @@ class ForkSafeLock:
     def __exit__(self, *_: object) -> None:
         self._holder = None
         self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are locks of their own."""
+        return ForkSafeLock, ()
 
     def renew(self) -> None:
         """Replace the lock by a new one, unless this thread, the only one of a forked child, holds it."""

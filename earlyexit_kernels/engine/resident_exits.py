@@ -48,7 +48,7 @@ def exits_unsupported_reason(shape: HeadConfig, rule: Criterion) -> str | None:
 
 def runs_modules(view: ModelView) -> bool:
     """Return whether torch modules compute the exits of a model that is supported, by products of a library."""
-    heads, dtype, device = view.heads, view.backbone.dtype, view.backbone.device
+    heads, dtype, device = view.heads, view.dtype, view.device
     if view.criterion.exit_rule.needs is not None:
         return True
     return heads.linear_exits(dtype) is None and dense_exits(heads, dtype, device) is None

@@ -95,10 +95,10 @@ class Execution:
         """Choose the engine; see the model's method."""
         _check_option("engine", engine, ENGINES)
         if engine == "graph":
-            kind = view.backbone.device.type
+            kind = view.device.type
             if kind != "cuda":
                 raise BackendUnavailableError(f"engine 'graph' runs on CUDA, the model is on {kind!r}; move it first")
-            backends.resolve("triton", view.backbone.device)
+            backends.resolve("triton", view.device)
         self._engine = engine
         self.graphs.forget()
 
@@ -258,19 +258,21 @@ class Execution:
         """
         if self._engine == "eager":
             return Choice("eager", REQUESTED)
-        if view.backbone.device.type != "cuda":
+        if view.device.type != "cuda":
             return Choice("eager", "graphs require CUDA")
+        if view.replica_reason is not None:
+            return Choice("eager", view.replica_reason)
         if torch.is_autocast_enabled("cuda"):
             return Choice("eager", "the kernels of a graph do not support autocast")
         choice = Choice("graph", REQUESTED)
         if self._engine == "auto":
-            choice = fastest(torch.cuda.get_device_name(view.backbone.device), rows, length)
+            choice = fastest(torch.cuda.get_device_name(view.device), rows, length)
         if choice.name == "graph" and (reason := self._graph_unsupported_reason(view, rows, length, check_stale)):
             return Choice("eager", reason)
         return choice
 
     def _graph_unsupported_reason(self, view: ModelView, rows: int, length: int, check_stale: bool) -> str | None:
-        if missing := backends.available_backends(view.backbone.device)["triton"]:
+        if missing := backends.available_backends(view.device)["triton"]:
             return f"a graph requires Triton's kernels: {missing}"
         backend = self.backend(view)
         if backend == "torch":
@@ -299,12 +301,12 @@ def _check_option(name: str, value: str, options: Sequence[str]) -> None:
 
 def _resolved(backend: str, view: ModelView) -> str:
     """Return the back-end of the exits that a name stands for on a model's device."""
-    return resolve_backend(view.criterion.exit_rule.name, _requested(backend, view), view.backbone.device)
+    return resolve_backend(view.criterion.exit_rule.name, _requested(backend, view), view.device)
 
 
 def _requested(backend: str, view: ModelView) -> str:
     """Return the name of the back-end that the ops of a model run on; a float64 model runs on torch only."""
-    is_float64 = view.backbone.dtype == torch.float64
+    is_float64 = view.dtype == torch.float64
     if is_float64 and backend not in ("auto", "torch"):
         raise BackendUnavailableError(
             f"backend {backend!r} does not support a float64 model; use 'auto' or 'torch', or call model.float()"
@@ -314,16 +316,16 @@ def _requested(backend: str, view: ModelView) -> str:
 
 def _no_answers(view: ModelView) -> ExitOutput:
     """Return the answers to a batch without rows."""
-    device = view.backbone.device
+    device = view.device
     none = torch.zeros(0, dtype=torch.int64, device=device)
     return ExitOutput(torch.zeros(0, view.classes, device=device, dtype=torch.float32), none, none.clone())
 
 
 def _no_exits(view: ModelView, problem_type: str, *, with_keys: bool, training: bool) -> ExitTrace:
     """Return the trace of a batch without rows."""
-    device, depth = view.backbone.device, len(view.layers)
+    device, depth = view.device, len(view.layers)
     aux = {name: torch.zeros(0, depth, device=device) for name in view.heads.aux_names if name != "gate"}
-    dtype = view.backbone.dtype if training else torch.float32
+    dtype = view.dtype if training else torch.float32
     keys = torch.zeros(0, dtype=torch.int64, device=device) if with_keys else None
     logits = torch.zeros(0, depth, view.classes, device=device, dtype=dtype)
     return ExitTrace(logits, aux, keys, problem_type=problem_type)

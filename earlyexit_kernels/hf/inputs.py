@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_message
+from earlyexit_kernels.engine.view import embedding_weight
 
 
 def check_model_inputs(model: Any, given: Inputs) -> Inputs:
@@ -32,7 +33,7 @@ def check_model_inputs(model: Any, given: Inputs) -> Inputs:
             f"the config has {labels} labels, the exits have {classes}; set config.num_labels back, or change it in "
             "the stock model before to_early_exit"
         )
-    model.heads.check_beside(model.backbone.get_input_embeddings().weight)
+    model.heads.check_beside(embedding_weight(model.backbone))
     return check_inputs(given, model.adapter, model.backbone)
 
 

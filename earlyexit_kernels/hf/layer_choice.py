@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 
@@ -60,10 +59,9 @@ class LayerChoice:
 
     def products(self, view: ModelView) -> tuple[Choice, str]:
         """Return what computes the products of fused layers, and the type in which their weights are stored."""
-        dtype: Any = view.backbone.dtype
         # float32 stands for the dtype of the model
-        stored = dtype if self._weights == "float32" else STORED[self._weights]
-        return products_of(view.adapter, dtype), str(stored).removeprefix("torch.")
+        stored = view.dtype if self._weights == "float32" else STORED[self._weights]
+        return products_of(view.adapter, view.dtype), str(stored).removeprefix("torch.")
 
     def encoder(self, view: ModelView) -> Encoder:
         """Return the encoder of eval mode.
@@ -88,8 +86,10 @@ class LayerChoice:
         if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return None, "autocast or torch.compile is active"
         encoder, reason, stored = None, None, STORED[self._weights]
-        if (kind := view.backbone.device.type) != "cpu":
+        if (kind := view.device.type) != "cpu":
             reason = f"fused layers run on the CPU, the model is on {kind!r}"
+        elif view.replica_reason is not None:
+            reason = view.replica_reason
         elif pack:
             encoder, reason = self.fused.get_or_pack(view.adapter, view.backbone, stored)
         else:
@@ -105,7 +105,6 @@ def _log(view: ModelView, reason: str | None) -> None:
     if reason:
         logger.info("layers 'auto' chose 'family': %s", reason)
         return
-    dtype: Any = view.backbone.dtype
-    products = products_of(view.adapter, dtype)
-    level = logging.WARNING if products.name == "torch" and dtype == torch.float32 else logging.INFO
+    products = products_of(view.adapter, view.dtype)
+    level = logging.WARNING if products.name == "torch" and view.dtype == torch.float32 else logging.INFO
     logger.log(level, "layers 'auto' chose 'fused', products by %r: %s", products.name, products.reason)

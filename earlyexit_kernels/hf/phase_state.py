@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from earlyexit_kernels.engine.full_depth import TraceOptions
+from earlyexit_kernels.engine.view import is_replica
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
 from earlyexit_kernels.objectives import PARTS, Objective, PhaseSpec, TrainingStep, check_task, objective_of
 from earlyexit_kernels.types import ExitTrace
@@ -142,7 +143,8 @@ class PhaseState:
         if labels is None and spec.needs_labels:
             return None
         learning = [p for p in heads.parameters() if p.requires_grad]
-        if not learning and spec.trains != {"backbone"} and not self._warned_of_frozen_exits:
+        # a replica has no parameters
+        if not learning and not is_replica(heads) and spec.trains != {"backbone"} and not self._warned_of_frozen_exits:
             self._warned_of_frozen_exits = True
             logger.warning(
                 "phase %r trains exits, but no parameter of model.heads requires a gradient, so the exits do not "

@@ -16,6 +16,7 @@ from earlyexit_kernels.engine.choice import Choice
 from earlyexit_kernels.engine.graphs import CaptureError, Graphs, Refusal
 from earlyexit_kernels.engine.inputs import Inputs
 from earlyexit_kernels.engine.resident_buffers import Bucket
+from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.hf.execution import Execution
 
@@ -83,7 +84,7 @@ def _no_memory(*_):
 @pytest.fixture
 def on_cuda(model, monkeypatch):
     """A model that reports a CUDA device, with the graph engine requested."""
-    monkeypatch.setattr(type(model.backbone), "device", torch.device("cuda"))
+    monkeypatch.setattr(ModelView, "device", torch.device("cuda"))
     monkeypatch.setattr(Execution, "backend", lambda *_: "triton")
     monkeypatch.setattr(backends, "available_backends", lambda kind: {"triton": ""})
     model.execution._engine = "graph"

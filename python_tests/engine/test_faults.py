@@ -98,7 +98,7 @@ def test_training_counts_stay_on_the_device(monkeypatch, caplog):
         model(**batch)
     model.eval()
     model(**batch)
-    assert model.execution.invalid._waiting is None and model.invalid_rows == 24 and len(warnings_of(caplog)) == 1
+    assert not model.execution.invalid._waiting and model.invalid_rows == 24 and len(warnings_of(caplog)) == 1
 
 
 def test_strict_model_raises_at_the_training_step(monkeypatch):
