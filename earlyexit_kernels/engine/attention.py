@@ -6,6 +6,7 @@ the plan of the batch. What else a layer asks for is an `AttentionKind`: causal,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,8 +22,9 @@ from earlyexit_kernels.engine.attention_plan import FULL, AttentionKind, Attenti
 from earlyexit_kernels.errors import AttentionReplacedError
 
 PACKED_ATTENTION = "earlyexit_packed"
-#: Maximum head width of flash attention, and the number that head widths must be a multiple of.
+#: Maximum head width and lowest compute capability of flash attention, and what head widths must be a multiple of.
 MAX_FLASH_WIDTH = 256
+FLASH_CAPABILITY = (8, 0)
 HEAD_WIDTH_MULTIPLE = 8
 #: Keyword arguments of families' layers that change how attention is computed, not its result.
 WITHOUT_EFFECT = ("deterministic",)
@@ -178,13 +180,26 @@ def _varlen(
     scale = width**-0.5 if scaling is None else scaling
     if width % HEAD_WIDTH_MULTIPLE:
         q, k, v = (F.pad(x, (0, -width % HEAD_WIDTH_MULTIPLE)) for x in (q, k, v))
-    if q.dtype != torch.float32 and q.shape[-1] <= MAX_FLASH_WIDTH:
+    if _has_flash(q):
         out = torch.ops.aten._flash_attention_forward(q, k, v, *ends, causal, False, scale=scale)[0]
     else:
         learns = any(x.requires_grad for x in (q, k, v))
         q, k, v = (x[None] for x in (q, k, v))
         out = torch.ops.aten._efficient_attention_forward(q, k, v, None, *ends, int(causal), learns, scale=scale)[0][0]
     return out[..., :width]
+
+
+def _has_flash(q: Tensor) -> bool:
+    """Return whether flash attention takes queries ``[T, heads, D]``."""
+    if q.dtype == torch.float32 or q.shape[-1] > MAX_FLASH_WIDTH:
+        return False
+    return capability(q.device) >= FLASH_CAPABILITY
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
 
 
 def attention_of(adapter: BackboneAdapter) -> str:

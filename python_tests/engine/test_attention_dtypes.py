@@ -96,3 +96,50 @@ def test_dtypes_that_differ_without_autocast_are_refused(odd):
     parts, plan, _ = mixed(given)
     with pytest.raises(ValueError, match=r"one dtype.*torch\.bfloat16"):
         attend_by_plan(*parts, plan, None, 0.0)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand-ins for the two kernels, and for the compute capability of devices; the calls of both."""
+    met, asked, capabilities = [], [], {}
+
+    def kernel(name):
+        def attend(q, *arguments, **options):
+            met.append((name, q.dtype))
+            return (q,)
+
+        return attend
+
+    for name in ("_flash_attention_forward", "_efficient_attention_forward"):
+        monkeypatch.setattr(torch.ops.aten, name, kernel(name.split("_")[1]))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: asked.append(device) or capabilities["cards"]
+    )
+    attention.capability.cache_clear()
+    yield met, asked, capabilities
+    attention.capability.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "kernel"),
+    [
+        ((7, 0), torch.float16, "efficient"),
+        ((7, 5), torch.float16, "efficient"),
+        ((7, 5), torch.bfloat16, "efficient"),
+        ((7, 5), torch.float32, "efficient"),
+        ((8, 0), torch.float16, "flash"),
+        ((8, 6), torch.bfloat16, "flash"),
+        ((9, 0), torch.float16, "flash"),
+        ((10, 0), torch.bfloat16, "flash"),
+        ((12, 0), torch.float32, "efficient"),
+    ],
+    ids=str,
+)
+def test_cards_without_flash_attention_use_the_other_kernel(card, dtype, kernel, kernels):
+    met, asked, capabilities = kernels
+    capabilities["cards"] = card
+    parts, plan, _ = mixed([dtype] * 3)
+    for _ in range(3):
+        attend_by_plan(*parts, plan, None, 0.0)
+    assert met == [(kernel, dtype)] * 3
+    assert len(asked) <= 1, "a device is asked once"

@@ -65,6 +65,7 @@ def run_without_numbers(model, monkeypatch, tell=lambda depth: ScriptedCounts(de
         patch.setattr(eager, "counts_for", lambda depth, device, exact: tell(depth))
         patch.setattr(model.execution.layers, "_layers", "family")
         patch.setattr(model, "compaction", "always")
+        patch.setattr(attention, "capability", lambda device: (9, 0))
         # the values of ids are not checked on CUDA; fake tensors have no addresses by which to distinguish them
         patch.setattr(inputs, "_check_ids", lambda *_: None)
         patch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
@@ -183,6 +184,7 @@ def test_attention_pads_head_widths(monkeypatch):
 
     for name in ("_flash_attention_forward", "_efficient_attention_forward"):
         monkeypatch.setattr(torch.ops.aten, name, kernel(name.split("_")[1]))
+    monkeypatch.setattr(attention, "capability", lambda device: (8, 0))
     plan = attention_plan.AttentionPlan(offsets=torch.tensor([0, 3, 4], dtype=torch.int32), longest=3)
     for dtype, width, wanted in (
         (torch.float16, 20, ("flash", 24)),
