@@ -17,6 +17,7 @@ from torch import Tensor
 from earlyexit_kernels.backends import NAMESPACE
 from earlyexit_kernels.engine.choice import Choice
 from earlyexit_kernels.engine.fingerprint import ModuleFingerprint
+from earlyexit_kernels.engine.locks import ForkSafeLock
 from earlyexit_kernels.engine.resident import Nodes, ResidentLoop
 from earlyexit_kernels.engine.resident_buffers import Arena, Bucket
 from earlyexit_kernels.engine.resident_exits import runs_modules
@@ -74,6 +75,10 @@ def nodes_for(view: ModelView, backend: str) -> Choice:
     return found
 
 
+#: Held during a capture. Two at a time could share workspaces, and what one synchronises would end the other.
+CAPTURES = ForkSafeLock()
+
+
 @torch.inference_mode(False)
 def capture(view: ModelView, bucket: Bucket, backend: str, stream: Any, arena: Arena | None = None) -> Captured:
     """Build the loop of a bucket and capture it.
@@ -86,7 +91,7 @@ def capture(view: ModelView, bucket: Bucket, backend: str, stream: Any, arena: A
         arena: as for `ResidentLoop`.
     """
     made_from, nodes = ModuleFingerprint(view.roots), nodes_for(view, backend)
-    with torch.cuda.stream(stream):
+    with CAPTURES, torch.cuda.stream(stream):
         loop = ResidentLoop(view, bucket, "triton", backend, arena)
         for _ in range(WARM_UPS):
             loop.launch()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +31,23 @@ from earlyexit_kernels.types import Answers, ExitOutput
 
 COMPACTIONS = ("auto", "always", "never")
 
-#: Cost of moving one hidden value, in multiply-adds of a layer's matrix products; measured on two cores of an AVX-512
-#: server by the suite `compaction_cost`, whose records are in benchmarks/results and whose code is in commit dca2a94.
-MACS_PER_MOVED_VALUE = 60
-#: Fixed cost of a compaction (three ops, a new attention plan) in the same unit.
-MACS_PER_COMPACTION = 10_000_000
+
+class CompactionCost(NamedTuple):
+    """What a compaction costs, in multiply-adds of a layer's matrix products.
+
+    Attributes:
+        value: of moving one hidden value.
+        fixed: of the three ops and the new attention plan.
+    """
+
+    value: int
+    fixed: int
+
+
+#: Kind of device -> the cost there. That of the CPU was measured on two cores of an AVX-512 server by the suite
+#: `compaction_cost`, whose records are in benchmarks/results and whose code is in commit dca2a94. That of CUDA is an
+#: estimate, for 2.5e14 multiply-adds a second: 4 bytes a value at 4 TB/s, and 80 microseconds of the host.
+COMPACTION_COSTS = {"cpu": CompactionCost(60, 10_000_000), "cuda": CompactionCost(250, 20_000_000_000)}
 
 
 @dataclass(frozen=True)
@@ -81,15 +93,17 @@ class LiveBatch:
         return PackedStates(self.hidden[0], self.batch.offsets, self.calls.plan, self.norm)
 
 
-def compaction_pays(present: int, live: int, width: int, layer_macs: int) -> bool:
+def compaction_pays(present: int, live: int, width: int, layer_macs: int, device: torch.device) -> bool:
     """Return whether moving the live tokens costs less than running the other ones through one more layer.
 
     Args:
         present, live: numbers of tokens.
         width: H.
         layer_macs: multiply-adds of a layer per token.
+        device: of the tokens; one of another kind has the costs of the CPU.
     """
-    return (present - live) * layer_macs > live * width * MACS_PER_MOVED_VALUE + MACS_PER_COMPACTION
+    cost = COMPACTION_COSTS.get(device.type, COMPACTION_COSTS["cpu"])
+    return (present - live) * layer_macs > live * width * cost.value + cost.fixed
 
 
 @dataclass(frozen=True)
@@ -287,5 +301,5 @@ def _run_in_part(
 def _compacts(rows: LiveBatch, options: RunOptions) -> bool:
     if options.compaction == "auto":
         _, tokens, width = rows.hidden.shape
-        return compaction_pays(tokens, rows.live_tokens, width, options.layer_macs)
+        return compaction_pays(tokens, rows.live_tokens, width, options.layer_macs, rows.hidden.device)
     return options.compaction == "always"

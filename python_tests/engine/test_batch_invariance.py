@@ -149,8 +149,7 @@ def test_compaction_does_not_change_results(family, pooling, criterion, backend,
 
     monkeypatch.setattr(eager, "compact_batch", watched)
     # with these costs, 'auto' compacts a model of this size where half of the tokens have left
-    monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
-    monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
+    monkeypatch.setitem(eager.COMPACTION_COSTS, "cpu", eager.CompactionCost(value=4 * 64 + 2 * 96, fixed=0))
     outputs, times = {}, {}
     for compaction in COMPACTIONS:
         shrunk.clear()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 
 import pytest
 import torch
@@ -220,3 +223,47 @@ def test_explanation_names_the_nodes(cuda_captures, model, monkeypatch):
     found = model.explain(**batch)
     assert found.nodes.name == "torch"
     assert str(found).splitlines()[-1] == f"IF nodes 'torch': {found.nodes.reason}"
+
+
+def test_one_model_captures_at_a_time(cuda_captures, monkeypatch):
+    """Two threads capture two models; also in a child of a process that was forked during a capture."""
+    under_way, most = [], []
+
+    def slowly(nodes, launch, stream):
+        under_way.append(stream)
+        most.append(len(under_way))
+        time.sleep(0.05)
+        under_way.pop()
+        return lambda: None
+
+    monkeypatch.setattr(capturing, "record", slowly)
+    views = [early_exit("bert", seed=seed, pooling="first", criterion=Patience(patience=2)).view() for seed in range(2)]
+    threads = [
+        threading.Thread(target=capture, args=(view, Bucket(2, 16), "torch", cuda_captures.new_stream()))
+        for view in views
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="requires fork")
+def test_child_of_a_process_that_captures_can_capture():
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with capturing.CAPTURES:
+            held.set()
+            release.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if capturing.CAPTURES._lock.acquire(blocking=False) else 1)
+    release.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -196,8 +196,7 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(embedding, "pack", unknown_lengths)
     monkeypatch.setattr(eager, "compact_batch", into_full_memory)
     # with this cost, 'auto' compacts a model of this size where half of the tokens have left
-    monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
-    monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
+    monkeypatch.setitem(eager.COMPACTION_COSTS, "cpu", eager.CompactionCost(value=4 * 64 + 2 * 96, fixed=0))
     return choose, spare
 
 
@@ -352,3 +351,20 @@ def test_gates_use_exact_counts(monkeypatch):
     model.set_criterion(ee.criteria.SkipGate(threshold=0.5, exit=model.criterion))
     model(**batch)
     assert asked == [False, True]
+
+
+def test_costs_of_a_compaction_are_those_of_the_device():
+    """On a GPU two tokens that leave are not worth the time that its host takes; on the CPU nothing has changed."""
+    gone, present, width, macs = 2, 4096, 768, 12 * 768**2
+    pays = {
+        kind: eager.compaction_pays(present, present - gone, width, macs, torch.device(kind))
+        for kind in ("cpu", "cuda")
+    }
+    assert pays == {"cpu": False, "cuda": False}
+    assert eager.compaction_pays(64, 8, width, macs, torch.device("cpu"))
+    assert not eager.compaction_pays(64, 8, width, macs, torch.device("cuda"))
+    assert eager.compaction_pays(4096, 1024, width, macs, torch.device("cuda"))
+    for live in range(64):
+        measured = (64 - live) * macs > live * width * 60 + 10_000_000
+        assert eager.compaction_pays(64, live, width, macs, torch.device("cpu")) == measured
+        assert eager.compaction_pays(64, live, width, macs, torch.device("xpu")) == measured

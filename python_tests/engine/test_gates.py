@@ -174,8 +174,7 @@ def test_other_exit_rules_equal_a_plain_loop(family, rule, loop):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_do_not_depend_on_the_batch(family, monkeypatch):
     """Alone, in batches of 2 to 16, in another order, and with every compaction."""
-    monkeypatch.setattr(eager, "MACS_PER_COMPACTION", 0)
-    monkeypatch.setattr(eager, "MACS_PER_MOVED_VALUE", 4 * 64 + 2 * 96)
+    monkeypatch.setitem(eager.COMPACTION_COSTS, "cpu", eager.CompactionCost(value=4 * 64 + 2 * 96, fixed=0))
     gated = GatedModel(family)
     gated.model.set_criterion(skipping(gated.balance()))
     whole = gated.model(**gated.batch)
