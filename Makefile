@@ -120,7 +120,7 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml
 $(VENV)/.extension: $(VENV)/.package setup.py $(NATIVE_SOURCES)
 	@echo "building the extension, a minute or more the first time (log: $(VENV)/build.log)"
 	@$(call timed,{ $(PY) setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }; })
-	@grep '^earlyexit_kernels: ' $(VENV)/build.log
+	@grep '^earlyexit_kernels: ' $(VENV)/build.log | tail -n 1
 	@touch $@
 
 $(VENV)/.peers: $(VENV)/.package

@@ -1,21 +1,26 @@
 """Build the compiled extension `earlyexit_kernels._C`; the other metadata of the package is in pyproject.toml.
 
-EARLYEXIT_BUILD=auto   CPU kernels, and CUDA kernels if torch and the machine can build them (default)
-EARLYEXIT_BUILD=cpu    CPU kernels
-EARLYEXIT_BUILD=cuda   CPU and CUDA kernels, or an error that says what is missing
+EARLYEXIT_BUILD=auto   CPU kernels, and CUDA kernels if torch and the machine can build them (default); what does not
+                       compile is left out
+EARLYEXIT_BUILD=cpu    CPU kernels, or the compiler's error
+EARLYEXIT_BUILD=cuda   CPU and CUDA kernels, or an error that says what is missing or that of the compiler
 EARLYEXIT_BUILD=none   no extension: a pure Python package with the torch and triton back-ends
 
 The choice depends on the installed torch and the compilers found, not on a GPU: machines without one build the same
-wheel.
+wheel. Lines that begin with "earlyexit_kernels: " say what is built and why; the last one holds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import setuptools
@@ -33,6 +38,8 @@ NVCC_FLAGS = ["-O3", "-lineinfo", "--fmad=false", "--expt-relaxed-constexpr"]
 MIN_TOOLKIT = [12, 4]
 # the kernels are tuned for sm_90; they run on 8.x too, and later cards translate the PTX
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+#: A message of a compiler or linker that ends the build: `error: ...`, `error #20: ...`, `nvcc fatal   : ...`.
+COMPILER_ERROR = re.compile(r"\berror\s*(#[\w-]+\s*)?:|\bfatal\s*:|\bld: cannot |undefined reference")
 
 
 def say(choice: str, reason: str) -> None:
@@ -106,8 +113,8 @@ def cuda_unsupported_reason(torch) -> str | None:
     return None
 
 
-def extension(torch, with_cuda: bool) -> dict:
-    """Return the keyword arguments of setup() that build `_C`."""
+def extension(with_cuda: bool) -> setuptools.Extension:
+    """Return the extension `_C`."""
     if with_cuda:
         # torch reads these when cpp_extension is imported
         os.environ["CUDA_HOME"] = str(find_toolkit())
@@ -115,14 +122,93 @@ def extension(torch, with_cuda: bool) -> dict:
     from torch.utils import cpp_extension
 
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-    native = kind(
+    return kind(
         name="earlyexit_kernels._C",
         sources=sources("*.cpp", "cpu/**/*.cpp", *(("cuda/*.cpp", "cuda/*.cu") if with_cuda else ())),
         depends=sources("**/*.h", "**/*.cuh"),
         # -fopenmp only for compilation: the OpenMP runtime that torch loads provides the symbols, with one thread pool
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
     )
-    return {"ext_modules": [native], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+@contextlib.contextmanager
+def copied_output() -> Iterator[list[str]]:
+    """Yield a list of the lines that this process and its compilers print meanwhile; they are printed all the same."""
+    lines: list[str] = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    output, errors = os.dup(1), os.dup(2)
+    reads, writes = os.pipe()
+
+    def copy_lines() -> None:
+        with open(reads, "rb") as pipe:
+            for line in pipe:
+                os.write(output, line)
+                lines.append(line.decode(errors="replace"))
+
+    for stream in (1, 2):
+        os.dup2(writes, stream)
+    os.close(writes)
+    thread = threading.Thread(target=copy_lines, daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        # not for ever: the server of a compiler cache may keep the pipe open
+        thread.join(10)
+
+
+def build_failure(build) -> str | None:
+    """Call a function that compiles; return None, or the first error of the compiler as one line."""
+    with copied_output() as lines:
+        try:
+            build()
+            return None
+        except Exception as error:
+            raised = f"{type(error).__name__}: {error}"
+    found = next((line for line in lines if COMPILER_ERROR.search(line)), raised)
+    return " ".join(found.split())[:300]
+
+
+def native_arguments(with_cuda: bool) -> dict:
+    """Return the keyword arguments of setup() that build `_C`; in the mode auto, what does not compile is left out."""
+    native = extension(with_cuda)
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildWhatCompiles(BuildExtension):
+        def build_extensions(self) -> None:
+            if build_mode() != "auto":
+                super().build_extensions()
+                return
+            compiler = copy.copy(self.compiler)  # torch replaces its methods
+            reason = build_failure(super().build_extensions)
+            if reason and with_cuda:
+                advice = "mend that, or set EARLYEXIT_BUILD=cpu to leave them out"
+                say("CPU kernels only", f"the CUDA kernels do not compile ({reason}); {advice}")
+                self.compiler = compiler
+                # the same object, in which setuptools has set attributes of its own
+                vars(native).update(vars(extension(with_cuda=False)))
+                reason = build_failure(super().build_extensions)
+            if reason:
+                advice = "mend that or set CXX to another compiler, and build again with EARLYEXIT_BUILD=cpu"
+                say("pure Python package", f"the CPU kernels do not compile ({reason}); {advice}")
+                self.remove_earlier_build()
+                self.extensions = []
+
+        def copy_extensions_to_source(self) -> None:
+            super().copy_extensions_to_source()
+            if not self.extensions:
+                self.remove_earlier_build()
+
+        def remove_earlier_build(self) -> None:
+            """Remove a library of other sources, which would be packaged or imported."""
+            Path(self.get_ext_fullpath(native.name)).unlink(missing_ok=True)
+
+    return {"ext_modules": [native], "cmdclass": {"build_ext": BuildWhatCompiles}}
 
 
 def native_build() -> dict:
@@ -140,7 +226,7 @@ def native_build() -> dict:
     torch = import_torch()
     if mode == "cpu":
         say("CPU kernels", "they were requested")
-        return extension(torch, with_cuda=False)
+        return native_arguments(with_cuda=False)
     reason = cuda_unsupported_reason(torch)
     if mode == "cuda" and reason:
         raise SystemExit(f"EARLYEXIT_BUILD=cuda: cannot build the CUDA kernels: {reason}")
@@ -148,7 +234,7 @@ def native_build() -> dict:
         say("CPU kernels only", reason)
     else:
         say("CPU and CUDA kernels", f"torch is built for CUDA {torch.version.cuda} and nvcc is in {find_toolkit()}")
-    return extension(torch, with_cuda=reason is None)
+    return native_arguments(with_cuda=reason is None)
 
 
 check_setuptools()

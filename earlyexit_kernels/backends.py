@@ -77,7 +77,7 @@ def _load_extension() -> str:
     if importlib.util.find_spec("earlyexit_kernels._C") is None:
         return (
             f"the extension is not built in {Path(__file__).parent}; run `make build` in a checkout, or reinstall with "
-            "a C++ compiler and EARLYEXIT_BUILD=auto"
+            "a C++ compiler and EARLYEXIT_BUILD=cpu, or cuda, which end with the compiler's error where it fails"
         )
     try:
         importlib.import_module("earlyexit_kernels._C")

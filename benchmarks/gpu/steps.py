@@ -33,7 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "tests_ops": ("python_tests/gpu/test_gpu_ops.py",),
     "tests_eager": ("python_tests/gpu/test_gpu_eager.py", "python_tests/engine/test_fixed_depth_graphs.py"),
 }
-#: Printed by setup.py if it builds everything.
+#: In the last line of setup.py if it builds everything; before it may be what did not compile.
 CUDA_BUILT = "CPU and CUDA kernels"
 TEST_PROCESSES = 8
 #: Seconds after which a hanging test is stopped, if pytest-timeout is installed.
@@ -69,7 +69,8 @@ def build(seconds: float) -> Outcome:
     jobs = str(os.cpu_count() or 1)
     environment = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}", "MAX_JOBS": jobs, "PATH": path}
     code, output = run([sys.executable, "setup.py", "build_ext", "--inplace"], seconds, environment)
-    printed = " ".join(line for line in output.splitlines() if line.startswith("earlyexit_kernels: "))
+    lines = [line for line in output.splitlines() if line.startswith("earlyexit_kernels: ")]
+    printed = lines[-1] if lines else ""
     record = header("gpu_build", "extension", "build") | {"printed": printed, "capability": f"{major}.{minor}"}
     without = "" if code == 0 and CUDA_BUILT in printed else "CUDA kernels"
     if code == 0:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
+import pytest
 import torch
 from support import fake_gpu
 
@@ -94,6 +97,29 @@ def test_versions_with_equal_answers_are_compared():
     assert refused[3] == "refused: logits differ by 0.1"
     moved = {"logits": [1.0], "exit_layer": [2]}
     assert compare.difference(moved, {**moved, "exit_layer": [1]}) == "rows leave at other layers"
+
+
+def test_a_base_without_the_extension_of_this_version_is_refused(monkeypatch, tmp_path):
+    """The build leaves out what does not compile, and succeeds."""
+
+    def run(command, **_):
+        if "add" in command:
+            tree.mkdir()
+            (tree / "setup.py").touch()
+        return SimpleNamespace(returncode=0, stdout="pure Python package", stderr="")
+
+    tree, here = tmp_path / "tree", tmp_path / "here"
+    library = here / compare.LIBRARY.replace("*", "")
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(compare, "ROOT", here)
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="of main failed:\npure Python"), compare.checked_out("main", str(tmp_path)):
+        pass
+    library.unlink()
+    shutil.rmtree(tree)
+    with compare.checked_out("main", str(tmp_path)) as found:
+        assert found == tree
 
 
 def test_cases_of_the_comparison(monkeypatch):

@@ -246,6 +246,7 @@ CPU_ONLY = "earlyexit_kernels: EARLYEXIT_BUILD=auto: CPU kernels only, because n
     [
         (0, "building\nearlyexit_kernels: EARLYEXIT_BUILD=auto: CPU and CUDA kernels\ndone", "", ""),
         (0, CPU_ONLY, "", "CUDA kernels"),
+        (0, f"earlyexit_kernels: EARLYEXIT_BUILD=auto: CPU and CUDA kernels\n{CPU_ONLY}", "", "CUDA kernels"),
         (1, "nvcc fatal: unsupported", "the build ended with status 1: nvcc fatal: unsupported", "CUDA kernels"),
         (None, "unfinished", "the build took too long: unfinished", "CUDA kernels"),
     ],
