@@ -1,10 +1,13 @@
 # Every target sets itself up in $(VENV); a step is repeated only when a file it depends on has changed.
 #   make test PYTHON=python3.12                another interpreter
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"    another build of torch
+#   make test TORCH=torch==2.11.0 TRITON=triton==3.6.0 VENV=.venv-2.11    another torch and its Triton
 #   EARLYEXIT_BUILD=auto|cpu|cuda|none         what setup.py builds
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# the version that comes with CUDA builds of this torch; installed where torch has brought none, as a build for the CPU
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 ARGS ?=
 
@@ -107,6 +110,8 @@ $(VENV)/.torch:
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH); a large download, which may take minutes"
 	@$(call timed,$(PIP_INSTALL) $(TORCH))
+	@$(PY) -c "import importlib.util as util, sys; sys.exit(util.find_spec('triton') is None)" \
+		|| { echo "installing $(TRITON)" && $(call timed,$(PIP_INSTALL) $(TRITON)); }
 	@touch $@
 
 # the extension is left to the next step, where ninja compiles only what changed

@@ -14,9 +14,9 @@ from earlyexit_kernels.ops.schema import ROWS_ADD_NORM, bare_op, define
 from earlyexit_kernels.ops.tiles import SUM_PARTS, looping_programs
 
 #: Values of a token per warp, and the maximum number of warps.
-WARP_WIDTH, MAX_WARPS = 256, 8
-#: Warps of a multiprocessor: up to width 2048 programs have room for all of them.
-RESIDENT_WARPS = 64
+WARP_WIDTH, MAX_WARPS = 256, 16
+#: Warps of a multiprocessor that have room for their registers: up to this width, and of wider norms.
+NARROW, RESIDENT_WARPS, WIDE_RESIDENT_WARPS = 1024, 64, 48
 
 
 @jit
@@ -98,8 +98,9 @@ def rows_add_norm_triton(
     capacity, width = out.shape[0] // (2 if out_absolute else 1), out.shape[1]
     block = 1 << (width - 1).bit_length()
     warps = max(1, min(MAX_WARPS, block // WARP_WIDTH))
+    resident = (RESIDENT_WARPS if block <= NARROW else WIDE_RESIDENT_WARPS) // warps
     if out.numel():
-        rows_add_norm_kernel[(looping_programs(capacity, RESIDENT_WARPS // warps, out.device),)](
+        rows_add_norm_kernel[(looping_programs(capacity, resident, out.device),)](
             residual if x is None else x,
             bias if x_bias is None else x_bias,
             residual,

@@ -61,8 +61,8 @@ def rows_linear_kernel(
     present = tl.load(offsets + rows) - first
     high = tl.cdiv(present, BLOCK_M)
     wide = WEIGHTS * PARTS * tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    while tile < high * wide:
+    # what does not change in the loop is kept in registers where that spills none
+    for tile in tl.range(tl.program_id(0), high * wide, tl.num_programs(0), disable_licm=WEIGHTS == 1):
         top = tile // (GROUP_M * wide) * GROUP_M
         within = tile % (GROUP_M * wide)
         group = tl.minimum(high - top, GROUP_M)
@@ -105,7 +105,6 @@ def rows_linear_kernel(
             BLOCK_N,
             BLOCK_K,
         )
-        tile += tl.num_programs(0)
 
 
 def rows_linear_triton(

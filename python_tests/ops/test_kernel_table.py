@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,12 @@ def committed(monkeypatch, cell: str, version: str | None = None) -> KernelTable
 def test_the_committed_table_is_as_it_would_be_written():
     text = PATH.read_text()
     assert text_of(*read(text)) == text
+
+
+def test_the_table_is_of_the_triton_that_make_installs():
+    """Under another the tests compare no number."""
+    (pinned,) = re.findall(r"^TRITON \?= triton==(\S+)$", (PATH.parents[2] / "Makefile").read_text(), re.MULTILINE)
+    assert read(PATH.read_text())[0] == pinned
 
 
 def test_equal_numbers_pass(monkeypatch, tmp_path):
