@@ -107,7 +107,7 @@ def attend_by_plan(
     """Return attention within the rows of packed tokens, over and to ``[T, heads, D]``."""
     q, k, v = (_as_autocast(x) for x in (q, k, v))
     if plan.offsets is not None:
-        if kind.window is None and kind.softcap is None:
+        if kind == AttentionKind(kind.causal) and q.dtype != torch.float64:
             k, v = (_for_heads(x, q.shape[1]) for x in (k, v))
             return _varlen(q, k, v, plan, scaling, dropout, causal=kind.causal)
         plan = plan.rectangle(q.shape[0])

@@ -88,6 +88,13 @@ def test_float64_and_inputs_without_autocast_keep_their_dtype(kind, dtypes):
         assert dtypes["_varlen"] + dtypes["_attend"] == [(dtype,) * 3] * (1 + len(plans[1].buckets))
 
 
+def test_float64_takes_the_rectangle(dtypes):
+    """The kernels for rows of different lengths have no float64."""
+    parts, plan, _ = mixed([torch.float64] * 3)
+    attend_by_plan(*parts, plan, None, 0.0)
+    assert not dtypes["_varlen"] and len(dtypes["_attend"]) == 1
+
+
 @pytest.mark.parametrize("odd", [0, 1, 2])
 def test_dtypes_that_differ_without_autocast_are_refused(odd):
     """The kernels would read memory of another dtype."""

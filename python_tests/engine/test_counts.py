@@ -354,13 +354,8 @@ def test_gates_use_exact_counts(monkeypatch):
 
 
 def test_costs_of_a_compaction_are_those_of_the_device():
-    """On a GPU two tokens that leave are not worth the time that its host takes; on the CPU nothing has changed."""
-    gone, present, width, macs = 2, 4096, 768, 12 * 768**2
-    pays = {
-        kind: eager.compaction_pays(present, present - gone, width, macs, torch.device(kind))
-        for kind in ("cpu", "cuda")
-    }
-    assert pays == {"cpu": False, "cuda": False}
+    """On a GPU a few tokens are not worth the time that a compaction takes on its host."""
+    width, macs = 768, 12 * 768**2
     assert eager.compaction_pays(64, 8, width, macs, torch.device("cpu"))
     assert not eager.compaction_pays(64, 8, width, macs, torch.device("cuda"))
     assert eager.compaction_pays(4096, 1024, width, macs, torch.device("cuda"))
