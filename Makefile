@@ -26,7 +26,7 @@ DOCS_VENV := $(VENV)-docs
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-thorough docs fuzz sanitize-cpu lint bench bench-compare evidence kernel-table gpu-check gpu-sanitize build clean setup
+.PHONY: help demo test test-all test-thorough docs fuzz sanitize-cpu lint bench bench-compare evidence gpu-check build clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -87,14 +87,8 @@ bench-compare: setup ## time this version and another in alternation: make bench
 evidence: setup ## test the papers' claims on real text; hours, continues where it stopped: make evidence ARGS="--only dact"
 	@$(PY) -m benchmarks.evidence $(ARGS)
 
-kernel-table: setup ## compile the Triton kernels and rewrite the table of their registers and shared memory; no GPU
-	@$(PY) -m pytest -q --write-kernel-table $(addprefix python_tests/ops/test_,$(addsuffix .py,triton_compile front_compile resident_programs))
-
 gpu-check: ## build, test and measure on the local GPU, nine minutes at most; run again to continue (PYTHON=...)
 	@$(PYTHON) -m benchmarks.gpu.check $(ARGS)
-
-gpu-sanitize: ## replay the graph engine under compute-sanitizer, after gpu-check or build (PYTHON=...)
-	@$(PYTHON) -m benchmarks.gpu.sanitize $(ARGS)
 
 build: ## build the extension in place for an environment that has torch (PYTHON=...); needs no network
 	@$(PYTHON) setup.py build_ext --inplace

@@ -34,8 +34,6 @@ CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden
 # no fused multiply-adds: decisions differ from those on CPU by the order of sums and the last bit of exp and log only
 NVCC_FLAGS = ["-O3", "-lineinfo", "--fmad=false", "--expt-relaxed-constexpr"]
 
-# the first version with IF nodes
-MIN_TOOLKIT = [12, 4]
 # the kernels are tuned for sm_90; they run on 8.x too, and later cards translate the PTX
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 #: A message of a compiler or linker that ends the build: `error: ...`, `error #20: ...`, `nvcc fatal   : ...`.
@@ -108,8 +106,6 @@ def cuda_unsupported_reason(torch) -> str | None:
     version = toolkit_version(home)
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc in {home} has CUDA {version}, torch has CUDA {torch.version.cuda}; set CUDA_HOME to a match"
-    if [int(number) for number in version.split(".")] < MIN_TOOLKIT:
-        return f"nvcc in {home} has CUDA {version}, and IF nodes require 12.4; set CUDA_HOME to a later one"
     return None
 
 

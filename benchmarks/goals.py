@@ -92,22 +92,19 @@ def roofline_goal(stored: str, tokens: int, capability: str | None = None) -> Go
     return ROOFLINE.get(stored, {}).get(tokens) if avx2 else None
 
 
-#: Name -> goal; a record that belongs to a goal has the name under ``goal_name``.
+#: Name -> goal of a GPU; a record that belongs to a goal has the name under ``goal_name``. Those of whole models are
+#: estimates for captured layers that are not compiled.
 GPU: dict[str, Goal] = {
     "exit step: launches": Goal(1, "launches"),
-    "exit step: microseconds in a graph": Goal(5, "median_us"),
-    "exit step over the torch chain, both in graphs": Goal(1 / 8),
-    "exit step over the compiled chain, both in graphs": Goal(1 / 2),
-    "exit step in a graph over the torch chain, launched by the host": Goal(1 / 8),
-    "exit step in a graph over the compiled chain, launched by the host": Goal(1 / 2),
-    "mean pooling over the time of its bytes, B 128": Goal(1.3),
-    **{f"never exit over torch.compile, B {rows}": Goal(most) for rows, most in ((1, 1.0), (32, 1.05), (128, 1.05))},
-    **{f"mean depth 6 over torch.compile, B {rows}": Goal(most) for rows, most in ((1, 0.55), (32, 0.56), (128, 0.58))},
-    **{f"mean depth 6 over padded torch.compile, ragged, B {rows}": Goal(0.40) for rows in (32, 128)},
-    "mean depth 6 over the item loop, B 1": Goal(1 / 8),
+    "exit step: microseconds on the device": Goal(5, "median_us"),
+    "exit step over the torch chain": Goal(1 / 8),
+    "exit step over the compiled chain": Goal(1 / 2),
+    "exit step on the mean over the time of its bytes, B 128": Goal(1.3),
+    **{f"never exit over torch.compile, B {rows}": Goal(most) for rows, most in ((1, 1.25), (32, 1.03), (128, 1.0))},
+    **{f"mean depth 6 over torch.compile, B {rows}": Goal(most) for rows, most in ((1, 0.65), (32, 0.56), (128, 0.53))},
     "host synchronisations a batch": Goal(1, "syncs"),
-    "rows whose bits differ alone and in 8, 32 and 128": Goal(0, "different"),
-    "errors that compute-sanitizer finds": Goal(0, "errors"),
+    "self-test of cpp, milliseconds": Goal(5, "median_ms"),
+    "self-test of triton, milliseconds": Goal(50, "median_ms"),
 }
 
 

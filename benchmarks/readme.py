@@ -26,7 +26,7 @@ from benchmarks.http import tables as http
 from benchmarks.micro import tables as micro
 from benchmarks.scoring import tables as scoring
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
-from earlyexit_kernels.objectives import OBJECTIVES, Objective
+from earlyexit_kernels.methods import METHODS, Method
 from earlyexit_kernels.tuning.grids import settings, skip_settings
 from earlyexit_kernels.tuning.report import markdown_table
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
@@ -79,18 +79,18 @@ TASKS = {
 
 def methods() -> str:
     """Every training method with its phases, its paper's exit rule, and where both have a meaning and run."""
-    names: dict[type[Objective], list[str]] = {}
-    for name, cls in OBJECTIVES.items():
+    names: dict[type[Method], list[str]] = {}
+    for name, cls in METHODS.items():
         names.setdefault(cls, []).append(name)
     rows = []
     for cls, found in names.items():
         rule = CRITERIA[cls.rule]
-        objective = cls()
+        method = cls()
         fused = _fused(_examples()[cls.rule].exit_rule.name)
         rows.append(
             (
                 " or ".join(f"`{name}`" for name in found),
-                ", ".join(phase.name for phase in objective.phases),
+                ", ".join(phase.name for phase in method.phases),
                 f"`{cls.rule}`",
                 *(_trains_for(cls, rule, task) for task in TASKS),
                 *(_yes(fused[backend]) for backend in ("torch", "triton", "cpp")),
@@ -129,10 +129,10 @@ def _first_sentence(cls: type) -> str:
 def method_settings() -> str:
     """What can be set about each training method, with the paper's values."""
     rows = []
-    for cls in dict.fromkeys(OBJECTIVES.values()):
+    for cls in dict.fromkeys(METHODS.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in cls().to_dict().items() if name != "name")
         rows.append((f"`{cls.__name__}`", f"`{given}`" if given else ""))
-    return markdown_table(("`ee.objectives`", "settings"), rows)
+    return markdown_table(("`ee.methods`", "settings"), rows)
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def _examples(classes: int = 3) -> dict[str, Criterion]:
     return {"full_depth": FullDepth(), **groups, "skip_gate": skip_settings(trace)[0]}
 
 
-def _trains_for(method: type[Objective], rule: type[Criterion], task: str) -> str:
+def _trains_for(method: type[Method], rule: type[Criterion], task: str) -> str:
     if task not in method.tasks:
         return ""
     return "yes" if task in rule.tasks else "by another rule"

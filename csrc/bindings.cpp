@@ -5,8 +5,9 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu/kernels/kernels.h"
+#include "cpu/layers.h"
 #include "criteria/all.h"
-#include "fingerprint.h"
+#include "seal.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of earlyexit_kernels; `criteria` lists the supported exit rules.";
@@ -16,7 +17,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   pybind11::list names;
   for (const char* name : kNames) names.append(name);
   module.attr("criteria") = pybind11::tuple(names);
-  earlyexit::bind_fingerprint(module);
+  earlyexit::bind_seal(module);
+  earlyexit::cpu::bind_embedding(module);
+  earlyexit::cpu::bind_packed_layer(module);
+  earlyexit::cpu::bind_onednn_layer(module);
   module.def("prefer_huge_pages", &earlyexit::cpu::prefer_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"),
              "Ask the system for huge pages, for memory that has not been written to.");
   module.def("layer_kernels", [] {

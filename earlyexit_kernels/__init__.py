@@ -6,17 +6,16 @@ attention tables, and does nothing else.
 
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from earlyexit_kernels import backbones, criteria, objectives, ops
+from earlyexit_kernels import backbones, criteria, methods, ops
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.engine.attention import register_attention
-from earlyexit_kernels.engine.replay import replay, replay_each
+from earlyexit_kernels.core.attention import register_attention
+from earlyexit_kernels.core.replay import replay, replay_each
 from earlyexit_kernels.errors import (
     AttentionReplacedError,
     BackendUnavailableError,
     InvalidLogitsError,
     MissingHeadsError,
 )
-from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
@@ -27,6 +26,7 @@ from earlyexit_kernels.serving.drift import ExitDrift
 from earlyexit_kernels.serving.scorer import Scorer
 from earlyexit_kernels.serving.text_pipeline import ExitPipeline
 from earlyexit_kernels.tuning.calibrate import calibrate
+from earlyexit_kernels.tuning.record import Calibration
 from earlyexit_kernels.tuning.sweep import sweep
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
 from earlyexit_kernels.tuning.traces import collect_trace, load_trace, save_trace
@@ -60,7 +60,7 @@ __all__ = [
     "collect_trace",
     "criteria",
     "load_trace",
-    "objectives",
+    "methods",
     "ops",
     "phases",
     "predict_with_exits",

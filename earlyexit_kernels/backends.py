@@ -27,7 +27,7 @@ NAMESPACE = "earlyexit_kernels"
 
 #: Integer arguments that Triton does not specialise kernels on. Otherwise batches of 1 and of 16 rows would run
 #: different kernels, in which a row might round differently.
-_NOT_SPECIALIZED = ("rows", "present", "capacity", "longest", "layer", "depth")
+_NOT_SPECIALIZED = ("rows", "present", "layer", "depth")
 
 
 def _undecorated(fn: Any) -> Any:
@@ -43,25 +43,6 @@ try:
 except ImportError as error:
     tl, jit = None, _undecorated
     _TRITON_MISSING = f"triton cannot be imported ({error}); install triton>=3.6 (Linux)"
-
-
-def tensor_descriptor(x: Any, block: list[int]) -> Any:
-    """Return the descriptor by which a kernel copies blocks of a contiguous tensor in bulk (sm_90 and later)."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x, block)
-
-
-def clipped_descriptor(x: Any, block: list[int]) -> Any:
-    """Return the descriptor by which a kernel writes blocks of a matrix up to a row that is known on the device.
-
-    The copies leave out what lies beyond an axis, and the rows seem to be 2^30: a kernel that writes row i of n at
-    ``[2^30, n, 2^30 - n + i, column]`` reaches the end of the axis at row n. The strides of the first two axes take the
-    address back by as many rows, modulo 2^64.
-    """
-    from triton.tools.ragged_tma import create_ragged_descriptor
-
-    return create_ragged_descriptor(x, block)
 
 
 def constant(value: float) -> Any:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 
+class Unsupported(Exception):  # noqa: N818 - not an error of the user
+    """What was read cannot be run in the way that was tried; the message says why. It does not leave the package."""
+
+
 class BackendUnavailableError(RuntimeError):
-    """The requested back-end or engine is not available; the message gives the reason and the remedy.
+    """The requested back-end or kind of layers is not available; the message gives the reason and the remedy.
 
     >>> import earlyexit_kernels as ee
     >>> from earlyexit_kernels.tasks.toy import toy_model
     >>> model = ee.to_early_exit(toy_model(layers=2, hidden=8))
-    >>> model.set_engine("graph")  # doctest: +IGNORE_EXCEPTION_DETAIL
+    >>> model.configure(path="captured")  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
-    BackendUnavailableError: engine 'graph' runs on CUDA, the model is on 'cpu'; move it first
+    BackendUnavailableError: path 'captured' cannot run here: layers are captured on CUDA, the model is on 'cpu'; ...
     """
 
 

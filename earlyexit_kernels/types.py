@@ -46,7 +46,7 @@ class ExitTrace:
         logits: ``[N, L, C]``, float32 in eval mode, in the dtype of the heads in train mode.
         aux: raw scalars by name, each ``[N, L]`` (``"halting"``: the logit s of lambda = sigmoid(s)).
         keys: ``[N]`` int64, a hash of the tokens of each row, or None if the trace was not made by a model.
-        projections: ``[M, T, P]``, projections of the packed tokens for objectives that need them in train mode.
+        projections: ``[M, T, P]``, projections of the packed tokens for methods that need them in train mode.
         offsets: ``[N + 1]`` int32, the rows of these tokens.
         problem_type: of the model, as in transformers, or None if the trace was not made by a model.
 

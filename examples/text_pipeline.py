@@ -19,4 +19,4 @@ for sentence, answer in zip(SENTENCES, classify(SENTENCES, batch_size=32), stric
 model, tokenizer = AutoModelForSequenceClassification.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
 batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
 print("exit layers", model(**batch).exit_layer.tolist(), "of", model.depth)
-print(model.explain(**batch))
+print(model.explain())

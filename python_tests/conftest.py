@@ -23,11 +23,9 @@ torch.set_num_threads(1)
 pytest_plugins = tuple(
     f"support.{name}"
     for name in (
-        "fake_capture",
         "fake_gpu",
         "gpu_checks",
-        "graph_captures",
-        "kernel_table",
+        "replays",
         "ordered_products",
         "other_device",
         "small_models",

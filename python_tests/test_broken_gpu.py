@@ -28,16 +28,16 @@ ANSWERS = """
 from python_tests.support.models import varied
 model, batch = varied("bert")
 out = model(**batch)
-model.set_backend("torch")
+model.configure(backend="torch")
 reference = model(**batch)
 assert torch.equal(out.exit_layer, reference.exit_layer)
 torch.testing.assert_close(out.logits, reference.logits)
 print(sorted(set(out.exit_layer.tolist())))
 model.train()
-model.set_backend("auto")
+model.configure(backend="auto")
 labels = torch.zeros(len(out.logits), dtype=torch.int64)
 model(**batch, labels=labels).loss.backward()
-print(model.explain(**batch).backend)
+print(model.explain().backend)
 """
 
 CHOICES = """

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.test_resident import assert_as_eager, loop_for
 from support.models import batch_for, early_exit, stock
 from torch import nn
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import BACKBONES
-from earlyexit_kernels.engine.resident import resident_unsupported_reason
-from earlyexit_kernels.engine.resident_buffers import Bucket
 from earlyexit_kernels.errors import BackendUnavailableError
 
 LIMITS = Path(__file__).resolve().parents[1] / "docs" / "limits.md"
@@ -39,7 +36,7 @@ def eager(family) -> str:
     """Return how many tokens the layers of the family get, and compare the answers with those of the stock model."""
     base, seen = stock(family), []
     model, batch = ee.to_early_exit(base), batch_for(base)
-    model.set_layers("family")
+    model.configure(path="eager")
     layer = model.view().layers[0]
     layer.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape[:2])))
     torch.testing.assert_close(model(**batch).logits, base(**batch).logits, atol=TOLERANCE, rtol=0)
@@ -50,23 +47,14 @@ def eager(family) -> str:
 def fused(family) -> str:
     model = early_exit(family)
     batch = batch_for(model)
-    model.set_layers("family")
+    model.configure(path="eager")
     expected = model.trace(**batch).logits
     try:
-        model.set_layers("fused")
+        model.configure(path="fused")
     except BackendUnavailableError as error:
         assert f"family {family!r} has no fused layers" in str(error)
         return "no"
     torch.testing.assert_close(model.trace(**batch).logits, expected, atol=2e-5, rtol=0)
-    return "yes"
-
-
-def graph(family) -> str:
-    """Return whether the launches of a graph support the family; those of torch are compared with the eager engine."""
-    model = early_exit(family)
-    if resident_unsupported_reason(model.view(), torch.float32):
-        return "no"
-    assert_as_eager(model, loop_for(model, Bucket(8, 32), "torch"), batch_for(model))
     return "yes"
 
 
@@ -101,7 +89,6 @@ def lora(family) -> str:
 COLUMNS = {
     "eager": eager,
     "fused layers on a CPU": fused,
-    "CUDA graph": graph,
     "fixed depth": fixed_depth,
     "LoRA": lora,
 }

@@ -27,18 +27,20 @@ MAY_IMPORT = {
     "hashing": "torch",
     "page_style": "",
     "backends": "errors torch triton",
-    "backbones": "arguments types torch",
+    "backbones": "arguments errors types torch transformers",
     "criteria": "arguments backends errors hashing types torch",
     "ops": "backends criteria types torch",
     "heads": "arguments types torch transformers",
-    "objectives": "arguments types torch",
-    "engine": "backbones backends criteria errors hashing heads ops types numpy torch transformers",
-    "hf": "arguments backbones backends criteria engine errors heads objectives types huggingface_hub numpy "
+    "methods": "arguments types torch",
+    "core": "backbones backends criteria errors hashing heads ops types numpy torch transformers",
+    "cpu": "backbones backends core errors ops torch",
+    "cuda": "backbones core errors ops torch",
+    "hf": "arguments backbones backends core cpu criteria cuda errors heads methods types huggingface_hub numpy "
     "safetensors torch transformers",
-    "tuning": "arguments backends criteria engine hf page_style types mapie matplotlib numpy safetensors sklearn torch "
-    "tqdm",
-    "serving": "arguments backends criteria hf ops page_style types fastapi numpy prometheus_client pyarrow pydantic "
-    "ray torch transformers uvicorn",
+    "tuning": "arguments backbones backends criteria core hf page_style types mapie matplotlib numpy safetensors "
+    "sklearn torch tqdm",
+    "serving": "arguments backends criteria hf ops page_style tuning types fastapi numpy prometheus_client pyarrow "
+    "pydantic ray torch transformers uvicorn",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",
     "cli": "* __init__ numpy safetensors torch tqdm transformers",
     "__init__": "* transformers",

@@ -7,10 +7,10 @@ import pytest
 import earlyexit_kernels as ee
 from benchmarks.readme import DOCUMENTS, ROOT, TABLES, rewrite
 from earlyexit_kernels.criteria import CRITERIA, RULES
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
-README, METHODS = TEXTS["README.md"], TEXTS["docs/methods.md"]
+README, METHODS_PAGE = TEXTS["README.md"], TEXTS["docs/methods.md"]
 
 
 def test_tables_are_those_of_the_committed_results():
@@ -21,7 +21,7 @@ def test_tables_are_those_of_the_committed_results():
 
 def rows_of(table: str) -> dict[str, dict[str, str]]:
     """A table of docs/methods.md as first cell -> title -> cell."""
-    block = re.search(rf"<!-- table:{table} -->\n(.*?)<!-- end -->", METHODS, re.DOTALL)
+    block = re.search(rf"<!-- table:{table} -->\n(.*?)<!-- end -->", METHODS_PAGE, re.DOTALL)
     assert block is not None
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block[1].splitlines()]
     header, _, *rows = lines
@@ -30,15 +30,15 @@ def rows_of(table: str) -> dict[str, dict[str, str]]:
 
 def test_every_method_and_criterion_is_listed():
     names = [cls.__name__ for cls in CRITERIA.values()]
-    assert set(re.findall(r"`(\w+)`", " ".join(rows_of("methods")))) == set(OBJECTIVES)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows_of("methods")))) == set(METHODS)
     assert [call[1:].partition("(")[0] for call in rows_of("criteria")] == names
     section = README.partition("## Criteria")[2].partition("\n## ")[0]
     assert sorted(re.findall(r"`([A-Z]\w+)`", section)) == sorted(names)
-    formulas = METHODS.partition("| criterion | condition | source |")[2].partition("\n\n")[0]
+    formulas = METHODS_PAGE.partition("| criterion | condition | source |")[2].partition("\n\n")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", formulas, re.MULTILINE)) == sorted(names)
-    for text in (README, METHODS):
+    for text in (README, METHODS_PAGE):
         first_cells = " ".join(re.findall(r"^\| (`.*?`.*?) \|", text, re.MULTILINE))
-        assert set(re.findall(r"\w+", first_cells)) >= set(OBJECTIVES)
+        assert set(re.findall(r"\w+", first_cells)) >= set(METHODS)
 
 
 @pytest.mark.parametrize(

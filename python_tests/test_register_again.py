@@ -9,7 +9,7 @@ import torch
 from support.models import batch_for, early_exit, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import backbones, criteria, objectives
+from earlyexit_kernels import backbones, criteria, methods
 
 CRITERION = """
 import dataclasses
@@ -29,19 +29,19 @@ class Lead(ee.criteria.Criterion):
     def rule(z, aux, state, layer, depth, params):
         return z, (z[:, 0] - z[:, 1]).abs() COMPARED params[0], state
 """
-OBJECTIVE = """
+METHOD = """
 import dataclasses
 from typing import ClassVar
 import earlyexit_kernels as ee
 
-@ee.objectives.register
+@ee.methods.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Last(ee.objectives.Objective):
+class Last(ee.methods.Method):
     name: ClassVar[str] = "cell_last"
     rule: ClassVar[str] = "entropy"
 
     def loss(self, trace, labels, step):
-        return FACTOR * ee.objectives.mean_task_loss(trace.logits[:, -1], labels, step.problem_type)
+        return FACTOR * ee.methods.mean_task_loss(trace.logits[:, -1], labels, step.problem_type)
 """
 BACKBONE = """
 from earlyexit_kernels import backbones
@@ -71,7 +71,7 @@ def cell(monkeypatch, code, module="notebook", **values):
 def forgotten():
     yield
     criteria.CRITERIA.pop("cell_lead", None)
-    objectives.OBJECTIVES.pop("cell_last", None)
+    methods.METHODS.pop("cell_last", None)
     backbones.BACKBONES.pop("ernie", None)
 
 
@@ -99,17 +99,17 @@ def test_a_criterion_defined_again_replaces_the_first(monkeypatch, tmp_path):
         assert type(other.criterion) is new and set(other(**batch).exit_layer.tolist()) == {other.depth}
 
 
-def test_an_objective_defined_again_replaces_the_first(monkeypatch, tmp_path):
-    old = cell(monkeypatch, OBJECTIVE, FACTOR=1.0).Last
+def test_a_method_defined_again_replaces_the_first(monkeypatch, tmp_path):
+    old = cell(monkeypatch, METHOD, FACTOR=1.0).Last
     model = ee.to_early_exit(stock(), method="cell_last")
     batch = {**batch_for(model), "labels": torch.tensor([0, 1, 2, 0])}
     before = model(**batch).loss
     model.save_pretrained(tmp_path)
 
-    new = cell(monkeypatch, OBJECTIVE, FACTOR=2.0).Last
-    assert type(model.objective) is old and torch.equal(model(**batch).loss, before), "models keep the method they have"
+    new = cell(monkeypatch, METHOD, FACTOR=2.0).Last
+    assert type(model.method) is old and torch.equal(model(**batch).loss, before), "models keep the method they have"
     loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
-    assert type(loaded.objective) is new is type(objectives.objective_of("cell_last"))
+    assert type(loaded.method) is new is type(methods.method_of("cell_last"))
 
 
 def test_an_adapter_with_functions_defined_again_replaces_the_first(monkeypatch, tmp_path):
@@ -133,7 +133,7 @@ def test_an_adapter_with_functions_defined_again_replaces_the_first(monkeypatch,
 def test_a_class_of_another_module_is_refused(monkeypatch):
     for code, table, name in (
         (CRITERION.replace("COMPARED", ">="), criteria.CRITERIA, "cell_lead"),
-        (OBJECTIVE.replace("FACTOR", "1.0"), objectives.OBJECTIVES, "cell_last"),
+        (METHOD.replace("FACTOR", "1.0"), methods.METHODS, "cell_last"),
     ):
         cell(monkeypatch, code)
         with pytest.raises(ValueError, match=rf"the name '{name}' belongs to notebook\.\w+; give the class another"):

@@ -1,4 +1,4 @@
-"""Contract of the tables of criteria, backbones and objectives; maximum sizes of files, functions and kernels."""
+"""Contract of the tables of criteria, backbones and methods; maximum sizes of files, functions and kernels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead, a
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion
 from earlyexit_kernels.criteria.registration import STEP_ARGUMENTS
 from earlyexit_kernels.heads import HeadConfig
-from earlyexit_kernels.objectives import OBJECTIVES, PARTS, Objective, objective_of
-from earlyexit_kernels.objectives.base import TASK_LOSSES
+from earlyexit_kernels.methods import METHODS, PARTS, Method, method_of
+from earlyexit_kernels.methods.base import TASK_LOSSES
 from earlyexit_kernels.types import AUX_ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,44 +134,44 @@ def test_unknown_backbone_lists_the_supported_ones():
         adapter_of("t5")
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objective_is_complete(name):
-    cls = OBJECTIVES[name]
-    assert issubclass(cls, Objective) and OBJECTIVES[cls.name] is cls
-    assert cls.__name__ in ee.objectives.__all__ and getattr(ee.objectives, cls.__name__) is cls
+@pytest.mark.parametrize("name", METHODS)
+def test_method_is_complete(name):
+    cls = METHODS[name]
+    assert issubclass(cls, Method) and METHODS[cls.name] is cls
+    assert cls.__name__ in ee.methods.__all__ and getattr(ee.methods, cls.__name__) is cls
     module = inspect.getmodule(cls)
     assert module.__file__.endswith(f"{cls.name}.py"), "one file per paper, named as in the table"
     assert SOURCE.search(module.__doc__)
     assert cls.__dataclass_params__.frozen and all(field.kw_only for field in dataclasses.fields(cls))
-    assert cls.loss is not Objective.loss and cls.tasks <= set(TASK_LOSSES)
-    objective = objective_of(name)
-    assert objective == cls() == objective_of(json.loads(json.dumps(objective.to_dict())))
-    trained = [phase.trains for phase in objective.phases]
+    assert cls.loss is not Method.loss and cls.tasks <= set(TASK_LOSSES)
+    method = method_of(name)
+    assert method == cls() == method_of(json.loads(json.dumps(method.to_dict())))
+    trained = [phase.trains for phase in method.phases]
     assert all(trained) and {"backbone", "early_exits", "last_exit"} <= frozenset.union(*trained) <= set(PARTS)
-    assert len({phase.name for phase in objective.phases}) == len(trained)
-    assert all(phase.epochs > 0 and phase.lr > 0 for phase in objective.phases)
+    assert len({phase.name for phase in method.phases}) == len(trained)
+    assert all(phase.epochs > 0 and phase.lr > 0 for phase in method.phases)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objective_agrees_with_the_other_tables(name):
+@pytest.mark.parametrize("name", METHODS)
+def test_method_agrees_with_the_other_tables(name):
     """Its exit rule is a criterion, and its head changes are fields of `HeadConfig`."""
-    objective = objective_of(name)
-    assert objective.rule in CRITERIA
+    method = method_of(name)
+    assert method.rule in CRITERIA
     known = {field.name for field in dataclasses.fields(HeadConfig)}
     for shares_layers in (True, False):
-        changes = objective.head_changes(shares_layers)
+        changes = method.head_changes(shares_layers)
         assert set(changes) <= known
         HeadConfig(**changes)
 
 
-def test_unknown_objective_lists_the_known_ones():
+def test_unknown_method_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got 'magic'"):
-        objective_of("magic")
+        method_of("magic")
 
 
 PUBLIC = [(ee, name) for name in ee.__all__] + [(ops, name) for name in ops.__all__]
 PUBLIC += [(ee.criteria, name) for name in ee.criteria.__all__]
-PUBLIC += [(ee.objectives, name) for name in ee.objectives.__all__]
+PUBLIC += [(ee.methods, name) for name in ee.methods.__all__]
 
 
 @pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda v: getattr(v, "__name__", v))

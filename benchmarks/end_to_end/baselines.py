@@ -18,17 +18,14 @@ from transformers.masking_utils import create_bidirectional_mask
 from benchmarks.end_to_end import peers
 from benchmarks.end_to_end.models import Subject, exit_logits
 from benchmarks.machine import NotMeasuredError, device
+from earlyexit_kernels.core.calls import hidden_of
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.engine.layer_calls import hidden_of
 
 Answer: TypeAlias = tuple[Tensor, Tensor | None]
 Answering: TypeAlias = Callable[[dict[str, Tensor]], Answer]
 Builder: TypeAlias = Callable[[Subject, Criterion | None, int], Answering]
 PLAIN, TRUNCATION, ITEM_LOOP = "transformers", "truncation", "item loop"
 COMPILED_WHOLE = "torch.compile, reduce-overhead"
-COMPILED_CAPTURED = "torch.compile, one CUDA graph"
-#: Baselines that are compiled as a whole, which takes long, and run from CUDA graphs.
-FOR_GPUS = frozenset({COMPILED_WHOLE, COMPILED_CAPTURED})
 #: Baselines that run fewer layers, and other runtimes.
 LEAVE_EARLY = frozenset({ITEM_LOOP, "mask loop", TRUNCATION})
 PEERS = frozenset({"ONNX Runtime", "OpenVINO"})
@@ -77,46 +74,6 @@ def compiled_whole(subject: Subject, rule: Criterion | None, layer: int) -> Answ
         return module(**given[id(batch)][1]).logits, None
 
     return answer
-
-
-def compiled_captured(subject: Subject, rule: Criterion | None, layer: int) -> Answering:
-    """The plain model compiled as a whole, captured here in one CUDA graph for each batch, without its mask as above.
-
-    It is there in case that torch skips the graphs of `compiled_whole`.
-    """
-    module = torch.compile(_copy_of_plain(subject), dynamic=False)
-    # as above, each batch is kept beside its graph
-    captured: dict[int, tuple[dict[str, Tensor], Callable[[], object], Tensor]] = {}
-
-    def answer(batch: dict[str, Tensor]) -> Answer:
-        if id(batch) not in captured:
-            is_padded = not bool(batch["attention_mask"].all())
-            given = batch if is_padded else {"input_ids": batch["input_ids"]}
-            captured[id(batch)] = batch, *captured_call(lambda: module(**given).logits)
-        _, replay, logits = captured[id(batch)]
-        replay()
-        return logits, None
-
-    return answer
-
-
-def captured_call(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-    """Capture a call in a CUDA graph after it has run; return what replays it, and its answer.
-
-    Raises:
-        NotMeasuredError: there is no GPU.
-    """
-    if device() != "cuda":
-        raise NotMeasuredError("CUDA graphs require CUDA")
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(CALLS_TO_RECORD):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        answer = run()
-    return graph.replay, answer
 
 
 def _skipped_graphs() -> int:
@@ -209,15 +166,14 @@ BASELINES: dict[str, Builder] = {
     PLAIN: plain,
     "torch.compile": compiled,
     COMPILED_WHOLE: compiled_whole,
-    COMPILED_CAPTURED: compiled_captured,
     ITEM_LOOP: item_loop,
     "mask loop": mask_loop,
     TRUNCATION: truncated,
     "ONNX Runtime": lambda subject, rule, layer: peers.onnx_runtime(subject),
     "OpenVINO": lambda subject, rule, layer: peers.openvino(subject),
 }
-#: Baselines of the CPU suites.
-USUAL = tuple(name for name in BASELINES if name not in FOR_GPUS)
+#: Baselines of the CPU suites; compiling a model as a whole takes long and pays on GPUs.
+USUAL = tuple(name for name in BASELINES if name != COMPILED_WHOLE)
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Our engines: converted models, by how their layers run and by the back-end of the ops."""
+"""Our engines: converted models, by the kind of their encoder layers."""
 
 from __future__ import annotations
 
@@ -8,39 +8,20 @@ from collections.abc import Callable
 
 from benchmarks.end_to_end.models import Model, Subject
 from benchmarks.machine import NotMeasuredError
-from earlyexit_kernels.engine.inputs import Inputs
-from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.types import ExitOutput
 
-FAMILY_LAYERS, FUSED_LAYERS, GRAPH = "family layers", "fused layers", "graph"
-
-
-def _eager(model: Model, layers: str) -> None:
-    model.set_engine("eager")
-    model.set_layers(layers)
+FAMILY_LAYERS, FUSED_LAYERS, CAPTURED_LAYERS = "family layers", "fused layers", "captured layers"
 
 
-def _graph(model: Model) -> None:
-    """Set the graph engine without its fall-back: eager runs are not timed under its name."""
-    model.set_engine("graph")
-    execution = model.execution
-    run_graph = execution.run_graph
-
-    def or_raise(view: ModelView, inputs: Inputs) -> ExitOutput:
-        out = run_graph(view, inputs)
-        if out is None:
-            raise NotMeasuredError("; ".join(sorted(execution.logged)))
-        return out
-
-    execution.run_graph = or_raise
+def _layers(kind: str) -> Callable[[Model], None]:
+    return lambda model: model.configure(path=kind)
 
 
 #: Engine -> function that sets it on a converted model.
 ENGINES: dict[str, Callable[[Model], None]] = {
-    FAMILY_LAYERS: functools.partial(_eager, layers="family"),
-    FUSED_LAYERS: functools.partial(_eager, layers="fused"),
-    GRAPH: _graph,
+    FAMILY_LAYERS: _layers("eager"),
+    FUSED_LAYERS: _layers("fused"),
+    CAPTURED_LAYERS: _layers("captured"),
 }
 
 
@@ -64,7 +45,13 @@ def engine_model(
     model = copy.deepcopy(source, {id(x): x for x in [*source.parameters(), *source.buffers()]})
     try:
         ENGINES[engine](model)
-        model.set_backend(backend)
+        model.configure(backend=backend)
     except BackendUnavailableError as error:
         raise NotMeasuredError(str(error)) from error
     return model
+
+
+def refused_captures(model: Model) -> str:
+    """Return why layers of a model were not captured, ``""`` if all were."""
+    captured = model.runner.paths["captured"].layers
+    return "; ".join(sorted(captured._logged))

@@ -125,7 +125,7 @@ def _ours(variant: Variant, subject: models.Subject, work: Workload, truth: list
     )
     try:
         for each in (model, checked):
-            each.set_layers("fused", weights=variant.dtype)
+            each.configure(path="fused", weights=variant.dtype)
     except BackendUnavailableError as error:
         raise NotMeasuredError(str(error)) from error
     rule = rule_for(variant.exits, ee.ExitTrace.cat([model.trace(**batch) for batch in work.batches]), trained=False)

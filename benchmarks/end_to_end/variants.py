@@ -120,7 +120,7 @@ class _Variants:
         model = engine_model(self.subject, variant.engine, variant.backend, family=family)
         set_rule = functools.partial(model.set_criterion, rule)
         answer, truths = functools.partial(_answer, model), self.truths(variant.engine, family)
-        named = variant._replace(backend=model.backend)
+        named = variant._replace(backend=model.explain().backend)
         check = functools.partial(self._check, answer, truths, rule, prepare=set_rule)
         return Implementation(named, self.call(answer), check, set_rule, ours=True, model=model)
 

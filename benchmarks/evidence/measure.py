@@ -16,8 +16,8 @@ from benchmarks.evidence.noise import typos
 from benchmarks.harness import Record
 from earlyexit_kernels.cli.evaluate import NEVER_SKIP, SKIP_FROM, Traced, encoded, trace_splits
 from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.core.replay import replay_each
 from earlyexit_kernels.criteria import Criterion, Dact, Expectation, Patience, SampledExit
-from earlyexit_kernels.engine.replay import replay_each
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
 from earlyexit_kernels.tuning.grids import settings, skip_settings
@@ -74,14 +74,14 @@ def measure(folder: Path, *, noise: bool = False) -> list[Record]:
     subject = Subject(traced, recipe, folder, tokens)
     found = [_layers(subject), _exits(subject)]
     trace, problem_type = traced.traces["tuning"][0], traced.task.problem_type
-    wanted = {*RULES, traced.model.objective.rule}
+    wanted = {*RULES, traced.model.method.rule}
     for name, group in settings(trace, points=POINTS, problem_type=problem_type).items():
         if name in wanted:
             found.append(_replayed(subject, name, group))
     if "halting" in trace.aux:
         draws = [SampledExit(seed=seed) for seed in range(DRAWS)]
         found += [_replayed(subject, "sampled_exit", draws), _replayed(subject, "expectation", [Expectation()])]
-        if traced.model.objective.name == "dact":
+        if traced.model.method.name == "dact":
             found.append(_replayed(subject, "bound", [Dact(bound=bound) for bound in ("paper", "tight")]))
     if "gate" in traced.model.heads.aux_names:
         found += _skipping(subject)
@@ -146,7 +146,7 @@ def _skipping(subject: Subject) -> list[Record]:
     The first threshold of each is 0, with which no row leaves: skips alone, and neither.
     """
     model, trace = subject.traced.model, subject.traced.traces["tuning"][0]
-    skip_from = model.objective.to_dict().get("skip_threshold", SKIP_FROM)
+    skip_from = model.method.to_dict().get("skip_threshold", SKIP_FROM)
     found = []
     for name, threshold in (("skips and exits", skip_from), ("exits alone", NEVER_SKIP)):
         group = skip_settings(trace, skip_from=(threshold,))

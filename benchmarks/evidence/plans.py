@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from earlyexit_kernels.cli.train import objective_from
+from earlyexit_kernels.cli.train import method_from
 
 SEEDS = (0, 1, 2)
 #: Rows to train on; of RTE all that are not held out.
@@ -71,7 +71,7 @@ class Training:
             output: folder for the trained model.
         """
         given = [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
-        phases = objective_from(self.method, given).phases
+        phases = method_from(self.method, given).phases
         epochs = self.epochs or [EPOCHS if "backbone" in phase.trains else EXIT_EPOCHS for phase in phases]
         return [
             *("train", "--model", model, "--task", self.task, "--method", self.method, "--output", output),

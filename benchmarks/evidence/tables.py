@@ -13,7 +13,7 @@ from benchmarks.evidence.plans import SEEDS, SHARED, SIX, TWELVE, Training
 from benchmarks.evidence.results import Mix, Result
 from benchmarks.evidence.runs import RESULTS, result_file
 from benchmarks.tables import NOT_MEASURED
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tuning.report import markdown_table
 
 #: Shares of the multiply-adds of full depth at which rules are compared.
@@ -66,7 +66,7 @@ def methods(task: str, *, results: Path = RESULTS) -> str:
             group = _group(functools.partial(plans.of_method, task, method, own_form=own_form), results)
             if not group:
                 continue
-            rule = "skips and exits" if method == "smartbert" else OBJECTIVES[method].rule
+            rule = "skips and exits" if method == "smartbert" else METHODS[method].rule
             cells = [spread(r.full_depth for r in group)]
             for share in SHARES:
                 mixes = [r.rule(rule, share) for r in group]

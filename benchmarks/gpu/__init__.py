@@ -1,1 +1,1 @@
-"""Measurements on a GPU: ``make gpu-check`` and ``make gpu-sanitize``."""
+"""Measurements on a GPU: ``make gpu-check``."""

@@ -14,11 +14,12 @@ LAUNCHES = frozenset(
     "cudaLaunchKernel cudaLaunchKernelExC cuLaunchKernel cuLaunchKernelEx cudaLaunchCooperativeKernel cudaGraphLaunch "
     "cudaMemsetAsync cudaMemcpyAsync cudaMemset cudaMemcpy".split()
 )
-#: Calls that wait for it.
+#: Calls that wait for all of its work, and for what is before an event.
 SYNCHRONISATIONS = frozenset(
-    "cudaStreamSynchronize cudaDeviceSynchronize cudaEventSynchronize cuStreamSynchronize cuCtxSynchronize "
-    "cuEventSynchronize cudaMemcpy cudaMemcpy2D cudaFree".split()
+    "cudaStreamSynchronize cudaDeviceSynchronize cuStreamSynchronize cuCtxSynchronize cudaMemcpy cudaMemcpy2D "
+    "cudaFree".split()
 )
+EVENT_WAITS = frozenset({"cudaEventSynchronize", "cuEventSynchronize"})
 RANGE = "counted"
 
 
@@ -62,5 +63,10 @@ def launches(counted: Counter[str]) -> int:
 
 
 def synchronisations(counted: Counter[str]) -> int:
-    """Return how often the host waited for the device."""
+    """Return how often the host waited for all work of the device."""
     return sum(counted[name] for name in SYNCHRONISATIONS)
+
+
+def event_waits(counted: Counter[str]) -> int:
+    """Return how often the host waited for an event, as for the counts of an exit."""
+    return sum(counted[name] for name in EVENT_WAITS)

@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.gpu import card, steps
 from benchmarks.gpu.bench import header
 from benchmarks.gpu.sections import SECTIONS
-from benchmarks.gpu.steps import TESTS, Outcome, Worker
+from benchmarks.gpu.steps import TESTS, Outcome
 from benchmarks.gpu.tables import goals_table
 from benchmarks.harness import Record
 from benchmarks.machine import first_line
@@ -36,11 +36,11 @@ INTERRUPTED = 130
 #: A step is not started with less than so many seconds left, nor a section with less than this share of its time.
 MIN_SECONDS, MIN_SHARE = 30, 1 / 3
 #: Seconds of the steps that run tests.
-TEST_SECONDS = {"tests_first": 120, "tests_graph": 180, "tests_ops": 150, "tests_eager": 120}
+TEST_SECONDS = {"tests_first": 90, "tests_captured": 150, "tests_ops": 120, "tests_eager": 90}
 #: Section -> the tests that run after it.
 TESTS_AFTER = {
-    "empty_launches": ("tests_first",),
-    "synchronisations": ("tests_graph", "tests_ops", "tests_eager"),
+    "costs": ("tests_first",),
+    "whole_float16_128": ("tests_captured", "tests_ops", "tests_eager"),
 }
 
 
@@ -82,65 +82,45 @@ class Summary:
         return "\n".join([*lines, *(f"refused: {line_of(record)}" for record in self.wrong)])
 
 
-def arguments_of(description: str | None, what: str, names: Sequence[str], minutes: float) -> argparse.ArgumentParser:
-    """Return the parser of a command that runs steps."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(what, dest="only", choices=names, action="append", help="only these; default: all")
-    parser.add_argument("--redo", action="store_true", help="also steps finished before with these sources")
-    parser.add_argument("--minutes", type=float, default=minutes, help="for everything (default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="another folder for the JSON; the documents stay then")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps; return 0 if none failed."""
     names = ["build", *TESTS, *SECTIONS]
-    args = arguments_of(__doc__, "--section", names, MINUTES).parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--section", dest="only", choices=names, action="append", help="only these; default: all")
+    parser.add_argument("--redo", action="store_true", help="also steps finished before with these sources")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="another folder for the JSON; the documents stay then")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu-check: expected an NVIDIA GPU, torch sees none; nothing was measured", file=sys.stderr)
         return 2
     if environment()["commit"] is None:
         print("note: not a git checkout; set EARLYEXIT_COMMIT, or the results name no commit", file=sys.stderr)
-    with Worker() as worker:
-        chosen = args.only or names
-        return run_steps({name: step for name, step in plan(worker).items() if step.always or name in chosen}, args)
-
-
-def run_steps(wanted: Mapping[str, Step], args: argparse.Namespace) -> int:
-    """Run steps; print the goals and the summary, rewrite the documents' tables, and return the exit status.
-
-    Args:
-        wanted: as for `check`.
-        args: from `arguments_of`.
-    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        summary, results = check(wanted, minutes=args.minutes, redo=args.redo, results=args.results), args.results
+        chosen = args.only or names
+        wanted = {name: step for name, step in plan().items() if step.always or name in chosen}
+        summary = check(wanted, minutes=args.minutes, redo=args.redo, results=args.results)
     except KeyboardInterrupt:
         print("interrupted; finished steps are kept, run the command again for the others", file=sys.stderr)
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(f"\n{goals_table(results)}\n\n{summary}")
-    if results is None:
+    print(f"\n{goals_table(args.results)}\n\n{summary}")
+    if args.results is None:
         rewrite_documents()
     return 1 if summary.failed or summary.wrong else 0
 
 
-def plan(worker: Worker) -> dict[str, Step]:
+def plan() -> dict[str, Step]:
     """Return all steps in order."""
-    sections = {
-        name: Step(
-            functools.partial(worker.ask, name), section.seconds, least=max(MIN_SECONDS, section.seconds * MIN_SHARE)
-        )
-        for name, section in SECTIONS.items()
-    }
     tests = {name: Step(functools.partial(steps.tests, name), TEST_SECONDS[name], least=40) for name in TESTS}
-    found = {"build": Step(steps.build, 300, always=True)}
-    for name, step in sections.items():
-        found[name] = step
-        found |= {test: tests[test] for test in TESTS_AFTER.get(name, ())}
-    return found
+    planned = {"build": Step(steps.build, 300, always=True)}
+    for name, one in SECTIONS.items():
+        least = max(MIN_SECONDS, one.seconds * MIN_SHARE)
+        planned[name] = Step(functools.partial(steps.section, name), one.seconds, least=least)
+        planned |= {test: tests[test] for test in TESTS_AFTER.get(name, ())}
+    return planned
 
 
 def check(
@@ -214,11 +194,6 @@ def finished(sources: str, results: Path | None = None) -> set[str]:
 def _print(records: Iterable[Record]) -> None:
     for record in records:
         print(line_of(record), flush=True)
-        if "entry" in record:
-            entry = f"{torch.cuda.get_device_name(0)!r}: {tuple(map(tuple, record['entry']))!r},"
-            print(f"to paste into engine/choice.py, FASTEST:\n    {entry}", flush=True)
-        if "fastest" in record:
-            print(f"the fastest for {record['case']}, {record['shape']}:\n    {record['fastest']},", flush=True)
 
 
 def line_of(record: Record) -> str:

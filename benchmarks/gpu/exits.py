@@ -1,4 +1,4 @@
-"""The exit of the graph engine: its launches, its time beside torch's, and its mean pooling beside the bytes it reads.
+"""The exit: its launches, its time beside torch's, and beside the bytes that it reads.
 
 One timing runs an exit on many copies of a batch, each with its own hidden states; the cache is flushed before.
 """
@@ -27,11 +27,9 @@ from benchmarks.micro.decisions import (
     random_trace,
 )
 from benchmarks.micro.plain import SOURCES, chain_of
-from earlyexit_kernels.engine.resident import TILE_TOKENS
-from earlyexit_kernels.ops import bare_op
-from earlyexit_kernels.ops.resident_exit import COUNTS
+from earlyexit_kernels.ops import ExitCall, bare_op
 
-STEP, MEAN = "gpu_exit_step", "gpu_mean_pooling"
+SUITE = "gpu_exit_step"
 EXIT, CHAIN, COMPILED, COPY = "exit", "torch chain", "compiled chain", "copy of as many bytes"
 #: Rows of the trace that the threshold is chosen on, so that it is the same for every batch.
 SETTING_ROWS = 256
@@ -48,20 +46,14 @@ class Exit:
         self.bench, self.pooling, device = bench, pooling, bench.device
         self.rule = middle_settings(random_trace(SETTING_ROWS))["entropy"]
         logits = random_trace(rows, device=device).logits[:, LAYER - 1]
-        found = head_giving(logits, bench.width, bench.length, pooling)
+        made = head_giving(logits, bench.width, bench.length, pooling)
         kind = DTYPES[dtype]
-        self.weight, self.bias = found.weight.to(kind), found.bias.to(kind)
-        one_side = found.hidden.to(kind)
-        self.hidden = [torch.cat((one_side, torch.zeros_like(one_side))) for _ in range(bench.copies)]
-        self.capacity = rows * bench.length
-        self.padded = one_side.view(rows, bench.length, bench.width)
-        offsets = even_offsets(rows, bench.length, device)
+        self.weight, self.bias, hidden = made.weight.to(kind), made.bias.to(kind), made.hidden.to(kind)
+        self.hidden = [hidden.clone() for _ in range(bench.copies)]
+        self.padded = hidden.view(rows, bench.length, bench.width)
+        self.offsets = even_offsets(rows, bench.length, device)
         self.before = {
-            "row_ids": bench.ints(range(rows)),
-            "offsets": offsets,
-            "old_offsets": torch.zeros_like(offsets),
-            "source": bench.ints([0] * rows),
-            "counts": bench.ints([0] * COUNTS),
+            "row_ids": torch.arange(rows, dtype=torch.int32, device=device),
             "state": self.rule.new_state(rows, torch.device(device), CLASSES),
             "answers": torch.zeros(rows, CLASSES, device=device),
             "exit_layer": torch.zeros(rows, dtype=torch.int64, device=device),
@@ -76,12 +68,9 @@ class Exit:
 
     def decide(self, number: int, backend: str) -> None:
         """Run the exit on one of the copies."""
-        x, rule = self.copies[number], self.rule
-        bare_op("resident_exit", backend, self.bench.device)(
-            self.hidden[number], self.weight, self.bias, None, None, x["row_ids"], x["offsets"], x["old_offsets"],
-            x["source"], x["counts"], x["state"], x["answers"], x["exit_layer"], rule.name, rule.params(LAYER),
-            self.pooling, LAYER, DEPTH, TILE_TOKENS, self.capacity, None,
-        )  # fmt: skip
+        tensors = self.hidden[number], self.offsets, self.weight, self.bias, None, None, *self.copies[number].values()
+        call = ExitCall(*tensors, self.rule.name, self.rule.params(LAYER), self.pooling, LAYER, DEPTH)
+        bare_op("exit_step", backend, self.bench.device)(*call)
 
     def calls(self, backend: str) -> list[Call]:
         """Return the exit on each of the copies."""
@@ -91,7 +80,7 @@ class Exit:
         """Compare the last copy with the torch reference."""
         self.restore()
         self.decide(0, "torch")
-        self.decide(-1, self.bench.exits)
+        self.decide(-1, self.bench.backend)
         want, got = self.copies[0], self.copies[-1]
         moved = [name for name in want if want[name].dtype != torch.float32 and not torch.equal(want[name], got[name])]
         if moved:
@@ -100,15 +89,14 @@ class Exit:
         return Checked("" if off <= TOLERANCE else f"answers are {off:.2g} off the torch reference")
 
     def chain(self) -> Callable[..., Any]:
-        """Return the same in plain torch on padded rows, without the package; no row moves."""
+        """Return the same in plain torch on padded rows, without the package."""
         source = SOURCES[self.pooling]
         return chain_of(self.rule, lambda *inputs: source(*inputs).float())
 
     def chain_calls(self, chain: Callable[..., Any]) -> list[Call]:
         """Return a chain on each of the copies."""
-        rows, width = self.padded.shape[0], self.padded.shape[2]
-        padded = [x[: self.capacity].view(rows, -1, width) for x in self.hidden]
-        done = torch.zeros(rows, dtype=torch.bool, device=self.bench.device)
+        padded = [x.view(self.padded.shape) for x in self.hidden]
+        done = torch.zeros(len(self.padded), dtype=torch.bool, device=self.bench.device)
         first = (done, self.before["answers"], self.before["exit_layer"])
         return [functools.partial(chain, *first, x, self.weight, self.bias) for x in padded]
 
@@ -128,31 +116,35 @@ class Exit:
     def bytes(self) -> int:
         """Bytes that one exit has to move: hidden states that it pools, weights, and its buffers."""
         pooled = self.padded if self.pooling == "mean" else self.padded[:, 0]
-        return sum(x.numel() * x.element_size() for x in (pooled, self.weight, self.bias, *self.before.values()))
+        parts = (pooled, self.weight, self.bias, self.offsets, *self.before.values())
+        return sum(x.numel() * x.element_size() for x in parts)
 
 
-def step_records(bench: Bench) -> Iterator[Record]:
-    """Yield launches and times of the exit on first tokens."""
+def records(bench: Bench) -> Iterator[Record]:
+    """Yield launches and times of the exit on first tokens, and its time on means beside that of their bytes."""
     for dtype in bench.dtypes:
         for rows in bench.batches:
-            yield from _step(bench, Exit(bench, rows, dtype, "first"), rows, dtype)
+            yield from _first(bench, Exit(bench, rows, dtype, "first"), rows, dtype)
+            yield from _mean(bench, Exit(bench, rows, dtype, "mean"), rows, dtype)
 
 
-def _step(bench: Bench, exit_: Exit, rows: int, dtype: str) -> Iterator[Record]:
-    def named(case: str, name: str) -> Record:
-        shape = f"B {rows}, S {bench.length}, H {bench.width}"
-        return header(STEP, case, name, shape=shape, dtype=dtype, backend=bench.exits if name == EXIT else "")
+def _named(bench: Bench, case: str, name: str, rows: int, dtype: str) -> Record:
+    shape = f"B {rows}, S {bench.length}, H {bench.width}"
+    return header(SUITE, case, name, shape=shape, dtype=dtype, backend=bench.backend if name == EXIT else "")
 
+
+def _first(bench: Bench, exit_: Exit, rows: int, dtype: str) -> Iterator[Record]:
+    named = functools.partial(_named, bench, rows=rows, dtype=dtype)
     torch._dynamo.reset()
     chains = {CHAIN: exit_.chain(), COMPILED: torch.compile(exit_.chain(), dynamic=False)}
-    each = {EXIT: exit_.calls(bench.exits)} | {name: exit_.chain_calls(chain) for name, chain in chains.items()}
+    each = {EXIT: exit_.calls(bench.backend)} | {name: exit_.chain_calls(chain) for name, chain in chains.items()}
     checks = {name: functools.partial(exit_.check_chain, each[name][0]) for name in chains} | {EXIT: exit_.check}
-    found = harness.prepare(
+    prepared = harness.prepare(
         (Variant(name), functools.partial(Implementation, Variant(name), _in_turn(each[name]), checks[name]))
         for name in each
     )
-    yield from found.skipped_records(lambda variant: named("exit step", variant.engine))
-    ready = [variant.engine for variant in found.ready]
+    yield from prepared.skipped_records(lambda variant: named("first token", variant.engine))
+    ready = [variant.engine for variant in prepared.ready]
     if EXIT not in ready:
         return
     exit_.restore()
@@ -161,19 +153,30 @@ def _step(bench: Bench, exit_: Exit, rows: int, dtype: str) -> Iterator[Record]:
         yield counting | {"not_measured": wrong}
     else:
         yield _with_goal(counting | {"launches": launches(calls_of(each[EXIT][0]))}, "exit step: launches")
-    graphs = {name: bench.graph_of(each[name]) for name in ready}
-    # by the host, chains are launched call by call; the exit stays in its graph, as in the engine
-    by_host = {name: _in_turn(each[name]) for name in ready} | {EXIT: graphs[EXIT]}
-    for case, ways, goal in (
-        ("in graphs", graphs, "exit step over the {}, both in graphs"),
-        ("launched by the host", by_host, "exit step in a graph over the {}, launched by the host"),
-    ):
-        times = bench.times(ways, restore=exit_.restore, by_host=ways is by_host)
-        own = named(case, EXIT) | micros(times[EXIT], bench.copies)
-        yield own if by_host is ways else _with_goal(own, "exit step: microseconds in a graph")
-        for name in ready[1:]:
-            yield named(case, name) | micros(times[name], bench.copies)
-            yield _with_goal(own | over(times[EXIT], times[name], name), goal.format(name))
+    on_device = bench.times({EXIT: _in_turn(each[EXIT])}, restore=exit_.restore)
+    own = named("first token, on the device", EXIT) | micros(on_device[EXIT], bench.copies)
+    yield _with_goal(own, "exit step: microseconds on the device")
+    times = bench.times({name: _in_turn(each[name]) for name in ready}, restore=exit_.restore, by_host=True)
+    for name in ready:
+        yield named("first token, launched by the host", name) | micros(times[name], bench.copies)
+        if name != EXIT:
+            compared = micros(times[EXIT], bench.copies) | over(times[EXIT], times[name], name)
+            yield _with_goal(named("first token, launched by the host", EXIT) | compared, f"exit step over the {name}")
+
+
+def _mean(bench: Bench, exit_: Exit, rows: int, dtype: str) -> Iterator[Record]:
+    """Yield the time of the exit on means over that of its bytes, at the speed of a large copy in the same round."""
+    record = _named(bench, "mean, on the device", EXIT, rows, dtype)
+    if wrong := exit_.check().wrong:
+        yield record | {"refused": wrong}
+        return
+    source, target = (torch.ones(LARGE_COPY, dtype=torch.int8, device=bench.device) for _ in range(2))
+    calls = {EXIT: _in_turn(exit_.calls(bench.backend)), COPY: lambda: target.copy_(source)}
+    times = bench.times(calls, restore=exit_.restore)
+    share = exit_.bytes * bench.copies / (2 * source.numel())
+    record |= micros(times[EXIT], bench.copies) | over(times[EXIT], [share * t for t in times[COPY]], COPY)
+    record |= {"moved_bytes": exit_.bytes, "copied_gb_per_s": round(2e-6 * source.numel() / min(times[COPY]), 1)}
+    yield _with_goal(record, f"exit step on the mean over the time of its bytes, B {rows}")
 
 
 def _in_turn(calls: list[Call]) -> Call:
@@ -186,24 +189,3 @@ def _in_turn(calls: list[Call]) -> Call:
 
 def _with_goal(record: Record, name: str) -> Record:
     return record | gpu_goal(name, record)
-
-
-def mean_records(bench: Bench) -> Iterator[Record]:
-    """Yield the time of the exit on the mean of each row's tokens, over the time of its bytes at the best bandwidth."""
-    source, target = (torch.ones(LARGE_COPY, dtype=torch.int8, device=bench.device) for _ in range(2))
-    for dtype in bench.dtypes:
-        for rows in bench.batches:
-            exit_ = Exit(bench, rows, dtype, "mean")
-            shape = f"B {rows}, S {bench.length}, H {bench.width}"
-            own = header(MEAN, "mean pooling", EXIT, shape=shape, dtype=dtype, backend=bench.exits)
-            if wrong := exit_.check().wrong:
-                yield own | {"refused": wrong}
-                continue
-            ways = {EXIT: bench.graph_of(exit_.calls(bench.exits)), COPY: lambda: target.copy_(source)}
-            times = bench.times(ways, restore=exit_.restore)
-            # the time of the exit's bytes at the speed of the large copy, round by round
-            share = exit_.bytes * bench.copies / (2 * source.numel())
-            record = own | micros(times[EXIT], bench.copies)
-            record |= over(times[EXIT], [share * t for t in times[COPY]], COPY)
-            moved = {"moved_bytes": exit_.bytes, "copied_gb_per_s": round(2e-6 * source.numel() / min(times[COPY]), 1)}
-            yield _with_goal(record | moved, f"mean pooling over the time of its bytes, B {rows}")

@@ -1,218 +1,209 @@
-"""Predicted microseconds of a pass of BERT-base on an H200, kernel by kernel, beside those that were measured.
+"""Predicted microseconds of a pass of BERT-base in float16 on an H200, from bytes, operations and launches.
 
     python -m benchmarks.gpu.roofline
 
-The time of a product is the longest of three for each of its steps (multiply-adds, bytes from the L2 cache, latency of
-the copies in flight), that of another kernel follows from its bytes, and each launch has a fixed time. The numbers of
-the card are those that others have measured (`CARD`); nothing here was fitted to measurements of this package.
+A kernel takes the longest of three: its operations at the rate of the matrix units, its bytes at the rate of memory,
+and the least time of a kernel. A layer is its kernels and the gaps between them. The host launches a layer and its exit
+and waits for the counts of the exit before (`counts.LAG`), so a pass is as slow as the slower of host and device. Rows
+that have left run on until the host moves the others to a smaller level (`level_size`, `compaction_pays`). Nothing was
+fitted to measurements of this package; `CONSTANTS` says which numbers are published and which are estimates.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from benchmarks import harness
-from benchmarks.end_to_end.forced import NEVER
-from earlyexit_kernels.engine.graphs import bucket_of
-from earlyexit_kernels.ops.pack_tokens import COUNTED_TOKENS
-from earlyexit_kernels.ops.rows_linear_tma import FIRST_COLUMNS, TMA_TILES, tma_tiles
-from earlyexit_kernels.ops.tiles import ENOUGH_TILES, SUM_PARTS, Tiles, few_tiles, tiles_for
+from benchmarks.end_to_end.forced import MIXES, NEVER
+from benchmarks.end_to_end.suites import HALF, ONE_AT_HALF
+from earlyexit_kernels.core.counts import LAG
+from earlyexit_kernels.core.loop import compaction_pays
+from earlyexit_kernels.cuda.levels import LevelSize, level_size
 from earlyexit_kernels.tuning.report import markdown_table
 
-WIDTH, INNER, LAYERS, LENGTH, BYTES = 768, 3072, 12, 128, 2
+WIDTH, INNER, HEADS, LAYERS, LENGTH, BYTES = 768, 3072, 12, 12, 128, 2
 BATCHES = (1, 32, 128)
+#: Multiply-adds of a layer's products on one token.
+LAYER_MACS = 4 * WIDTH * WIDTH + 2 * WIDTH * INNER
+
+
+class Constant(NamedTuple):
+    """A number of the card or of the host, what it is, and where it comes from."""
+
+    value: float
+    what: str
+    source: str
+
+
+PUBLISHED, ESTIMATE = "NVIDIA's data sheet", "estimate"
+MEMORY = Constant(4.8, "TB/s from memory", PUBLISHED)
+MATRIX = Constant(989, "TFLOP/s of the matrix units, half precision, dense", PUBLISHED)
+SHARE = Constant(0.7, "share of these that products and attention reach", ESTIMATE)
+LEAST = Constant(2.0, "us, least time of a kernel", ESTIMATE)
+STEP = Constant(0.11, "us for each 64 terms of a product's sums, least time of a product beyond that", ESTIMATE)
+GAP = Constant(1.0, "us between two kernels of a graph", ESTIMATE)
+STREAM_GAP = Constant(1.5, "us between two launches on a stream", ESTIMATE)
+EMPTY = Constant(0.3, "us of an attention block of a row that is not there", ESTIMATE)
+BLOCKS = Constant(264, "blocks of attention at a time, two for each of 132 multiprocessors", ESTIMATE)
+EXIT = Constant(3.5, "us of an exit on first tokens", ESTIMATE)
+COPY = Constant(2.0, "us of the copy of counts to the host", ESTIMATE)
+ARRIVAL = Constant(8.0, "us from the end of a copy until the host goes on", ESTIMATE)
+HOST_LAYER = Constant(30.0, "us of the host for a layer, its exit, the copy and its event", ESTIMATE)
+HOST_OP = Constant(5.0, "us of the host for an operation of torch", ESTIMATE)
+FRONT = Constant(31, "operations before layer 1: packing by a mask, embeddings, buffers", "counted on a CPU")
+MOVE = Constant(8, "operations of a compaction into a level", "counted in the source")
+WAIT = Constant(15.0, "us of the wait for the number of tokens", ESTIMATE)
+STOCK = Constant(40.0, "us of the host for a call of the compiled stock model, its inputs' copies included", ESTIMATE)
+CONSTANTS = (
+    MEMORY, MATRIX, SHARE, LEAST, STEP, GAP, STREAM_GAP, EMPTY, BLOCKS, EXIT, COPY, ARRIVAL, HOST_LAYER, HOST_OP, FRONT,
+    MOVE, WAIT, STOCK,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a GPU can do, in bytes and operations per microsecond, and microseconds.
+class Layer:
+    """What is launched between the products and the attention of a layer.
 
     Attributes:
-        l2: bytes from the L2 cache to all multiprocessors; Triton's Hopper tutorials reach 7.9 TB/s.
-        memory: bytes from memory.
-        tensor: half-precision operations of the matrix units.
-        adds: float32 additions.
-        processors: multiprocessors.
-        gap: from the end of a kernel in a graph to the start of the next one.
-        latency: of a copy from L2 or memory.
-        launch: fixed time of a kernel.
+        name: as in the table.
+        elementwise: hidden states ``[T, H]`` that each kernel reads and writes; 4 H for each of the inner width.
     """
 
-    l2: float = 8.0e6
-    memory: float = 4.3e6
-    tensor: float = 790e6
-    adds: float = 30e6
-    processors: int = 132
-    gap: float = 1.2
-    latency: float = 0.75
-    launch: float = 1.5
+    name: str
+    elementwise: tuple[float, ...]
 
 
-CARD = Card()
-#: Microseconds of an IF node.
-NODE = 3.0
-#: Microseconds of a kernel before layer 1, but for bytes. In `pack_tokens` and `rows_embed` three loads wait for each
-#: other (sizes, mask, ids; count, index, embedding), of which the fixed time of a kernel has one: 1.5 + 1.2 + 2 x 0.75.
-FRONT = CARD.launch + CARD.gap + 2 * CARD.latency
-#: Microseconds of one access alone to the L2 cache and to memory, and of an exit's sums and decision.
-HIT, MISS, DECISION = 0.2, 0.6, 0.5
-#: Name of a product -> weights side by side, columns and terms of a sum, and whether K is summed in parts.
-PRODUCTS = {
-    "query, key, value": (3, WIDTH, WIDTH, False),
-    "attention output": (1, WIDTH, WIDTH, True),
-    "intermediate": (1, INNER, WIDTH, False),
-    "output": (1, WIDTH, INNER, True),
-}
-#: Part of a pass -> how its kernels' names begin.
-PARTS = {
-    "products": ("rows_linear",),
-    "attention": ("rows_attention",),
-    "norms": ("rows_add_norm",),
-    "exits": ("exit_kernel", "void earlyexit::exit_kernel"),
-    "moves": ("gather_rows", "void earlyexit::(anonymous namespace)::gather_rows"),
-}
+#: Residual, norm, GELU, residual, norm and the copy into the buffer; inductor fuses residual and norm.
+PLAIN_LAYER = Layer("captured", (3, 2, 8, 3, 2, 2))
+COMPILED_LAYER = Layer("captured, compiled layers", (3, 8, 3, 2))
+STOCK_LAYER = Layer("stock model, compiled", (3, 8, 3))
+#: Columns and terms of a layer's products.
+PRODUCTS = (*[(WIDTH, WIDTH)] * 4, (INNER, WIDTH), (WIDTH, INNER))
 
 
-def parts_of(capacity: int, columns: int, in_parts: bool) -> int:
-    """Return how many parts of K are computed side by side."""
-    return SUM_PARTS if in_parts and few_tiles(torch.float16, capacity, columns) else 1
+def kernel_us(operations: float, moved: float, least: float = LEAST.value) -> float:
+    """Return the time of a kernel from its operations and the bytes that it reads and writes."""
+    return max(operations / (MATRIX.value * SHARE.value * 1e6), moved / (MEMORY.value * 1e6), least)
 
 
-def tiles_of(capacity: int, columns: int, weights: int = 1, in_parts: bool = False) -> Tiles:
-    """Return the tiles of a half-precision product on a Hopper card."""
-    parts = parts_of(capacity, columns, in_parts)
-    bulk = tma_tiles(capacity, columns, CARD.processors, in_parts)
-    if parts == 1 and bulk.count(capacity, columns) >= ENOUGH_TILES:
-        return bulk
-    return tiles_for(torch.float16, capacity, parts * weights * columns, torch.device("cpu"))
+def layer_us(layer: Layer, tokens: int, present: int, missing: int) -> float:
+    """Return the device's time of one layer.
 
-
-def l2_bytes(tiles: Tiles, tokens: int, columns: int, terms: int) -> int:
-    """Return the bytes that the tiles of a product read from the L2 cache."""
-    return tiles.count(tokens, columns) * (tiles.rows + tiles.columns) * terms * BYTES
-
-
-def product_us(name: str, tokens: int, capacity: int) -> float:
-    """Return the time of a product of some live tokens."""
-    weights, columns, terms, in_parts = PRODUCTS[name]
-    parts, tiles = parts_of(capacity, columns, in_parts), tiles_of(capacity, columns, weights, in_parts)
-    launches, wide = (weights, columns) if tiles in TMA_TILES else (1, parts * weights * columns)
-    count = tiles.count(tokens, wide)
-    narrow, programs = replace(tiles, columns=FIRST_COLUMNS), min(CARD.processors, tiles.count(capacity, wide))
-    if tiles == TMA_TILES[-1] and narrow.count(tokens, wide) <= programs:
-        tiles, count = narrow, narrow.count(tokens, wide)
-    processors = min(CARD.processors, count)
-    step = (tiles.rows + tiles.columns) * tiles.depth * BYTES
-    by_matrix_units = 2 * tiles.rows * tiles.columns * tiles.depth * CARD.processors / CARD.tensor
-    by_l2 = step * processors / CARD.l2
-    by_latency = CARD.latency / (tiles.stages - 1)
-    steps = math.ceil(terms / parts / tiles.depth)
-    between = SUM_PARTS - 1 if in_parts and parts == 1 else 0
-    adds = between * tiles.rows * tiles.columns * CARD.processors / CARD.adds
-    tile = max(steps * by_matrix_units + adds, steps * by_l2, steps * by_latency)
-    return launches * (math.ceil(count / processors) * tile + CARD.launch + CARD.gap)
-
-
-def front_us(tokens: int) -> float:
-    """Return the time before layer 1: two kernels, or three where the tokens are counted first.
-
-    Embeddings of words and positions are read and the sum is written; those of types stay in the L1 cache.
+    Args:
+        layer: kind of layer.
+        tokens: in the buffers.
+        present: rows of `LENGTH` tokens.
+        missing: rows that the buffers have room for, beyond these.
     """
-    return (2 + (tokens > COUNTED_TOKENS)) * FRONT + tokens * 3 * WIDTH * BYTES / _source(tokens)
+    hidden = tokens * WIDTH * BYTES
+    times = [
+        kernel_us(
+            2 * tokens * columns * terms,
+            BYTES * (tokens * (columns + terms) + columns * terms),
+            LEAST.value + STEP.value * terms / 64,
+        )
+        for columns, terms in PRODUCTS
+    ]
+    attended = present * LENGTH
+    times.append(kernel_us(4 * attended * LENGTH * WIDTH, 4 * attended * WIDTH * BYTES))
+    times += [kernel_us(0, share * hidden) for share in layer.elementwise]
+    return sum(times) + GAP.value * len(times) + missing * HEADS * EMPTY.value / BLOCKS.value
 
 
-def _source(tokens: int) -> float:
-    """Return the bytes per microsecond of kernels that read what the kernel before has written."""
-    return CARD.memory if tokens > 8192 else CARD.l2
+def stock_us(rows: int) -> float:
+    """Return the time of a pass of the compiled stock model, whose batch has no mask: one graph for all layers."""
+    tokens = rows * LENGTH
+    ends = 2 * (kernel_us(0, 4 * tokens * WIDTH * BYTES) + GAP.value) + 3 * (LEAST.value + GAP.value)
+    return STOCK.value + ends + LAYERS * layer_us(STOCK_LAYER, tokens, rows, 0)
 
 
-def exit_us(rows: int) -> float:
-    """Return the time of an exit, which is that of the accesses that wait for one another.
+@dataclass
+class Pass:
+    """The clocks of a pass, in microseconds.
 
-    The row's id, then its token, hit the cache, while the weight and bias come from memory: the longer of the two.
-    After the decision, which reads no memory, the blocks of a batch write their rows, wait for these writes and take a
-    ticket, and the last one reads the totals: four hits. One row needs no ticket. So a batch takes
-    1.5 + max(2 x 0.2, 0.6) + 0.5 + 4 x 0.2 = 3.4 us, and a row 2.6 us.
+    Attributes:
+        host, device: when each has done what it was given.
+        arrived: layer -> when the host may read its counts.
     """
-    return CARD.launch + max(2 * HIT, MISS) + DECISION + (4 * HIT if rows > 1 else 0.0)
+
+    host: float
+    device: float
+    arrived: dict[int, float]
+
+    def run(self, layer: int, time: float) -> None:
+        """Launch a layer and its exit."""
+        self.host += HOST_LAYER.value
+        self.device = max(self.device, self.host) + time + EXIT.value + COPY.value + 3 * STREAM_GAP.value
+        self.arrived[layer] = self.device + ARRIVAL.value
+        self.host = max(self.host, self.arrived.get(layer - LAG, 0.0))
+
+    def known(self) -> int:
+        """Return the last layer whose counts the host has, 0 for none."""
+        return max((layer for layer, at in self.arrived.items() if at <= self.host), default=0)
+
+    def move(self, tokens: int) -> None:
+        """Move rows into a smaller level, which reads and writes their tokens twice."""
+        self.host += MOVE.value * HOST_OP.value
+        launches = MOVE.value * (LEAST.value + STREAM_GAP.value)
+        self.device = max(self.device + launches, self.host) + kernel_us(0, 4 * tokens * WIDTH * BYTES)
 
 
-def layer_us(tokens: int, capacity: int) -> dict[str, float]:
-    """Return the times of one encoder layer by part."""
-    bytes_of_token, source = WIDTH * BYTES, _source(tokens)
-    attention = tokens * 4 * bytes_of_token / source + 2 * CARD.launch
-    # parts of the product are written and read as float32; its only write otherwise belongs to the product
-    parts = parts_of(capacity, WIDTH, in_parts=True)
-    read = BYTES if parts == 1 else 2 * 4 * parts
-    norm = tokens * WIDTH * (read + 2 * BYTES) / source
-    return {
-        "products": sum(product_us(name, tokens, capacity) for name in PRODUCTS),
-        "attention": attention + CARD.gap,
-        "norms": 2 * (norm + CARD.launch + CARD.gap),
-    }
+def level_for(rows: int) -> LevelSize:
+    """Return the level of rows of `LENGTH` tokens."""
+    size = level_size(rows, rows * LENGTH, LENGTH, padded=False)
+    assert size is not None
+    return size
 
 
-def pass_us(rows: int, exits: str) -> dict[str, float]:
-    """Return the times of one pass by part; at mean depth 6 as many rows leave at every layer."""
-    bucket = bucket_of(rows, LENGTH)
-    found = {**dict.fromkeys(PARTS, 0.0), "rest": front_us(rows * LENGTH)}
-    for layer in range(1, LAYERS + 1):
-        if exits != NEVER and rows == 1 and layer > LAYERS / 2:
-            found["rest"] += CARD.launch  # an IF node that is skipped
-            continue
-        live = 1.0 if exits == NEVER or rows == 1 else max(1 / rows, 1 - (layer - 1) / LAYERS)
-        for part, time in layer_us(max(1, round(rows * live)) * LENGTH, bucket.tokens).items():
-            found[part] += time
-        found["exits"] += exit_us(rows) + CARD.gap
-        if layer < LAYERS:
-            found["rest"] += NODE
-            if bucket.rows > 1:  # a single row is never moved
-                found["moves"] += CARD.launch + CARD.gap
-    return found
+def captured_us(layer: Layer, rows: int, exits: str) -> float:
+    """Return the time of a pass of captured layers.
+
+    Args:
+        layer: kind of layer.
+        rows: of the batch.
+        exits: a mix of `forced.MIXES`.
+    """
+    leaves = MIXES[exits](rows, LAYERS)
+    clocks = Pass(FRONT.value * HOST_OP.value + WAIT.value, 0.0, {})
+    present, size, on_cuda = rows, level_for(rows), torch.device("cuda")
+    for number in range(1, LAYERS + 1):
+        clocks.run(number, layer_us(layer, size.tokens, present, size.rows - present))
+        live = sum(at > clocks.known() for at in leaves)
+        if not live:
+            break
+        smaller = level_for(live)
+        macs = LAYER_MACS * (LAYERS - number)
+        if smaller.tokens < size.tokens and compaction_pays(size.tokens, smaller.tokens, WIDTH, macs, on_cuda):
+            clocks.move(live * LENGTH)
+            present, size = live, smaller
+    return max(clocks.host, clocks.device + ARRIVAL.value)
 
 
-def measured(results: Path | None = None) -> dict[tuple[str, str], float]:
-    """Return the microseconds of each part in the section ``kernels``, by case and part, where it has run."""
-    found: dict[tuple[str, str], float] = {}
-    for document in harness.documents(results).values():
-        for record in document["records"]:
-            if record["suite"] == "gpu_kernels" and record["dtype"] == "float16":
-                part = next((p for p, names in PARTS.items() if record["engine"].startswith(names)), "rest")
-                key = record["case"], part
-                found[key] = found.get(key, 0.0) + float(record["microseconds"])
-    return found
+def half_of(rows: int) -> str:
+    """Return the mix whose rows run half of the layers."""
+    return ONE_AT_HALF if rows == 1 else HALF
 
 
 def table(results: Path | None = None) -> str:
-    """Return the predicted and, where there are any, the measured microseconds of a pass."""
-    known = measured(results)
-    rows = [_row(batch, exits, known) for batch in BATCHES for exits in (NEVER, _half(batch))]
-    return markdown_table(("pass", *PARTS, "rest", "together, us"), rows)
+    """Return the predicted microseconds of a pass beside those of the compiled stock model."""
+    kinds = (PLAIN_LAYER, COMPILED_LAYER)
+    rows = []
+    for batch in BATCHES:
+        stock = stock_us(batch)
+        for exits in (NEVER, half_of(batch)):
+            times = [captured_us(kind, batch, exits) for kind in kinds]
+            cells = [cell for time in times for cell in (f"{time:.0f}", f"{time / stock:.2f}")]
+            rows.append((f"B {batch}, {exits}", f"{stock:.0f}", *cells))
+    names = [word for kind in kinds for word in (f"{kind.name}, us", "time ratio")]
+    return markdown_table(("pass", f"{STOCK_LAYER.name}, us", *names), rows)
 
 
-def _row(batch: int, exits: str, known: Mapping[tuple[str, str], float]) -> Sequence[str]:
-    case, predicted = f"B {batch}, {exits}", pass_us(batch, exits)
-    # no kernel stands for a part that does not run
-    own: dict[str, Any] = {part: known.get((case, part)) for part, time in predicted.items() if time}
-    cells = [_cell(time, own.get(part)) for part, time in predicted.items()]
-    total = None if None in own.values() else sum(own.values())
-    return case, *cells, _cell(sum(predicted.values()), total)
-
-
-def _cell(predicted: float, is_: float | None) -> str:
-    return f"{predicted:.0f}" if is_ is None else f"{predicted:.0f}, measured {is_:.0f}"
-
-
-def _half(batch: int) -> str:
-    from benchmarks.gpu.whole import half_of
-
-    return half_of(batch)
+def constants_table(results: Path | None = None) -> str:
+    """Return the numbers that the prediction is made from."""
+    return markdown_table(("value", "of", "source"), [(f"{c.value:g}", c.what, c.source) for c in CONSTANTS])
 
 
 if __name__ == "__main__":

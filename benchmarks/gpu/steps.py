@@ -1,4 +1,4 @@
-"""The subprocesses of ``make gpu-check``: the build, the tests, and the worker that measures."""
+"""The subprocesses of ``make gpu-check``: the build, the tests, and the sections that measure."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import contextlib
 import importlib.util
 import json
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
-import threading
-import time
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -27,11 +25,11 @@ from benchmarks.harness import Record
 TESTS: dict[str, tuple[str, ...]] = {
     "tests_first": (
         "python_tests/gpu/test_gpu.py",
-        *("-k", "every_family or half_precision or equal_bits or (supported_criterion and (entropy or patience))"),
+        *("-k", "every_family or half_precision or stale or (every_criterion and (entropy or patience))"),
     ),
-    "tests_graph": ("python_tests/gpu/test_gpu.py",),
+    "tests_captured": ("python_tests/gpu/test_gpu.py",),
     "tests_ops": ("python_tests/gpu/test_gpu_ops.py",),
-    "tests_eager": ("python_tests/gpu/test_gpu_eager.py", "python_tests/engine/test_fixed_depth_graphs.py"),
+    "tests_eager": ("python_tests/gpu/test_gpu_eager.py", "python_tests/core/test_fixed_depth_graphs.py"),
 }
 #: In the last line of setup.py if it builds everything; before it may be what did not compile.
 CUDA_BUILT = "CPU and CUDA kernels"
@@ -107,6 +105,21 @@ def tests(step: str, seconds: float) -> Outcome:
     return Outcome([record], "" if code == 1 else f"pytest {_ending(code)}: {_tail(output, 1)}")
 
 
+def section(name: str, seconds: float) -> Outcome:
+    """Run a section of `SECTIONS`; the records that it has written count also where it fails or the time runs out."""
+    with tempfile.TemporaryDirectory() as folder:
+        into = Path(folder) / "records"
+        command = [sys.executable, "-m", "benchmarks.gpu.worker", name, str(into)]
+        code, output = run(command, seconds, {"TQDM_DISABLE": "1"})
+        # without a line that was not finished
+        lines = into.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if into.is_file() else []
+    records = [json.loads(line) for line in lines]
+    if code == 0:
+        return Outcome(records)
+    print(output, file=sys.stderr)
+    return Outcome(records, f"the process {_ending(code)}: {_tail(output, 1)}")
+
+
 def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
     """Run a command; return its exit status, None if the time ran out, and its output.
 
@@ -155,81 +168,3 @@ def _ending(code: int | None) -> str:
 
 def _tail(output: str, lines: int = TAIL) -> str:
     return "\n".join([line for line in output.splitlines() if line.strip()][-lines:])
-
-
-class Worker:
-    """The process that measures, started at the first request, and again after one that ended.
-
-    Args:
-        command: serves as `benchmarks.gpu.worker` does.
-    """
-
-    def __init__(self, command: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu.worker")) -> None:
-        self.command = command
-        self.process: subprocess.Popen[str] | None = None
-        self.lines: queue.Queue[str] = queue.Queue()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stop()
-
-    def ask(self, name: str, seconds: float) -> Outcome:
-        """Run a section.
-
-        Args:
-            name: of `SECTIONS`.
-            seconds: it is stopped after so many.
-        """
-        if self.process is None:
-            self._start()
-        process, end = self.process, time.monotonic() + seconds
-        assert process is not None and process.stdin is not None
-        records: list[Record] = []
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(f"{name}\n")
-            process.stdin.flush()
-        while True:
-            try:
-                line = self.lines.get(timeout=max(0.0, end - time.monotonic()))
-            except queue.Empty:
-                self.stop()
-                return Outcome(records, f"stopped after {seconds:.0f} s")
-            if not line:
-                self.process = None
-                return Outcome(records, f"the process ended with status {process.wait()}; its message is above")
-            message = json.loads(line)
-            if "record" in message:
-                records.append(message["record"])
-                continue
-            if not message["fit"]:
-                self.stop()
-            return Outcome(records, message["end"])
-
-    def stop(self) -> None:
-        """Kill the process."""
-        if self.process is not None:
-            _end(self.process, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def _start(self) -> None:
-        self.lines = queue.Queue()
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=ROOT,
-            env={**os.environ, "TQDM_DISABLE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        threading.Thread(target=_forward, args=(self.process.stdout, self.lines), daemon=True).start()
-
-
-def _forward(stdout: Any, lines: queue.Queue[str]) -> None:
-    """Forward lines as they come, and an empty one at the end."""
-    for line in stdout:
-        lines.put(line)
-    lines.put("")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import harness
 from benchmarks.goals import GPU
-from benchmarks.gpu import programs, roofline
+from benchmarks.gpu import roofline
 from benchmarks.harness import Record
 from benchmarks.tables import machine_line, skipped
 from earlyexit_kernels.tuning.report import markdown_table
@@ -23,16 +23,6 @@ def goals_table(results: Path | None = None) -> str:
 def details_table(results: Path | None = None) -> str:
     """Measurements without a goal."""
     return _per_machine(results, _details) or TO_BE_MEASURED
-
-
-def roofline_table(results: Path | None = None) -> str:
-    """Predicted microseconds of a pass by kind of kernel, and the measured ones where there are any."""
-    return roofline.table(results)
-
-
-def programs_table(results: Path | None = None) -> str:
-    """Programs of the launches between the products, which follow from the sizes alone."""
-    return programs.table()
 
 
 def _per_machine(results: Path | None, table: Callable[[list[Record]], str]) -> str:
@@ -100,6 +90,6 @@ def _times(record: Record) -> tuple[str, str, str]:
 TABLES = {
     "gpu": goals_table,
     "gpu_details": details_table,
-    "gpu_roofline": roofline_table,
-    "gpu_programs": programs_table,
+    "gpu_roofline": roofline.table,
+    "gpu_constants": roofline.constants_table,
 }

@@ -1,4 +1,4 @@
-"""Time of a fused layer by the library of its matrix products: the numbers behind `fused_bert.PRODUCTS`.
+"""Time of a fused layer by the library of its matrix products: the numbers behind `onednn.PRODUCTS`.
 
 One encoder layer of BERT's form on T packed tokens: the family's own, and the fused one on the package's vector
 kernels, with oneDNN's products, the activation after them or within, and with torch's.
@@ -7,7 +7,6 @@ Run with ``python -m benchmarks.run --suite layer_products``.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -18,12 +17,13 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import earlyexit_kernels as ee
 from benchmarks.harness import Implementation, PreparedCase, Record, Variant, ratio_fields, time_fields
+from earlyexit_kernels.backbones.forms_bert import read_bert_layer
 from earlyexit_kernels.backends import available_backends
-from earlyexit_kernels.engine.attention_plan import plan_attention
-from earlyexit_kernels.engine.bert_weights import LayerWeights
-from earlyexit_kernels.engine.fused_bert import FusedLayer, Products, onednn_unsupported_reason, pack_layer
-from earlyexit_kernels.engine.packed_layers import kernels_unsupported_reason
-from earlyexit_kernels.engine.packing import pack
+from earlyexit_kernels.core.attention_plan import plan_attention
+from earlyexit_kernels.core.packing import pack
+from earlyexit_kernels.cpu.bert import OneDnnLayer
+from earlyexit_kernels.cpu.kernels import PackedLayer, kernels_unsupported_reason
+from earlyexit_kernels.cpu.onednn import Products, onednn_unsupported_reason, products_here
 
 SUITE = "layer_products"
 BASELINE = "family"
@@ -56,14 +56,14 @@ def _records_of(width: int, repeats: int) -> Iterator[Record]:
     model = ee.to_early_exit(BertForSequenceClassification(config).eval())
     own = model.adapter.layers(model.backbone)[0]
     backend = "torch" if available_backends("cpu")["cpp"] else "cpp"
-    fused = FusedLayer.of(LayerWeights.of(own, model.adapter.names, config.num_attention_heads), backend)
+    weights = read_bert_layer(own, model.adapter.names, config)
     layers: dict[str, Any] = {BASELINE: own}
     if kernels_unsupported_reason(torch.float32) is None:
-        layers |= {"fused, vector kernels": pack_layer(own, model.adapter.names, config, torch.float32)}
-    layers |= {f"fused, {name}": dataclasses.replace(fused, products=products) for name, products in WAYS.items()}
+        layers |= {"fused, vector kernels": PackedLayer.of(weights, torch.float32)}
+    layers |= {f"fused, {name}": OneDnnLayer.of(weights, products) for name, products in WAYS.items()}
     variants = {name: Variant("eager", backend, "float32", name) for name in layers}
-    in_use = f"without vector kernels, up to {fused.products.packed_up_to} tokens oneDNN"
-    in_use += " with the activation" * fused.products.with_activation
+    in_use = f"without vector kernels, up to {products_here().packed_up_to} tokens oneDNN"
+    in_use += " with the activation" * products_here().with_activation
     for rows in ROWS:
         shape, batch = f"H {width}, T {rows * LENGTH}", pack(torch.ones(rows, LENGTH, dtype=torch.long), None)
         call = partial(_run, torch.randn(1, rows * LENGTH, width), plan_attention(batch))

@@ -19,9 +19,9 @@ from benchmarks.goals import roofline_goal
 from benchmarks.harness import Implementation, PreparedCase, Record, Variant, goal_fields, time_fields
 from benchmarks.machine import NotMeasuredError
 from benchmarks.micro.peaks import Peaks, measured_peaks
-from earlyexit_kernels.engine.attention_plan import plan_attention
-from earlyexit_kernels.engine.packed_layers import STORED, kernels_unsupported_reason
-from earlyexit_kernels.engine.packing import pack
+from earlyexit_kernels.core.attention_plan import plan_attention
+from earlyexit_kernels.core.packing import pack
+from earlyexit_kernels.cpu.kernels import STORED, kernels_unsupported_reason
 
 SUITE = "layer_roofline"
 TOKENS = (1, 8, 32, 128, 1024)
@@ -43,8 +43,8 @@ def records(repeats: int) -> Iterator[Record]:
             if reason := kernels_unsupported_reason(torch.float32, dtype):
                 yield {"suite": SUITE, "case": stored, "not_measured": reason}
                 continue
-            model.set_layers("fused", weights=stored)
-            stacks[stored] = model.execution.layers.encoder(model.view()).layers
+            model.configure(path="fused", weights=stored)
+            stacks[stored] = model.runner._encoder(model.view()).layers
         found = [record for tokens in TOKENS for record in _times_of(tokens, stacks, repeats)]
     peaks = measured_peaks().best(before)
     for record in found:

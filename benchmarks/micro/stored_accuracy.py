@@ -38,14 +38,14 @@ def records(folder: Path) -> Iterator[Record]:
     (tuning, _), (reporting, _) = recipe.both_rows(task)
     splits = {"tuning": tuning, "reporting": reporting}
     data, collate = encoded(folder, model, splits, max_length=recipe.max_length)
-    model.set_layers("fused")
+    model.configure(path="fused")
     trace, labels = collect_trace(model, data["tuning"], collate_fn=collate)
     rule = ee.calibrate(trace, labels, target=ee.MaxDrop(DROP), criterion="entropy").criterion
     first = None
     for stored in STORED:
         record = {"suite": SUITE, "case": task.name, "dtype": stored, "engine": "fused layers", "backend": "cpp"}
         try:
-            model.set_layers("fused", weights=stored)
+            model.configure(path="fused", weights=stored)
         except BackendUnavailableError as error:
             yield record | {"not_measured": str(error)}
             continue

@@ -1,4 +1,4 @@
-"""Time of the check, before each batch, that packed weights are current.
+"""Time of the checks that packed weights are current, of all layers that a batch runs.
 
 ``in a row`` checks again at once, from warm caches; ``between batches`` checks after a forward pass of one row, which
 evicts the caches. Run with ``python -m benchmarks.run --suite weight_checks``.
@@ -37,16 +37,20 @@ def records(repeats: int) -> Iterator[Record]:
         model = ee.to_early_exit(BertForSequenceClassification(config).eval(), pooling="first")
         ids = torch.randint(5, 1000, (1, LENGTH))
         model(input_ids=ids)
-        packed = model.execution.layers.fused._packed
-        if packed is None or packed.encoder is None:
-            yield {"suite": SUITE, "case": case, "not_measured": model.explain(input_ids=ids).layers.reason}
+        made = dict(model.runner.paths["fused"].layers._made)
+        if model.explain().path != "fused":
+            yield {"suite": SUITE, "case": case, "not_measured": model.explain().reason}
             continue
-        check = partial(packed.made_from.is_current, [model.backbone])
+        check = partial(_all_hold, [(each.seal, [layer]) for layer, each in made.items()])
         for caches, batch in {"in a row": do_nothing, "between batches": partial(model, input_ids=ids)}.items():
             low, median, high = (round(1e6 * x, 2) for x in quantiles(timed(check, batch, repeats), (0.2, 0.5, 0.8)))
             fields = {"suite": SUITE, "case": case, "caches": caches, "goal": GOALS.get(case)}
             fields["backend"] = "python" if available_backends("cpu")["cpp"] else "cpp"
             yield fields | {"microseconds": median, "low": low, "high": high}
+
+
+def _all_hold(sealed: list[tuple[Any, list[Any]]]) -> bool:
+    return all(seal.holds(modules) for seal, modules in sealed)
 
 
 def timed(check: Callable[[], bool], batch: Callable[[], Any], repeats: int) -> list[float]:

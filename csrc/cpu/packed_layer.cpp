@@ -1,5 +1,6 @@
-// One post-norm encoder layer on packed tokens, by the vector kernels of csrc/cpu/kernels. The reference implementation
-// and the documentation of the arguments are in earlyexit_kernels/ops/packed_layer.py (packed_layer_torch).
+// One post-norm encoder layer on packed tokens, by the vector kernels of csrc/cpu/kernels:
+//
+//     y = norm(x + out(attend(query x, key x, value x)));  norm(y + outer(activation(inner y)))
 //
 // Rows are computed in blocks of whole rows, whose intermediate results fit into the cache. The work of each step is
 // divided among the threads of torch; no sum depends on the division.
@@ -7,21 +8,23 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cmath>
-#include <string_view>
+#include <string>
 #include <vector>
 
 #include "../checks.h"
 #include "activations.h"
 #include "kernels/kernels.h"
+#include "layers.h"
 
 namespace earlyexit::cpu {
 namespace {
 
-constexpr const char* kOp = "packed_layer_cpp";
+constexpr const char* kOp = "PackedLayer";
 // Tokens of a block: its results take 29 MB for a model of width 768.
 constexpr int64_t kBlockTokens = 1024;
 // Bytes of the inputs of the tiles that use a panel one after the other, which stay in the cache of a core.
@@ -56,9 +59,9 @@ struct Linear {
   int64_t terms;
 };
 
-class Layer {
+class Steps {
  public:
-  Layer(const Kernels& kernels, int64_t width, int64_t heads) : kernels_(kernels), width_(width), heads_(heads) {}
+  Steps(const Kernels& kernels, int64_t width, int64_t heads) : kernels_(kernels), width_(width), heads_(heads) {}
 
   // out = activation(x W + b) for `rows` rows
   void multiply(const Linear& linear, const Matrix& x, int64_t rows, const Matrix& out,
@@ -233,7 +236,7 @@ Linear find_linear(const Kernels& kernels, const char* name, const at::Tensor& w
   const at::ScalarType dtype = weight.scalar_type();
   const at::ScalarType* found = std::find(std::begin(kStored), std::end(kStored), dtype);
   EE_CHECK(found != std::end(kStored), kOp, "expected ", name, " to be float32, float16, bfloat16 or uint8, got ",
-           dtype_name(dtype), "; pack it with ops.pack_weights");
+           dtype_name(dtype), "; pack it with pack_weights");
   const WeightType type = static_cast<WeightType>(found - std::begin(kStored));
   const int64_t terms = kernels.terms[static_cast<int>(type)], columns = kernels.columns;
   EE_CHECK(terms > 0, kOp, "expected AVX512-VNNI for weights in int8 on a processor with AVX-512; store them in another ",
@@ -250,68 +253,102 @@ Linear find_linear(const Kernels& kernels, const char* name, const at::Tensor& w
   return {weight.const_data_ptr(), vectors, scales, type, itemsize, panels, depth, steps * terms, terms};
 }
 
-at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& offsets, at::TensorList weights, at::TensorList biases,
-                        at::TensorList norms, at::ArrayRef<double> eps, int64_t heads, std::string_view activation) {
-  const Kernels* kernels = native_kernels();
-  EE_CHECK(kernels != nullptr, kOp, "expected a processor with AVX2 or AVX-512, which this one has not; use ",
-           "backend='torch', or encoder_layer");
-  check_tensor(kOp, "x", x, at::kFloat, {kAnySize, kAnySize});
-  check_tensor(kOp, "offsets", offsets, at::kInt, {kAnySize});
-  EE_CHECK(weights.size() == 4 && biases.size() == 4 && norms.size() == 4 && eps.size() == 2, kOp,
-           "expected 4 weights, 4 biases, 4 tensors of norms and 2 eps, got ", weights.size(), ", ", biases.size(), ", ",
-           norms.size(), " and ", eps.size());
-  const int64_t tokens = x.size(0), width = x.size(1), rows = offsets.size(0) - 1;
-  EE_CHECK(width > 0 && heads > 0 && width % heads == 0, kOp, "expected heads to divide ", width, ", got ", heads);
-  EE_CHECK(rows >= 0, kOp, "expected offsets [B + 1], got an empty tensor; pass cumulative lengths");
-  const int32_t* ends = offsets.const_data_ptr<int32_t>();
-  check_offsets(kOp, "offsets", ends, rows, tokens);
-  EE_CHECK(ends[0] == 0 && ends[rows] == tokens, kOp, "expected offsets from 0 to ", tokens, ", got ", ends[0], " to ",
-           ends[rows], "; every token must belong to a row");
-  for (const at::Tensor& norm : norms) check_tensor(kOp, "norms", norm, at::kFloat, {width});
-  EE_CHECK(weights[2].dim() == 4, kOp, "expected packed weights, got ", weights[2].dim(), " dimensions");
-  const int64_t inner = weights[3].dim() == 4 ? weights[3].size(1) * weights[3].size(3) : 0;
-  const Linear qkv = find_linear(*kernels, "qkv", weights[0], biases[0], 3 * width, width);
-  const Linear attention_out = find_linear(*kernels, "out", weights[1], biases[1], width, width);
-  const Linear in = find_linear(*kernels, "inner", weights[2], biases[2], inner, width);
-  const Linear outer = find_linear(*kernels, "outer", weights[3], biases[3], width, inner);
-  const Activation function = find_activation(kOp, activation);
-  const auto norm = [&](size_t i) { return norms[i].const_data_ptr<float>(); };
+// A layer with its packed weights. Calls do not change it, so threads may share it.
+class PackedLayer {
+ public:
+  // weights and biases: of qkv, out, inner and outer, as earlyexit_kernels/cpu/panels.py packs them. norms: weight and
+  // bias of the first and the second norm, which are read at each call.
+  PackedLayer(std::vector<at::Tensor> weights, std::vector<at::Tensor> biases, std::vector<at::Tensor> norms,
+              const std::vector<double>& eps, int64_t heads, const std::string& activation)
+      : kernels_(native_kernels()), weights_(std::move(weights)), biases_(std::move(biases)), norms_(std::move(norms)) {
+    EE_CHECK(kernels_ != nullptr, kOp, "expected a processor with AVX2 or AVX-512, which this one has not");
+    EE_CHECK(weights_.size() == 4 && biases_.size() == 4 && norms_.size() == 4 && eps.size() == 2, kOp,
+             "expected 4 weights, 4 biases, 4 tensors of norms and 2 eps, got ", weights_.size(), ", ", biases_.size(),
+             ", ", norms_.size(), " and ", eps.size());
+    width_ = norms_[0].numel();
+    heads_ = heads;
+    EE_CHECK(width_ > 0 && heads > 0 && width_ % heads == 0, kOp, "expected heads to divide ", width_, ", got ", heads);
+    for (const at::Tensor& norm : norms_) check_tensor(kOp, "norms", norm, at::kFloat, {width_});
+    const int64_t inner = weights_[3].dim() == 4 ? weights_[3].size(1) * weights_[3].size(3) : 0;
+    qkv_ = find_linear(*kernels_, "qkv", weights_[0], biases_[0], 3 * width_, width_);
+    out_ = find_linear(*kernels_, "out", weights_[1], biases_[1], width_, width_);
+    inner_ = find_linear(*kernels_, "inner", weights_[2], biases_[2], inner, width_);
+    outer_ = find_linear(*kernels_, "outer", weights_[3], biases_[3], width_, inner);
+    activation_ = find_activation(kOp, activation);
+    first_eps_ = static_cast<float>(eps[0]);
+    second_eps_ = static_cast<float>(eps[1]);
+  }
 
-  at::Tensor out = at::empty_like(x);
-  const float* from = x.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  const Layer layer(*kernels, width, heads);
-  std::vector<int64_t> starts;
-  for (int64_t row = 0; row < rows;) {
-    const int64_t begin = ends[row];
-    starts.assign(1, 0);
-    do {
-      starts.push_back(ends[++row] - begin);
-    } while (row < rows && ends[row + 1] - begin <= kBlockTokens);
-    const int64_t count = starts.back(), columns = kernels->columns;
-    if (count == 0) continue;
+  // x: tokens [..., H]; those of row i begin at offsets[i].
+  at::Tensor operator()(const at::Tensor& x, const at::Tensor& offsets) const {
+    EE_CHECK(x.scalar_type() == at::kFloat && x.dim() > 0 && x.size(-1) == width_, kOp, "expected x to be float32 [*, ",
+             width_, "], got ", dtype_name(x.scalar_type()), " ", shape_name(x.sizes()));
+    check_tensor(kOp, "offsets", offsets, at::kInt, {kAnySize});
+    const int64_t tokens = x.numel() / width_, rows = offsets.size(0) - 1;
+    EE_CHECK(rows >= 0, kOp, "expected offsets [B + 1], got an empty tensor; pass cumulative lengths");
+    const int32_t* ends = offsets.const_data_ptr<int32_t>();
+    check_offsets(kOp, "offsets", ends, rows, tokens);
+    EE_CHECK(ends[0] == 0 && ends[rows] == tokens, kOp, "expected offsets from 0 to ", tokens, ", got ", ends[0],
+             " to ", ends[rows], "; every token must belong to a row");
+    const at::Tensor input = x.contiguous();
+    at::Tensor out = at::empty_like(input);
+    const float* from = input.const_data_ptr<float>();
+    float* to = out.mutable_data_ptr<float>();
+    std::vector<int64_t> starts;
+    for (int64_t row = 0; row < rows;) {
+      const int64_t begin = ends[row];
+      starts.assign(1, 0);
+      do {
+        starts.push_back(ends[++row] - begin);
+      } while (row < rows && ends[row + 1] - begin <= kBlockTokens);
+      if (starts.back() > 0) run_block(starts, from + begin * width_, to + begin * width_);
+    }
+    return out;
+  }
+
+ private:
+  void run_block(const std::vector<int64_t>& starts, const float* from, float* to) const {
+    const int64_t count = starts.back(), columns = kernels_->columns;
     const auto stride = [&](const Linear& linear) { return linear.panels * columns + kRowGap; };
+    const auto norm = [&](size_t i) { return norms_[i].const_data_ptr<float>(); };
     static thread_local std::vector<float> buffer;
-    const int64_t narrow_stride = stride(attention_out), wide_stride = stride(in);
+    const int64_t narrow_stride = stride(out_), wide_stride = stride(inner_);
     // the tiles of attention read whole panels, beyond the last value
-    float* memory = scratch(buffer, count * (stride(qkv) + 2 * narrow_stride + wide_stride) + columns);
+    float* memory = scratch(buffer, count * (stride(qkv_) + 2 * narrow_stride + wide_stride) + columns);
     const Matrix middle{memory, narrow_stride}, context{memory + count * narrow_stride, narrow_stride};
     const Matrix wide{context.data + count * narrow_stride, wide_stride};
-    const Matrix projected{wide.data + count * wide_stride, stride(qkv)};
-    const Matrix input{const_cast<float*>(from + begin * width), width}, output{to + begin * width, width};
-    layer.multiply(qkv, input, count, projected);
-    layer.attend(projected, starts, context);
-    layer.multiply(attention_out, context, count, middle);
-    layer.add_norm(middle, input.data, width, norm(0), norm(1), static_cast<float>(eps[0]), count, context);
-    layer.multiply(in, context, count, wide, function);
-    layer.multiply(outer, wide, count, middle);
-    layer.add_norm(middle, context.data, narrow_stride, norm(2), norm(3), static_cast<float>(eps[1]), count, output);
+    const Matrix projected{wide.data + count * wide_stride, stride(qkv_)};
+    const Matrix input{const_cast<float*>(from), width_}, output{to, width_};
+    const Steps steps(*kernels_, width_, heads_);
+    steps.multiply(qkv_, input, count, projected);
+    steps.attend(projected, starts, context);
+    steps.multiply(out_, context, count, middle);
+    steps.add_norm(middle, input.data, width_, norm(0), norm(1), first_eps_, count, context);
+    steps.multiply(inner_, context, count, wide, activation_);
+    steps.multiply(outer_, wide, count, middle);
+    steps.add_norm(middle, context.data, narrow_stride, norm(2), norm(3), second_eps_, count, output);
   }
-  return out;
-}
+
+  const Kernels* kernels_;
+  std::vector<at::Tensor> weights_, biases_, norms_;
+  int64_t width_, heads_;
+  Linear qkv_, out_, inner_, outer_;
+  Activation activation_;
+  float first_eps_, second_eps_;
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(earlyexit_kernels, CPU, library) { library.impl("packed_layer_cpp", &packed_layer); }
+void bind_packed_layer(pybind11::module_& module) {
+  using Tensors = std::vector<at::Tensor>;
+  pybind11::class_<PackedLayer>(module, "PackedLayer")
+      .def(pybind11::init(torch::wrap_pybind_function(
+          [](Tensors weights, Tensors biases, Tensors norms, const std::vector<double>& eps, int64_t heads,
+             const std::string& activation) {
+            return PackedLayer(std::move(weights), std::move(biases), std::move(norms), eps, heads, activation);
+          })))
+      .def("__call__", torch::wrap_pybind_function_no_gil([](const PackedLayer& layer, const at::Tensor& x,
+                                                             const at::Tensor& offsets) { return layer(x, offsets); }));
+}
 
 }  // namespace earlyexit::cpu

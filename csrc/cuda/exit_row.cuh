@@ -3,7 +3,6 @@
 #pragma once
 
 #include "linear_head.cuh"
-#include "ticket.cuh"
 
 namespace earlyexit {
 
@@ -100,11 +99,17 @@ __device__ void copy_logits(const Call& call, const Frame& frame, int i, float* 
   for (int c = threadIdx.x; c < frame.classes; c += blockDim.x) z[c] = answer[c] = T::value(logits[c]);
 }
 
+struct Outcome {
+  bool live = false;
+  bool invalid = false;
+  int32_t tokens = 0;
+};
+
 // Runs the exit of row i and returns what it adds to the counts, to thread 0. What does not depend on the row id is in
 // flight before it is known. One thread decides: the criteria are sequential, and the rows of a batch provide the
 // parallelism.
 template <class T, class Criterion>
-__device__ Totals step_row(const Call& call, const Frame& frame, int i, float* shared) {
+__device__ Outcome step_row(const Call& call, const Frame& frame, int i, float* shared) {
   __shared__ Decision decision;
   __shared__ float aux;  // of thread 0, which decides: the sums leave no register for it
   const FirstClass<T> head = start_linear<T>(call, frame, shared);
@@ -130,7 +135,7 @@ __device__ Totals step_row(const Call& call, const Frame& frame, int i, float* s
   __syncthreads();
   if (threadIdx.x == 0) decision = decide<Criterion>(call, n, Criterion::needs_aux ? aux : 0.0f, z, answer);
   __syncthreads();
-  if (!decision.leaves) return {new_counts(1, after - begin), decision.invalid};
+  if (!decision.leaves) return {true, decision.invalid, after - begin};
   float* to = call.answers + static_cast<int64_t>(n) * frame.classes;
 #pragma unroll 1
   for (int c = threadIdx.x; c < frame.classes; c += blockDim.x) to[c] = answer[c];
@@ -138,33 +143,21 @@ __device__ Totals step_row(const Call& call, const Frame& frame, int i, float* s
     call.exit_layer[n] = call.layer;
     call.row_ids[i] = -1;
   }
-  return {0, decision.invalid};
+  return {false, decision.invalid, 0};
 }
 
-// One block per row, for any number of rows, and one kernel per rule, which keeps each of them small. All threads of
-// the last block to finish call `finish` with the totals of the launch.
-template <class T, class Criterion, class Finish>
+// One block per row, for any number of rows, and one kernel per rule, which keeps each of them small.
+template <class T, class Criterion>
 __global__ void __launch_bounds__(kMeanThreads, kMeanBlocks)
-    exit_kernel(const __grid_constant__ Call call, const __grid_constant__ Frame frame, Counts* tickets,
-                const __grid_constant__ Finish finish) {
+    exit_kernel(const __grid_constant__ Call call, const __grid_constant__ Frame frame, int32_t* counts) {
   extern __shared__ __align__(16) float shared[];
-  const Totals own = step_row<T, Criterion>(call, frame, blockIdx.x, shared);
-  const auto seen = finish.read(call);  // in flight until the ticket is known
-  Totals all;
-  if (arrive(tickets, own, all)) finish(call, seen, all);
-}
-
-template <class Finish>
-void launch_rows(const Call& call, const Frame& frame, Dtype dtype, int32_t* counts, const Finish& finish,
-                 cudaStream_t stream) {
-  auto* tickets = reinterpret_cast<Counts*>(counts + kTickets);
-  const int64_t shared_bytes = frame.shared_bytes();
-  with_type(dtype, [&](auto type) {
-    with_rule(call.rule, [&](auto rule) {
-      const auto kernel = exit_kernel<decltype(type), decltype(rule), Finish>;
-      kernel<<<call.rows, frame.threads, shared_bytes, stream>>>(call, frame, tickets, finish);
-    });
-  });
+  const Outcome own = step_row<T, Criterion>(call, frame, blockIdx.x, shared);
+  if (threadIdx.x > 0) return;
+  if (own.live) {
+    atomicAdd(counts, 1);
+    atomicAdd(counts + 1, own.tokens);
+  }
+  if (own.invalid) atomicAdd(counts + 2, 1);
 }
 
 }  // namespace earlyexit

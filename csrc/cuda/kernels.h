@@ -11,10 +11,10 @@ namespace earlyexit {
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 
-// Number of int32 that an exit writes its counts to, the last four of which are tickets: see ticket.cuh.
-constexpr int64_t kCounts = 8;
-constexpr int64_t kTickets = 4;
+// Number of int32 that an exit counts in: live rows, their tokens, rows with invalid logits.
+constexpr int64_t kCounts = 3;
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPackBytes = 16;
 // Most values of a hidden state, so that distances between tokens fit into 32 bits.
 constexpr int64_t kMaxWidth = 1 << 26;
@@ -79,28 +79,13 @@ inline Frame new_frame(const Call& call, Dtype dtype) {
   return frame;
 }
 
-// counts [kCounts]: live rows, their tokens, rows with invalid logits.
+// counts [kCounts], 0 before the launch.
 void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int32_t* counts, cudaStream_t stream);
-
-// Compaction after an exit of the device-resident loop, with capacity for R rows; arrays as in the schema.
-struct Settle {
-  int32_t* offsets;           // [R + 1], those of the call
-  int32_t* old_offsets;       // [R + 1]
-  int32_t* source;            // [R]
-  int32_t* counts;            // [kCounts]: as above, and the tokens present after the compaction
-  Divisor tile;               // tokens per tile; rows move if that saves a tile
-  int32_t capacity;           // tokens of one side of the buffer
-  bool sets_handle;           // whether to set the condition of a graph node to whether rows are left
-  unsigned long long handle;  // that condition
-};
-
-void launch_resident_exit(const Call& call, const Frame& frame, Dtype dtype, const Settle& settle,
-                          cudaStream_t stream);
 
 void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
                     int32_t* source, int64_t rows, cudaStream_t stream);
 
-// Tokens of `token_bytes` each; `hidden` and `out` may be one buffer if no segment is both read and written.
+// Tokens of `token_bytes` each.
 struct Gather {
   const void* hidden;
   const int32_t* offsets;

@@ -4,7 +4,6 @@
 
 #include <cuda_pipeline_primitives.h>
 
-#include "block.cuh"
 #include "pack.cuh"
 
 namespace earlyexit {

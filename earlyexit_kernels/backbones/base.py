@@ -75,6 +75,11 @@ class LayerNames:
     outer: str = "output.dense"
     norm: str = "output.LayerNorm"
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the linears."""
+        return self.query, self.key, self.value, self.attention_out, self.inner, self.outer
+
 
 @dataclass(frozen=True)
 class GatedLayerNames:
@@ -100,13 +105,18 @@ class GatedLayerNames:
         names = getattr(self, part)
         return (names,) if isinstance(names, str) else names
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the linears."""
+        return *self.of("qkv"), self.attention_out, *self.of("inner"), self.outer
+
 
 @dataclass(frozen=True)
 class EmbeddingSum:
     """`BackboneAdapter.embed` of a family whose module ``embeddings`` returns a norm of a sum of embeddings.
 
-    That is ``norm(words id + types type + positions position)``, which `ops.rows_embed` computes in one call: in a CUDA
-    graph, and on the CPU beside layers on the vector kernels.
+    That is ``norm(words id + types type + positions position)``, which the extension computes in one call on the
+    CPU, beside layers on the vector kernels.
 
     Attributes:
         words, positions, types: dotted names of the embeddings; None for positions or types that are not added, which
@@ -322,3 +332,14 @@ def rotary_by_type(backbone: nn.Module, hidden: Tensor, positions: Tensor) -> Se
     types = [vars(layer).get("attention_type", kind) for layer, kind in known]
     embeddings = {kind: module.rotary_emb(hidden, positions, kind) for kind in dict.fromkeys(types)}
     return [{"position_embeddings": embeddings[kind]} for kind in types]
+
+
+def query_width(config: Any) -> int:
+    """Return the width of the queries of a layer, all heads together."""
+    head = getattr(config, "head_dim", None)
+    return config.num_attention_heads * head if head else config.hidden_size
+
+
+def linear_weights(*modules: Any) -> int:
+    """Return the number of weights in the linears of some modules, which is their multiply-adds per token."""
+    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))

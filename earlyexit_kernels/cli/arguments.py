@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyexit_kernels.arguments import Check, choice, number, whole
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks.files import FORMATS
 from earlyexit_kernels.tasks.load import TASK_NAMES
 from earlyexit_kernels.tuning.grids import GRIDS, MIN_POINTS
@@ -118,7 +118,7 @@ positive = _converter(float, number(low=0, high=10**9, inside=True))
 probability = _converter(float, number(low=0, high=1, inside=True))
 
 task = one_of(*TASK_NAMES)
-method = one_of(*sorted(OBJECTIVES))
+method = one_of(*sorted(METHODS))
 metric = one_of(*METRIC_NAMES)
 #: A criterion to save with the model, or the best of all.
 AUTO = "auto"

@@ -16,13 +16,12 @@ from earlyexit_kernels.cli.evaluate import encoded, load_model
 from earlyexit_kernels.cli.inputs import metrics_for, queries_of
 from earlyexit_kernels.cli.outputs import check_file, check_folder, written
 from earlyexit_kernels.cli.recipe import Recipe
-from earlyexit_kernels.hf.calibration import Calibration
-from earlyexit_kernels.hf.loading import CONFIG
-from earlyexit_kernels.hf.saving import saved_whole
+from earlyexit_kernels.hf.saving import CONFIG, saved_whole
 from earlyexit_kernels.tasks.own import digest_of
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.choices import UnreachableTargetError
 from earlyexit_kernels.tuning.grids import MIN_POINTS, rule_names, settings
+from earlyexit_kernels.tuning.record import Calibration
 from earlyexit_kernels.tuning.report import markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
 from earlyexit_kernels.tuning.traces import collect_trace

@@ -9,9 +9,9 @@ from typing import Any
 
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.criteria import from_dict
-from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.tasks.load import Task
 from earlyexit_kernels.tasks.own import listed
+from earlyexit_kernels.tuning.record import Calibration
 from earlyexit_kernels.tuning.report import markdown_table, parameter_text
 
 README = "README.md"

@@ -24,7 +24,7 @@ from earlyexit_kernels.cli.inputs import (
 from earlyexit_kernels.cli.outputs import check_file, check_plot, written
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
-from earlyexit_kernels.objectives import from_dict
+from earlyexit_kernels.methods import from_dict
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode
 from earlyexit_kernels.tasks.own import listed
 from earlyexit_kernels.tasks.sources import Split
@@ -163,7 +163,7 @@ def evaluate(folder: Path, recipe: Recipe, args: argparse.Namespace) -> Evaluati
         f"{found.kinds['reporting']} ({rows['reporting']} rows)."
     )
     setup = f"{device_text(environment())}, {str(model.dtype).removeprefix('torch.')}"
-    return Evaluation(folder, recipe, task.name, model.objective.rule, result, title, rows["reporting"], setup)
+    return Evaluation(folder, recipe, task.name, model.method.rule, result, title, rows["reporting"], setup)
 
 
 def trace_splits(
@@ -234,7 +234,7 @@ def sweep_rules(found: Traced, *, drop: float, points: int) -> Sweep:
         progress="sweep",
     )
     if "gate" in found.model.heads.aux_names:
-        skip_from = found.model.objective.to_dict().get("skip_threshold", SKIP_FROM)
+        skip_from = found.model.method.to_dict().get("skip_threshold", SKIP_FROM)
         group = skip_settings(tuning[0], skip_from=(skip_from, NEVER_SKIP))
         data = found.data["tuning"], found.data["reporting"]
         result = sweep_skipping(found.model, result, group, *data, progress="skipping", **found.batching)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from earlyexit_kernels.arguments import Check, choice, flag, optional, whole
-from earlyexit_kernels.objectives import from_dict
+from earlyexit_kernels.methods import from_dict
 from earlyexit_kernels.tasks.load import TASK_NAMES, Task, holdout, load_task
 from earlyexit_kernels.tasks.own import OwnData, load_own
 from earlyexit_kernels.tasks.sources import Split

@@ -14,13 +14,14 @@ from earlyexit_kernels.cli.evaluate import Traced, method_text, sweep_rules, tra
 from earlyexit_kernels.cli.inputs import queries_of
 from earlyexit_kernels.cli.outputs import check_file, written
 from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.core.replay import replay
 from earlyexit_kernels.criteria import Criterion, FullDepth
-from earlyexit_kernels.engine.replay import replay
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning import page_numbers
 from earlyexit_kernels.tuning.metrics import predictions_of
 from earlyexit_kernels.tuning.page import page
 from earlyexit_kernels.tuning.page_numbers import Answers
+from earlyexit_kernels.tuning.record import Calibration
 from earlyexit_kernels.tuning.report import environment, parameter_text, write_json, write_text
 from earlyexit_kernels.tuning.scored import Rows
 from earlyexit_kernels.tuning.sweep import Sweep, random_exit
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _saved_drop(model: Any) -> float:
     """Return the drop that the model was calibrated for; 0 without such a calibration."""
-    calibration = model.calibration
+    calibration = Calibration.of(model)
     return 0.0 if calibration is None else calibration.target.get("drop", 0.0)
 
 
@@ -76,7 +77,7 @@ def report_data(folder: Path, recipe: Recipe, found: Traced, result: Sweep, *, t
     lengths = [len(found.data["reporting"][row]["input_ids"]) for row in range(len(rows))]
     config: Any = model.config
     listed = page_numbers.first_and_last(rows, answers, split.sentences if texts else None, lengths, task.label_names)
-    calibration = model.calibration
+    calibration = Calibration.of(model)
     return {
         "environment": environment(),
         "model": {

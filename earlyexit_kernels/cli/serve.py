@@ -11,9 +11,9 @@ from typing import Any
 from earlyexit_kernels.cli.inputs import check_packages
 from earlyexit_kernels.cli.recipe import recipe_of
 from earlyexit_kernels.criteria import from_dict
-from earlyexit_kernels.hf.calibration import Calibration
-from earlyexit_kernels.hf.loading import CONFIG
+from earlyexit_kernels.hf.saving import CONFIG
 from earlyexit_kernels.serving.http.settings import Settings
+from earlyexit_kernels.tuning.record import Calibration
 
 #: Environment variable with the API key.
 KEY_VARIABLE = "EARLYEXIT_API_KEY"

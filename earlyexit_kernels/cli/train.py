@@ -37,7 +37,7 @@ from earlyexit_kernels.cli.recipe import HELD_OUT, Recipe
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.saving import save_or_rescue
 from earlyexit_kernels.hf.training import Phase, phases
-from earlyexit_kernels.objectives import Objective, PhaseSpec, check_task, objective_of
+from earlyexit_kernels.methods import Method, PhaseSpec, check_task, method_of
 from earlyexit_kernels.tasks import hub
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, holdout, load_task
 from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
@@ -54,13 +54,13 @@ OTHER_ROWS = 0.2
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, and print the score of every exit."""
-    objective = objective_from(args.method, args.set)
-    plans = phase_plans(objective, args)
+    method = method_from(args.method, args.set)
+    plans = phase_plans(method, args)
     check_no_model(args.output, args.overwrite)
     check_card(args.output)
     ask_hub = functools.cache(hub.unreachable_reason)  # once for the task and the model
     own, task = load_rows(args, ask_hub)
-    check_task(objective, task.problem_type, task.num_labels)
+    check_task(method, task.problem_type, task.num_labels)
     set_seed(args.seed)
     base, tokenizer, new_head = load_base(args.model, task, ask_hub=ask_hub)
     pooling = _pooling(args.pooling, new_head and not reads_last_token(base))
@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     evaluation_split = recipe.evaluation_rows(task)
     check_rows(task, train_split, evaluation_split)
     torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
-    model = to_early_exit(base, method=objective, pooling=pooling, form=args.form)
+    model = to_early_exit(base, method=method, pooling=pooling, form=args.form)
     collate = DataCollatorWithPadding(tokenizer)
     source = task.name if own is not None else f"{task.name} ({task.source})"
     print(
         f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {source} with "
-        f"method {objective.name!r}"
+        f"method {method.name!r}"
     )
     check_max_length(recipe.max_length, tokenizer, train_split)
     train_set = encode(train_split, tokenizer, max_length=recipe.max_length)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     base_arguments = training_arguments(
         args.output, args.seed, first["epochs"], first["lr"], args.batch_size, bf16=args.bf16
     )
-    sets = rows_of_phases(model.objective.phases, train_set)
+    sets = rows_of_phases(model.method.phases, train_set)
     for phase, plan, own_set in zip(phases(model), plans, sets, strict=True):
         plan["rows"] = len(own_set)
         print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan, model.heads.aux_names)}")
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     queries = queries_of(evaluation_split)
     scores = truncations(trace, labels, metrics=task.metrics, groups=queries)
-    recipe = replace(recipe, method=model.objective.to_dict(), phases=tuple(plans), scores=scores)
+    recipe = replace(recipe, method=model.method.to_dict(), phases=tuple(plans), scores=scores)
     text = card(args.output, recipe, task, model, len(labels))
     if recipe.max_length is not None:  # a pipeline or a Scorer then cuts texts where training did
         tokenizer.model_max_length = min(tokenizer.model_max_length, recipe.max_length)
@@ -148,7 +148,7 @@ def _train_phase(
     ).train()
 
 
-def objective_from(method: str, given: Sequence[str]) -> Objective:
+def method_from(method: str, given: Sequence[str]) -> Method:
     """Return a training method with some of its options changed.
 
     Args:
@@ -159,7 +159,7 @@ def objective_from(method: str, given: Sequence[str]) -> Objective:
         ValueError: an unknown method or option, a value out of range, or text of another form.
     """
     changes = {}
-    default = objective_of(method)
+    default = method_of(method)
     known = [f.name for f in fields(default)]
     for text in given:
         key, sign, value = text.partition("=")
@@ -172,11 +172,11 @@ def objective_from(method: str, given: Sequence[str]) -> Objective:
     return replace(default, **changes)
 
 
-def phase_plans(objective: Objective, args: argparse.Namespace) -> list[dict[str, Any]]:
+def phase_plans(method: Method, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the name, epochs and learning rates of each phase."""
     plans = []
-    numbers = (_for_each_phase(objective, name, getattr(args, name)) for name in ("epochs", "lr"))
-    for spec, epochs, lr in zip(objective.phases, *numbers, strict=True):
+    numbers = (_for_each_phase(method, name, getattr(args, name)) for name in ("epochs", "lr"))
+    for spec, epochs, lr in zip(method.phases, *numbers, strict=True):
         head_lr = lr if args.head_lr is None else args.head_lr
         halting_lr = head_lr if args.halting_lr is None else args.halting_lr
         gate_lr = lr if args.gate_lr is None else args.gate_lr
@@ -206,15 +206,15 @@ def _plan_text(plan: dict[str, Any], aux: Sequence[str]) -> str:
     return ", ".join((plan["name"], *numbers, f"rows {plan['rows']}"))
 
 
-def _for_each_phase(objective: Objective, name: str, given: Sequence[float] | None) -> list[float]:
+def _for_each_phase(method: Method, name: str, given: Sequence[float] | None) -> list[float]:
     """Return the epochs or learning rates of all phases: those given, or the defaults of the method."""
-    specs = objective.phases
+    specs = method.phases
     if given is None:
         return [getattr(spec, name) for spec in specs]
     if len(given) not in (1, len(specs)):
         raise ValueError(
             f"--{name}: expected one number, or one for each of the {len(specs)} phases of "
-            f"{objective.name!r} ({', '.join(spec.name for spec in specs)}), got {list(given)}"
+            f"{method.name!r} ({', '.join(spec.name for spec in specs)}), got {list(given)}"
         )
     return list(given) * (len(specs) if len(given) == 1 else 1)
 

@@ -26,10 +26,15 @@ PARTS_OF_BANK = {
 
 
 class LinearExits(NamedTuple):
-    """Exits that are one linear each on the pooled hidden state: the pooling, and weight and bias by layer."""
+    """Exits that are one linear each on the pooled hidden state: the pooling, and the linears by layer."""
 
     pooling: str
-    weights: list[tuple[Tensor, Tensor]]
+    linears: list[nn.Linear]
+
+    def weights(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the exit after 1-based `layer`."""
+        out = self.linears[layer - 1]
+        return out.weight.contiguous(), out.bias
 
 
 class FusedExit(NamedTuple):
@@ -176,8 +181,8 @@ class ExitHeads(nn.Module):
         """
         if self.config.has_dense or self.config.form != "linear":
             return None
-        weights: list[tuple[Tensor, Tensor]] = [(x.weight.contiguous(), x.bias) for x in self.last_linears()]
-        return LinearExits(self.config.reads, weights) if weights[0][0].dtype == dtype else None
+        linears = self.last_linears()
+        return LinearExits(self.config.reads, linears) if linears[0].weight.dtype == dtype else None
 
     def last_linears(self) -> list[nn.Linear]:
         """Return the last linear of the exit after each layer; see `_last_linear`."""

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from earlyexit_kernels.engine.attention import PACKED_ATTENTION
-from earlyexit_kernels.hf.loading import check_loaded, check_one_save, corrupt_files, record_digest
-from earlyexit_kernels.hf.saving import check_finished, saved_whole
-from earlyexit_kernels.hf.weight_files import check_finite, check_floating, find_weights, read_headers
+from earlyexit_kernels.core.attention import PACKED_ATTENTION
+from earlyexit_kernels.errors import MissingHeadsError
+from earlyexit_kernels.hf.saving import CONFIG, complete_copies, saved_whole, variant_of
+from earlyexit_kernels.hf.weight_files import (
+    StoredTensor,
+    check_finite,
+    digest,
+    find_file,
+    find_weights,
+    read_headers,
+)
 
+#: Entry of a saved config: the digest of its weights. That of a variant has its name behind a dot.
+DIGEST = "weights_digest"
 ATTENTION_IS_FIXED = (
     "attn_implementation cannot be chosen: an early-exit model packs the rows of a batch, and only its own attention "
     f"({PACKED_ATTENTION!r}) keeps them apart"
@@ -37,7 +48,7 @@ class Checkpointed(PreTrainedModel):
         """Save the model with its criterion; the folder gets all files of the save, or none.
 
         The files are written to a temporary folder inside `save_directory` and then moved. If the process is killed
-        during the moves, `from_pretrained` refuses the folder and names the command that finishes the save. Other files
+        during the moves, `from_pretrained` refuses the folder and names the one with the complete save. Other files
         of the folder are kept. The disk must have room for the old weights and the new ones. A save with
         ``distributed_checkpoint=True``, which several processes write, goes straight to the folder.
 
@@ -60,10 +71,8 @@ class Checkpointed(PreTrainedModel):
             with saved_whole(save_directory) as folder:
                 # a copy, since transformers empties the dict
                 super().save_pretrained(folder, state_dict=state_dict and {**state_dict}, **options)
-                tensors = read_headers(find_weights(folder, {"variant": variant}))
-                check_finite(tensors)
-                if variant is None:
-                    record_digest(folder, tensors)
+                check_finite(read_headers(find_weights(folder, {"variant": variant})))
+                record_digests(folder, replaced=Path(save_directory) / CONFIG)
         except SafetensorError as error:
             raise OSError(
                 f"the weights cannot be saved in {save_directory}: {error}; the folder is unchanged"
@@ -104,11 +113,12 @@ class Checkpointed(PreTrainedModel):
         if not kwargs.pop("use_safetensors", True):
             raise ValueError("use_safetensors=False: pickled weights are never read; convert them to safetensors")
         source = pretrained_model_name_or_path
-        tensors = {}
+        tensors, copies = {}, []
         if source is not None:
-            check_finished(os.path.join(source, kwargs.get("subfolder") or ""))
             tensors = read_headers(find_weights(source, kwargs))
-            check_floating(tensors)
+            copies = complete_copies(os.path.join(source, kwargs.get("subfolder") or ""))
+        if copies:
+            check_one_save(source, tensors, kwargs, copies)
         # shapes that differ are refused by check_loaded, which names the file
         kwargs["ignore_mismatched_sizes"] = True
         try:
@@ -116,17 +126,119 @@ class Checkpointed(PreTrainedModel):
                 source, *args, output_loading_info=True, use_safetensors=True, **kwargs
             )
         except SafetensorError as error:
-            raise RuntimeError(f"{corrupt_files(source)} is corrupt or cut short: {error}") from error
+            raise RuntimeError(f"a file of {source} is corrupt or cut short: {error}") from error
         check_loaded(info, source, tensors, allow_new_heads=allow_new_heads)
         if not allow_new_heads:
             check_one_save(source, tensors, kwargs)
         return (model, info) if output_loading_info else model
 
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        tensors = read_headers(find_weights(working_dir, {}))
-        record_digest(Path(working_dir), tensors)
+        record_digests(Path(working_dir))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Refuse another attention, since packed rows require the packed one."""
         raise ValueError(ATTENTION_IS_FIXED)
+
+
+def record_digests(folder: Path, replaced: Path | None = None) -> None:
+    """Write the digests of weights into the config beside them, with those of other variants in a replaced config."""
+    path = folder / CONFIG
+    variants = {found for each in folder.iterdir() if (found := variant_of(each.name)) is not None}
+    if not variants or not path.is_file():
+        return
+    kept = {key: value for key, value in _read(replaced).items() if key.partition(".")[0] == DIGEST}
+    new = {DIGEST + each: digest(read_headers(find_weights(folder, {"variant": each[1:]}))) for each in variants}
+    text = json.dumps({**_read(path), **kept, **new}, indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def check_one_save(
+    source: Any, tensors: Mapping[str, StoredTensor], arguments: Mapping[str, Any], copies: list[Path] | None = None
+) -> None:
+    """Refuse a config and weights of different saves.
+
+    Args:
+        source: folder or hub name.
+        tensors: tensors in the files of weights.
+        arguments: of `from_pretrained`.
+        copies: complete copies of interrupted saves in the folder. Without one, a config without a digest is accepted.
+
+    Raises:
+        RuntimeError: the weights are not those that the config was saved with.
+    """
+    if not tensors or os.path.isfile(source):
+        return
+    path = find_file(source, CONFIG, arguments)
+    entry = f"{DIGEST}.{arguments['variant']}" if arguments.get("variant") else DIGEST
+    expected = _read(path).get(entry)
+    if expected == digest(tensors) or (expected is None and not copies):
+        return
+    files = ", ".join(sorted({str(tensor.file) for tensor in tensors.values()}))
+    cure = f"Use the files of one save; if the weights were changed on purpose, remove {entry!r} from {path}"
+    if copies:
+        cure = (
+            "A save was interrupted, or is running in another process; all of its files are in "
+            f"{' or in '.join(map(str, copies))}. Move them into place, or save to this folder again"
+        )
+    raise RuntimeError(
+        f"{path} and {files} are of different saves: the weights are not those that the config was saved with, so the "
+        f"model would answer as neither. {cure}"
+    )
+
+
+def check_loaded(
+    info: Mapping[str, Any], source: Any, tensors: Mapping[str, StoredTensor], *, allow_new_heads: bool
+) -> None:
+    """Refuse a load in which transformers initialised missing weights or ignored some of the checkpoint.
+
+    Args:
+        info: the loading info of transformers.
+        source, tensors: of the checkpoint, for the message.
+        allow_new_heads: accept missing weights of the exits, which are then randomly initialised.
+
+    Raises:
+        MissingHeadsError: the checkpoint lacks weights.
+        RuntimeError: weights have another shape, or are not part of the model.
+    """
+    missing = sorted(info["missing_keys"])
+    encoder = [name for name in missing if not name.startswith("heads.")]
+    if encoder:
+        raise MissingHeadsError(
+            f"the checkpoint {str(source)!r} lacks {_listed(encoder)} of the encoder, which would be random; "
+            "copy the whole checkpoint again, or save the model again"
+        )
+    if missing and not allow_new_heads:
+        raise MissingHeadsError(
+            f"the checkpoint {str(source)!r} lacks {_listed(missing)}, which would be random. Train and save "
+            "the model, or pass allow_new_heads=True to start with fresh ones"
+        )
+    mismatched = [
+        f"{key} {tuple(found)} in {tensors[key].file if key in tensors else 'the weights'}, {tuple(expected)} by the "
+        "config"
+        for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    wrong = {
+        "have another shape than in the config": mismatched,
+        "are not part of the model in the config": sorted(info["unexpected_keys"]),
+    }
+    for problem, keys in wrong.items():
+        if keys:
+            raise RuntimeError(
+                f"the checkpoint {str(source)!r}: {_listed(keys)} {problem}; config.json and the weights are "
+                "of different models, use the two files of one save"
+            )
+
+
+def _listed(keys: list[str]) -> str:
+    more = "" if len(keys) <= 5 else f" and {len(keys) - 5} more"
+    return f"{len(keys)} weight(s): {', '.join(keys[:5])}{more}"
+
+
+def _read(config: Path | None) -> dict[str, Any]:
+    """Return the data of a config; none where there is no config, or a damaged one."""
+    try:
+        data = {} if config is None else json.loads(config.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

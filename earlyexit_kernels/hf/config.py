@@ -12,24 +12,55 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
 from earlyexit_kernels.backbones import BACKBONES, adapter_of
+from earlyexit_kernels.backbones.base import query_width
 from earlyexit_kernels.criteria import Criterion, from_dict
-from earlyexit_kernels.hf import limits
-from earlyexit_kernels.hf.calibration import Calibration
 
 FORMAT_VERSION = 1
-#: Entry -> the expected kind of value, in words, and a test for it; a missing entry or None passes.
-KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+#: What is expected of an entry, in words, and a test for it; a missing entry or None passes.
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def _size(most: int, least: int = 1) -> Check:
+    def fits(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    return f"a whole number from {least} to {most:,}", fits
+
+
+def _is_floating(dtype: Any) -> bool:
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    return getattr(named, "is_floating_point", False)
+
+
+MAX_WIDTH = 32_768
+#: Entries of both configs that transformers would use without a check. Sizes are bounded far above any published
+#: encoder: without a bound a config from an untrusted source could keep a process busy or exhaust its memory.
+ENTRIES: dict[str, Check] = {
     "id2label": ("a dict of names by number", lambda v: isinstance(v, dict) and all(str(k).isdecimal() for k in v)),
     "label2id": ("a dict of numbers by name", lambda v: isinstance(v, dict)),
     "model_type": ("a string", lambda v: isinstance(v, str)),
     "problem_type": ("a string", lambda v: isinstance(v, str)),
-    "dtype": ("a floating dtype of torch", lambda v: getattr(_dtype(v), "is_floating_point", False)),
+    "dtype": ("a floating dtype of torch", _is_floating),
+    "num_labels": _size(1_000_000),
+}
+#: Families name the same entry differently.
+BACKBONE_ENTRIES: dict[str, Check] = {
+    **ENTRIES,
     "chunk_size_feed_forward": ("a whole number", lambda v: isinstance(v, int)),
     **dict.fromkeys(
         ("hidden_act", "activation", "hidden_activation", "classifier_activation"),
         ("an activation of transformers", lambda v: callable(v) or (isinstance(v, str) and v in ACT2FN)),
     ),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_hidden_groups", "inner_group_num"), _size(512)),
+    **dict.fromkeys(("hidden_size", "dim", "embedding_size", "head_dim"), _size(MAX_WIDTH)),
+    **dict.fromkeys(("intermediate_size", "hidden_dim"), _size(4 * MAX_WIDTH)),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_key_value_heads"), _size(1_024)),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), _size(10_000_000)),
+    "type_vocab_size": _size(10_000_000, least=0),
 }
+HEADS_ENTRIES = {"width": _size(MAX_WIDTH), "attention_heads": _size(1_024), "halting_layers": _size(32)}
+#: Of the whole encoder; Qwen2.5 72B, a large one of a supported family, has 72.7 billion.
+MAX_PARAMETERS = 100_000_000_000
 #: Required entries of a backbone's config, by all their names: they change answers and do not follow from the weights.
 REQUIRED_OF_BACKBONE = (
     ("num_attention_heads", "n_heads"),
@@ -43,25 +74,21 @@ ROPE_BY_LENGTH = ("dynamic", "longrope")
 NEVER_RETURNED = ("output_hidden_states", "output_attentions")
 
 
-def _dtype(value: Any) -> Any:
-    return getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-
-
 class EarlyExitConfig(PretrainedConfig):
     """Configuration of `EarlyExitForSequenceClassification`.
 
     Args:
         backbone_config: config of the encoder, or its dict; it is copied.
-        method: name of a training method, or data of `Objective.to_dict`.
+        method: name of a training method, or data of `Method.to_dict`.
         criterion: data of `Criterion.to_dict`, or None for full depth.
-        calibration: data of `Calibration.to_dict`, or None.
+        calibration: data of `Calibration.to_dict`, or None; `Calibration.of` checks it.
         heads: data of `HeadConfig.to_dict`.
         strict: raise on invalid logits (NaN, several +inf, or all -inf).
         format_version: of the saved files.
 
     Raises:
         ValueError: an unknown format version or criterion, a backbone that is not a supported encoder, or sizes above
-            the limits of `earlyexit_kernels.hf.limits`.
+            their bounds.
 
     Example:
 
@@ -91,8 +118,8 @@ class EarlyExitConfig(PretrainedConfig):
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ) -> None:
-        # an entry of the file only: a config in memory may be saved with other weights
-        kwargs.pop("weights_digest", None)
+        # entries of the file only: a config in memory may be saved with other weights
+        kwargs = {name: value for name, value in kwargs.items() if name.partition(".")[0] != "weights_digest"}
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version: this package reads version {FORMAT_VERSION}, the checkpoint has {format_version!r}; "
@@ -105,15 +132,13 @@ class EarlyExitConfig(PretrainedConfig):
             )
         if backbone_config is not None:
             backbone_config = _encoder_config(backbone_config)
-        if heads is not None and not isinstance(heads, dict):
-            raise ValueError(f"heads: expected the data of HeadConfig.to_dict, got {heads!r}")
-        _check_kinds("", kwargs)
-        limits.check_sizes("heads.", heads or {}, limits.HEADS)
-        limits.check_sizes("", kwargs, limits.LABELS)
+        for name, data, of in (("heads", heads, "HeadConfig"), ("calibration", calibration, "Calibration")):
+            if data is not None and not isinstance(data, dict):
+                raise ValueError(f"{name}: expected the data of {of}.to_dict, got {data!r}")
+        _check("", kwargs, ENTRIES)
+        _check("heads.", heads or {}, HEADS_ENTRIES)
         _refuse_outputs("", kwargs)
         from_dict(criterion)
-        if calibration is not None:
-            Calibration.from_dict(calibration)
         # transformers resets the attention of nested configs: a shared object would lose its own
         self.backbone_config = copy.deepcopy(backbone_config)
         self.method = method
@@ -193,8 +218,7 @@ def _encoder_config(config: Any) -> Any:
         if not isinstance(family, str):
             raise ValueError(f"backbone_config: expected 'model_type', the family of the encoder, got {family!r}")
         adapter_of(family)
-        _check_kinds("backbone_config.", data)
-        limits.check_sizes("backbone_config.", data, limits.BACKBONE)
+        _check("backbone_config.", data, BACKBONE_ENTRIES)
         try:
             config = AutoConfig.for_model(family, **data)
         except StrictDataclassError as error:
@@ -202,10 +226,33 @@ def _encoder_config(config: Any) -> Any:
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"backbone_config: expected the config of an encoder or its dict, got {config!r}")
     adapter_of(config.model_type)
-    limits.check_backbone_sizes(config)
+    entries = {name: getattr(config, name, None) for name in (*BACKBONE_ENTRIES, *NEVER_RETURNED)}
+    _check("backbone_config.", entries, BACKBONE_ENTRIES)
+    if (parameters := _parameters(config)) > MAX_PARAMETERS:
+        raise ValueError(
+            f"backbone_config: expected an encoder of at most {MAX_PARAMETERS:,} parameters, its sizes give about "
+            f"{parameters:,}; do not trust this checkpoint"
+        )
     check_encoder(config)
-    _refuse_outputs("backbone_config.", {name: getattr(config, name, False) for name in NEVER_RETURNED})
+    _refuse_outputs("backbone_config.", entries)
     return config
+
+
+def _parameters(config: Any) -> int:
+    """Return the approximate number of parameters of an encoder of these sizes."""
+    layers = config.num_hidden_layers
+    if getattr(config, "num_hidden_groups", None):
+        layers = config.num_hidden_groups * config.inner_group_num
+    rows = config.vocab_size + config.max_position_embeddings
+    return layers * weights_per_layer(config) + rows * (getattr(config, "embedding_size", None) or config.hidden_size)
+
+
+def weights_per_layer(config: Any) -> int:
+    """Return the approximate number of weights of a layer, as if its feed-forward part were gated."""
+    width, queries, heads = config.hidden_size, query_width(config), config.num_attention_heads
+    shared = queries * (getattr(config, "num_key_value_heads", None) or heads) // heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * width
+    return 2 * width * (queries + shared) + 3 * width * inner
 
 
 def _refuse_outputs(where: str, data: Mapping[str, Any]) -> None:
@@ -218,13 +265,13 @@ def _refuse_outputs(where: str, data: Mapping[str, Any]) -> None:
             )
 
 
-def _check_kinds(where: str, data: Mapping[str, Any]) -> None:
-    """Refuse values that transformers would use without a check.
+def _check(where: str, data: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    """Refuse entries that fail their checks; `where` is the path of `data` in the config.
 
     Raises:
         ValueError: names the entry, its value and what is expected.
     """
-    for name, (expected, fits) in KINDS.items():
+    for name, (expected, fits) in checks.items():
         if data.get(name) is not None and not fits(data[name]):
             raise ValueError(f"{where}{name}: expected {expected}, got {data[name]!r}")
 

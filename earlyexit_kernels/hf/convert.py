@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from earlyexit_kernels.backbones import BackboneAdapter, StockHead, adapter_of
-from earlyexit_kernels.criteria import Criterion, from_dict
-from earlyexit_kernels.engine.separation import check_separation
+from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
 from earlyexit_kernels.hf.config import EarlyExitConfig, check_encoder
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
-from earlyexit_kernels.objectives import Objective, objective_of
+from earlyexit_kernels.hf.separation import check_separation
+from earlyexit_kernels.methods import Method, method_of
 from earlyexit_kernels.types import default_problem_type
 
 #: Fields of `HeadConfig` that follow from the family and its config, and not from the method.
@@ -23,12 +25,37 @@ OF_FAMILY = (
     *("pooling", "family_pooling", "activation", "dropout", "dropout_before_dense"),
     *("dense_bias", "norm", "norm_eps", "norm_bias"),
 )
+#: Bank of `ExitHeads` -> fields of `HeadConfig` that have to agree for its parameters to have the same meaning.
+MEANING = {
+    **dict.fromkeys(("dense", "norm", "attention", "out"), ("form", "width", "attention_heads")),
+    "halting": ("form", "halting_input", "halting_layers"),
+    "uncertainty": ("form",),
+    **dict.fromkeys(("gates", "projectors", "contrast"), ("width",)),
+}
+
+
+class Source(NamedTuple):
+    """What a conversion starts from.
+
+    Attributes:
+        adapter: of the family.
+        backbone: the encoder, whose parameters the new model shares.
+        given: fields of `HeadConfig` that do not depend on the method.
+        head: a module on the device of the new exits.
+        copy_to: copies weights into the new exits.
+    """
+
+    adapter: BackboneAdapter
+    backbone: nn.Module
+    given: dict[str, Any]
+    head: nn.Module
+    copy_to: Callable[[ExitHeads], None]
 
 
 def to_early_exit(
     hf_model: PreTrainedModel,
     *,
-    method: str | Objective = "joint",
+    method: str | Method = "joint",
     criterion: Criterion | None = None,
     pooling: str | None = None,
     form: str | None = None,
@@ -47,7 +74,7 @@ def to_early_exit(
 
     Args:
         hf_model: a ``...ForSequenceClassification`` instance of a supported family, or an early-exit model.
-        method: training method: a name, for the settings of the paper, or one of `earlyexit_kernels.objectives`, such
+        method: training method: a name, for the settings of the paper, or one of `earlyexit_kernels.methods`, such
             as ``Palbert(beta=0.1)``. It determines the exits: halting heads, gates, attention exits.
         criterion: exit criterion. Default: full depth, or the method's own inference rule if it differs (DACT's
             accumulated answer, SmartBERT's skip gates). `set_criterion` changes it later.
@@ -80,24 +107,21 @@ def to_early_exit(
         True
     """
     with_exits = isinstance(hf_model, EarlyExitForSequenceClassification)
-    adapter, base, names = (hf_model.adapter, hf_model.backbone, {}) if with_exits else _parts(hf_model)
-    config: Any = hf_model.config
-    objective = objective_of(method)
-    given = (
-        _given_with_exits(hf_model, pooling) if with_exits else _given_by_stock(adapter.head, names, pooling, config)
-    )
-    changes = {"halting": halting, **objective.head_changes(adapter.shares_layers)}
+    source = _with_exits(hf_model, pooling) if with_exits else _stock(hf_model, pooling)
+    method = method_of(method)
+    changes = {"halting": halting, **method.head_changes(source.adapter.shares_layers)}
     if form is not None:
         changes["form"] = form
-    head_config = HeadConfig(**given, **changes)
-    memo = {id(t): t for t in [*base.parameters(), *base.buffers()]}
-    backbone = copy.deepcopy(base, memo)
+    memo = {id(t): t for t in [*source.backbone.parameters(), *source.backbone.buffers()]}
+    backbone: Any = copy.deepcopy(source.backbone, memo)
     for module in backbone.modules():
         module._is_hf_initialized = True
+    config: Any = hf_model.config
     outer = EarlyExitConfig(
         backbone_config=backbone.config,
-        method=objective.to_dict(),
-        heads=head_config.to_dict(),
+        method=method.to_dict(),
+        heads=HeadConfig(**source.given, **changes).to_dict(),
+        criterion=method.answering(),
         strict=strict,
         problem_type=config.problem_type or default_problem_type(config.num_labels),
         id2label=dict(config.id2label),
@@ -107,28 +131,42 @@ def to_early_exit(
         dtype=hf_model.dtype,
     )
     model = EarlyExitForSequenceClassification(outer, backbone)
-    if with_exits:
-        carried = hf_model.heads
-        _start_from_exits(model.heads, carried)
-    else:
-        carried = names[adapter.head.out]
-        _start_from_stock(model.heads, names, adapter.head)
-    reference = next(carried.parameters())
-    model.heads.to(device=reference.device, dtype=hf_model.dtype)
-    data = objective.answering()
-    model.set_criterion(from_dict(data) if criterion is None and data is not None else criterion)
+    source.copy_to(model.heads)
+    model.heads.to(device=next(source.head.parameters()).device, dtype=hf_model.dtype)
+    if criterion is not None:
+        model.set_criterion(criterion)
     if not with_exits:
         check_separation(model.eval().view())
     return model.train(hf_model.training)
 
 
-def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
-    """Return the adapter of a stock classifier, its encoder, and its modules by name.
+def _with_exits(model: EarlyExitForSequenceClassification, pooling: str | None) -> Source:
+    """Read a model that has exits; their pooling must be the requested one."""
+    config = model.heads.config
+    if pooling not in (None, config.pooling):
+        raise ValueError(
+            f"to_early_exit: the exits of this model have pooling={config.pooling!r}, got pooling={pooling!r}; leave "
+            "the argument out, or convert the stock model"
+        )
+    given = {name: getattr(config, name) for name in OF_FAMILY}
+    copies = functools.partial(_copy_exits, model.heads)
+    return Source(model.adapter, model.backbone, given, model.heads, copies)
 
-    Raises:
-        ValueError: an unsupported family or setting.
-        TypeError: not a sequence classifier.
+
+def _copy_exits(old: ExitHeads, new: ExitHeads) -> None:
+    """Copy the modules that two methods have in the same form.
+
+    A module that all layers shared starts each of several; one for all layers starts as the last of several.
     """
+    for name, fields in MEANING.items():
+        bank, given = getattr(new, name), getattr(old, name)
+        if len(given) and all(getattr(new.config, field) == getattr(old.config, field) for field in fields):
+            for number, module in enumerate(bank):
+                module.load_state_dict(given[number if len(given) == len(bank) else -1].state_dict())
+
+
+def _stock(hf_model: Any, pooling: str | None) -> Source:
+    """Read a stock classifier, or raise ValueError or TypeError as `to_early_exit` does."""
     if hasattr(hf_model, "merge_and_unload"):
         raise TypeError(
             f"to_early_exit: expected a model instance of transformers, got {type(hf_model).__name__} of PEFT; merge "
@@ -136,85 +174,60 @@ def _parts(hf_model: Any) -> tuple[BackboneAdapter, Any, dict[str, Any]]:
             "get_peft_model"
         )
     if not isinstance(hf_model, PreTrainedModel):
+        got = type(hf_model).__name__ if isinstance(hf_model, nn.Module) else repr(hf_model)
         raise TypeError(
-            f"to_early_exit: expected a model instance of transformers, got {_short(hf_model)}; load it with "
+            f"to_early_exit: expected a model instance of transformers, got {got}; load it with "
             "AutoModelForSequenceClassification"
         )
     config: Any = hf_model.config
     adapter = adapter_of(config.model_type)
-    base = getattr(hf_model, adapter.base, None)
-    names = dict(hf_model.named_modules())
-    out: Any = names.get(adapter.head.out)
-    required = [name for name in (adapter.head.dense, adapter.head.norm) if name is not None]
-    if (
-        base is None
-        or any(name not in names for name in required)
-        or getattr(out, "out_features", None) != config.num_labels
-    ):
-        name = type(hf_model).__name__
-        told = [adapter.base] * (base is None) + [n for n in (*required, adapter.head.out) if n not in names]
-        if name.endswith("ForSequenceClassification") and told:
-            raise ValueError(
-                f"to_early_exit: the adapter of {config.model_type!r} does not fit {name}, which has no "
-                f"{' and no '.join(told)}"
-            )
-        raise TypeError(
-            f"to_early_exit: expected a model of type {config.model_type} for sequence classification, got {name}; "
-            "load it with AutoModelForSequenceClassification"
-        )
-    if wrapped := [n for n in (adapter.head.dense, adapter.head.out) if n and not isinstance(names[n], nn.Linear)]:
-        found = ", ".join(f"{name} is a {type(names[name]).__name__}" for name in wrapped)
-        raise TypeError(
-            f"to_early_exit: expected torch.nn.Linear in the head, {found}; merge its adapters first (merge_and_unload "
-            "of PEFT), and quantize only after the conversion"
-        )
+    stock, names = adapter.head, dict(hf_model.named_modules())
+    _check_parts(hf_model, adapter, names)
     check_encoder(config)
-    return adapter, base, names
-
-
-def _given_by_stock(stock: StockHead, names: dict[str, Any], pooling: str | None, config: Any) -> dict[str, Any]:
-    """Return the fields of `HeadConfig` that follow from a stock head.
-
-    Raises:
-        ValueError: a pooling that there is not, or that is of no use for the family.
-    """
     useful = (None, "mean", "last" if stock.pooling == "last" else "first")
     if pooling not in useful:
         raise ValueError(
             f"to_early_exit: pooling: expected one of {useful} for a {config.model_type} model, got {pooling!r}"
         )
+    dropout: Any = None if stock.dropout is None else names[stock.dropout]
     given = {
         "pooling": stock.pooling if stock.dense is None and pooling is None else pooling,
         "family_pooling": stock.pooling,
         "activation": stock.activation,
-        "dropout": 0.0 if stock.dropout is None else names[stock.dropout].p,
+        "dropout": 0.0 if dropout is None else dropout.p,
         "dropout_before_dense": stock.dropout_before_dense,
         "norm": stock.norm is not None,
+        **stock.settings(config),
     }
-    return {**given, **stock.settings(config)}
+    copies = functools.partial(_copy_stock, stock, names)
+    return Source(adapter, names[adapter.base], given, names[stock.out], copies)
 
 
-def _given_with_exits(model: EarlyExitForSequenceClassification, pooling: str | None) -> dict[str, Any]:
-    """Return these fields for a model that has exits.
-
-    Raises:
-        ValueError: it has another pooling.
-    """
-    config = model.heads.config
-    if pooling not in (None, config.pooling):
+def _check_parts(hf_model: nn.Module, adapter: BackboneAdapter, names: dict[str, nn.Module]) -> None:
+    """Check that a model has an encoder and a head of linears where its adapter says."""
+    config: Any = hf_model.config
+    stock, kind = adapter.head, type(hf_model).__name__
+    parts = (adapter.base, stock.dense, stock.norm, stock.out)
+    missing = [name for name in parts if name is not None and name not in names]
+    if missing and kind.endswith("ForSequenceClassification"):
         raise ValueError(
-            f"to_early_exit: the exits of this model have pooling={config.pooling!r}, got pooling={pooling!r}; leave "
-            "the argument out, or convert the stock model"
+            f"to_early_exit: the adapter of {config.model_type!r} does not fit {kind}, which has no "
+            f"{' and no '.join(missing)}"
         )
-    return {name: getattr(config, name) for name in OF_FAMILY}
+    if missing or getattr(names[stock.out], "out_features", None) != config.num_labels:
+        raise TypeError(
+            f"to_early_exit: expected a model of type {config.model_type} for sequence classification, got {kind}; "
+            "load it with AutoModelForSequenceClassification"
+        )
+    if wrapped := [n for n in (stock.dense, stock.out) if n and not isinstance(names[n], nn.Linear)]:
+        found = ", ".join(f"{name} is a {type(names[name]).__name__}" for name in wrapped)
+        raise TypeError(
+            f"to_early_exit: expected torch.nn.Linear in the head, {found}; merge its adapters first (merge_and_unload "
+            "of PEFT), and quantize only after the conversion"
+        )
 
 
-def _short(thing: Any) -> str:
-    """Describe a value for a message; the repr of a module would have a line for each submodule."""
-    return type(thing).__name__ if isinstance(thing, nn.Module) else repr(thing)
-
-
-def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead) -> None:
+def _copy_stock(stock: StockHead, names: dict[str, nn.Module], heads: ExitHeads) -> None:
     """Copy the dense module and the output layer of the stock head into the exits, if the shapes agree."""
     for bank, name in ((heads.dense, stock.dense), (heads.norm, stock.norm)):
         for module in bank:
@@ -225,25 +238,3 @@ def _start_from_stock(heads: ExitHeads, names: dict[str, Any], stock: StockHead)
         if out.weight.shape == given.weight.shape:
             bias = torch.zeros_like(out.bias) if given.bias is None else given.bias
             out.load_state_dict({"weight": given.weight, "bias": bias})
-
-
-#: Bank of `ExitHeads` -> fields of `HeadConfig` that have to agree for its parameters to have the same meaning.
-MEANING = {
-    **dict.fromkeys(("dense", "norm", "attention", "out"), ("form", "width", "attention_heads")),
-    "halting": ("form", "halting_input", "halting_layers"),
-    "uncertainty": ("form",),
-    **dict.fromkeys(("gates", "projectors", "contrast"), ("width",)),
-}
-
-
-def _start_from_exits(heads: ExitHeads, others: ExitHeads) -> None:
-    """Copy the modules that two methods have in the same form.
-
-    A module that all layers shared starts each of several; one for all layers starts as the last of several.
-    """
-    for name, fields in MEANING.items():
-        bank, given = getattr(heads, name), getattr(others, name)
-        if len(given) and all(getattr(heads.config, field) == getattr(others.config, field) for field in fields):
-            for number, module in enumerate(bank):
-                source = given[number] if len(given) == len(bank) else given[-1]
-                module.load_state_dict(source.state_dict())

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from earlyexit_kernels.engine.inputs import Inputs, check_inputs, not_a_tensor_message
-from earlyexit_kernels.engine.view import embedding_weight
+from earlyexit_kernels.core.inputs import Inputs, check_inputs
+from earlyexit_kernels.core.view import embedding_weight
 
 
 def check_model_inputs(model: Any, given: Inputs) -> Inputs:
@@ -55,23 +53,6 @@ def check_batch(model: Any, caller: str, batch: Mapping[str, Any]) -> Inputs:
     if unknown := sorted(set(given) - set(Inputs._fields)):
         raise ValueError(f"{caller}: expected inputs among {Inputs._fields}, got {unknown}")
     return check_model_inputs(model, Inputs(**{"input_ids": None, **given}))
-
-
-def shape_of_ids(caller: str, input_ids: Any) -> tuple[int, int]:
-    """Return N and S of token ids.
-
-    Args:
-        caller: name of the function that was called, for messages.
-        input_ids: as passed to it.
-
-    Raises:
-        ValueError: not a tensor ``[N, S]``.
-    """
-    if not isinstance(input_ids, Tensor):
-        raise ValueError(not_a_tensor_message("input_ids", input_ids))
-    if input_ids.dim() != 2:
-        raise ValueError(f"{caller}: expected input_ids of shape [N, S], got {list(input_ids.shape)}")
-    return input_ids.shape[0], input_ids.shape[1]
 
 
 def refuse_states(config: Any, hidden_states: bool | None, attentions: bool | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.objectives.base import IGNORED
+from earlyexit_kernels.methods.base import IGNORED
 from earlyexit_kernels.types import INTEGER_DTYPES
 
 #: Setting of a stock model for several labels a row.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,25 +11,23 @@ from torch import Tensor, nn
 from transformers import AutoModel, initialization
 
 from earlyexit_kernels.backbones import adapter_of, check_parts
-from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits
+from earlyexit_kernels.backbones.base import linear_weights
+from earlyexit_kernels.core.attention import PACKED_ATTENTION, attention_of
+from earlyexit_kernels.core.fixed_depth import FixedDepth
+from earlyexit_kernels.core.inputs import Inputs, refuse_other_arguments
+from earlyexit_kernels.core.paths import Explanation
+from earlyexit_kernels.core.view import Settings, View
+from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits, supported_backends
 from earlyexit_kernels.criteria.base import refused_criterion_message
-from earlyexit_kernels.engine.attention import PACKED_ATTENTION, attention_of
-from earlyexit_kernels.engine.choice import Explanation
-from earlyexit_kernels.engine.fixed_depth import FixedDepth
-from earlyexit_kernels.engine.full_depth import TraceOptions
-from earlyexit_kernels.engine.inputs import Inputs, refuse_other_arguments
-from earlyexit_kernels.engine.view import ModelView
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
-from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.checkpoint import Checkpointed
 from earlyexit_kernels.hf.config import EarlyExitConfig
-from earlyexit_kernels.hf.execution import Execution, full_depth_output
-from earlyexit_kernels.hf.inputs import check_batch, check_model_inputs, refuse_states, shape_of_ids
+from earlyexit_kernels.hf.inputs import check_batch, check_model_inputs, refuse_states
 from earlyexit_kernels.hf.labels import check_labels
-from earlyexit_kernels.hf.limits import linear_weights
 from earlyexit_kernels.hf.output import EarlyExitOutput
-from earlyexit_kernels.hf.phase_state import PhaseState
-from earlyexit_kernels.objectives import Objective, PhaseSpec, mean_task_loss, objective_of
+from earlyexit_kernels.hf.runner import Runner, full_depth_output
+from earlyexit_kernels.hf.schedule import Schedule
+from earlyexit_kernels.methods import Method, mean_task_loss, method_of
 from earlyexit_kernels.types import Answers, ExitTrace, default_problem_type
 
 
@@ -42,8 +41,9 @@ class EarlyExitForSequenceClassification(Checkpointed):
         backbone: the encoder; default: built from the config.
 
     Attributes:
-        execution: how batches run: options, packed weights, CUDA graphs.
-        phase_state: training method, current phase and the parameters it has frozen.
+        settings: how batches run; see `configure`.
+        runner: runs them, and keeps packed weights and captured layers.
+        schedule: training method, current phase and the parameters it has frozen.
 
     Example:
 
@@ -87,9 +87,10 @@ class EarlyExitForSequenceClassification(Checkpointed):
         config._attn_implementation, encoder._attn_implementation = PACKED_ATTENTION, attention_of(self.adapter)
         self.depth: int = encoder.num_hidden_layers
         self.heads = ExitHeads(HeadConfig.from_dict(config.heads), encoder.hidden_size, config.num_labels, self.depth)
-        self.execution = Execution(linear_weights(self.adapter.layers(backbone)[0]))
-        self.phase_state = PhaseState()
-        self.set_objective(objective_of(config.method))
+        self.settings, self.runner = Settings(), Runner()
+        self._layer_macs = linear_weights(self.adapter.layers(backbone)[0])
+        self.schedule = Schedule()
+        self.schedule.start(self, method_of(config.method))
         self.set_criterion(config.exit_criterion())
         self.post_init()
 
@@ -103,13 +104,6 @@ class EarlyExitForSequenceClassification(Checkpointed):
     def criterion(self) -> Criterion | None:
         """The current exit criterion; None: full depth."""
         return None if isinstance(rule := self._criterion, FullDepth) else rule
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """How `calibrate` chose the current criterion; None if another one is set, or after training."""
-        config: Any = self.config
-        found = None if config.calibration is None else Calibration.from_dict(config.calibration)
-        return found if found is not None and found.criterion == self.criterion else None
 
     def set_criterion(self, criterion: Criterion | None) -> None:
         """Choose the exit criterion, which is saved with the model. A forward pass under way keeps the previous one.
@@ -129,141 +123,109 @@ class EarlyExitForSequenceClassification(Checkpointed):
         check_fits(
             rule, depth=self.depth, classes=config.num_labels, problem_type=self.problem_type, aux=self.heads.aux_names
         )
-        self.execution.check_criterion(self.view(rule))
+        # a requested back-end may not implement the criterion; the device of the model may still change
+        if self.settings.backend not in ("auto", *supported_backends(rule.exit_rule.name)):
+            _ = self.view(rule).exit_backend
         self._criterion = rule
         config.criterion = None if isinstance(rule, FullDepth) else rule.to_dict()
 
     @property
     def invalid_rows(self) -> int:
         """Number of rows with invalid logits so far, once for each exit; reading it after training synchronises."""
-        return self.execution.invalid.total()
+        return self.runner.invalid.total()
 
-    @property
-    def backend(self) -> str:
-        """The back-end of the exits on the device of this model; a float64 model runs on torch only."""
-        return self.execution.backend(self.view())
+    def configure(
+        self,
+        *,
+        path: str | None = None,
+        weights: str | None = None,
+        backend: str | None = None,
+        compaction: str | None = None,
+    ) -> None:
+        """Change how batches run in eval mode; training always runs the layers of the family. Not saved.
 
-    def set_backend(self, backend: str) -> None:
-        """Choose the back-end of the ops.
-
-        Args:
-            backend: ``"auto"``, ``"torch"``, ``"triton"`` or ``"cpp"``.
-
-        Raises:
-            ValueError: an unknown name.
-            BackendUnavailableError: it cannot run on the device of this model or in float64, or does not implement the
-                criterion.
-        """
-        self.execution.set_backend(self.view(), backend)
-
-    @property
-    def engine(self) -> str:
-        """The engine chosen by `set_engine`; which one a batch gets, and why, depends on the batch: see `explain`."""
-        return self.execution.engine
-
-    def set_engine(self, engine: str) -> None:
-        """Choose the engine that runs a batch in eval mode.
+        A forward pass under way keeps the settings that it began with.
 
         Args:
-            engine: ``"eager"``: layer by layer, on any device. ``"graph"``: one CUDA graph for each bucket of batch
-                sizes, captured at first use, which does not synchronise until the batch is answered; batches that a
-                graph does not support run eagerly, which is logged once. ``"auto"``: the faster one by a table of
-                measurements; see `explain`.
+            path: ``"eager"``: the layers of transformers. ``"fused"``: the same function, up to rounding, on the CPU,
+                for layers of BERT's or ModernBERT's form, from packed copies of the weights, made again after a change
+                (see `refresh`). ``"captured"``: the family's on CUDA, each captured in a CUDA graph for batches of a
+                size at the second one, and compared with the layer itself. ``"auto"`` (default): fused or captured
+                where supported. Autocast and `torch.compile` run the family's.
+            weights: of the copies, with ``"fused"``: ``"float32"`` (default), ``"float16"``, ``"bfloat16"`` or
+                ``"int8"``. A new path has ``"float32"``.
+            backend: of the ops: ``"auto"`` (default), ``"torch"``, ``"triton"`` or ``"cpp"``.
+            compaction: when live rows are moved together: ``"auto"`` (default; where it pays), ``"always"`` (at every
+                exit) or ``"never"``.
 
         Raises:
-            ValueError: an unknown name.
-            BackendUnavailableError: ``"graph"``, and the model is not on a CUDA device, or Triton is missing.
+            ValueError: an unknown value, or weights without ``"fused"``. Nothing is changed then.
+            BackendUnavailableError: the path or the back-end cannot run here, or the back-end does not implement the
+                criterion; the message says why.
+
+        Example:
+
+            >>> import earlyexit_kernels as ee
+            >>> from earlyexit_kernels.tasks.toy import toy_model
+            >>> model = ee.to_early_exit(toy_model(layers=2, hidden=8)).eval()
+            >>> model.configure(path="eager", backend="torch")
+            >>> model.settings.path, model.settings.compaction
+            ('eager', 'auto')
         """
-        self.execution.set_engine(self.view(), engine)
+        if path is not None and weights is None:
+            weights = "float32"
+        given = {"path": path, "weights": weights, "backend": backend, "compaction": compaction}
+        settings = dataclasses.replace(self.settings, **{k: v for k, v in given.items() if v is not None})
+        if (settings.path, settings.weights) != (self.settings.path, self.settings.weights):
+            self.refresh()
+        self.runner.check(self.view(settings=settings))
+        self.settings = settings
 
-    @property
-    def layer_kind(self) -> str:
-        """The kind of encoder layers of the next batch in eval mode, ``"fused"`` or ``"family"``."""
-        return self.execution.layers.kind(self.view()).name
-
-    def set_layers(self, layers: str, *, weights: str = "float32") -> None:
-        """Choose the encoder layers of eval mode; training always runs those of the family.
-
-        Args:
-            layers: ``"family"``: those of transformers. ``"fused"``: the same function, up to rounding, on the CPU, for
-                layers of BERT's or ModernBERT's form, from packed copies of the weights, made again after a change
-                (see `refresh`). ``"auto"``: fused where supported. Autocast and `torch.compile` run the family's.
-            weights: of the copies, with ``"fused"``: ``"float32"``, ``"float16"``, ``"bfloat16"`` or ``"int8"``.
-
-        Raises:
-            ValueError: an unknown name, or `weights` without ``"fused"``.
-            BackendUnavailableError: ``"fused"``, which cannot run here; the message says why.
-        """
-        self.execution.layers.set(self.view(), layers, weights)
-
-    @property
-    def compaction(self) -> str:
-        """When live rows are moved together: ``"auto"`` (when it pays), ``"always"`` (at every exit) or ``"never"``."""
-        return self.execution.compaction
-
-    @compaction.setter
-    def compaction(self, compaction: str) -> None:
-        self.execution.compaction = compaction
-
-    def explain(self, input_ids: Tensor, **batch: Any) -> Explanation:
-        """Return how the model would run a batch now, and why. Changes nothing.
-
-        Args:
-            input_ids: ``[N, S]``.
-            batch: the other inputs, which have no influence here.
-
-        Raises:
-            ValueError: `input_ids` has another shape.
-        """
-        return self.execution.explain(self.view(), *shape_of_ids("explain", input_ids), training=self.training)
+    def explain(self) -> Explanation:
+        """Return how the model would run a batch now, and why; `print` it. Changes nothing."""
+        return self.runner.explain(self.view(), training=self.training)
 
     def refresh(self) -> None:
-        """Drop packed copies of weights and CUDA graphs; the next batch makes them again.
+        """Drop packed copies of weights and captured layers; the next batches make them again.
 
         Needed only after a change that is not detected. Before each batch the model compares its modules, their
         attributes, the address of each weight, and of each copied weight the version counter and a few elements. This
         detects optimizer steps, loaded states, and replaced modules and tensors. It does not detect a write to other
         elements through ``weight.data``, a NumPy or DLPack view, or in inference mode.
         """
-        self.execution.refresh()
+        self.runner.forget()
 
-    def view(self, criterion: Criterion | None = None) -> ModelView:
-        """Return the parts of the model that a batch needs.
+    def view(self, criterion: Criterion | None = None, settings: Settings | None = None) -> View:
+        """Return what a pass reads, which no later change of the model's settings reaches.
 
         Args:
-            criterion: of the pass; default: the current one.
+            criterion, settings: of the pass; default: the current ones.
         """
         config: Any = self.config
-        rule = self._criterion if criterion is None else criterion
-        return ModelView(self.adapter, self.backbone, self.heads, rule, config.num_labels)
+        return View(
+            self.adapter,
+            self.backbone,
+            self.heads,
+            self._criterion if criterion is None else criterion,
+            config.num_labels,
+            self.problem_type,
+            bool(config.strict),
+            self.settings if settings is None else settings,
+            self._layer_macs,
+        )
 
     @property
-    def objective(self) -> Objective:
-        """The training method."""
-        return self.phase_state.objective
-
-    def set_objective(self, objective: Objective) -> None:
-        """Choose the training method, which is saved with the model.
-
-        Raises:
-            ValueError: it does not fit the heads or the task.
-        """
-        self.phase_state.set_objective(self, objective)
-        config: Any = self.config
-        config.method = self.objective.to_dict()
-
-    @property
-    def phase(self) -> PhaseSpec | None:
-        """The current training phase; None before `earlyexit_kernels.phases` has entered one."""
-        return self.phase_state.spec
+    def method(self) -> Method:
+        """The training method, chosen by `to_early_exit` or `phases`."""
+        return self.schedule.method
 
     def train(self, mode: bool = True) -> Any:
-        """Set train or eval mode; train mode drops packed weights and graphs, and keeps frozen modules in eval mode."""
+        """Set train or eval mode; train mode drops copies and captures, and keeps frozen modules in eval mode."""
         if mode:
             self.refresh()
         super().train(mode)
         if mode:
-            self.phase_state.rest()
+            self.schedule.rest()
         return self
 
     def forward(
@@ -304,19 +266,14 @@ class EarlyExitForSequenceClassification(Checkpointed):
         inputs = check_model_inputs(self, Inputs(input_ids, attention_mask, token_type_ids, position_ids))  # type: ignore[arg-type]
         if labels is not None:
             labels = check_labels(labels, self.problem_type, inputs.rows, config.num_labels)
-        # one view for the pass: another thread may set a criterion before it ends
-        view, task, strict = self.view(), self.problem_type, bool(config.strict)
+        view = self.view()
         if self.training:
             config.calibration = None  # it describes the weights before this step
-            options = self.phase_state.trace_options(task)
-            trace = self.execution.trace(view, inputs, options, strict=strict, problem_type=task, training=True)
-            loss, result = self.phase_state.loss(self.heads, trace, labels, task), full_depth_output(trace)
+            trace = self.runner.trace(view, inputs, self.schedule.trace_options(view.task), training=True)
+            loss, result = self.schedule.loss(self.heads, trace, labels, view.task), full_depth_output(trace)
         else:
-            if output_all_logits:
-                result = self.execution.run_full_depth(view, inputs, strict=strict, problem_type=task)
-            else:
-                result = self.execution.run(view, inputs, strict=strict)
-            loss = None if labels is None else mean_task_loss(result.logits, labels, task)
+            result = (self.runner.full_depth if output_all_logits else self.runner.run)(view, inputs)
+            loss = None if labels is None else mean_task_loss(result.logits, labels, view.task)
         output = EarlyExitOutput(
             loss=loss,
             logits=result.logits,
@@ -329,9 +286,9 @@ class EarlyExitForSequenceClassification(Checkpointed):
     def stream(self, **batch: Tensor) -> Iterator[Answers]:
         """Classify a batch in eval mode and yield answers as soon as they are final, in exit order, each row once.
 
-        They are those of `forward`, bit for bit. A batch that a CUDA graph runs comes as one part. The call checks the
-        inputs, the iterator runs the layers. A pass under way keeps its criterion and may be left at any part; weights
-        must not change before its last part. `invalid_rows` counts its rows at its end.
+        They are those of `forward`, bit for bit. The call checks the inputs, the iterator runs the layers. A pass under
+        way keeps its criterion and may be left at any part; weights must not change before its last part.
+        `invalid_rows` counts its rows at its end.
 
         Args:
             batch: inputs as for `forward`, without labels.
@@ -351,7 +308,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
             [0, 1] (2, 2) [3, 3]
         """
         view, inputs = self.view(), check_batch(self, "stream", batch)
-        return self.execution.stream(view, inputs, strict=bool(self.config.strict))
+        return self.runner.stream(view, inputs)
 
     @torch.no_grad()
     def trace(self, **batch: Tensor) -> ExitTrace:
@@ -365,14 +322,13 @@ class EarlyExitForSequenceClassification(Checkpointed):
             ValueError: an unknown input, or the criterion skips layers.
         """
         inputs = check_batch(self, "trace", {k: v for k, v in batch.items() if k != "labels"})
-        strict = bool(self.config.strict)
-        return self.execution.trace(self.view(), inputs, TraceOptions(), strict=strict, problem_type=self.problem_type)
+        return self.runner.trace(self.view(), inputs)
 
     def fixed_depth(self) -> FixedDepth:
         """Return a module of this model for `torch.compile(fullgraph=True)`, `torch.export` and CUDA graph capture.
 
         It shares the parameters and answers by the current criterion, but runs every layer on every row; see
-        `earlyexit_kernels.engine.fixed_depth`.
+        `earlyexit_kernels.core.fixed_depth`.
 
         Raises:
             RuntimeError: the model is in train mode.

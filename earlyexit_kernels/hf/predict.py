@@ -78,37 +78,29 @@ def predict_with_exits(
         >>> found.logits.shape, found.exit_layer.tolist(), found.labels.tolist()
         ((2, 2), [1, 1], [1, 0])
     """
-    is_trainer = hasattr(model_or_trainer, "get_test_dataloader")
-    given = model_or_trainer.model if is_trainer else model_or_trainer
+    trainer = model_or_trainer if hasattr(model_or_trainer, "get_test_dataloader") else None
+    given = model_or_trainer if trainer is None else trainer.model
     model = early_exit_model_in(given) if isinstance(given, torch.nn.Module) else None
     if model is None:
         raise TypeError(
             "predict_with_exits: expected an early-exit model or a Trainer of one, got "
             f"{type(model_or_trainer).__name__}"
         )
-    loader: Any
-    gather: Callable[[Any], Any] = _as_they_are
-    if not is_trainer:
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn or PadRight.of(model))
-    else:
-        loader = model_or_trainer.get_test_dataloader(dataset)
-        gather = model_or_trainer.accelerator.gather_for_metrics
     was_training = model.training
     model.eval()
     try:
-        return predict_batches(model, loader, gather)
+        if trainer is not None:
+            return predict_batches(model, trainer.get_test_dataloader(dataset), trainer.accelerator.gather_for_metrics)
+        collate_fn = collate_fn or PadRight.of(model)
+        return predict_batches(model, DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn))
     finally:
         model.train(was_training)
-
-
-def _as_they_are(tensors: Any) -> Any:
-    return tensors
 
 
 def predict_batches(
     model: EarlyExitForSequenceClassification,
     batches: Iterable[Mapping[str, Tensor]],
-    gather: Callable[[Any], Any] = _as_they_are,
+    gather: Callable[[Any], Any] = lambda tensors: tensors,
 ) -> ExitPredictions:
     """Run a model in eval mode over batches, in their order.
 
@@ -121,8 +113,7 @@ def predict_batches(
     labels: list[np.ndarray] = []
     with torch.inference_mode():
         for batch in batches:
-            inputs = {k: batch[k].to(model.device) for k in INPUTS if k in batch}
-            out: Any = model(**inputs)
+            out: Any = model(**{name: batch[name].to(model.device) for name in INPUTS if name in batch})
             answers = gather((out.logits.float(), out.exit_layer, out.layers_run))
             parts.append(tuple(x.cpu().numpy() for x in answers))
             labels.extend(gather(batch[name]).cpu().numpy() for name in LABELS if name in batch)
@@ -133,11 +124,11 @@ def predict_batches(
     return ExitPredictions(logits, exit_layer, layers_run, np.concatenate(labels) if labels else None)
 
 
+@dataclass(frozen=True)
 class PadRight:
     """Collate token lists to the longest row of the batch."""
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.fill = {"input_ids": pad_token_id}
+    pad_token_id: int
 
     @staticmethod
     def of(model: EarlyExitForSequenceClassification) -> PadRight:
@@ -156,18 +147,17 @@ class PadRight:
         batch = {}
         for name in [n for n in INPUTS if n in rows[0]]:
             values = [torch.as_tensor(row[name]) for row in rows]
-            fill = self.fill.get(name, 0)
+            fill = self.pad_token_id if name == "input_ids" else 0
             batch[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
         if "attention_mask" not in batch:
             lengths = torch.tensor([len(row["input_ids"]) for row in rows])
             batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        for name in LABELS:
-            if name in rows[0]:
-                numbers = np.asarray([row[name] for row in rows])
-                if numbers.dtype.kind not in "biuf":
-                    raise ValueError(
-                        f"expected numbers as {name!r}, got {rows[0][name]!r}; the numbers of classes by name are in "
-                        "model.config.label2id"
-                    )
-                batch[name] = torch.as_tensor(numbers)
+        for name in [n for n in LABELS if n in rows[0]]:
+            numbers = np.asarray([row[name] for row in rows])
+            if numbers.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"expected numbers as {name!r}, got {rows[0][name]!r}; the numbers of classes by name are in "
+                    "model.config.label2id"
+                )
+            batch[name] = torch.as_tensor(numbers)
         return batch

@@ -1,53 +1,48 @@
-"""Atomic saves: all files of a save reach a folder or none, even if the process is killed.
+"""Saves that leave the old files, the new ones, or a folder that a load refuses, wherever the process is killed.
 
-The files are first written to a temporary folder inside the target, on the same file system. A rename of that folder
-makes the save valid; then each file is moved into place. If the process ends between these moves, `check_finished`
-refuses the target until `finish_save` or another save has completed them.
+The files of a save are written to a folder ``.saving-*`` inside the target, which is flushed and renamed when it is
+complete. Then each file is linked over the old one: weights first, the config last, whose digest of the weights refuses
+every mixture. The complete copy is removed when all files are in place.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
+import filecmp
 import os
+import platform
 import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-STAGING = ".earlyexit-saving-"
-UNFINISHED = ".earlyexit-unfinished-save"
-#: Inside the temporary folder: the files of the save, and the names of the older weights that it replaces.
-FILES, REPLACED = "files", "replaced.json"
+CONFIG = "config.json"
+#: Beginning of the name of a folder with the files of a save, and its end when all of them are written.
+STAGING, COMPLETE = ".saving-", ".complete"
 #: ``model.safetensors``, its shards and its index, with transformers' variant if there is one.
 WEIGHTS = re.compile(
     r"model(?P<variant>\.[^./]+?)?(-\d{5}-of-\d{5})?\.safetensors"
     r"|model\.safetensors\.index(?P<index_variant>\.[^./]+)?\.json"
 )
-#: Errors of `flock` on file systems without locks, where two processes that save at once are not kept apart.
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
+#: How often files are moved into place while other processes save to the same folder.
+ATTEMPTS = 10
 
 
 class UnfinishedSaveError(OSError):
-    """A save is valid, but not all of its files could be moved into place; none of them is lost."""
+    """Not all files of a save could be moved into place; the message names the folder that has all of them."""
 
 
 @contextmanager
 def saved_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Collect the files of one save in a temporary folder, then move them all into `folder`.
+    """Yield a temporary folder, then move the files written to it into `folder`, which is created if necessary.
 
-    Other files of the folder are kept, except weights of an earlier save that the new weights replace. If the body of
-    the ``with`` statement raises, the folder is unchanged.
-
-    Args:
-        folder: created if it does not exist.
-
-    Yields:
-        The temporary folder to write to.
+    Other files of the folder are kept, except weights that the new ones replace. If the body of the ``with`` statement
+    raises, the folder is unchanged. Of processes that save at once, one wins.
 
     Raises:
         OSError: the files cannot be written, or `folder` is a file.
@@ -56,46 +51,32 @@ def saved_whole(folder: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"save: expected a folder, got the file {target}; choose another name, or remove it")
     target.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as cleanup:
-        with _locked(target):
-            staged = Path(tempfile.mkdtemp(prefix=STAGING, dir=target))
-            cleanup.callback(shutil.rmtree, staged, ignore_errors=True)
-            # held until the end, so that no other process removes the folder as an abandoned one
-            cleanup.enter_context(_locked(staged))
-            _remove_abandoned(target, staged)
-        (staged / FILES).mkdir()
-        yield staged / FILES
-        if not any((staged / FILES).iterdir()):
-            return
-        with _locked(target):
-            _complete(target)
-            (staged / REPLACED).write_text(json.dumps(_replaced_weights(target, staged / FILES)), encoding="utf-8")
-            _flush(staged)
-            staged.rename(target / UNFINISHED)
-            _complete(target)
+    _remove_leftovers(target)
+    staged = Path(tempfile.mkdtemp(prefix=f"{STAGING}{platform.node()}-{os.getpid()}-", dir=target))
+    try:
+        yield staged
+        nothing = not any(staged.iterdir())
+        _flush(staged)
+        complete = staged.rename(staged.with_name(staged.name + COMPLETE))
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    if not nothing:
+        _move_into_place(complete, target)
+    shutil.rmtree(complete, ignore_errors=True)
+    with suppress(OSError):
+        _remove_leftovers(target, "" if nothing else COMPLETE)
 
 
-def finish_save(folder: str | os.PathLike[str]) -> None:
-    """Move the remaining files of an interrupted save into place; does nothing if no save was interrupted.
-
-    Raises:
-        OSError: a file cannot be moved or removed.
-    """
-    with _locked(Path(folder)):
-        _complete(Path(folder))
+def complete_copies(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return folders with all files of a save that was interrupted, or is running, while they were moved into place."""
+    return sorted(Path(folder).glob(f"{STAGING}*{COMPLETE}"))
 
 
-def check_finished(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder with an unfinished save, whose files may belong to two saves.
-
-    Raises:
-        RuntimeError: a save is unfinished; the message says how to finish it.
-    """
-    if (Path(folder) / UNFINISHED).is_dir():
-        raise RuntimeError(
-            f"{folder}: a save was interrupted, or is running in another process, and some of its files are not in "
-            f"place yet; {_cure(folder)}"
-        )
+def variant_of(name: str) -> str | None:
+    """Return the variant of a file of weights, with its dot; "" without a variant, None for another file."""
+    found = WEIGHTS.fullmatch(name)
+    return None if found is None else found["variant"] or found["index_variant"] or ""
 
 
 def save_or_rescue(folder: Path, *savers: Callable[[Path], Any]) -> None:
@@ -106,6 +87,7 @@ def save_or_rescue(folder: Path, *savers: Callable[[Path], Any]) -> None:
         savers: each writes some of the files to the folder it is given.
 
     Raises:
+        UnfinishedSaveError: the files are inside `folder`; the message says where.
         OSError: the files are not in `folder`; the message says where they are, or that they are lost.
     """
 
@@ -114,112 +96,93 @@ def save_or_rescue(folder: Path, *savers: Callable[[Path], Any]) -> None:
             for saver in savers:
                 saver(files)
 
+    rescue: Path | None = None
     try:
-        save(folder)
-        return
+        return save(folder)
     except UnfinishedSaveError:
         raise
     except OSError as error:
         failure = error
     try:
         rescue = Path(tempfile.mkdtemp(prefix="earlyexit-"))
-    except OSError as error:
-        raise OSError(_lost(folder, failure, tempfile.gettempdir(), error)) from failure
-    try:
         save(rescue)
     except OSError as error:
-        shutil.rmtree(rescue, ignore_errors=True)
-        raise OSError(_lost(folder, failure, rescue, error)) from failure
+        if rescue is not None:
+            shutil.rmtree(rescue, ignore_errors=True)
+        raise OSError(
+            f"nothing could be saved, neither in {folder} ({failure}) nor in {rescue or tempfile.gettempdir()} "
+            f"({error}); the trained model is lost"
+        ) from failure
     raise OSError(f"nothing could be saved in {folder} ({failure}); the trained model is in {rescue}") from failure
 
 
-def _lost(folder: Path, failure: OSError, rescue: str | Path, error: OSError) -> str:
-    return (
-        f"nothing could be saved, neither in {folder} ({failure}) nor in {rescue} ({error}); the trained model is lost"
-    )
+def _move_into_place(staged: Path, target: Path) -> None:
+    """Give `target` all files of a complete copy, and remove the weights that they replace.
 
-
-def _cure(folder: str | os.PathLike[str]) -> str:
-    path = os.path.abspath(folder)
-    command = f'python -c "from earlyexit_kernels.hf.saving import finish_save; finish_save({path!r})"'
-    return (
-        f"the other files of that save are in {os.path.join(path, UNFINISHED)}. Move them into place with `{command}`, "
-        "or save to this folder again"
-    )
-
-
-def _complete(target: Path) -> None:
-    """Move the files of a valid save into place. May be interrupted and repeated at any point."""
-    if not (target / UNFINISHED).is_dir():
-        return
+    Raises:
+        UnfinishedSaveError: a file cannot be moved or removed.
+    """
+    places = {path: target / path.relative_to(staged) for path in staged.rglob("*") if not path.is_dir()}
+    variants = {variant_of(path.name) for path in places} - {None}
     try:
-        _move_into_place(target, target / UNFINISHED)
+        for attempt in range(ATTEMPTS):
+            for path in sorted(places, key=_turn):
+                _link(path, places[path], staged / ".next")
+            _sync(target)
+            for path in target.iterdir():
+                if variant_of(path.name) in variants and path not in places.values():
+                    path.unlink(missing_ok=True)
+            _sync(target)
+            if all(_same(path, place) for path, place in places.items()):
+                return
+            # another process saves at the same time
+            time.sleep(attempt * secrets.randbelow(100) / 1000)
+        raise OSError("other processes save to it all the time")
     except OSError as error:
-        raise OSError(f"the save to {target} is not finished: {error}; {_cure(target)}") from error
+        raise UnfinishedSaveError(
+            f"the save to {target} is not finished: {error}; all of its files are in {staged}. Move them into place, "
+            "or save to this folder again"
+        ) from error
 
 
-def _move_into_place(target: Path, unfinished: Path) -> None:
-    replaced = unfinished / REPLACED
-    if replaced.is_file():
-        # listed before the first move: afterwards old and new weights could not be distinguished
-        for name in json.loads(replaced.read_text(encoding="utf-8")):
-            if WEIGHTS.fullmatch(name):
-                (target / name).unlink(missing_ok=True)
-        _sync(target)
-        replaced.unlink()
-    files = unfinished / FILES
-    for path in sorted(p for p in files.rglob("*") if not p.is_dir()):
-        place = target / path.relative_to(files)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
-    _sync(target)
-    shutil.rmtree(unfinished)
+def _turn(path: Path) -> tuple[bool, bool, bool, Path]:
+    """Shards come before their index, it before other files, and those before the config."""
+    return path.name == CONFIG, variant_of(path.name) is None, path.suffix == ".json", path
 
 
-def _replaced_weights(target: Path, files: Path) -> list[str]:
-    """Return the names of weights in the target that a load would read in place of or together with the new ones."""
-    new = {path.name: _variant(path.name) for path in files.iterdir() if WEIGHTS.fullmatch(path.name)}
-    old = (path.name for path in target.iterdir() if WEIGHTS.fullmatch(path.name))
-    return sorted(name for name in old if name not in new and _variant(name) in new.values())
-
-
-def _variant(name: str) -> str:
-    found = WEIGHTS.fullmatch(name)
-    return "" if found is None else found["variant"] or found["index_variant"] or ""
-
-
-def _remove_abandoned(target: Path, own: Path) -> None:
-    """Remove temporary folders of processes that have ended, whose locks are free."""
-    for path in target.glob(f"{STAGING}*"):
-        if path == own or not path.is_dir():
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads from moving files in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _same(path: Path, place: Path) -> bool:
     try:
-        _lock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        return filecmp.cmp(path, place)
+    except FileNotFoundError:
+        return False
 
 
-def _lock(descriptor: int, operation: int) -> bool:
-    """Return whether the lock was acquired."""
+def _link(path: Path, place: Path, spare: Path) -> None:
+    """Replace a file by another one, which keeps its name; by a copy on file systems without hard links."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    spare.unlink(missing_ok=True)
     try:
-        fcntl.flock(descriptor, operation)
-    except OSError as error:
-        if error.errno in NO_LOCKS or isinstance(error, BlockingIOError):
-            return False
-        raise
+        spare.hardlink_to(path)
+    except OSError:
+        shutil.copy2(path, spare)
+        _sync(spare)
+    spare.replace(place)
+
+
+def _remove_leftovers(target: Path, ending: str = "") -> None:
+    """Remove temporary folders of processes of this machine that have ended; complete ones also of this process."""
+    name = re.compile(rf"{re.escape(STAGING + platform.node())}-(\d+)-\w+{re.escape(ending)}")
+    for path in target.iterdir():
+        found = name.fullmatch(path.name)
+        if found and ((ending and int(found[1]) == os.getpid()) or not _runs(int(found[1]))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (OSError, OverflowError) as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from earlyexit_kernels.arguments import number, optional
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, early_exit_model_in
-from earlyexit_kernels.hf.phase_state import part_of
-from earlyexit_kernels.objectives import Objective, PhaseSpec, objective_of
+from earlyexit_kernels.hf.schedule import part_of
+from earlyexit_kernels.methods import Method, PhaseSpec, method_of
 
 #: Numeric training argument -> its check.
 NUMBERS = {
@@ -24,14 +24,14 @@ NUMBERS = {
 
 
 class ProgressCallback(TrainerCallback):
-    """Passes the step and the epoch to the model before every step, for methods that change during training."""
+    """Tells the model, which may be wrapped, the step and the epoch, for methods that change during training."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Pass on the step and the epoch; the model may be wrapped."""
+        """Called by the Trainer before each step."""
         inner = early_exit_model_in(model)
         if inner is None:
             raise TypeError(f"ProgressCallback: expected an early-exit model, got {type(model).__name__}")
-        inner.phase_state.set_progress(state.global_step, state.epoch)
+        inner.schedule.set_progress(state.global_step, state.epoch)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Phase:
         if unknown:
             raise ValueError(f"phase.args: expected fields of TrainingArguments, got {unknown}")
         args = copy.copy(base)
-        folder = Path(str(base.output_dir)) / f"phase-{self.number}-{self.name}"
-        for name, value in {"output_dir": str(folder), **changes}.items():
+        args.output_dir = str(Path(str(base.output_dir)) / f"phase-{self.number}-{self.name}")
+        for name, value in changes.items():
             setattr(args, name, value)
         _check_numbers("phase.args", args)
         return args
@@ -121,15 +121,13 @@ class Phase:
             "halting": head_lr if halting_lr is None else halting_lr,
             "gates": args.learning_rate if gate_lr is None else gate_lr,
         }
-        halting_decays = self.model.objective.halting_weight_decay
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            part = part_of(self.model, name)
-            decays = parameter.dim() > 1 and (part != "halting" or halting_decays)
-            key = (rates.get(part, head_lr), args.weight_decay if decays else 0.0)
-            groups.setdefault(key, []).append(parameter)
+            if parameter.requires_grad:
+                part = part_of(self.model, name)
+                decays = parameter.dim() > 1 and (part != "halting" or self.model.method.halting_weight_decay)
+                key = (rates.get(part, head_lr), args.weight_decay if decays else 0.0)
+                groups.setdefault(key, []).append(parameter)
         listed = [{"params": found, "lr": lr, "weight_decay": decay} for (lr, decay), found in groups.items()]
         betas = (args.adam_beta1, args.adam_beta2)
         return torch.optim.AdamW(listed, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
@@ -141,7 +139,7 @@ def _check_numbers(where: str, args: TrainingArguments) -> None:
         check(f"{where}({name}=...)", getattr(args, name))
 
 
-def phases(model: EarlyExitForSequenceClassification, method: str | Objective | None = None) -> Iterator[Phase]:
+def phases(model: EarlyExitForSequenceClassification, method: str | Method | None = None) -> Iterator[Phase]:
     """Iterate over the phases of a training method; only the parts of the current phase learn, the others are frozen.
 
     Build the Trainer of each phase inside the loop, after `requires_grad` has been set::
@@ -154,7 +152,7 @@ def phases(model: EarlyExitForSequenceClassification, method: str | Objective | 
 
     Args:
         model: the early-exit model.
-        method: default: the one it was converted with.
+        method: a name or one of `earlyexit_kernels.methods`, saved with the model. Default: that of its conversion.
 
     Yields:
         The phases; each is the current one of the model until the next.
@@ -179,12 +177,12 @@ def phases(model: EarlyExitForSequenceClassification, method: str | Objective | 
             f"phases: expected an early-exit model, got {type(model).__name__}; make one with to_early_exit(model, "
             "method=...)"
         )
+    schedule = model.schedule
     if method is not None:
-        model.set_objective(objective_of(method))
-    specs = model.objective.phases
+        schedule.start(model, method_of(method))
     try:
-        for number, spec in enumerate(specs, start=1):
-            model.phase_state.enter(model, number - 1)
+        for number, spec in enumerate(schedule.method.phases, start=1):
+            schedule.enter(model, number - 1)
             yield Phase(number, spec, model)
     finally:
-        model.phase_state.enter(model, 0 if len(specs) == 1 else None)
+        schedule.leave(model)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import cached_file
 
 #: Supported dtypes of weights, as safetensors names them.
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -24,14 +24,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a safetensors file.
-
-    Attributes:
-        file: path of the file.
-        dtype: as safetensors names it, such as ``"F32"``.
-        shape: of the tensor.
-        begin, end: byte offsets in the file.
-    """
+    """One tensor in a safetensors file, with its offsets in bytes and its dtype as safetensors names it (``"F32"``)."""
 
     file: Path
     dtype: str
@@ -53,11 +46,7 @@ def find_file(source: Any, name: str, arguments: Mapping[str, Any]) -> Path | No
 
 
 def find_weights(source: Any, arguments: Mapping[str, Any]) -> list[Path]:
-    """Return the files from which `from_pretrained` will read the weights; an empty list if it will find none.
-
-    Args:
-        source: folder, file or hub name.
-        arguments: of `from_pretrained`.
+    """Return the files from which `from_pretrained` reads the weights of a folder, file or hub name; maybe none.
 
     Raises:
         ValueError: a file that is not safetensors, or an index that names one, or one outside of the folder.
@@ -67,28 +56,17 @@ def find_weights(source: Any, arguments: Mapping[str, Any]) -> list[Path]:
         if not str(source).endswith(".safetensors"):
             raise ValueError(f"{source}: expected a safetensors file; weights of other forms are never read")
         return [Path(source)]
-    variant = arguments.get("variant")
-    single = find_file(source, _with_variant(SAFE_WEIGHTS_NAME, variant), arguments)
-    if single is not None:
+    variant = f".{arguments['variant']}" if arguments.get("variant") else ""
+    if single := find_file(source, f"model{variant}.safetensors", arguments):
         return [single]
-    index = find_file(source, _with_variant(SAFE_WEIGHTS_INDEX_NAME, variant), arguments)
-    if index is None:
-        return []
-    shards = []
-    for name in _shard_names(index):
-        shard = find_file(source, name, arguments)
+    index = find_file(source, f"model.safetensors.index{variant}.json", arguments)
+    shards = {name: find_file(source, name, arguments) for name in (_shard_names(index) if index else ())}
+    for name, shard in shards.items():
         if shard is None:
             raise OSError(
                 f"{index} names {name!r}, which {str(source)!r} does not have; copy the whole checkpoint again"
             )
-        shards.append(shard)
-    return shards
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    """Return the file name of a variant, as transformers forms it."""
-    stem, dot, ending = name.rpartition(".")
-    return f"{stem}.{variant}{dot}{ending}" if variant else name
+    return [shard for shard in shards.values() if shard]
 
 
 def _shard_names(index: Path) -> list[str]:
@@ -120,9 +98,10 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Return the tensors in safetensors files by name.
 
     Raises:
-        RuntimeError: a file is corrupt or cut short.
+        RuntimeError: a file is corrupt or cut short, or a tensor is not floating-point: a load would convert it in
+            silence.
     """
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt"):
@@ -132,25 +111,16 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = (8 + size + offset for offset in entry["data_offsets"])
-                tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+            begin, end = (8 + size + offset for offset in entry["data_offsets"])
+            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), begin, end)
+            if entry["dtype"] not in FLOATING:
+                raise RuntimeError(
+                    f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(FLOATING)}; quantized "
+                    "weights are not supported, save the model with floating-point ones"
+                )
     return tensors
-
-
-def check_floating(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse weights with a dtype that is not floating-point, which a load would convert without a warning.
-
-    Raises:
-        RuntimeError: names the tensor and its file.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATING:
-            raise RuntimeError(
-                f"{tensor.file}: {name} has dtype {tensor.dtype}, expected one of {', '.join(FLOATING)}; quantized "
-                "weights are not supported, save the model with floating-point ones"
-            )
 
 
 def check_finite(tensors: Mapping[str, StoredTensor]) -> None:

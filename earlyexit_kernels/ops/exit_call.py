@@ -1,4 +1,4 @@
-"""The arguments of `exit_step` and `resident_exit`, named, in the order of the ops' schemas."""
+"""The arguments of `exit_step`, named, in the order of the op's schema."""
 
 from __future__ import annotations
 
@@ -39,34 +39,3 @@ class ExitCall(NamedTuple):
     pooling: str
     layer: int
     depth: int
-
-
-class ResidentExitCall(NamedTuple):
-    """The arguments of the bare op `resident_exit`; `ops.resident_exit` documents them."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    logits: Tensor | None
-    aux: Tensor | None
-    row_ids: Tensor
-    offsets: Tensor
-    old_offsets: Tensor
-    source: Tensor
-    counts: Tensor
-    state: Tensor
-    answers: Tensor
-    exit_layer: Tensor
-    criterion: str
-    params: Sequence[float]
-    pooling: str
-    layer: int
-    depth: int
-    tile: int
-    capacity: int
-    handle: int | None
-
-    @property
-    def exit_call(self) -> ExitCall:
-        """The arguments of the decision alone."""
-        return ExitCall(*(getattr(self, name) for name in ExitCall._fields))

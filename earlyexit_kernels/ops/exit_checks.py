@@ -1,4 +1,4 @@
-"""Checks of the arguments of `exit_step` and `resident_exit`, the same for every back-end."""
+"""Checks of the arguments of `exit_step`, the same for every back-end."""
 
 from __future__ import annotations
 

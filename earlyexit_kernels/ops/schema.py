@@ -19,52 +19,10 @@ EXIT_STEP = (
     "Tensor(a!) row_ids, Tensor(b!) state, Tensor(c!) answers, Tensor(d!) exit_layer, "
     "str criterion, float[] params, str pooling, int layer, int depth) -> Tensor"
 )
-#: exit_step followed by the compaction plan, for a loop without synchronisation.
-RESIDENT_EXIT = (
-    "(Tensor? hidden, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, Tensor(a!) row_ids, "
-    "Tensor(b!) offsets, Tensor(c!) old_offsets, Tensor(d!) source, Tensor(e!) counts, Tensor(f!) state, "
-    "Tensor(g!) answers, Tensor(h!) exit_layer, str criterion, float[] params, str pooling, int layer, int depth, "
-    "int tile, int capacity, int? handle) -> ()"
-)
 COMPACT = "(Tensor row_ids, Tensor offsets) -> (Tensor, Tensor, Tensor)"
-ENCODER_LAYER = (
-    "(Tensor x, Tensor[] weights, Tensor[] packed, float[] eps, int heads, str activation, str variant, "
-    "bool in_product, int[] rows, int[] widths, Tensor?[] slots, Tensor?[] masks, Tensor?[] kept, "
-    "Tensor? inverse) -> Tensor"
-)
-PACKED_LAYER = (
-    "(Tensor x, Tensor offsets, Tensor[] weights, Tensor[] biases, Tensor[] norms, float[] eps, int heads, "
-    "str activation) -> Tensor"
-)
 GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
-PACK_TOKENS = (
-    "(Tensor batch, Tensor ids, Tensor mask, Tensor positions, Tensor types, Tensor(a!) found, Tensor(b!) row_ids, "
-    "Tensor(c!) offsets, Tensor(d!) tokens, Tensor(e!) counts, Tensor first_state, Tensor(f!) state) -> ()"
-)
-ROWS_EMBED = (
-    "(Tensor tokens, Tensor words, Tensor? positions, Tensor? types, Tensor weight, Tensor bias, float eps, "
-    "Tensor offsets, Tensor(a!) out) -> ()"
-)
-ROWS_LINEAR = (
-    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor offsets, Tensor(a!) out, str activation, bool absolute, "
-    "bool in_parts) -> ()"
-)
 FIRST_TOKENS_LINEAR = (
     "(Tensor hidden, Tensor weight, Tensor bias, Tensor offsets, Tensor row_ids, Tensor(a!) out, str activation) -> ()"
-)
-ROWS_ATTENTION = (
-    "(Tensor qkv, Tensor offsets, Tensor row_ids, int heads, int longest, Tensor(a!) out, int? window=None, "
-    "Tensor? columns=None, Tensor? starts=None) -> ()"
-)
-ROWS_ROTARY = (
-    "(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor starts, Tensor offsets, Tensor row_ids, int heads, int longest) "
-    "-> ()"
-)
-ROWS_MEAN = "(Tensor hidden, Tensor offsets, Tensor row_ids, Tensor(a!) out) -> ()"
-ROWS_GLU = "(Tensor x, Tensor offsets, Tensor(a!) out, str activation) -> ()"
-ROWS_ADD_NORM = (
-    "(Tensor? x, Tensor? x_bias, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor offsets, "
-    "Tensor(a!) out, bool residual_absolute, bool out_absolute, Tensor(b!)? total=None) -> ()"
 )
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")

@@ -62,7 +62,7 @@ def failure(backend: str, device: torch.device) -> str:
         torch.OutOfMemoryError: no memory is left on the device.
     """
     key = backend, device
-    if backend == "torch" or not _switched_on() or key in _FAILURES:
+    if backend == "torch" or not switched_on() or key in _FAILURES:
         return _FAILURES.get(key, "")
     if device.type == "cuda" and (not torch.cuda.is_available() or _capturing()):
         return ""
@@ -74,7 +74,12 @@ def _capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _switched_on() -> bool:
+def switched_on() -> bool:
+    """Return whether back-ends and captures are tested before they are used.
+
+    Raises:
+        ValueError: ``EARLYEXIT_SELF_TEST`` is neither ``0`` nor ``1``.
+    """
     value = os.environ.get(VARIABLE, "1")
     if value not in ("0", "1"):
         raise ValueError(f"{VARIABLE}: expected 1, to test back-ends before they are chosen, or 0, got {value!r}")

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from earlyexit_kernels.arguments import number, whole
-from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.tuning.record import Calibration
 
 logger = logging.getLogger("earlyexit_kernels")
 
@@ -30,7 +30,7 @@ class ExitDrift:
     threads.
 
     Args:
-        calibration: of the model, as `model.calibration` returns it.
+        calibration: of the model, as `Calibration.of` returns it.
         window: number of recent rows to compare.
         alpha: p-value below which rows count as different.
 
@@ -59,8 +59,8 @@ class ExitDrift:
     def __init__(self, calibration: Calibration, *, window: int = 1000, alpha: float = 0.001) -> None:
         if not isinstance(calibration, Calibration):
             raise TypeError(
-                f"ExitDrift: expected a calibration, got {type(calibration).__name__}; model.calibration is None until "
-                "calibrate has chosen the criterion of the model"
+                f"ExitDrift: expected a calibration, got {type(calibration).__name__}; Calibration.of(model) is None "
+                "until calibrate has chosen the criterion of the model"
             )
         self.calibration = calibration
         self.window = whole(low=1)("ExitDrift(window=...)", window)
@@ -156,7 +156,7 @@ def drift_of(model: EarlyExitForSequenceClassification, window: int) -> ExitDrif
     Raises:
         ValueError: the calibration is of another number of layers.
     """
-    calibration = model.calibration
+    calibration = Calibration.of(model)
     if calibration is None:
         return None
     if calibration.depth != model.depth:

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from earlyexit_kernels.backends import working_device
-from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, early_exit_model_in
+from earlyexit_kernels.hf.saving import CONFIG
 from earlyexit_kernels.hf.weight_files import find_file
 
 

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
-from earlyexit_kernels.hf.calibration import Calibration, CurvePoint, Guarantee
 from earlyexit_kernels.hf.model import early_exit_model_in
 from earlyexit_kernels.tuning.choices import CHOICES
 from earlyexit_kernels.tuning.grids import GRIDS, settings
@@ -24,6 +23,7 @@ from earlyexit_kernels.tuning.latency import BatchLatency
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
 from earlyexit_kernels.tuning.per_layer import refine
 from earlyexit_kernels.tuning.ranking import RANKING_METRICS, check_groups
+from earlyexit_kernels.tuning.record import Calibration, CurvePoint, Guarantee
 from earlyexit_kernels.tuning.risk import check_rows, risk_p_values
 from earlyexit_kernels.tuning.scored import AGREEMENT, Rows, Setting
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
@@ -83,7 +83,7 @@ def calibrate(
         seed: of the split.
 
     Returns:
-        The calibration; `model.calibration` returns it too, also after `save_pretrained` and a load.
+        The calibration; `Calibration.of(model)` returns it too, also after `save_pretrained` and a load.
 
     Raises:
         ValueError: the target cannot be reached (the message names the nearest setting), a rule that the exits do not

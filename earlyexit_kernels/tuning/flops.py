@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from earlyexit_kernels.backbones.base import linear_weights, query_width
 from earlyexit_kernels.criteria import Criterion, FullDepth
-from earlyexit_kernels.hf.limits import linear_weights, query_width
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from earlyexit_kernels.core.replay import replay_each
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.engine.replay import replay_each
 from earlyexit_kernels.tuning import intervals
 from earlyexit_kernels.tuning.metrics import METRICS, pearson, predictions_of
 from earlyexit_kernels.tuning.ranking import RANKING_METRICS

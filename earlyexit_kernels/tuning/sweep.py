@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
+from earlyexit_kernels.core.replay import replay_each
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.engine.replay import replay_each
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.tuning.metrics import predictions_of, score

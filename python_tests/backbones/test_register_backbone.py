@@ -30,11 +30,11 @@ def ernie():
     BACKBONES.pop("ernie")
 
 
-@pytest.mark.parametrize("layers", ["family", "fused"])
+@pytest.mark.parametrize("layers", ["eager", "fused"])
 def test_a_registered_family_answers_as_its_stock_model(ernie, layers):
     base = stock("ernie")
     model = ee.to_early_exit(base)
-    model.set_layers(layers)
+    model.configure(path=layers)
     batch = batch_for(base)
     assert torch.allclose(model(**batch).logits, base(**batch).logits, atol=1e-5)
     model.set_criterion(ee.criteria.MaxProbability(threshold=0.4))
@@ -108,5 +108,5 @@ def test_the_multiply_adds_of_a_registered_family_are_those_of_its_layers():
         BACKBONES.pop("helium")
     width, inner = model.config.backbone_config.hidden_size, model.config.backbone_config.intermediate_size
     expected = (2 + 1) * width * width + 3 * width * inner  # queries and output; keys and values of half the heads
-    assert model.execution._layer_macs == expected
+    assert model._layer_macs == expected
     assert encoder_macs(model, torch.tensor([1]), 1).tolist() == [expected + 2 * width]

@@ -16,7 +16,7 @@ from benchmarks.evidence.__main__ import left_table
 from benchmarks.evidence.plans import SIX, Training
 from benchmarks.evidence.results import Result, mixed
 from earlyexit_cli import build_parser
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks import load, toy
 
 
@@ -31,9 +31,9 @@ def test_plans_have_unique_names_and_arguments_that_the_command_takes():
         parsed = build_parser().parse_args(training.arguments("ENCODER", "OUTPUT"))
         assert parsed.train_rows == plans.ROWS[training.task] and parsed.seed == training.seed
     for task in plans.ROWS:
-        compared = {OBJECTIVES[t.method] for t in plans.EXPERIMENTS[f"methods_{task}"].trainings}
-        expected = {"stsb": plans.REGRESSION, "rte": ("joint",)}.get(task, OBJECTIVES)
-        assert compared == {OBJECTIVES[name] for name in expected}
+        compared = {METHODS[t.method] for t in plans.EXPERIMENTS[f"methods_{task}"].trainings}
+        expected = {"stsb": plans.REGRESSION, "rte": ("joint",)}.get(task, METHODS)
+        assert compared == {METHODS[name] for name in expected}
 
 
 def test_committed_results_are_of_planned_trainings_with_their_present_arguments():

@@ -14,7 +14,7 @@ from earlyexit_cli import build_parser, main
 from earlyexit_kernels import EarlyExitForSequenceClassification, to_early_exit
 from earlyexit_kernels.cli import demo, train
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.load import load_task
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
@@ -98,7 +98,7 @@ def test_model_with_exits_is_trained_by_another_method(capsys, trained, tmp_path
     arguments = ["--task", "toy", "--holdout", "16", "--epochs", "1", "--lr", "1e-30", "--head-lr", "1e-30"]
     assert main(["train", "--model", str(trained), "--method", "dact", "--output", str(tmp_path), *arguments]) == 0
     before, after = (EarlyExitForSequenceClassification.from_pretrained(f) for f in (trained, tmp_path))
-    assert after.objective.name == "dact" and before.objective.name != "dact"
+    assert after.method.name == "dact" and before.method.name != "dact"
     for name, weight in before.heads.out.state_dict().items():
         assert torch.equal(weight, after.heads.out.state_dict()[name])
     rows = tmp_path / "rows.csv"
@@ -183,7 +183,7 @@ def test_train_saves_model_tokenizer_and_recipe(trained):
     assert (recipe.task, recipe.seed, recipe.holdout, recipe.train_rows) == ("toy", 3, 64, 96)
     assert recipe.evaluation_split == "dev" and len(recipe.scores) == 3
     assert (recipe.method["name"], recipe.method["beta"], recipe.method["kl"]) == ("palbert", 0.25, "posterior_prior")
-    assert recipe.method == model.objective.to_dict() and model.criterion is None
+    assert recipe.method == model.method.to_dict() and model.criterion is None
     rates = {"lr": 1e-3, "head_lr": 1e-3, "halting_lr": 1e-3, "gate_lr": 1e-3}
     assert recipe.phases == [{"name": "ponder", "epochs": 1.0, **rates, "rows": 96}]
     rows, held_out = recipe.train_splits(load_task("toy", seed=3))
@@ -191,12 +191,12 @@ def test_train_saves_model_tokenizer_and_recipe(trained):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_saves(base, tmp_path, small_task, method):
     recipe = train_few(base, tmp_path, "--method", method, "--epochs", "1")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, local_files_only=True)
-    assert [phase["name"] for phase in recipe.phases] == [spec.name for spec in model.objective.phases]
-    assert recipe.method == model.objective.to_dict() and len(recipe.scores) == 3
+    assert [phase["name"] for phase in recipe.phases] == [spec.name for spec in model.method.phases]
+    assert recipe.method == model.method.to_dict() and len(recipe.scores) == 3
     assert not [path for path in tmp_path.iterdir() if path.is_dir()], "folders of phases are left"
 
 
@@ -225,12 +225,12 @@ def test_phases_have_separate_epochs_and_rates(base, tmp_path, small_task, capsy
 def test_phases_have_the_epochs_and_rates_of_the_method_by_default():
     required = ["--model", "base", "--task", "toy", "--output", "out"]
     args = build_parser().parse_args(["train", *required, "--method", "fastbert", "--halting-lr", "1e-4"])
-    plans = train.phase_plans(train.objective_from(args.method, args.set), args)
+    plans = train.phase_plans(train.method_from(args.method, args.set), args)
     assert [(p["epochs"], p["lr"], p["head_lr"]) for p in plans] == [(3.0, 2e-5, 1e-3), (5.0, 2e-4, 1e-3)]
     assert {p["halting_lr"] for p in plans} == {1e-4}
     assert [p["gate_lr"] for p in plans] == [2e-5, 2e-4], "the encoder's"
     args = build_parser().parse_args(["train", *required, "--method", "smartbert", "--gate-lr", "5e-5"])
-    assert {p["gate_lr"] for p in train.phase_plans(train.objective_from(args.method, args.set), args)} == {5e-5}
+    assert {p["gate_lr"] for p in train.phase_plans(train.method_from(args.method, args.set), args)} == {5e-5}
 
 
 def test_phase_with_rows_of_its_own(base, tmp_path, small_task, monkeypatch):
@@ -240,7 +240,7 @@ def test_phase_with_rows_of_its_own(base, tmp_path, small_task, monkeypatch):
     recipe = train_few(base, tmp_path, "--method", "palbert", "--set", "halting_phase=true", "--epochs", "1")
     assert [list(rows.indices) for rows in seen] == [list(range(26)), list(range(26, 32))]
     assert [phase["rows"] for phase in recipe.phases] == [26, 6] and recipe.train_rows == 32
-    specs = train.objective_from("palbert", ["halting_phase=true"]).phases
+    specs = train.method_from("palbert", ["halting_phase=true"]).phases
     with pytest.raises(ValueError, match=r"at least 2 train rows, .* got 1"):
         train.rows_of_phases(specs, range(1))
     assert [len(rows) for rows in train.rows_of_phases(specs[:1], range(9))] == [9]

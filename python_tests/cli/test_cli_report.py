@@ -16,7 +16,7 @@ from support.commands import error_of
 from support.html_pages import BROWSER, Page, overflow
 
 from earlyexit_cli import main
-from earlyexit_kernels import MaxDrop, calibrate, predict_with_exits
+from earlyexit_kernels import Calibration, MaxDrop, calibrate, predict_with_exits
 from earlyexit_kernels.cli import report
 from earlyexit_kernels.cli.evaluate import trace_splits
 from earlyexit_kernels.cli.recipe import Recipe
@@ -167,7 +167,7 @@ def test_numbers_are_those_of_the_model(page, calibrated):
     leaving = [float((out.exit_layer == layer).mean()) for layer in (1, 2, 3)]
     assert [entry["leaving"] for entry in data["layers"]] == pytest.approx(leaving)
     assert data["histograms"]["all"][0]["shares"] == pytest.approx(leaving)
-    calibration = found.model.calibration.to_dict()
+    calibration = Calibration.of(found.model).to_dict()
     assert data["calibration"] == json.loads(json.dumps(calibration)) and calibration["temperatures"]
     lengths = [len(rows[row]["input_ids"]) for row in range(len(rows))]
     early = row_macs(found.model, lengths, torch.from_numpy(out.exit_layer)).total.sum()

@@ -184,7 +184,7 @@ def test_apply_changes_the_config_and_the_card_only(model, capsys):
     text = card.read_text()
     assert "My words." in text and "mean exit layer" in text and "No criterion" not in text
     loaded = AutoModelForSequenceClassification.from_pretrained(model, local_files_only=True)
-    assert loaded.criterion.name == "entropy" and loaded.calibration.target == {"name": "max_drop", "drop": 0.2}
+    assert loaded.criterion.name == "entropy" and ee.Calibration.of(loaded).target == {"name": "max_drop", "drop": 0.2}
     assert main(["calibrate", "--model", str(model), "--max-drop", "0.2", "--apply", "auto"]) == 0
     assert card.read_text().count("## Calibration") == 1 and "My words." in card.read_text()
 

@@ -12,7 +12,7 @@ import pytest
 import earlyexit_cli
 from earlyexit_kernels import __version__, cli
 from earlyexit_kernels.cli import train
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks.load import TASK_NAMES
 from earlyexit_kernels.tuning.grids import MIN_POINTS
 
@@ -62,7 +62,7 @@ def test_version_without_installed_package(capsys, monkeypatch):
 
 def test_lists_are_those_of_the_package(capsys):
     assert earlyexit_cli.TASKS == TASK_NAMES
-    assert tuple(sorted(OBJECTIVES)) == earlyexit_cli.METHODS
+    assert tuple(sorted(METHODS)) == earlyexit_cli.METHODS
     assert earlyexit_cli.HOLDOUT == train.HOLDOUT
     assert set(earlyexit_cli.COMMANDS) == set(cli.COMMANDS)
     with pytest.raises(SystemExit):

@@ -102,7 +102,7 @@ def test_eval_calibrate_and_report(trained, tmp_path, capsys):
 
     assert main(["calibrate", *model, "--max-drop", "0.5", "--apply", "patience"]) == 0
     assert " ndcg |" in capsys.readouterr().out
-    calibration = ee.EarlyExitForSequenceClassification.from_pretrained(trained).calibration
+    calibration = ee.Calibration.of(ee.EarlyExitForSequenceClassification.from_pretrained(trained))
     assert calibration.metric == "ndcg" and calibration.drop == pytest.approx(
         calibration.full_depth - calibration.score
     )

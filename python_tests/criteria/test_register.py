@@ -15,8 +15,9 @@ from support.registered_rules import SteadyLead, TritonSteadyLead, registered, s
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import backends, criteria, ops
+from earlyexit_kernels.core import loop, rows
+from earlyexit_kernels.core.view import Settings
 from earlyexit_kernels.criteria import Criterion, Entropy, SkipGate
-from earlyexit_kernels.engine import eager, packing
 from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.tuning.sweep import outcome
 
@@ -39,12 +40,12 @@ def prepared(**arguments):
     return model, batch, trace, float(leads[:, :2].mean(dim=1).median())
 
 
-@pytest.mark.parametrize("layers", ["family", "fused"])
+@pytest.mark.parametrize("layers", ["eager", "fused"])
 def test_eager_replay_and_fixed_depth_agree(steady, layers):
     model, batch, trace, threshold = prepared()
     rule, expected = steady(threshold=threshold), steady_lead_layers(trace.logits, threshold)
     assert len(set(expected)) >= 2
-    model.set_layers(layers)
+    model.configure(path=layers)
     model.set_criterion(rule)
     answers, exit_layer = ee.replay(trace, rule)
     assert exit_layer.tolist() == expected
@@ -57,7 +58,7 @@ def test_eager_replay_and_fixed_depth_agree(steady, layers):
 def test_skip_gate_wraps_a_registered_rule(steady):
     model = early_exit(gain=4, num_labels=3, method="smartbert")
     model.set_criterion(SkipGate(threshold=0.5, exit=steady(threshold=0.1)))
-    assert model.backend == "torch"
+    assert model.explain().backend == "torch"
     assert model(**batch_for(model, lengths=LENGTHS)).exit_layer.shape == (len(LENGTHS),)
     assert criteria.from_dict(model.criterion.to_dict()) == model.criterion
 
@@ -73,32 +74,32 @@ def test_auto_resolves_to_torch_and_logs_it_once(steady, caplog):
     model, batch, _, threshold = prepared()
     with caplog.at_level(logging.WARNING, logger="earlyexit_kernels"):
         model.set_criterion(steady(threshold=threshold))
-        assert model.backend == "torch"
+        assert model.explain().backend == "torch"
         model(**batch)
         model(**batch)
     messages = [r.getMessage() for r in caplog.records if "steady_lead" in r.getMessage()]
     assert messages == ["criterion 'steady_lead' supports the back-ends torch: 'auto' chose 'torch'"]
     model.set_criterion(Entropy(threshold=0.3))
-    assert model.backend == early_exit().backend
+    assert model.explain().backend == early_exit().explain().backend
 
 
 @pytest.mark.parametrize("skips", [False, True])
 def test_rows_move_on_the_back_end_of_the_device(steady, monkeypatch, skips):
     """Only the decision is limited to torch."""
     met = []
-    bare_op = eager.bare_op
+    bare_op = loop.bare_op
 
     def watched(op, backend, device):
         met.append((op, backends.resolve(backend, device)))
         return bare_op(op, backend, device)
 
-    for module in (eager, packing):
+    for module in (loop, rows):
         monkeypatch.setattr(module, "bare_op", watched)
     model, batch, _, threshold = prepared()
     rule = steady(threshold=threshold)
     if skips:
         model, rule = early_exit(gain=4, num_labels=3, method="smartbert"), SkipGate(threshold=0.5, exit=rule)
-    model.compaction = "always"
+    model.configure(compaction="always")
     model.set_criterion(rule)
     met.clear()
     model(**batch)
@@ -116,7 +117,7 @@ def test_other_backends_are_refused(steady, backend):
     words = rf"backend '{backend}' does not implement criterion 'steady_lead', which supports torch; choose"
     model.set_criterion(rule)
     with pytest.raises(BackendUnavailableError, match=words):
-        model.set_backend(backend)
+        model.configure(backend=backend)
     with pytest.raises(BackendUnavailableError, match=words):
         ee.replay(trace, rule, backend=backend)
     with pytest.raises(BackendUnavailableError, match=words):
@@ -129,13 +130,13 @@ def test_other_backends_are_refused(steady, backend):
             backend=backend,
             **memory(rule, 4, 3),
         )
-    assert model.criterion == rule and model.backend == "torch"
+    assert model.criterion == rule and model.explain().backend == "torch"
 
 
 def test_a_model_with_a_chosen_backend_refuses_the_rule(steady):
     model = early_exit()
-    backend = model.backend
-    model.set_backend(backend)
+    backend = model.explain().backend
+    model.configure(backend=backend)
     if backend == "torch":
         pytest.skip("the extension is not built")
     with pytest.raises(BackendUnavailableError, match=f"backend '{backend}' does not implement"):
@@ -270,8 +271,8 @@ def test_settings_that_back_ends_cannot_take_are_refused(monkeypatch):
 def test_criterion_is_chosen_apart_from_the_dtype():
     """A restored criterion must not fail where the chosen back-end cannot run at the moment."""
     model = early_exit()
-    model.set_backend("torch")
-    model.execution._backend = "cpp"
+    model.configure(backend="torch")
+    model.settings = Settings(backend="cpp")
     model.double().set_criterion(criteria.Entropy(threshold=0.3))
     with pytest.raises(BackendUnavailableError, match="float64"):
         model(**ragged())

@@ -7,14 +7,14 @@ import torch
 from ops import test_compact as compaction
 from ops import test_exit_step as steps
 from support import cuda_emulation, oracle
-from support.exit_step_cases import DEPTH, DTYPES, SETTINGS, SOURCES, Case, build, memory
+from support.exit_step_cases import DTYPES, SETTINGS, SOURCES, Case, memory
 
-from earlyexit_kernels.criteria import Entropy, FullDepth, Patience
+from earlyexit_kernels.criteria import Entropy, FullDepth
 from earlyexit_kernels.ops import compact, exit_step, gather_rows
 from earlyexit_kernels.ops import schema as op_schemas
-from earlyexit_kernels.ops.schema import COMPACT, EXIT_STEP, GATHER_ROWS, RESIDENT_EXIT
+from earlyexit_kernels.ops.schema import COMPACT, EXIT_STEP, GATHER_ROWS
 
-SCHEMAS = {"exit_step": EXIT_STEP, "resident_exit": RESIDENT_EXIT, "compact": COMPACT, "gather_rows": GATHER_ROWS}
+SCHEMAS = {"exit_step": EXIT_STEP, "compact": COMPACT, "gather_rows": GATHER_ROWS}
 #: Back-end name under which the emulated ops replace the real ones; torch is always available.
 BACKEND = "torch"
 
@@ -187,159 +187,11 @@ def test_gather_rows_at_any_alignment(shift):
     assert torch.equal(out, want)
 
 
-def resident(criterion, lengths, capacity, side, rows, requests, classes) -> dict:
-    """Return the buffers of a bucket with capacity for `rows` rows, on one of its two sides."""
-    offsets = torch.full((rows + 1,), sum(lengths), dtype=torch.int32)
-    offsets[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
-    row_ids = torch.full((rows,), -1, dtype=torch.int32)
-    row_ids[: len(lengths)] = torch.randperm(requests)[: len(lengths)].to(torch.int32)
-    return {
-        "row_ids": row_ids,
-        "offsets": offsets + side * capacity,
-        "old_offsets": torch.zeros(rows + 1).int(),
-        "source": torch.full((rows,), -7, dtype=torch.int32),
-        "counts": torch.tensor([-7] * 4 + [0] * 4, dtype=torch.int32),
-        **memory(criterion, requests, classes),
-    }
-
-
-def expected_after_exit(row_ids, offsets, invalid, tile, capacity) -> dict[str, list[int]]:
-    """Compute the expected buffers after the decisions, row by row."""
-    live = [i for i, n in enumerate(row_ids) if n >= 0]
-    tokens = sum(offsets[i + 1] - offsets[i] for i in live)
-    present = offsets[-1] - offsets[0]
-    if -(-tokens // tile) >= -(-present // tile):
-        return {
-            "row_ids": row_ids,
-            "offsets": offsets,
-            "source": [-1] * len(row_ids),
-            "counts": [len(live), tokens, invalid, present, 0, 0, 0, 0],
-        }
-    start, rest = (0 if offsets[0] else capacity), [-1] * (len(row_ids) - len(live))
-    ends = [start]
-    for i in live:
-        ends.append(ends[-1] + offsets[i + 1] - offsets[i])
-    return {
-        "row_ids": [row_ids[i] for i in live] + rest,
-        "source": live + rest,
-        "old_offsets": offsets,
-        "offsets": ends + [ends[-1]] * len(rest),
-        "counts": [len(live), tokens, invalid, tokens, 0, 0, 0, 0],
-    }
-
-
-def call_resident(op, given, criterion, layer, *, tile, capacity, depth=DEPTH, handle=None, pooling="none", **inputs):
-    rule = criterion.exit_rule
-    sources = [inputs.get(name) for name in ("hidden", "weight", "bias", "logits", "aux")]
-    places = ("row_ids", "offsets", "old_offsets", "source", "counts", "state", "answers", "exit_layer")
-    op(
-        *sources,
-        *(given[name] for name in places),
-        *(rule.name, rule.params(layer), pooling, layer, depth, tile, capacity, handle),
-    )
-
-
-@pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("tile", [1, 7, 16, 64])
-@pytest.mark.parametrize(("rows", "present"), [(1, 1), (8, 5), (33, 33), (1024, 300), (1100, 1100)])
-def test_resident_exit_compacts(ops, rows, present, tile, side):
-    g = torch.Generator().manual_seed(rows + tile)
-    lengths = torch.randint(1, 6, (present,), generator=g).tolist()
-    capacity, criterion = sum(lengths) + 9, Entropy(threshold=0.6)
-    given = resident(criterion, lengths, capacity, side, rows, present + 2, 3)
-    logits = 2 * torch.randn(rows, 3, generator=g)
-    logits[::5] = torch.nan
-    condition = torch.full((1,), -7, dtype=torch.int32)
-    row_ids = given["row_ids"].clone()
-    offsets, held = given["offsets"].clone(), {k: given[k].clone() for k in ("state", "answers", "exit_layer")}
-    counts = exit_step(
-        criterion=criterion,
-        layer=1,
-        depth=DEPTH,
-        row_ids=row_ids,
-        offsets=offsets,
-        logits=logits,
-        backend=BACKEND,
-        **held,
-    )
-    want = expected_after_exit(row_ids.tolist(), offsets.tolist(), int(counts[2]), tile, capacity)
-    handle = condition.data_ptr()
-    call_resident(ops["resident_exit"], given, criterion, 1, logits=logits, tile=tile, capacity=capacity, handle=handle)
-    assert {name: given[name].tolist() for name in want} == want
-    assert condition.item() == (want["counts"][0] > 0)
-    assert all(torch.equal(given[name], held[name]) for name in held)
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", ["patience_1", "q_exit", "dact"])
-def test_resident_loop_matches_exit_step(ops, name, source):
-    """Run all layers over two sides of one buffer, with compaction."""
-    batch = build(Case(name, source, torch.float32, 33, 3))
-    criterion, everyone = SETTINGS[name].build(3), torch.arange(33)
-    answers, exit_layer = steps.finish(BACKEND, name, batch.layers, everyone)
-    lengths = batch.layers[0]["offsets"].diff().tolist() if source != "logits" else [2] * 33
-    capacity = sum(lengths)
-    given = resident(criterion, lengths, capacity, 0, 33, 33, 3)
-    given["row_ids"].copy_(everyone)
-    given["state"] = memory(criterion, 33, 3)["state"]
-    tokens = torch.zeros(2 * capacity, dtype=torch.int64)
-    tokens[:capacity] = torch.arange(capacity)
-    moved = 0
-    for layer, layer_given in enumerate(batch.layers, start=1):
-        places = tokens[given["offsets"][:-1].clamp(max=2 * capacity - 1).long()]
-        rows = torch.searchsorted(torch.tensor([0, *lengths]).cumsum(0), places, right=True) - 1
-        inputs = {k: layer_given[k][rows.clamp(0, 32)] for k in ("logits", "aux") if k in layer_given}
-        inputs |= {k: layer_given[k] for k in ("weight", "bias") if k in layer_given}
-        if source == "none":
-            inputs["hidden"] = layer_given["hidden"][rows.clamp(0, 32)]
-        elif source != "logits":
-            inputs["hidden"] = layer_given["hidden"][tokens]
-        call_resident(
-            ops["resident_exit"], given, criterion, layer, tile=4, capacity=capacity, pooling=source_pooling(source),
-            **inputs,
-        )  # fmt: skip
-        copied = tokens.double().float()[:, None].contiguous()
-        ops["gather_rows"](copied, given["old_offsets"], given["source"], given["offsets"], copied)
-        tokens = copied[:, 0].long()
-        moved += int((given["source"] >= 0).sum())
-    assert moved > 0
-    assert torch.equal(given["answers"].nan_to_num(0.5), answers.nan_to_num(0.5))
-    assert torch.equal(given["exit_layer"], exit_layer)
-    assert given["counts"].tolist()[:2] == [0, 0]
-
-
-def source_pooling(source) -> str:
-    return "none" if source == "logits" else source
-
-
-INVALID = {
-    "old_offsets": ({"old_offsets": torch.zeros(2).int()}, {}, ("old_offsets", "[3]", "got int32 [2]")),
-    "source": ({"source": torch.zeros(2)}, {}, ("source", "int32 [2]", "got float32")),
-    "counts": ({"counts": torch.zeros(3).int()}, {}, ("counts", "[8]", "got int32 [3]")),
-    "slice of counts": ({"counts": torch.zeros(9).int()[1:]}, {}, ("counts", "8 bytes", "a slice")),
-    "tile": ({}, {"tile": 0}, ("tile", "got 0")),
-    "capacity": ({}, {"capacity": 2**30}, ("capacity", "got 1073741824")),
-    "sides": ({}, {"capacity": 5}, ("hidden", "[10, H]", "got [8, 8]")),
-    "layer": ({}, {"layer": 3}, ("layer 3 of 2",)),
-}
-
-
-@pytest.mark.parametrize("name", INVALID)
-def test_resident_exit_refuses(ops, name):
-    tensors, numbers, words = INVALID[name]
-    criterion = Patience(patience=1)
-    given = resident(criterion, [2, 2], 4, 0, 2, 3, 3)
-    inputs = {"hidden": torch.randn(8, 8), "weight": torch.randn(3, 8), "bias": torch.randn(3), "pooling": "first"}
-    numbers = {"layer": 1, "depth": 2, "tile": 4, "capacity": 4, **numbers}
-    with pytest.raises(ValueError) as caught:
-        call_resident(ops["resident_exit"], {**given, **tensors}, criterion, **numbers, **inputs)
-    assert all(word in str(caught.value) for word in ("resident_exit_cpp: ", *words)), str(caught.value)
-
-
-def test_partially_overlapping_buffers_are_refused(ops):
+def test_overlapping_buffers_are_refused(ops):
     hidden, offsets, source = torch.zeros(4, 2), torch.tensor([0, 1]).int(), torch.zeros(1).int()
-    with pytest.raises(ValueError, match="share no memory"):
-        ops["gather_rows"](hidden[:3], offsets, source, offsets, hidden[1:])
+    for given, out in ((hidden[:3], hidden[1:]), (hidden, hidden)):
+        with pytest.raises(ValueError, match="share no memory"):
+            ops["gather_rows"](given, offsets, source, offsets, out)
 
 
 def test_hidden_of_width_zero_is_refused(ops):

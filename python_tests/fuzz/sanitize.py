@@ -28,7 +28,7 @@ TESTS = (
     "ops/test_first_tokens_linear.py",
     "ops/test_opcheck.py",
     "ops/test_packed_layer.py",
-    "ops/test_rows_embed.py",
+    "cpu/test_embedding.py",
     "criteria/test_criteria.py",
 )
 #: A read past the end of a heap buffer (ASan), and an overflowing sum (UBSan).

@@ -52,9 +52,9 @@ def run(case: Case) -> None:
     if pooling == "first" and family in DECODERS:
         pooling = "last"
     model = built(family, method, pooling, halting, dtype)
-    model.compaction = case.choice(("auto", "always", "never"))
-    model.set_layers(case.choice(("auto", "family")))
-    model.set_backend(case.choice(("auto", "torch")))
+    model.configure(compaction=case.choice(("auto", "always", "never")))
+    model.configure(path=case.choice(("auto", "eager")))
+    model.configure(backend=case.choice(("auto", "torch")))
     batch = ragged(case, model, family)
     rule = drawn(case, model)
     model.set_criterion(rule)
@@ -154,19 +154,20 @@ def among_others(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
 
 def other_compaction(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
     """Run with another compaction mode."""
-    model.compaction = case.choice([c for c in ("auto", "always", "never") if c != model.compaction])
+    others = [each for each in ("auto", "always", "never") if each != model.settings.compaction]
+    model.configure(compaction=case.choice(others))
     return model(**batch)
 
 
 def other_layers(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
     """Run with the layers of the family instead of fused ones, or the reverse."""
-    model.set_layers("auto" if model.layer_kind == "family" else "family")
+    model.configure(path="auto" if model.explain().path == "eager" else "eager")
     return model(**batch)
 
 
 def other_backend(case: Case, model: Any, batch: Batch, trace: Any) -> Any:
     """Run with another back-end of the ops."""
-    model.set_backend("torch" if model.backend != "torch" else "auto")
+    model.configure(backend="torch" if model.explain().backend != "torch" else "auto")
     return model(**batch)
 
 

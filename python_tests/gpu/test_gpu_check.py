@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,11 +15,11 @@ import torch
 from support.gpu_checks import document, good
 
 from benchmarks import goals, harness
-from benchmarks.gpu import card, check, sanitize, steps, tables, worker
+from benchmarks.gpu import card, check, steps, tables, worker
 from benchmarks.gpu.bench import Bench, header
 from benchmarks.gpu.check import MIN_SECONDS, Step
 from benchmarks.gpu.sections import SECTIONS, Section
-from benchmarks.gpu.steps import Outcome, Worker
+from benchmarks.gpu.steps import Outcome
 from benchmarks.machine import NotMeasuredError
 
 
@@ -86,16 +87,15 @@ def test_steps_measured_without_kernels_run_again_with_them(driver):
 
 def test_refusals_are_listed_at_the_end(driver, capsys):
     wrong = Outcome([header("gpu_a", "a", "ours") | {"refused": "answers are 3 off"}])
-    summary = driver({"a": wrong, "b": good("b", entry=[(128, "graph")])})
-    assert "refused: suite=gpu_a case=a engine=ours refused=answers are 3 off" in str(summary)
-    assert "'Fake': ((128, 'graph'),)," in capsys.readouterr().out
+    summary = driver({"a": wrong, "b": good("b")})
+    line = "refused: suite=gpu_a case=a engine=ours refused=answers are 3 off"
+    assert line in str(summary) and line.removeprefix("refused: ") in capsys.readouterr().out
 
 
 def test_plan():
-    plan = check.plan(SimpleNamespace(ask=lambda name, seconds: (name, seconds)))
+    plan = check.plan()
     assert set(plan) == {"build", *steps.TESTS, *SECTIONS} and plan["build"].always
-    assert list(plan)[:6] == ["build", "nodes", "empty_launches", "tests_first", "kernels", "products"]
-    assert plan["bits"].run(3.0) == ("bits", 3.0)
+    assert list(plan)[:4] == ["build", "costs", "tests_first", "whole_float16_1"]
     assert all(MIN_SECONDS <= step.least <= step.seconds / 2 for step in plan.values())
 
 
@@ -134,7 +134,7 @@ def test_tests_that_need_a_gpu_are_marked_and_run():
 
 def test_without_a_gpu_nothing_runs(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert check.main([]) == 2 and sanitize.main([]) == 2
+    assert check.main([]) == 2
     assert "torch sees none" in capsys.readouterr().err
 
 
@@ -145,97 +145,70 @@ def test_command_runs_the_chosen_steps(monkeypatch, driver, capsys, tmp_path):
     rewritten = []
     monkeypatch.setattr(check, "rewrite_documents", lambda: rewritten.append(True))
     three = {
-        name: Step(lambda seconds, name=name: good(name), 9, name == "build") for name in ("build", "bits", "nodes")
+        name: Step(lambda seconds, name=name: good(name), 9, name == "build")
+        for name in ("build", "costs", "exit_step")
     }
-    monkeypatch.setattr(check, "plan", lambda worker: three)
+    monkeypatch.setattr(check, "plan", lambda: three)
     monkeypatch.setattr(check, "environment", lambda: {"commit": None})
-    assert check.main(["--section", "bits"]) == 0 and rewritten == [True]
+    assert check.main(["--section", "costs"]) == 0 and rewritten == [True]
     printed = capsys.readouterr()
-    assert "measured: build, bits\n" in printed.out, "a fresh machine has no extension"
+    assert "measured: build, costs\n" in printed.out, "a fresh machine has no extension"
     assert "set EARLYEXIT_COMMIT" in printed.err
     elsewhere = tmp_path / "elsewhere"
-    assert check.main(["--section", "bits", "--results", str(elsewhere)]) == 0 and rewritten == [True]
+    assert check.main(["--section", "costs", "--results", str(elsewhere)]) == 0 and rewritten == [True]
     assert (elsewhere / "fake-gpu.json").is_file(), "records are brought back in the folder that was asked for"
-    monkeypatch.setattr(check, "plan", lambda worker: {"bits": Step(lambda seconds: Outcome([], "broke"), 9)})
+    monkeypatch.setattr(check, "plan", lambda: {"costs": Step(lambda seconds: Outcome([], "broke"), 9)})
     assert check.main(["--redo"]) == 1
 
 
-SERVES = """
-import json, os, sys, time
-for line in sys.stdin:
-    name = line.strip()
-    print(json.dumps({"record": {"case": name}}), flush=True)
-    if name == "dies":
-        os._exit(7)
-    if name == "hangs":
-        time.sleep(600)
-    failed = "RuntimeError: no" if name == "fails" else ""
-    print(json.dumps({"end": failed, "fit": name not in ("fails", "spoils")}), flush=True)
-"""
+def works(bench):
+    yield {"case": "a"}
 
 
-@pytest.mark.thorough
-def test_worker_that_dies_or_hangs_is_restarted():
-    with Worker([sys.executable, "-c", SERVES]) as served:
-        assert served.ask("one", 60) == Outcome([{"case": "one"}])
-        first = served.process
-        assert served.ask("two", 60).failed == "" and served.process is first
-        dead = served.ask("dies", 60)
-        assert dead == Outcome([{"case": "dies"}], "the process ended with status 7; its message is above")
-        assert served.ask("three", 60).failed == ""
-        assert served.ask("fails", 60) == Outcome([{"case": "fails"}], "RuntimeError: no")
-        assert served.process is None
-        assert served.ask("spoils", 60).failed == "" and served.process is None
-        found = served.ask("hangs", 3)
-        assert found.failed == "stopped after 3 s" and served.process is None
-        assert served.ask("four", 60) == Outcome([{"case": "four"}])
-        last = served.process
-    assert last.poll() is not None
+def cannot(bench):
+    yield {"case": "a"}
+    raise NotMeasuredError("no text")
 
 
-def sent_by(monkeypatch, tmp_path, name, records) -> tuple[bool, list[dict]]:
-    """Run a section in the worker's code; return whether it can run another, and the lines that it writes."""
+def breaks(bench):
+    yield {"case": "a"}
+    raise RuntimeError("illegal memory access\nmore")
+
+
+@pytest.mark.parametrize(("records", "after"), [(works, {}), (cannot, {"not_measured": "no text"}), (breaks, None)])
+def test_worker_writes_records_as_they_come(monkeypatch, tmp_path, records, after):
     monkeypatch.setattr(Bench, "here", classmethod(lambda cls: None))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setitem(SECTIONS, name, Section(records, 9))
-    with open(tmp_path / "reply", "w") as reply:
-        fit = worker.run(name, reply)
-    return fit, [json.loads(line) for line in (tmp_path / "reply").read_text().splitlines()]
+    monkeypatch.setitem(SECTIONS, "some", Section(records, 9))
+    with contextlib.nullcontext() if after is not None else pytest.raises(RuntimeError, match="illegal memory access"):
+        worker.work("some", tmp_path / "records")
+    first, *rest = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert first == {"case": "a"}
+    assert len(rest) == bool(after) and all(record.items() >= after.items() for record in rest)
 
 
-def test_worker_reports_records_and_errors(monkeypatch, tmp_path):
-    def works(bench):
-        yield {"case": "a"}
+@pytest.mark.parametrize(
+    ("code", "written", "failed"),
+    [
+        (0, '{"case": "a"}\n', ""),
+        (-6, '{"case": "a"}\n{"ca', "the process ended with status -6: RuntimeError: CUDA error"),
+        (None, '{"case": "a"}\n', "the process took too long: RuntimeError: CUDA error"),
+    ],
+)
+def test_records_of_a_section_that_ends_early_count(monkeypatch, code, written, failed):
+    def run(command, seconds, environment):
+        Path(command[-1]).write_text(written)
+        return code, "more\nRuntimeError: CUDA error\n"
 
-    def cannot(bench):
-        yield {"case": "a"}
-        raise NotMeasuredError("no text")
-
-    def breaks(bench):
-        yield {"case": "a"}
-        raise RuntimeError("illegal memory access\nmore")
-
-    def spoiled():
-        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
-
-    fit, lines = sent_by(monkeypatch, tmp_path, "good", works)
-    assert fit and lines == [{"record": {"case": "a"}}, {"end": "", "fit": True}]
-    fit, lines = sent_by(monkeypatch, tmp_path, "some", cannot)
-    assert fit and lines[1]["record"]["not_measured"] == "no text" and lines[1]["record"]["suite"] == "gpu_some"
-    fit, lines = sent_by(monkeypatch, tmp_path, "bad", breaks)
-    assert not fit and lines[-1] == {"end": "RuntimeError: illegal memory access", "fit": False}
-    monkeypatch.setattr(worker.gc, "collect", spoiled)
-    fit, lines = sent_by(monkeypatch, tmp_path, "good", works)
-    assert not fit and lines[-1] == {"end": "", "fit": False}, "the records count, and the process is replaced"
+    monkeypatch.setattr(steps, "run", run)
+    assert steps.section("costs", 60) == Outcome([{"case": "a"}], failed)
 
 
 @pytest.mark.thorough
-def test_worker_measures_nothing_without_a_gpu():
+def test_section_measures_nothing_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    with Worker() as served:
-        found = served.ask("nodes", 300)
-    assert found.failed == "" and found.records[0]["not_measured"] == "torch sees no CUDA device"
+    outcome = steps.section("costs", 300)
+    assert outcome.failed == "" and outcome.records[0]["not_measured"] == "torch sees no CUDA device"
 
 
 CPU_ONLY = "earlyexit_kernels: EARLYEXIT_BUILD=auto: CPU kernels only, because no CUDA toolkit with nvcc was found"
@@ -284,7 +257,7 @@ def test_build_is_for_this_gpu(monkeypatch, code, output, failed, without):
 def test_test_results_are_counted(monkeypatch, code, output, fields, failed):
     asked = []
     monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments[0]) or (code, output))
-    found = steps.tests("tests_graph", 60)
+    found = steps.tests("tests_captured", 60)
     assert found.failed == failed and found.records[0].items() >= fields.items()
     assert any(path.endswith("test_gpu.py") for path in asked[0]) and "gpu" in asked[0]
 

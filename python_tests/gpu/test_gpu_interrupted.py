@@ -1,4 +1,4 @@
-"""``make gpu-check`` and ``make gpu-sanitize`` interrupted by Ctrl-C, or by the SIGTERM of a limit on their time."""
+"""``make gpu-check`` interrupted by Ctrl-C, or by the SIGTERM of a limit on their time."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ from support.gpu_checks import document, good
 ROOT = Path(__file__).resolve().parents[2]
 #: Runs a step that ends and one whose process sleeps; writes the number of that process to a file.
 INTERRUPTED = """
-import os, sys
+import sys
 from pathlib import Path
 import torch
-from benchmarks.gpu import card, check, sanitize, steps
+from benchmarks.gpu import card, check, steps
 from benchmarks.gpu.bench import header
 from benchmarks.gpu.steps import Outcome
 
-results, command = Path(sys.argv[1]), sys.argv[2]
+results = Path(sys.argv[1])
 sleep = f"import os, time; open({str(results / 'process')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
 torch.cuda.is_available = lambda: True
 card.facts = dict
 steps.build = lambda seconds: Outcome([header("gpu_build", "extension", "build")])
 steps.tests = lambda name, seconds: steps.run([sys.executable, "-c", sleep], seconds, {})
-sanitize.outcome_of = lambda name, each, seconds: steps.run([sys.executable, "-c", sleep], seconds, {})
-chosen = {check: ["--section", "tests_first"], sanitize: []}
-module = {"check": check, "sanitize": sanitize}[command]
-sys.exit(module.main([*chosen[module], "--results", str(results)]))
+sys.exit(check.main(["--section", "tests_first", "--results", str(results)]))
 """
 
 
@@ -51,14 +48,11 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(
-    ("command", "by"), [("check", signal.SIGINT), ("check", signal.SIGTERM), ("sanitize", signal.SIGTERM)]
-)
-def test_interrupted_command_keeps_finished_steps_and_leaves_no_process(tmp_path, command, by):
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_command_keeps_finished_steps_and_leaves_no_process(tmp_path, by):
     """A process that went on would use the GPU while the next run measures."""
-    run = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(tmp_path), command], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: (tmp_path / "process").is_file() and (tmp_path / "process").read_text(), 60)
         step = int((tmp_path / "process").read_text())

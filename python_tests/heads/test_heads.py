@@ -11,11 +11,10 @@ from support import reference_networks
 from support.models import DEPTH, batch_for, early_exit, encoder_of, ragged, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine.attention_plan import plan_attention
-from earlyexit_kernels.engine.packing import pack
-from earlyexit_kernels.engine.states import PackedStates
+from earlyexit_kernels.core.packing import pack
+from earlyexit_kernels.core.rows import Rows
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
-from earlyexit_kernels.hf.phase_state import part_of
+from earlyexit_kernels.hf.schedule import part_of
 
 SIZE, CLASSES, LAYERS = 24, 3, 3
 POOLINGS = (None, "first", "mean")
@@ -32,9 +31,8 @@ def states(kind, count=LAYERS + 1):
     batch = ragged(kind)
     mask = batch["attention_mask"]
     padded = torch.randn(count, *mask.shape, SIZE, generator=torch.Generator().manual_seed(1))
-    rows = pack(batch["input_ids"], mask)
-    plan = plan_attention(rows)
-    packed = [PackedStates(x[mask.bool()], rows.offsets, plan) for x in padded]
+    segments = pack(batch["input_ids"], mask)
+    packed = [Rows(x[mask.bool()], segments, None, None, len(mask), int(mask.sum())) for x in padded]
     return padded, mask, packed
 
 
@@ -152,14 +150,14 @@ def test_gate_bias_is_the_initial_bias():
     torch.manual_seed(0)
     closed = early_exit("bert", method="smartbert").heads.state_dict()
     torch.manual_seed(0)
-    plain = early_exit("bert", method=ee.objectives.Smartbert(gate_bias=0.0)).heads.state_dict()
+    plain = early_exit("bert", method=ee.methods.Smartbert(gate_bias=0.0)).heads.state_dict()
     biases = [name for name in closed if name.startswith("gates.") and name.endswith(".out.bias")]
     assert len(biases) == DEPTH and all(closed[n].tolist() == [-1.5] and plain[n].tolist() == [0.0] for n in biases)
     assert all(torch.equal(closed[name], value) for name, value in plain.items() if name not in biases)
 
 
 def test_halting_bias_is_the_initial_bias():
-    model = early_exit("bert", method=ee.objectives.Dact(halting_bias=-1.5))
+    model = early_exit("bert", method=ee.methods.Dact(halting_bias=-1.5))
     assert all(head.out.bias.item() == -1.5 for head in model.heads.halting) and len(model.heads.halting) == DEPTH
 
 
@@ -189,7 +187,7 @@ def test_hidden_cosine_uses_the_pooling_of_the_exits(pooling, backend):
     model, batch = early_exit("bert", pooling=pooling), batch_for(early_exit("bert"), lengths=LENGTHS[:8])
     with torch.no_grad():
         hidden = encoder_of(stock("bert"))(**batch, output_hidden_states=True).hidden_states
-    model.set_backend(backend)
+    model.configure(backend=backend)
     decided = {}
     for by in ("first", "mean"):
         vectors = [reference_networks.pooled(x, batch["attention_mask"], by) for x in hidden[:-1]]
@@ -222,8 +220,8 @@ def left_at(cdf, q):
 @pytest.mark.parametrize("family", ["bert", "albert"])
 def test_memory_stays_with_its_row(family, reads, backend):
     """When rows leave and move, a halting output still reads the previous exit of its own row."""
-    model = early_exit(family, method=ee.objectives.Palbert(halting_input=reads, halting_layers=1))
-    model.set_backend(backend)
+    model = early_exit(family, method=ee.methods.Palbert(halting_input=reads, halting_layers=1))
+    model.configure(backend=backend)
     lengths = LENGTHS[:6] if backend == "triton" else LENGTHS
     batch = batch_for(model, lengths=lengths)
     with torch.no_grad():
@@ -238,7 +236,8 @@ def test_memory_stays_with_its_row(family, reads, backend):
     expected = left_at(cdf, q)
     assert len(expected.unique()) >= 3
     outputs = []
-    for model.compaction in ("always", "never"):
+    for compaction in ("always", "never"):
+        model.configure(compaction=compaction)
         out = model(**batch)
         outputs.append((out.exit_layer, out.logits))
     ones = [model(**{name: x[i : i + 1] for name, x in batch.items()}) for i in range(len(lengths))]

@@ -6,21 +6,21 @@ import pytest
 import torch
 from support.models import batch_for, early_exit
 
-from earlyexit_kernels.engine.bert_weights import LayerWeights
+from earlyexit_kernels.backbones.forms_bert import read_bert_layer
 
 
-@pytest.mark.parametrize("layers", ["auto", "family"])
+@pytest.mark.parametrize("layers", ["auto", "eager"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "electra"])
 def test_layers_keep_the_heads_that_they_were_made_with(family, layers):
     """As in the stock model, whose modules read their number when they are made."""
     model = early_exit(family)
-    model.set_layers(layers)
+    model.configure(path=layers)
     batch, config = batch_for(model), model.backbone.config
     before, name = model.trace(**batch).logits, "n_heads" if family == "distilbert" else "num_attention_heads"
     setattr(config, name, 2 * getattr(config, name))
     assert torch.equal(model.trace(**batch).logits, before)
     for part in model.adapter.parts(model.adapter.layers(model.backbone)[0]):
-        own = LayerWeights.of(part, model.adapter.names, config)
+        own = read_bert_layer(part, model.adapter.names, config)
         assert 2 * own.heads == getattr(config, name)
 
 
@@ -40,11 +40,11 @@ def test_other_types_of_layers_are_refused(family):
     model(**batch)
 
 
-@pytest.mark.parametrize("layers", ["auto", "family"])
+@pytest.mark.parametrize("layers", ["auto", "eager"])
 def test_layers_that_know_their_type_keep_it(layers):
     """As in the stock model of ModernBERT, which reads the types of the config to make masks only."""
     model = early_exit("modernbert")
-    model.set_layers(layers)
+    model.configure(path=layers)
     batch, config = batch_for(model), model.backbone.config
     before = model.trace(**batch).logits
     config.layer_types = list(reversed(config.layer_types[1:])) + config.layer_types[:1]

@@ -13,7 +13,7 @@ from torch import nn
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import adapter_of
-from earlyexit_kernels.engine.attention import PACKED_ATTENTION
+from earlyexit_kernels.core.attention import PACKED_ATTENTION
 
 
 def test_registering_twice():

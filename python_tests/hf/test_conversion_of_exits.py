@@ -38,7 +38,7 @@ def exits_of(model):
 def test_exits_of_one_form_are_carried(first, second):
     model = different(first)
     other = ee.to_early_exit(model, method=second)
-    assert other.objective.name == ee.objectives.OBJECTIVES[second].name and not other.training
+    assert other.method.name == ee.methods.METHODS[second].name and not other.training
     shared = dict(model.backbone.named_parameters())
     assert all(parameter is shared[name] for name, parameter in other.backbone.named_parameters())
     before, after = exits_of(model), exits_of(other)
@@ -64,11 +64,11 @@ def test_pooling_is_kept():
 
 def test_halting_outputs_of_one_form_are_carried():
     model = different("palbert")
-    same = ee.to_early_exit(model, method=ee.objectives.Palbert(beta=0.05))
+    same = ee.to_early_exit(model, method=ee.methods.Palbert(beta=0.05))
     weights = model.heads.halting.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in same.heads.halting.state_dict().items())
-    single = different(ee.objectives.Palbert(halting_input="single"))
-    other = ee.to_early_exit(single, method=ee.objectives.Palbert(halting_input="diff"))
+    single = different(ee.methods.Palbert(halting_input="single"))
+    other = ee.to_early_exit(single, method=ee.methods.Palbert(halting_input="diff"))
     first, second = (m.heads.halting.state_dict() for m in (single, other))
     assert {name: value.shape for name, value in first.items()} == {name: value.shape for name, value in second.items()}
     assert not any(torch.equal(first[name], second[name]) for name in first)

@@ -102,7 +102,7 @@ def test_attention_of_a_config_is_refused_or_packed():
 @pytest.mark.parametrize("pooling", [None, "first", "mean"])
 def test_autocast(pooling, halting, backend):
     model, batch = varied(pooling=pooling, halting=halting)
-    model.set_backend(backend)
+    model.configure(backend=backend)
     full = model.trace(**batch).logits
     scores = entropies(full)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -268,13 +268,13 @@ def test_no_warnings_from_the_package(recwarn):
 def test_backend_is_the_one_that_runs():
     model = early_exit()
     usable = ee.available_backends("cpu")
-    assert model.backend == ("torch" if usable["cpp"] else "cpp")
+    assert model.explain().backend == ("torch" if usable["cpp"] else "cpp")
     for name, reason in usable.items():
         if reason:
             with pytest.raises(ee.BackendUnavailableError, match=f"backend '{name}' cannot run on cpu tensors: "):
-                model.set_backend(name)
+                model.configure(backend=name)
         else:
-            model.set_backend(name)
-            assert model.backend == name
+            model.configure(backend=name)
+            assert model.explain().backend == name
     with pytest.raises(ValueError, match=r"backend: expected one of .*got 'numpy'"):
-        model.set_backend("numpy")
+        model.configure(backend="numpy")

@@ -7,7 +7,7 @@ import torch
 from support.models import batch_for, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 
 TINY = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 
@@ -19,7 +19,7 @@ TINY = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num
         ("joint", "deebert", "'exit_dense': 'own'"),
         ("joint", "dact", "'halting': True"),
         ("fastbert", "smartbert", "'attention_heads': 4"),
-        ("palbert", ee.objectives.Palbert(halting_input="diff"), "'halting_input': 'diff'"),
+        ("palbert", ee.methods.Palbert(halting_input="diff"), "'halting_input': 'diff'"),
     ],
 )
 def test_method_refuses_exits_of_another_shape(made_for, asked, words):
@@ -36,28 +36,25 @@ def test_method_accepts_compatible_exits():
     assert [phase.name for phase in ee.phases(pooled, "deebert")] == ["backbone", "exits"]
     halting = ee.to_early_exit(stock("bert", **TINY), method="palbert")
     assert [phase.name for phase in ee.phases(halting, "joint")] == ["joint"]
-    assert (
-        ee.to_early_exit(stock("bert", **TINY), method=ee.objectives.Dact(halting_bias=-1.0)).set_objective(
-            ee.objectives.Dact()
-        )
-        is None
-    )
+    dact = ee.to_early_exit(stock("bert", **TINY), method=ee.methods.Dact(halting_bias=-1.0))
+    assert [phase.name for phase in ee.phases(dact, "dact")] == ["exits", "dact"]
+    assert dact.method == ee.methods.Dact() and dact.config.method == ee.methods.Dact().to_dict()
 
 
 @pytest.mark.parametrize("phase", [-1, 1, 7])
 def test_unknown_phase_is_refused(phase):
     model = ee.to_early_exit(stock("bert", **TINY))
     with pytest.raises(ValueError, match=f"has phases 0 to 0, got {phase}"):
-        model.phase_state.enter(model, phase)
-    assert model.phase is not None and model.phase.name == "joint"
+        model.schedule.enter(model, phase)
+    assert model.schedule.phase is not None and model.schedule.phase.name == "joint"
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", METHODS)
 def test_loss_of_an_empty_batch_is_zero(name):
     model = ee.to_early_exit(stock("bert", **TINY), method=name).train()
     empty = {key: values[:0] for key, values in batch_for(model, lengths=(3, 5)).items()}
     for _ in ee.phases(model):
-        model.train().phase_state.set_progress(0, 0.0)
+        model.train().schedule.set_progress(0, 0.0)
         loss = model(**empty, labels=torch.zeros(0, dtype=torch.long)).loss
         loss.backward()
         assert loss.item() == 0.0

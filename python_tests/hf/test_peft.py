@@ -10,7 +10,7 @@ from support.models import batch_for, stock
 from support.trainers import batch_of, dataset, logged_losses, trainer
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.hf.phase_state import part_of
+from earlyexit_kernels.hf.schedule import part_of
 
 peft = pytest.importorskip("peft")
 

@@ -11,10 +11,10 @@ import transformers as tf
 from support.models import CLASSES, VOCABULARY, stock
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import objectives
-from earlyexit_kernels.engine import full_depth
+from earlyexit_kernels import methods
+from earlyexit_kernels.core import full_depth
 from earlyexit_kernels.hf.training import ProgressCallback
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 
 TINY = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
 ROWS, BATCH = 16, 4
@@ -110,9 +110,9 @@ def test_invalid_rates_are_refused(tmp_path, name, value):
 
 def test_berxit_alternates_by_optimizer_steps(tmp_path, monkeypatch):
     """Also if a step takes two batches."""
-    seen, loss = [], objectives.Berxit.loss
+    seen, loss = [], methods.Berxit.loss
     monkeypatch.setattr(
-        objectives.Berxit,
+        methods.Berxit,
         "loss",
         lambda self, trace, labels, step: seen.append(step) or loss(self, trace, labels, step),
     )
@@ -133,7 +133,7 @@ def test_smartbert_goes_from_soft_to_hard(tmp_path, monkeypatch):
         return mix(before, after, gate, gating)
 
     monkeypatch.setattr(full_depth, "mixed_by_gate", watched)
-    model = converted(objectives.Smartbert(soft_epochs=2))
+    model = converted(methods.Smartbert(soft_epochs=2))
     for phase in ee.phases(model):
         hard.clear()
         trainer(model, phase, arguments(tmp_path, max_steps=-1, num_train_epochs=3)).train()
@@ -161,7 +161,7 @@ def test_progress_callback_finds_a_wrapped_model():
 
     state = tf.TrainerState(global_step=7, epoch=1.25)
     ProgressCallback().on_step_begin(None, state, None, model=Wrapper(Wrapper(model)))
-    step = model.phase_state.step(model.problem_type)
+    step = model.schedule.position(model.problem_type)
     assert (step.step, step.epoch, step.phase) == (7, 1.25, 0)
 
 
@@ -200,7 +200,7 @@ def test_groups_of_the_optimizer(tmp_path, name, given, rates):
 
 
 @pytest.mark.sample(3)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_under_the_stock_trainer(tmp_path, name):
     """Each phase changes only the parts it trains and writes to its own folder."""
     model = converted(name)
@@ -225,27 +225,27 @@ def test_every_method_under_the_stock_trainer(tmp_path, name):
     assert (ee.predict_with_exits(loaded, data()).logits == got.logits).all()
 
 
-#: Objective and the phase that is interrupted.
+#: Method and the phase that is interrupted.
 CUT = [
-    (objectives.Deebert(), 2),
-    (objectives.Fastbert(), 2),
-    (objectives.Smartbert(soft_epochs=1), 2),
-    (objectives.Smartbert(soft_epochs=1), 1),
-    (objectives.Berxit(), 1),
-    (objectives.Berxit(strategy="two_stage"), 2),
+    (methods.Deebert(), 2),
+    (methods.Fastbert(), 2),
+    (methods.Smartbert(soft_epochs=1), 2),
+    (methods.Smartbert(soft_epochs=1), 1),
+    (methods.Berxit(), 1),
+    (methods.Berxit(strategy="two_stage"), 2),
 ]
 
 
 @pytest.mark.sample(6)
-@pytest.mark.parametrize(("objective", "cut"), CUT, ids=[f"{o.name}-{k}" for o, k in CUT])
-def test_resume_in_the_middle_of_a_phase(tmp_path, objective, cut):
+@pytest.mark.parametrize(("method", "cut"), CUT, ids=[f"{o.name}-{k}" for o, k in CUT])
+def test_resume_in_the_middle_of_a_phase(tmp_path, method, cut):
     """A resumed run gives the weights of an uninterrupted one."""
     base = arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
-    whole = converted(objective)
+    whole = converted(method)
     for phase in ee.phases(whole):
         trainer(whole, phase, base).train()
     torch.manual_seed(99)
-    resumed = ee.to_early_exit(stock(seed=4, dropout=0.1, **TINY), method=objective)
+    resumed = ee.to_early_exit(stock(seed=4, dropout=0.1, **TINY), method=method)
     assert not torch.equal(resumed.heads.out[0].weight, whole.heads.out[0].weight)
     for phase in ee.phases(resumed):
         if phase.number < cut:

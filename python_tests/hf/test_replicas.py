@@ -7,23 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.method_cases import METHODS, method_case
+from support.method_cases import METHOD_CASES, method_case
 from support.models import ALL_FAMILIES, VARIED_LENGTHS, batch_for, early_exit, parameter_set, varied
 from support.replicas import CpuDataParallel, in_threads, replicas_of
 from support.trainers import dataset, logged_losses, trainer
 from torch import nn
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine import invalid
-from earlyexit_kernels.engine.choice import Choice
-from earlyexit_kernels.engine.invalid import InvalidRows
-from earlyexit_kernels.engine.view import ModelView
-from earlyexit_kernels.hf import execution
-from earlyexit_kernels.hf.execution import Execution
+from earlyexit_kernels.core import invalid
+from earlyexit_kernels.core.invalid import InvalidRows
 
 LABELS = torch.arange(12) % 3
 TOLERANCE = 1e-5
-PHASES = [(name, number) for name, case in METHODS.items() for number in range(len(case.phases))]
+PHASES = [(name, number) for name, case in METHOD_CASES.items() for number in range(len(case.phases))]
 
 
 def halves(batch):
@@ -55,7 +51,7 @@ def assert_learns_alike(model, batch):
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_answers_of_replicas_equal_those_of_the_model(family):
     model, batch = varied(family)
-    model.set_layers("family")
+    model.configure(path="eager")
     expected = model(**batch)
     with torch.no_grad():
         for out in (replicas_of(model, 1)[0](**batch), CpuDataParallel(model)(**batch, output_all_logits=True)):
@@ -76,9 +72,9 @@ def test_loss_and_gradients_of_replicas_equal_those_of_the_model(family):
 def test_every_phase_of_every_method_learns_in_replicas(method, number):
     model = early_exit("bert", dropout=0.0, method=method)
     batch = {**batch_for(model, lengths=VARIED_LENGTHS), "labels": LABELS}
-    model.phase_state.enter(model.train(), number)
+    model.schedule.enter(model.train(), number)
     for step in (0, 1):
-        model.phase_state.set_progress(step, 0.5 * step)
+        model.schedule.set_progress(step, 0.5 * step)
         assert_learns_alike(model, batch)
     model.eval().set_criterion(method_case(method).rule)
     expected = model(**batch)
@@ -107,37 +103,33 @@ def test_replicas_learn_under_autocast_and_with_checkpoints():
     assert all(x.isfinite().all() and x.dtype == torch.float32 for x in learned(model, loss).values())
 
 
-@pytest.mark.parametrize("layers", ["auto", "family"])
+@pytest.mark.parametrize("layers", ["auto", "eager"])
 def test_replicas_follow_the_weights_and_leave_nothing_behind(layers):
     model, batch = varied("bert")
-    model.set_layers(layers)
+    model.configure(path=layers)
     model(**batch)
-    packed, captured = model.execution.layers.fused._packed, dict(vars(model.execution.graphs))
+    packed = dict(model.runner.paths["fused"].layers._made)
     for change in (0.0, 0.3, -0.2):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(change * torch.randn_like(parameter))
             out = CpuDataParallel(model)(**batch)
-            assert model.execution.layers.fused._packed is packed and vars(model.execution.graphs) == captured
+            assert model.runner.paths["fused"].layers._made == packed
             expected = model(**batch)
-        packed = model.execution.layers.fused._packed
+        packed = dict(model.runner.paths["fused"].layers._made)
         assert torch.allclose(out.logits, expected.logits, atol=1e-4)
         assert torch.equal(out.exit_layer, expected.exit_layer)
 
 
-def test_no_graph_is_captured_of_a_replica(monkeypatch):
+def test_layers_of_a_replica_are_not_captured(replays):
     """Its weights are in other memory at each batch."""
-    monkeypatch.setattr(ModelView, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "any")
-    monkeypatch.setattr(execution, "fastest", lambda *_: Choice("graph", "measured"))
-    monkeypatch.setattr(Execution, "_graph_unsupported_reason", lambda *_: None)
     model = early_exit()
+    batch = batch_for(model, lengths=VARIED_LENGTHS)
     (replica,) = replicas_of(model, 1)
-    for engine in ("auto", "graph"):
-        model.execution._engine = engine
-        assert model.execution.choose_engine(model.view(), 4, 16).name == "graph"
-        chosen = replica.execution.choose_engine(replica.view(), 4, 16)
-        assert chosen == ("eager", "the weights of a replica of nn.DataParallel last for one batch")
+    assert model.explain().path == "captured" and replica.explain().path == "eager"
+    for _ in range(3):
+        CpuDataParallel(model)(**batch)
+    assert not replays.captures
 
 
 def test_replicas_count_invalid_rows_in_the_model():

@@ -23,13 +23,14 @@ from transformers import PreTrainedModel
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin
-from earlyexit_kernels.hf.loading import DIGEST
-from earlyexit_kernels.hf.saving import STAGING, UNFINISHED, finish_save, save_or_rescue
+from earlyexit_kernels.hf.checkpoint import DIGEST
+from earlyexit_kernels.hf.saving import STAGING, complete_copies, save_or_rescue
 
 load = ee.EarlyExitForSequenceClassification.from_pretrained
 #: Events of `sys.addaudithook` that change a folder or open a file in it.
-CALLS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.scandir", "os.listdir"}
-SHARDS = {"max_shard_size": "150KB"}
+CALLS = {"open", "os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir"}
+CALLS |= {"shutil.rmtree", "shutil.copyfile", "shutil.copystat", "os.utime", "os.chmod"}
+SHARDS, FEWER_SHARDS, VARIANT = {"max_shard_size": "150KB"}, {"max_shard_size": "300KB"}, {"variant": "fp16"}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,16 @@ def answers(model) -> list:
 
 
 def contents(folder: Path) -> tuple:
-    """Return all files that a load could read, without the temporary folders of killed processes."""
+    """Return all files that a load could read, and whether there is a complete copy of a save."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return (folder / UNFINISHED).is_dir(), *(item for item in files.items() if not item[0].startswith(STAGING))
+    own = (item for item in files.items() if not item[0].startswith(STAGING))
+    return bool(complete_copies(folder)), *own
 
 
-def failing_save(model, folder: Path, call: int, failure, lasting: bool, options: dict) -> int:
+def failing_save(model, folder: Path, call: int, failure, lasting: bool, options: dict, links: bool = True) -> int:
     """Save in a child process, with `failure` in place of a file-system call in `folder`.
+
+    Without `links` the file system has no hard links.
 
     Returns:
         0 if the save made fewer calls, 1 if it raised OSError, 2 if it succeeded nevertheless; minus the signal that
@@ -69,6 +73,8 @@ def failing_save(model, folder: Path, call: int, failure, lasting: bool, options
             calls += 1
             if calls == call or (lasting and calls > call):
                 failure()
+            if event == "os.link" and not links:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     try:
         sys.addaudithook(hook)
@@ -94,53 +100,117 @@ def read_only() -> None:
 
 #: The failure, and whether all later calls also fail.
 FAILURES = {"kill": (kill, True), "full disk": (no_space, False), "read-only": (read_only, True)}
-#: The earlier save, and the one that replaces it.
-SIZES = {"one file": ({}, {}), "shards over one file": ({}, SHARDS), "one file over shards": (SHARDS, {})}
+#: The options of the earlier save, and of the one that replaces it.
+SIZES = {
+    "one file": ({}, {}),
+    "shards over one file": ({}, SHARDS),
+    "one file over shards": (SHARDS, {}),
+    "fewer shards": (SHARDS, FEWER_SHARDS),
+    "as many shards": (SHARDS, SHARDS),
+    "a variant": (VARIANT, VARIANT),
+    "shards of a variant": (VARIANT, {**VARIANT, **SHARDS}),
+}
 
 
-def outcome(folder: Path, expected: dict, seen: dict) -> str:
+def outcome(folder: Path, expected: dict, seen: dict, variant: str | None) -> str:
     """Return which model a folder holds, "old" or "new", or "refused"; equal contents are loaded once."""
     state = contents(folder)
     if state not in seen:
         try:
-            got = answers(load(folder))
+            got = answers(load(folder, variant=variant))
         except RuntimeError as error:
-            assert "finish_save" in str(error) and str(folder) in str(error)
+            (copy_of_save,) = complete_copies(folder)
+            assert "different saves" in str(error) and f"its files are in {copy_of_save}" in str(error)
+            assert answers(load(copy_of_save, variant=variant)) == expected["new"]
             seen[state] = "refused"
         else:
             seen[state] = {str(value): name for name, value in expected.items()}[str(got)]
+        if variant:
+            load(folder)  # the default weights have a digest of their own
     return seen[state]
 
 
-CASES = [("kill", "shards over one file"), ("kill", "one file over shards")]
-CASES += [("full disk", "shards over one file"), ("read-only", "one file")]
+#: The failure, the sizes, whether the file system has hard links, and whether the old config has a digest.
+CASES = [("kill", sizes, True, True) for sizes in SIZES]
+CASES += [("kill", sizes, True, False) for sizes in ("one file", "one file over shards", "shards of a variant")]
+CASES += [("kill", "one file over shards", False, True), ("full disk", "shards over one file", True, True)]
+CASES += [("full disk", "one file", False, True), ("read-only", "one file", True, True)]
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("failure", "sizes"), CASES)
-def test_failure_at_every_call_leaves_old_or_new(tmp_path, models, sizes, failure):
+@pytest.mark.parametrize(("failure", "sizes", "links", "digest"), CASES)
+def test_failure_at_every_call_leaves_old_or_new(tmp_path, models, sizes, failure, links, digest):
+    """Or a folder that is refused with the name of a complete copy."""
     before, after = SIZES[sizes]
+    variant = after.get("variant")
     expected = {name: answers(model) for name, model in models.items()}
+    models["old"].save_pretrained(tmp_path / "old")
     models["old"].save_pretrained(tmp_path / "old", **before)
+    if not digest:
+        change_config(tmp_path / "old", **{f"{DIGEST}.{variant}" if variant else DIGEST: None})
     (tmp_path / "old" / "README.md").write_text("mine")
     folder, met, seen = tmp_path / "folder", [], {}
     for call in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "old", folder)
-        ended = failing_save(models["new"], folder, call, *FAILURES[failure], after)
+        ended = failing_save(models["new"], folder, call, *FAILURES[failure], after, links)
         assert ended in ({-signal.SIGKILL, 0} if failure == "kill" else {0, 1, 2})
-        found = outcome(folder, expected, seen)
+        found = outcome(folder, expected, seen, variant)
         assert found == "new" or ended not in (0, 2), "a save that does not raise must succeed"
         if ended != 2:
             met.append(found)
         assert (folder / "README.md").read_text() == "mine"
-        if found == "refused":
-            finish_save(folder)
-            assert outcome(folder, expected, seen) == "new" and not (folder / UNFINISHED).exists()
         if ended == 0:
             break
+        if found == "refused" and met.count("refused") == 1:
+            models["new"].save_pretrained(folder, **after)
+            assert outcome(folder, expected, seen, variant) == "new" and not list(folder.glob(f"{STAGING}*"))
     assert ended == 0 and {"old", "new", "refused"} == set(met)
-    assert met == sorted(met, key=["old", "refused", "new"].index), "a later failure does not undo the save"
+    if digest:
+        assert met == sorted(met, key=["old", "refused", "new"].index), "a later failure does not undo the save"
+
+
+@pytest.mark.thorough
+def test_one_of_two_processes_that_save_at_once_wins(tmp_path, models):
+    children = []
+    for name, options in (("old", SHARDS), ("new", {})):
+        if not (child := os.fork()):
+            status = 1
+            try:
+                for _ in range(8):
+                    models[name].save_pretrained(tmp_path, **options)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    assert answers(load(tmp_path)) in [answers(model) for model in models.values()]
+    assert not list(tmp_path.glob(f"{STAGING}*"))
+
+
+def test_interrupted_save_of_another_shape_names_its_copy(tmp_path, models):
+    models["old"].save_pretrained(tmp_path)
+    complete = tmp_path / f"{STAGING}elsewhere-1-abc.complete"
+    deeper = early_exit(seed=3, num_hidden_layers=3)
+    deeper.save_pretrained(complete)
+    shutil.copy(complete / WEIGHTS, tmp_path / WEIGHTS)
+    for options in ({}, {"allow_new_heads": True}):
+        with pytest.raises(RuntimeError, match=rf"different saves.*its files are in {complete}"):
+            load(tmp_path, **options)
+    deeper.save_pretrained(tmp_path)
+    assert load(tmp_path).depth == 3 and complete.is_dir(), "only that machine knows whether the process has ended"
+
+
+def test_variants_have_digests_of_their_own(tmp_path, models):
+    """A save of one variant keeps the digests of the others."""
+    models["old"].save_pretrained(tmp_path / "old")
+    for options in (VARIANT, {**VARIANT, **SHARDS}, {}):
+        models["new"].save_pretrained(tmp_path / "new", **options)
+    assert {DIGEST, f"{DIGEST}.fp16"} <= json.loads((tmp_path / "new" / "config.json").read_text()).keys()
+    shutil.copy(tmp_path / "old" / WEIGHTS, tmp_path / "new" / "model.fp16.safetensors")
+    assert answers(load(tmp_path / "new")) == answers(models["new"])
+    with pytest.raises(RuntimeError, match=r"different saves.*remove 'weights_digest\.fp16' from"):
+        load(tmp_path / "new", variant="fp16")
 
 
 def test_mixed_saves_are_refused(tmp_path, models):

@@ -11,9 +11,9 @@ from support.models import CLASSES, DEPTH, batch_for, early_exit, ragged, stock
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import BACKBONES
-from earlyexit_kernels.engine.attention import packed_attention
-from earlyexit_kernels.engine.attention_plan import plan_attention
-from earlyexit_kernels.engine.packing import pack
+from earlyexit_kernels.core.attention import packed_attention
+from earlyexit_kernels.core.attention_plan import plan_attention
+from earlyexit_kernels.core.packing import pack
 from earlyexit_kernels.ops import exit_step
 
 OF_STOCK = ("inputs_embeds", "head_mask", "past_key_values", "use_cache", "encoder_hidden_states", "cache_position")
@@ -155,10 +155,10 @@ def test_criterion_names_are_refused():
 
 def test_unknown_compaction_is_refused():
     model = early_exit()
-    model.compaction = "never"
+    model.configure(compaction="never")
     with pytest.raises(ValueError, match=r"compaction: expected one of \('auto', 'always', 'never'\), got 'alwys'"):
-        model.compaction = "alwys"
-    assert model.compaction == "never"
+        model.configure(compaction="alwys")
+    assert model.settings.compaction == "never"
 
 
 def test_conversion_of_a_large_module_gives_a_short_message():

@@ -1,4 +1,4 @@
-"""Detection of changed weights by fused layers and CUDA graphs."""
+"""Detection of changed weights by fused and captured layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import pytest
 import torch
 from support.models import batch_for, early_exit, stock
 from support.trained_weight_changes import WAYS
-from support.weight_changes import BIASES, SAME_NUMBERS, weight_of
+from support.weight_changes import AT, BIASES, SAME_NUMBERS, weight_of
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.engine import fingerprint, fused_layers
-from earlyexit_kernels.engine.fingerprint import ModuleFingerprint, sampled_elements
-from earlyexit_kernels.engine.graphs import CaptureError
-from earlyexit_kernels.engine.inputs import Inputs
-from earlyexit_kernels.engine.locks import ForkSafeLock
+from earlyexit_kernels.core import seal
+from earlyexit_kernels.core.locks import ForkSafeLock
+from earlyexit_kernels.core.seal import Seal, sampled_elements
+from earlyexit_kernels.cpu import layers
 
 #: Difference allowed between the family's layers and fused ones, by dtype.
 ROUNDING = {torch.float16: 2e-2, torch.bfloat16: 0.15}
@@ -30,33 +29,31 @@ def answers(model, batch):
     return model.trace(**batch).logits
 
 
-def graph_answers(model, batch):
-    """Return full-depth answers from a graph, or from the family's layers if none can be captured."""
-    try:
-        return model.execution.graphs.run(model.view(), "torch", Inputs(**batch)).logits
-    except CaptureError:
-        model.set_layers("family")
-        return model(**batch).logits
+def captured_answers(model, batch):
+    """Return full-depth answers of captured layers; the first batch of a size runs eagerly, the second captures."""
+    for _ in range(3):
+        logits = model(**batch).logits
+    return logits
 
 
 def family_answers(model, batch, ask):
-    model.set_layers("family")
+    model.configure(path="eager")
     return answers(model, batch) if ask is answers else model(**batch).logits
 
 
 @pytest.fixture(params=["compiled", "python"])
-def snapshots(request, monkeypatch):
-    """The implementations of the fingerprint."""
+def implementation(request, monkeypatch):
+    """The implementations of the seal."""
     if request.param == "python":
-        monkeypatch.setattr(fingerprint, "_snapshot_class", lambda: fingerprint.PythonFingerprint)
+        monkeypatch.setattr(seal, "_implementation", lambda: seal.PythonSeal)
     elif reason := ee.available_backends("cpu")["cpp"]:
         pytest.skip(reason)
 
 
-def check_change_is_detected(name, ask, family="bert"):
+def check_change_is_detected(name, ask, family="bert", path="fused"):
     base = stock(family, **BIASES[family])
     model = ee.to_early_exit(base, pooling="first")
-    assert model.layer_kind == "fused"
+    assert model.explain().path == path
     batch = batch_for(model)
     before = ask(model, batch)
     changed = WAYS[name](model, base) or model
@@ -67,17 +64,42 @@ def check_change_is_detected(name, ask, family="bert"):
         assert (expected - before).abs().max() > 10 * tolerance, "a stale answer would not be detected"
 
 
-@pytest.mark.sample(7)
+@pytest.fixture(params=[0, 1, -1], ids=["first", "second", "last"])
+def at(request):
+    """The layer that changes."""
+    token = AT.set(request.param)
+    yield
+    AT.reset(token)
+
+
+@pytest.mark.sample(19)
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("family", BIASES)
-def test_fused_layers_detect_changes(family, name, snapshots):
+def test_fused_layers_detect_changes(family, name, at, implementation):
     check_change_is_detected(name, answers, family)
 
 
+@pytest.mark.parametrize("name", ["data_in_place", "new_linear", "layer_hook", "layer_replaced", "state_assigned"])
+def test_changes_are_detected_when_a_layer_is_reached(name):
+    """A batch that leaves before does not check the layer."""
+    token = AT.set(3)
+    base = stock()
+    model = ee.to_early_exit(base, pooling="first")
+    batch = batch_for(model)
+    answers(model, batch)
+    WAYS[name](model, base)
+    model.set_criterion(ee.criteria.Entropy(threshold=2.0))
+    assert model(**batch).exit_layer.max() == 1
+    AT.reset(token)
+    torch.testing.assert_close(answers(model, batch), family_answers(model, batch, answers), atol=5e-5, rtol=0.0)
+
+
 @pytest.mark.sample(7)
-@pytest.mark.parametrize("name", WAYS)
-def test_graphs_detect_changes(name, captures):
-    check_change_is_detected(name, graph_answers)
+@pytest.mark.parametrize("name", [name for name in WAYS if "quantized" not in name])
+def test_captured_layers_detect_changes(name, replays):
+    """Linears that torch quantizes dynamically run on the CPU only, and scale by all tokens of a buffer."""
+    check_change_is_detected(name, captured_answers, path="captured")
+    assert replays.captures
 
 
 def _replaced(path, module):
@@ -93,7 +115,7 @@ def _new_angles(model):
     rotary.sliding_attention_inv_freq = rotary.sliding_attention_inv_freq * 3
 
 
-#: Changes of ModernBERT that graphs have to detect.
+#: Changes of ModernBERT that captured layers have to detect.
 PRENORM_WAYS = {
     "in_place": _scaled("layers.1.mlp.Wi.weight"),
     "norm_in_place": _scaled("final_norm.weight"),
@@ -113,41 +135,35 @@ PRENORM_WAYS = {
 
 
 @pytest.mark.parametrize("name", PRENORM_WAYS)
-def test_graphs_of_prenorm_layers_detect_changes(name, captures):
+def test_captured_layers_of_prenorm_form_detect_changes(name, replays):
     model = early_exit("modernbert", pooling="first")
     batch = batch_for(model)
-    before = graph_answers(model, batch)
+    before = captured_answers(model, batch)
+    captures = replays.captures
     PRENORM_WAYS[name](model)
-    got, expected = graph_answers(model, batch), family_answers(model, batch, graph_answers)
+    got, expected = captured_answers(model, batch), family_answers(model, batch, captured_answers)
     torch.testing.assert_close(got, expected, atol=5e-5, rtol=0.0)
     assert (expected - before).abs().max() > 1e-3, "a stale answer would not be detected"
-    refused = name in ("hook", "refused_activation")
-    assert len(captures) == (1 if refused or name.endswith("in_place") else 2)
+    assert (replays.captures > captures) is not (name == "hook" or name.endswith("in_place"))
 
 
-def test_in_place_changes_keep_the_graphs(captures):
+def test_in_place_changes_keep_the_captures(replays):
     """Graphs hold no copies of weights, so training between evaluations needs no new capture."""
     base = stock()
     model = ee.to_early_exit(base, pooling="first")
     batch = batch_for(model)
-    graph_answers(model, batch)
+    captured_answers(model, batch)
+    captures = replays.captures
     for name in ("in_place", "data_in_place", "adamw_fused", "state_loaded"):
         WAYS[name](model, base)
-        graph_answers(model, batch)
-    assert len(captures) == 1
+        captured_answers(model, batch)
+    assert replays.captures == captures
     WAYS["data_replaced"](model, base)
-    graph_answers(model, batch)
-    assert len(captures) == 2
+    captured_answers(model, batch)
+    assert replays.captures > captures
 
 
-def test_graph_refuses_weights_that_are_not_contiguous(captures):
-    model = early_exit("bert", pooling="first")
-    model.heads.out[0].weight.data = model.heads.out[0].weight.data.t().contiguous().t()
-    with pytest.raises(CaptureError, match="are not contiguous"):
-        model.execution.graphs.run(model.view(), "torch", Inputs(batch_for(model)["input_ids"]))
-
-
-def test_change_outside_the_samples_requires_refresh(snapshots):
+def test_change_outside_the_samples_requires_refresh(implementation):
     model = early_exit("bert", pooling="first")
     batch, weight = batch_for(model), weight_of(model)
     before = answers(model, batch)
@@ -160,47 +176,47 @@ def test_change_outside_the_samples_requires_refresh(snapshots):
     torch.testing.assert_close(got, family_answers(model, batch, answers), atol=5e-5, rtol=0.0)
 
 
-def test_unchanged_weights_are_packed_once(snapshots, monkeypatch):
+def test_unchanged_weights_are_packed_once(implementation, monkeypatch):
     """Running a batch is not detected as a change."""
     model = early_exit("bert", pooling="first")
     batch = batch_for(model)
     answers(model, batch)
-    packed = model.execution.layers.fused._packed
+    packed = dict(model.runner.paths["fused"].layers._made)
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             model(**batch)
             answers(model, batch)
-            model.explain(**batch)
+            model.explain()
     model.eval()
-    assert model.execution.layers.fused._packed is packed
+    assert packed and model.runner.paths["fused"].layers._made == packed
 
 
 @pytest.mark.parametrize("changed", [torch.nan, -0.0])
-def test_samples_are_compared_by_their_bytes(snapshots, changed):
+def test_samples_are_compared_by_their_bytes(implementation, changed):
     module = torch.nn.Linear(8, 8)
     with torch.no_grad():
         module.weight.fill_(0.0)
-    made_from = ModuleFingerprint([module], [module.weight])
-    assert made_from.is_current([module])
+    sealed = Seal([module], [module.weight])
+    assert sealed.holds([module])
     module.weight.data.fill_(changed)
-    assert not made_from.is_current([module])
-    again = ModuleFingerprint([module], [module.weight])
-    assert again.is_current([module]), "NaN is compared by its bytes"
-    assert not again.is_current([torch.nn.Linear(8, 8)]) and not again.is_current([])
+    assert not sealed.holds([module])
+    again = Seal([module], [module.weight])
+    assert again.holds([module]), "NaN is compared by its bytes"
+    assert not again.holds([torch.nn.Linear(8, 8)]) and not again.holds([])
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 4, 5)])
-def test_samples_of_shapes(snapshots, shape):
+def test_samples_of_shapes(implementation, shape):
     module = torch.nn.ParameterList(
         [torch.nn.Parameter(torch.zeros(shape).transpose(0, -1) if shape else torch.zeros(()))]
     )
-    made_from = ModuleFingerprint([module], list(module))
-    assert made_from.is_current([module])
+    sealed = Seal([module], list(module))
+    assert sealed.holds([module])
     module[0].data.add_(1)
-    assert made_from.is_current([module]) == (0 in shape)
+    assert sealed.holds([module]) == (0 in shape)
 
 
-def test_model_referenced_by_its_own_hook_is_collected(snapshots):
+def test_model_referenced_by_its_own_hook_is_collected(implementation):
     model = early_exit("bert", pooling="first")
     model.backbone.register_forward_pre_hook(lambda module, inputs, holder=model: None)
     answers(model, batch_for(model))
@@ -211,7 +227,7 @@ def test_model_referenced_by_its_own_hook_is_collected(snapshots):
 
 
 @pytest.mark.parametrize("kind", ["sparse", "nested", "mkldnn"])
-def test_tensors_without_an_address_are_compared_by_identity(snapshots, kind):
+def test_tensors_without_an_address_are_compared_by_identity(implementation, kind):
     made = {
         "sparse": lambda: torch.eye(3).to_sparse(),
         "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
@@ -219,75 +235,46 @@ def test_tensors_without_an_address_are_compared_by_identity(snapshots, kind):
     }[kind]
     module = torch.nn.Module()
     module.register_buffer("table", made())
-    made_from = ModuleFingerprint([module])
-    assert made_from.is_current([module])
+    sealed = Seal([module])
+    assert sealed.holds([module])
     module.table = made()
-    assert not made_from.is_current([module])
+    assert not sealed.holds([module])
 
 
-def test_reverted_change_is_not_detected(snapshots):
+def test_reverted_change_is_not_detected(implementation):
     module = torch.nn.Linear(8, 8)
     own = module.weight
-    made_from = ModuleFingerprint([module], [own])
+    sealed = Seal([module], [own])
     module.extra = 1
-    assert not made_from.is_current([module])
+    assert not sealed.holds([module])
     del module.extra
-    assert made_from.is_current([module])
+    assert sealed.holds([module])
     module.weight = torch.nn.Parameter(torch.zeros(8, 8))
-    assert not made_from.is_current([module])
+    assert not sealed.holds([module])
     module.weight = own
-    assert made_from.is_current([module]) and made_from.is_current([module])
+    assert sealed.holds([module]) and sealed.holds([module])
 
 
-def test_freed_storage_is_detected(snapshots):
+def test_freed_storage_is_detected(implementation):
     module = torch.nn.Linear(8, 8)
-    made_from = ModuleFingerprint([module], [module.weight])
+    sealed = Seal([module], [module.weight])
     module.weight.untyped_storage().resize_(0)
-    assert not made_from.is_current([module])
+    assert not sealed.holds([module])
 
 
-def test_explaining_changes_nothing(captures, monkeypatch):
-    """`explain` neither packs weights nor drops graphs."""
+def test_explaining_packs_nothing():
+    model = early_exit("bert", pooling="first")
+    assert model.explain().path == "fused" and not model.runner.paths["fused"].layers._made
+
+
+def test_explaining_captures_and_drops_nothing(replays):
     model = early_exit("bert", pooling="first")
     batch = batch_for(model)
-    assert (
-        model.explain(**batch).layers.name == "fused" == model.layer_kind
-        and model.execution.layers.fused._packed is None
-    )
-    graph_answers(model, batch)
-    held = dict(model.execution.graphs._captured)
+    captured_answers(model, batch)
+    captures, levels = replays.captures, dict(model.runner.paths["captured"].layers._levels)
     WAYS["layer_replaced"](model, None)
-    model.explain(**batch)
-    assert model.execution.graphs._captured == held
-
-
-def test_child_forked_while_weights_are_packed():
-    """Locks that another thread holds at the fork are renewed in the child."""
-    model = early_exit("bert", pooling="first")
-    batch, threads = batch_for(model, lengths=(3,)), torch.get_num_threads()
-    torch.set_num_threads(1)  # a child cannot use its parent's OpenMP threads
-    try:
-        expected = answers(model, batch)
-        model.execution.layers.fused.forget()
-        taken, release = threading.Event(), threading.Event()
-
-        def packs():
-            with model.execution.layers.fused._lock, model.execution.graphs._lock:
-                taken.set()
-                release.wait(60)
-
-        thread = threading.Thread(target=packs)
-        thread.start()
-        taken.wait()
-        child = os.fork()
-        if child == 0:
-            model.execution.graphs.forget()
-            os._exit(0 if torch.equal(answers(model, batch), expected) else 1)
-        assert exit_code_within(child, seconds=60) == 0
-    finally:
-        release.set()
-        thread.join()
-        torch.set_num_threads(threads)
+    assert model.explain().path == "captured"
+    assert replays.captures == captures and model.runner.paths["captured"].layers._levels == levels
 
 
 def test_lock_held_at_a_fork_stays_held_in_the_child():
@@ -309,19 +296,20 @@ def test_change_while_weights_are_packed_is_detected(monkeypatch):
     """A hook that is added after the layers were checked and before they are packed."""
     model = early_exit("bert", pooling="first")
     batch, layer = batch_for(model), model.backbone.encoder.layer[0]
-    check = fused_layers.layers_unsupported_reason
+    read = layers.read_layer
 
-    def add_hook(*arguments):
-        reason = check(*arguments)
-        layer.register_forward_hook(lambda *_: None)
-        return reason
+    def add_hook(adapter, backbone, module):
+        weights = read(adapter, backbone, module)
+        if module is layer and not layer._forward_hooks:
+            layer.register_forward_hook(lambda *_: None)
+        return weights
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused_layers, "layers_unsupported_reason", add_hook)
+        patch.setattr(layers, "read_layer", add_hook)
         model(**batch)
-    assert model.layer_kind == "family"
+    assert "forward hook" in model.explain().reason
     model(**batch)
-    assert "forward hook" in model.execution.layers.fused._packed.reason
+    assert "forward hook" in model.runner.paths["fused"].layers._made[layer].reason
 
 
 def exit_code_within(child: int, seconds: float) -> int:

@@ -85,7 +85,7 @@ def test_gradient_accumulation(tmp_path):
         assert name.endswith("key.bias") or not torch.equal(value, state[name]), name
 
 
-def test_objective_trains_every_exit(tmp_path):
+def test_method_trains_every_exit(tmp_path):
     model, losses = trained(tmp_path, max_steps=40)
     assert losses[-1] < 0.8 * losses[0]
     batch = batch_of(dataset(16))

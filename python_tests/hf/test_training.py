@@ -11,13 +11,12 @@ from support.models import ALL_FAMILIES, CLASSES, DECODERS, DEPTH, batch_for, ea
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import adapter_of
-from earlyexit_kernels.engine.attention_plan import AttentionPlan
-from earlyexit_kernels.engine.full_depth import TraceOptions, trace_exits
-from earlyexit_kernels.engine.inputs import Inputs
-from earlyexit_kernels.engine.packing import pack
-from earlyexit_kernels.engine.states import PackedStates
+from earlyexit_kernels.core.full_depth import TraceOptions, trace_exits
+from earlyexit_kernels.core.inputs import Inputs
+from earlyexit_kernels.core.packing import pack
+from earlyexit_kernels.core.rows import Rows
 from earlyexit_kernels.heads import HeadOutput
-from earlyexit_kernels.objectives import TrainingStep, objective_of
+from earlyexit_kernels.methods import TrainingStep, method_of
 from earlyexit_kernels.types import Gating
 
 LABELS = torch.tensor([2, 0, 1, 1])
@@ -78,10 +77,10 @@ def test_joint_loss_weights():
     assert torch.allclose(
         F.cross_entropy(logits[0], torch.zeros(3, dtype=torch.long), reduction="none"), torch.tensor(wanted)
     )
-    for method in ("joint", "pabee"):
-        objective = objective_of(method)
+    for name in ("joint", "pabee"):
+        method = method_of(name)
         step = TrainingStep(problem_type="single_label_classification")
-        loss = objective.loss(ee.ExitTrace(logits), torch.zeros(2, dtype=torch.long), step)
+        loss = method.loss(ee.ExitTrace(logits), torch.zeros(2, dtype=torch.long), step)
         assert loss.item() == pytest.approx(0.458333, abs=1e-6)
 
 
@@ -151,14 +150,16 @@ def test_head_dropout_is_that_of_the_family(family):
     object.__setattr__(heads.config, "dropout", 1.0)
     seen = []
     heads.dense[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max().item()))
-    states = PackedStates(torch.randn(6, 64), torch.tensor([0, 2, 6], dtype=torch.int32), AttentionPlan())
+    segments = pack(torch.zeros(2, 4).long(), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]))
+    states = Rows(torch.randn(6, 64), segments, None, None, 2, 6)
     assert torch.equal(heads(2, states, {}).logits, heads.out[1].bias.expand(2, -1))
     assert (seen[0] == 0.0) is twice
 
 
 def test_gradient_equilibrium_is_a_suffix_mean():
     """Gradients of the exits 4, 8, 2 and 6 reach the layers as suffix means, 5, 5 1/3, 4 and 6."""
-    hidden = torch.zeros(1, 3, 1, requires_grad=True)
+    segments = pack(torch.zeros(1, 3), None)
+    rows = Rows(torch.zeros(3, 1, requires_grad=True), segments, None, None, 1, 3)
     seen = []
 
     def layer(states, plan):
@@ -173,15 +174,14 @@ def test_gradient_equilibrium_is_a_suffix_mean():
         def __call__(self, layer, states, memory, projects):
             return HeadOutput(states.hidden[:1], {}, {}, None)
 
-    trace = trace_exits(hidden, pack(torch.zeros(1, 3), None), [layer] * 4, Heads(), TraceOptions(balances=True))
+    trace = trace_exits(rows, [layer] * 4, Heads(), TraceOptions(balances=True))
     (trace.logits[0, :, 0] * torch.tensor([4.0, 8.0, 2.0, 6.0])).sum().backward()
     assert seen == pytest.approx([6.0, 4.0, 16 / 3, 5.0], abs=1e-6)
 
 
 def test_gradient_equilibrium_keeps_losses_and_exits():
     balanced, plain = (
-        early_exit(dropout=0.0, pooling="mean", method=ee.objectives.Joint(equilibrium=e)).train()
-        for e in (True, False)
+        early_exit(dropout=0.0, pooling="mean", method=ee.methods.Joint(equilibrium=e)).train() for e in (True, False)
     )
     batch = batch_for(plain)
     losses = [model(**batch, labels=LABELS).loss for model in (balanced, plain)]
@@ -197,9 +197,7 @@ def test_gradient_equilibrium_keeps_losses_and_exits():
 
 
 def traced(model, inputs, options):
-    return model.execution.trace(
-        model.view(), inputs, options, strict=False, problem_type=model.problem_type, training=True
-    )
+    return model.runner.trace(model.view(), inputs, options, training=True)
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])

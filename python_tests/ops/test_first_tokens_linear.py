@@ -43,7 +43,7 @@ def run(hidden, weight, bias, offsets, row_ids=None, activation="tanh", backend=
 def test_equals_float64(size, activation, dtype, backend):
     for rows in (1, 2, 5, 9):
         (hidden, offsets), (weight, bias) = batch(rows, size[0], dtype), parameters(size[1], size[0], dtype)
-        want = ACTIVATIONS[activation].reference(hidden[: 2 * rows : 2].double() @ weight.double().T + bias.double())
+        want = ACTIVATIONS[activation](hidden[: 2 * rows : 2].double() @ weight.double().T + bias.double())
         got = run(hidden, weight, bias, offsets, activation=activation)
         torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from support.backends import backend_params
 
-from earlyexit_kernels import ops
 from earlyexit_kernels.backends import BACKENDS
 from earlyexit_kernels.criteria import RULES
 from earlyexit_kernels.ops import schema
@@ -53,86 +50,14 @@ def gather_arguments(rows=3, grad=False) -> tuple:
     return torch.randn(2 * rows, H, requires_grad=grad), offsets, source, offsets.clone(), torch.zeros(2 * rows + 1, H)
 
 
-def encoder_arguments(op, *, tokens=True, grad=False) -> tuple:
-    """Positional arguments of an op of an encoder layer: rows of 2, 0 and 1 tokens, or no tokens."""
-    offsets = torch.tensor([4, 6, 6, 7] if tokens else [0] * 4, dtype=torch.int32)
+def first_tokens_arguments(*, tokens=True, grad=False) -> tuple:
+    """Positional arguments of first_tokens_linear: rows of 2, 0 and 1 tokens, or no tokens."""
+    offsets = torch.tensor([0, 2, 2, 3] if tokens else [0] * 4, dtype=torch.int32)
     row_ids = torch.tensor([2, -1, -1] if tokens else [-1] * 3, dtype=torch.int32)
-    x, hidden, qkv, out = (torch.randn(*shape, requires_grad=grad) for shape in ((4, H), (8, H), (4, 3 * H), (4, H)))
-    weight, bias = torch.randn(H, H, requires_grad=grad), torch.randn(H, requires_grad=grad)
-    starts, total = torch.tensor([0, 0, 1], dtype=torch.int32), torch.zeros(8, H)
-    return {
-        "rows_linear": (hidden, [weight], [bias], offsets, out.detach(), "gelu", True, False),
-        "first_tokens_linear": (hidden, weight, bias, offsets, row_ids, torch.zeros(3, H), "tanh"),
-        "rows_attention": (qkv, offsets, row_ids, 2, 2, out.detach(), 1, torch.arange(4), starts),
-        "rows_rotary": (qkv.detach(), x[:, : H // 2], x[:, H // 2 :], starts, offsets, row_ids, 2, 2),
-        "rows_mean": (hidden, offsets, row_ids, torch.zeros(3, H)),
-        "rows_glu": (hidden.view(4, -1), offsets, out.detach(), "gelu"),
-        "rows_embed": (torch.ones(4, 4).long(), hidden, weight, x, bias, bias.detach(), 1e-5, offsets, out.detach()),
-        "rows_add_norm": (
-            x,
-            None,
-            hidden,
-            bias,
-            bias.detach().clone(),
-            1e-5,
-            offsets,
-            out.detach(),
-            True,
-            False,
-            total,
-        ),
-    }[op]
+    hidden, weight, bias = (torch.randn(*shape, requires_grad=grad) for shape in ((8, H), (H, H), (H,)))
+    return hidden, weight, bias, offsets, row_ids, torch.zeros(3, H), "tanh"
 
 
-def pack_arguments() -> tuple:
-    batch = torch.tensor([2, 3, 1, 1, 1], dtype=torch.int32)
-    ids, mask, positions, types = torch.randint(1, 9, (4, 3, 4))
-    found, row_ids, offsets, counts = (torch.full(s, 9, dtype=torch.int32) for s in ((2, 3), (3,), (4,), (4,)))
-    tokens, states = torch.full((4, 12), 9), (torch.tensor([1.0, 2.0]), torch.zeros(2, 3))
-    return batch, ids, mask, positions, types, found, row_ids, offsets, tokens, counts, *states
-
-
-def resident_arguments(source="logits") -> tuple:
-    """Positional arguments of resident_exit; at the last layer every row leaves, so that all mutable tensors change."""
-    inputs = exit_step_arguments(source)
-    hidden, offsets, weight, bias, logits, aux, row_ids, *written_and_rule = inputs
-    rows, tokens = row_ids.numel(), 2 * row_ids.numel()
-    if hidden is not None:
-        hidden = torch.cat((hidden, torch.zeros_like(hidden)))
-    offsets = torch.arange(0, tokens + 1, 2, dtype=torch.int32)
-    planned = (torch.full((size,), 9, dtype=torch.int32) for size in (rows + 1, rows, 6))
-    return hidden, weight, bias, logits, aux, row_ids, offsets, *planned, *written_and_rule, 1, tokens, None
-
-
-def layer_arguments(buckets=1) -> tuple:
-    """Positional arguments of encoder_layer, without gradients: 4 tokens in one bucket, or rows of 3 and 1 in two."""
-    shapes = ((3 * H, H), (3 * H,), (H, H), (H,), (H,), (H,), (2 * H, H), (2 * H,), (H, 2 * H), (H,), (H,), (H,))
-    x, *weights = (torch.randn(*shape) for shape in ((4, H), *shapes))
-    call = (x, weights, [], [1e-5, 1e-5], 2, "gelu", "none", False)
-    if buckets == 1:
-        return *call, [2], [2], [None], [None], [None], None
-    filled = torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
-    slots, kept = [torch.tensor([0, 1, 2, 2]), torch.tensor([3])], [torch.arange(3), None]
-    return *call, [1, 1], [4, 1], slots, [filled, None], kept, torch.arange(4)
-
-
-def packed_layer_arguments(*, tokens=True) -> tuple:
-    """Positional arguments of packed_layer: rows of 3, 0 and 1 tokens, or none."""
-    offsets = torch.tensor([0, 3, 3, 4] if tokens else [0], dtype=torch.int32)
-    packed = ops.pack_weights(ops.EncoderWeights(*layer_arguments()[1]))
-    return torch.randn(4 if tokens else 0, H), offsets, *packed, [1e-5, 1e-5], 2, "gelu"
-
-
-ENCODER_OPS = (
-    "rows_linear",
-    "first_tokens_linear",
-    "rows_attention",
-    "rows_add_norm",
-    "rows_rotary",
-    "rows_mean",
-    "rows_glu",
-    "rows_embed",
-)
 CASES = {
     "logits": ("exit_step", lambda: exit_step_arguments()),
     "logits_grad": ("exit_step", lambda: exit_step_arguments(grad=True)),
@@ -149,22 +74,9 @@ CASES = {
     "gather": ("gather_rows", gather_arguments),
     "gather_grad": ("gather_rows", lambda: gather_arguments(grad=True)),
     "gather_empty": ("gather_rows", lambda: gather_arguments(0)),
-    "pack": ("pack_tokens", pack_arguments),
-    "resident": ("resident_exit", resident_arguments),
-    "resident_first": ("resident_exit", lambda: resident_arguments("first")),
-    "layer": ("encoder_layer", layer_arguments),
-    "packed_layer": ("packed_layer", packed_layer_arguments),
-    "packed_layer_empty": ("packed_layer", lambda: packed_layer_arguments(tokens=False)),
-    "layer_buckets": ("encoder_layer", lambda: layer_arguments(2)),
-    "attention_without_a_window": ("rows_attention", lambda: (*encoder_arguments("rows_attention")[:6], *[None] * 3)),
-    "words_alone": (
-        "rows_embed",
-        lambda: (*encoder_arguments("rows_embed")[:2], None, None, *encoder_arguments("rows_embed")[4:]),
-    ),
-    "norm_alone": ("rows_add_norm", lambda: (None, None, *encoder_arguments("rows_add_norm")[2:-1], None)),
-    **{op: (op, functools.partial(encoder_arguments, op)) for op in ENCODER_OPS},
-    **{f"{op}_grad": (op, functools.partial(encoder_arguments, op, grad=True)) for op in ENCODER_OPS},
-    **{f"{op}_empty": (op, functools.partial(encoder_arguments, op, tokens=False)) for op in ENCODER_OPS},
+    "first_tokens": ("first_tokens_linear", first_tokens_arguments),
+    "first_tokens_grad": ("first_tokens_linear", lambda: first_tokens_arguments(grad=True)),
+    "first_tokens_empty": ("first_tokens_linear", lambda: first_tokens_arguments(tokens=False)),
 }
 
 
@@ -212,7 +124,7 @@ def test_mutates_only_declared_arguments(backend, case):
     }
     declared = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
     assert changed <= declared
-    if case in ("logits", "first", "mean_grad", "gather", "pack", "resident", "resident_first", *ENCODER_OPS):
+    if case in ("logits", "first", "mean_grad", "gather", "first_tokens"):
         assert changed == declared
     memory = {x.untyped_storage().data_ptr() for x in given if isinstance(x, torch.Tensor) and x.numel()}
     assert all(x.untyped_storage().data_ptr() not in memory for x in returned if x is not None and x.numel())

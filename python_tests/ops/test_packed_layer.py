@@ -1,9 +1,9 @@
-"""packed_layer against float64: sizes, bits that do not depend on the batch, non-finite rows, and wrong arguments."""
+"""The layer on the vector kernels against float64: sizes, bits that do not depend on the batch, and wrong arguments."""
 
 from __future__ import annotations
 
 import ast
-import importlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from support.backends import backend_params
 from support.capability import run_tests_of, with_fewer_instructions
 from support.models import run_python
+from support.packed_layers import ACTIVATIONS, packed_layer
 
-from earlyexit_kernels.ops import EncoderWeights, pack_weights, packed_layer
-from earlyexit_kernels.ops.packed_layer import PanelLayout, native_layouts
+from earlyexit_kernels.backends import extension_function
+from earlyexit_kernels.cpu import panels
+from earlyexit_kernels.cpu.panels import EncoderWeights, PanelLayout, native_layouts, pack_weights
 
 EPS = (1e-5, 1e-3)
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 #: H, inner width, heads: multiples of the kernels' panels, none of them, odd head sizes, an inner width of 1.
 SIZES = ((64, 128, 4), (96, 160, 3), (20, 33, 2), (9, 1, 3), (7, 5, 1), (40, 800, 5))
 #: Tokens of each row; blocks of 1024 tokens end between and after them.
@@ -266,35 +267,54 @@ X, OFFSETS = tokens((2, 3), 8)
 PACKED = pack_weights(weights(8, 12))
 #: Case -> the changed arguments, and words of the message.
 REFUSED = {
-    "dtype": ({"x": X.double()}, "expected x to be torch.float32, got torch.float64"),
-    "heads": ({"heads": 3}, "expected heads to divide 8, the width of x, got 3"),
-    "activation": ({"activation": "silu"}, "expected activation to be one of .* got 'silu'"),
-    "eps": ({"eps": (1e-5,)}, r"2 eps, got \[4, 4, 4, 1\]"),
-    "weights": ({"packed": PACKED._replace(weights=PACKED.weights[:3])}, r"2 eps, got \[3, 4, 4, 2\]"),
-    "unpacked": ({"packed": PACKED._replace(weights=[torch.zeros(8, 8)] * 4)}, r"weights of shape \['\*'"),
-    "biases": ({"packed": PACKED._replace(biases=[torch.zeros(1, 3)] * 4)}, "expected biases of shape"),
-    "norms": ({"packed": PACKED._replace(norms=[torch.zeros(3)] * 4)}, r"expected norms of shape \[8\], got \[3\]"),
-    "decreasing": ({"offsets": torch.tensor([0, 3, 2, 5], dtype=torch.int32)}, "non-decreasing offsets"),
-    "short": ({"offsets": OFFSETS[:-1]}, "expected offsets from 0 to 5, so that every token has a row, got 0 to 2"),
-    "late": ({"offsets": OFFSETS[1:]}, "expected offsets from 0 to 5, so that every token has a row, got 2 to 5"),
-    "int64": ({"offsets": OFFSETS.long()}, "expected offsets to be torch.int32, got torch.int64"),
+    "dtype": ({"x": X.double()}, r"x to be float32 \[\*, 8\], got float64 \[5, 8\]"),
+    "width": ({"x": torch.randn(5, 4)}, r"x to be float32 \[\*, 8\], got float32 \[5, 4\]"),
+    "heads": ({"heads": 3}, "heads to divide 8, got 3"),
+    "activation": ({"activation": "silu"}, "activation to be one of 'none', 'gelu', .* got 'silu'"),
+    "eps": ({"eps": (1e-5,)}, "2 eps, got 4, 4, 4 and 1"),
+    "weights": ({"packed": PACKED._replace(weights=PACKED.weights[:3])}, "2 eps, got 3, 4, 4 and 2"),
+    "unpacked": (
+        {"packed": PACKED._replace(weights=[torch.zeros(8, 8)] * 4)},
+        r"qkv to be .* float32 \[8,",
+    ),
+    "biases": ({"packed": PACKED._replace(biases=[torch.zeros(1, 3)] * 4)}, "qkv to be float32 .* got float32 .1, 3"),
+    "norms": ({"packed": PACKED._replace(norms=[*PACKED.norms[:3], torch.zeros(3)])}, r"norms to be float32 \[8\]"),
+    "decreasing": (
+        {"offsets": torch.tensor([0, 3, 2, 5], dtype=torch.int32)},
+        "to decrease, got 3 then 2",
+    ),
+    "none": ({"offsets": OFFSETS[:0]}, "an empty tensor"),
+    "short": ({"offsets": OFFSETS[:-1]}, "offsets from 0 to 5, got 0 to 2; every token must belong to a row"),
+    "late": ({"offsets": OFFSETS[1:]}, "offsets from 0 to 5, got 2 to 5; every token must belong to a row"),
+    "beyond": ({"offsets": OFFSETS + OFFSETS}, "offsets to end within the 5 tokens given, got 10"),
+    "int64": ({"offsets": OFFSETS.long()}, "offsets to be int32"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_invalid_arguments_are_refused(name, backend):
-    call = {"x": X, "offsets": OFFSETS, "packed": PACKED, "eps": EPS, "heads": 2, "backend": backend}
+def test_invalid_arguments_are_refused(name, kernels):
+    call = {"x": X, "offsets": OFFSETS, "packed": PACKED, "eps": EPS, "heads": 2, "backend": kernels}
     packed_layer(**call)
     changed, message = REFUSED[name]
-    with pytest.raises(ValueError, match=f"^packed_layer: .*{message}"):
+    with pytest.raises(ValueError, match=f"^PackedLayer: expected .*{message}"):
         packed_layer(**call | changed)
 
 
-def test_an_unknown_activation_of_the_bare_op_is_refused(kernels):
-    op = torch.ops.earlyexit_kernels.packed_layer_cpp
-    names = "'none', 'gelu', 'gelu_tanh', 'relu', 'tanh'"
-    with pytest.raises(ValueError, match=f"^packed_layer_cpp: expected activation to be one of {names}, got 'silu'"):
-        op(X, OFFSETS, *PACKED, EPS, 2, "silu")
+def test_tokens_have_any_shape_and_strides(kernels):
+    call = {"offsets": OFFSETS, "packed": PACKED, "eps": EPS, "heads": 2, "backend": kernels}
+    want = packed_layer(X, **call)
+    assert torch.equal(packed_layer(X[None], **call), want[None])
+    assert torch.equal(packed_layer(X.t().contiguous().t(), **call), want)
+
+
+def test_threads_share_a_layer(kernels):
+    layer = extension_function("PackedLayer")(*PACKED, list(EPS), 2, "gelu")
+    batches = [tokens((n, 2 * n), 8, seed=n) for n in range(1, 40)]
+    expected = [layer(*batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            got = pool.map(lambda batch: layer(*batch), batches)
+            assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
 def test_weights_of_another_dtype_are_refused():
@@ -315,8 +335,7 @@ def test_sums_of_bytes_that_may_overflow_are_refused(kernels):
 
 def test_weights_of_another_layout_are_refused(kernels, monkeypatch):
     """As of a machine with other kernels; the reference reads every layout."""
-    room = importlib.import_module("earlyexit_kernels.ops.packed_layer")
-    monkeypatch.setattr(room, "native_layouts", lambda: {torch.float32: PanelLayout(5, 3)})
+    monkeypatch.setattr(panels, "native_layouts", lambda: {torch.float32: PanelLayout(5, 3)})
     packed = pack_weights(weights(8, 12))
     call = {"packed": packed, "eps": EPS, "heads": 2}
     want = packed_layer(X, OFFSETS, **call | {"packed": PACKED}, backend=kernels)

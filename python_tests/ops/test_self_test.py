@@ -91,7 +91,7 @@ def test_broken_back_end_is_refused_with_its_reason(backend, fault, monkeypatch)
 def test_auto_warns_once_and_answers_with_the_next_back_end(fault, monkeypatch, caplog):
     model, batch = varied("bert")
     expected = model(**batch)
-    model.set_backend("auto")
+    model.configure(backend="auto")
     break_op(monkeypatch, "cpp", fault)
     for made in (backends._CHOICES, self_test._FAILURES):
         made.clear()
@@ -103,7 +103,7 @@ def test_auto_warns_once_and_answers_with_the_next_back_end(fault, monkeypatch, 
     said = [record.getMessage() for record in caplog.records if "self-test" in record.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("backend 'auto' chose 'torch' on cpu; not 'cpp': its self-test failed on cpu (")
-    assert model.explain(**batch).backend == "torch"
+    assert model.explain().backend == "torch"
 
 
 @pytest.mark.parametrize("backend", ["torch", *USABLE])

@@ -177,7 +177,7 @@ def calibrated():
 
 def test_rows_are_compared_with_the_calibration_in_the_order_of_the_call(calibrated):
     scorer = ee.Scorer(*calibrated, drift_window=16, max_tokens=64, bad_rows="report")
-    assert scorer.drift is not None and scorer.drift.calibration == calibrated[0].calibration
+    assert scorer.drift is not None and scorer.drift.calibration == ee.Calibration.of(calibrated[0])
     layers = scorer([*ROWS, None])["exit_layer"]
     last = layers[len(ROWS) - 16 : len(ROWS)]
     assert scorer.drift.observed == tuple(last.count(layer) / 16 for layer in range(1, 5))
@@ -196,7 +196,7 @@ def test_rows_are_not_compared_under_another_criterion(calibrated):
 def test_a_calibration_of_another_model_is_refused(calibrated):
     model, words = calibrated
     other, _ = model_and_tokenizer(ROWS, exits=False, num_hidden_layers=3)
-    model.calibration.apply(other)
+    ee.Calibration.of(model).apply(other)
     with pytest.raises(ValueError, match="expected a calibration of 3 layers, as the model has, got one of 4"):
         ee.Scorer(other, words)
 

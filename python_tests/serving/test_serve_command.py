@@ -117,12 +117,12 @@ def test_rows_on_which_the_model_fails(client):
 
 def test_metrics_compare_with_the_calibration(client, model):
     text = client.get("/metrics").text
-    for layer, share in enumerate(model.calibration.exit_shares, start=1):
+    for layer, share in enumerate(ee.Calibration.of(model).exit_shares, start=1):
         assert f'earlyexit_exit_share{{exit_layer="{layer}",rows="calibration"}} {share}' in text
         assert f'earlyexit_exit_share{{exit_layer="{layer}",rows="recent"}}' in text
     assert "earlyexit_exit_drift 0.0" in text and "earlyexit_failed_rows_total" in text
     info = client.get("/info").json()
-    assert info["calibration"]["mean_exit_layer"] == model.calibration.mean_exit_layer
+    assert info["calibration"]["mean_exit_layer"] == ee.Calibration.of(model).mean_exit_layer
     assert info["limits"]["max_threshold"] == 0.9
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.models import python_environment
 
-from earlyexit_kernels.ops.packed_layer import native_layouts
+from earlyexit_kernels.cpu.panels import native_layouts
 
 #: What ATEN_CPU_CAPABILITY leaves: the kernels of AVX2, and no vector kernels.
 with_fewer_instructions = pytest.mark.parametrize("capability", ["avx2", "default"])

@@ -22,7 +22,6 @@ CUDA_SYNTAX = (
     ),
     (r"__shared__ ", "static "),
     (r"asm\(\"\" : \"\+l\"\(\w+\)\);", ""),
-    (r"asm volatile\(\"atom.*?\"memory\"\);", "before = *count, *count += value;"),
     (r"TORCH_LIBRARY_IMPL\(earlyexit_kernels, CUDA,", f"TORCH_LIBRARY_IMPL({NAMESPACE}, CPU,"),
 )
 HEADERS = (
@@ -33,10 +32,6 @@ HEADERS = (
     "c10/cuda/CUDAGuard.h",
     "c10/cuda/CUDAStream.h",
 )
-
-
-#: Files that require a device.
-NOT_EMULATED = ("graph.cpp",)
 
 
 def compiler() -> str | None:
@@ -58,7 +53,7 @@ def translated(folder: Path) -> list[Path]:
         path.write_text(text)
         if path.suffix == ".cu":
             path = path.rename(path.with_suffix(".cu.cpp"))
-        files += [path] if path.suffix == ".cpp" and path.name not in NOT_EMULATED else []
+        files += [path] if path.suffix == ".cpp" else []
     return files
 
 

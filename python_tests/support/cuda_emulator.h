@@ -182,11 +182,6 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 template <class T>
-T __ldcg(const T* p) {
-  return *p;
-}
-
-template <class T>
 T atomicAdd(T* p, T value) {
   const T before = *p;
   *p += value;
@@ -216,16 +211,6 @@ inline void __pipeline_wait_prior(size_t) {
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline c10::Half __ushort_as_half(unsigned short bits) { return c10::Half(bits, c10::Half::from_bits()); }
 inline float __half2float(c10::Half x) { return x; }
-
-// Handles are addresses of conditions.
-#define CUDART_VERSION 13000
-inline void cudaGraphSetConditional(unsigned long long handle, unsigned value) {
-  *reinterpret_cast<int32_t*>(handle) = static_cast<int32_t>(value);
-}
-
-inline const cudaStream_t cudaStreamPerThread = reinterpret_cast<cudaStream_t>(2);
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
-inline int cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) { return 0; }
 
 #define C10_CUDA_CHECK(call) (call)
 #define C10_CUDA_KERNEL_LAUNCH_CHECK()

@@ -17,7 +17,7 @@ from support.models import CLASSES, batch_for, early_exit, ragged, rows_of, toke
 from torch.nn.parallel import DistributedDataParallel
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.objectives import OBJECTIVES
+from earlyexit_kernels.methods import METHODS
 
 CASES = {
     "bert": {},
@@ -26,8 +26,8 @@ CASES = {
     "bert, label smoothing": {"pooling": "first"},
     **{
         f"bert, {name}, phase {phase}": {"method": name}
-        for name, objective in OBJECTIVES.items()
-        for phase in range(len(objective().phases))
+        for name, method in METHODS.items()
+        for phase in range(len(method().phases))
         if name not in ("joint", "pabee")
     },
 }
@@ -42,7 +42,7 @@ def steps(case: str, rank: int, world: int) -> dict:
     smoothing = more == ["label smoothing"]
     model = early_exit(family, dropout=0.0, **CASES[case]).train()
     if "method" in CASES[case]:
-        model.phase_state.enter(model, int(case[-1]))
+        model.schedule.enter(model, int(case[-1]))
     wrapped = DistributedDataParallel(model, find_unused_parameters=False) if dist.is_initialized() else model
     optimiser = torch.optim.SGD(model.parameters(), lr=RATE)
     labels = torch.arange(BATCH) % CLASSES
@@ -51,7 +51,7 @@ def steps(case: str, rank: int, world: int) -> dict:
     for step in range(STEPS):
         batch = batch_for(model, lengths=[9, 4, 6, 9, 3, 9, 8, 5], seed=step)
         optimiser.zero_grad()
-        model.phase_state.set_progress(step, EPOCHS[step])
+        model.schedule.set_progress(step, EPOCHS[step])
         inputs = {name: value[own_rows] for name, value in batch.items()}
         if smoothing:  # as in the Trainer: from the logits of the last exit, and without unused parameters
             loss = F.cross_entropy(wrapped(**inputs).logits, labels[own_rows], label_smoothing=0.1)

@@ -54,8 +54,8 @@ def setting(family, backend, criterion="entropy", pooling=None):
     """Return a model, a batch whose rows leave at several exits, and its trace."""
     rows = 6 if backend == "triton" else len(LENGTHS)
     model, batch, trace = prepared(family, pooling, rows)
-    model.set_backend(backend)
-    model.compaction = "always"
+    model.configure(backend=backend)
+    model.configure(compaction="always")
     model.set_criterion(tuned(family, pooling, rows, criterion))
     exits = model(**batch).exit_layer
     assert len(exits.unique()) >= min(CASES[criterion].exits, 2 if backend == "triton" else DEPTH)

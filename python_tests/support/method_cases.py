@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from earlyexit_kernels import criteria, objectives
+from earlyexit_kernels import criteria, methods
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.objectives import OBJECTIVES, PARTS, Objective
+from earlyexit_kernels.methods import METHODS, PARTS, Method
 
 MULTI, REGRESSION = "multi_label_classification", "regression"
 #: Parts that learn in the first phase of methods that train the encoder with the last exit first.
@@ -31,7 +31,7 @@ class MethodCase:
 
     rule: Criterion
     phases: Sequence[tuple[Any, ...]]
-    otherwise: Objective
+    otherwise: Method
     refused: Sequence[tuple[dict[str, Any], tuple[str, ...]]] = ()
     tasks: tuple[str, ...] = ()
     trains: tuple[str, ...] = ("",)
@@ -42,11 +42,11 @@ class MethodCase:
         return len(self.phases) > 1 and self.phases[1][1] == {"early_exits"}
 
 
-METHODS: dict[str, MethodCase] = {
+METHOD_CASES: dict[str, MethodCase] = {
     "joint": MethodCase(
         rule=criteria.Patience(patience=1),
         phases=[("joint", None, 5, 2e-5, None, True)],
-        otherwise=objectives.Joint(equilibrium=True),
+        otherwise=methods.Joint(equilibrium=True),
         refused=[
             ({"equilibrium": 1}, ("equilibrium", "1", "True or False")),
         ],
@@ -55,7 +55,7 @@ METHODS: dict[str, MethodCase] = {
     "palbert": MethodCase(
         rule=criteria.QExit(q=0.15),
         phases=[("ponder", None, 25, 1e-5, None, True)],
-        otherwise=objectives.Palbert(
+        otherwise=methods.Palbert(
             beta=0.1,
             prior=0.3,
             kl="posterior_prior",
@@ -82,7 +82,7 @@ METHODS: dict[str, MethodCase] = {
     "ensemble": MethodCase(
         rule=criteria.Voting(threshold=2),
         phases=[("ensemble", None, 3, 2e-5, None, True)],
-        otherwise=objectives.Ensemble(
+        otherwise=methods.Ensemble(
             diversity=0.3, weights="depth", min_over="batch", detach_target=True, skip_last=True, cap=2.0
         ),
         refused=[
@@ -101,7 +101,7 @@ METHODS: dict[str, MethodCase] = {
             ("backbone", TWO_STAGE | {"gates", "projectors"}, 5, 2e-5, "inputs", True),
             ("exits", {"early_exits"}, 4, 2e-5, "exits", True),
         ],
-        otherwise=objectives.Smartbert(
+        otherwise=methods.Smartbert(
             gate_weight=0.1,
             gate_bias=0.0,
             gate_penalty="linear",
@@ -138,7 +138,7 @@ METHODS: dict[str, MethodCase] = {
             ("exits", set(PARTS) - {"halting"}, 2, 2e-5, None, True),
             ("dact", None, 2, 1e-5, None, True),
         ],
-        otherwise=objectives.Dact(start="last", ponder=0.2, include_last=False, shared=True, halting_bias=-1.0),
+        otherwise=methods.Dact(start="last", ponder=0.2, include_last=False, shared=True, halting_bias=-1.0),
         refused=[
             ({"start": "first"}, ("start", "'first'", "joint")),
             ({"ponder": -0.1}, ("ponder", "-0.1", "at least 0")),
@@ -155,14 +155,14 @@ METHODS: dict[str, MethodCase] = {
             ("backbone", TWO_STAGE, 3, 2e-5, None, True),
             ("exits", {"early_exits"}, 3, 2e-5, None, True),
         ],
-        otherwise=objectives.Deebert(),
+        otherwise=methods.Deebert(),
         tasks=(MULTI, REGRESSION),
         trains=(r"backbone\.|heads\.(dense|out)\.2\.", r"heads\.(dense|out)\.[01]\."),
     ),
     "berxit": MethodCase(
         rule=criteria.Learned(threshold=0.5),
         phases=[("alternating", None, 3, 2e-5, None, True)],
-        otherwise=objectives.Berxit(strategy="two_stage", odd_includes_last=False, learned_weight=0.5),
+        otherwise=methods.Berxit(strategy="two_stage", odd_includes_last=False, learned_weight=0.5),
         refused=[
             ({"strategy": "even"}, ("strategy", "'even'", "two_stage")),
             ({"odd_includes_last": 1}, ("odd_includes_last", "1", "True or False")),
@@ -176,7 +176,7 @@ METHODS: dict[str, MethodCase] = {
             ("backbone", TWO_STAGE, 3, 2e-5, None, True),
             ("exits", {"early_exits"}, 5, 2e-4, None, False),
         ],
-        otherwise=objectives.Fastbert(kl="student_teacher"),
+        otherwise=methods.Fastbert(kl="student_teacher"),
         refused=[
             ({"kl": "student"}, ("kl", "'student'", "teacher_student")),
         ],
@@ -184,11 +184,11 @@ METHODS: dict[str, MethodCase] = {
     ),
 }
 #: Methods of several phases.
-PHASED = tuple(name for name, case in METHODS.items() if len(case.trains) > 1)
+PHASED = tuple(name for name, case in METHOD_CASES.items() if len(case.trains) > 1)
 #: Methods whose second phase trains the early exits only.
-FREEZING = tuple(name for name, case in METHODS.items() if case.freezes)
+FREEZING = tuple(name for name, case in METHOD_CASES.items() if case.freezes)
 
 
 def method_case(name: str) -> MethodCase:
     """Return the row of a name of the table of methods, which has a second name for one."""
-    return METHODS[OBJECTIVES[name].name]
+    return METHOD_CASES[METHODS[name].name]

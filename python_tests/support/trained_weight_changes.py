@@ -92,7 +92,8 @@ def pruned(model, base):
 
 @way
 def layer_hook(model, base):
-    layer_of(model).register_forward_hook(lambda module, inputs, output: output * 1.5)
+    # not in proportion, which the norm behind the last layer would undo
+    layer_of(model).register_forward_hook(lambda module, inputs, output: output + output.roll(1, -1))
 
 
 @way

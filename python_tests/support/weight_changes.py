@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ BIASES: dict[str, dict[str, Any]] = {
 }
 #: Name -> change. Those in `SAME_NUMBERS` keep the values of the weights, up to rounding.
 WAYS: dict[str, Callable[[Any, Any], Any]] = {}
+#: 0-based number of the layer that most of them change.
+AT = ContextVar("AT", default=1)
 SAME_NUMBERS = ("share_memory", "half", "bfloat16", "double", "half_and_back", "lora_disabled", "swapped_on_conversion")
 
 
@@ -37,8 +40,8 @@ def layers_of(model: Any, backbone: Any = None) -> Any:
     return model.adapter.layers(model.backbone if backbone is None else backbone)
 
 
-def layer_of(model: Any, number: int = 1) -> Any:
-    return layers_of(model)[number]
+def layer_of(model: Any) -> Any:
+    return layers_of(model)[AT.get()]
 
 
 def path_of(model: Any, part: str) -> str:
@@ -154,7 +157,7 @@ def vector_to_parameters(model, base):
 
 @way
 def through_the_stock_model(model, base):
-    inner = layers_of(model, base.base_model)[1].get_submodule(path_of(model, "inner"))
+    inner = layers_of(model, base.base_model)[AT.get()].get_submodule(path_of(model, "inner"))
     inner.weight.data.mul_(1.5)
 
 
@@ -232,7 +235,7 @@ def put(model: Any, old: nn.Module, new: nn.Module) -> None:
 
 @way
 def layer_replaced(model, base):
-    layers_of(model)[1] = layers_of(model, other_backbone(model))[1]
+    layers_of(model)[AT.get()] = layers_of(model, other_backbone(model))[AT.get()]
 
 
 @way

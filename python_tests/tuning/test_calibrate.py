@@ -229,11 +229,11 @@ def calibrated(rows, **options):
 
 def test_model_takes_criterion_and_record_and_saves_both(rows, tmp_path):
     model, found = calibrated(rows)
-    assert model.criterion == found.criterion and model.calibration == found and found.layer_speed_up >= 1.1
+    assert model.criterion == found.criterion and ee.Calibration.of(model) == found and found.layer_speed_up >= 1.1
     json.dumps(found.to_dict())
     model.save_pretrained(tmp_path)
     loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
-    assert loaded.calibration == found and str(loaded.calibration) == str(found)
+    assert ee.Calibration.of(loaded) == found and str(ee.Calibration.of(loaded)) == str(found)
     assert loaded.criterion == found.criterion
     exits = ee.predict_with_exits(loaded, rows).exit_layer
     order = np.random.default_rng(0).permutation(len(rows))
@@ -245,21 +245,21 @@ def test_model_takes_criterion_and_record_and_saves_both(rows, tmp_path):
 def test_record_belongs_to_its_criterion_and_its_weights(rows):
     model, found = calibrated(rows)
     model.set_criterion(found.criterion)
-    assert model.calibration == found
+    assert ee.Calibration.of(model) == found
     model.set_criterion(Entropy(threshold=0.123))
-    assert model.calibration is None
+    assert ee.Calibration.of(model) is None
     found.apply(model)
     ee.collect_trace(model, rows)  # runs without the criterion
-    assert model.calibration == found and model.criterion == found.criterion
+    assert ee.Calibration.of(model) == found and model.criterion == found.criterion
     model.train()
     model(input_ids=torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([0])).loss.backward()
-    assert model.calibration is None
+    assert ee.Calibration.of(model) is None
 
 
 def test_record_of_another_criterion_in_the_config_is_not_shown(rows):
     model, _ = calibrated(rows)
     model.config.calibration = {**model.config.calibration, "criterion": Entropy(threshold=0.5).to_dict()}
-    assert model.calibration is None
+    assert ee.Calibration.of(model) is None
 
 
 def test_latency_is_measured(rows, monkeypatch):
@@ -298,7 +298,7 @@ def test_temperatures_are_put_into_the_exits(rows):
     after, _ = ee.collect_trace(model, rows)
     assert len(found.temperatures) == model.depth and len(set(found.temperatures)) > 1
     assert (after.logits - scaled(before, found.temperatures).logits).abs().max() < 1e-5
-    assert torch.equal(after.logits.argmax(-1), before.logits.argmax(-1)) and model.calibration == found
+    assert torch.equal(after.logits.argmax(-1), before.logits.argmax(-1)) and ee.Calibration.of(model) == found
     shared = early_exit(num_labels=1)
     with pytest.raises(ValueError, match="temperature=True is for one class a row, got regression"):
         ee.calibrate(
@@ -373,9 +373,12 @@ def test_targets_out_of_range(build):
         build()
 
 
-@pytest.mark.parametrize("damage", [[], {"criterion": {"name": "entropy", "threshold": 0.1}}, {"curve": [{"x": 1}]}])
-def test_damaged_record_is_refused(damage, rows):
-    _, found = calibrated(rows)
-    data = {**found.to_dict(), **damage} if isinstance(damage, dict) and "curve" in damage else damage
+@pytest.mark.parametrize("damage", [{"curve": [{"x": 1}]}, {"curve": 3}, {"guarantee": {}}, {"more": 1}])
+def test_damaged_record_is_refused_where_it_is_read(damage, rows):
+    model, found = calibrated(rows)
+    for data in ({**found.to_dict(), **damage}, {"criterion": found.criterion.to_dict()}, {}, []):
+        model.config.calibration = data
+        with pytest.raises(ValueError, match=r"calibration: expected the data of Calibration\.to_dict"):
+            ee.Calibration.of(model)
     with pytest.raises(ValueError, match="calibration: expected the data of"):
-        ee.EarlyExitConfig(calibration=data)
+        ee.EarlyExitConfig(calibration=[])

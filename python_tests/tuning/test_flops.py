@@ -7,9 +7,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import earlyexit_kernels as ee
+from earlyexit_kernels.backbones.base import query_width
 from earlyexit_kernels.criteria import Entropy, FullDepth, Learned, Patience, QExit, SkipGate
-from earlyexit_kernels.hf.layer_choice import LayerChoice
-from earlyexit_kernels.hf.limits import _weights_per_layer, query_width
+from earlyexit_kernels.hf import runner
+from earlyexit_kernels.hf.config import weights_per_layer
 from earlyexit_kernels.tuning.flops import encoder_macs, exit_macs, gate_macs, row_macs
 
 H, INNER, W, S = 64, 96, 128, 9
@@ -20,7 +21,7 @@ NARROW = S * (H * W + 3 * W * W + 2 * S * W)
 @pytest.fixture(autouse=True)
 def family_layers(monkeypatch):
     """Use the layers of the family: the counter of torch does not see the products of the fused layers."""
-    monkeypatch.setattr(LayerChoice, "_find", lambda *_, **__: (None, "a test"))
+    monkeypatch.setitem(runner.AUTO, "cpu", ("eager",))
 
 
 def counted(call, **arguments) -> int:
@@ -66,13 +67,13 @@ def test_compaction_and_a_report_count_the_same_layer(family):
     model = early_exit(family)
     costs = [int(encoder_macs(model, tensor(S), layers)) for layers in (1, 2)]
     queries = query_width(model.config.backbone_config)
-    assert costs[1] - costs[0] == S * (model.execution._layer_macs + 2 * S * queries)
+    assert costs[1] - costs[0] == S * (model._layer_macs + 2 * S * queries)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_the_limit_of_parameters_is_near_those_of_a_layer(family):
     model = early_exit(family)
-    assert 0.7 < _weights_per_layer(model.config.backbone_config) / model.execution._layer_macs < 1.6
+    assert 0.7 < weights_per_layer(model.config.backbone_config) / model._layer_macs < 1.6
 
 
 def test_layers_and_exits_match_formulas():

@@ -9,7 +9,7 @@ from support.backends import backend_params
 from support.criterion_cases import CASES
 
 from earlyexit_kernels import criteria
-from earlyexit_kernels.engine.replay import replay
+from earlyexit_kernels.core.replay import replay
 from earlyexit_kernels.tuning import grids
 from earlyexit_kernels.types import AUX_ACTIVATIONS, CLASSIFICATION, ExitTrace
 

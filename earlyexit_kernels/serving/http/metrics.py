@@ -13,9 +13,9 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from earlyexit_kernels.criteria import from_dict
-from earlyexit_kernels.hf.calibration import Calibration
 from earlyexit_kernels.serving.drift import ExitDrift
 from earlyexit_kernels.serving.http.pool import Pool, Step
+from earlyexit_kernels.tuning.record import Calibration
 
 #: Upper ends of the latency histogram, in seconds.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

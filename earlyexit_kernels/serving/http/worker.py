@@ -14,11 +14,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from earlyexit_kernels.backends import working_device
-from earlyexit_kernels.hf.loading import CONFIG
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
+from earlyexit_kernels.hf.saving import CONFIG
 from earlyexit_kernels.serving.http.batches import Batches, Done
 from earlyexit_kernels.serving.http.protocol import Channel, Order, Row
 from earlyexit_kernels.serving.source import check_tokenizer
+from earlyexit_kernels.tuning.record import Calibration
 
 
 def main() -> None:
@@ -78,10 +79,10 @@ def warm_up(batches: Batches) -> None:
 def described(model: EarlyExitForSequenceClassification) -> dict[str, Any]:
     """Return what the server and its clients may know of a model, JSON-ready."""
     config: Any = model.config
-    calibration = model.calibration
+    calibration = Calibration.of(model)
     return {
         "model_type": config.backbone_config.model_type,
-        "method": model.objective.to_dict(),
+        "method": model.method.to_dict(),
         "problem_type": model.problem_type,
         "labels": [config.id2label[index] for index in range(config.num_labels)],
         "depth": model.depth,
@@ -91,7 +92,7 @@ def described(model: EarlyExitForSequenceClassification) -> dict[str, Any]:
         "max_length": model.adapter.longest(config.backbone_config),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "layers": model.layer_kind,
+        "layers": model.explain().path,
     }
 
 

@@ -1,0 +1,1 @@
+"""Encoder layers fused for inference on the CPU."""

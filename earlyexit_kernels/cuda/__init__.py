@@ -1,0 +1,1 @@
+"""Encoder layers captured in CUDA graphs."""

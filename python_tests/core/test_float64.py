@@ -1,0 +1,124 @@
+"""Float64 models run on back-end torch by every path."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.criterion_cases import CASES
+from support.leaving_models import most_spread
+from support.models import FAMILIES, balance_classes, batch_for, early_exit, varied_entropy
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.criteria import RULES, Entropy, SkipGate
+from earlyexit_kernels.errors import BackendUnavailableError
+
+LENGTHS = [3, 20, 5, 8, 11, 19]
+#: Heads of each form that an exit has.
+HEADS = {
+    "family": {},
+    "first": {"pooling": "first"},
+    "mean": {"pooling": "mean"},
+    "berxit": {"method": "berxit", "halting": True},
+    "attention": {"method": "fastbert"},
+    "attention, mean": {"method": "fastbert", "pooling": "mean"},
+    "palbert": {"method": "palbert"},
+    "palbert, mean": {"method": "palbert", "pooling": "mean"},
+    "difference, mean": {"method": ee.methods.Palbert(halting_input="diff"), "pooling": "mean"},
+}
+
+
+def double(family: str = "bert", **heads):
+    """A float64 model, a batch, and its trace."""
+    model = early_exit(family, **heads)
+    batch = batch_for(model, lengths=LENGTHS)
+    balance_classes(model, batch)
+    model = model.double()
+    return model, batch, model.trace(**batch)
+
+
+def check(model, batch, rule) -> torch.Tensor:
+    """Compare the answers with and without compaction to a replay, and return the exit layers."""
+    model.set_criterion(rule)
+    logits, exit_layer = ee.replay(model.trace(**batch), rule)
+    for compaction in ("always", "never", "auto"):
+        model.configure(compaction=compaction)
+        answer = model(**batch)
+        assert answer.logits.dtype == torch.float32
+        assert torch.equal(answer.exit_layer, exit_layer)
+        torch.testing.assert_close(answer.logits, logits, rtol=1e-6, atol=1e-6)
+    return exit_layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    model, batch, trace = double(family)
+    assert model.explain().backend == "torch"
+    assert len(check(model, batch, varied_entropy(trace)).unique()) > 1
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_every_head(heads):
+    """The answers are also close to those of the float32 model."""
+    model, batch, trace = double(**HEADS[heads])
+    assert trace.logits.dtype == torch.float32
+    check(model, batch, varied_entropy(trace))
+    model.set_criterion(None)
+    wide = copy.deepcopy(model).float()
+    torch.testing.assert_close(wide(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def every_scalar():
+    return double(method="berxit", halting=True, pooling="mean")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule(every_scalar, name):
+    model, batch, trace = every_scalar
+    rule = most_spread(name, trace)
+    exit_layer = check(model, batch, rule)
+    assert len(exit_layer.unique()) >= min(CASES[name].exits, 2)
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_skipped_layers(pooling):
+    """At thresholds from all rows skip to none skips, against the pass without compaction."""
+    model, batch, trace = double(method="smartbert", pooling=pooling, criterion=Entropy(threshold=0.5))
+    rule, partly = varied_entropy(trace), 0
+    for threshold in (0.0, 0.46, 0.48, 0.5, 0.52, 0.54, 1.0):
+        model.set_criterion(SkipGate(threshold=threshold, exit=rule))
+        logits, exit_layer = model.fixed_depth()(**batch)
+        for compaction in ("always", "never"):
+            model.configure(compaction=compaction)
+            answer = model(**batch)
+            assert torch.equal(answer.exit_layer, exit_layer)
+            torch.testing.assert_close(answer.logits, logits, rtol=1e-5, atol=1e-5)
+        layers_run = answer.layers_run
+        assert not layers_run.any() if threshold == 0 else threshold < 1 or torch.equal(layers_run, exit_layer)
+        partly += int(((layers_run > 0) & (layers_run < exit_layer)).any())
+    assert partly, "at some threshold, some rows should skip some layers"
+
+
+@pytest.mark.parametrize("heads", ["family", "attention, mean"])
+def test_fixed_depth(heads):
+    model, batch, trace = double(**HEADS[heads])
+    model.set_criterion(varied_entropy(trace))
+    want, (logits, exit_layer) = model(**batch), model.fixed_depth()(**batch)
+    assert torch.equal(exit_layer, want.exit_layer)
+    torch.testing.assert_close(logits, want.logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_other_back_ends_are_refused(backend):
+    model, batch, _ = double()
+    if ee.available_backends("cpu")[backend]:
+        pytest.skip(ee.available_backends("cpu")[backend])
+    with pytest.raises(BackendUnavailableError, match=f"backend '{backend}' does not support a float64 model.*'torch'"):
+        model.configure(backend=backend)
+    assert model.explain().backend == "torch"
+    narrow = copy.deepcopy(model).float()
+    narrow.configure(backend=backend)
+    with pytest.raises(BackendUnavailableError, match=f"backend '{backend}' does not support a float64 model"):
+        narrow.double()(**batch)

@@ -1,0 +1,98 @@
+"""Sums of embeddings by the vector kernels: against float64, wrong arguments, and bits that do not depend on others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.capability import run_tests_of, with_fewer_instructions
+
+from earlyexit_kernels.backends import extension_function
+from earlyexit_kernels.cpu.kernels import kernels_unsupported_reason
+
+EPS = 1e-12
+pytestmark = pytest.mark.skipif(
+    bool(kernels_unsupported_reason(torch.float32)), reason="the processor has no vector kernels"
+)
+
+
+def case(width, count=4):
+    """Return tokens, tables and norm; values are large, so that their mean and variance lose digits if badly summed."""
+    tables = [3 + torch.randn(size, width) for size in (50, 20, 2)]
+    return [torch.randint(0, len(t), (1, count)) for t in tables], tables, [torch.randn(width), torch.randn(width)]
+
+
+def embedding(tables, norm):
+    return extension_function("Embedding")(*tables, *norm, EPS)
+
+
+def expected(tokens, tables, norm):
+    total = sum(table.double()[index] for table, index in zip(tables, tokens, strict=True) if table is not None)
+    return torch.nn.functional.layer_norm(total, total.shape[-1:], *(x.double() for x in norm), EPS)
+
+
+@pytest.mark.parametrize("width", [1, 3, 128, 384, 768, 1000, 4096])
+def test_equals_float64(width):
+    tokens, tables, norm = case(width)
+    for given in (tables, [tables[0], None, tables[2]], [tables[0], None, None]):
+        out = embedding(given, norm)(*tokens)
+        assert out.shape == (1, 4, width)
+        torch.testing.assert_close(out.double(), expected(tokens, given, norm), atol=2e-5, rtol=2e-5)
+
+
+def test_tokens_need_not_be_contiguous():
+    tokens, tables, norm = case(24)
+    strided = [x.repeat_interleave(2, dim=1)[:, ::2] for x in tokens]
+    assert torch.equal(embedding(tables, norm)(*strided), embedding(tables, norm)(*tokens))
+    assert embedding(tables, norm)(*(x[:, :0] for x in tokens)).shape == (1, 0, 24)
+
+
+def test_weights_are_read_in_place():
+    tokens, tables, norm = case(24)
+    run = embedding(tables, norm)
+    for x in (*tables, *norm):
+        x.mul_(1.5)
+        torch.testing.assert_close(run(*tokens).double(), expected(tokens, tables, norm), atol=2e-5, rtol=2e-5)
+
+
+def test_wrong_arguments_are_refused():
+    tokens, tables, norm = case(8)
+    good, make = (*tables, *norm, EPS), extension_function("Embedding")
+    bad = {0: tables[0].double(), 1: tables[1][:, :4], 2: tables[2].T, 3: norm[0][:4], 4: norm[1].double()}
+    for place, value in bad.items():
+        with pytest.raises(ValueError, match=r"^Embedding: expected"):
+            make(*good[:place], value, *good[place + 1 :])
+    run = make(*good)
+    for wrong in (tokens[0].int(), tokens[0][:, :3]):
+        with pytest.raises(ValueError, match=r"^Embedding: expected int64 indices of [34] tokens for"):
+            run(wrong, *tokens[1:])
+    for row, (name, size) in enumerate((("words", 50), ("positions", 20), ("types", 2))):
+        for index in (-1, size, 2**40):
+            wrong = [x.clone() for x in tokens]
+            wrong[row][0, 3] = index
+            with pytest.raises(ValueError, match=rf"expected indices of {name} in \[0, {size - 1}\], got {index}"):
+                run(*wrong)
+
+
+@pytest.mark.parametrize("width", [33, 384])
+def test_a_token_has_the_same_bits_beside_any_tokens_and_with_any_number_of_threads(width):
+    threads, (tokens, tables, norm) = torch.get_num_threads(), case(width, 150)
+    missing = tokens[0][0, 70].item()
+    tables[0][missing] = torch.nan
+    run = embedding(tables, norm)
+    alone = torch.cat([run(*(x[:, i : i + 1] for x in tokens)) for i in range(150)], dim=1)
+    assert torch.equal(alone.isnan().any(dim=2), tokens[0] == missing)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            together = run(*tokens)
+            assert torch.equal(together.nan_to_num(), alone.nan_to_num())
+            assert torch.equal(together.isnan(), alone.isnan())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.thorough
+@with_fewer_instructions
+def test_other_kernels_of_this_processor(capability):
+    """The tests above with fewer instructions."""
+    run_tests_of(__file__, capability)

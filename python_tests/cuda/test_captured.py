@@ -1,0 +1,332 @@
+"""Captured layers on the CPU, with a replacement for CUDA graphs: answers, sizes, changes and failures."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import threading
+
+import pytest
+import torch
+from support.models import ALL_FAMILIES, batch_for, parameter_set, varied
+from support.rule_models import RULES, model_for_rule
+from torch import nn
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.core import loop
+from earlyexit_kernels.core.view import Settings
+from earlyexit_kernels.cuda import captured
+from earlyexit_kernels.ops import self_test
+
+
+def levels_of(model) -> list:
+    return list(model.runner.paths["captured"].layers._levels.values())
+
+
+def agrees(out, expected):
+    assert torch.equal(out.exit_layer, expected.exit_layer)
+    assert torch.equal(out.layers_run, expected.layers_run)
+    torch.testing.assert_close(out.logits, expected.logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Costs with which 'auto' moves rows to every smaller level."""
+    monkeypatch.setitem(loop.COMPACTION_COSTS, "cpu", loop.CompactionCost(0, 0))
+
+
+def family_answers(model, batch):
+    model.configure(path="eager")
+    expected = model(**batch)
+    model.configure(path="captured")
+    return expected
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_batch_is_answered_as_by_the_family(family, replays, cheap):
+    """The first batch runs eagerly, the second captures, later ones replay; a batch of another shape goes between."""
+    model, batch = varied(family)
+    other = batch_for(model, lengths=(3, 9, 2, 5))
+    expected, expected_other = family_answers(model, batch), model.configure(path="eager") or model(**other)
+    model.configure(path="captured")
+    for number in range(4):
+        agrees(model(**batch), expected)
+        if number < 2:
+            agrees(model(**other), expected_other)
+    assert replays.captures >= model.depth and replays.replays > replays.captures
+    before = replays.captures
+    agrees(model(**batch), expected)
+    assert replays.captures == before
+    assert model.explain().path == "captured"
+
+
+@pytest.mark.sample(4)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("compaction", ["auto", "always", "never"])
+def test_every_criterion_and_compaction(name, compaction, replays, cheap):
+    model, batch = model_for_rule(name)
+    expected = family_answers(model, batch)
+    model.configure(compaction=compaction)
+    for _ in range(3):
+        agrees(model(**batch), expected)
+    assert replays.replays or model.criterion.skip_from is not None, "layers that some rows skip run on the others"
+
+
+def test_rows_move_to_smaller_levels(replays, cheap):
+    model, batch = varied("bert")
+    batch = {name: values.repeat(8, 1) for name, values in batch.items()}
+    expected = family_answers(model, batch)
+    for _ in range(3):
+        agrees(model(**batch), expected)
+    sizes = [level.size.tokens for level in levels_of(model)]
+    assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_nothing_is_recorded_for_gradients(mode, replays):
+    """Buffers that record what was written to them would hold every layer of every batch."""
+    model, batch = varied("bert")
+    with mode():
+        for _ in range(3):
+            out = model(**batch)
+    assert levels_of(model) and replays.replays
+    buffers = [x for level in levels_of(model) for x in (level.hidden, level.offsets, level.row_ids)]
+    assert not any(x.requires_grad or x.is_inference() for x in buffers) and not out.logits.requires_grad
+
+
+def test_weights_changed_in_place_need_no_capture(replays):
+    model, batch = varied("bert")
+    model.configure(path="captured")
+    for _ in range(3):
+        model(**batch)
+    before = replays.captures
+    with torch.no_grad():
+        model.backbone.encoder.layer[1].output.dense.weight.mul_(1.5)
+    expected = early_answers(model, batch)
+    agrees(model(**batch), expected)
+    assert replays.captures == before
+
+
+def early_answers(model, batch):
+    """The answers of the family's layers, with captures kept."""
+    kept, model.settings = model.settings, Settings(path="eager")
+    expected = model(**batch)
+    model.settings = kept
+    return expected
+
+
+def replace_weight(model):
+    dense = model.backbone.encoder.layer[1].output.dense
+    dense.weight = nn.Parameter(dense.weight.detach() * 1.5)
+
+
+def replace_data(model):
+    dense = model.backbone.encoder.layer[1].output.dense
+    dense.weight.data = dense.weight.data * 1.5
+
+
+def replace_layer(model):
+    model.backbone.encoder.layer[1] = copy.deepcopy(model.backbone.encoder.layer[2])
+
+
+def add_hook(model):
+    model.backbone.encoder.layer[1].register_forward_hook(lambda module, given, out: out * 1.1)
+
+
+def own_forward(model):
+    dense = model.backbone.encoder.layer[1].output.dense
+    dense.forward = lambda x: nn.Linear.forward(dense, x) * 1.1
+
+
+@pytest.mark.parametrize("change", [replace_weight, replace_data, replace_layer, add_hook, own_forward])
+def test_layers_changed_otherwise_are_captured_again_or_run_eagerly(change, replays):
+    model, batch = varied("bert")
+    model.configure(path="captured")
+    for _ in range(3):
+        model(**batch)
+    before = replays.captures
+    change(model)
+    expected = early_answers(model, batch)
+    for _ in range(3):
+        agrees(model(**batch), expected)
+    assert replays.captures == before + (change not in (add_hook, own_forward))
+
+
+def test_changed_rotary_embeddings_are_followed(replays):
+    model, batch = varied("llama")
+    model.configure(path="captured")
+    for _ in range(3):
+        model(**batch)
+    model.backbone.rotary_emb = copy.deepcopy(model.backbone.rotary_emb)
+    model.backbone.rotary_emb.inv_freq = model.backbone.rotary_emb.inv_freq * 3
+    expected = early_answers(model, batch)
+    for _ in range(3):
+        agrees(model(**batch), expected)
+
+
+def test_another_backbone_is_followed(replays):
+    """What layers take besides hidden states is made by the backbone of the batch."""
+    model, batch = varied("llama")
+    model.configure(path="captured")
+    for _ in range(3):
+        model(**batch)
+    model.backbone = copy.deepcopy(model.backbone)
+    model.backbone.rotary_emb.inv_freq.mul_(3)
+    expected = early_answers(model, batch)
+    for _ in range(3):
+        agrees(model(**batch), expected)
+
+
+def test_float64_has_room_for_few_more_rows_than_there_are(replays):
+    """It attends on padded rows."""
+    model, batch = varied("bert")
+    model, rows = model.double(), len(batch["input_ids"])
+    model.configure(path="captured")
+    model(**batch)
+    assert all(level.size.rows < 2 * rows for level in levels_of(model))
+
+
+def test_levels_that_are_not_used_make_room(replays, monkeypatch):
+    monkeypatch.setattr(captured, "MAX_LEVELS", 2)
+    model, batch = varied("bert")
+    model.configure(path="captured", compaction="never")
+    sizes = []
+    for rows in (1, 30, 1, 90):
+        model(**{name: values[:1].repeat(rows, 1) for name, values in batch.items()})
+        sizes.append([level.size.tokens for level in levels_of(model)])
+    assert [len(each) for each in sizes] == [1, 2, 2, 2] and sizes[0][0] in sizes[3]
+
+
+def test_failed_capture_is_said_once_and_rows_are_answered(replays, caplog):
+    model, batch = varied("bert")
+    expected = family_answers(model, batch)
+    replays.error = RuntimeError("operation not permitted when stream is capturing\nmore")
+    for _ in range(4):
+        agrees(model(**batch), expected)
+    said = [r.getMessage() for r in caplog.records if "captured" in r.getMessage() and r.levelno == logging.WARNING]
+    assert said == [
+        "a layer cannot be captured, and runs eagerly: RuntimeError: operation not permitted when stream is capturing"
+    ]
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+def test_capture_that_computes_something_else_is_refused(wrong, replays, caplog):
+    model, batch = varied("bert")
+    expected = family_answers(model, batch)
+    agrees(model(**batch), expected)
+    replays.wrong = wrong
+    for _ in range(3):
+        agrees(model(**batch), expected)
+    assert "layer 1 computes something else when it is captured" in caplog.text
+
+
+def test_comparison_can_be_switched_off(replays, monkeypatch):
+    monkeypatch.setenv(self_test.VARIABLE, "0")
+    model, batch = varied("bert")
+    expected = family_answers(model, batch)
+    agrees(model(**batch), expected)
+    agrees(model(**batch), expected)
+    assert replays.captures > model.depth / 2 and not replays.replays
+
+
+def test_memory_that_runs_out_is_asked_for_later(replays, monkeypatch, caplog):
+    model, batch = varied("bert")
+    expected = family_answers(model, batch)
+    now = [0.0]
+    monkeypatch.setattr(captured.time, "monotonic", lambda: now[0])
+    agrees(model(**batch), expected)
+    replays.error = torch.OutOfMemoryError("CUDA out of memory")
+    for _ in range(3):
+        agrees(model(**batch), expected)
+    assert not levels_of(model)
+    replays.error = None
+    now[0] = captured.RETRY_SECONDS + 1
+    for _ in range(3):
+        agrees(model(**batch), expected)
+    assert levels_of(model) and replays.captures
+
+
+def test_second_thread_runs_eagerly_and_does_not_wait(replays):
+    model, batch = varied("bert")
+    expected = family_answers(model, batch)
+    for _ in range(3):
+        model(**batch)
+    parts = model.stream(**batch)
+    next(parts)  # a pass under way
+    before, got = replays.replays, []
+    thread = threading.Thread(target=lambda: got.append(model(**batch)))
+    thread.start()
+    thread.join(timeout=60)
+    agrees(got[0], expected)
+    assert replays.replays == before
+    for _ in parts:
+        pass
+    agrees(model(**batch), expected)
+    assert replays.replays > before
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "failed"])
+def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
+    model, batch = varied("bert")
+    expected = family_answers(model, batch)
+    for _ in range(3):
+        model(**batch)
+    if how == "failed":
+        model.config.strict = True
+        with parameter_set(model.heads.out[0].bias, 0, torch.nan), pytest.raises(ee.InvalidLogitsError):
+            model(**batch)
+        model.config.strict = False
+    else:
+        parts = model.stream(**batch)
+        next(parts)
+        if how == "closed":
+            parts.close()
+        del parts
+    before = replays.replays
+    agrees(model(**batch), expected)
+    assert replays.replays > before
+
+
+def test_autocast_compile_training_and_copies_capture_nothing(replays):
+    model, batch = varied("bert")
+    model.configure(path="auto")
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            model(**batch)
+    assert not replays.captures
+    for _ in range(3):
+        model(**batch)
+    assert levels_of(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not levels_of(other)
+        agrees(other(**batch), model(**batch))
+    model.train()
+    assert not levels_of(model)
+
+
+def test_layers_captured_are_refused_by_name_on_the_cpu():
+    model, _ = varied("bert")
+    with pytest.raises(ee.BackendUnavailableError, match="path 'captured' cannot run here: layers are"):
+        model.configure(path="captured")
+    assert model.explain().path != "captured"
+
+
+def test_bounds_that_arrive_late(replays, cheap, monkeypatch):
+    model, batch = varied("bert")
+    batch = {name: values.repeat(8, 1) for name, values in batch.items()}
+    expected = family_answers(model, batch)
+    late = []
+
+    class Late(loop.counts_for(1, torch.device("cpu"), exact=True).__class__):
+        """The counts of the layer before."""
+
+        def after(self, layer, counts, bounds):
+            late.append(super().after(layer, counts, bounds))
+            return late[-2] if len(late) > 1 and layer > 1 else bounds
+
+    monkeypatch.setattr(loop, "counts_for", lambda depth, device, exact: Late(depth))
+    for _ in range(3):
+        late.clear()
+        agrees(model(**batch), expected)
+    assert len(levels_of(model)) > 1

@@ -1,0 +1,242 @@
+"""Training methods as objects: phases, saved forms, invalid arguments, registration and tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from support.loss_cases import CASES, CLASSES, MULTI, REGRESSION, SINGLE
+from support.method_cases import METHOD_CASES
+from support.models import batch_for, stock
+
+import earlyexit_kernels as ee
+from earlyexit_kernels.methods import (
+    METHODS,
+    PARTS,
+    Berxit,
+    Dact,
+    Deebert,
+    Ensemble,
+    Fastbert,
+    Joint,
+    Method,
+    Palbert,
+    PhaseSpec,
+    Smartbert,
+    check_task,
+    from_dict,
+    mean_task_loss,
+    method_of,
+    register,
+)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_phases(name):
+    method = method_of(name)
+    got = [(p.name, p.trains, p.epochs, p.lr, p.projections, p.needs_labels) for p in method.phases]
+    assert got == [(n, set(t or PARTS), *rest) for n, t, *rest in METHOD_CASES[method.name].phases]
+
+
+def test_phase_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"trains=.*'backbone'.* got \['head'\]"):
+        PhaseSpec(name="p", trains={"head"})
+    with pytest.raises(ValueError, match=r"projections=.*'inputs'.* got 'outputs'"):
+        PhaseSpec(name="p", projections="outputs")
+
+
+def test_phases_of_other_settings():
+    """The paper's start of DACT, none, and the phase of PALBERT's halting head."""
+    last, dact = Dact(start="last").phases
+    assert (last.name, last.epochs, last.lr) == ("backbone", 2.0, 2e-5)
+    assert last.trains == {"backbone", "dense", "last_exit"} and dact == Dact().phases[1]
+    assert Dact(start=None).phases == (PhaseSpec(name="dact", epochs=3.0, lr=2e-5),)
+    ponder, halting = Palbert(halting_phase=True).phases
+    assert Palbert().phases == (ponder,) and not ponder.other_rows
+    assert (halting.name, halting.trains, halting.other_rows) == ("halting", {"halting"}, True)
+
+
+def test_a_model_records_the_prior_of_its_depth():
+    model = ee.to_early_exit(stock("bert", num_hidden_layers=3), method="palbert")
+    assert model.method.prior == pytest.approx(1 - 0.9**5.5) and model.config.method["prior"] == model.method.prior
+    other = ee.to_early_exit(stock("bert", num_hidden_layers=3), method=Palbert(prior=0.1))
+    assert other.config.method["prior"] == 0.1
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_palbert_shares_exits_of_shared_layers(shares):
+    """As in the public code for ALBERT; the halting head is always shared."""
+    changes = Palbert().head_changes(shares)
+    assert changes["halting_shared"] and changes["shared_exit"] is shares
+
+
+SAVED = [
+    (Joint(), {"name": "joint", "equilibrium": False}),
+    (
+        Palbert(beta=1, prior=np.float64(0.2), halting_layers=1),
+        {
+            "name": "palbert",
+            "beta": 1.0,
+            "prior": 0.2,
+            "kl": "prior_posterior",
+            "close_tail": True,
+            "halting_input": "concat",
+            "halting_layers": 1,
+            "halting_phase": False,
+        },
+    ),
+    (Berxit(), {"name": "berxit", "strategy": "alternating", "odd_includes_last": True, "learned_weight": 1.0}),
+    (Fastbert(kl="student_teacher"), {"name": "fastbert", "kl": "student_teacher"}),
+]
+
+
+@pytest.mark.parametrize(("method", "data"), SAVED)
+def test_saved_data(method, data):
+    assert method.to_dict() == data and from_dict(data) == method
+
+
+#: Methods saved before a field existed, and what they did then.
+EARLIER = [
+    ({"name": "dact", "ponder": 0.03, "include_last": True, "shared": False, "halting_bias": -2.2}, Dact(start=None)),
+    ({"name": "palbert", "beta": 0.5, "prior": 0.1}, Palbert(prior=0.1)),
+    ({"name": "ensemble", "diversity": 0.1}, Ensemble(weights="equal")),
+    ({"name": "smartbert", "gate_weight": 0.04, "soft_epochs": 1.8}, Smartbert(gate_bias=0.0, soft_epochs=1.8)),
+]
+
+
+@pytest.mark.parametrize(("data", "wanted"), EARLIER, ids=[data["name"] for data, _ in EARLIER])
+def test_data_of_earlier_versions(data, wanted):
+    """Also within a model's config and in a recipe; a method by name, or built, has the new defaults."""
+    wanted = dataclasses.replace(wanted, **{k: v for k, v in data.items() if k != "name"})
+    assert from_dict(data) == method_of(data) == wanted
+    assert method_of(data["name"]) == type(wanted)()
+    model = ee.to_early_exit(stock("bert", num_hidden_layers=3), method=data["name"])
+    model.config.method = data
+    assert ee.EarlyExitForSequenceClassification(model.config).method == wanted
+
+
+def test_values_of_missing_fields_are_valid():
+    for cls in set(METHODS.values()):
+        cls(**cls.when_missing)
+        assert set(cls.when_missing) <= {field.name for field in dataclasses.fields(cls)}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_saved_and_read_back(case):
+    data = json.loads(json.dumps(case.method.to_dict()))
+    assert from_dict(data) == method_of(data) == method_of(case.method) == case.method
+
+
+REFUSED = [(METHODS[name], *given) for name, case in METHOD_CASES.items() for given in case.refused]
+
+
+@pytest.mark.parametrize(("method", "arguments", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", None))
+def test_arguments_out_of_range_are_refused(method, arguments, words):
+    with pytest.raises(ValueError) as caught:
+        method(**arguments)
+    message = str(caught.value)
+    assert message.startswith(method.__name__) and all(word in message for word in words), message
+
+
+def test_every_argument_is_checked():
+    for cls in set(METHODS.values()):
+        assert set(cls.checks) == {field.name for field in dataclasses.fields(cls)}, cls
+        refused = {name for method, arguments, _ in REFUSED if method is cls for name in arguments}
+        assert refused == set(cls.checks), cls
+
+
+def test_unknown_methods_and_arguments_are_refused():
+    for method in ("magic", None, {"name": "magic"}, {}):
+        with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got"):
+            method_of(method)
+    with pytest.raises(ValueError, match=r"method 'joint': .*'beta'"):
+        method_of({"name": "joint", "beta": 1})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LastExit(Method):
+    """A method of another package."""
+
+    name: ClassVar[str] = "last_exit"
+    rule: ClassVar[str] = "entropy"
+    scale: float = 1.0
+
+    def loss(self, trace, labels, step):
+        return self.scale * mean_task_loss(trace.logits[:, -1], labels, step.problem_type)
+
+
+def test_register_makes_a_method_known(tmp_path):
+    register(LastExit)
+    try:
+        assert register(LastExit) is LastExit and method_of("last_exit") == LastExit()
+        model = ee.to_early_exit(stock(), method=LastExit(scale=2.0))
+        batch, labels = batch_for(model), torch.tensor([0, 1, 2, 0])
+        output = model.train()(**batch, labels=labels)
+        assert output.loss.item() == pytest.approx(2 * mean_task_loss(output.logits, labels, SINGLE).item())
+        model.save_pretrained(tmp_path)
+        assert ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path).method == LastExit(scale=2.0)
+    finally:
+        METHODS.pop("last_exit")
+    with pytest.raises(ValueError, match=r"got 'last_exit'; .*methods\.register"):
+        ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+
+
+def changed(**members):
+    """A dataclass like `LastExit` with other members."""
+    annotations = dict.fromkeys(("name", *members), ClassVar)
+    body = {"name": "changed", **members, "__annotations__": annotations}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type("Changed", (LastExit,), body))
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (type("Undecorated", (LastExit,), {}), r"register\(Undecorated\): expected a frozen dataclass; write @data"),
+        (changed(name="two words"), "expected a class attribute `name"),
+        (changed(rule=None), "expected a class attribute `rule"),
+        (changed(loss=Method.loss), r"expected a method loss\(self, trace, labels, step\)"),
+        (changed(name="joint"), "the name 'joint' belongs to .*Joint; give the class another name"),
+    ],
+    ids=str,
+)
+def test_register_says_what_is_missing(cls, words):
+    with pytest.raises(ValueError, match=words):
+        register(cls)
+    with pytest.raises(TypeError, match=r"expected a subclass of .*Method, got"):
+        register(cls.__name__)
+    assert "changed" not in METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tasks(name):
+    method = method_of(name)
+    for problem_type, classes in ((SINGLE, CLASSES), (MULTI, CLASSES), (REGRESSION, 1)):
+        if problem_type in method.tasks:
+            check_task(method, problem_type, classes)
+        else:
+            with pytest.raises(ValueError, match=rf"{method.name}.*{problem_type}.*'deebert', 'joint'.*'palbert'"):
+                check_task(method, problem_type, classes)
+    with pytest.raises(ValueError, match="it is unknown"):
+        check_task(method, "ranking", CLASSES)
+
+
+def test_methods_that_compare_classes_require_two():
+    for method in (Ensemble(), Dact(), Fastbert(), Smartbert()):
+        with pytest.raises(ValueError, match="at least 2, got 1"):
+            check_task(method, SINGLE, 1)
+    check_task(Deebert(), SINGLE, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("cls", [*METHODS.values(), PhaseSpec])
+def test_numbers_must_be_finite(cls, value):
+    needed = {"name": "phase"} if cls is PhaseSpec else {}
+    for field in dataclasses.fields(cls):
+        if isinstance(field.default, float) or "float" in str(field.type):
+            with pytest.raises(ValueError, match=rf"\({field.name}=...\): expected a finite number"):
+                cls(**needed, **{field.name: value})
