@@ -19,9 +19,9 @@ from earlyexit_kernels.backbones import BackboneAdapter
 from earlyexit_kernels.core.attention_plan import PaddedPlan
 from earlyexit_kernels.core.calls import hidden_of
 from earlyexit_kernels.core.exits import read_exit
-from earlyexit_kernels.core.inputs import Inputs, check_inputs
+from earlyexit_kernels.core.inputs import check_inputs
 from earlyexit_kernels.core.packing import last_kept, up_to_last
-from earlyexit_kernels.core.view import embedding_weight
+from earlyexit_kernels.core.view import Inputs, embedding_weight
 from earlyexit_kernels.criteria import Criterion, torch_step
 from earlyexit_kernels.hashing import token_keys
 from earlyexit_kernels.heads import ExitHeads, exit_logits

@@ -4,45 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from earlyexit_kernels.backbones import BackboneAdapter
 from earlyexit_kernels.core.attention import check_attention, check_windows
-from earlyexit_kernels.core.view import embedding_weight
+from earlyexit_kernels.core.view import Inputs, View, embedding_weight
 from earlyexit_kernels.types import INTEGER_DTYPES
-
-
-class Inputs(NamedTuple):
-    """The inputs of one batch, in the order of the arguments of `forward`.
-
-    Attributes:
-        input_ids: ``[N, S]``, int64 once checked.
-        attention_mask: ``[N, S]``, nonzero for tokens; None: all are tokens.
-        token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers; None: those of the stock model.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None = None
-    token_type_ids: Tensor | None = None
-    position_ids: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.input_ids.shape[0]
-
-    @property
-    def length(self) -> int:
-        """S, padding included."""
-        return self.input_ids.shape[1]
-
-    def rows_from(self, start: int, stop: int) -> Inputs:
-        """Return the rows from `start` to `stop`; an input of one row for all rows stays as it is."""
-        rows = self.rows
-        return Inputs(*(x if x is None or x.shape[0] != rows else x[start:stop] for x in self))  # type: ignore[arg-type]
 
 
 def check_inputs(given: Inputs, adapter: BackboneAdapter, backbone: Any, *, check_values: bool = True) -> Inputs:
@@ -149,3 +119,67 @@ def _check_ids(name: str, ids: Tensor, shape: torch.Size, size: int | None) -> N
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= size:
         raise ValueError(f"{name}: expected ids in [0, {size - 1}], got {low if low < 0 else high}")
+
+
+def check_pass(view: View, given: Inputs) -> Inputs:
+    """Check the inputs of a pass, and that the backbone of the model still fits its exits.
+
+    Args:
+        view: of the model.
+        given: as passed to `forward`.
+
+    Raises:
+        ValueError, AttentionReplacedError: as `check_inputs`, or the backbone or the config no longer fits the exits.
+    """
+    layers, heads = len(view.layers), view.heads
+    if layers != heads.depth:
+        raise ValueError(
+            f"the backbone has {layers} layers, the model has {heads.depth} exits; change the layers of the stock "
+            "model and its config.num_hidden_layers before to_early_exit"
+        )
+    if view.classes != heads.classes:
+        raise ValueError(
+            f"the config has {view.classes} labels, the exits have {heads.classes}; set config.num_labels back, or "
+            "change it in the stock model before to_early_exit"
+        )
+    heads.check_beside(embedding_weight(view.backbone))
+    return check_inputs(given, view.adapter, view.backbone)
+
+
+def check_batch(view: View, caller: str, batch: Mapping[str, Any], *, training: bool) -> Inputs:
+    """Check the inputs of a pass that runs in eval mode only, and return them.
+
+    Args:
+        view: of the model.
+        caller: name of the function that was called, for messages.
+        batch: keyword arguments; None stands for an input that is not given.
+        training: whether the model is in train mode.
+
+    Raises:
+        RuntimeError: the model is in train mode.
+        ValueError, AttentionReplacedError: an unknown input, or as `check_pass`.
+    """
+    if training:
+        raise RuntimeError(f"{caller}: expected the model in eval mode, got train mode; call model.eval() first")
+    given = {name: value for name, value in batch.items() if value is not None}
+    if unknown := sorted(set(given) - set(Inputs._fields)):
+        raise ValueError(f"{caller}: expected inputs among {Inputs._fields}, got {unknown}")
+    return check_pass(view, Inputs(**{"input_ids": None, **given}))
+
+
+def refuse_states(config: Any, hidden_states: bool | None, attentions: bool | None) -> None:
+    """Refuse a pass that is asked for hidden states or attentions.
+
+    Args:
+        config: of the model, for the defaults.
+        hidden_states, attentions: arguments of `forward`.
+
+    Raises:
+        ValueError: the arguments, or the defaults, ask for them.
+    """
+    asked = config.output_hidden_states if hidden_states is None else hidden_states
+    if asked or (config.output_attentions if attentions is None else attentions):
+        raise ValueError(
+            "output_hidden_states and output_attentions are not supported: rows leave at different layers, so "
+            "there is no full set to return; call model.backbone instead"
+        )

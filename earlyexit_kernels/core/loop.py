@@ -19,10 +19,9 @@ from torch import Tensor
 from earlyexit_kernels.core.counts import counts_for
 from earlyexit_kernels.core.encoder import Encoder
 from earlyexit_kernels.core.exits import RequestExits, exit_source
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.invalid import refuse_invalid
 from earlyexit_kernels.core.rows import Rows, embedded
-from earlyexit_kernels.core.view import View
+from earlyexit_kernels.core.view import Inputs, View
 from earlyexit_kernels.ops import bare_op
 from earlyexit_kernels.types import Answers, ExitOutput
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from earlyexit_kernels.core.encoder import Encoder, family_encoder
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.loop import Pass
-from earlyexit_kernels.core.view import View
+from earlyexit_kernels.core.view import Inputs, View
 from earlyexit_kernels.errors import BackendUnavailableError
 
 #: Reason of a choice that the user made.

@@ -13,9 +13,8 @@ from torch import Tensor
 from earlyexit_kernels.core.attention import attend_by_plan
 from earlyexit_kernels.core.calls import Calls, Request, layer_calls, request_of
 from earlyexit_kernels.core.encoder import Embed
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.packing import PackedBatch, pack, row_keys, up_to_last
-from earlyexit_kernels.core.view import View
+from earlyexit_kernels.core.view import Inputs, View
 from earlyexit_kernels.ops import bare_op
 from earlyexit_kernels.types import normed
 

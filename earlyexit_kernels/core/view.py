@@ -1,11 +1,11 @@
-"""What a pass reads: the parts of a model and its settings, taken once, so that no later change reaches the pass."""
+"""What a pass reads: inputs, and the parts and settings of a model, taken once, so that no later change reaches it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,31 @@ OPTIONS = {
     "weights": ("float32", "float16", "bfloat16", "int8"),
     "compaction": ("auto", "always", "never"),
 }
+
+
+class Inputs(NamedTuple):
+    """The inputs of one batch, in the order of the arguments of `forward`.
+
+    Attributes:
+        input_ids: ``[N, S]``, int64 once checked.
+        attention_mask: ``[N, S]``, nonzero for tokens; None: all are tokens.
+        token_type_ids, position_ids: ``[N, S]`` or ``[1, S]`` integers; None: those of the stock model.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.input_ids.shape[0]
+
+    @property
+    def length(self) -> int:
+        """S, padding included."""
+        return self.input_ids.shape[1]
 
 
 @dataclass(frozen=True)

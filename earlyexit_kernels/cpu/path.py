@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 
 from earlyexit_kernels.core.encoder import Encoder
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.loop import Pass
 from earlyexit_kernels.core.paths import Found, refusal
-from earlyexit_kernels.core.view import View
+from earlyexit_kernels.core.view import Inputs, View
 from earlyexit_kernels.cpu.kernels import STORED
 from earlyexit_kernels.cpu.layers import FusedLayers, products_of
 from earlyexit_kernels.errors import Unsupported

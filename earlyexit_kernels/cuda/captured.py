@@ -20,11 +20,10 @@ from torch import Tensor
 
 from earlyexit_kernels.core.attention_plan import AttentionPlan
 from earlyexit_kernels.core.encoder import Encoder, family_encoder
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.loop import InPlace, Pass, Place, compaction_pays
 from earlyexit_kernels.core.paths import Found
 from earlyexit_kernels.core.rows import Rows
-from earlyexit_kernels.core.view import View
+from earlyexit_kernels.core.view import Inputs, View
 from earlyexit_kernels.cuda.level import CaptureError, Level, Records, pads_rows
 from earlyexit_kernels.cuda.levels import level_size
 from earlyexit_kernels.cuda.record import Recorder

@@ -14,15 +14,14 @@ from earlyexit_kernels.backbones import adapter_of, check_parts
 from earlyexit_kernels.backbones.base import linear_weights
 from earlyexit_kernels.core.attention import PACKED_ATTENTION, attention_of
 from earlyexit_kernels.core.fixed_depth import FixedDepth
-from earlyexit_kernels.core.inputs import Inputs, refuse_other_arguments
+from earlyexit_kernels.core.inputs import check_batch, check_pass, refuse_other_arguments, refuse_states
 from earlyexit_kernels.core.paths import Explanation
-from earlyexit_kernels.core.view import Settings, View
+from earlyexit_kernels.core.view import Inputs, Settings, View
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits, supported_backends
 from earlyexit_kernels.criteria.base import refused_criterion_message
 from earlyexit_kernels.heads import ExitHeads, HeadConfig, LinearWithInitialBias
 from earlyexit_kernels.hf.checkpoint import Checkpointed
 from earlyexit_kernels.hf.config import EarlyExitConfig
-from earlyexit_kernels.hf.inputs import check_batch, check_model_inputs, refuse_states
 from earlyexit_kernels.hf.labels import check_labels
 from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.runner import Runner, full_depth_output
@@ -263,10 +262,10 @@ class EarlyExitForSequenceClassification(Checkpointed):
         config: Any = self.config
         refuse_states(config, output_hidden_states, output_attentions)
         refuse_other_arguments(others)
-        inputs = check_model_inputs(self, Inputs(input_ids, attention_mask, token_type_ids, position_ids))  # type: ignore[arg-type]
-        if labels is not None:
-            labels = check_labels(labels, self.problem_type, inputs.rows, config.num_labels)
         view = self.view()
+        inputs = check_pass(view, Inputs(input_ids, attention_mask, token_type_ids, position_ids))  # type: ignore[arg-type]
+        if labels is not None:
+            labels = check_labels(labels, view.task, inputs.rows, view.classes)
         if self.training:
             config.calibration = None  # it describes the weights before this step
             trace = self.runner.trace(view, inputs, self.schedule.trace_options(view.task), training=True)
@@ -307,8 +306,8 @@ class EarlyExitForSequenceClassification(Checkpointed):
             ...     print(rows.tolist(), tuple(logits.shape), exit_layer.tolist())  # without a criterion: in one part
             [0, 1] (2, 2) [3, 3]
         """
-        view, inputs = self.view(), check_batch(self, "stream", batch)
-        return self.runner.stream(view, inputs)
+        view = self.view()
+        return self.runner.stream(view, check_batch(view, "stream", batch, training=self.training))
 
     @torch.no_grad()
     def trace(self, **batch: Tensor) -> ExitTrace:
@@ -321,8 +320,8 @@ class EarlyExitForSequenceClassification(Checkpointed):
             RuntimeError: the model is in train mode, in which dropout would change the outputs.
             ValueError: an unknown input, or the criterion skips layers.
         """
-        inputs = check_batch(self, "trace", {k: v for k, v in batch.items() if k != "labels"})
-        return self.runner.trace(self.view(), inputs)
+        view, given = self.view(), {k: v for k, v in batch.items() if k != "labels"}
+        return self.runner.trace(view, check_batch(view, "trace", given, training=self.training))
 
     def fixed_depth(self) -> FixedDepth:
         """Return a module of this model for `torch.compile(fullgraph=True)`, `torch.export` and CUDA graph capture.

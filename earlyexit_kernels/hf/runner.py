@@ -12,12 +12,11 @@ from torch import Tensor
 
 from earlyexit_kernels.core.encoder import Encoder, family_encoder
 from earlyexit_kernels.core.full_depth import TraceOptions, trace_exits
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.invalid import InvalidRows
 from earlyexit_kernels.core.paths import REQUESTED, Eager, Explanation, Path, refusal
 from earlyexit_kernels.core.replay import replay
 from earlyexit_kernels.core.rows import embedded
-from earlyexit_kernels.core.view import View
+from earlyexit_kernels.core.view import Inputs, View
 from earlyexit_kernels.cpu.path import Fused
 from earlyexit_kernels.criteria import RULES, check_known
 from earlyexit_kernels.cuda.captured import Captured

@@ -25,8 +25,8 @@ from support.models import (
 import earlyexit_kernels as ee
 from earlyexit_kernels.core import attention, loop, rows
 from earlyexit_kernels.core.counts import HostCounts, LaggedCounts, counts_for
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.rows import Rows
+from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.criteria import RULES
 
 CPU = torch.device("cpu")

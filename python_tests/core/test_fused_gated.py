@@ -13,8 +13,9 @@ from torch import nn
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.core.encoder import family_encoder
-from earlyexit_kernels.core.inputs import Inputs, check_inputs
+from earlyexit_kernels.core.inputs import check_inputs
 from earlyexit_kernels.core.rows import embedded
+from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.cpu import onednn
 from earlyexit_kernels.criteria import Entropy
 from earlyexit_kernels.errors import BackendUnavailableError

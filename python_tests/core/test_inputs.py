@@ -8,7 +8,7 @@ from support.models import ALL_FAMILIES, CLASSES, DEPTH, FIRST_TOKEN, batch_for,
 from transformers import BatchEncoding
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.core.inputs import Inputs
+from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.criteria import QExit
 
 # empty inputs

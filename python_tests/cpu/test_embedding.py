@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.capability import run_tests_of, with_fewer_instructions
+from support.capability import run_tests_of
 
 from earlyexit_kernels.backends import extension_function
 from earlyexit_kernels.cpu.kernels import kernels_unsupported_reason
@@ -92,7 +92,6 @@ def test_a_token_has_the_same_bits_beside_any_tokens_and_with_any_number_of_thre
 
 
 @pytest.mark.thorough
-@with_fewer_instructions
-def test_other_kernels_of_this_processor(capability):
+def test_other_kernels_of_this_processor():
     """The tests above with fewer instructions."""
-    run_tests_of(__file__, capability)
+    run_tests_of(__file__, "avx2")

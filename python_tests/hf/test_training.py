@@ -12,9 +12,9 @@ from support.models import ALL_FAMILIES, CLASSES, DECODERS, DEPTH, batch_for, ea
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import adapter_of
 from earlyexit_kernels.core.full_depth import TraceOptions, trace_exits
-from earlyexit_kernels.core.inputs import Inputs
 from earlyexit_kernels.core.packing import pack
 from earlyexit_kernels.core.rows import Rows
+from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.heads import HeadOutput
 from earlyexit_kernels.methods import TrainingStep, method_of
 from earlyexit_kernels.types import Gating

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Pipeline, Trainer
 
-from earlyexit_kernels.hf import inputs as hf_inputs
+from earlyexit_kernels.core import inputs as core_inputs
 from earlyexit_kernels.hf.training import early_exit_model_in
 
 
@@ -43,7 +43,7 @@ def other_device(monkeypatch) -> None:
 
         monkeypatch.setattr(torch.Tensor, name, marking_move)
 
-    check = hf_inputs.check_inputs
+    check = core_inputs.check_inputs
 
     def check_with_device(given: Any, adapter: Any, backbone: Any) -> Any:
         if backbone in moved:
@@ -55,4 +55,4 @@ def other_device(monkeypatch) -> None:
         moves_model(cls)
     for name in ("to", "cuda"):
         marks_tensors(name)
-    monkeypatch.setattr(hf_inputs, "check_inputs", check_with_device)
+    monkeypatch.setattr(core_inputs, "check_inputs", check_with_device)
