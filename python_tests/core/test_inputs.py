@@ -8,7 +8,6 @@ from support.models import ALL_FAMILIES, CLASSES, DEPTH, FIRST_TOKEN, batch_for,
 from transformers import BatchEncoding
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.criteria import QExit
 
 # empty inputs
@@ -27,14 +26,6 @@ def test_empty_batch(family, pooling):
     trace = model.trace(**batch)
     assert trace.logits.shape == (0, DEPTH, CLASSES) and trace.aux["halting"].shape == (0, DEPTH)
     assert ee.replay(trace, model.criterion)[1].shape == (0,)
-
-
-def test_rows_of_inputs_share_broadcast_positions():
-    inputs = Inputs(torch.arange(12).view(4, 3), None, torch.ones(4, 3), torch.arange(3)[None])
-    part = inputs.rows_from(1, 3)
-    assert (part.rows, part.length) == (2, 3) and torch.equal(part.input_ids, inputs.input_ids[1:3])
-    assert part.attention_mask is None and part.token_type_ids.shape == (2, 3)
-    assert part.position_ids is inputs.position_ids
 
 
 def test_rows_without_tokens_are_refused():
