@@ -132,9 +132,9 @@ def outcome(folder: Path, expected: dict, seen: dict, variant: str | None) -> st
 
 #: The failure, the sizes, whether the file system has hard links, and whether the old config has a digest.
 CASES = [("kill", sizes, True, True) for sizes in SIZES]
-CASES += [("kill", sizes, True, False) for sizes in ("one file", "one file over shards", "shards of a variant")]
+CASES += [("kill", sizes, True, False) for sizes in ("one file over shards", "shards of a variant")]
 CASES += [("kill", "one file over shards", False, True), ("full disk", "shards over one file", True, True)]
-CASES += [("full disk", "one file", False, True), ("read-only", "one file", True, True)]
+CASES += [("read-only", "one file", True, True)]
 
 
 @pytest.mark.thorough

@@ -29,6 +29,7 @@ def run_tests_of(file: str, capability: str) -> str:
     options = ["-q", "-x", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not other_kernels and not torch"]
     command = [sys.executable, "-m", "pytest", *options, str(Path(file))]
     environment = python_environment(ATEN_CPU_CAPABILITY=capability)
+    environment.pop("EARLYEXIT_TEST_SUMMARY", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
