@@ -129,7 +129,6 @@ class LaggedCounts:
         return live, tokens
 
 
-@torch.compiler.disable
 def counts_for(depth: int, device: torch.device, *, exact: bool) -> Counts:
     """Return the counts for a batch on a device.
 
@@ -138,4 +137,9 @@ def counts_for(depth: int, device: torch.device, *, exact: bool) -> Counts:
         device: of the batch.
         exact: whether the loop needs exact counts.
     """
-    return HostCounts(depth) if exact or device.type != "cuda" else LaggedCounts(depth, device)
+    return HostCounts(depth) if exact or device.type != "cuda" else _lagged(depth, device)
+
+
+@torch.compiler.disable
+def _lagged(depth: int, device: torch.device) -> LaggedCounts:
+    return LaggedCounts(depth, device)

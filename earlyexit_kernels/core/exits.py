@@ -58,8 +58,7 @@ class ExitSource(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class LinearSource:
+class LinearSource(NamedTuple):
     """Exits that are one linear on the pooled hidden state; the op computes it, and pools where no norm is between."""
 
     linear: LinearExits
@@ -74,8 +73,7 @@ class LinearSource:
         return ExitInputs(vectors, weight, bias, None, None, "none")
 
 
-@dataclass(frozen=True)
-class DenseSource:
+class DenseSource(NamedTuple):
     """Exits of a dense module on the first token, its activation and a last linear, computed by two ops.
 
     Attributes:
@@ -165,7 +163,6 @@ class TraceSource:
         return ExitInputs(None, None, None, logits, aux, "none")
 
 
-@torch.compiler.disable
 def exit_source(heads: ExitHeads, needs: str | None, states: RowStates, backend: str) -> ExitSource:
     """Return the source for the exits of a request.
 

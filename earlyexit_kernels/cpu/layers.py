@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -236,6 +236,9 @@ class LayersAtUse(Sequence[Callable[..., Any]]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        return map(self.__getitem__, range(len(self._layers)))
 
     def __getitem__(self, index: Any) -> Any:
         layer = self._layers[index]

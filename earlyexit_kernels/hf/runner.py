@@ -13,6 +13,7 @@ from torch import Tensor
 from earlyexit_kernels.core.encoder import Encoder, family_encoder
 from earlyexit_kernels.core.full_depth import TraceOptions, trace_exits
 from earlyexit_kernels.core.invalid import InvalidRows
+from earlyexit_kernels.core.loop import Pass
 from earlyexit_kernels.core.paths import REQUESTED, Eager, Explanation, Path, refusal
 from earlyexit_kernels.core.replay import replay
 from earlyexit_kernels.core.rows import embedded
@@ -112,8 +113,7 @@ class Runner:
         _check_registered(view)
         if not inputs.rows:
             return _no_answers(view)
-        _refuse_in_capture(view)
-        result = self._ready(view, lambda path: path.begin(view, inputs)).run()
+        result = self._begin(view, inputs).run()
         self.invalid.add(result.invalid_rows, view.strict)
         return result
 
@@ -124,8 +124,7 @@ class Runner:
         """Yield the answers of a batch as rows leave; see `run`."""
         _check_registered(view)
         if inputs.rows:
-            _refuse_in_capture(view)
-            result = yield from self._ready(view, lambda path: path.begin(view, inputs)).parts()
+            result = yield from self._begin(view, inputs).parts()
             self.invalid.add(result.invalid_rows, view.strict)
 
     @torch.no_grad()
@@ -166,6 +165,12 @@ class Runner:
         self.invalid.add_pass(trace.logits, view.strict, training=training)
         return dataclasses.replace(trace, problem_type=view.task)
 
+    def _begin(self, view: View, inputs: Inputs) -> Pass:
+        """Return the pass of a batch of at least one row."""
+        if view.device.type == "cuda":
+            _refuse_in_capture()
+        return self._ready(view, lambda path: path.begin(view, inputs))
+
     def _encoder(self, view: View) -> Encoder:
         return self._ready(view, lambda path: path.encoder(view))
 
@@ -183,8 +188,8 @@ def _check_registered(view: View) -> None:
 
 
 @torch.compiler.disable
-def _refuse_in_capture(view: View) -> None:
-    if view.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _refuse_in_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "the current stream is capturing a CUDA graph, but the work per batch is data-dependent; capture "
             "model.fixed_depth() instead"
