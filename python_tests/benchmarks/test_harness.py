@@ -91,9 +91,10 @@ class FakeWorker:
 
 
 def test_versions_with_equal_answers_are_compared():
-    row = compare._row("a", {"base": FakeWorker(4.0, 1.0), "here": FakeWorker(2.0, 1.0)}, 3)
+    workers = {name: FakeWorker(time, 1.0) for name, time in (("base", 4.0), ("here", 2.0), ("again", 4.0))}
+    row = compare._row("a", workers, 3)
     assert row == ("a", "4.0", "2.0", "0.50 (0.50 to 0.50)", "1.00 (1.00 to 1.00)")
-    refused = compare._row("a", {"base": FakeWorker(4.0, 1.0), "here": FakeWorker(2.0, 1.1)}, 3)
+    refused = compare._row("a", {**workers, "here": FakeWorker(2.0, 1.1)}, 3)
     assert refused[3] == "refused: logits differ by 0.1"
     moved = {"logits": [1.0], "exit_layer": [2]}
     assert compare.difference(moved, {**moved, "exit_layer": [1]}) == "rows leave at other layers"
