@@ -60,7 +60,7 @@ at::Tensor added(const at::Tensor& x, const Product& p, const at::Tensor& other)
   return op.call(x, other, *p.packed, p.bias, "add");
 }
 
-// Attention bucket by bucket, [T, 3 H] -> [T, H]; the arguments are those of engine/length_buckets.py.
+// Attention bucket by bucket, [T, 3 H] -> [T, H]; the arguments are those of core/length_buckets.py.
 at::Tensor attend(const at::Tensor& qkv, int64_t heads, const std::vector<int64_t>& rows,
                   const std::vector<int64_t>& widths, const Optionals& slots, const Optionals& masks,
                   const Optionals& kept, const std::optional<at::Tensor>& inverse) {
