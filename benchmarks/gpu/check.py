@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if environment()["commit"] is None:
         print("note: not a git checkout; set EARLYEXIT_COMMIT, or the results name no commit", file=sys.stderr)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    # a shell starts commands in the background with SIGINT ignored, and their processes would ignore it too
+    before = {by: signal.signal(by, signal.default_int_handler) for by in (signal.SIGINT, signal.SIGTERM)}
     try:
         chosen = args.only or names
         wanted = {name: step for name, step in plan().items() if step.always or name in chosen}
@@ -105,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; finished steps are kept, run the command again for the others", file=sys.stderr)
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for by, handler in before.items():
+            signal.signal(by, handler)
     print(f"\n{goals_table(args.results)}\n\n{summary}")
     if args.results is None:
         rewrite_documents()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,8 +276,16 @@ def test_hanging_tests_are_stopped_if_pytest_timeout_is_installed(monkeypatch):
     assert steps.tests("tests_ops", 60).records[0]["not_measured"] == "pytest is not installed"
 
 
+@pytest.fixture
+def interruptible():
+    """A process that ignores SIGINT, as one that a shell started in the background, passes that on to its processes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.thorough
-def test_command_is_stopped_in_time():
+def test_command_is_stopped_in_time(interruptible):
     sleeps = "print('x', flush=True); import time; time.sleep(600)"
     code, output = steps.run([sys.executable, "-c", sleeps], 6, {})
     assert code is None and output.startswith("x\n") and "KeyboardInterrupt" in output, "it may say what it knows"

@@ -50,8 +50,11 @@ def is_running(process: int) -> bool:
 @pytest.mark.thorough
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_command_keeps_finished_steps_and_leaves_no_process(tmp_path, by):
-    """A process that went on would use the GPU while the next run measures."""
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    """A process that went on would use the GPU while the next run measures.
+
+    The command starts as one in the background of a shell, with SIGINT ignored.
+    """
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", INTERRUPTED, str(tmp_path)]
     run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: (tmp_path / "process").is_file() and (tmp_path / "process").read_text(), 60)
