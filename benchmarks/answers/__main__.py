@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.answers.comparison import compare
 from benchmarks.answers.groups import GROUPS, prepare, record, spread, summary
 from benchmarks.answers.models import FAMILIES
-from benchmarks.answers.recording import ROUNDING, Recording
+from benchmarks.answers.recording import Recording
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Processes of a recording, of one thread each.
@@ -34,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recorded(args.out, args.package, groups=args.groups, families=args.families, read=args.read)
         return 0
     if args.command == "compare":
-        return _compared(args.base, args.here, args)
+        return _compared(args.base, args.here)
     from benchmarks.compare import checked_out
 
     with tempfile.TemporaryDirectory(prefix="earlyexit-answers-") as folder, checked_out(args.ref, folder) as tree:
         base, here = Path(folder) / "base", Path(folder) / "here"
         recorded(base, tree, groups=args.groups, families=args.families)
         recorded(here, ROOT, groups=args.groups, families=args.families, read=base)
-        return _compared(base, here, args)
+        return _compared(base, here)
 
 
 def recorded(
@@ -80,10 +80,10 @@ def recorded(
     print(summary(joined), spread(joined), sep="\n", flush=True)
 
 
-def _compared(base: Path, here: Path, args: argparse.Namespace) -> int:
-    found = compare(Recording.load(base), Recording.load(here), args.rounding)
-    print(found.report(args.shown))
-    return int(found.failed(only_common=args.only_common))
+def _compared(base: Path, here: Path) -> int:
+    found = compare(Recording.load(base), Recording.load(here))
+    print(found.report())
+    return int(found.failed())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,10 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     selection.add_argument("--families", nargs="+", choices=FAMILIES, default=(), help="default: all")
     reading = argparse.ArgumentParser(add_help=False)
     reading.add_argument("--read", type=Path, metavar="RECORDING", help="load the models that another recording saved")
-    reporting = argparse.ArgumentParser(add_help=False)
-    reporting.add_argument("--only-common", action="store_true", help="allow cases that one recording lacks")
-    reporting.add_argument("--shown", type=int, default=20, help="differing cases to name (default: %(default)s)")
-    reporting.add_argument("--rounding", type=float, default=ROUNDING, help="allowed difference (default: %(default)s)")
     record_ = commands.add_parser("record", parents=[selection, reading], help="record the answers of one version")
     record_.add_argument("out", type=Path, help="folder of the recording")
     record_.add_argument(
@@ -108,10 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser("worker", parents=[selection, reading], help="one process of a recording")
     worker.add_argument("out", type=Path)
     worker.add_argument("--models", type=Path)
-    compare_ = commands.add_parser("compare", parents=[reporting], help="compare two recordings")
+    compare_ = commands.add_parser("compare", help="compare two recordings")
     compare_.add_argument("base", type=Path)
     compare_.add_argument("here", type=Path)
-    against = commands.add_parser("against", parents=[selection, reporting], help="compare this tree with a git ref")
+    against = commands.add_parser("against", parents=[selection], help="compare this tree with a git ref")
     against.add_argument("ref")
     return parser
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from benchmarks.answers.recording import RAISED, Recording
 
 EQUAL, CLOSE, DIFFERENT = "equal bits", "within tolerance", "different"
+#: Cases that a report names of each kind.
+SHOWN = 20
 Answer = Mapping[str, Tensor | str]
 
 
@@ -50,11 +52,11 @@ class Comparison:
         """Name of each differing case -> how it differs."""
         return {name: verdict.why for name, verdict in self.verdicts.items() if verdict.status == DIFFERENT}
 
-    def failed(self, *, only_common: bool = False) -> bool:
-        """Return whether a case differs, or, without `only_common`, is in one recording alone."""
-        return bool(self.differing) or (not only_common and bool(self.only_base or self.only_here))
+    def failed(self) -> bool:
+        """Return whether a case differs or is in one recording alone."""
+        return bool(self.differing or self.only_base or self.only_here)
 
-    def report(self, shown: int = 20) -> str:
+    def report(self) -> str:
         """Return a table of the groups of cases, and the first cases that differ or are in one recording alone."""
         counts = Counter((self._group(name), verdict.status) for name, verdict in self.verdicts.items())
         groups = sorted({group for group, _ in counts})
@@ -65,26 +67,20 @@ class Comparison:
         lines.append(f"{self.raised} of them raised the same error in both")
         for title, names in (("only in the base", self.only_base), ("only here", self.only_here)):
             if names:
-                lines += [f"{len(names)} cases {title}:", *(f"  {name}" for name in _first(names, shown))]
+                lines += [f"{len(names)} cases {title}:", *(f"  {name}" for name in _first(names))]
         if self.differing:
             differing = [f"{name}: {why}" for name, why in self.differing.items()]
-            lines += [f"{len(differing)} cases differ:", *(f"  {line}" for line in _first(differing, shown))]
+            lines += [f"{len(differing)} cases differ:", *(f"  {line}" for line in _first(differing))]
         return "\n".join(lines)
 
     def _group(self, name: str) -> str:
         return name.split(" | ")[0] + (", bits" if name in self.exact else "")
 
 
-def compare(base: Recording, here: Recording, least: float = 0.0) -> Comparison:
-    """Compare the cases that two recordings have in common, by the tolerances of the base.
-
-    Args:
-        base, here: the recordings.
-        least: tolerance of cases that have a smaller one, except 0.
-    """
+def compare(base: Recording, here: Recording) -> Comparison:
+    """Compare the cases that two recordings have in common, by the tolerances of the base."""
     common = [name for name in base.answers if name in here.answers]
-    allowed = {name: max(base.tolerances[name], least) if base.tolerances[name] else 0.0 for name in common}
-    verdicts = {name: verdict(base.answers[name], here.answers[name], allowed[name]) for name in common}
+    verdicts = {name: verdict(base.answers[name], here.answers[name], base.tolerances[name]) for name in common}
     return Comparison(
         verdicts,
         raised=sum(RAISED in base.answers[name] and verdicts[name].status == EQUAL for name in common),
@@ -157,5 +153,5 @@ def _kind(value: Tensor) -> str:
     return f"{value.dtype} {list(value.shape)}"
 
 
-def _first(lines: list[str], shown: int) -> list[str]:
-    return lines if len(lines) <= shown else [*lines[:shown], f"and {len(lines) - shown} more"]
+def _first(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= SHOWN else [*lines[:SHOWN], f"and {len(lines) - SHOWN} more"]

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import earlyexit_kernels as ee
-from benchmarks.answers import eval_cases, training_cases
+from benchmarks.answers import eval_cases, lifecycle_cases, replay_cases, training_cases
 from benchmarks.answers.models import DEPTH, FAMILIES, FUSED
 from benchmarks.answers.recording import RAISED, ROUNDING, Case, Recording
 
@@ -28,10 +28,10 @@ GROUPS: dict[str, tuple[Callable[[str], Iterator[Case]], Sequence[str]]] = {
     "dtypes": (eval_cases.dtypes, _FEW),
     "training": (training_cases.training, tuple(FAMILIES)),
     "tasks": (training_cases.tasks, _FEW),
-    "conversions": (training_cases.conversions, tuple(FAMILIES)),
-    "changes": (training_cases.changes, tuple(FAMILIES)),
-    "files": (training_cases.files, tuple(FAMILIES)),
-    "replays": (lambda family: training_cases.replays(), ("bert",)),
+    "conversions": (lifecycle_cases.conversions, tuple(FAMILIES)),
+    "changes": (lifecycle_cases.changes, tuple(FAMILIES)),
+    "files": (lifecycle_cases.files, tuple(FAMILIES)),
+    "replays": (lambda family: replay_cases.replays(), ("bert",)),
 }
 
 
@@ -46,7 +46,7 @@ def record(
 
     Args:
         groups, families: what to record; default: all.
-        written, read: folders of saved models, as for `training_cases.files`.
+        written, read: folders of saved models, as for `lifecycle_cases.files`.
     """
     package = str(Path(ee.__file__).resolve().parent)
     about = {"package": package, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -58,7 +58,7 @@ def record(
             for group in groups or GROUPS:
                 cases, having = GROUPS[group]
                 if group == "files":
-                    cases = partial(training_cases.files, written=written, read=read)
+                    cases = partial(lifecycle_cases.files, written=written, read=read)
                 if family in having:
                     _add(recording, f"{group} | {family} | stopped", cases(family))
     finally:
