@@ -101,7 +101,7 @@ class Pass:
     """
 
     def __init__(self, view: View, encoder: Encoder, inputs: Inputs, place: Place | None = None) -> None:
-        rule, backend = view.criterion.exit_rule, view.backend
+        rule = view.criterion.exit_rule
         self.view, self.encoder, self.skip_from = view, encoder, view.criterion.skip_from
         self.place: Place = InPlace(view) if place is None else place
         try:
@@ -110,7 +110,7 @@ class Pass:
             self.exits = RequestExits.new(
                 rule, rows=rows.live, classes=view.classes, depth=depth, device=device, keys=keys
             )
-            self.source = exit_source(view.heads, rule.needs, self.rows, backend)
+            self.source = exit_source(view.heads, rule.needs, self.rows, view.backend)
             self.decide = bare_op("exit_step", view.exit_backend, device)
             self.counts = counts_for(depth, device, exact=self.skip_from is not None)
         except BaseException:

@@ -223,7 +223,8 @@ class Level:
 def _sources(view: View) -> list[nn.Module]:
     """Return the modules that `LayerCalls` may be made from: those beside the layers."""
     layers = set(view.layers)
-    return [part for part in view.backbone.children() if layers.isdisjoint(part.modules())]
+    beside = [part for part in view.backbone.children() if layers.isdisjoint(part.modules())]
+    return [*beside, *view.adapter.beside_layers(view.backbone)]
 
 
 def pads_rows(view: View) -> bool:

@@ -165,6 +165,20 @@ def test_changed_rotary_embeddings_are_followed(replays):
         agrees(model(**batch), expected)
 
 
+@pytest.mark.parametrize("family", ["deberta", "deberta-v2", "mpnet"])
+def test_another_module_beside_the_layers_is_captured_again(family, replays):
+    """A graph reads the weights of the old one; it lies in the encoder, which holds the layers too."""
+    model, batch = varied(family)
+    model.configure(path="captured")
+    for _ in range(3):
+        model(**batch)
+    encoder, captures = model.backbone.encoder, replays.captures
+    name = "relative_attention_bias" if family == "mpnet" else "rel_embeddings"
+    setattr(encoder, name, copy.deepcopy(getattr(encoder, name)))
+    model(**batch)
+    assert replays.captures > captures
+
+
 def test_another_backbone_is_followed(replays):
     """What layers take besides hidden states is made by the backbone of the batch."""
     model, batch = varied("llama")
@@ -286,6 +300,20 @@ def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
     before = replays.replays
     agrees(model(**batch), expected)
     assert replays.replays > before
+
+
+def test_backend_that_cannot_run_gives_the_place_back(replays):
+    model, batch = varied("bert")
+    expected = family_answers(model, batch)
+    model.configure(backend="cpp")
+    model.double()
+    with pytest.raises(ee.BackendUnavailableError):
+        model(**batch)
+    model.float()
+    model.configure(backend="auto")
+    for _ in range(3):
+        agrees(model(**batch), expected)
+    assert replays.replays
 
 
 def test_autocast_compile_training_and_copies_capture_nothing(replays):
