@@ -35,11 +35,11 @@ MAY_IMPORT = {
     "core": "backbones backends criteria errors hashing heads ops types numpy torch transformers",
     "cpu": "backbones backends core errors ops torch",
     "cuda": "backbones core errors ops torch",
-    "hf": "arguments backbones backends core cpu criteria cuda errors heads methods types huggingface_hub numpy "
+    "hf": "arguments backbones core cpu criteria cuda errors heads methods types huggingface_hub numpy "
     "safetensors torch transformers",
     "tuning": "arguments backbones backends criteria core hf page_style types mapie matplotlib numpy safetensors "
     "sklearn torch tqdm",
-    "serving": "arguments backends criteria hf ops page_style tuning types fastapi numpy prometheus_client pyarrow "
+    "serving": "arguments backends criteria hf ops page_style tuning fastapi numpy prometheus_client pyarrow "
     "pydantic ray torch transformers uvicorn",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",
     "cli": "* __init__ numpy safetensors torch tqdm transformers",

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones.base import LayerNames
@@ -55,10 +56,9 @@ class LayerWeights:
     heads: int
     activation: tuple[str, str]
 
-    @property
-    def projections(self) -> tuple[Pair, Pair, Pair]:
-        """Query, key and value."""
-        return self.query, self.key, self.value
+    def qkv(self) -> Pair:
+        """Return query, key and value as one linear, which is a copy."""
+        return Pair(*(torch.cat(each) for each in zip(self.query, self.key, self.value, strict=True)))
 
 
 def read_bert_layer(layer: nn.Module, names: LayerNames, config: Any) -> LayerWeights:
@@ -73,7 +73,7 @@ def read_bert_layer(layer: nn.Module, names: LayerNames, config: Any) -> LayerWe
     """
     attention = names.query.rpartition(".")[0]
     readers: dict[str, Any] = {
-        **dict.fromkeys((getattr(names, name) for name in LINEARS), functools.partial(_read_pair, nn.Linear)),
+        **dict.fromkeys(names.linears, functools.partial(_read_pair, nn.Linear)),
         **dict.fromkeys((getattr(names, name) for name in NORMS), functools.partial(_read_pair, nn.LayerNorm)),
         names.activation: _read_activation,
     }

@@ -96,7 +96,7 @@ def read_gated_layer(layer: nn.Module, names: GatedLayerNames, config: Any) -> G
     """
     path = names.of("qkv")[0].rpartition(".")[0]
     readers: dict[str, Any] = {
-        **{linear: _read_linear for name in LINEARS for linear in names.of(name)},
+        **dict.fromkeys(names.linears, _read_linear),
         **{getattr(names, name): _read_any_norm for name in NORMS},
         names.activation: _read_activation,
     }

@@ -1,1 +1,1 @@
-"""How a batch runs: packing, the eager loop, fused layers, graphs, replay and fixed depth."""
+"""How a batch runs: packing, the loop, traces, replay, fixed depth and seals."""

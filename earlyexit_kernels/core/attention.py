@@ -46,7 +46,7 @@ def packed_attention(
     Args:
         query, key, value: ``[1, heads, T, D]`` of packed tokens, or ``[N, heads, S, D]`` of padded rows; key and value
             may have fewer heads, each of which several heads of the query share.
-        plan: which tokens form a row; the engine passes it through the keyword arguments of the layers.
+        plan: which tokens form a row; the loop passes it through the keyword arguments of the layers.
         kwargs: of the layers: ``sliding_window``, ``softcap`` and ``is_causal``; others must be None or False.
 
     Returns:

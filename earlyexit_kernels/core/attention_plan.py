@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from earlyexit_kernels.core.length_buckets import LengthBucket, LengthBuckets, group_by_length, once
-from earlyexit_kernels.core.packing import PackedBatch
+from earlyexit_kernels.core.packing import PackedBatch, rows_of_tokens
 
 
 class AttentionKind(NamedTuple):
@@ -154,13 +154,3 @@ def one_rectangle(plan: AttentionPlan, tokens: int) -> AttentionPlan:
     bucket = LengthBucket(len(starts), plan.longest, slots.flatten(), (column <= last)[:, None, None, :])
     buckets = LengthBuckets((bucket,), inverse=row * plan.longest + place.clamp(max=plan.longest - 1))
     return AttentionPlan(lambda: buckets, columns=plan.columns)
-
-
-def rows_of_tokens(offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the row of each of T packed tokens and its place in the row, both ``[T]`` int64.
-
-    Tokens of no row get the last row, and places beyond its end.
-    """
-    token = torch.arange(tokens, device=offsets.device)
-    row = torch.searchsorted(offsets[1:].long(), token, right=True).clamp(max=offsets.shape[0] - 2)
-    return row, token - offsets[:-1].long()[row]

@@ -13,9 +13,8 @@ from torch import Tensor
 from earlyexit_kernels.core.attention_plan import (
     AttentionPlan,
     plan_attention,
-    rows_of_tokens,
 )
-from earlyexit_kernels.core.packing import PackedBatch
+from earlyexit_kernels.core.packing import PackedBatch, rows_of_tokens
 from earlyexit_kernels.core.view import View
 
 
@@ -81,13 +80,23 @@ class RequestTokens:
 
     def calls(self, batch: PackedBatch, hidden: Tensor) -> LayerCalls:
         """Return how the layers are called on rows of this request and their tokens ``[1, t, H]``."""
-        index, tokens = slice(None), hidden.shape[1]
-        if tokens != self.positions.shape[0]:  # rows have left; those that are left are in order
-            row, place = rows_of_tokens(batch.offsets, tokens)
-            first = self.offsets[batch.row_ids.clamp(min=0).long()]
-            index = (first[row] + place).clamp(max=self.positions.shape[0] - 1)  # type: ignore[assignment]
+        index: Any = slice(None)
+        if hidden.shape[1] != self.positions.shape[0]:  # rows have left; those that are left are in order
+            index, _ = self.places_of(batch.offsets, batch.row_ids, hidden.shape[1])
         plan = plan_attention(batch, None if self.columns is None else self.columns[index])
         return LayerCalls(plan, self.arguments(hidden, self.positions[index][None]))
+
+    def places_of(self, offsets: Tensor, row_ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return where the tokens of some rows are among those of the request, and in their rows, ``[t]`` int64.
+
+        Args:
+            offsets: ``[B + 1]``, of the rows.
+            row_ids: ``[B]``, of the rows in the request; negative for none.
+            tokens: t; those of no row get places of other tokens.
+        """
+        row, place = rows_of_tokens(offsets, tokens)
+        first = self.offsets[row_ids.clamp(min=0).long()]
+        return (first[row] + place).clamp(max=self.positions.shape[0] - 1), place
 
 
 @dataclass(frozen=True)

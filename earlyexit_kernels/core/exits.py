@@ -19,7 +19,6 @@ from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.heads.bank import FusedExit, LinearExits
 from earlyexit_kernels.ops import ExitCall, bare_op
-from earlyexit_kernels.ops.checks import FLOATS
 from earlyexit_kernels.types import ExitTrace, RowStates, pooled, read_aux
 
 #: Activation of a dense module that `ops.first_tokens_linear` computes -> its class.
@@ -180,22 +179,22 @@ def exit_source(heads: ExitHeads, needs: str | None, states: RowStates, backend:
     # in half precision a full-depth pass, which calls the modules, would round differently
     on_cpu = states.hidden.device.type == "cpu" and backend != "triton"  # which does not have the op
     if states.norm is None and on_cpu and states.hidden.dtype == torch.float32:
-        features = states.hidden.new_empty(states.rows, heads.features_size)
-        return dense_source(heads, features, backend) or ModuleSource(heads, None)
+        return dense_source(heads, states, backend) or ModuleSource(heads, None)
     return ModuleSource(heads, None)
 
 
-def dense_source(heads: ExitHeads, features: Tensor, backend: str) -> DenseSource | None:
+def dense_source(heads: ExitHeads, states: RowStates, backend: str) -> DenseSource | None:
     """Return the source that computes the family's form of exits by ops, or None where these are something else.
 
     Args:
         heads: the exits.
-        features: buffer ``[N, F]`` for at least as many rows as a call has, dtype and device of the hidden states.
+        states: float32 tokens after the embeddings.
         backend: of the ops.
     """
-    exits = dense_exits(heads, features.dtype, features.device)
+    exits = dense_exits(heads, states.hidden.dtype, states.hidden.device)
     if exits is None:
         return None
+    features = states.hidden.new_empty(states.rows, heads.features_size)
     multiply = bare_op("first_tokens_linear", backend, features.device)
     return DenseSource(heads, exits, heads.config.activation, features, multiply)
 
@@ -209,7 +208,7 @@ def dense_exits(heads: ExitHeads, dtype: torch.dtype, device: torch.device) -> l
     """
     config = heads.config
     known = config.has_dense and config.reads == "first" and config.dense_bias and not config.norm
-    if not known or dtype not in FLOATS or torch.is_autocast_enabled(device.type):
+    if not known or torch.is_autocast_enabled(device.type):
         return None
     if type(heads.activation) is not DENSE_ACTIVATIONS.get(config.activation):
         return None

@@ -110,19 +110,18 @@ def _pack_on_device(keep: Tensor, first_token: bool) -> PackedBatch | None:
     return PackedBatch(index[:tokens], offsets, row_ids, None, longest)
 
 
-def check_first_tokens(masked: Tensor, before: int = 0) -> None:
+def check_first_tokens(masked: Tensor) -> None:
     """Check that the exits can read the first token of each row.
 
     Args:
         masked: ``[N]`` bool, whether the first token of a row is masked while others are kept.
-        before: rows of the request before these.
 
     Raises:
         ValueError: names the first such row.
     """
     if bool(masked.any()):
         raise ValueError(
-            f"attention_mask: the first token of row {before + int(masked.nonzero()[0])} is masked, but these exits "
+            f"attention_mask: the first token of row {int(masked.nonzero()[0])} is masked, but these exits "
             "read it; pad on the right (tokenizer.padding_side = 'right')"
         )
 
@@ -135,12 +134,20 @@ def row_keys(ids: Tensor, offsets: Tensor) -> Tensor:
         offsets: ``[N + 1]`` int32.
     """
     ends = offsets.long()
-    place = torch.arange(ids.shape[1], device=ids.device) - ends[:-1].repeat_interleave(
-        offsets.diff(), output_size=ids.shape[1]
-    )
+    _, place = rows_of_tokens(offsets, ids.shape[1])
     sums = torch.zeros(ids.shape[1] + 1, dtype=torch.int64, device=ids.device)
     sums[1:] = token_keys(ids[0], place).cumsum(0)
     return sums[ends[1:]] - sums[ends[:-1]]
+
+
+def rows_of_tokens(offsets: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the row of each of T packed tokens and its place in the row, both ``[T]`` int64.
+
+    Tokens of no row get the last row, and places beyond its end.
+    """
+    token = torch.arange(tokens, device=offsets.device)
+    row = torch.searchsorted(offsets[1:].long(), token, right=True).clamp(max=offsets.shape[0] - 2)
+    return row, token - offsets[:-1].long()[row]
 
 
 def last_kept(keep: Tensor) -> Tensor:

@@ -42,11 +42,6 @@ class Inputs(NamedTuple):
         """N."""
         return self.input_ids.shape[0]
 
-    @property
-    def length(self) -> int:
-        """S, padding included."""
-        return self.input_ids.shape[1]
-
 
 @dataclass(frozen=True)
 class Settings:

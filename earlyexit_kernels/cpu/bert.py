@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,8 +40,7 @@ class BertLayer:
     @staticmethod
     def of(weights: LayerWeights, products: Products) -> BertLayer:
         """Pack the weights of a layer."""
-        qkv = Pair(*(torch.cat(each) for each in zip(*weights.projections, strict=True)))
-        linears = (qkv, weights.attention_out, weights.inner, weights.outer)
+        linears = (weights.qkv(), weights.attention_out, weights.inner, weights.outer)
         return BertLayer(weights, *(PackedLinear.of(w, b, products) for w, b in linears))
 
     def __call__(self, hidden: Tensor, *, plan: AttentionPlan) -> Tensor:

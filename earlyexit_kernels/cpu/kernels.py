@@ -52,9 +52,8 @@ def kernels_name() -> str:
 
 def joined(weights: LayerWeights) -> EncoderWeights:
     """Return the weights with query, key and value as one linear, which is a copy."""
-    qkv = (torch.cat(each) for each in zip(*weights.projections, strict=True))
     after = (weights.attention_out, weights.attention_norm, weights.inner, weights.outer, weights.norm)
-    return EncoderWeights(*qkv, *itertools.chain.from_iterable(after))
+    return EncoderWeights(*weights.qkv(), *itertools.chain.from_iterable(after))
 
 
 @dataclass(frozen=True)

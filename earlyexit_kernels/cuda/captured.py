@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from earlyexit_kernels.core.attention_plan import AttentionPlan
+from earlyexit_kernels.core.attention_plan import AttentionPlan, plan_attention
 from earlyexit_kernels.core.encoder import Encoder, family_encoder
 from earlyexit_kernels.core.loop import InPlace, Pass, Place, compaction_pays
 from earlyexit_kernels.core.paths import Found
@@ -99,10 +99,8 @@ class CapturedLayers:
         except Exception as error:  # of almost any class
             self.refuse(level, error)
             return None
-        static: Any = level.request
-        columns = getattr(static, "columns", None)
-        plan = AttentionPlan(offsets=loaded.offsets, longest=rows.batch.longest, columns=columns)
-        return level, dataclasses.replace(loaded, called=LevelCalls(self, level, recorder, plan))
+        called = LevelCalls(self, level, recorder, plan_attention(loaded.batch))
+        return level, dataclasses.replace(loaded, called=called)
 
     def recorder(self, device: torch.device) -> Records:
         """Return what captures calls on a device."""
@@ -138,7 +136,7 @@ def _behind(device: torch.device) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class LevelCalls:
-    """How layers are called on the rows of a level; as `engine.layer_calls.LayerCalls`.
+    """How layers are called on the rows of a level; a `core.calls.Calls`.
 
     Attributes:
         owner: of the level.
@@ -205,7 +203,7 @@ class OnLevels:
 
 
 class Captured:
-    """Answers by captured layers; a `core.loop.Path`. Copies and pickles start without captures."""
+    """Answers by captured layers; a `core.paths.Path`. Copies and pickles start without captures."""
 
     name = "captured"
 
@@ -214,12 +212,10 @@ class Captured:
 
     def check(self, view: View) -> Found:
         """Return what runs the layers."""
-        if (kind := view.device.type) not in DEVICES:
-            raise Unsupported(f"layers are captured on CUDA, the model is on {kind!r}")
+        if view.device.type not in DEVICES:
+            raise Unsupported(f"layers are captured on CUDA, the model is on {view.device.type!r}")
         if view.replica_reason:
             raise Unsupported(view.replica_reason)
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(kind):
-            raise Unsupported("autocast or torch.compile is active")
         return Found("a layer is one launch")
 
     def encoder(self, view: View) -> Encoder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from earlyexit_kernels.backbones.forms import hooked
-from earlyexit_kernels.core.attention_plan import AttentionKind, rows_of_tokens
+from earlyexit_kernels.core.attention_plan import AttentionKind
 from earlyexit_kernels.core.calls import LayerCalls, Request, RequestTokens, layer_calls
 from earlyexit_kernels.core.packing import PackedBatch
 from earlyexit_kernels.core.rows import Rows
@@ -125,9 +125,7 @@ class Level:
 
     def _load_positions(self, request: RequestTokens) -> None:
         static: Any = self.request
-        row, place = rows_of_tokens(self.offsets, self.size.tokens)
-        first = request.offsets[self.row_ids.clamp(min=0).long()]
-        index = (first[row] + place).clamp(max=request.positions.shape[0] - 1)
+        index, place = request.places_of(self.offsets, self.row_ids, self.size.tokens)
         static.positions.copy_(request.positions[index])
         static.columns.copy_(place if request.columns is None else request.columns[index])
 

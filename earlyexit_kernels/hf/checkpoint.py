@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from earlyexit_kernels.core.attention import PACKED_ATTENTION
 from earlyexit_kernels.errors import MissingHeadsError
-from earlyexit_kernels.hf.saving import CONFIG, complete_copies, saved_whole, variant_of
+from earlyexit_kernels.hf.saving import CONFIG, DIGEST, complete_copies, saved_whole, variant_of
 from earlyexit_kernels.hf.weight_files import (
     StoredTensor,
     check_finite,
@@ -24,8 +24,6 @@ from earlyexit_kernels.hf.weight_files import (
     read_headers,
 )
 
-#: Entry of a saved config: the digest of its weights. That of a variant has its name behind a dot.
-DIGEST = "weights_digest"
 ATTENTION_IS_FIXED = (
     "attn_implementation cannot be chosen: an early-exit model packs the rows of a batch, and only its own attention "
     f"({PACKED_ATTENTION!r}) keeps them apart"

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from earlyexit_kernels.backbones import BACKBONES, adapter_of
 from earlyexit_kernels.backbones.base import query_width
 from earlyexit_kernels.criteria import Criterion, from_dict
+from earlyexit_kernels.hf.saving import DIGEST
 
 FORMAT_VERSION = 1
 #: What is expected of an entry, in words, and a test for it; a missing entry or None passes.
@@ -119,7 +120,7 @@ class EarlyExitConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         # entries of the file only: a config in memory may be saved with other weights
-        kwargs = {name: value for name, value in kwargs.items() if name.partition(".")[0] != "weights_digest"}
+        kwargs = {name: value for name, value in kwargs.items() if name.partition(".")[0] != DIGEST}
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"format_version: this package reads version {FORMAT_VERSION}, the checkpoint has {format_version!r}; "
@@ -233,7 +234,7 @@ def _encoder_config(config: Any) -> Any:
             f"backbone_config: expected an encoder of at most {MAX_PARAMETERS:,} parameters, its sizes give about "
             f"{parameters:,}; do not trust this checkpoint"
         )
-    check_encoder(config)
+    _check_encoder(config)
     _refuse_outputs("backbone_config.", entries)
     return config
 
@@ -276,7 +277,7 @@ def _check(where: str, data: Mapping[str, Any], checks: Mapping[str, Check]) -> 
             raise ValueError(f"{where}{name}: expected {expected}, got {data[name]!r}")
 
 
-def check_encoder(config: Any) -> None:
+def _check_encoder(config: Any) -> None:
     """Refuse settings of an encoder that packed tokens do not support.
 
     Raises:

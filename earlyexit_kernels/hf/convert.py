@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from earlyexit_kernels.backbones import BackboneAdapter, StockHead, adapter_of
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads, HeadConfig
-from earlyexit_kernels.hf.config import EarlyExitConfig, check_encoder
+from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification
 from earlyexit_kernels.hf.separation import check_separation
 from earlyexit_kernels.methods import Method, method_of
@@ -183,7 +183,6 @@ def _stock(hf_model: Any, pooling: str | None) -> Source:
     adapter = adapter_of(config.model_type)
     stock, names = adapter.head, dict(hf_model.named_modules())
     _check_parts(hf_model, adapter, names)
-    check_encoder(config)
     useful = (None, "mean", "last" if stock.pooling == "last" else "first")
     if pooling not in useful:
         raise ValueError(

@@ -175,9 +175,10 @@ class EarlyExitForSequenceClassification(Checkpointed):
             weights = "float32"
         given = {"path": path, "weights": weights, "backend": backend, "compaction": compaction}
         settings = dataclasses.replace(self.settings, **{k: v for k, v in given.items() if v is not None})
+        # by a runner without the packed copies, for which there may be no memory
+        Runner().check(self.view(settings=settings))
         if (settings.path, settings.weights) != (self.settings.path, self.settings.weights):
             self.refresh()
-        self.runner.check(self.view(settings=settings))
         self.settings = settings
 
     def explain(self) -> Explanation:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.hf.model import EarlyExitForSequenceClassification, early_exit_model_in
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+INPUTS = Inputs._fields
 LABELS = ("labels", "label")
 
 

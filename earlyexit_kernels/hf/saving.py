@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = "config.json"
+#: Entry of a saved config: the digest of its weights. That of a variant has its name behind a dot.
+DIGEST = "weights_digest"
 #: Beginning of the name of a folder with the files of a save, and its end when all of them are written.
 STAGING, COMPLETE = ".saving-", ".complete"
 #: ``model.safetensors``, its shards and its index, with transformers' variant if there is one.

@@ -22,7 +22,7 @@ MAX_INT32 = torch.iinfo(torch.int32).max
 not_traced = torch.compiler.disable
 
 
-def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None, of: str = "answers") -> None:
+def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None) -> None:
     """Raise ValueError if row ids on the CPU repeat, or exceed the number of requests.
 
     Like all checks of values this one is for the CPU only; on CUDA it would synchronise with the device.
@@ -31,7 +31,6 @@ def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None, of: str = "
         op: for the message.
         row_ids: ``[B]``; negative for rows that have left.
         requests: N, or None for any number.
-        of: the tensor that has N rows.
     """
     # numpy is several times as fast as torch on a few numbers
     ids = row_ids.numpy()
@@ -40,7 +39,7 @@ def check_row_ids(op: str, row_ids: Tensor, *, requests: int | None, of: str = "
         return
     present.sort()
     if requests is not None and present[-1] >= requests:
-        raise ValueError(f"{op}: expected row_ids below the {requests} rows of {of}, got {present[-1]}")
+        raise ValueError(f"{op}: expected row_ids below the {requests} rows of answers, got {present[-1]}")
     same = present[1:] == present[:-1]
     if same.any():
         raise ValueError(
@@ -104,25 +103,6 @@ def check_moves(op: str, offsets: Tensor, source: Tensor, new_offsets: Tensor) -
             f"{op}: expected new_offsets to keep the {had[k]} tokens of row {index[k]}, got {has[k]}; pass what "
             "compact returned"
         )
-
-
-def check_present(op: str, offsets: Tensor, row_ids: Tensor | None, *, tokens: int, device: torch.device) -> None:
-    """Raise ValueError if offsets ``[B + 1]`` are invalid for a buffer of `tokens` tokens.
-
-    Args:
-        op: for the message.
-        offsets: int32; the values are checked on the CPU only.
-        row_ids: ``[B]``, or None.
-        tokens: T, of the buffer.
-        device: of the op's other tensors.
-    """
-    rows = None
-    if row_ids is not None:
-        check_tensor(op, "row_ids", row_ids, (None,), INT32, device=device)
-        rows = row_ids.shape[0] + 1
-    check_tensor(op, "offsets", offsets, (rows,), INT32, device=device)
-    if device.type == "cpu" or not offsets.numel():
-        check_offsets(op, offsets, tokens=tokens)
 
 
 def check_apart(op: str, written: Mapping[str, Tensor | None], read: Mapping[str, Tensor | None]) -> None:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from earlyexit_kernels.ops.activations import ACTIVATIONS
 from earlyexit_kernels.ops.checks import (
     FLOATS,
+    INT32,
     check_apart,
     check_no_empty_row,
-    check_present,
+    check_offsets,
     check_tensor,
     not_traced,
 )
 from earlyexit_kernels.ops.schema import FIRST_TOKENS_LINEAR, bare_op, define
+
+#: Activations of the op, by name.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+}
 
 
 @torch.no_grad()
@@ -97,9 +109,12 @@ def _checked(
     check_tensor(op, "bias", bias, (weight.shape[0],), (hidden.dtype,), device=device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: expected activation to be one of {tuple(ACTIVATIONS)}, got {activation!r}")
-    check_present(op, offsets, row_ids, tokens=hidden.shape[0], device=device)
-    shape = (row_ids.shape[0], weight.shape[0])
-    check_tensor(op, "out", out, shape, (hidden.dtype,), written=True, device=device)
+    check_tensor(op, "row_ids", row_ids, (None,), INT32, device=device)
+    rows = row_ids.shape[0]
+    check_tensor(op, "offsets", offsets, (rows + 1,), INT32, device=device)
+    if device.type == "cpu":
+        check_offsets(op, offsets, tokens=hidden.shape[0])
+    check_tensor(op, "out", out, (rows, weight.shape[0]), (hidden.dtype,), written=True, device=device)
     if device.type == "cpu":
         check_no_empty_row(op, row_ids, offsets)
     hidden, weight, bias, offsets, row_ids = (x.contiguous() for x in (hidden, weight, bias, offsets, row_ids))

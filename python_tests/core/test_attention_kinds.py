@@ -11,8 +11,8 @@ from support.models import DEPTH, varied
 
 from earlyexit_kernels.core import attention, attention_plan
 from earlyexit_kernels.core.attention import attend_by_plan, packed_attention
-from earlyexit_kernels.core.attention_plan import AttentionKind, PaddedPlan, plan_attention, rows_of_tokens
-from earlyexit_kernels.core.packing import pack
+from earlyexit_kernels.core.attention_plan import AttentionKind, PaddedPlan, plan_attention
+from earlyexit_kernels.core.packing import pack, rows_of_tokens
 from earlyexit_kernels.cpu.kernels import kernels_unsupported_reason
 
 KINDS = [AttentionKind(*kind) for kind in itertools.product((False, True), (None, 1, 3, 40), (None, 2.0)) if any(kind)]

@@ -128,6 +128,16 @@ def test_refused_choices(monkeypatch):
         model(**batch_for(model))
 
 
+def test_refused_configuration_keeps_the_copies():
+    model = early_exit()
+    model(**batch_for(model))
+    made, settings = model.runner.paths["fused"].layers, model.settings
+    for refused in ({"path": "captured"}, {"path": "fused", "backend": "nonsense"}):
+        with pytest.raises((BackendUnavailableError, ValueError)):
+            model.configure(**refused)
+    assert model.runner.paths["fused"].layers is made and model.settings == settings
+
+
 def test_int8_without_its_instructions_is_refused(monkeypatch):
     layouts = {dtype: layout for dtype, layout in native_layouts().items() if dtype != torch.int8}
     monkeypatch.setattr(kernels, "native_layouts", lambda: layouts)

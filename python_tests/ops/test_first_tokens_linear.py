@@ -8,7 +8,7 @@ from support.backends import backend_params
 from support.capability import run_tests_of, with_fewer_instructions
 
 from earlyexit_kernels.ops import first_tokens_linear
-from earlyexit_kernels.ops.activations import ACTIVATIONS
+from earlyexit_kernels.ops.first_tokens_linear import ACTIVATIONS
 
 #: H, outputs: multiples of the vectors, none of them, and single values.
 SIZES = ((64, 64), (384, 100), (7, 3), (33, 17), (1, 1), (16, 130))

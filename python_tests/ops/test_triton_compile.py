@@ -34,7 +34,7 @@ POINTERS = {
     "exit_layer": "*i64",
 }
 SCALARS = dict.fromkeys(("p0", "p1", "p2"), "fp32")
-SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present", "capacity", "tile"), "i32")
+SCALARS |= dict.fromkeys(("rows", "width", "classes", "layer", "depth", "present", "tile"), "i32")
 #: Compute capability -> what its PTX is for.
 TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 #: Rules that keep a state.
