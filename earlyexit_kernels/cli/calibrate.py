@@ -28,7 +28,8 @@ from earlyexit_kernels.tuning.traces import collect_trace
 
 #: Target -> which setting of all rules `auto` is.
 AUTO_REASONS: dict[type[Target], str] = {
-    MaxDrop: "of all settings within the drop on the tuning rows it runs the fewest layers",
+    MaxDrop: "of all settings within the drop on the tuning rows, and not beyond it on the check rows by more than a "
+    "standard error, it runs the fewest layers",
     SpeedUp: "of all settings that are fast enough on the tuning rows it is the slowest within one standard error of "
     "the highest score",
     Latency: "of all settings within the latency it is the slowest within one standard error of the highest score",

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.hf.model import early_exit_model_in
-from earlyexit_kernels.tuning.choices import CHOICES
+from earlyexit_kernels.tuning.choices import CHOICES, Choice
 from earlyexit_kernels.tuning.grids import GRIDS, settings
 from earlyexit_kernels.tuning.latency import BatchLatency
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
@@ -312,7 +312,7 @@ def _candidates(tuning: Rows, criterion: Any, points: int) -> list[Criterion]:
 
 
 def _calibration(
-    choice: Setting,
+    choice: Choice,
     target: Target,
     candidates: Sequence[Setting],
     tuning: Rows,
@@ -320,7 +320,7 @@ def _calibration(
     timed: Callable[[Criterion], float] | None,
 ) -> Calibration:
     """Measure the chosen setting on the check rows."""
-    ((rule, predictions, layers),) = checked.replay([choice.criterion])
+    ((rule, predictions, layers),) = checked.replay([choice.setting.criterion])
     depth, full = checked.trace.depth, checked.full_depth
     full_score, early_score = checked.score(full), checked.score(predictions)
     lost = checked.lost(predictions)
@@ -342,6 +342,7 @@ def _calibration(
         layer_speed_up=depth / float(layers.mean()),
         exit_shares=tuple(float((layers == layer).mean()) for layer in range(1, depth + 1)),
         layer_scores=tuple(checked.score(checked.at_layer(layer)) for layer in range(1, depth + 1)),
+        passed_over=choice.passed_over,
         untrained=tuple(layer for layer in range(1, depth + 1) if checked.is_chance(layer)),
         curve=tuple(p for p in reversed(curve) if p.criterion["name"] == rule.name),
         guarantee=guarantee,

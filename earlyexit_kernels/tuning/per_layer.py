@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.tuning.choices import Choice
 from earlyexit_kernels.tuning.scored import Rows, Setting
 
 #: Times that the search goes through the layers.
@@ -14,9 +15,9 @@ ROUNDS = 2
 
 
 def refine(
-    start: Setting, candidates: Sequence[Setting], tuning: Rows, choose: Callable[[Sequence[Setting]], Setting]
-) -> Setting:
-    """Return the setting that a greedy search over the thresholds of each layer ends at.
+    start: Choice, candidates: Sequence[Setting], tuning: Rows, choose: Callable[[Sequence[Setting]], Choice]
+) -> Choice:
+    """Return the choice that a greedy search over the thresholds of each layer ends at.
 
     Args:
         start: the setting chosen with one threshold for all layers.
@@ -27,19 +28,19 @@ def refine(
     Raises:
         ValueError: the rule has no thresholds for each layer.
     """
-    depth, rule = tuning.trace.depth, start.criterion
+    depth, rule = tuning.trace.depth, start.setting.criterion
     thresholds = [t for s in candidates if _differs_in_threshold(s.criterion, rule) for t in _each(s.criterion, depth)]
     found = start
     for _ in range(ROUNDS):
         before = found
         for layer in range(depth - 1):
-            current = _each(found.criterion, depth)
+            current = _each(found.setting.criterion, depth)
             changed = [
                 dataclasses.replace(rule, threshold=(*current[:layer], t, *current[layer + 1 :]))  # type: ignore[call-arg]
                 for t in dict.fromkeys(thresholds)
                 if t != current[layer]
             ]
-            found = choose([found, *tuning.settings(changed)])
+            found = choose([found.setting, *tuning.settings(changed)])
         if found == before:
             break
     return found

@@ -54,6 +54,8 @@ class Calibration:
         exit_shares, layer_scores: of each layer, the share of rows that leave there, and the score of its exit alone.
         untrained: layers whose exits are no better than chance.
         curve: settings of the same rule on the tuning rows, fastest first.
+        passed_over: number of faster settings that reach a `MaxDrop` target on the tuning rows, but on the check rows
+            exceed it by more than a standard error.
         temperatures: by which the logits of each exit were divided before the choice, or None.
         guarantee: for a `Risk` target.
         latency, full_depth_latency: measured milliseconds of a batch, for a `Latency` target.
@@ -86,6 +88,7 @@ class Calibration:
     layer_scores: tuple[float, ...]
     untrained: tuple[int, ...]
     curve: tuple[CurvePoint, ...] = field(repr=False)
+    passed_over: int = 0
     temperatures: tuple[float, ...] | None = None
     guarantee: Guarantee | None = None
     latency: float | None = None
@@ -153,8 +156,14 @@ class Calibration:
     def __str__(self) -> str:
         target = ", ".join(f"{name} {value}" for name, value in self.target.items() if name != "name")
         low, high = self.drop_interval
-        lines = [
-            f"{self.criterion}",
+        lines = [f"{self.criterion}"]
+        if self.passed_over:
+            were = "setting was" if self.passed_over == 1 else "settings were"
+            lines.append(
+                f"  note         {self.passed_over} faster {were} passed over: within the target on the tuning rows, "
+                "beyond it by more than a standard error on the check rows"
+            )
+        lines += [
             f"  target       {self.target['name']}: {target}",
             f"  chosen on    {self.rows['tuning']} rows; checked on {self.rows['check']} other rows:",
             f"  {self.metric:12} {self.score:.4f}, full depth {self.full_depth:.4f}, drop {self.drop:.4f} "

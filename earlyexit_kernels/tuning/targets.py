@@ -34,8 +34,11 @@ class Target:
 class MaxDrop(Target):
     """Choose the fastest setting that loses at most `drop`.
 
-    The loss on the tuning rows plus half a standard error must be at most `drop`: the fastest of many settings is
-    partly so by chance, and would otherwise lose more than `drop` on other rows, on average. `Risk` gives a bound.
+    The loss on the tuning rows plus a margin must be at most `drop`: the fastest of many settings is partly so by
+    chance, and would otherwise lose more than `drop` on other rows. The margin is half a standard error for the
+    settings of one rule, and one for those of several. A setting that loses more than `drop` on the check rows, by
+    more than a standard error, is passed over for the next slower one. On other rows the loss is then at most `drop` on
+    average over draws of 300 tuning rows or more; `Risk` bounds it for one draw.
 
     Attributes:
         drop: maximum loss of the metric against full depth, in [0, 0.5]; 0.005 is half a point of accuracy.
