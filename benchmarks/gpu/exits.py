@@ -27,7 +27,8 @@ from benchmarks.micro.decisions import (
     random_trace,
 )
 from benchmarks.micro.plain import SOURCES, chain_of
-from earlyexit_kernels.ops import ExitCall, bare_op
+from earlyexit_kernels.ops import raw
+from earlyexit_kernels.ops.exit_call import ExitCall
 
 SUITE = "gpu_exit_step"
 EXIT, CHAIN, COMPILED, COPY = "exit", "torch chain", "compiled chain", "copy of as many bytes"
@@ -70,7 +71,7 @@ class Exit:
         """Run the exit on one of the copies."""
         tensors = self.hidden[number], self.offsets, self.weight, self.bias, None, None, *self.copies[number].values()
         call = ExitCall(*tensors, self.rule.name, self.rule.params(LAYER), self.pooling, LAYER, DEPTH)
-        bare_op("exit_step", backend, self.bench.device)(*call)
+        raw("exit_step", backend, self.bench.device)(*call)
 
     def calls(self, backend: str) -> list[Call]:
         """Return the exit on each of the copies."""

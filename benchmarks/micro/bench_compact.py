@@ -21,7 +21,7 @@ from benchmarks.harness import Checked, Implementation
 from benchmarks.machine import device
 from benchmarks.micro.decisions import even_offsets
 from benchmarks.micro.shapes import EAGER, NAMES, Shape, around, repeated
-from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.ops import raw
 
 #: Which rows are live -> how many of B.
 LIVE: dict[str, Callable[[int], int]] = {
@@ -83,7 +83,7 @@ def compact_variants(case: Case) -> dict[str, Implementation]:
 
         return repeated(name, call, check)
 
-    ops = {name: plain_plan if name == EAGER else bare_op("compact", name, device()) for name in NAMES}
+    ops = {name: plain_plan if name == EAGER else raw("compact", name, device()) for name in NAMES}
     return {name: variant(name, functools.partial(op, row_ids, offsets)) for name, op in ops.items()}
 
 
@@ -109,7 +109,7 @@ def gather_variants(case: Case) -> dict[str, Implementation]:
         op(hidden, offsets, source, new_offsets, out)
         return out
 
-    ops = {name: bare_op("gather_rows", name, device()) for name in NAMES if name != EAGER}
+    ops = {name: raw("gather_rows", name, device()) for name in NAMES if name != EAGER}
     calls = {name: functools.partial(gather, op) for name, op in ops.items()} | {EAGER: lambda: padded[live]}
     return {name: variant(name, call) for name, call in calls.items()}
 

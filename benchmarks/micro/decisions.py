@@ -15,7 +15,7 @@ from torch import Tensor
 
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.criteria import Criterion, Dact
-from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.ops import raw
 from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace, read_aux
 
@@ -48,9 +48,9 @@ def random_trace(rows: int, classes: int = CLASSES, device: str = "cpu") -> Exit
         return torch.randn(shape, generator=generator)
 
     logits = 2 * normal(rows, 1, classes) + normal(rows, DEPTH, classes)
-    raw = {name: normal(rows, DEPTH) - 1.5 for name in AUX_ACTIVATIONS}
-    raw["hidden_cosine"] = raw["hidden_cosine"].tanh()
-    aux = {name: values.to(device) for name, values in raw.items()}
+    drawn = {name: normal(rows, DEPTH) - 1.5 for name in AUX_ACTIVATIONS}
+    drawn["hidden_cosine"] = drawn["hidden_cosine"].tanh()
+    aux = {name: values.to(device) for name, values in drawn.items()}
     return ExitTrace(logits.to(device), aux, torch.arange(rows, device=device))
 
 
@@ -101,7 +101,7 @@ class Decision:
         self, rule: Criterion, trace: ExitTrace, backend: str, calls: int = 16, head: Head | None = None
     ) -> None:
         (rows, _, classes), device = trace.logits.shape, trace.logits.device
-        self.rule, self.op = rule, bare_op("exit_step", backend, device.type)
+        self.rule, self.op = rule, raw("exit_step", backend, device.type)
         self.logits = [trace.logits[:, k].contiguous() for k in range(DEPTH)]
         values = None if rule.needs is None else read_aux(trace.aux[rule.needs], rule.needs)
         self.aux = [None if values is None else values[:, k].contiguous() for k in range(DEPTH)]

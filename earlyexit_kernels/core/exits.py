@@ -18,10 +18,11 @@ from earlyexit_kernels.backbones.forms import hooked
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.heads import ExitHeads
 from earlyexit_kernels.heads.bank import FusedExit, LinearExits
-from earlyexit_kernels.ops import ExitCall, bare_op
+from earlyexit_kernels.ops import raw
+from earlyexit_kernels.ops.exit_call import ExitCall
 from earlyexit_kernels.types import ExitTrace, RowStates, pooled, read_aux
 
-#: Activation of a dense module that `ops.first_tokens_linear` computes -> its class.
+#: Activation of a dense module that the op `first_tokens_linear` computes -> its class.
 DENSE_ACTIVATIONS = {"gelu": GELUActivation, "relu": nn.ReLU, "tanh": nn.Tanh}
 
 
@@ -78,9 +79,9 @@ class DenseSource(NamedTuple):
     Attributes:
         heads: the exits.
         exits: the dense module and the last linear, by layer.
-        activation: of the dense module, as in `ops.first_tokens_linear`.
+        activation: of the dense module, as in the op `first_tokens_linear`.
         features: buffer ``[N, F]`` for at least as many rows as a call has.
-        multiply: the bare op `first_tokens_linear`.
+        multiply: the raw op `first_tokens_linear`.
     """
 
     heads: ExitHeads
@@ -195,7 +196,7 @@ def dense_source(heads: ExitHeads, states: RowStates, backend: str) -> DenseSour
     if exits is None:
         return None
     features = states.hidden.new_empty(states.rows, heads.features_size)
-    multiply = bare_op("first_tokens_linear", backend, features.device)
+    multiply = raw("first_tokens_linear", backend, features.device)
     return DenseSource(heads, exits, heads.config.activation, features, multiply)
 
 

@@ -22,7 +22,7 @@ from earlyexit_kernels.core.exits import RequestExits, exit_source
 from earlyexit_kernels.core.invalid import refuse_invalid
 from earlyexit_kernels.core.rows import Rows, embedded
 from earlyexit_kernels.core.view import Inputs, View
-from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.ops import raw
 from earlyexit_kernels.types import Answers, ExitOutput
 
 
@@ -111,7 +111,7 @@ class Pass:
                 rule, rows=rows.live, classes=view.classes, depth=depth, device=device, keys=keys
             )
             self.source = exit_source(view.heads, rule.needs, self.rows, view.backend)
-            self.decide = bare_op("exit_step", view.exit_backend, device)
+            self.decide = raw("exit_step", view.exit_backend, device)
             self.counts = counts_for(depth, device, exact=self.skip_from is not None)
         except BaseException:
             self.place.close()

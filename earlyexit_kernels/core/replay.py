@@ -13,8 +13,8 @@ from torch import Tensor
 from earlyexit_kernels.core.exits import RequestExits, TraceSource
 from earlyexit_kernels.criteria import Criterion, FullDepth, check_fits, check_known, resolve_backend
 from earlyexit_kernels.criteria.base import refused_criterion_message
-from earlyexit_kernels.ops import bare_op
-from earlyexit_kernels.ops.exit_checks import checked_call
+from earlyexit_kernels.ops import raw
+from earlyexit_kernels.ops.exit_call import checked_call
 from earlyexit_kernels.types import ExitTrace, default_problem_type
 
 #: Rows that are replayed at a time.
@@ -129,7 +129,7 @@ def _plan(trace: ExitTrace, criterion: Criterion | None, problem_type: str | Non
     check_fits(rule, depth=depth, classes=classes, problem_type=task, aux=tuple(trace.aux))
     check_known(rule)
     device = trace.logits.device
-    return _Plan(rule, bare_op("exit_step", resolve_backend(rule.name, backend, device), device))
+    return _Plan(rule, raw("exit_step", resolve_backend(rule.name, backend, device), device))
 
 
 def _block(trace: ExitTrace, part: slice) -> ExitTrace:

@@ -15,7 +15,7 @@ from earlyexit_kernels.core.calls import Calls, Request, layer_calls, request_of
 from earlyexit_kernels.core.encoder import Embed
 from earlyexit_kernels.core.packing import PackedBatch, pack, row_keys, up_to_last
 from earlyexit_kernels.core.view import Inputs, View
-from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.ops import raw
 from earlyexit_kernels.types import normed
 
 
@@ -100,7 +100,7 @@ class Rows:
         batch, index = self.batch, part.source.long()
         place = torch.full_like(batch.row_ids, -1)
         place[index] = torch.arange(index.shape[0], dtype=torch.int32, device=index.device)
-        gather_rows = bare_op("gather_rows", backend, place.device)
+        gather_rows = raw("gather_rows", backend, place.device)
         gather_rows(part.rows.hidden.contiguous(), part.rows.batch.offsets, place, batch.offsets, self.hidden)
         batch.row_ids[index] = part.rows.batch.row_ids
         self.live -= part.live - part.rows.live
@@ -113,7 +113,7 @@ class Rows:
         no tokens. Their offsets are within `tokens`, since each row that left had at least one.
         """
         device = self.hidden.device
-        compact, gather_rows = bare_op("compact", backend, device), bare_op("gather_rows", backend, device)
+        compact, gather_rows = raw("compact", backend, device), raw("gather_rows", backend, device)
         row_ids, offsets, source = compact(batch.row_ids, batch.offsets)
         row_ids, offsets, source = row_ids[:live], offsets[: live + 1], source[:live]
         hidden = self.hidden.new_empty(tokens, self.hidden.shape[1])

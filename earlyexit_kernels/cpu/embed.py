@@ -16,7 +16,7 @@ from earlyexit_kernels.backbones.forms_embedding import read_embedding_sum
 from earlyexit_kernels.backends import extension_function
 from earlyexit_kernels.core.encoder import Embed
 from earlyexit_kernels.errors import Unsupported
-from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.ops import raw
 
 
 def embedding_modules(adapter: BackboneAdapter, backbone: Any) -> list[nn.Module]:
@@ -38,7 +38,7 @@ def embed_alone(adapter: BackboneAdapter, backbone: nn.Module) -> Embed:
     widen = adapter.widen(backbone)
     if widen is None:
         return embed
-    multiply = bare_op("first_tokens_linear", "auto", "cpu")
+    multiply = raw("first_tokens_linear", "auto", "cpu")
     plain = type(widen) is nn.Linear and widen.bias is not None and not hooked(widen)
     return Widened(embed, widen, multiply if plain else None)
 
@@ -76,7 +76,7 @@ class Widened:
     Attributes:
         embed: the embeddings.
         widen: the linear.
-        multiply: `ops.first_tokens_linear`, or None: the linear runs as a module.
+        multiply: the op `first_tokens_linear`, or None: the linear runs as a module.
     """
 
     embed: Embed

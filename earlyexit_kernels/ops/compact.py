@@ -5,22 +5,26 @@ The state of the criterion, answers and exit layers are indexed by request row a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from earlyexit_kernels.backends import jit, tl
-from earlyexit_kernels.ops.checks import (
-    COPIED,
-    INT32,
-    check_apart,
-    check_moves,
-    check_offsets,
-    check_row_count,
-    check_row_ids,
-    check_tensor,
-    not_traced,
+from earlyexit_kernels.ops.schema import define, raw
+from earlyexit_kernels.ops.shapes import COPIED, INT32, Argument, Shapes, not_traced
+from earlyexit_kernels.ops.values import check_moves, check_offsets, check_row_count, check_row_ids
+
+COMPACT = Shapes({"row_ids": Argument("B", INT32), "offsets": Argument("B + 1", INT32)})
+GATHER_ROWS = Shapes(
+    {
+        "hidden": Argument("T, H", COPIED),
+        "offsets": Argument("B + 1", INT32),
+        "source": Argument("B2", INT32),
+        "new_offsets": Argument("B2 + 1", INT32),
+        "out": Argument("T2, H", "hidden", written=True),
+    }
 )
-from earlyexit_kernels.ops.schema import COMPACT, GATHER_ROWS, bare_op, define
 
 BLOCK_ROWS = 1024
 BLOCK_WIDTH = 256
@@ -135,6 +139,7 @@ def _fake_compact(row_ids, offsets):
 define(
     "compact",
     COMPACT,
+    returns="(Tensor, Tensor, Tensor)",
     implementations={"torch": compact_torch, "triton": compact_triton},
     fake=_fake_compact,
     compiled_for=("cpu", "cuda"),
@@ -173,19 +178,18 @@ def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple
     >>> new_ids.tolist(), new_offsets.tolist(), source.tolist()
     ([0, 2, -1], [0, 2, 3, 3], [0, 2, -1])
     """
-    row_ids, offsets = _checked_compact("compact", row_ids, offsets)
-    return bare_op("compact", backend, row_ids.device)(row_ids, offsets)
+    checked = _checked_plan(row_ids, offsets)
+    return raw("compact", backend, row_ids.device)(*checked)
 
 
 @not_traced
-def _checked_compact(op: str, row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    check_tensor(op, "row_ids", row_ids, (None,), INT32)
-    check_tensor(op, "offsets", offsets, (row_ids.shape[0] + 1,), INT32, device=row_ids.device)
-    check_row_count(op, row_ids.shape[0])
+def _checked_plan(row_ids: Tensor, offsets: Tensor) -> Iterable[Tensor]:
+    op, given = "compact", {"row_ids": row_ids, "offsets": offsets}
+    check_row_count(op, COMPACT.check(op, given)["B"])
     if row_ids.device.type == "cpu":
         check_row_ids(op, row_ids, requests=None)
         check_offsets(op, offsets, tokens=None)
-    return row_ids.contiguous(), offsets.contiguous()
+    return COMPACT.ready(op, given).values()
 
 
 def gather_rows(
@@ -218,25 +222,19 @@ def gather_rows(
     >>> out[:, 0].tolist()
     [0.0, 1.0, 5.0]
     """
-    read = _checked_gather("gather_rows", hidden, offsets, source, new_offsets, out)
-    bare_op("gather_rows", backend, out.device)(*read, out)
+    given = {"hidden": hidden, "offsets": offsets, "source": source, "new_offsets": new_offsets, "out": out}
+    checked = _checked_move(given)
+    raw("gather_rows", backend, out.device)(*checked)
 
 
 @not_traced
-def _checked_gather(
-    op: str, hidden: Tensor, offsets: Tensor, source: Tensor, new_offsets: Tensor, out: Tensor
-) -> tuple[Tensor, ...]:
-    check_tensor(op, "hidden", hidden, (None, None), COPIED)
-    device = hidden.device
-    check_tensor(op, "out", out, (None, hidden.shape[1]), (hidden.dtype,), written=True, device=device)
-    check_tensor(op, "offsets", offsets, (None,), INT32, device=device)
-    check_tensor(op, "source", source, (None,), INT32, device=device)
-    check_tensor(op, "new_offsets", new_offsets, (source.shape[0] + 1,), INT32, device=device)
-    hidden, offsets, source, new_offsets = (x.contiguous() for x in (hidden, offsets, source, new_offsets))
-    named = {"hidden": hidden, "offsets": offsets, "source": source, "new_offsets": new_offsets}
-    check_apart(op, {"out": out}, named)
-    if device.type == "cpu":
+def _checked_move(given: dict[str, Tensor]) -> Iterable[Tensor]:
+    op = "gather_rows"
+    GATHER_ROWS.check(op, given)
+    ready = GATHER_ROWS.ready(op, given)
+    hidden, offsets, source, new_offsets, out = ready.values()
+    if out.device.type == "cpu":
         check_offsets(op, offsets, tokens=hidden.shape[0])
         check_offsets(op, new_offsets, tokens=out.shape[0], name="new_offsets")
         check_moves(op, offsets, source, new_offsets)
-    return hidden, offsets, source, new_offsets
+    return ready.values()

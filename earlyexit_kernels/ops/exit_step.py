@@ -12,9 +12,8 @@ from torch import Tensor
 from earlyexit_kernels.backends import jit, tl
 from earlyexit_kernels.criteria import Criterion, resolve_backend, rule_named, torch_step
 from earlyexit_kernels.criteria.base import MAX_PARAMS
-from earlyexit_kernels.ops.exit_call import ExitCall
-from earlyexit_kernels.ops.exit_checks import checked_call, exit_rule_of
-from earlyexit_kernels.ops.schema import EXIT_STEP, bare_op, define
+from earlyexit_kernels.ops.exit_call import EXIT_STEP, ExitCall, checked_call, exit_rule_of
+from earlyexit_kernels.ops.schema import define, raw
 
 #: Maximum number of head weights that a Triton program holds at a time.
 MAX_HELD_WEIGHTS = 8192
@@ -212,6 +211,8 @@ def _fake(hidden, offsets, weight, bias, logits, aux, row_ids, *rest):
 define(
     "exit_step",
     EXIT_STEP,
+    settings="str criterion, float[] params, str pooling, int layer, int depth",
+    returns="Tensor",
     implementations={"torch": exit_step_torch, "triton": exit_step_triton},
     call=ExitCall,
     fake=_fake,
@@ -295,4 +296,4 @@ def exit_step(
     )  # fmt: skip
     call = checked_call(op, rule, call)
     device = row_ids.device
-    return bare_op(op, resolve_backend(rule.name, backend, device), device)(*call)
+    return raw(op, resolve_backend(rule.name, backend, device), device)(*call)

@@ -1,4 +1,4 @@
-"""Schemas of the ops, one string per op for all back-ends, and the registration of their implementations.
+"""The definition of the ops in torch: one schema per op for all back-ends, and their implementations.
 
 A dispatch key holds one implementation, so each back-end has its own op: ``earlyexit_kernels::exit_step_torch``,
 ``..._triton``, ``..._cpp``. The compiled extension registers its ``_cpp`` kernels itself.
@@ -13,22 +13,14 @@ from typing import Any
 import torch
 
 from earlyexit_kernels.backends import NAMESPACE, resolve
-
-EXIT_STEP = (
-    "(Tensor? hidden, Tensor? offsets, Tensor? weight, Tensor? bias, Tensor? logits, Tensor? aux, "
-    "Tensor(a!) row_ids, Tensor(b!) state, Tensor(c!) answers, Tensor(d!) exit_layer, "
-    "str criterion, float[] params, str pooling, int layer, int depth) -> Tensor"
-)
-COMPACT = "(Tensor row_ids, Tensor offsets) -> (Tensor, Tensor, Tensor)"
-GATHER_ROWS = "(Tensor hidden, Tensor offsets, Tensor source, Tensor new_offsets, Tensor(a!) out) -> ()"
-FIRST_TOKENS_LINEAR = (
-    "(Tensor hidden, Tensor weight, Tensor bias, Tensor offsets, Tensor row_ids, Tensor(a!) out, str activation) -> ()"
-)
+from earlyexit_kernels.ops.shapes import Shapes
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _DISPATCH_KEYS = {"torch": ("CompositeExplicitAutograd",), "triton": ("CPU", "CUDA")}
 #: Op -> back-end -> callable.
 _OPS: dict[str, dict[str, Callable[..., Any]]] = {}
+#: Op -> its tensors.
+SHAPES: dict[str, Shapes] = {}
 #: Op -> kinds of device that its compiled kernel supports.
 _COMPILED_FOR: dict[str, tuple[str, ...]] = {}
 
@@ -54,8 +46,10 @@ def _named(launch: Callable, call: Callable | None) -> Callable:
 
 def define(
     op: str,
-    schema: str,
+    shapes: Shapes,
     *,
+    settings: str = "",
+    returns: str = "()",
     implementations: Mapping[str, Callable],
     call: Callable | None = None,
     fake: Callable = _returns_nothing,
@@ -65,13 +59,16 @@ def define(
 
     Args:
         op: name without the suffix of the back-end.
-        schema: arguments and returns, with mutation declared.
+        shapes: its tensors, which come first.
+        settings: the other arguments, and
+        returns: what it returns, in the language of torch's schemas.
         implementations: back-end -> Python function, in the order of `BACKENDS`; ``cpp`` registers its own.
         call: named tuple of the arguments, which the Python functions take as one. Default: they take all arguments.
         fake: shapes and dtypes of the returns on fake tensors. Default: an op that returns nothing.
         compiled_for: kinds of device for which the compiled extension has a kernel.
     """
-    _COMPILED_FOR[op], _OPS[op] = compiled_for, {}
+    _COMPILED_FOR[op], _OPS[op], SHAPES[op] = compiled_for, {}, shapes
+    schema = f"({', '.join([*shapes.schema(), *([settings] if settings else [])])}) -> {returns}"
     for backend in (*implementations, *(("cpp",) if compiled_for else ())):
         name = f"{op}_{backend}"
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -87,7 +84,7 @@ def op_of(op: str, backend: str) -> Callable[..., Any]:
     return _OPS[op][backend]
 
 
-def bare_op(op: str, backend: str, device: str | torch.device) -> Callable[..., Any]:
+def raw(op: str, backend: str, device: str | torch.device) -> Callable[..., Any]:
     """Return an op of a back-end without the input checks of its public function.
 
     For loops that call an op at every layer on tensors that they have made themselves. Invalid arguments are undefined
@@ -104,13 +101,13 @@ def bare_op(op: str, backend: str, device: str | torch.device) -> Callable[..., 
 
     >>> import torch
     >>> import earlyexit_kernels as ee
-    >>> plan = ee.ops.bare_op("compact", "torch", "cpu")
+    >>> plan = ee.ops.raw("compact", "torch", "cpu")
     >>> row_ids, offsets = torch.tensor([-1, 1], dtype=torch.int32), torch.tensor([0, 2, 5], dtype=torch.int32)
     >>> [x.tolist() for x in plan(row_ids, offsets)]
     [[1, -1], [0, 3, 3], [1, -1]]
     """
     if op not in _OPS:
-        raise ValueError(f"bare_op: expected op to be one of {sorted(_OPS)}, got {op!r}")
+        raise ValueError(f"raw: expected op to be one of {sorted(_OPS)}, got {op!r}")
     return _OPS[op][resolve(backend, device, _back_ends(op, device))]
 
 

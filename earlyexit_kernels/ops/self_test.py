@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -91,20 +91,8 @@ def _in_thread(run: Callable[[], str]) -> str:
 
     Tracing, fake tensors, autocast, inference mode, the current device and the current stream belong to a thread.
     """
-    outcome: list[Any] = []
-
-    def keep() -> None:
-        try:
-            outcome.append(run())
-        except Exception as error:  # raised below, in the thread that waits
-            outcome.append(error)
-
-    thread = threading.Thread(target=keep, name="earlyexit_kernels self-test")
-    thread.start()
-    thread.join()
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    with ThreadPoolExecutor(1, "earlyexit_kernels self-test") as pool:
+        return pool.submit(run).result()
 
 
 def _failure(backend: str, device: torch.device) -> str:

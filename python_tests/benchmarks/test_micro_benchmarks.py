@@ -23,7 +23,7 @@ from benchmarks.micro import (
 from benchmarks.micro.decisions import LAYER
 from benchmarks.micro.shapes import NAMES, Shape
 from earlyexit_kernels.criteria import RULES
-from earlyexit_kernels.ops import bare_op
+from earlyexit_kernels.ops import raw
 
 TINY = Shape(rows=6, classes=3, width=16, length=4)
 
@@ -66,10 +66,10 @@ FAULTS = {
 
 
 def broken(fault):
-    """Return `bare_op` with a fault at the middle layer in one back-end."""
+    """Return `raw` with a fault at the middle layer in one back-end."""
 
     def op_of(name, backend, device):
-        op = bare_op(name, backend, device)
+        op = raw(name, backend, device)
 
         def faulty(*arguments):
             if backend != "torch" or arguments[-2] != LAYER:
@@ -85,7 +85,7 @@ def broken(fault):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_op_is_found(monkeypatch, fault):
-    monkeypatch.setattr(decisions, "bare_op", broken(fault))
+    monkeypatch.setattr(decisions, "raw", broken(fault))
     found = wrong_variants(bench_exit_step, bench_exit_step.Case("patience", "logits", Shape(rows=64)))
     assert FAULTS[fault] in found.pop("torch") and set(found.values()) == {""}
 

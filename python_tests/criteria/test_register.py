@@ -87,14 +87,14 @@ def test_auto_resolves_to_torch_and_logs_it_once(steady, caplog):
 def test_rows_move_on_the_back_end_of_the_device(steady, monkeypatch, skips):
     """Only the decision is limited to torch."""
     met = []
-    bare_op = loop.bare_op
+    raw = loop.raw
 
     def watched(op, backend, device):
         met.append((op, backends.resolve(backend, device)))
-        return bare_op(op, backend, device)
+        return raw(op, backend, device)
 
     for module in (loop, rows):
-        monkeypatch.setattr(module, "bare_op", watched)
+        monkeypatch.setattr(module, "raw", watched)
     model, batch, _, threshold = prepared()
     rule = steady(threshold=threshold)
     if skips:

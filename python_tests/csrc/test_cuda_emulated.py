@@ -12,9 +12,8 @@ from support.exit_step_cases import DTYPES, SETTINGS, SOURCES, Case, memory
 from earlyexit_kernels.criteria import Entropy, FullDepth
 from earlyexit_kernels.ops import compact, exit_step, gather_rows
 from earlyexit_kernels.ops import schema as op_schemas
-from earlyexit_kernels.ops.schema import COMPACT, EXIT_STEP, GATHER_ROWS
 
-SCHEMAS = {"exit_step": EXIT_STEP, "compact": COMPACT, "gather_rows": GATHER_ROWS}
+OPS = ("exit_step", "compact", "gather_rows")
 #: Back-end name under which the emulated ops replace the real ones; torch is always available.
 BACKEND = "torch"
 
@@ -24,18 +23,19 @@ def ops(tmp_path_factory):
     if cuda_emulation.compiler() is None:
         pytest.skip("there is no C++ compiler; set CXX or install one")
     library = torch.library.Library(cuda_emulation.NAMESPACE, "DEF")
-    for name, schema in SCHEMAS.items():
-        library.define(f"{name}_cpp{schema}")
+    for name in OPS:
+        schema = str(op_schemas.op_of(name, "torch")._schema).partition("(")[2]
+        library.define(f"{name}_cpp({schema}")
     cuda_emulation.load(tmp_path_factory.mktemp("emulated"))
     namespace = getattr(torch.ops, cuda_emulation.NAMESPACE)
-    yield {name: getattr(namespace, f"{name}_cpp").default for name in SCHEMAS}
+    yield {name: getattr(namespace, f"{name}_cpp").default for name in OPS}
     library._destroy()
 
 
 @pytest.fixture(autouse=True)
 def in_place_of_torch(ops, monkeypatch):
     """Let the public functions, and the tests of other files, call the emulated ops."""
-    for name in ("exit_step", "compact", "gather_rows"):
+    for name in OPS:
         monkeypatch.setitem(op_schemas._OPS[name], BACKEND, ops[name])
 
 

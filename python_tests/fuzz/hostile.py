@@ -151,7 +151,7 @@ def bare(case: Case) -> None:
     rule = batch.rule.criterion
     case.calls += 1
     with contextlib.suppress(*REFUSED, RuntimeError):
-        ops.bare_op("exit_step", "cpp", "cpu")(
+        ops.raw("exit_step", "cpp", "cpu")(
             *(arguments[name] for name in names), rule.name, rule.params(1), pooling, 1, batch.depth
         )
 

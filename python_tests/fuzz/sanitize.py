@@ -21,10 +21,8 @@ LIBRARY = FOLDER / "lib"
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 TESTS = (
     "ops/test_exit_step.py",
-    "ops/test_exit_step_inputs.py",
+    "ops/test_op_calls.py",
     "ops/test_compact.py",
-    "ops/test_encoder_ops.py",
-    "ops/test_encoder_ops_layer.py",
     "ops/test_first_tokens_linear.py",
     "ops/test_opcheck.py",
     "ops/test_packed_layer.py",

@@ -75,14 +75,14 @@ def test_goal_fields():
 
 
 def test_wrong_exit_is_refused(gpu, monkeypatch):
-    step = exits.bare_op("exit_step", "torch", "cpu")
+    step = exits.raw("exit_step", "torch", "cpu")
 
     def wrong(*arguments):
         counts = step(*arguments)
         arguments[8].add_(0.5)
         return counts
 
-    monkeypatch.setattr(exits, "bare_op", lambda op, backend, device: {"torch": step, "wrong": wrong}[backend])
+    monkeypatch.setattr(exits, "raw", lambda op, backend, device: {"torch": step, "wrong": wrong}[backend])
     records = records_of("exit_step", dataclasses.replace(gpu, backend="wrong"))
     refused = [record for record in records if record["engine"] == exits.EXIT]
     assert refused == [record for record in records if "refused" in record]

@@ -10,7 +10,7 @@ import torch
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import backends
-from earlyexit_kernels.ops import bare_op, compact
+from earlyexit_kernels.ops import compact, raw
 from earlyexit_kernels.ops.schema import on_its_device
 from earlyexit_kernels.ops.self_test import VARIABLE
 
@@ -150,7 +150,7 @@ def test_extension_without_kernels_for_a_device_is_reported():
 
 
 def test_bare_op_refuses_unknown_ops_and_unsupported_back_ends():
-    with pytest.raises(ValueError, match=r"bare_op: expected op to be one of \['compact', .* got 'nonsense'"):
-        bare_op("nonsense", "torch", "cpu")
+    with pytest.raises(ValueError, match=r"raw: expected op to be one of \['compact', .* got 'nonsense'"):
+        raw("nonsense", "torch", "cpu")
     with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch'\), got 'cpp'"):
-        bare_op("first_tokens_linear", "cpp", "cuda")
+        raw("first_tokens_linear", "cpp", "cuda")

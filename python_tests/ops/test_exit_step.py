@@ -1,4 +1,4 @@
-"""exit_step of every back-end against the float64 oracle, and that bits do not depend on the batch."""
+"""exit_step of every back-end against the float64 oracle; bits that do not depend on the batch; what is not read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from support.backends import backend_params
 from support.criterion_case import no_state
 from support.criterion_cases import CASES, OWNERS, SETTINGS
-from support.exit_step_cases import DEPTH, DTYPES, SOURCES, Case, build, memory, truth
+from support.exit_step_cases import DEPTH, DTYPES, NO_LAYER, SOURCES, UNTOUCHED, Case, build, memory, truth
 
 from earlyexit_kernels.criteria import RULES as TABLE
-from earlyexit_kernels.ops import exit_step
+from earlyexit_kernels.criteria import Dact, Entropy, FullDepth, MaxProbability, Patience, QExit, SkipGate, Voting
+from earlyexit_kernels.ops import compact, exit_step, gather_rows
 
 #: A decision may differ from that of the oracle only where its score is this close to the threshold: float32 against
 #: float64, with values of order 10 and sums of up to 131 terms. Also the tolerance of answers and state, absolute and
@@ -222,3 +223,125 @@ def left_at_1(backend, criterion, logits) -> torch.Tensor:
     row_ids = torch.arange(rows, dtype=torch.int32)
     exit_step(criterion=criterion, layer=1, depth=2, row_ids=row_ids, logits=logits, backend=backend, **held)
     return row_ids < 0
+
+
+B, C, H = 4, 3, 8
+
+
+def call(criterion=None, *, requests=B, classes=C, **changed) -> dict:
+    """Keyword arguments of a valid call with logits at layer 1 of 2, with some changed."""
+    criterion = criterion or MaxProbability(threshold=0.0)
+    arguments = dict(
+        criterion=criterion,
+        layer=1,
+        depth=2,
+        row_ids=torch.arange(B, dtype=torch.int32),
+        logits=torch.randn(B, classes),
+        **memory(criterion, requests, classes),
+    )
+    return {name: value for name, value in {**arguments, **changed}.items() if value is not None}
+
+
+def head(dtype=torch.float32, tokens=B, classes=C) -> dict:
+    """Hidden states and a linear head instead of logits."""
+    hidden, weight, bias = torch.randn(tokens, H), torch.randn(classes, H), torch.randn(classes)
+    return {"logits": None, "hidden": hidden.to(dtype), "weight": weight.to(dtype), "bias": bias.to(dtype)}
+
+
+def test_default_offsets_are_one_token_per_row(backend):
+    arguments = [
+        call(FullDepth(), **head(), depth=depth, pooling=p) for p in ("first", "mean", "none") for depth in (1, 2)
+    ]
+    for given in arguments:
+        z = given["hidden"] @ given["weight"].T + given["bias"]
+        counts = exit_step(**given, backend=backend)
+        assert counts.tolist() == ([0, 0, 0] if given["depth"] == 1 else [B, B, 0])
+        if given["depth"] == 1:
+            torch.testing.assert_close(given["answers"], z, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_beyond_the_last_offset_are_not_read(backend):
+    given = call(**head(tokens=7), offsets=torch.tensor([1, 2, 3, 3, 5], dtype=torch.int32), pooling="mean")
+    given["row_ids"][2] = -1
+    given["hidden"][[0, 5, 6]] = torch.nan
+    tokens = given["hidden"]
+    counts = exit_step(**given, backend=backend)
+    z = torch.stack([tokens[1], tokens[2], tokens[3:5].mean(0)]) @ given["weight"].T + given["bias"]
+    assert counts.tolist() == [0, 0, 0]
+    torch.testing.assert_close(given["answers"][[0, 1, 3]], z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_step_after_compaction(backend, pooling):
+    """`compact` leaves empty rows at the end."""
+    offsets = torch.tensor([0, 2, 3, 5, 6], dtype=torch.int32)
+    row_ids = torch.tensor([3, -1, 1, -1], dtype=torch.int32)
+    given = call(**head(tokens=6), depth=1, pooling=pooling)
+    new_ids, new_offsets, source = compact(row_ids, offsets, backend=backend)
+    moved = torch.full((4, H), torch.nan)
+    gather_rows(given["hidden"], offsets, source, new_offsets, moved, backend=backend)
+    plain = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    given.update(row_ids=new_ids, offsets=new_offsets, hidden=moved)
+    plain.update(row_ids=row_ids, offsets=offsets)
+    assert exit_step(**given, backend=backend).tolist() == exit_step(**plain, backend=backend).tolist() == [0, 0, 0]
+    assert torch.equal(given["answers"], plain["answers"])
+    assert (given["answers"] == UNTOUCHED).all(dim=1).tolist() == [True, False, True, False]
+
+
+def test_rows_that_have_left_do_not_change(backend):
+    """Their values are ignored, and they are not counted."""
+    given = call(Patience(patience=1), row_ids=torch.tensor([-1, 2, -1, 0], dtype=torch.int32))
+    given["logits"][[0, 2]] = torch.nan
+    counts = exit_step(**given, backend=backend)
+    assert counts.tolist() == [2, 2, 0]
+    assert given["row_ids"].tolist() == [-1, 2, -1, 0]
+    assert given["state"][0].isnan().tolist() == [False, True, False, True]
+    assert (given["answers"] == UNTOUCHED).all()
+    assert (given["exit_layer"] == NO_LAYER).all()
+
+
+@pytest.mark.parametrize("criterion", [Patience(patience=1), Voting(threshold=3), Dact()], ids=str)
+def test_invalid_row_keeps_its_state_and_leaves_at_the_last_layer(backend, criterion):
+    given = call(criterion, depth=3, aux=torch.full((B,), 0.1))
+    exit_step(**given, backend=backend)
+    state = given["state"].clone()
+    given["row_ids"][2] = -1
+    given["logits"][1, 2] = torch.nan
+    assert exit_step(**{**given, "layer": 2}, backend=backend)[2] == 1
+    assert torch.equal(given["state"][:, 1:3], state[:, 1:3])
+    assert (given["state"][:, [0, 3]] != state[:, [0, 3]]).any(dim=0).all()
+    assert given["row_ids"][1] == 1
+    assert exit_step(**{**given, "layer": 3}, backend=backend).tolist() == [0, 0, 1]
+    assert given["exit_layer"][1] == 3
+    torch.testing.assert_close(given["answers"][1], given["logits"][1], rtol=0, atol=0, equal_nan=True)
+
+
+def test_unneeded_aux_is_not_read(backend):
+    given = call(Entropy(threshold=9.0), aux=torch.full((B,), torch.nan))
+    assert exit_step(**given, backend=backend).tolist() == [0, 0, 0]
+
+
+def test_skip_gate_decides_by_its_exit_rule(backend):
+    gate, alone = call(SkipGate(threshold=0.5, exit=Entropy(threshold=0.9))), call(Entropy(threshold=0.9))
+    alone["logits"] = gate["logits"]
+    assert torch.equal(exit_step(**gate, backend=backend), exit_step(**alone, backend=backend))
+    assert torch.equal(gate["row_ids"], alone["row_ids"])
+
+
+def test_outputs_have_no_gradient(backend):
+    """The outputs do not join the autograd graph of the inputs."""
+    given = call(QExit(q=0.2), **head(), aux=torch.rand(B, requires_grad=True), depth=1, pooling="none")
+    for name in ("hidden", "weight", "bias"):
+        given[name].requires_grad_()
+    counts = exit_step(**given, backend=backend)
+    assert not any(given[name].requires_grad for name in ("answers", "state")) and not counts.requires_grad
+
+
+def test_compiled_caller(backend):
+    given = call(Entropy(threshold=0.9), row_ids=torch.tensor([2, -1, 0, 3], dtype=torch.int32))
+    again = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    compiled = torch.compile(lambda arguments: exit_step(**arguments, backend=backend) + 0, backend="aot_eager")
+    assert torch.equal(compiled(again), exit_step(**given, backend=backend))
+    for name in ("row_ids", "answers", "exit_layer"):
+        assert torch.equal(given[name], again[name])
+    assert 0 < int((given["row_ids"] >= 0).sum()) < 3, "some of the rows should leave"

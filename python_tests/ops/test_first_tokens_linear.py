@@ -7,7 +7,7 @@ import torch
 from support.backends import backend_params
 from support.capability import run_tests_of, with_fewer_instructions
 
-from earlyexit_kernels.ops import first_tokens_linear
+from earlyexit_kernels.ops import raw
 from earlyexit_kernels.ops.first_tokens_linear import ACTIVATIONS
 
 #: H, outputs: multiples of the vectors, none of them, and single values.
@@ -32,7 +32,7 @@ def parameters(outputs, width, dtype=torch.float32, seed=1):
 def run(hidden, weight, bias, offsets, row_ids=None, activation="tanh", backend="cpp"):
     row_ids = torch.arange(len(offsets) - 1, dtype=torch.int32) if row_ids is None else row_ids
     out = torch.full((len(row_ids), len(weight)), 7.0, dtype=hidden.dtype)
-    first_tokens_linear(hidden, weight, bias, offsets, row_ids, out, activation=activation, backend=backend)
+    raw("first_tokens_linear", backend, "cpu")(hidden, weight, bias, offsets, row_ids, out, activation)
     return out
 
 
@@ -92,7 +92,7 @@ def test_tanh_over_its_range(backend):
 
 
 @compiled
-def test_wrong_arguments_of_the_bare_op_are_refused(backend):
+def test_wrong_arguments_are_refused_by_the_kernel(backend):
     (hidden, offsets), (weight, bias) = batch(2, 8), parameters(3, 8)
     ids, out = torch.arange(2, dtype=torch.int32), torch.zeros(2, 3)
     op = torch.ops.earlyexit_kernels.first_tokens_linear_cpp
