@@ -21,8 +21,8 @@ from earlyexit_kernels.criteria.softmax_step import argmax_lowest, shifted_exp
 def margin_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     _d, e = shifted_exp(z, cols, classes)
     best = argmax_lowest(z, cols, classes)
-    runner_up = tl.max(tl.where(cols == best, 0.0, e), 0)
-    return z, (1.0 - runner_up) / tl.sum(e, 0) >= p0
+    second = tl.max(tl.where(cols == best, 0.0, e), 0)
+    return z, (1.0 - second) / tl.sum(e, 0) >= p0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,13 @@ from earlyexit_kernels.criteria.softmax_step import argmax_lowest
 def patience_step(z, aux, cols, classes, state, rows, live, layer, depth, p0, p1, p2):
     last = tl.load(state, mask=live, other=0.0)
     count = tl.load(state + rows, mask=live, other=0.0)
-    label = argmax_lowest(z, cols, classes).to(tl.float32)
+    labels = p1 < 0
     value = tl.sum(tl.where(cols == 0, z, 0.0), 0)
-    agrees = tl.where(p1 < 0, label == last, tl.abs(value - last) < p1)
+    now = tl.where(labels, argmax_lowest(z, cols, classes).to(tl.float32), value)
+    agrees = tl.where(labels, now == last, tl.abs(now - last) < p1)
     count = tl.where(agrees, count + 1.0, 0.0)
     tl.debug_barrier()
-    tl.store(state, tl.where(p1 < 0, label, value), mask=live)
+    tl.store(state, now, mask=live)
     tl.store(state + rows, count, mask=live)
     return z, count >= p0
 

@@ -112,6 +112,7 @@ def test_auto_is_pure_python_where_no_compiler_works(tree):
     assert not libraries(tree), "of an earlier build neither"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("mode", "cxx", "error"),
     [("cuda", None, "unsupported GNU version"), ("cpu", "failing-c++", "fatal error: nothing.h")],
