@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from support.loss_cases import CASES, CLASSES, MULTI, REGRESSION, SINGLE
+from support.loss_cases import CASES, CLASSES, SINGLE
 from support.method_cases import METHOD_CASES
 from support.models import batch_for, stock
 
@@ -35,19 +36,14 @@ from earlyexit_kernels.methods import (
     register,
 )
 
+every_method = pytest.mark.parametrize("cls", dict.fromkeys(METHODS.values()), ids=lambda cls: cls.name)
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_phases(name):
     method = method_of(name)
     got = [(p.name, p.trains, p.epochs, p.lr, p.projections, p.needs_labels) for p in method.phases]
     assert got == [(n, set(t or PARTS), *rest) for n, t, *rest in METHOD_CASES[method.name].phases]
-
-
-def test_phase_arguments_are_checked():
-    with pytest.raises(ValueError, match=r"trains=.*'backbone'.* got \['head'\]"):
-        PhaseSpec(name="p", trains={"head"})
-    with pytest.raises(ValueError, match=r"projections=.*'inputs'.* got 'outputs'"):
-        PhaseSpec(name="p", projections="outputs")
 
 
 def test_phases_of_other_settings():
@@ -62,10 +58,9 @@ def test_phases_of_other_settings():
 
 
 def test_a_model_records_the_prior_of_its_depth():
-    model = ee.to_early_exit(stock("bert", num_hidden_layers=3), method="palbert")
-    assert model.method.prior == pytest.approx(1 - 0.9**5.5) and model.config.method["prior"] == model.method.prior
-    other = ee.to_early_exit(stock("bert", num_hidden_layers=3), method=Palbert(prior=0.1))
-    assert other.config.method["prior"] == 0.1
+    for method, prior in (("palbert", 1 - 0.9**5.5), (Palbert(prior=0.1), 0.1)):
+        model = ee.to_early_exit(stock("bert", num_hidden_layers=3), method=method)
+        assert model.method.prior == pytest.approx(prior) and model.config.method["prior"] == model.method.prior
 
 
 @pytest.mark.parametrize("shares", [True, False])
@@ -75,20 +70,13 @@ def test_palbert_shares_exits_of_shared_layers(shares):
     assert changes["halting_shared"] and changes["shared_exit"] is shares
 
 
+#: What is saved; the keys of the data are fields of the files of earlier versions too.
 SAVED = [
     (Joint(), {"name": "joint", "equilibrium": False}),
     (
         Palbert(beta=1, prior=np.float64(0.2), halting_layers=1),
-        {
-            "name": "palbert",
-            "beta": 1.0,
-            "prior": 0.2,
-            "kl": "prior_posterior",
-            "close_tail": True,
-            "halting_input": "concat",
-            "halting_layers": 1,
-            "halting_phase": False,
-        },
+        {"name": "palbert", "beta": 1.0, "prior": 0.2, "kl": "prior_posterior", "close_tail": True}
+        | {"halting_input": "concat", "halting_layers": 1, "halting_phase": False},
     ),
     (Berxit(), {"name": "berxit", "strategy": "alternating", "odd_includes_last": True, "learned_weight": 1.0}),
     (Fastbert(kl="student_teacher"), {"name": "fastbert", "kl": "student_teacher"}),
@@ -98,6 +86,12 @@ SAVED = [
 @pytest.mark.parametrize(("method", "data"), SAVED)
 def test_saved_data(method, data):
     assert method.to_dict() == data and from_dict(data) == method
+
+
+def test_every_setting_is_read_back():
+    for case in CASES.values():
+        data = json.loads(json.dumps(case.method.to_dict()))
+        assert from_dict(data) == method_of(data) == method_of(case.method) == case.method
 
 
 #: Methods saved before a field existed, and what they did then.
@@ -120,42 +114,56 @@ def test_data_of_earlier_versions(data, wanted):
     assert ee.EarlyExitForSequenceClassification(model.config).method == wanted
 
 
-def test_values_of_missing_fields_are_valid():
-    for cls in set(METHODS.values()):
-        cls(**cls.when_missing)
-        assert set(cls.when_missing) <= {field.name for field in dataclasses.fields(cls)}
+@every_method
+def test_values_of_missing_fields_are_valid(cls):
+    cls(**cls.when_missing)
+    assert set(cls.when_missing) <= {field.name for field in dataclasses.fields(cls)}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_saved_and_read_back(case):
-    data = json.loads(json.dumps(case.method.to_dict()))
-    assert from_dict(data) == method_of(data) == method_of(case.method) == case.method
+#: Numbers out of range, and what is expected; flags and choices are refused by their kind.
+OUT_OF_RANGE = {
+    Palbert: {"beta": (-1, "at least 0"), "prior": (0, "in (0, 1)"), "halting_layers": (0, "whole number at least 1")},
+    Ensemble: {"diversity": (1.1, "[0, 1]"), "cap": (0, "above 0")},
+    Smartbert: {
+        "gate_weight": (-1, "at least 0"),
+        "gate_bias": ("closed", "finite number"),
+        "skip_threshold": (1.5, "[0, 1]"),
+        "soft_epochs": (-1, "at least 0"),
+        "contrast_backbone": (2, "[0, 1]"),
+        "contrast_exits": (True, "finite number"),
+        "temperature_backbone": (0, "above 0"),
+        "temperature_exits": (-1, "above 0"),
+    },
+    Dact: {
+        "start": ("first", "joint"),
+        "ponder": (10**400, "finite number"),
+        "halting_bias": ("high", "finite number"),
+    },
+    Berxit: {"learned_weight": (-1, "at least 0")},
+}
 
 
-REFUSED = [(METHODS[name], *given) for name, case in METHOD_CASES.items() for given in case.refused]
+@every_method
+def test_every_argument_is_checked(cls):
+    assert set(cls.checks) == {field.name for field in dataclasses.fields(cls)}
+    for field in dataclasses.fields(cls):
+        refused = OUT_OF_RANGE.get(cls, {}).get(field.name)
+        if refused is None:
+            assert isinstance(field.default, (bool, str)), field
+            refused = (1, "True or False") if isinstance(field.default, bool) else ("magic", repr(field.default))
+        value, expected = refused
+        with pytest.raises(ValueError, match=rf"^{cls.__name__}\({field.name}=.*{re.escape(expected)}"):
+            cls(**{field.name: value})
 
 
-@pytest.mark.parametrize(("method", "arguments", "words"), REFUSED, ids=lambda v: getattr(v, "__name__", None))
-def test_arguments_out_of_range_are_refused(method, arguments, words):
-    with pytest.raises(ValueError) as caught:
-        method(**arguments)
-    message = str(caught.value)
-    assert message.startswith(method.__name__) and all(word in message for word in words), message
-
-
-def test_every_argument_is_checked():
-    for cls in set(METHODS.values()):
-        assert set(cls.checks) == {field.name for field in dataclasses.fields(cls)}, cls
-        refused = {name for method, arguments, _ in REFUSED if method is cls for name in arguments}
-        assert refused == set(cls.checks), cls
-
-
-def test_unknown_methods_and_arguments_are_refused():
-    for method in ("magic", None, {"name": "magic"}, {}):
-        with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got"):
-            method_of(method)
-    with pytest.raises(ValueError, match=r"method 'joint': .*'beta'"):
-        method_of({"name": "joint", "beta": 1})
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("cls", [*dict.fromkeys(METHODS.values()), PhaseSpec])
+def test_numbers_must_be_finite(cls, value):
+    needed = {"name": "phase"} if cls is PhaseSpec else {}
+    for field in dataclasses.fields(cls):
+        if isinstance(field.default, float) or "float" in str(field.type):
+            with pytest.raises(ValueError, match=rf"\({field.name}=...\): expected a finite number"):
+                cls(**needed, **{field.name: value})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +176,45 @@ class LastExit(Method):
 
     def loss(self, trace, labels, step):
         return self.scale * mean_task_loss(trace.logits[:, -1], labels, step.problem_type)
+
+
+def changed(**members):
+    """A dataclass like `LastExit` with other members."""
+    annotations = dict.fromkeys(("name", *members), ClassVar)
+    body = {"name": "changed", **members, "__annotations__": annotations}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type("Changed", (LastExit,), body))
+
+
+REFUSED = [
+    *((lambda m=m: method_of(m), r"method: expected one of .*'joint'.* got") for m in ("magic", None, {}, {"name": 1})),
+    (lambda: method_of({"name": "joint", "beta": 1}), r"method 'joint': .*'beta'"),
+    (lambda: method_of(Joint), r"got the class; write Joint\(\)"),
+    (lambda: PhaseSpec(name="p", trains={"head"}), r"trains=.*'backbone'.* got \['head'\]"),
+    (lambda: PhaseSpec(name="p", projections="outputs"), r"projections=.*'inputs'.* got 'outputs'"),
+    (lambda: check_task(Joint(), "ranking", CLASSES), "it is unknown"),
+    *(
+        (lambda cls=cls: check_task(cls(), SINGLE, 1), "at least 2, got 1")
+        for cls in (Ensemble, Dact, Fastbert, Smartbert)
+    ),
+    (
+        lambda: register(type("Undecorated", (LastExit,), {})),
+        r"register\(Undecorated\): expected a frozen dataclass; write @data",
+    ),
+    (lambda: register(changed(name="two words")), "expected a class attribute `name"),
+    (lambda: register(changed(rule=None)), "expected a class attribute `rule"),
+    (lambda: register(changed(loss=Method.loss)), r"expected a method loss\(self, trace, labels, step\)"),
+    (lambda: register(changed(name="joint")), "the name 'joint' belongs to .*Joint; give the class another name"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), REFUSED, ids=[words[:40] for _, words in REFUSED])
+def test_refusals(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+    with pytest.raises(TypeError, match=r"expected a subclass of .*Method, got"):
+        register("Changed")
+    assert "changed" not in METHODS
+    check_task(Deebert(), SINGLE, 1)
 
 
 def test_register_makes_a_method_known(tmp_path):
@@ -184,59 +231,3 @@ def test_register_makes_a_method_known(tmp_path):
         METHODS.pop("last_exit")
     with pytest.raises(ValueError, match=r"got 'last_exit'; .*methods\.register"):
         ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
-
-
-def changed(**members):
-    """A dataclass like `LastExit` with other members."""
-    annotations = dict.fromkeys(("name", *members), ClassVar)
-    body = {"name": "changed", **members, "__annotations__": annotations}
-    return dataclasses.dataclass(frozen=True, kw_only=True)(type("Changed", (LastExit,), body))
-
-
-@pytest.mark.parametrize(
-    ("cls", "words"),
-    [
-        (type("Undecorated", (LastExit,), {}), r"register\(Undecorated\): expected a frozen dataclass; write @data"),
-        (changed(name="two words"), "expected a class attribute `name"),
-        (changed(rule=None), "expected a class attribute `rule"),
-        (changed(loss=Method.loss), r"expected a method loss\(self, trace, labels, step\)"),
-        (changed(name="joint"), "the name 'joint' belongs to .*Joint; give the class another name"),
-    ],
-    ids=str,
-)
-def test_register_says_what_is_missing(cls, words):
-    with pytest.raises(ValueError, match=words):
-        register(cls)
-    with pytest.raises(TypeError, match=r"expected a subclass of .*Method, got"):
-        register(cls.__name__)
-    assert "changed" not in METHODS
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_tasks(name):
-    method = method_of(name)
-    for problem_type, classes in ((SINGLE, CLASSES), (MULTI, CLASSES), (REGRESSION, 1)):
-        if problem_type in method.tasks:
-            check_task(method, problem_type, classes)
-        else:
-            with pytest.raises(ValueError, match=rf"{method.name}.*{problem_type}.*'deebert', 'joint'.*'palbert'"):
-                check_task(method, problem_type, classes)
-    with pytest.raises(ValueError, match="it is unknown"):
-        check_task(method, "ranking", CLASSES)
-
-
-def test_methods_that_compare_classes_require_two():
-    for method in (Ensemble(), Dact(), Fastbert(), Smartbert()):
-        with pytest.raises(ValueError, match="at least 2, got 1"):
-            check_task(method, SINGLE, 1)
-    check_task(Deebert(), SINGLE, 1)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("cls", [*METHODS.values(), PhaseSpec])
-def test_numbers_must_be_finite(cls, value):
-    needed = {"name": "phase"} if cls is PhaseSpec else {}
-    for field in dataclasses.fields(cls):
-        if isinstance(field.default, float) or "float" in str(field.type):
-            with pytest.raises(ValueError, match=rf"\({field.name}=...\): expected a finite number"):
-                cls(**needed, **{field.name: value})

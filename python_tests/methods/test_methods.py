@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
-from support.method_cases import FREEZING, METHOD_CASES, MULTI, PHASED, REGRESSION, method_case
+from support.method_cases import FREEZING, METHOD_CASES, MULTI, PHASED, REGRESSION
 from support.models import CLASSES, batch_for, stock
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import methods
 from earlyexit_kernels.methods import METHODS
 
-FAMILIES = ("bert", "albert")
 TINY = {
     "num_hidden_layers": 3,
     "hidden_size": 32,
@@ -24,19 +23,30 @@ TINY = {
     "num_attention_heads": 2,
     "initializer_range": 0.08,
 }
-DEPTH, ROWS = 3, 64
+DEPTH, ROWS, FEW = 3, 32, 8
 LENGTHS = [3 + i * 5 % 4 for i in range(ROWS)]
 LABELS = torch.randint(0, CLASSES, (ROWS,), generator=torch.Generator().manual_seed(1))
+#: Steps that fit the batch; the gates of SmartBERT become hard at the 19th.
 STEPS, STEPS_IN_EPOCH, RATE = 24, 6, 5e-3
 #: The bias of a key shifts all scores of a query equally, so its gradient is zero up to rounding.
 NO_GRADIENT = re.compile(r"\.key\.bias$")
+#: Methods with other settings, and for each phase a pattern of the names of the parameters that learn.
+OTHER_SETTINGS = {
+    "palbert, halting": (methods.Palbert(halting_phase=True), ("", r"heads\.halting\.")),
+    "dact, last": (methods.Dact(start="last"), (r"backbone\.|heads\.(dense|out\.2)\.", "")),
+    "dact alone": (methods.Dact(start=None), ("",)),
+    "berxit, two stages": (
+        methods.Berxit(strategy="two_stage"),
+        (r"backbone\.|heads\.(dense|out)\.2\.", r"heads\.(dense|out)\.[01]\.|heads\.uncertainty\."),
+    ),
+}
+every_method = pytest.mark.parametrize("name", METHOD_CASES)
 
 
 @dataclass
 class PhaseRecord:
     """What happened to the parameters in one phase, by name; `astray` got a gradient without being trained."""
 
-    trains: set[str]
     learns: set[str]
     reached: set[str] = field(default_factory=set)
     astray: set[str] = field(default_factory=set)
@@ -45,23 +55,20 @@ class PhaseRecord:
     exits: list[list[float]] = field(default_factory=list)
 
 
-def converted(family, name, **sizes):
-    return ee.to_early_exit(stock(family, dropout=0.0, **{**TINY, **sizes}), method=name)
+def converted(family, method, **sizes):
+    return ee.to_early_exit(stock(family, dropout=0.0, **{**TINY, **sizes}), method=method)
 
 
 def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
     """Train each phase with an optimiser over all parameters, so that unexpected gradients are detected."""
     told = []
-    for number, phase in enumerate(ee.phases(model)):
+    for number, phase in enumerate(ee.phases(model), start=1):
         model.train()
         parameters = dict(model.named_parameters())
-        pattern = METHOD_CASES[model.method.name].trains[number]
-        now = PhaseRecord(
-            {n for n in parameters if re.match(pattern, n)}, {n for n, p in parameters.items() if p.requires_grad}
-        )
+        now = PhaseRecord({n for n, p in parameters.items() if p.requires_grad})
         before = {n: p.detach().clone() for n, p in parameters.items()}
         optimiser = torch.optim.Adam(parameters.values(), lr=RATE)
-        assert phase.number == number + 1
+        assert phase.number == number
         for step in range(steps):
             model.schedule.set_progress(step, step / STEPS_IN_EPOCH)
             out = model(**batch, labels=labels)
@@ -80,21 +87,16 @@ def train(model, batch, labels, *, steps=STEPS, of_exit=F.cross_entropy):
     return told
 
 
-def trained(family, name):
-    """Return a trained model, its batch and the record of its training; cached for each method."""
-    return _trained(family, METHODS[name].name)
-
-
 @functools.cache
-def _trained(family, name):
+def trained(family, name):
+    """Return a trained model, its batch and the record of its training."""
     model = converted(family, name)
     batch = batch_for(model, lengths=LENGTHS)
     return model, batch, train(model, batch, LABELS)
 
 
-def families_and_methods(names=tuple(METHODS)):
-    """Parametrise a test over families and methods."""
-    return lambda test: pytest.mark.parametrize("family", FAMILIES)(pytest.mark.parametrize("name", names)(test))
+def few(model):
+    return batch_for(model, lengths=LENGTHS[:FEW])
 
 
 def test_every_method_has_a_row():
@@ -103,8 +105,8 @@ def test_every_method_has_a_row():
     assert {name for name in METHOD_CASES if len(METHODS[name]().phases) > 1} == set(PHASED)
 
 
-@pytest.mark.sample(4)
-@families_and_methods()
+@pytest.mark.parametrize("family", ["bert", pytest.param("albert", marks=pytest.mark.thorough)])
+@every_method
 def test_training_fits_a_small_batch(family, name):
     """With the default criterion of the method, and with the rule of its paper.
 
@@ -113,36 +115,46 @@ def test_training_fits_a_small_batch(family, name):
     model, batch, told = trained(family, name)
     shares = [0.5] * len(told) if name in FREEZING else [0.5, 1.0]
     assert all(phase.losses[-1] < share * phase.losses[0] for phase, share in zip(told, shares, strict=False))
+    if name in FREEZING:
+        before, after = told[1].exits
+        assert all(late < 0.5 * early for early, late in zip(before[:-1], after, strict=False))
+        assert before[-1] == after[-1], "the last exit is frozen"
     model.eval()
-    model.set_criterion(method_case(name).rule if model.method.answering() else None)
+    model.set_criterion(METHOD_CASES[name].rule if model.method.answering() else None)
     assert (model(**batch).logits.argmax(1) == LABELS).float().mean() >= 0.95
-    model.set_criterion(method_case(name).rule)
+    model.set_criterion(METHOD_CASES[name].rule)
     out = model(**batch)
     assert (out.logits.argmax(1) == LABELS).float().mean() >= 0.95
     assert name == "dact" or (out.layers_run < DEPTH).float().mean() > 0.2
 
 
-@families_and_methods(FREEZING)
-def test_second_phase_trains_early_exits_only(family, name):
-    _, _, (_, told) = trained(family, name)
-    before, after = told.exits
-    assert all(late < 0.5 * early for early, late in zip(before[:-1], after, strict=False))
-    assert before[-1] == after[-1]
+def of_each_phase():
+    """Return family, method and patterns of the names of the parameters that learn in each phase."""
+    tables = {name: (name, case.trains) for name, case in METHOD_CASES.items()}
+    cases = [("albert", *case) for case in tables.values()]
+    return cases + [("bert", *case) for case in (*tables.values(), *OTHER_SETTINGS.values())]
 
 
-@families_and_methods()
-def test_only_the_parts_of_a_phase_change(family, name):
-    for told in trained(family, name)[2]:
-        assert told.learns == told.trains
-        assert not told.astray
-        assert {n for n in told.trains - told.reached if not NO_GRADIENT.search(n)} == set()
-        assert told.moved <= told.trains and told.trains - told.moved <= told.trains - told.reached
+@pytest.mark.parametrize(("family", "method", "patterns"), of_each_phase(), ids=str)
+def test_only_the_parts_of_a_phase_change(family, method, patterns):
+    """Trained parameters get a gradient and move; all others get none and keep their numbers."""
+    if isinstance(method, str) and family == "bert":
+        model, _, told = trained(family, method)
+    else:
+        model = converted(family, method)
+        told = train(model, few(model), LABELS[:FEW], steps=2)
+    for phase, pattern in zip(told, patterns, strict=True):
+        trains = {name for name, _ in model.named_parameters() if re.match(pattern, name)}
+        assert phase.learns == trains
+        assert not phase.astray
+        assert {n for n in trains - phase.reached if not NO_GRADIENT.search(n)} == set()
+        assert phase.moved <= trains and trains - phase.moved <= trains - phase.reached
 
 
-@pytest.mark.sample(3)
-@families_and_methods()
-def test_all_parts_are_trainable_after_the_phases(family, name):
-    model = converted(family, name).train()
+@every_method
+def test_all_parts_are_trainable_after_the_phases(name):
+    """Also where the loop over the phases ends early, by an error or a break."""
+    model = converted("bert", name).train()
     for _ in ee.phases(model):
         pass
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
@@ -157,7 +169,7 @@ def test_all_parts_are_trainable_after_the_phases(family, name):
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_parameters_frozen_by_the_user_stay_frozen(name):
     model = converted("bert", name)
     frozen = {n: p for n, p in model.named_parameters() if "embeddings" in n or re.match(r"heads\.out\.0\.", n)}
@@ -165,8 +177,10 @@ def test_parameters_frozen_by_the_user_stay_frozen(name):
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     before = {n: p.clone() for n, p in frozen.items()}
-    for told in train(model, batch_for(model, lengths=LENGTHS[:8]), LABELS[:8], steps=2):
-        assert told.learns == told.trains - set(frozen) and not told.astray & set(frozen)
+    told = train(model, few(model), LABELS[:FEW], steps=2)
+    for phase, pattern in zip(told, METHOD_CASES[name].trains, strict=True):
+        trains = {n for n, _ in model.named_parameters() if re.match(pattern, n)}
+        assert phase.learns == trains - set(frozen) and not phase.astray & set(frozen)
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(frozen)
     assert all(torch.equal(p, before[n]) for n, p in frozen.items())
 
@@ -178,18 +192,17 @@ def test_a_frozen_encoder_runs_without_dropout(name, by_user):
     model = ee.to_early_exit(stock("bert", dropout=0.4, **TINY), method=name).train()
     for parameter in model.backbone.embeddings.parameters():
         parameter.requires_grad_(not by_user)
-    batch = batch_for(model, lengths=LENGTHS[:8])
-    seen = []
-    model.backbone.encoder.layer[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    batch, states = few(model), []
+    model.backbone.encoder.layer[0].register_forward_hook(lambda module, inputs, output: states.append(output))
     for phase in ee.phases(model):
         model.train()
         assert model.heads.training
         frozen = phase.number == 2
         assert all(module.training is not frozen for module in model.backbone.modules())
-        seen.clear()
+        states.clear()
         model.schedule.set_progress(0, 0.0)
         once, again = model(**batch).all_logits, model(**batch).all_logits
-        hidden = [out[0] if isinstance(out, tuple) else out for out in seen]
+        hidden = [out[0] if isinstance(out, tuple) else out for out in states]
         assert len(hidden) == 2 and torch.equal(*hidden) is frozen
         assert not torch.equal(once[:, 0], again[:, 0])
         model.eval()
@@ -200,18 +213,17 @@ def test_a_frozen_encoder_runs_without_dropout(name, by_user):
 def test_other_frozen_parts_run_without_dropout(name):
     """In the second phase FastBERT's teacher and the layers that SmartBERT's gates skip are deterministic."""
     model = ee.to_early_exit(stock("bert", dropout=0.4, **TINY), method=name).train()
-    batch = batch_for(model, lengths=LENGTHS)
+    batch, inputs = batch_for(model, lengths=LENGTHS), []
     model.schedule.enter(model, 1)
-    inputs = []
     model.backbone.encoder.layer[2].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     once, again = model(**batch).logits, model(**batch).logits
     assert torch.equal(*inputs) and (name == "smartbert" or torch.equal(once, again))
 
 
 @pytest.mark.parametrize("problem_type", [MULTI, REGRESSION])
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_methods_refuse_undefined_tasks(name, problem_type):
-    able = {other for other in METHODS if problem_type in method_case(other).tasks}
+    able = {other for other, case in METHOD_CASES.items() if problem_type in case.tasks}
     base = stock("bert", num_labels=1 if problem_type == REGRESSION else CLASSES, problem_type=problem_type, **TINY)
     if name in able:
         assert ee.to_early_exit(base, method=name).problem_type == problem_type
@@ -220,34 +232,33 @@ def test_methods_refuse_undefined_tasks(name, problem_type):
         ee.to_early_exit(base, method=name)
     named = str(error.value).partition("methods for that: ")[2]
     assert all(f"'{other}'" in named for other in able) and f"'{name}'" not in named
-    model = ee.to_early_exit(base, method="joint")
     with pytest.raises(ValueError, match="is defined for"):
-        next(iter(ee.phases(model, name)))
+        next(iter(ee.phases(ee.to_early_exit(base), name)))
 
 
 @pytest.mark.parametrize("name", ["joint", "palbert", "deebert", "berxit"])
 def test_regression(name):
     model = converted("bert", name, num_labels=1)
-    batch = batch_for(model, lengths=LENGTHS[:32])
-    values = torch.linspace(-1, 2, 32)[torch.randperm(32)]
+    batch = batch_for(model, lengths=LENGTHS[:16])
+    values = torch.linspace(-1, 2, 16)[torch.randperm(16)]
     told = train(model, batch, values, of_exit=lambda z, y: F.mse_loss(z[:, 0], y))
     out = model.eval()(**batch, labels=values)
     assert F.mse_loss(out.logits[:, 0], values) < 0.05 < values.var() / 2
     assert out.loss == pytest.approx(F.mse_loss(out.logits[:, 0], values).item(), abs=1e-6)
     assert all(late < 0.5 * early for early, late in zip(*told[-1].exits, strict=True) if early > 0.05)
     if name in ("palbert", "berxit"):
-        model.set_criterion(method_case(name).rule)
-        assert model(**batch).logits.shape == (32, 1)
+        model.set_criterion(METHOD_CASES[name].rule)
+        assert model(**batch).logits.shape == (16, 1)
 
 
-@pytest.mark.sample(3)
-@families_and_methods()
-def test_save_and_load(family, name, tmp_path):
-    method = method_case(name).otherwise
+@pytest.mark.parametrize("family", ["bert", pytest.param("albert", marks=pytest.mark.thorough)])
+@every_method
+def test_settings_of_a_method_are_saved_with_the_model(family, name, tmp_path):
+    method = METHOD_CASES[name].otherwise
     defaults = type(method)()
     assert all(getattr(method, argument) != getattr(defaults, argument) for argument in vars(method))
     model = converted(family, method)
-    batch = batch_for(model, lengths=LENGTHS[:8])
+    batch = few(model)
     expected = model(**batch)
     model.save_pretrained(tmp_path)
     loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
@@ -256,88 +267,105 @@ def test_save_and_load(family, name, tmp_path):
     out = loaded(**batch)
     assert torch.equal(out.logits, expected.logits)
     assert torch.equal(out.exit_layer, expected.exit_layer) and torch.equal(out.layers_run, expected.layers_run)
-    loaded.set_criterion(None)
-    model.set_criterion(None)
-    for loose in (loaded, model):
-        loose.schedule.enter(loose, len(method.phases) - 1)
-        loose.train().schedule.set_progress(1, 0.0)
-    assert torch.equal(loaded(**batch, labels=LABELS[:8]).loss, model(**batch, labels=LABELS[:8]).loss)
+    for each in (loaded, model):
+        each.set_criterion(None)
+        each.schedule.enter(each, len(method.phases) - 1)
+        each.train().schedule.set_progress(1, 0.0)
+    assert torch.equal(loaded(**batch, labels=LABELS[:FEW]).loss, model(**batch, labels=LABELS[:FEW]).loss)
 
 
 @pytest.mark.parametrize("name", PHASED)
 def test_labels_outside_of_a_phase(name):
     """In train mode labels are refused, since the phase is unknown; without labels, and in eval mode, they are not."""
     model = converted("bert", name)
-    batch = batch_for(model, lengths=LENGTHS[:8])
-    assert torch.isfinite(model(**batch, labels=LABELS[:8]).loss)
+    batch, labels = few(model), LABELS[:FEW]
+    assert torch.isfinite(model(**batch, labels=labels).loss)
     model.train()
     assert model(**batch).loss is None
     with pytest.raises(ValueError, match=r"2 phases and none is entered.*phases\(model\)"):
-        model(**batch, labels=LABELS[:8])
+        model(**batch, labels=labels)
     next(iter(ee.phases(model)))
     with pytest.raises(ValueError, match="none is entered"):
-        model(**batch, labels=LABELS[:8])
+        model(**batch, labels=labels)
 
 
 @pytest.mark.parametrize("name", ["berxit", "smartbert"])
 def test_methods_that_depend_on_steps_or_epochs_require_them(name):
+    """In every run of a phase again: the numbers of an earlier one do not count."""
     model = converted("bert", name)
-    batch = batch_for(model, lengths=LENGTHS[:8])
+    batch, labels = few(model), LABELS[:FEW]
     for _ in range(2):
         for phase in ee.phases(model):
             model.train()
             if phase.number == 1:
                 with pytest.raises(ValueError, match=r"callbacks=phase\.callbacks\(\)"):
-                    model(**batch, labels=LABELS[:8])
+                    model(**batch, labels=labels)
                 model.schedule.set_progress(1, 0.1)
-            assert torch.isfinite(model(**batch, labels=LABELS[:8]).loss)
+            assert torch.isfinite(model(**batch, labels=labels).loss)
 
 
-def test_phase_of_the_halting_head():
-    model = converted("bert", methods.Palbert(halting_phase=True))
-    batch, labels = batch_for(model, lengths=LENGTHS[:8]), LABELS[:8]
-    ponder, halting = ee.phases(model)
-    assert ponder.spec.trains == set(methods.PARTS) and halting.spec.other_rows
-    model.schedule.enter(model, 1)
-    model.train()(**batch, labels=labels).loss.backward()
-    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert reached == {n for n, p in model.named_parameters() if n.startswith("heads.halting.")}
-    assert all(p.requires_grad == n.startswith("heads.halting.") for n, p in model.named_parameters())
+@every_method
+def test_loss_of_an_empty_batch_is_zero(name):
+    model = converted("bert", name)
+    empty = {key: values[:0] for key, values in few(model).items()}
+    for _ in ee.phases(model):
+        model.train().schedule.set_progress(0, 0.0)
+        loss = model(**empty, labels=LABELS[:0]).loss
+        loss.backward()
+        assert loss.item() == 0.0
 
 
-def test_phases_of_dact():
-    """The first phase leaves the halting outputs as they are; the paper's first phase the early exits too."""
-    wanted = {"joint": r"(?!heads\.halting\.)", "last": r"backbone\.|heads\.(dense|out\.2)\."}
-    for start, pattern in wanted.items():
-        model = converted("bert", methods.Dact(start=start))
-        names = dict(model.named_parameters())
-        first, second = ({n for n, p in names.items() if p.requires_grad} for _ in ee.phases(model))
-        assert first == {n for n in names if re.match(pattern, n)} and second == set(names)
-    (only,) = ee.phases(ee.to_early_exit(model, method=methods.Dact(start=None)))
-    assert only.name == "dact"
+#: Method of a model, another one whose exits have another shape, and words of the refusal.
+UNFIT = [
+    ("joint", "fastbert", "'form': 'attention'"),
+    ("joint", "deebert", "'exit_dense': 'own'"),
+    ("joint", "dact", "'halting': True"),
+    ("deebert", "smartbert", "'gates': True"),
+    ("deebert", "berxit", "'uncertainty': True"),
+    ("fastbert", "smartbert", "'attention_heads': 4"),
+    ("palbert", methods.Palbert(halting_input="diff"), "'halting_input': 'diff'"),
+]
 
 
-def test_berxit_of_two_stages():
-    model = converted("bert", methods.Berxit(strategy="two_stage"))
-    names = dict(model.named_parameters())
-    wanted = (r"backbone\.|heads\.(dense|out)\.2\.", r"heads\.(dense|out)\.[01]\.|heads\.uncertainty\.")
-    for phase, pattern in zip(ee.phases(model), wanted, strict=True):
-        assert {n for n, p in names.items() if p.requires_grad} == {n for n in names if re.match(pattern, n)}, (
-            phase.name
-        )
+@pytest.mark.parametrize(("made_for", "asked", "words"), UNFIT)
+def test_phases_of_a_method_with_other_exits_are_refused(made_for, asked, words):
+    model = converted("bert", made_for)
+    before, name = model.config.method, asked if isinstance(asked, str) else asked.name
+    with pytest.raises(ValueError, match=rf"trains exits with .*to_early_exit\(\.\.\., method='{name}'\)") as caught:
+        next(ee.phases(model, asked))
+    assert words in str(caught.value) and model.config.method == before == model.method.to_dict()
 
 
-def test_phases_of_another_method():
-    """A method that requires other exits is refused with the fix; one that fits is used and saved."""
-    model = converted("bert", "deebert")
-    assert [phase.name for phase in ee.phases(model, "joint")] == ["joint"]
-    assert model.method == methods.Joint() and model.config.method == methods.Joint().to_dict()
-    for name, lacks in (("palbert", "halting"), ("smartbert", "gates"), ("berxit", "uncertainty")):
-        with pytest.raises(ValueError, match=rf"{lacks}.*to_early_exit\(\.\.\., method='{name}'\)"):
-            next(iter(ee.phases(model, name)))
-    assert model.method == methods.Joint()
+@pytest.mark.parametrize(
+    ("made_for", "pooling", "asked", "phases"),
+    [
+        ("deebert", None, "joint", ["joint"]),
+        # sharing is irrelevant without a dense module
+        ("joint", "mean", "deebert", ["backbone", "exits"]),
+        # halting heads may be unused
+        ("palbert", None, "joint", ["joint"]),
+        (methods.Dact(halting_bias=-1.0), None, "dact", ["exits", "dact"]),
+    ],
+)
+def test_phases_of_a_method_that_fits_are_entered_and_saved(made_for, pooling, asked, phases):
+    model = ee.to_early_exit(stock("bert", **TINY), method=made_for, pooling=pooling)
+    assert [phase.name for phase in ee.phases(model, asked)] == phases
+    assert model.method == METHODS[asked]() and model.config.method == model.method.to_dict()
 
 
-def test_an_unknown_method():
-    with pytest.raises(ValueError, match=r"method: expected one of \[.*'smartbert'.*\], got 'smrtbert'"):
-        ee.to_early_exit(stock("bert", **TINY), method="smrtbert")
+@pytest.mark.parametrize("phase", [-1, 1, 7])
+def test_unknown_phase_is_refused(phase):
+    model = converted("bert", "joint")
+    with pytest.raises(ValueError, match=f"has phases 0 to 0, got {phase}"):
+        model.schedule.enter(model, phase)
+    assert model.schedule.phase is not None and model.schedule.phase.name == "joint"
+
+
+@pytest.mark.parametrize(("method", "form"), [("fastbert", "linear"), ("joint", "attention")])
+def test_form_of_the_exits_is_chosen_at_conversion(method, form, tmp_path):
+    model = ee.to_early_exit(stock("bert", **TINY), method=method, pooling="mean", form=form)
+    assert model.heads.config.form == form and bool(len(model.heads.attention)) == (form == "attention")
+    names = [phase.name for phase in ee.phases(model)]
+    model.save_pretrained(tmp_path)
+    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.heads.config.form == form and [phase.name for phase in ee.phases(loaded)] == names

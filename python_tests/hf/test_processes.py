@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import ddp_worker
+from support import rank_worker
+from support.loss_cases import CASES
 from support.models import early_exit
-from support.rank_processes import WORLD, run_ranks
+from support.rank_worker import WORLD
 
 import earlyexit_kernels as ee
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(ddp_worker, tmp_path_factory.mktemp("ddp"))
+    return rank_worker.run_ranks(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("case", ddp_worker.CASES)
+@pytest.mark.parametrize("case", rank_worker.MODELS)
 def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
-    alone = ddp_worker.steps(case, 0, 1)
-    for step in range(ddp_worker.STEPS):
+    alone = rank_worker.training(case, 0, 1)
+    for step in range(len(rank_worker.EPOCHS)):
         losses = [rank[case]["losses"][step] for rank in ranks]
         assert losses[0] != losses[1]
         assert torch.allclose(sum(losses) / WORLD, alone["losses"][step], atol=1e-6)
@@ -35,10 +36,30 @@ def test_gradients_equal_one_process_with_the_whole_batch(ranks, case):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("name", rank_worker.LOSSES)
+def test_losses_equal_those_of_one_process(ranks, name):
+    """Also those that are not linear in their rows."""
+    alone = rank_worker.loss(name, 0, 1)
+    first, second = (rank["losses"][name] for rank in ranks)
+    assert first["loss"] != second["loss"]
+    assert abs((first["loss"] + second["loss"]) / WORLD - alone["loss"]) < 1e-13
+    for tensor in set(alone) - {"loss"}:
+        assert torch.equal(first[tensor], second[tensor])
+        assert (first[tensor] - alone[tensor]).abs().max() < 1e-13, tensor
+    assert alone["logits"].abs().max() > 1e-3
+
+
+def test_all_losses_that_are_not_linear_run_in_two_processes():
+    """Except one that differs from another in its projections only."""
+    left_out = {name for name, case in CASES.items() if not case.linear} - set(rank_worker.LOSSES)
+    assert left_out == {"smartbert, nothing projected"}
+
+
+@pytest.mark.thorough
 def test_predictions_are_of_the_whole_data_set(ranks):
     """Every process gets all rows once, in the order of the data set."""
     model = early_exit(criterion=ee.criteria.Patience(patience=1))
-    expected = ee.predict_with_exits(model, ddp_worker.data_set())
+    expected = ee.predict_with_exits(model, rank_worker.data_set())
     for rank in ranks:
         got = rank["predictions"]
         assert len(got["exit_layer"]) == 11
