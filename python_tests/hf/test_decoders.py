@@ -12,16 +12,17 @@ TOLERANCE = 1e-5
 every_decoder = pytest.mark.parametrize("family", DECODERS)
 
 
+def answers(model, batch):
+    """Return the full-depth answers of `forward`, of a trace and of the fixed-depth form."""
+    return model(**batch).logits, model.trace(**batch).logits[:, -1], model.fixed_depth()(**batch)[0]
+
+
 @every_decoder
-def test_padding_on_the_left_is_that_of_the_stock_model(family):
+def test_padding_is_that_of_the_stock_model(family):
+    """On the left, and without a mask, where padding ids are padding."""
     base = stock(family)
     batch = batch_for(base, "left")
     assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
-
-
-@every_decoder
-def test_without_a_mask_padding_ids_are_padding_as_in_the_stock_model(family):
-    base = stock(family)
     ids = batch_for(base)["input_ids"]
     assert (ids == 0).any()
     model = ee.to_early_exit(base)
@@ -42,7 +43,7 @@ def test_without_a_padding_token_the_mask_tells_the_last_token(family):
     alone = torch.cat(
         [base(input_ids=batch["input_ids"][row : row + 1, :length]).logits for row, length in enumerate(LENGTHS)]
     )
-    for got in (model(**batch).logits, model.trace(**batch).logits[:, -1], model.fixed_depth()(**batch)[0]):
+    for got in answers(model, batch):
         assert (got - alone).abs().max() <= TOLERANCE
 
 
@@ -57,7 +58,7 @@ def test_padding_on_both_sides_is_found_by_the_mask(family):
         batch["input_ids"][row, place], batch["attention_mask"][row, place] = ids[0], 1
     model = ee.to_early_exit(base)
     expected = torch.cat([base(input_ids=ids).logits for ids in alone])
-    for got in (model(**batch).logits, model.trace(**batch).logits[:, -1], model.fixed_depth()(**batch)[0]):
+    for got in answers(model, batch):
         assert (got - expected).abs().max() <= TOLERANCE
 
 
@@ -67,7 +68,7 @@ def test_an_encoder_answers_a_row_without_its_masked_last_token(family):
     batch = batch_for(model)
     batch["attention_mask"][2, LENGTHS[2] - 1] = 0
     alone = model(input_ids=batch["input_ids"][2:3, : LENGTHS[2] - 1]).logits
-    for got in (model(**batch).logits, model.fixed_depth()(**batch)[0]):
+    for got in answers(model, batch):
         assert (got[2:3] - alone).abs().max() <= TOLERANCE
 
 
@@ -108,8 +109,8 @@ def test_a_window_that_the_layers_do_not_have_is_refused(family):
     assert (model(**batch).logits - before).abs().max() <= TOLERANCE
     name = "local_attention" if family == "modernbert" else "sliding_window"
     old, words = getattr(config, name), "window of 5 tokens to each side.* in the config now means 2. Set the config"
-    for each in (base.config, config):
-        setattr(each, name, 2)
+    setattr(base.config, name, 2)
+    setattr(config, name, 2)
     assert (base(**batch).logits - before).abs().max() > 0.01
     for call in (model, model.trace, model.fixed_depth(), ee.to_early_exit(base), ee.to_early_exit(base).train()):
         with pytest.raises(ValueError, match=words):
@@ -151,19 +152,6 @@ def test_pooling_is_the_last_token_or_the_mean(family):
             ee.to_early_exit(base, pooling=other)
 
 
-def test_the_last_token_of_an_encoder_is_refused():
-    with pytest.raises(ValueError, match=r"one of \(None, 'mean', 'first'\) for a bert model, got 'last'"):
-        ee.to_early_exit(stock(), pooling="last")
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_angles_that_depend_on_the_batch_are_refused(kind):
-    base = stock("llama")
-    base.config.rope_parameters = {**base.config.rope_parameters, "rope_type": kind, "factor": 2.0}
-    with pytest.raises(ValueError, match=rf"rope_type '{kind}' is not supported: its angles depend on the longest row"):
-        ee.to_early_exit(base)
-
-
 @pytest.mark.parametrize("family", RECTANGULAR)
 def test_holes_are_refused_by_families_that_read_distances(family):
     model = early_exit(family)
@@ -171,31 +159,16 @@ def test_holes_are_refused_by_families_that_read_distances(family):
         model(**batch_for(model, "holes"))
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_modernbert_reads_what_its_config_says(pooling):
-    base = stock("modernbert", classifier_pooling=pooling, classifier_bias=True, norm_bias=True)
+#: Family and settings of its config that change its answers.
+SETTINGS = [
+    *(("modernbert", {"classifier_pooling": p, "classifier_bias": True, "norm_bias": True}) for p in ("cls", "mean")),
+    *(("eurobert", {"classifier_pooling": p}) for p in ("bos", "mean", "late")),
+    ("deberta-v2", {}),  # without a convolution, which is refused
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), SETTINGS)
+def test_models_do_what_their_config_says(family, settings):
+    base = stock(family, **settings)
     batch = batch_for(base)
     assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("pooling", ["bos", "mean", "late"])
-def test_eurobert_reads_what_its_config_says(pooling):
-    base = stock("eurobert", classifier_pooling=pooling)
-    batch = batch_for(base)
-    assert (ee.to_early_exit(base)(**batch).logits - base(**batch).logits).abs().max() <= TOLERANCE
-
-
-def test_another_pooling_of_eurobert_is_refused():
-    base = stock("eurobert", classifier_pooling="cls")
-    with pytest.raises(ValueError, match=r"classifier_pooling: expected one of \('bos', 'mean', 'late'\), got 'cls'"):
-        ee.to_early_exit(base)
-
-
-@pytest.mark.parametrize("settings", [{"conv_kernel_size": 3, "conv_act": "gelu"}, {}])
-def test_a_convolution_of_deberta_is_refused(settings):
-    base = stock("deberta-v2", **settings)
-    if settings:
-        with pytest.raises(ValueError, match=r"conv_kernel_size=3 of this DeBERTa is not supported"):
-            ee.to_early_exit(base)
-    else:
-        assert ee.to_early_exit(base).depth == 4

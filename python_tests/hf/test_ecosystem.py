@@ -38,39 +38,35 @@ def same(out, expected, tolerance=1e-5):
 
 
 def test_attention_cannot_be_set_on_the_model():
+    """`from_config` may build the model with another attention, but only with the packed one."""
     model, batch = varied()
     expected = model(**batch)
+    again = tf.AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager").eval()
+    again.load_state_dict(model.state_dict())
+    same(again(**batch), expected, 0.0)
     for attention in ("sdpa", "eager", "flash_attention_2", "flex_attention"):
         with pytest.raises(ValueError, match="attn_implementation cannot be chosen"):
             model.set_attn_implementation(attention)
     same(model(**batch), expected, 0.0)
 
 
-@pytest.mark.sample(7)
-@pytest.mark.parametrize(
-    ("family", "attention"), [(f, a) for f in ALL_FAMILIES for a in attentions_of(f) if f not in RECTANGULAR]
-)
-def test_attention_set_on_the_backbone_is_refused(family, attention):
-    model = early_exit(family)
-    batch = batch_for(model)
-    model.backbone.set_attn_implementation(attention)
-    for call in (model, model.trace, model.train()):
-        with pytest.raises(ee.AttentionReplacedError, match=f"attention to be 'earlyexit_packed', got '{attention}'"):
-            call(**batch)
-        model.eval()
-
-
-@pytest.mark.sample(9)
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", None])
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_attention_written_to_the_config_is_refused(family, attention):
+def test_attention_replaced_in_the_backbone_is_refused(family):
+    """By `set_attn_implementation`, and in its config."""
     model = early_exit(family)
-    batch, own = batch_for(model), model.backbone.config._attn_implementation
-    fixed = model.fixed_depth()
-    model.backbone.config._attn_implementation = attention
-    for call in (model, model.trace, fixed, model.stream):
-        with pytest.raises(ee.AttentionReplacedError, match=f"attention to be '{own}', got {attention!r}"):
-            list(call(**batch))
+    batch, packed, fixed = batch_for(model), model.backbone.config._attn_implementation, model.fixed_depth()
+    for attention in () if family in RECTANGULAR else attentions_of(family):
+        model.backbone.set_attn_implementation(attention)
+        for call in (model, model.trace, model.train()):
+            with pytest.raises(ee.AttentionReplacedError, match=f"attention to be '{packed}', got '{attention}'"):
+                call(**batch)
+            model.eval()
+    for attention in ("flash_attention_2", "flex_attention", None):
+        model.backbone.config._attn_implementation = attention
+        for call in (model, model.trace, fixed, model.stream):
+            with pytest.raises(ee.AttentionReplacedError, match=f"attention to be '{packed}', got {attention!r}"):
+                list(call(**batch))
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
@@ -84,14 +80,6 @@ def test_attention_of_the_stock_model_is_not_taken_over(family, attention):
     model = ee.to_early_exit(base)
     assert (model(**batch).logits - expected).abs().max() <= 1e-5
     assert base.config._attn_implementation == attention != stated
-
-
-def test_attention_of_a_config_is_refused_or_packed():
-    """`from_config` may build the model, but only with the packed attention."""
-    model, batch = varied()
-    again = tf.AutoModelForSequenceClassification.from_config(model.config, attn_implementation="eager").eval()
-    again.load_state_dict(model.state_dict())
-    same(again(**batch), model(**batch), 0.0)
 
 
 # precision, copies, devices
@@ -119,19 +107,15 @@ def test_autocast(pooling, halting, backend):
     assert torch.isfinite(trained.loss) and all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_gradient_modes(mode):
+def test_gradient_modes():
+    """Also inputs that were made in inference mode, in it and outside of it."""
     model, batch = varied()
     expected = model(**batch)
-    with mode():
-        same(model(**batch), expected, 0.0)
-
-
-def test_inputs_made_in_inference_mode():
-    model, batch = varied()
-    with torch.inference_mode():
-        inside = {name: value.clone() for name, value in batch.items()}
-        same(model(**inside), model(**batch), 0.0)
+    for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+        with mode():
+            inside = {name: value.clone() for name, value in batch.items()}
+            same(model(**batch), expected, 0.0)
+            same(model(**inside), expected, 0.0)
 
 
 def test_deepcopy_is_independent():
@@ -150,27 +134,23 @@ def test_deepcopy_is_independent():
     assert model.criterion is not None and model.config.criterion is not None
 
 
-@pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pooling", [None, "first", "mean"])
-def test_half_precision(move, pooling):
+def test_half_precision(dtype, pooling):
     model, batch = varied(pooling=pooling)
     full = model.trace(**batch).logits
-    dtype = move(model).dtype
-    assert dtype != torch.float32
+    model.to(dtype)
     out = model(**batch, output_all_logits=True)
     assert (out.all_logits.float() - full).abs().max() < (0.01 if dtype == torch.float16 else 0.15)
     same(out, model(**batch), 0.05)
 
 
-def test_to_also_moves_the_stock_instance():
+def test_moves_reach_the_stock_instance_and_all_parts():
     base = stock()
-    ee.to_early_exit(base).half()
+    model = ee.to_early_exit(base).half()
     assert {p.dtype for p in base.bert.encoder.parameters()} == {torch.float16}
     assert {p.dtype for p in base.classifier.parameters()} == {torch.float32}
-
-
-def test_to_another_device():
-    model = early_exit().to("meta")
+    model = model.to("meta")
     assert model.device.type == "meta" and {p.device.type for p in model.parameters()} == {"meta"}
 
 
@@ -197,10 +177,8 @@ def test_gradient_checkpointing(family):
 
 
 def test_gradient_checkpointing_of_albert_is_refused():
-    model = early_exit("albert")
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="not compatible with gradient checkpointing"):
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="not compatible with gradient checkpointing"):
+        early_exit("albert").gradient_checkpointing_enable()
 
 
 @pytest.mark.thorough
