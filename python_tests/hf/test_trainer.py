@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from support.models import CLASSES, DEPTH, TEXTS, early_exit, stock, tokenizer, varied_entropy
-from support.trainers import _OF_THE_TRAINER, ROWS, batch_of, dataset, logged_losses, trainer  # noqa: F401
+from support.trainers import ROWS, batch_of, dataset, logged_losses, trainer
 
 import earlyexit_kernels as ee
 
@@ -20,7 +20,7 @@ def varied():
     return model, inputs
 
 
-def test_evaluation_returns_arrays(tmp_path):
+def test_evaluation_returns_arrays_and_exits_on_request(tmp_path):
     model, inputs = varied()
     labels = batch_of(dataset())["labels"]
     out = model(**inputs, labels=labels)
@@ -34,18 +34,12 @@ def test_evaluation_returns_arrays(tmp_path):
     got = run.predict(dataset())
     assert isinstance(got.predictions, np.ndarray) and got.predictions.shape == (ROWS, CLASSES)
     assert abs(got.predictions - out.logits.numpy()).max() < 1e-5
+    logits, exit_layer, layers_run = trainer(model, tmp_path).predict(dataset(), ignore_keys=["all_logits"]).predictions
+    assert logits.shape == (ROWS, CLASSES), "exits are returned on request"
+    assert (exit_layer == out.exit_layer.numpy()).all() and (layers_run == out.layers_run.numpy()).all()
     metrics = run.evaluate(dataset())
     assert metrics["eval_accuracy"] == pytest.approx((out.logits.argmax(-1) == labels).float().mean().item())
     assert metrics["eval_loss"] == pytest.approx(out.loss.item(), abs=1e-5)
-
-
-def test_exits_are_returned_on_request(tmp_path):
-    model, inputs = varied()
-    out, run = model(**inputs), trainer(model, tmp_path)
-    got = run.predict(dataset(), ignore_keys=["all_logits"])
-    logits, exit_layer, layers_run = got.predictions
-    assert logits.shape == (ROWS, CLASSES)
-    assert (exit_layer == out.exit_layer.numpy()).all() and (layers_run == out.layers_run.numpy()).all()
 
 
 @pytest.mark.parametrize("label", ["labels", "label"])
@@ -58,9 +52,6 @@ def test_predict_with_exits_on_a_trainer(tmp_path, label):
     assert (got.exit_layer == out.exit_layer.numpy()).all() and (got.layers_run == out.layers_run.numpy()).all()
     assert got.logits.shape == (ROWS, CLASSES) and abs(got.logits - out.logits.numpy()).max() < 1e-5
     assert (got.labels == batch_of(dataset())["labels"].numpy()).all()
-
-
-def test_predict_with_exits_on_a_trainer_of_a_stock_model(tmp_path):
     with pytest.raises(TypeError, match="early-exit model or a Trainer of one"):
         ee.predict_with_exits(trainer(stock(), tmp_path), dataset())
 
@@ -86,7 +77,7 @@ def test_gradient_accumulation(tmp_path):
 
 
 def test_method_trains_every_exit(tmp_path):
-    model, losses = trained(tmp_path, max_steps=40)
+    model, losses = trained(tmp_path, max_steps=20)
     assert losses[-1] < 0.8 * losses[0]
     batch = batch_of(dataset(16))
     labels = batch.pop("labels")
@@ -124,13 +115,13 @@ def test_custom_loss_function(tmp_path):
 
 def test_checkpoint_and_resume(tmp_path):
     model = early_exit(dropout=0.0, criterion=ee.criteria.Patience(patience=2))
-    run = trainer(model, tmp_path, dataset(16), max_steps=4, save_strategy="steps", save_steps=2)
+    run = trainer(model, tmp_path, dataset(16), save_strategy="steps", save_steps=1)
     run.train()
     resumed = early_exit(dropout=0.0, criterion=ee.criteria.Patience(patience=2))
-    again = trainer(resumed, tmp_path, dataset(16), max_steps=4)
+    again = trainer(resumed, tmp_path, dataset(16))
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in resumed.state_dict().items())
-    loaded = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "checkpoint-4")
+    loaded = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "checkpoint-3")
     assert loaded.criterion == ee.criteria.Patience(patience=2)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
@@ -147,11 +138,11 @@ def test_texts_through_a_tokenizer(tmp_path):
         processing_class=words,
         eval_dataset=data,
         per_device_eval_batch_size=4,
-        max_steps=4,
+        max_steps=2,
         eval_strategy="steps",
-        eval_steps=2,
+        eval_steps=1,
         save_strategy="steps",
-        save_steps=2,
+        save_steps=1,
         load_best_model_at_end=True,
     )
     run.train()

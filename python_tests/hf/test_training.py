@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,6 @@ from earlyexit_kernels.core.packing import pack
 from earlyexit_kernels.core.rows import Rows
 from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.heads import HeadOutput
-from earlyexit_kernels.methods import TrainingStep, method_of
 from earlyexit_kernels.types import Gating
 
 LABELS = torch.tensor([2, 0, 1, 1])
@@ -70,20 +67,6 @@ def test_loss_and_gradients_equal_a_padded_reference(family, pooling, kind):
     assert largest > 0.01 and worst < 2e-6
 
 
-def test_joint_loss_weights():
-    """Losses 1, .5 and .25 with weights 1/6, 2/6 and 3/6: .458333."""
-    wanted = [1.0, 0.5, 0.25]
-    logits = torch.tensor([[[0.0, math.log(math.expm1(loss))] for loss in wanted]] * 2)
-    assert torch.allclose(
-        F.cross_entropy(logits[0], torch.zeros(3, dtype=torch.long), reduction="none"), torch.tensor(wanted)
-    )
-    for name in ("joint", "pabee"):
-        method = method_of(name)
-        step = TrainingStep(problem_type="single_label_classification")
-        loss = method.loss(ee.ExitTrace(logits), torch.zeros(2, dtype=torch.long), step)
-        assert loss.item() == pytest.approx(0.458333, abs=1e-6)
-
-
 @pytest.mark.sample(7)
 @pytest.mark.parametrize(
     ("problem_type", "labels"),
@@ -105,16 +88,6 @@ def test_every_parameter_gets_a_gradient(family, settings, problem_type, labels)
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert all(head.weight.grad.abs().max() > 0 for head in model.heads.out)
-
-
-def test_criterion_does_not_affect_training():
-    model = early_exit(dropout=0.0).train()
-    batch = batch_for(model)
-    expected = model(**batch, labels=LABELS)
-    model.set_criterion(ee.criteria.Entropy(threshold=10.0))
-    out = model(**batch, labels=LABELS)
-    assert torch.equal(out.loss, expected.loss) and torch.equal(out.all_logits, expected.all_logits)
-    assert torch.equal(out.exit_layer, torch.full((4,), DEPTH))
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

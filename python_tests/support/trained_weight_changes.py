@@ -14,8 +14,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import Trainer, TrainingArguments
 
-import earlyexit_kernels as ee
-
 # optimizers
 
 
@@ -27,10 +25,14 @@ def optimizer_step(kind: type, how: dict[str, bool], model: Any, base: Any) -> N
     optimizer.zero_grad()
 
 
-for _kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad):
-    for _how in ("plain", "foreach", "fused"):
-        _options = {"foreach": _how == "foreach"} if _how != "fused" else {"fused": True}
-        WAYS[f"{_kind.__name__.lower()}_{_how}"] = partial(optimizer_step, _kind, _options)
+_KINDS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+for _kind, _how in (
+    *((kind, "fused") for kind in _KINDS),
+    (torch.optim.AdamW, "plain"),
+    (torch.optim.AdamW, "foreach"),
+):
+    _options = {"foreach": _how == "foreach"} if _how != "fused" else {"fused": True}
+    WAYS[f"{_kind.__name__.lower()}_{_how}"] = partial(optimizer_step, _kind, _options)
 
 
 def train(model: Any, **arguments: Any) -> None:
@@ -55,11 +57,6 @@ def trainer_on_the_stock_model(model, base):
 def trainer_with_evaluation(model, base):
     train(model, eval_strategy="steps", eval_steps=1)
     model.eval()
-
-
-@way
-def trainer_on_another_early_exit_model(model, base):
-    train(ee.to_early_exit(base, pooling="first"))
 
 
 @way
@@ -181,3 +178,7 @@ def lora_merged_into_the_weights(model, base):
     adapted = lora(model, model.backbone)
     model.trace(**batch_for(model))
     adapted.merge_adapter()
+
+
+#: Changes of all layers, for which it does not matter which layer the others change.
+OF_ALL_LAYERS = tuple(name for name in WAYS if name.startswith(("sgd", "ada", "trainer", "lora", "state", "backward")))
