@@ -1,8 +1,8 @@
-"""Train and measure the models of the experiments, one JSON each in ``benchmarks/results/evidence``.
+"""Train and measure the models of the experiments, a line each in ``benchmarks/results/evidence.jsonl``.
 
 ``python -m benchmarks.evidence --encoder sentence-transformers/all-MiniLM-L6-v2``
 
-A training whose JSON exists is skipped, so that an interrupted run continues where it stopped. ``--list`` shows what is
+A training that has a line is skipped, so that an interrupted run continues where it stopped. ``--list`` shows what is
 left and trains nothing.
 """
 
@@ -19,15 +19,16 @@ from tqdm import tqdm
 from benchmarks.evidence import plans
 from benchmarks.evidence.encoders import make_encoders
 from benchmarks.evidence.plans import EXPERIMENTS
-from benchmarks.evidence.runs import RESULTS, groups, result_file, run_group
+from benchmarks.evidence.results import RESULTS, stored
+from benchmarks.evidence.runs import groups, run_group
 from earlyexit_kernels.tuning.report import markdown_table
 
 
 def left_table(results: Path) -> str:
     """Return a table of the trainings that are done and left, by experiment."""
-    rows = []
+    rows, known = [], stored(results)
     for name, experiment in EXPERIMENTS.items():
-        done = sum(result_file(training, results).is_file() for training in experiment.trainings)
+        done = sum(training.name in known for training in experiment.trainings)
         rows.append((name, experiment.claim, len(experiment.trainings), done, len(experiment.trainings) - done))
     return markdown_table(("experiment", "claim", "trainings", "done", "left"), rows)
 
@@ -44,7 +45,7 @@ def main() -> None:
     add("--only", choices=EXPERIMENTS, action="append", default=[], help="experiment to run (default: all)")
     add("--jobs", type=int, default=os.cpu_count(), help="processes of one thread each (default: one a core)")
     add("--work", type=Path, default=Path("trained"), help="folder for models and logs (default: %(default)s)")
-    add("--results", type=Path, default=RESULTS, help="folder for the JSON (default: benchmarks/results/evidence)")
+    add("--results", type=Path, default=RESULTS, help="file (default: benchmarks/results/evidence.jsonl)")
     add("--list", action="store_true", help="show what is left, and stop")
     args = parser.parse_args()
     print(left_table(args.results))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks import harness
+
+#: One training on a line.
+RESULTS = harness.RESULTS / "evidence.jsonl"
 
 
 class Mix(NamedTuple):
@@ -21,11 +27,15 @@ class Mix(NamedTuple):
 
 
 class Result:
-    """The records of one trained model."""
+    """The records of one trained model.
 
-    def __init__(self, path: Path) -> None:
-        self.document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        self.records: list[dict[str, Any]] = self.document["records"]
+    Args:
+        document: a line of the results.
+    """
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self.records: list[dict[str, Any]] = document["records"]
 
     def record(self, kind: str, **fields: Any) -> dict[str, Any] | None:
         """Return the record of a kind, or None."""
@@ -77,6 +87,17 @@ class Result:
         macs, layers = [k / depth for k in range(1, depth + 1)], [float(k) for k in range(1, depth + 1)]
         splits = ({"score": scores[s], "macs": macs, "layers": layers} for s in ("tuning", "reporting"))
         return mixed(*splits, share)
+
+
+def stored(results: Path) -> dict[str, Result]:
+    """Return name of each training that is done -> its records; the file need not exist."""
+    return _read(results, results.stat().st_mtime_ns) if results.is_file() else {}
+
+
+@functools.lru_cache(maxsize=2)
+def _read(results: Path, changed: int) -> dict[str, Result]:
+    documents = map(json.loads, results.read_text(encoding="utf-8").splitlines())
+    return {document["name"]: Result(document) for document in documents}
 
 
 def mixed(tuning: dict[str, list[float]], reporting: dict[str, list[float]], share: float) -> Mix | None:

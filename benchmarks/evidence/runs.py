@@ -15,24 +15,19 @@ import torch
 from benchmarks import harness
 from benchmarks.evidence.measure import measure
 from benchmarks.evidence.plans import Training
+from benchmarks.evidence.results import stored
 from earlyexit_cli import build_parser
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.cli.train import run as train
-from earlyexit_kernels.tuning.report import environment, write_text
-
-RESULTS = harness.RESULTS / "evidence"
-
-
-def result_file(training: Training, results: Path = RESULTS) -> Path:
-    """Return the file of a training's records."""
-    return results / f"{training.name}.json"
+from earlyexit_kernels.tuning.report import environment
 
 
 def groups(trainings: Sequence[Training], results: Path) -> list[tuple[Training, ...]]:
     """Return what is left, with trainings that start from the same model together, after it."""
     found: dict[str, list[Training]] = {}
+    done = stored(results)
     for training in trainings:
-        if not result_file(training, results).is_file():
+        if training.name not in done:
             first = training.start or training
             found.setdefault(first.name, []).append(training)
     return [tuple(group) for group in found.values()]
@@ -80,15 +75,16 @@ def _logged(path: Path) -> Iterator[None]:
 def write(
     training: Training, records: Sequence[harness.Record], seconds: dict[str, int], work: Path, results: Path
 ) -> None:
-    """Write the records of a training, one on a line."""
+    """Append the records of a training to the results."""
     recipe = asdict(Recipe.load(work / training.name))
-    head = {
+    document = {
         "name": training.name,
         "command": " ".join(["earlyexit", *training.arguments("ENCODER", "OUTPUT")]),
         "method": recipe["method"],
         "seconds": seconds,
         "environment": environment(),
+        "records": list(records),
     }
-    lines = ",\n".join(json.dumps(record) for record in records)
-    fields = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-    write_text(result_file(training, results), f'{{{fields},\n"records": [\n{lines}\n]}}\n')
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("ab", buffering=0) as file:  # one write, since other processes append to it too
+        file.write(f"{json.dumps(document)}\n".encode())

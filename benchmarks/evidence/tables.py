@@ -1,4 +1,4 @@
-"""Tables of the evidence, from ``benchmarks/results/evidence``: means and standard deviations over the seeds."""
+"""Tables of the evidence, from ``benchmarks/results/evidence.jsonl``: means and standard deviations over the seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 from benchmarks.evidence import plans
 from benchmarks.evidence.plans import SEEDS, SHARED, SIX, TWELVE, Training
-from benchmarks.evidence.results import Mix, Result
-from benchmarks.evidence.runs import RESULTS, result_file
+from benchmarks.evidence.results import RESULTS, Mix, Result, stored
 from benchmarks.tables import NOT_MEASURED
 from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tuning.report import markdown_table
@@ -22,8 +21,8 @@ SHARES = (0.67, 0.5)
 
 def found(trainings: Iterable[Training], results: Path) -> list[Result]:
     """Return the results that there are."""
-    files = [result_file(training, results) for training in trainings]
-    return [Result(file) for file in files if file.is_file()]
+    known = stored(results)
+    return [known[training.name] for training in trainings if training.name in known]
 
 
 def spread(values: Iterable[float | None], digits: int = 3) -> str:
@@ -84,13 +83,13 @@ def dact(*, results: Path = RESULTS) -> str:
     rows = []
     for ponder in plans.PONDERS:
         arm = functools.partial(plans.dact_after_joint, ponder=ponder)
-        files = {seed: result_file(arm(seed), results) for seed in SEEDS}
-        group = {seed: Result(file) for seed, file in files.items() if file.is_file()}
+        known = stored(results)
+        group = {seed: known[arm(seed).name] for seed in SEEDS if arm(seed).name in known}
         if not group:
             continue
         bound = {seed: r.columns("bound") for seed, r in group.items()}
         depth = len(next(iter(group.values())).layers["reporting"])
-        starts = {seed: Result(result_file(plans.dact_start(seed), results)) for seed in group}
+        starts = {seed: known[plans.dact_start(seed).name] for seed in group}
         rows.append(
             (
                 f"{ponder:g}{seeds_note(list(group.values()))}",

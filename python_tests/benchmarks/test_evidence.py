@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 from benchmarks.evidence import encoders, measure, plans, runs, tables
 from benchmarks.evidence.__main__ import left_table
 from benchmarks.evidence.plans import SIX, Training
-from benchmarks.evidence.results import Result, mixed
+from benchmarks.evidence.results import RESULTS, mixed, stored
 from earlyexit_cli import build_parser
 from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks import load, toy
@@ -38,15 +38,16 @@ def test_plans_have_unique_names_and_arguments_that_the_command_takes():
 
 def test_committed_results_are_of_planned_trainings_with_their_present_arguments():
     trainings = plans.all_trainings()
-    for path in runs.RESULTS.glob("*.json"):
-        training = trainings[path.stem]
-        command = " ".join(["earlyexit", *training.arguments("ENCODER", "OUTPUT")])
-        assert Result(path).document["command"] == command, path.name
+    results = stored(RESULTS)
+    assert len(results) == 225
+    for name, result in results.items():
+        command = " ".join(["earlyexit", *trainings[name].arguments("ENCODER", "OUTPUT")])
+        assert result.document["command"] == command, name
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """``tiny(training, ...)``: train and measure tiny models on few generated rows; returns the folder of results."""
+    """``tiny(training, ...)``: train and measure tiny models on few generated rows; returns the file of results."""
     monkeypatch.setattr(load, "toy_splits", functools.partial(load.toy_splits, train_rows=96, dev_rows=24, test_rows=0))
     monkeypatch.setattr(plans, "ROWS", {"toy": 32})
     monkeypatch.setattr(plans, "HOLDOUT", 24)
@@ -58,11 +59,11 @@ def tiny(tmp_path, monkeypatch):
     def run(*group):
         threads = torch.get_num_threads()
         try:
-            names = runs.run_group(group, {SIX: str(tmp_path / "base")}, tmp_path / "work", tmp_path / "results")
+            names = runs.run_group(group, {SIX: str(tmp_path / "base")}, tmp_path / "work", tmp_path / "results.jsonl")
         finally:
             torch.set_num_threads(threads)
         assert names == [training.name for training in group]
-        return tmp_path / "results"
+        return tmp_path / "results.jsonl"
 
     return run
 
@@ -73,21 +74,21 @@ def test_training_that_starts_from_another_is_measured_after_it(tiny, tmp_path):
     dact = Training("toy", "dact", 0, {"start": None}, start=joint, epochs=(0.5,))
     results = tiny(joint, dact)
     assert [p.name for p in sorted((tmp_path / "work").glob("toy-*")) if p.is_dir()] == [], "models are removed"
-    found = Result(runs.result_file(dact, results))
+    found = stored(results)[dact.name]
     bound = found.columns("bound")
     assert len(bound["score"]) == 2 and bound["macs"][0] > 0
     assert len(found.columns("sampled_exit")["score"]) == measure.DRAWS
     assert runs.groups([joint, dact], results) == []
-    runs.result_file(dact, results).unlink()
+    results.write_text("".join(line for line in results.read_text().splitlines(True) if dact.name not in line))
     assert runs.groups([joint, dact], results) == [(dact,)]
     tiny(dact)
-    again = Result(runs.result_file(dact, results))
+    again = stored(results)[dact.name]
     assert again.records == found.records, "a start that is gone is trained again, alike"
 
 
 def test_skips_are_measured_beside_exits_alone(tiny):
     results = tiny(Training("toy", "smartbert", 0, {"soft_epochs": 0.25}, own_form=True, epochs=(0.5, 0.5)))
-    found = Result(next(results.glob("*.json")))
+    (found,) = stored(results).values()
     both, alone = found.columns("skips and exits"), found.columns("exits alone")
     assert alone["score"][0] == pytest.approx(found.full_depth), "the first threshold is 0"
     assert alone["macs"][0] > 1 and both["layers"][0] <= alone["layers"][0]
@@ -95,7 +96,7 @@ def test_skips_are_measured_beside_exits_alone(tiny):
 
 def test_noise_and_records_of_exits(tiny):
     results = tiny(Training("toy", "joint", 0, epochs=(0.5,), noise=True))
-    found = Result(next(results.glob("*.json")))
+    (found,) = stored(results).values()
     exits, noise = found.record("exits"), found.record("noise")
     assert len(exits["neighbours_agree"]) == 2 and exits["oracle"] >= found.full_depth
     assert len(noise["patience"]) == 2
@@ -138,15 +139,16 @@ def test_every_table_is_made_from_results(tmp_path):
     for name in (*names, "skips and exits", "exits alone"):
         settings = [{"name": name, "q": q} for q in (0.5, 0.7, 0.9)]
         records.append({"kind": "rule", "rule": name, "settings": settings, "tuning": rule, "reporting": rule})
-    for training in plans.all_trainings().values():
-        runs.result_file(training, tmp_path).write_text(json.dumps({"name": training.name, "records": records}))
+    results = tmp_path / "results.jsonl"
+    lines = (json.dumps({"name": name, "records": records}) for name in plans.all_trainings())
+    results.write_text("".join(f"{line}\n" for line in lines))
     for name, table in tables.TABLES.items():
-        lines = table(results=tmp_path).splitlines()
+        lines = table(results=results).splitlines()
         cells = [cell.strip() for line in lines[2:] for cell in line.strip("|").split("|")]
         empty = sum(not cell for cell in cells)
         assert len(lines) > 2 and "seeds" not in "".join(lines), name
         assert not empty, (name, cells)
-    assert " 0 |" in left_table(tmp_path)
+    assert " 0 |" in left_table(results)
     assert tables.methods("trec", results=tmp_path / "none") == tables.NOT_MEASURED
 
 
