@@ -60,7 +60,8 @@ test-thorough: setup ## run the tests that make test leaves out
 	$(call on_cpu,thorough)
 	@cat $(SUMMARY)
 
-docs: $(DOCS_VENV)/.mkdocs ## build the documentation in build/docs; warnings are errors
+docs: setup $(DOCS_VENV)/.mkdocs ## build the documentation in build/docs; warnings are errors
+	@$(PY) -m benchmarks.readme --site build/tables
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet
 	@echo "the documentation is in build/docs/index.html"
 
@@ -87,7 +88,7 @@ bench-compare: setup ## time this version and another in alternation: make bench
 evidence: setup ## test the papers' claims on real text; hours, continues where it stopped: make evidence ARGS="--only dact"
 	@$(PY) -m benchmarks.evidence $(ARGS)
 
-gpu-check: ## build, test and measure on the local GPU, nine minutes at most; run again to continue (PYTHON=...)
+gpu-check: ## build, test and measure on the local GPU, ten minutes at most; run again to continue (PYTHON=...)
 	@$(PYTHON) -m benchmarks.gpu.check $(ARGS)
 
 build: ## build the extension in place for an environment that has torch (PYTHON=...); needs no network

@@ -161,6 +161,11 @@ def record_header(suite: str, case: str, variant: Variant, *, shape: str = "", b
     return {"suite": suite, "case": case, "shape": shape, **variant._asdict(), "baseline": baseline}
 
 
+def line_of(record: Record) -> str:
+    """Return a record on one line."""
+    return " ".join(f"{key}={value}" for key, value in record.items() if value not in (None, ""))
+
+
 def time_fields(times: Sequence[float], calls: int = 1) -> Record:
     """Return the quantiles of one variant's rounds, per call.
 

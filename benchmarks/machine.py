@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +15,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FLUSHES = 16
 
 
+MODEL_VARIABLE, DATA_VARIABLE = "EARLYEXIT_MODEL", "EARLYEXIT_DATA"
+
+
 class NotMeasuredError(Exception):
     """Something cannot be timed on this machine; the message says why and goes into the record."""
+
+
+def trained_folder() -> Path:
+    """Return the folder of the trained model that is measured.
+
+    Raises:
+        NotMeasuredError: none is named.
+    """
+    folder = os.environ.get(MODEL_VARIABLE)
+    if not folder:
+        raise NotMeasuredError(f"name a folder that `earlyexit train` wrote with --model or {MODEL_VARIABLE}")
+    return Path(folder)
 
 
 def device() -> str:

@@ -1,7 +1,8 @@
-"""Write the tables of the documents, between ``<!-- table:NAME -->`` and ``<!-- end -->``, from the committed results
-and from the package's own tables.
+"""Write the tables of the documents, from the committed results and from the package's own tables.
 
-``python -m benchmarks.readme`` rewrites them; ``python -m benchmarks.readme --check`` fails where they are out of date.
+``python -m benchmarks.readme`` rewrites those between ``<!-- table:NAME -->`` and ``<!-- end -->``, with ``--check`` it
+fails where they are out of date. Those at ``<!-- site:NAME -->`` are only part of the site: ``--site FOLDER`` writes
+each to a file, from which ``docs/hooks.py`` takes it.
 """
 
 from __future__ import annotations
@@ -9,22 +10,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import summary
-from benchmarks.calibration import tables as calibration
-from benchmarks.end_to_end import tables as end_to_end
+from benchmarks import tables
 from benchmarks.evidence import tables as evidence
-from benchmarks.gpu import tables as gpu
-from benchmarks.http import tables as http
-from benchmarks.micro import tables as micro
-from benchmarks.scoring import tables as scoring
+from benchmarks.gpu import prediction
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.methods import METHODS, Method
 from earlyexit_kernels.tuning.grids import settings, skip_settings
@@ -32,41 +26,8 @@ from earlyexit_kernels.tuning.report import markdown_table
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def _load(pattern: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
-
-
-def sst2_layers() -> str:
-    """Accuracy of static truncation to each exit of the real encoder."""
-    (document,) = _load("sst2-*.json")
-    rows = [
-        (record["layer"], *(f"{record[split]['accuracy']:.3f}" for split in ("tuning", "reporting")))
-        for record in document["records"]
-        if record["kind"] == "static_truncation"
-    ]
-    return markdown_table(("exit after layer", "held-out train rows", "dev"), rows)
-
-
-def sst2_criteria() -> str:
-    """The settings chosen on held-out train rows, and every patience, on dev."""
-    (document,) = _load("sst2-*.json")
-    rows = []
-    for record in document["records"]:
-        if record["kind"] != "point" or not (record["chosen"] or record["criterion"]["name"] == "patience"):
-            continue
-        criterion, dev = dict(record["criterion"]), record["reporting"]
-        name = criterion.pop("name").replace("_", " ")
-        numbers = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in criterion.values() if v not in (None, False)]
-        chosen = "yes" if record["chosen"] else ""
-        accuracy, random = f"{dev['scores']['accuracy']:.3f}", f"{dev['random_exit']:.3f}"
-        cells = (f"{dev['mean_exit_layer']:.2f}", f"{dev['layer_speed_up']:.2f}", accuracy, random)
-        rows.append((f"{name} {' '.join(numbers)}", chosen, *cells))
-    header = ("criterion", "chosen", "mean exit layer", "fewer layers, x", "accuracy", "random exit, same mix")
-    return markdown_table(header, rows)
+_SITE = re.compile(r"<!-- site:(\w+) -->")
 
 
 #: Problem type of transformers -> how the tables call it.
@@ -189,16 +150,9 @@ TABLES = {
     "methods": methods,
     "method_settings": method_settings,
     "criteria": criteria,
-    "sst2_layers": sst2_layers,
-    "sst2_criteria": sst2_criteria,
-    **micro.TABLES,
-    **summary.TABLES,
-    **calibration.TABLES,
+    **tables.TABLES,
     **evidence.TABLES,
-    **end_to_end.TABLES,
-    **gpu.TABLES,
-    **http.TABLES,
-    **scoring.TABLES,
+    **prediction.TABLES,
 }
 #: The documents that may hold tables.
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -223,6 +177,14 @@ def rewrite(*, check: bool = False) -> bool:
     return up_to_date
 
 
+def write_site(folder: Path) -> None:
+    """Write the tables that only the site shows to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in DOCUMENTS:
+        for name in _SITE.findall(path.read_text(encoding="utf-8")):
+            (folder / f"{name}.md").write_text(f"{_table(name, path)}\n", encoding="utf-8")
+
+
 def _table(name: str, document: Path) -> str:
     """One table, with links relative to the document instead of the root."""
     up = "../" * (len(document.relative_to(ROOT).parts) - 1)
@@ -230,10 +192,14 @@ def _table(name: str, document: Path) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
-    checking = parser.parse_args().check
-    current = rewrite(check=checking)
-    if checking and not current:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--site", type=Path, metavar="FOLDER", help="write the tables of the site, and nothing else")
+    args = parser.parse_args()
+    if args.site is not None:
+        write_site(args.site)
+        sys.exit()
+    current = rewrite(check=args.check)
+    if args.check and not current:
         sys.exit("the tables are out of date; run `python -m benchmarks.readme`")
     print("the tables were up to date" if current else "rewrote the tables")

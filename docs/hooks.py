@@ -1,6 +1,7 @@
 """MkDocs hook: files of the repository that a page links to as ``../path`` become files of the site.
 
-Links to Markdown files outside docs/ become plain text, since the site has no page for them.
+Links to Markdown files outside docs/ become plain text, since the site has no page for them. ``<!-- site:NAME -->``
+becomes the table that ``python -m benchmarks.readme --site build/tables`` has written; the site itself needs no torch.
 """
 
 import re
@@ -11,6 +12,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 MARKDOWN_LINK = re.compile(r"\[([^\]]*)\]\(\.\./[\w./-]+\.md(?:#[\w-]*)?\)")
 LINK = re.compile(r"\]\(\.\./([\w./-]+)\)")
+SITE_TABLE = re.compile(r"<!-- site:(\w+) -->")
+TABLES = ROOT / "build" / "tables"
 
 
 def on_files(files, config):
@@ -22,5 +25,6 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """Point the links there."""
+    """Point the links there, and put in the tables that only the site has."""
+    markdown = SITE_TABLE.sub(lambda at: (TABLES / f"{at[1]}.md").read_text(encoding="utf-8"), markdown)
     return LINK.sub(r"](repository/\1)", MARKDOWN_LINK.sub(r"\1", markdown))

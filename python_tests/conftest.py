@@ -24,7 +24,6 @@ pytest_plugins = tuple(
     f"support.{name}"
     for name in (
         "fake_gpu",
-        "gpu_checks",
         "replays",
         "ordered_products",
         "other_device",

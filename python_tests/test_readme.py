@@ -5,7 +5,7 @@ import re
 import pytest
 
 import earlyexit_kernels as ee
-from benchmarks.readme import DOCUMENTS, ROOT, TABLES, rewrite
+from benchmarks.readme import DOCUMENTS, ROOT, TABLES, rewrite, write_site
 from earlyexit_kernels.criteria import CRITERIA, RULES
 from earlyexit_kernels.methods import METHODS
 
@@ -14,9 +14,16 @@ README, METHODS_PAGE = TEXTS["README.md"], TEXTS["docs/methods.md"]
 
 
 def test_tables_are_those_of_the_committed_results():
-    found = re.findall(r"<!-- table:(\w+) -->", "".join(TEXTS.values()))
+    found = re.findall(r"<!-- (?:table|site):(\w+) -->", "".join(TEXTS.values()))
     assert len(found) == len(set(found)) and set(found) == set(TABLES)
     assert rewrite(check=True), "run `python -m benchmarks.readme`"
+
+
+def test_tables_of_the_site_are_written(tmp_path):
+    write_site(tmp_path)
+    wanted = re.findall(r"<!-- site:(\w+) -->", "".join(TEXTS.values()))
+    assert wanted and sorted(f"{name}.md" for name in wanted) == sorted(path.name for path in tmp_path.iterdir())
+    assert (tmp_path / "offline.md").read_text().count("\n|") > 100
 
 
 def rows_of(table: str) -> dict[str, dict[str, str]]:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import earlyexit_kernels as ee
-from benchmarks.end_to_end.models import MODEL_VARIABLE
-from benchmarks.machine import NotMeasuredError
+from benchmarks.machine import MODEL_VARIABLE, NotMeasuredError
 from earlyexit_kernels.criteria import Criterion, Entropy
 
 #: All layers and only the last exit; all exits and decisions, and no row leaves; the same with the family's own exits,

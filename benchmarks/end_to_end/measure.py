@@ -63,7 +63,7 @@ def case_records(
     yield from skipped
     if work is None:
         return
-    times = _times(case, work, found, repeats, rounds, warmup)
+    times = times_of(case, work, found, repeats, rounds=rounds, warmup=warmup)
     for variant, own_times in times.items():
         layer_rows = found.facts[variant]["layer_rows"]
         own = answer_fields(case, found, variant) | _numbers(case, work, own_times)
@@ -96,14 +96,22 @@ def answer_fields(case: Case, found: PreparedCase, variant: Variant) -> Record:
     }
 
 
-def _times(
-    case: Case, work: Workload, found: PreparedCase, repeats: int, rounds: int | None, warmup: int
+def times_of(
+    case: Case,
+    work: Workload,
+    found: PreparedCase,
+    repeats: int,
+    *,
+    rounds: int | None = None,
+    warmup: int = 0,
+    awake: bool = False,
 ) -> dict[Variant, list[float]]:
     """Return the milliseconds of each call. All variants have been called once, when they were checked."""
     on_gpu = device() == "cuda"
     how: dict[str, Any] = {
         "sync": torch.cuda.synchronize if on_gpu else None,
         "prepare": rest,
+        "awake": awake,
         "progress": f"{case.subject}, {case.work.name}",
     }
     if rounds is None:

@@ -29,9 +29,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import earlyexit_kernels as ee
-from benchmarks.machine import DTYPES, NotMeasuredError, device, runs_natively
+from benchmarks.machine import DTYPES, MODEL_VARIABLE, NotMeasuredError, device, runs_natively
 
-MODEL_VARIABLE = "EARLYEXIT_MODEL"
 CLASSES = 3
 Model: TypeAlias = ee.EarlyExitForSequenceClassification
 

@@ -1,7 +1,8 @@
 """Other runtimes at full depth, from the same weights: ONNX Runtime and OpenVINO, with torch's number of threads.
 
 They come with the extra ``peers``. Each model is exported once to an ONNX file in a temporary folder, with free batch
-size and length; both runtimes read it. OpenVINO's precision is set, since it chooses bfloat16 by itself if it can.
+size and length; both runtimes read it. In int8 the weights of the products are quantised for each column, and their
+inputs while they run: by ONNX Runtime's own dynamic quantisation, and for OpenVINO by NNCF.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from benchmarks.machine import NotMeasuredError, device
 
 NAMES = ("input_ids", "attention_mask")
 OPENVINO_PRECISION = {"float32": "f32", "bfloat16": "bf16"}
+#: The precision that OpenVINO chooses by itself: bfloat16 where the processor has it.
+BY_DEFAULT = "default"
 
 
 def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
@@ -30,7 +33,7 @@ def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Callable[[dict
 
     Args:
         subject: the model.
-        quantized: by its dynamic quantization of the products to int8.
+        quantized: to int8.
 
     Raises:
         NotMeasuredError: it is not installed, or does not compute in the dtype on the CPU.
@@ -54,26 +57,37 @@ def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Callable[[dict
     return answer
 
 
-def openvino(subject: Subject, *, precision: str = "") -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
+def openvino(
+    subject: Subject, *, precision: str = "", quantized: bool = False
+) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
     """Return the plain model in OpenVINO.
 
     Args:
         subject: the model.
-        precision: dtype that it computes in; default: that of the model.
+        precision: dtype that it computes in, or `BY_DEFAULT`; default: that of the model.
+        quantized: weights to int8.
 
     Raises:
         NotMeasuredError: it is not installed.
     """
-    _check_installed("openvino", "onnx", "onnxscript")
+    _check_installed("openvino", "onnx", "onnxscript", *(["nncf"] if quantized else []))
     import openvino as ov
 
-    settings = {
+    precision = precision or subject.dtype
+    settings: dict[str, Any] = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": OPENVINO_PRECISION[precision or subject.dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
     }
-    compiled: Any = ov.Core().compile_model(exported(subject), "CPU", settings)
+    if precision != BY_DEFAULT:
+        settings["INFERENCE_PRECISION_HINT"] = OPENVINO_PRECISION[precision]
+    model: Any = ov.Core().read_model(exported(subject))
+    if quantized:
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+    compiled: Any = ov.Core().compile_model(model, "CPU", settings)
 
     def answer(batch: dict[str, Tensor]) -> tuple[Tensor, None]:
         return torch.from_numpy(compiled({name: batch[name].numpy() for name in NAMES})[0].copy()), None

@@ -30,6 +30,8 @@ from benchmarks.machine import synchronize
 from earlyexit_kernels.tuning.timing import quantiles
 
 Stopwatch: TypeAlias = Callable[[Callable[[], Any]], float]
+Answered: TypeAlias = Callable[[dict[str, Tensor]], Iterator[Sequence[int]]]
+Server: TypeAlias = tuple[Callable[[], Any], Answered]
 SUITE = "server"
 LARGEST = 64
 #: Arrivals per second, over the rows per second of the plain model.
@@ -57,54 +59,52 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def serve(
-    answer: Answering, queries: Sequence[Tensor], arrived: Sequence[float], largest: int, stopwatch: Stopwatch
+def session(
+    answered: Answered, queries: Sequence[Tensor], arrived: Sequence[float], largest: int, stopwatch: Stopwatch
 ) -> list[float]:
     """Answer rows in the order of their arrival; return the seconds from arrival to answer of each.
 
     Args:
-        answer: answers a batch.
+        answered: answers a batch, and yields the numbers of rows when they are answered.
         queries: token ids ``[S]`` of each row.
         arrived: seconds, ascending.
         largest: rows of a batch.
         stopwatch: makes a call and returns the seconds that it took.
     """
-    now, served, latencies = 0.0, 0, []
-    while served < len(arrived):
-        now = max(now, arrived[served])
-        end = served + 1
-        while end < min(len(arrived), served + largest) and arrived[end] <= now:
-            end += 1
-        now += stopwatch(lambda: answer(padded(queries[served:end])))  # noqa: B023  called within this turn
-        latencies += [now - at for at in arrived[served:end]]
-        served = end
-    return latencies
-
-
-def serve_stream(
-    model: models.Model, queries: Sequence[Tensor], arrived: Sequence[float], largest: int, stopwatch: Stopwatch
-) -> list[float]:
-    """As `serve`, but a row is answered when it leaves its batch."""
     now, served, latencies = 0.0, 0, [0.0] * len(arrived)
     while served < len(arrived):
         now = max(now, arrived[served])
         end = served + 1
         while end < min(len(arrived), served + largest) and arrived[end] <= now:
             end += 1
-        parts = model.stream(**padded(queries[served:end]))
-        part: Any = ()
-        while part is not None:
-            found: list[Any] = []
-            now += stopwatch(lambda: found.append(next(parts, None)))  # noqa: B023  called within this turn
-            (part,) = found
-            for row in () if part is None else part.rows.tolist():
+        parts, waiting = answered(padded(queries[served:end])), end - served
+        while waiting:
+            part: list[Sequence[int]] = []
+            now += stopwatch(lambda: part.append(next(parts)))  # noqa: B023  called within this turn
+            for row in part[0]:
                 latencies[served + row] = now - arrived[served + row]
+            waiting -= len(part[0])
         served = end
     return latencies
 
 
+def whole(answer: Answering) -> Answered:
+    """Return a way to answer the rows of a batch together, when it ends."""
+
+    def answered(batch: dict[str, Tensor]) -> Iterator[Sequence[int]]:
+        answer(batch)
+        yield range(len(batch["input_ids"]))
+
+    return answered
+
+
+def streamed(model: models.Model) -> Answered:
+    """Return a way to answer rows when they leave their batch."""
+    return lambda batch: (part.rows.tolist() for part in model.stream(**batch))
+
+
 #: Ways of serving a model of ours, beside whole batches.
-WAYS = {"streaming": serve_stream}
+WAYS = {"streaming": streamed}
 
 
 def records(repeats: int) -> Iterator[Record]:
@@ -142,18 +142,13 @@ def case_records(case: Case, sessions: int, stopwatch: Stopwatch = seconds) -> I
             yield record | ({} if variant == plain else ratio_fields(*map(_medians, (latencies, times[plain, ""]))))
 
 
-Session: TypeAlias = Callable[[Sequence[Tensor], Sequence[float], int, Stopwatch], list[float]]
-Server: TypeAlias = tuple[Callable[[], Any], Session]
-
-
 def _servers(ready: Mapping[Variant, Implementation]) -> dict[tuple[Variant, str], Server]:
-    """Return what prepares and what runs a session, by variant and way of serving; the usual way has no name."""
+    """Return what prepares and what answers, by variant and way of serving; the usual way has no name."""
     found: dict[tuple[Variant, str], Server] = {}
     for variant, one in ready.items():
-        found[variant, ""] = one.prepare, partial(serve, one.call)
+        found[variant, ""] = one.prepare, whole(one.call)
         if (variant.engine, variant.exits) == (FUSED_LAYERS, OWN):
-            for way, serve_model in WAYS.items():
-                found[variant, way] = one.prepare, partial(serve_model, one.model)
+            found |= {(variant, way): (one.prepare, answered(one.model)) for way, answered in WAYS.items()}
     return found
 
 
@@ -164,7 +159,7 @@ def _exit_layers(own: Implementation, work: Workload) -> Tensor:
 
 
 def _goodput(latencies: Sequence[Sequence[float]], arrived: Sequence[Sequence[float]]) -> float:
-    """Return rows answered per second of the sessions, from the first arrival to the last answer."""
+    """Return rows answered a second, from the first arrival of a session to its last answer."""
     spans = [
         max(at + wait for at, wait in zip(times, own, strict=True)) - times[0]
         for own, times in zip(latencies, arrived, strict=True)
@@ -199,10 +194,10 @@ def _sessions(
     for times in arrived:
         shuffle(order)
         for name in order:
-            prepare, session = servers[name]
+            prepare, answered = servers[name]
             prepare()
             time.sleep(REST)
-            found[name].append(session(queries, times, LARGEST, stopwatch))
+            found[name].append(session(answered, queries, times, LARGEST, stopwatch))
     return found
 
 

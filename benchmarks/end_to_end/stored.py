@@ -9,7 +9,6 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,8 @@ from benchmarks.end_to_end import measure, models, peers
 from benchmarks.end_to_end.engines import FUSED_LAYERS, engine_model
 from benchmarks.end_to_end.forced import NEVER, rule_for
 from benchmarks.end_to_end.suites import ONE_AT_HALF
-from benchmarks.end_to_end.workloads import Batch, Fixed, Sst2, Work, Workload
+from benchmarks.end_to_end.variants import Case
+from benchmarks.end_to_end.workloads import Batch, Fixed, Sst2, Workload
 from benchmarks.goals import PEER, stored_goal
 from benchmarks.harness import Checked, Implementation, Record, Variant
 from benchmarks.machine import NotMeasuredError
@@ -32,33 +32,27 @@ from earlyexit_kernels.tuning.timing import quantiles
 SUITE = "stored_weights"
 #: Type of stored weights -> largest distance of the logits over their spread.
 STORED = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.2, "int8": 0.6}
+#: OpenVINO as it runs unless told otherwise, a baseline of its own of the types that it is compared with.
+DEFAULT, BESIDE_DEFAULT = "OpenVINO by default", ("float32", "bfloat16")
 #: Peers by the arithmetic they use: the faster one of a kind is the baseline of our variants of the same kind.
 PEERS: dict[str, tuple[str, Callable[[models.Subject], Any]]] = {
     "ONNX Runtime": ("float32", peers.onnx_runtime),
     "OpenVINO": ("float32", peers.openvino),
     "OpenVINO in bfloat16": ("bfloat16", partial(peers.openvino, precision="bfloat16")),
     "ONNX Runtime in int8": ("int8", partial(peers.onnx_runtime, quantized=True)),
+    "OpenVINO in int8": ("int8", partial(peers.openvino, precision=peers.BY_DEFAULT, quantized=True)),
+    DEFAULT: (peers.BY_DEFAULT, partial(peers.openvino, precision=peers.BY_DEFAULT)),
 }
+#: Kind of a peer -> largest distance of its logits over their spread.
+LIMITS = STORED | {peers.BY_DEFAULT: STORED["bfloat16"]}
 #: Type of stored weights -> kind of the peers that it is compared with.
 COMPARED = {"float32": "float32", "float16": "float32", "bfloat16": "bfloat16", "int8": "int8"}
 
 
-@dataclass(frozen=True)
-class StoredCase:
-    """A model, its batches, and the mixes of exits of our variants."""
-
-    subject: str
-    work: Work
-    exits: tuple[str, ...] = (NEVER, ONE_AT_HALF)
-
-
+_EXITS = (NEVER, ONE_AT_HALF)
 CASES = (
-    StoredCase("BERT-base", Fixed(1, 32)),
-    StoredCase("BERT-base", Fixed(1, 128)),
-    StoredCase("BERT-base", Fixed(32, 32)),
-    StoredCase("BERT-base", Sst2(32, 1)),
-    StoredCase("MiniLM", Fixed(1, 32)),
-    StoredCase("MiniLM", Fixed(32, 32)),
+    *(Case("BERT-base", work, _EXITS, weight=3) for work in (Fixed(1, 32), Fixed(1, 128), Fixed(32, 32), Sst2(32, 1))),
+    *(Case("MiniLM", work, _EXITS, weight=3) for work in (Fixed(1, 32), Fixed(32, 32))),
 )
 
 
@@ -70,7 +64,7 @@ def records(repeats: int) -> Iterator[Record]:
             yield from _case_records(case, repeats)
 
 
-def _case_records(case: StoredCase, repeats: int) -> Iterator[Record]:
+def _case_records(case: Case, repeats: int) -> Iterator[Record]:
     subject = models.subject(case.subject)
     header = partial(_header, case)
     try:
@@ -80,9 +74,7 @@ def _case_records(case: StoredCase, repeats: int) -> Iterator[Record]:
         return
     found = harness.prepare(_builders(case, subject, work))
     yield from found.skipped_records(header)
-    how: dict[str, Any] = {"prepare": measure.rest, "awake": True, "progress": f"{case.subject}, {case.work.name}"}
-    one_round = sum(times[0] + 1000 * measure.REST for times in found.times(rounds=1, **how).values())
-    times = found.times(rounds=measure.rounds_of(3 * repeats, one_round), **how)
+    times = measure.times_of(case, work, found, repeats, awake=True)
     kinds = {kind for kind, _ in PEERS.values()}
     peer = {
         kind: min(own, key=lambda v: quantiles(times[v], (0.5,)))
@@ -95,18 +87,21 @@ def _case_records(case: StoredCase, repeats: int) -> Iterator[Record]:
         if variant.engine in PEERS or against is None:
             yield record
             continue
-        record |= {"baseline": PEER, "against": against.engine} | harness.ratio_fields(own, times[against])
-        yield record | harness.goal_fields(stored_goal(case.subject, case.work.name, variant), record)
+        beside = {"baseline": PEER, "against": against.engine} | harness.ratio_fields(own, times[against])
+        yield record | beside | harness.goal_fields(stored_goal(case.subject, case.work.name, variant), beside)
+        if variant.dtype in BESIDE_DEFAULT and peers.BY_DEFAULT in peer:
+            beside = {"baseline": DEFAULT, "against": DEFAULT} | harness.ratio_fields(
+                own, times[peer[peers.BY_DEFAULT]]
+            )
+            yield record | beside | harness.goal_fields(None, beside)
 
 
-def _header(case: StoredCase, variant: Variant) -> Record:
-    label = ", ".join(word for word in (case.subject, variant.exits, case.work.name) if word)
-    record = harness.record_header(SUITE, label, variant, shape=case.work.name)
-    return record | {"subject": case.subject, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+def _header(case: Case, variant: Variant) -> Record:
+    return measure.header(SUITE, case, variant) | {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def _builders(
-    case: StoredCase, subject: models.Subject, work: Workload
+    case: Case, subject: models.Subject, work: Workload
 ) -> Iterator[tuple[Variant, Callable[[], Implementation]]]:
     truth = [subject.logits(batch) for batch in work.batches]
     for stored in STORED:
@@ -138,7 +133,7 @@ def _ours(variant: Variant, subject: models.Subject, work: Workload, truth: list
 
 def _peer(variant: Variant, build: Any, subject: models.Subject, work: Workload, truth: list[Tensor]) -> Implementation:
     answer = build(subject)
-    check = partial(_checked, STORED[variant.dtype], [answer(batch)[0] for batch in work.batches], truth)
+    check = partial(_checked, LIMITS[variant.dtype], [answer(batch)[0] for batch in work.batches], truth)
 
     def call() -> None:
         for batch in work.batches:

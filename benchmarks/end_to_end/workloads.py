@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.end_to_end.models import Subject
-from benchmarks.machine import NotMeasuredError, device
+from benchmarks.machine import DATA_VARIABLE, NotMeasuredError, device
 
 Batch = dict[str, Tensor]
-DATA_VARIABLE = "EARLYEXIT_DATA"
 
 
 @dataclass(frozen=True)

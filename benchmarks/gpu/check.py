@@ -1,47 +1,56 @@
-"""``make gpu-check``: builds for this machine's GPU, runs the tests marked ``gpu``, and measures, within nine minutes.
+"""``make gpu-check``: builds for this GPU, runs the tests marked ``gpu``, then the suites, within ten minutes.
 
-The records of each step are written to results/<gpu>.json when it ends. Run again, it continues with the steps that
-were not finished with these sources. Requires torch with CUDA, triton and transformers; steps that need nvcc, pytest or
-text data record that they are missing.
+Each step is a process of its own, since a failed kernel leaves the GPU in an unknown state. Its records are in
+results/<gpu>.json when it ends. Run again, it continues with the steps that were not finished with these sources.
+Requires torch with CUDA, triton and transformers; what else is missing (nvcc, pytest, text data) is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import harness
-from benchmarks.gpu import card, steps
+from benchmarks import harness, tables
 from benchmarks.gpu.bench import header
-from benchmarks.gpu.sections import SECTIONS
-from benchmarks.gpu.steps import TESTS, Outcome
-from benchmarks.gpu.tables import goals_table
+from benchmarks.gpu.suites import SUITES
 from benchmarks.harness import Record
 from benchmarks.machine import first_line
+from benchmarks.readme import rewrite
 from earlyexit_kernels.tuning.report import environment
 
-MINUTES = 9.0
+ROOT = Path(__file__).resolve().parents[2]
+MINUTES = 10.0
 #: Exit status after Ctrl-C or SIGTERM.
 INTERRUPTED = 130
-#: A step is not started with less than so many seconds left, nor a section with less than this share of its time.
-MIN_SECONDS, MIN_SHARE = 30, 1 / 3
-#: Seconds of the steps that run tests.
-TEST_SECONDS = {"tests_first": 90, "tests_captured": 150, "tests_ops": 120, "tests_eager": 90}
-#: Section -> the tests that run after it.
-TESTS_AFTER = {
-    "costs": ("tests_first",),
-    "whole_float16_128": ("tests_captured", "tests_ops", "tests_eager"),
-}
+#: Seconds that an interrupted command has to say what it knows, before it is killed.
+GRACE_SECONDS = 15
+#: In the last line of setup.py if it builds everything; before it may be what did not compile.
+CUDA_BUILT = "CPU and CUDA kernels"
+#: Files that the numbers depend on.
+SOURCES = ("earlyexit_kernels/**/*.py", "csrc/**/*", "benchmarks/**/*.py", "setup.py")
+SMI_FIELDS = "driver_version pstate clocks.sm clocks.mem power.draw power.limit temperature.gpu".split()
+TEST_PROCESSES = 8
+#: How pytest -v names a test that failed: as it goes, alone or with pytest-xdist, and in its summary.
+BROKEN = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (\S+)|(\S+::\S+) (?:FAILED|ERROR)|(?:FAILED|ERROR) (\S+))", re.MULTILINE
+)
+#: Exit status of a command, None if its time ran out, and its output -> its records, and why it did not finish.
+Reading = Callable[[int | None, str], tuple[list[Record], str]]
 
 
 @dataclass(frozen=True)
@@ -49,44 +58,102 @@ class Step:
     """One thing to do.
 
     Attributes:
-        run: does it, given the seconds it has.
-        seconds: at most.
-        always: also if its records are there already, or other steps were asked for.
-        least: it is not started with less than so many seconds left.
+        command: its arguments.
+        seconds: at most; it is not started with less than a third of them left.
+        read: what its output says; default: that of a suite, which writes its own records.
+        environment: variables beside those of this process.
+        always: also if it is done, or other steps were asked for.
     """
 
-    run: Callable[[float], Outcome]
+    command: Sequence[str]
     seconds: float
+    read: Reading | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     always: bool = False
-    least: float = MIN_SECONDS
+
+
+def plan(results: Path) -> dict[str, Step]:
+    """Return all steps in order."""
+    python, capability = sys.executable, ".".join(map(str, torch.cuda.get_device_capability(0)))
+    # ninja is installed beside the interpreter, which may not be on PATH
+    path = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", os.defpath)])
+    build = {"TORCH_CUDA_ARCH_LIST": capability, "MAX_JOBS": str(os.cpu_count() or 1), "PATH": path}
+    pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", "-ra"]
+    if importlib.util.find_spec("xdist") is not None:
+        pytest += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
+    suite = [python, "-m", "benchmarks.run", "--results", str(results), "--suite"]
+    return {
+        "gpu_build": Step([python, "setup.py", "build_ext", "--inplace"], 300, read_build, build, always=True),
+        **{f"gpu_{name}": Step([*pytest, *files], 150, read_tests) for name, files in TESTS.items()},
+        **{name: Step([*suite, name], 120, environment={"TQDM_DISABLE": "1"}) for name in SUITES},
+    }
+
+
+#: Step -> its files of tests.
+TESTS = {
+    "tests_captured": ("python_tests/gpu/test_gpu.py",),
+    "tests_ops": ("python_tests/gpu/test_gpu_ops.py",),
+    "tests_eager": ("python_tests/gpu/test_gpu_eager.py", "python_tests/core/test_fixed_depth_graphs.py"),
+}
+
+
+def read_build(code: int | None, output: str) -> tuple[list[Record], str]:
+    """Return what was built; without CUDA kernels the other steps go on with Triton's."""
+    printed = ([line for line in output.splitlines() if line.startswith("earlyexit_kernels: ")] or [""])[-1]
+    record = header("gpu_build", "extension", "build") | {"printed": printed}
+    return [record], "" if code == 0 else f"the build {ending(code, output)}"
+
+
+def read_tests(code: int | None, output: str) -> tuple[list[Record], str]:
+    """Return how many tests passed, and name those that failed, also where the time ran out."""
+    record = header("gpu_tests", "tests on the GPU", "pytest")
+    if importlib.util.find_spec("pytest") is None:
+        return [record | {"not_measured": "pytest is not installed"}], ""
+    counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output.rstrip().rpartition("\n")[2])
+    record |= {word: int(n) for n, word in counts}
+    broken = sorted({next(filter(None, names)) for names in BROKEN.findall(output)})
+    record |= {"refused": f"{len(broken)} tests fail: {', '.join(broken)}"} if broken else {}
+    return [record], "" if code in (0, 1) else f"pytest {ending(code, output)}"
+
+
+def read_suite(name: str, results: Path, code: int | None, output: str) -> tuple[list[Record], str]:
+    """Return the records that a suite has written."""
+    if code != 0:
+        return [], f"the process {ending(code, output)}"
+    records = harness.documents(results)[harness.machine_name()]["records"]
+    return [record for record in records if record["suite"] == name], ""
+
+
+def ending(code: int | None, output: str) -> str:
+    """Return how a command ended, with its last line."""
+    last = output.rstrip().rpartition("\n")[2]
+    return f"{'took too long' if code is None else f'ended with status {code}'}: {last}"
 
 
 @dataclass
 class Summary:
     """The names of the steps by how they ended, and the refused records."""
 
-    done: list[str] = field(default_factory=list)
-    there: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    late: list[str] = field(default_factory=list)
-    wrong: list[Record] = field(default_factory=list)
+    steps: dict[str, list[str]] = field(default_factory=dict)
+    refused: list[Record] = field(default_factory=list)
+
+    def add(self, how: str, name: str) -> None:
+        """Add a step."""
+        self.steps.setdefault(how, []).append(name)
 
     def __str__(self) -> str:
-        named = {
-            "measured": self.done,
-            "measured before": self.there,
-            "failed, will be tried again": self.failed,
-            "left for the next run": self.late,
-        }
-        lines = [f"{word}: {', '.join(names)}" for word, names in named.items() if names]
-        return "\n".join([*lines, *(f"refused: {line_of(record)}" for record in self.wrong)])
+        lines = [f"{how}: {', '.join(names)}" for how, names in self.steps.items()]
+        return "\n".join([*lines, *(f"refused: {harness.line_of(record)}" for record in self.refused)])
+
+
+DONE, BEFORE, FAILED, LATE = "measured", "measured before", "failed, will be tried again", "left for the next run"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps; return 0 if none failed."""
-    names = ["build", *TESTS, *SECTIONS]
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--section", dest="only", choices=names, action="append", help="only these; default: all")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["gpu_build", *(f"gpu_{name}" for name in TESTS), *SUITES]
+    parser.add_argument("--step", dest="only", choices=names, action="append", help="only these; default: all")
     parser.add_argument("--redo", action="store_true", help="also steps finished before with these sources")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for everything (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="another folder for the JSON; the documents stay then")
@@ -96,41 +163,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if environment()["commit"] is None:
         print("note: not a git checkout; set EARLYEXIT_COMMIT, or the results name no commit", file=sys.stderr)
+    results = (args.results or harness.RESULTS).resolve()
     # a shell starts commands in the background with SIGINT ignored, and their processes would ignore it too
     before = {by: signal.signal(by, signal.default_int_handler) for by in (signal.SIGINT, signal.SIGTERM)}
     try:
-        chosen = args.only or names
-        wanted = {name: step for name, step in plan().items() if step.always or name in chosen}
-        summary = check(wanted, minutes=args.minutes, redo=args.redo, results=args.results)
+        steps = {name: step for name, step in plan(results).items() if step.always or name in (args.only or names)}
+        summary = check(steps, results, minutes=args.minutes, redo=args.redo)
     except KeyboardInterrupt:
         print("interrupted; finished steps are kept, run the command again for the others", file=sys.stderr)
         return INTERRUPTED
     finally:
         for by, handler in before.items():
             signal.signal(by, handler)
-    print(f"\n{goals_table(args.results)}\n\n{summary}")
+    print(f"\n{tables.TABLES['gpu'](results)}\n\n{summary}")
     if args.results is None:
-        rewrite_documents()
-    return 1 if summary.failed or summary.wrong else 0
-
-
-def plan() -> dict[str, Step]:
-    """Return all steps in order."""
-    tests = {name: Step(functools.partial(steps.tests, name), TEST_SECONDS[name], least=40) for name in TESTS}
-    planned = {"build": Step(steps.build, 300, always=True)}
-    for name, one in SECTIONS.items():
-        least = max(MIN_SECONDS, one.seconds * MIN_SHARE)
-        planned[name] = Step(functools.partial(steps.section, name), one.seconds, least=least)
-        planned |= {test: tests[test] for test in TESTS_AFTER.get(name, ())}
-    return planned
+        rewrite()
+    return 1 if FAILED in summary.steps or summary.refused else 0
 
 
 def check(
-    wanted: Mapping[str, Step],
+    steps: Mapping[str, Step],
+    results: Path,
     *,
     minutes: float,
     redo: bool = False,
-    results: Path | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Summary:
     """Run steps while there is time, and write each one's records when it ends.
@@ -138,76 +194,112 @@ def check(
     Steps that this machine has never run come first, those that it ran with other sources last.
 
     Args:
-        wanted: by name, in order.
+        steps: by name, in order.
+        results: folder.
         minutes: for all of them.
         redo: also those finished before.
-        results: folder; default: the committed results.
         now: a clock in seconds.
     """
-    summary, end, sources = Summary(), now() + 60 * minutes, card.fingerprint()
-    known = run_before(results)
-    for name, step in sorted(wanted.items(), key=lambda item: not item[1].always and item[0] in known):
-        if not redo and not step.always and name in finished(sources, results):
-            summary.there.append(name)
+    summary, end, sources = Summary(), now() + 60 * minutes, fingerprint()
+    known = harness.documents(results).get(harness.machine_name(), {"suites": {}})["suites"]
+    for name, step in sorted(steps.items(), key=lambda item: not item[1].always and item[0] in known):
+        facts = known.get(name, {})
+        if not redo and not step.always and facts.get("finished") and facts["sources"] == sources:
+            summary.add(BEFORE, name)
             continue
         start = now()
-        if end - start < step.least:
-            summary.late.append(name)
+        if end - start < step.seconds / 3:
+            summary.add(LATE, name)
             continue
         print(f"-- {name}", flush=True)
-        try:
-            outcome = step.run(min(step.seconds, end - start))
-        except Exception as error:  # the other steps are to run
-            traceback.print_exc()
-            outcome = Outcome([], first_line(error))
-        records = list(outcome.records)
-        if outcome.failed:
-            records.append(header(f"gpu_{name}", name, "the rest") | {"not_measured": outcome.failed})
-        facts = {"finished": not outcome.failed, "sources": sources, "seconds": round(now() - start), **known_facts()}
-        harness.save(f"gpu_{name}", records, results=results, **facts)
-        _print(records)
-        (summary.failed if outcome.failed else summary.done).append(name)
-        summary.wrong += [record for record in records if "refused" in record]
-        if outcome.without:
-            sources += f" without {outcome.without}"
+        code, output = run(step.command, min(step.seconds, end - start), step.environment)
+        records, failed = step.read(code, output) if step.read else read_suite(name, results, code, output)
+        if code != 0:
+            print(output, file=sys.stderr)
+        if failed:
+            records.append(header(name, name, "the rest") | {"not_measured": failed})
+        about = {"finished": not failed, "sources": sources, "seconds": round(now() - start), **card()}
+        records = [record | {"suite": name} for record in records]
+        harness.save(name, records, results=results, **about)
+        print(*map(harness.line_of, records), sep="\n", flush=True)
+        summary.add(FAILED if failed else DONE, name)
+        summary.refused += [record for record in records if "refused" in record]
+        if name == "gpu_build" and CUDA_BUILT not in records[0]["printed"]:
+            sources += " without CUDA kernels"  # then the other steps run again once these are there
     return summary
 
 
-def known_facts() -> dict[str, Any]:
-    """Return `card.facts`, or why they are unknown: a device that a step has broken gives none."""
+def card() -> dict[str, Any]:
+    """Return the GPU, its driver and clocks, or why they are unknown: a device that a step has broken gives none."""
     try:
-        return card.facts()
+        properties = torch.cuda.get_device_properties(0)
     except RuntimeError as error:
         return {"gpu": None, "facts_failed": first_line(error)}
+    return {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "nvidia_smi": smi()}
 
 
-def run_before(results: Path | None = None) -> dict[str, Any]:
-    """Return the steps that this machine has run, with the facts of each."""
-    suites = harness.documents(results).get(harness.machine_name(), {"suites": {}})["suites"]
-    return {name.removeprefix("gpu_"): facts for name, facts in suites.items() if name.startswith("gpu_")}
+def smi() -> dict[str, str]:
+    """Return nvidia-smi's fields of the first GPU; empty if it is not installed or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(SMI_FIELDS, values, strict=True)) if done.returncode == 0 and len(values) == len(SMI_FIELDS) else {}
 
 
-def finished(sources: str, results: Path | None = None) -> set[str]:
-    """Return the steps that this machine has finished with these sources."""
-    known = run_before(results).items()
-    return {name for name, facts in known if facts.get("finished") and facts.get("sources") == sources}
+def fingerprint(root: Path = ROOT) -> str:
+    """Return a hash of the sources; a step finished with the same hash is not run again."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern) if path.is_file()}):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
-def _print(records: Iterable[Record]) -> None:
-    for record in records:
-        print(line_of(record), flush=True)
+def run(command: Sequence[str], seconds: float, environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """Run a command; return its exit status, None if the time ran out, and its output.
+
+    Near the end of the time it is interrupted, as by Ctrl-C, and killed if that does not end it. An interrupt of this
+    process kills it.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        return _outcome(process, seconds)
+    except BaseException:  # an interrupt, which does not reach the session of the process
+        _end(process, signal.SIGKILL)
+        raise
 
 
-def line_of(record: Record) -> str:
-    """Return a record on one line."""
-    return " ".join(f"{key}={value}" for key, value in record.items() if value not in (None, ""))
+def _outcome(process: subprocess.Popen[str], seconds: float) -> tuple[int | None, str]:
+    try:
+        output, _ = process.communicate(timeout=max(seconds - GRACE_SECONDS, seconds / 2))
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        _end(process, signal.SIGINT)
+    try:
+        return None, process.communicate(timeout=min(GRACE_SECONDS, seconds / 2))[0]
+    except subprocess.TimeoutExpired:
+        _end(process, signal.SIGKILL)
+        return None, process.communicate()[0]
 
 
-def rewrite_documents() -> None:
-    """Write the numbers into the documents' tables."""
-    from benchmarks.readme import rewrite
-
-    rewrite()
+def _end(process: subprocess.Popen[str], by: int) -> None:
+    """Send a signal to a process that leads a session, and to all processes it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, by)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from benchmarks.end_to_end.baselines import COMPILED_WHOLE, PLAIN
 from benchmarks.end_to_end.engines import CAPTURED_LAYERS, FAMILY_LAYERS, engine_model, refused_captures
 from benchmarks.end_to_end.forced import NEVER
 from benchmarks.end_to_end.variants import Case
-from benchmarks.end_to_end.workloads import DATA_VARIABLE, Fixed, Ragged, Sst2, Work
+from benchmarks.end_to_end.workloads import Fixed, Ragged, Sst2, Work
 from benchmarks.goals import gpu_goal
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.roofline import half_of
+from benchmarks.gpu.prediction import half_of
 from benchmarks.harness import Record
+from benchmarks.machine import DATA_VARIABLE
 
 SUBJECT = "BERT-base"
 #: Fields of a record that was timed.

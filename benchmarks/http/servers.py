@@ -12,36 +12,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 
 import earlyexit_kernels as ee
-from benchmarks.http.names import FULL, LITSERVE
 
+#: The same weights, of which no row leaves early; the model with its criterion; that behind LitServe.
+FULL, OWN, LITSERVE = "full depth", "own exits", "own exits, LitServe"
 START_SECONDS, END_SECONDS = 120.0, 40.0
 #: Rows of a batch of LitServe, about as many as the default tokens of `earlyexit serve` are.
 LARGEST = 64
 
 
-class Running(NamedTuple):
-    """A server.
-
-    Attributes:
-        url: where it listens.
-        pid: of the process that speaks HTTP.
-    """
-
-    url: str
-    pid: int
-
-
 @contextlib.contextmanager
-def serving(name: str, model: Path, work: Path) -> Iterator[Running]:
-    """Run one of the servers while the block runs.
+def serving(name: str, model: Path, work: Path) -> Iterator[str]:
+    """Run one of the servers while the block runs, and give its URL.
 
     Args:
-        name: one of `names`.
+        name: `FULL`, `OWN` or `LITSERVE`.
         model: folder of a model with a criterion.
         work: folder for the copy without a criterion.
     """
@@ -57,7 +46,7 @@ def serving(name: str, model: Path, work: Path) -> Iterator[Running]:
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(url, process)
-            yield Running(url, process.pid)
+            yield url
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

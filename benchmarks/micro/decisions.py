@@ -95,10 +95,18 @@ class Decision:
         backend: of the op.
         calls: copies of the batch.
         head: computes the logits of the middle layer; None takes them from the trace.
+        apart: whether each copy has hidden states of its own, which then come from memory.
     """
 
     def __init__(
-        self, rule: Criterion, trace: ExitTrace, backend: str, calls: int = 16, head: Head | None = None
+        self,
+        rule: Criterion,
+        trace: ExitTrace,
+        backend: str,
+        calls: int = 16,
+        head: Head | None = None,
+        *,
+        apart: bool = False,
     ) -> None:
         (rows, _, classes), device = trace.logits.shape, trace.logits.device
         self.rule, self.op = rule, raw("exit_step", backend, device.type)
@@ -106,7 +114,8 @@ class Decision:
         values = None if rule.needs is None else read_aux(trace.aux[rule.needs], rule.needs)
         self.aux = [None if values is None else values[:, k].contiguous() for k in range(DEPTH)]
         ready = (None, None, None, None, self.logits[LAYER - 1])
-        self.inputs = (*(ready if head is None else (*head[:4], None)), self.aux[LAYER - 1])
+        inputs = (*(ready if head is None else (*head[:4], None)), self.aux[LAYER - 1])
+        self.inputs = [(inputs[0].clone(), *inputs[1:]) if apart and head else inputs for _ in range(calls)]
         self.tail = (rule.name, rule.params(LAYER), "none" if head is None else head.pooling, LAYER, DEPTH)
         ids = torch.arange(rows, dtype=torch.int32, device=device)
         answers = torch.zeros(rows, classes, device=device)
@@ -130,9 +139,12 @@ class Decision:
             for x, before in zip(copy, self.before, strict=True):
                 x.copy_(before)
 
+    def once(self, number: int) -> Tensor:
+        """Decide on one of the copies; return the counts."""
+        return self.op(*self.inputs[number], *self.copies[number], *self.tail)
+
     def __call__(self) -> Tensor:
         """Decide once on each copy; return the counts of the last one."""
-        op, inputs, tail = self.op, self.inputs, self.tail
-        for copy in self.copies:
-            counts = op(*inputs, *copy, *tail)
+        for number in range(len(self.copies)):
+            counts = self.once(number)
         return counts

@@ -52,6 +52,7 @@ def chain_of(rule: Any, source: Callable[..., Tensor], kept: int = 0) -> Callabl
 
     def chain(done: Tensor, answers: Tensor, exit_layer: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         z = source(*given[kept:])
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         leaves, state = step(rule, z, given[:kept])
         leaves = leaves & ~done
         done = done | leaves
@@ -83,21 +84,25 @@ class PlainDecision:
         """Decide; this is what is timed."""
         return self.chain(*self.start, *self.inputs)
 
-    def check(self, left: Tensor, live: int, answers: Tensor) -> Checked:
-        """Compare a decision with this one in float64; one row in 30 may lie within rounding of the threshold.
+    def check(
+        self, left: Tensor, live: int, answers: Tensor, *, tolerance: float = TOLERANCE, turns: int = 30
+    ) -> Checked:
+        """Compare a decision with this one in float64; one row in `turns` may lie within rounding of the threshold.
 
         Args:
             left: rows that left, ``[B]``.
             live: how many rows were counted live.
             answers: ``[B, C]``, read for the rows that left.
+            tolerance: largest difference of an answer, absolute and relative.
+            turns: see above.
         """
         done, zeros, *rest = self.start
         want, expected, *_ = self.chain(done, zeros.double(), *rest, *(x.double() for x in self.inputs))
         turned, both = int((left != want).sum()), left & want
-        if turned > len(left) // 30:
+        if turned > len(left) // turns:
             return Checked(f"{turned} of {len(left)} rows decide otherwise")
         if live != int((~left).sum()):
             return Checked(f"{live} rows are counted live, {int((~left).sum())} are")
         error = (answers.double() - expected).abs()[both]
-        allowed = TOLERANCE * (1 + expected.abs()[both])
+        allowed = tolerance * (1 + expected.abs()[both])
         return Checked("" if bool((error <= allowed).all()) else f"answers are off by up to {float(error.max()):.2g}")

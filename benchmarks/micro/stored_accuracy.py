@@ -1,28 +1,24 @@
-"""Accuracy of trained models by the type in which the weights of their fused layers are stored.
+"""Accuracy of a trained model by the type in which the weights of their fused layers are stored.
 
-    python -m benchmarks.micro.stored_accuracy FOLDER ...
+    python -m benchmarks.run --suite stored_accuracy --model FOLDER
 
-Each folder is one that ``earlyexit train`` wrote for a built-in task, whose data EARLYEXIT_DATA names. An entropy
+The folder is one that ``earlyexit train`` wrote for a built-in task, whose data EARLYEXIT_DATA names. An entropy
 threshold is chosen for float32 on the held-out train rows (at most half a point lost), and used for all types on the
 rows that the training reported on.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 import earlyexit_kernels as ee
-from benchmarks import harness
 from benchmarks.harness import Record
-from benchmarks.tables import NOT_MEASURED, per_machine, skipped
+from benchmarks.machine import trained_folder
 from earlyexit_kernels.cli.evaluate import encoded, load_model
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.tuning.report import markdown_table
 from earlyexit_kernels.tuning.traces import collect_trace
 
 SUITE = "stored_accuracy"
@@ -30,8 +26,9 @@ STORED = ("float32", "float16", "bfloat16", "int8")
 DROP = 0.005
 
 
-def records(folder: Path) -> Iterator[Record]:
-    """Yield a record for each type of weights of one trained model."""
+def records(repeats: int) -> Iterator[Record]:
+    """Yield a record for each type of weights."""
+    folder = trained_folder()
     recipe = Recipe.load(folder)
     task = recipe.load_data(task=None, dev=None)
     model = load_model(folder, task).eval()
@@ -61,37 +58,3 @@ def records(folder: Path) -> Iterator[Record]:
             "mean_exit_layer": float(exit_layer.double().mean()),
             "same": float((early == first).double().mean()),
         }
-
-
-def table(results: Path | None = None) -> str:
-    """Return accuracies by model and type of weights."""
-    header = ("task", "weights", "rows", "accuracy, all layers", "with exits", "mean exit layer", "same answers")
-
-    def rows(found: list[Record]) -> str:
-        cells = [
-            (
-                *(r["case"], r["dtype"], str(r["rows"]), f"{r['full_depth']:.4f}", f"{r['accuracy']:.4f}"),
-                *(f"{r['mean_exit_layer']:.2f}", f"{r['same']:.2%}"),
-            )
-            for r in found
-            if "rows" in r
-        ]
-        return "\n\n".join([markdown_table(header, cells) if cells else NOT_MEASURED, *skipped(found)])
-
-    return per_machine(SUITE, rows, results)
-
-
-def main() -> None:
-    """Measure the models and store the records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="+")
-    found = []
-    for folder in parser.parse_args().folder:
-        for record in records(folder):
-            found.append(record)
-            print(record, flush=True)
-    print(f"wrote {harness.save(SUITE, found)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -39,7 +39,7 @@ class CompactionCost(NamedTuple):
 
 
 #: Kind of device -> the cost there. That of the CPU was measured on two cores of an AVX-512 server by the suite
-#: `compaction_cost`, whose records are in benchmarks/results and whose code is in commit dca2a94. That of CUDA is an
+#: `compaction_cost`, whose code and records are in commit dca2a94. That of CUDA is an
 #: estimate, for 2.5e14 multiply-adds a second: 4 bytes a value at 4 TB/s, and 80 microseconds of the host.
 COMPACTION_COSTS = {"cpu": CompactionCost(60, 10_000_000), "cuda": CompactionCost(250, 20_000_000_000)}
 

@@ -10,17 +10,17 @@ from support import fake_gpu
 from torch import nn
 
 import earlyexit_kernels as ee
-from benchmarks import goals, harness, plots
+from benchmarks import goals, harness, plots, tables
 from benchmarks.end_to_end import (
     answers,
     baselines,
     engines,
     forced,
+    job,
     measure,
     models,
     server,
     suites,
-    tables,
 )
 from benchmarks.end_to_end.variants import Case
 from benchmarks.end_to_end.workloads import Fixed, Ragged, Workload
@@ -218,6 +218,28 @@ def test_trained_folder_beside_its_plain_encoder(tmp_path, monkeypatch):
     assert {r["weights"] for r in records} == {"trained"}
 
 
+def test_ways_to_do_a_job_give_the_labels_of_the_plain_model(tmp_path):
+    ee.to_early_exit(toy.toy_model(0, layers=3, hidden=16), pooling="mean").save_pretrained(tmp_path)
+    toy.toy_tokenizer().save_pretrained(tmp_path)
+    subject = models.trained_subject("MiniLM", str(tmp_path))
+    texts = toy.write_splits(dev_rows=70, train_rows=1)["dev"]
+    texts = [row.text for row in texts]
+    plain = job.in_batches(subject, lambda batch: (subject.plain(**batch).logits, None))
+    scorer, prepare = job._scorer(subject, "float32", Entropy(threshold=0.69))
+    with torch.inference_mode():
+        wanted = plain(texts)[0].tolist()
+        assert len(set(wanted)) > 1
+        for way in (job.as_pipeline(subject, 1), job.as_pipeline(subject, job.BATCH), job.by_length(plain), scorer):
+            assert way(texts)[0].tolist() == wanted
+        prepare()
+        assert 1 <= scorer(texts)[1].min() < 3, "with a criterion rows leave early"
+        truth = torch.tensor(wanted)
+        checked = job._checked(plain, harness.do_nothing, texts, truth, truth, 0.995)
+        assert checked == harness.Checked("", {"accuracy": 1.0, "same": 1.0})
+        wrong = job._checked(lambda texts: (1 - truth, None), harness.do_nothing, texts, truth, truth, 0.995)
+        assert "0.00% of its labels" in wrong.wrong
+
+
 def test_server_takes_the_rows_that_have_arrived():
     batches, waiting = [], [0.0, 0.5, 0.6, 0.7, 5.0]
 
@@ -226,7 +248,7 @@ def test_server_takes_the_rows_that_have_arrived():
         return 1.0
 
     queries = [torch.ones(n + 2, dtype=torch.long) for n in range(5)]
-    latencies = server.serve(batches.append, queries, waiting, 2, stopwatch)
+    latencies = server.session(server.whole(batches.append), queries, waiting, 2, stopwatch)
     # 0 to 1: the first row; 1 to 2: the next two; 2 to 3: the fourth; idle until 5
     assert latencies == pytest.approx([1.0, 1.5, 1.4, 2.3, 1.0])
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(1, 2), (2, 4), (1, 5), (1, 6)]
@@ -254,16 +276,16 @@ def test_every_way_of_serving_runs_the_exits_of_its_variant(monkeypatch):
     case = Case("MiniLM", Fixed(4, 8), ("uniform, 50 %",), engines=("fused layers",))
     with torch.inference_mode():
         _, found, _ = measure.prepared("server", case, lambda work, answer: answer)
-        ways = {
-            way: one
-            for (variant, way), one in server._servers(found.ready).items()
-            if variant.engine != baselines.PLAIN
-        }
-        assert set(ways) == {"", "streaming"}
-        for way, (prepare, session) in ways.items():
-            prepare()
-            if way:
-                assert session.args[0].criterion is not None, way
+        (one,) = [one for one in found.ready.values() if one.ours]
+        servers = server._servers(found.ready)
+        assert {way for variant, way in servers if variant == one.variant} == {"", "streaming"}
+        for (variant, way), (prepare, answered) in servers.items():
+            if variant == one.variant:
+                one.model.set_criterion(None)
+                prepare()
+                queries = [torch.ones(n + 2, dtype=torch.long) for n in range(4)]
+                assert len(server.session(answered, queries, [0.0] * 4, 4, server.seconds)) == 4, way
+                assert one.model.criterion is not None, way
 
 
 def test_server_answers_rows_as_they_leave_a_batch():
@@ -283,8 +305,8 @@ def test_server_answers_rows_as_they_leave_a_batch():
     early = exits == 1
     assert early.sum() == 3, "half of the rows leave at the first exit, the others at the last"
     with torch.inference_mode():
-        streamed = server.serve_stream(model, queries, [0.0] * 6, 16, stopwatch)
-        late = server.serve_stream(model, queries, [0.0] * 5 + [100.0], 16, stopwatch)
+        streamed = server.session(server.streamed(model), queries, [0.0] * 6, 16, stopwatch)
+        late = server.session(server.streamed(model), queries, [0.0] * 5 + [100.0], 16, stopwatch)
     assert streamed == [1.0 if one else 2.0 for one in early]
     assert late[5] == (1.0 if early[5] else 2.0), "the clock moves to the next arrival"
     assert server._by_depth([streamed], exits, 3) == {"early_ms": 1000.0, "late_ms": 2000.0}
@@ -314,16 +336,16 @@ def fake_records() -> list[dict]:
 def test_tables_show_what_was_measured_and_what_was_not(tmp_path):
     harness.save("offline", fake_records(), results=tmp_path, commit="bbbb")
     harness.save("single_stream", [], results=tmp_path, commit="aaaa")
-    first, *_, line, _, reached = tables.goals(tmp_path).splitlines()
+    first, *_, line, _, reached = tables.end_to_end(tmp_path).splitlines()
     assert first.endswith("commit aaaa, bbbb:"), "a table of two suites names both commits"
     assert reached == f"Reached: 0 of 1 goals; not measured: {len(goals.END_TO_END) - 1}."
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[2:] == ["fused layers, cpp", "transformers", "0.400 (0.390 to 0.420)", "0.97", "efficiency 1.05", "no"]
-    text = tables.suite_table("offline", tmp_path)
+    text = tables.TABLES["offline"](tmp_path)
     assert "| 0.39 |" in text.replace("       ", " ") and "400.0" in text
     assert "- Not measured: OpenVINO: not installed." in text
     assert f"- Refused: mask loop, cpp ({OURS['case']}): its logits are off." in text
-    assert {tables.suite_table(suite, tmp_path) for suite in ("server", "profile")} == {"Not measured yet."}
+    assert {tables.TABLES[suite](tmp_path) for suite in ("server", "newer_families")} == {"Not measured yet."}
 
 
 def test_plots_are_drawn_from_the_records(tmp_path):
@@ -331,4 +353,4 @@ def test_plots_are_drawn_from_the_records(tmp_path):
     harness.save("offline", fake_records(), results=tmp_path)
     drawn = plots.write(tmp_path)
     assert [path.name.removeprefix(harness.machine_name()) for path in drawn] == ["-exits.png", "-never_exit.png"]
-    assert tables.goals(tmp_path).count("![") == 2
+    assert tables.end_to_end(tmp_path).count("![") == 2

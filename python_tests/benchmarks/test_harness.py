@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import fake_gpu
 
-from benchmarks import compare, compare_worker, harness
+from benchmarks import compare, compare_worker, harness, tables
 from benchmarks.end_to_end import models
 from benchmarks.harness import Checked, Goal, Implementation, Variant
 from benchmarks.machine import NotMeasuredError
@@ -81,6 +81,16 @@ def test_every_committed_result_can_be_read():
         text = path.read_text(encoding="utf-8")
         for document in map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text]):
             assert document["environment"]["packages"]["torch"] and document["records"], path.name
+
+
+def test_cells_without_a_number_are_empty_and_reasons_are_listed():
+    columns = (("case", "{case}"), ("ms", "{median_ms:.1f}"), ("n", lambda r: 2 * r["rows"]), ("goal", "{goal:.0f}"))
+    numbers = {"case": "a", "rows": 2, "goal": None}
+    skipped = {"case": "b", "engine": "ours", "dtype": "int8", "not_measured": "no such type"}
+    text = tables.draw(columns, lambda record: "rows" in record, [numbers, numbers | {"median_ms": 1.25}, skipped])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert lines[0] == ["case", "ms", "n", "goal"] and lines[2:] == [["a", "", "4", ""], ["a", "1.2", "4", ""]]
+    assert text.endswith("\n\n- Not measured: ours, int8: no such type.")
 
 
 class FakeWorker:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import goals
+from benchmarks import goals, run, tables
 from benchmarks.micro import (
     bench_compact,
     bench_exit_step,
@@ -17,7 +17,6 @@ from benchmarks.micro import (
     layer_roofline,
     peaks,
     plain,
-    tables,
     weight_checks,
 )
 from benchmarks.micro.decisions import LAYER
@@ -146,7 +145,7 @@ def test_layers_are_recorded_beside_the_peaks(monkeypatch):
 def test_no_compiler_is_not_measured(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(peaks.shutil, "which", lambda name: None)
-    (record,) = layer_roofline.records(1)
+    (record,) = run.records_of("layer_roofline", 1)
     assert "no compiler was found" in record["not_measured"] and "no compiler" in tables.roofline([record])
 
 

@@ -1,103 +1,211 @@
-"""``make gpu-check``: which steps it runs, keeps and repeats, and how it handles failures and time limits."""
+"""``make gpu-check``: which steps it runs, keeps and repeats, and how it handles failures, limits and interrupts."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.gpu_checks import document, good
 
-from benchmarks import goals, harness
-from benchmarks.gpu import card, check, steps, tables, worker
-from benchmarks.gpu.bench import Bench, header
-from benchmarks.gpu.check import MIN_SECONDS, Step
-from benchmarks.gpu.sections import SECTIONS, Section
-from benchmarks.gpu.steps import Outcome
-from benchmarks.machine import NotMeasuredError
+from benchmarks import goals, harness, tables
+from benchmarks.gpu import check
+from benchmarks.gpu.bench import header
+from benchmarks.gpu.check import BEFORE, DONE, FAILED, LATE, ROOT, Step
+
+BUILT = f"earlyexit_kernels: EARLYEXIT_BUILD=auto: {check.CUDA_BUILT}"
+CPU_ONLY = "earlyexit_kernels: EARLYEXIT_BUILD=auto: CPU kernels only, because no CUDA toolkit with nvcc was found"
 
 
-def test_finished_steps_are_kept_and_not_repeated(driver):
-    summary = driver({"a": good("a"), "b": good("b")})
-    assert summary.done == ["a", "b"] and not summary.failed
-    assert {record["suite"] for record in document(driver)["records"]} == {"gpu_a", "gpu_b"}
-    facts = document(driver)["suites"]["gpu_a"]
+def reads(**fields):
+    return lambda code, output: ([header("gpu_a", "a", "ours", dtype="float16") | fields], "" if code == 0 else "broke")
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """``driver(steps, ...)``: run steps in an invented time; returns name -> how it ended."""
+
+    def run(command, seconds, environment):
+        driver.ran.append((command[0], seconds))
+        clock["now"] += driver.takes
+        return driver.codes.get(command[0], 0), BUILT if driver.built else CPU_ONLY
+
+    def driver(names, *, minutes=9.0, redo=False, seconds=90, **reading):
+        driver.ran.clear()
+        read = reads(**reading)
+        steps = {name: Step([name], seconds, read) for name in names}
+        if "gpu_build" in steps:
+            steps["gpu_build"] = Step(["gpu_build"], seconds, check.read_build, always=True)
+        driver.summary = check.check(steps, tmp_path, minutes=minutes, redo=redo, now=lambda: clock["now"])
+        return {name: how for how, ended in driver.summary.steps.items() for name in ended}
+
+    clock = {"now": 0.0}
+    driver.ran, driver.codes, driver.takes, driver.built, driver.sources = [], {}, 10.0, True, "aaaa"
+    driver.results = tmp_path
+    driver.document = lambda: next(iter(harness.documents(tmp_path).values()))
+    monkeypatch.setattr(check, "run", run)
+    monkeypatch.setattr(check, "card", lambda: {"gpu": "Fake", "nvidia_smi": {"driver_version": "580.1"}})
+    monkeypatch.setattr(check, "fingerprint", lambda: driver.sources)
+    return driver
+
+
+def test_finished_steps_are_kept_and_those_never_run_come_first(driver):
+    assert driver(["gpu_a", "gpu_b"]) == {"gpu_a": DONE, "gpu_b": DONE}
+    facts = driver.document()["suites"]["gpu_a"]
     assert facts["finished"] and facts["sources"] == "aaaa" and facts["gpu"] == "Fake" and "commit" in facts
-    summary = driver({"a": good("a"), "b": good("b"), "c": good("c")})
-    assert summary.there == ["a", "b"] and summary.done == ["c"] and [name for name, _ in driver.ran] == ["c"]
-    assert driver({"a": good("a")}, redo=True).done == ["a"]
-    assert driver({"a": good("a")}, always=("a",)).done == ["a"]
+    assert driver(["gpu_a", "gpu_b", "gpu_c"]) == {"gpu_a": BEFORE, "gpu_b": BEFORE, "gpu_c": DONE}
+    assert driver(["gpu_a"], redo=True) == {"gpu_a": DONE}
     driver.sources = "bbbb"
-    assert driver({"a": good("a"), "c": good("c")}).done == ["a", "c"], "other sources are measured again"
+    assert set(driver(["gpu_build", "gpu_a", "gpu_d"]).values()) == {DONE}, "other sources are measured again"
+    assert [name for name, _ in driver.ran] == ["gpu_build", "gpu_d", "gpu_a"]
 
 
-def test_steps_that_were_never_run_come_first(driver):
-    driver({"a": good("a"), "b": Outcome([], "broke")})
-    driver.sources = "bbbb"
-    wanted = {"build": good("build"), "a": good("a"), "b": good("b"), "c": good("c")}
-    driver(wanted, always=("build",))
-    assert [name for name, _ in driver.ran] == ["build", "c", "a", "b"]
-
-
-def test_an_error_of_the_driver_or_of_the_facts_ends_no_run(driver, monkeypatch, capsys):
-    def lost():
-        raise RuntimeError("CUDA error: an illegal memory access\nmore")
-
-    monkeypatch.setattr(card, "facts", lost)
-    summary = driver({"a": lambda: lost(), "b": good("b")})
-    assert summary.failed == ["a"] and summary.done == ["b"]
-    assert "an illegal memory access" in document(driver)["suites"]["gpu_b"]["facts_failed"]
-    assert "an illegal memory access" in document(driver)["records"][0]["not_measured"]
-
-
-def test_failed_steps_keep_their_records_and_run_again(driver):
-    partly = Outcome(good("a").records, "the process ended with status -6; its message is above")
-    summary = driver({"a": partly, "b": good("b")})
-    assert summary.failed == ["a"] and summary.done == ["b"]
-    first, rest = document(driver)["records"][:2]
-    assert first["median_ms"] == 1.0 and "status -6" in rest["not_measured"]
-    assert "failed, will be tried again: a" in str(summary)
-    assert driver({"a": good("a"), "b": good("b")}).done == ["a"]
-    assert len(document(driver)["records"]) == 2
+def test_failed_steps_are_named_and_run_again(driver):
+    driver.codes = {"gpu_a": 1}
+    assert driver(["gpu_a", "gpu_b"]) == {"gpu_a": FAILED, "gpu_b": DONE}
+    assert [r["not_measured"] for r in driver.document()["records"] if "not_measured" in r] == ["broke"]
+    assert "failed, will be tried again: gpu_a" in str(driver.summary)
+    driver.codes = {}
+    assert driver(["gpu_a", "gpu_b"]) == {"gpu_a": DONE, "gpu_b": BEFORE}
+    assert not [r for r in driver.document()["records"] if "not_measured" in r]
 
 
 def test_time_limits(driver):
-    summary = driver({name: good(name) for name in "abcd"}, takes=50, minutes=2)
-    assert summary.done == ["a", "b"] and summary.late == ["c", "d"]
-    assert driver.ran == [("a", 100), ("b", 70)], "no step is given more than is left"
-    assert "left for the next run: c, d" in str(summary)
-    assert driver({name: good(name) for name in "efg"}, takes=50, minutes=2, least=71).done == ["e"]
+    driver.takes = 50
+    assert driver(["gpu_a", "gpu_b", "gpu_c"], minutes=2) == {"gpu_a": DONE, "gpu_b": DONE, "gpu_c": LATE}
+    assert driver.ran == [("gpu_a", 90), ("gpu_b", 70)], "no step is given more than is left"
+    assert f"{LATE}: gpu_c" in str(driver.summary)
 
 
-def test_steps_measured_without_kernels_run_again_with_them(driver):
-    lacking, built = Outcome(good("build").records, without="CUDA kernels"), good("build")
-    for expected in ("done", "there"):
-        summary = driver({"build": lacking, "a": good("a")}, always=("build",))
-        assert "a" in getattr(summary, expected)
-    assert document(driver)["suites"]["gpu_a"]["sources"] == "aaaa without CUDA kernels"
-    for expected in ("done", "there"):
-        assert "a" in getattr(driver({"build": built, "a": good("a")}, always=("build",)), expected)
+def test_steps_run_without_kernels_run_again_with_them(driver):
+    driver.built = False
+    assert driver(["gpu_build", "gpu_a"])["gpu_a"] == DONE
+    assert driver(["gpu_build", "gpu_a"]) == {"gpu_build": DONE, "gpu_a": BEFORE}
+    driver.built = True
+    assert driver(["gpu_build", "gpu_a"])["gpu_a"] == DONE
 
 
-def test_refusals_are_listed_at_the_end(driver, capsys):
-    wrong = Outcome([header("gpu_a", "a", "ours") | {"refused": "answers are 3 off"}])
-    summary = driver({"a": wrong, "b": good("b")})
-    line = "refused: suite=gpu_a case=a engine=ours refused=answers are 3 off"
-    assert line in str(summary) and line.removeprefix("refused: ") in capsys.readouterr().out
+def test_refusals_are_listed_at_the_end(driver):
+    driver(["gpu_a"], refused="answers are 3 off")
+    assert "refused: suite=gpu_a case=a engine=ours dtype=float16 refused=answers are 3 off" in str(driver.summary)
 
 
-def test_plan():
-    plan = check.plan()
-    assert set(plan) == {"build", *steps.TESTS, *SECTIONS} and plan["build"].always
-    assert list(plan)[:4] == ["build", "costs", "tests_first", "whole_float16_1"]
-    assert all(MIN_SECONDS <= step.least <= step.seconds / 2 for step in plan.values())
+def test_records_of_a_suite_are_those_it_has_written(tmp_path):
+    harness.save("gpu_x", [{"suite": "gpu_x", "case": "a"}], results=tmp_path)
+    assert check.read_suite("gpu_x", tmp_path, 0, "") == ([{"suite": "gpu_x", "case": "a"}], "")
+    records, failed = check.read_suite("gpu_x", tmp_path, -6, "more\nRuntimeError: CUDA error\n")
+    assert (records, failed) == ([], "the process ended with status -6: RuntimeError: CUDA error")
+
+
+def test_plan(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    plan = check.plan(tmp_path)
+    assert list(plan)[:4] == ["gpu_build", "gpu_tests_captured", "gpu_tests_ops", "gpu_tests_eager"]
+    assert list(plan)[4:] == list(check.SUITES) and plan["gpu_costs"].command[-1] == "gpu_costs"
+    environment = plan["gpu_build"].environment
+    assert environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert environment["PATH"].startswith(f"{Path(sys.executable).parent}{os.pathsep}"), "where its ninja lies"
+
+
+def test_tests_that_need_a_gpu_are_marked_and_run():
+    run = {ROOT / file for files in check.TESTS.values() for file in files}
+    for path in (ROOT / "python_tests").rglob("test_*.py"):
+        text = path.read_text(encoding="utf-8")
+        waits = re.findall(r"skipif\(not torch\.cuda\.is_available\(\)", text)
+        assert text.count("pytest.mark.gpu") >= len(waits), path.name
+        assert (path in run) == ("pytest.mark.gpu" in text and path != Path(__file__)), path.name
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "fields", "failed"),
+    [
+        (0, "....\n40 passed, 2 skipped in 3.1s", {"passed": 40, "skipped": 2}, ""),
+        (1, "FAILED a.py::b - x\n1 failed, 3 passed in 2s", {"failed": 1, "refused": "1 tests fail: a.py::b"}, ""),
+        (2, "INTERNALERROR", {}, "pytest ended with status 2: INTERNALERROR"),
+        (
+            None,
+            "[gw0] [  1%] PASSED a.py::b\n[gw1] [ 12%] FAILED a.py::c[x-1] \na.py::d ERROR   [ 3%]\n",
+            {"refused": "2 tests fail: a.py::c[x-1], a.py::d"},
+            "pytest took too long: a.py::d ERROR   [ 3%]",
+        ),
+    ],
+)
+def test_test_results_are_counted(code, output, fields, failed):
+    (record,), why = check.read_tests(code, output)
+    assert why == failed and record.items() >= fields.items()
+
+
+def test_a_build_that_fails_says_why():
+    assert check.read_build(0, f"x\n{CPU_ONLY}\ny")[0][0]["printed"] == CPU_ONLY
+    assert check.read_build(1, "nvcc fatal")[1] == "the build ended with status 1: nvcc fatal"
+
+
+def test_without_a_gpu_nothing_runs(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check.main([]) == 2 and "torch sees none" in capsys.readouterr().err
+
+
+def test_command_runs_the_chosen_steps(monkeypatch, driver, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(check, "environment", lambda: {"commit": None})
+    steps = {name: Step([name], 90, reads(), always=name == "gpu_other") for name in ("gpu_other", *check.SUITES)}
+    monkeypatch.setattr(check, "plan", lambda results: steps)
+    elsewhere = tmp_path / "elsewhere"
+    assert check.main(["--step", "gpu_costs", "--results", str(elsewhere)]) == 0
+    printed = capsys.readouterr()
+    assert "measured: gpu_other, gpu_costs\n" in printed.out and "set EARLYEXIT_COMMIT" in printed.err
+    assert len(list(elsewhere.glob("*.json"))) == 1
+    driver.codes = {"gpu_costs": 1}
+    assert check.main(["--step", "gpu_costs", "--redo", "--results", str(elsewhere)]) == 1
+
+
+def test_facts_of_the_gpu(monkeypatch):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lost)
+    assert "an illegal memory access" in check.card()["facts_failed"]
+    answer = {"returncode": 0, "stdout": ", ".join(str(number) for number in range(len(check.SMI_FIELDS))) + "\n"}
+    monkeypatch.setattr(check.shutil, "which", lambda name: "there")
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: SimpleNamespace(**answer))
+    assert check.smi()["driver_version"] == "0"
+    answer["returncode"] = 9
+    assert check.smi() == {}
+
+
+def test_fingerprint_of_sources(tmp_path):
+    (tmp_path / "earlyexit_kernels").mkdir()
+    source = tmp_path / "earlyexit_kernels" / "a.py"
+    source.write_text("x = 1\n")
+    first = check.fingerprint(tmp_path)
+    (tmp_path / "README.md").write_text("text\n")
+    assert check.fingerprint(tmp_path) == first and len(first) == 12
+    source.write_text("x = 2\n")
+    assert check.fingerprint(tmp_path) != first
+
+
+def test_tables_show_goals_and_what_is_missing(driver, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake")
+    gpu, details = tables.TABLES["gpu"], tables.TABLES["gpu_details"]
+    assert gpu(driver.results) == tables.NO_GPU == details(driver.results)
+    ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "baseline": "torch.compile"}
+    goal = "mean depth 6 over torch.compile, B 32"
+    driver(["gpu_a"], **ratio, exits="uniform, 50 %", backend="triton", **goals.gpu_goal(goal, ratio))
+    driver(["gpu_b"], not_measured="no such thing")
+    driver(["gpu_c"], median_ms=1.0)
+    text = gpu(driver.results)
+    (line,) = [line for line in text.splitlines() if goal in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [goal, "float16", "uniform, 50 %, by triton", "0.5 (0.4 to 0.6)", "0.56", "yes"]
+    assert all(name in text for name in goals.GPU) and "| not measured |" in text and "driver 580.1:" in text
+    assert "- Not measured: ours, float16: no such thing." in text
+    assert "1000" in details(driver.results) and goal not in details(driver.results)
 
 
 @pytest.mark.parametrize(("failed", "marked", "broken"), [(True, True, True), (True, True, False), (True, False, True)])
@@ -124,158 +232,6 @@ def test_a_failure_that_breaks_the_device_ends_the_test_process(monkeypatch, req
     assert caught.type is StopIteration or caught.value.code == plugin.DEVICE_LOST
 
 
-def test_tests_that_need_a_gpu_are_marked_and_run():
-    run = {card.ROOT / word for words in steps.TESTS.values() for word in words if word.endswith(".py")}
-    for path in (card.ROOT / "python_tests").rglob("test_*.py"):
-        text = path.read_text(encoding="utf-8")
-        waits = re.findall(r"skipif\(not torch\.cuda\.is_available\(\)", text)
-        assert text.count("pytest.mark.gpu") >= len(waits), path.name
-        assert (path in run) == ("pytest.mark.gpu" in text and path != Path(__file__)), path.name
-
-
-def test_without_a_gpu_nothing_runs(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert check.main([]) == 2
-    assert "torch sees none" in capsys.readouterr().err
-
-
-def test_command_runs_the_chosen_steps(monkeypatch, driver, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(harness, "RESULTS", driver.results)
-    monkeypatch.setattr(harness, "machine_name", lambda: "fake-gpu")
-    rewritten = []
-    monkeypatch.setattr(check, "rewrite_documents", lambda: rewritten.append(True))
-    three = {
-        name: Step(lambda seconds, name=name: good(name), 9, name == "build")
-        for name in ("build", "costs", "exit_step")
-    }
-    monkeypatch.setattr(check, "plan", lambda: three)
-    monkeypatch.setattr(check, "environment", lambda: {"commit": None})
-    assert check.main(["--section", "costs"]) == 0 and rewritten == [True]
-    printed = capsys.readouterr()
-    assert "measured: build, costs\n" in printed.out, "a fresh machine has no extension"
-    assert "set EARLYEXIT_COMMIT" in printed.err
-    elsewhere = tmp_path / "elsewhere"
-    assert check.main(["--section", "costs", "--results", str(elsewhere)]) == 0 and rewritten == [True]
-    assert (elsewhere / "fake-gpu.json").is_file(), "records are brought back in the folder that was asked for"
-    monkeypatch.setattr(check, "plan", lambda: {"costs": Step(lambda seconds: Outcome([], "broke"), 9)})
-    assert check.main(["--redo"]) == 1
-
-
-def works(bench):
-    yield {"case": "a"}
-
-
-def cannot(bench):
-    yield {"case": "a"}
-    raise NotMeasuredError("no text")
-
-
-def breaks(bench):
-    yield {"case": "a"}
-    raise RuntimeError("illegal memory access\nmore")
-
-
-@pytest.mark.parametrize(("records", "after"), [(works, {}), (cannot, {"not_measured": "no text"}), (breaks, None)])
-def test_worker_writes_records_as_they_come(monkeypatch, tmp_path, records, after):
-    monkeypatch.setattr(Bench, "here", classmethod(lambda cls: None))
-    monkeypatch.setitem(SECTIONS, "some", Section(records, 9))
-    with contextlib.nullcontext() if after is not None else pytest.raises(RuntimeError, match="illegal memory access"):
-        worker.work("some", tmp_path / "records")
-    first, *rest = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
-    assert first == {"case": "a"}
-    assert len(rest) == bool(after) and all(record.items() >= after.items() for record in rest)
-
-
-@pytest.mark.parametrize(
-    ("code", "written", "failed"),
-    [
-        (0, '{"case": "a"}\n', ""),
-        (-6, '{"case": "a"}\n{"ca', "the process ended with status -6: RuntimeError: CUDA error"),
-        (None, '{"case": "a"}\n', "the process took too long: RuntimeError: CUDA error"),
-    ],
-)
-def test_records_of_a_section_that_ends_early_count(monkeypatch, code, written, failed):
-    def run(command, seconds, environment):
-        Path(command[-1]).write_text(written)
-        return code, "more\nRuntimeError: CUDA error\n"
-
-    monkeypatch.setattr(steps, "run", run)
-    assert steps.section("costs", 60) == Outcome([{"case": "a"}], failed)
-
-
-@pytest.mark.thorough
-def test_section_measures_nothing_without_a_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    outcome = steps.section("costs", 300)
-    assert outcome.failed == "" and outcome.records[0]["not_measured"] == "torch sees no CUDA device"
-
-
-CPU_ONLY = "earlyexit_kernels: EARLYEXIT_BUILD=auto: CPU kernels only, because no CUDA toolkit with nvcc was found"
-
-
-@pytest.mark.parametrize(
-    ("code", "output", "failed", "without"),
-    [
-        (0, "building\nearlyexit_kernels: EARLYEXIT_BUILD=auto: CPU and CUDA kernels\ndone", "", ""),
-        (0, CPU_ONLY, "", "CUDA kernels"),
-        (0, f"earlyexit_kernels: EARLYEXIT_BUILD=auto: CPU and CUDA kernels\n{CPU_ONLY}", "", "CUDA kernels"),
-        (1, "nvcc fatal: unsupported", "the build ended with status 1: nvcc fatal: unsupported", "CUDA kernels"),
-        (None, "unfinished", "the build took too long: unfinished", "CUDA kernels"),
-    ],
-)
-def test_build_is_for_this_gpu(monkeypatch, code, output, failed, without):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments) or (code, output))
-    found = steps.build(60)
-    assert (found.failed, found.without) == (failed, without) and found.records[0]["capability"] == "9.0"
-    assert asked[0][2]["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert asked[0][2]["PATH"].startswith(f"{Path(sys.executable).parent}{os.pathsep}"), "where its ninja lies"
-
-
-@pytest.mark.parametrize(
-    ("code", "output", "fields", "failed"),
-    [
-        (0, "....\n40 passed, 2 skipped in 3.1s", {"passed": 40, "skipped": 2}, ""),
-        (
-            1,
-            "FAILED python_tests/test_gpu.py::test_a - x\n1 failed, 3 passed in 2s",
-            {"failed": 1, "passed": 3, "refused": "1 tests fail: python_tests/test_gpu.py::test_a"},
-            "",
-        ),
-        (2, "INTERNALERROR", {}, "pytest ended with status 2: INTERNALERROR"),
-        (None, "....", {}, "pytest took too long: ...."),
-        (
-            None,
-            "[gw0] [  1%] PASSED a.py::b\n[gw1] [ 12%] FAILED a.py::c[x-1] \na.py::d ERROR   [ 3%]\n",
-            {"refused": "2 tests fail: a.py::c[x-1], a.py::d"},
-            "pytest took too long: a.py::d ERROR   [ 3%]",
-        ),
-    ],
-)
-def test_test_results_are_counted(monkeypatch, code, output, fields, failed):
-    asked = []
-    monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments[0]) or (code, output))
-    found = steps.tests("tests_captured", 60)
-    assert found.failed == failed and found.records[0].items() >= fields.items()
-    assert any(path.endswith("test_gpu.py") for path in asked[0]) and "gpu" in asked[0]
-
-
-def test_hanging_tests_are_stopped_if_pytest_timeout_is_installed(monkeypatch):
-    asked = []
-    monkeypatch.setattr(steps, "run", lambda *arguments: asked.append(arguments[0]) or (0, "1 passed in 1s"))
-    for there in (True, False):
-        monkeypatch.setattr(
-            steps.importlib.util, "find_spec", lambda name, there=there: there or name == "pytest" or None
-        )
-        steps.tests("tests_ops", 60)
-    assert [("--timeout" in command, "-n" in command) for command in asked] == [(True, True), (False, False)]
-    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
-    assert steps.tests("tests_ops", 60).records[0]["not_measured"] == "pytest is not installed"
-
-
 @pytest.fixture
 def interruptible():
     """A process that ignores SIGINT, as one that a shell started in the background, passes that on to its processes."""
@@ -287,49 +243,66 @@ def interruptible():
 @pytest.mark.thorough
 def test_command_is_stopped_in_time(interruptible):
     sleeps = "print('x', flush=True); import time; time.sleep(600)"
-    code, output = steps.run([sys.executable, "-c", sleeps], 6, {})
+    code, output = check.run([sys.executable, "-c", sleeps], 6, {})
     assert code is None and output.startswith("x\n") and "KeyboardInterrupt" in output, "it may say what it knows"
     deaf = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {sleeps}"
-    assert steps.run([sys.executable, "-c", deaf], 6, {}) == (None, "x\n")
-    assert steps.run([sys.executable, "-c", "import os; print(os.environ['A'])"], 60, {"A": "b"}) == (0, "b\n")
+    assert check.run([sys.executable, "-c", deaf], 6, {}) == (None, "x\n")
+    assert check.run([sys.executable, "-c", "import os; print(os.environ['A'])"], 60, {"A": "b"}) == (0, "b\n")
 
 
-def test_fingerprint_of_sources(tmp_path):
-    (tmp_path / "earlyexit_kernels").mkdir()
-    source = tmp_path / "earlyexit_kernels" / "a.py"
-    source.write_text("x = 1\n")
-    first = card.fingerprint(tmp_path)
-    (tmp_path / "README.md").write_text("text\n")
-    assert card.fingerprint(tmp_path) == first and len(first) == 12
-    source.write_text("x = 2\n")
-    assert card.fingerprint(tmp_path) != first
+#: A command whose second step sleeps in a process of its own, in a session of its own.
+ASLEEP = """
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import check
+from benchmarks.gpu.check import Step
+
+results = Path(sys.argv[1])
+sleep = f"import os, time; open({str(results / 'process')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+torch.cuda.is_available = lambda: True
+check.card = dict
+build = Step([sys.executable, "-c", "0"], 60, check.read_build, always=True)
+check.plan = lambda results: {"gpu_build": build, "gpu_tests_ops": Step([sys.executable, "-c", sleep], 300)}
+sys.exit(check.main(["--step", "gpu_tests_ops", "--results", str(results)]))
+"""
 
 
-def test_facts_of_the_gpu(gpu, monkeypatch):
-    assert card.facts()["capability"] == "9.0" and card.facts()["memory_gib"] == 1.0
-    answer = ", ".join(str(number) for number in range(len(card.SMI_FIELDS)))
-    run = {"returncode": 0, "stdout": f"{answer}\n"}
-    monkeypatch.setattr(card.shutil, "which", lambda name: "there")
-    monkeypatch.setattr(card.subprocess, "run", lambda *_, **__: SimpleNamespace(**run))
-    assert card.smi()["driver_version"] == "0" and len(card.smi()) == len(card.SMI_FIELDS)
-    run["returncode"] = 9
-    assert card.smi() == {}
-    monkeypatch.setattr(card.shutil, "which", lambda name: None)
-    assert card.smi() == {}
+def wait_for(happened, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert happened()
 
 
-def test_tables_show_goals_and_what_is_missing(driver):
-    assert tables.goals_table(driver.results) == tables.TO_BE_MEASURED == tables.details_table(driver.results)
-    ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6, "baseline": "torch.compile", "dtype": "float16"}
-    goal = "mean depth 6 over torch.compile, B 32"
-    reached = good("a", **ratio, exits="uniform, 50 %", backend="triton", **goals.gpu_goal(goal, ratio))
-    missing = Outcome([header("gpu_b", "b", "cuBLAS") | {"not_measured": "no such thing"}])
-    driver({"a": reached, "b": missing, "c": good("c", dtype="float16")})
-    text = tables.goals_table(driver.results)
-    (line,) = [line for line in text.splitlines() if goal in line]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == [goal, "float16", "uniform, 50 %, by triton", "0.5 (0.4 to 0.6)", "0.56", "yes"]
-    assert all(name in text for name in goals.GPU) and "| not measured |" in text and "driver 580.1:" in text
-    assert "- Not measured: cuBLAS (b): no such thing." in text
-    details = tables.details_table(driver.results)
-    assert "| c " in details and goal not in details
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_command_keeps_finished_steps_and_leaves_no_process(tmp_path, by):
+    """A process that went on would use the GPU while the next run measures.
+
+    The command starts as one in the background of a shell, with SIGINT ignored.
+    """
+    command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", ASLEEP, str(tmp_path)]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: (tmp_path / "process").is_file() and (tmp_path / "process").read_text(), 400)
+        step = int((tmp_path / "process").read_text())
+        run.send_signal(by)
+        _, said = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert run.returncode == check.INTERRUPTED
+    assert said.splitlines()[-1] == "interrupted; finished steps are kept, run the command again for the others"
+    wait_for(lambda: not is_running(step), 10)
+    (results,) = tmp_path.glob("*.json")
+    assert '"gpu_build"' in results.read_text() and "gpu_tests_ops" not in results.read_text()

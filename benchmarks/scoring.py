@@ -1,4 +1,4 @@
-"""Measure `earlyexit score` beside a plain loop: ``python -m benchmarks.scoring --model out``.
+"""`earlyexit score` beside a plain loop: ``python -m benchmarks.run --suite scoring --model out``.
 
 The rows are the texts that the model was trained to report on, those of few words, again and again. A run is killed at
 about half of them and started again; every row has to be there once.
@@ -6,26 +6,24 @@ about half of them and started again; every row has to be there once.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 import earlyexit_kernels as ee
-from benchmarks import harness
 from benchmarks.harness import Record
-from benchmarks.readme import rewrite
+from benchmarks.machine import trained_folder
 from earlyexit_kernels.cli.recipe import Recipe
 
+SUITE, ROWS_PER_REPEAT = "scoring", 100_000
 #: Words of a row at most; rows of a call of the plain loop; rows of an input file.
 WORDS, CALL, FILE = 10, 4096, 250_000
 SECONDS = 3600.0
@@ -79,42 +77,30 @@ def rows_in(scored: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in scored.glob("*.parquet"))
 
 
-def main() -> None:
-    """Measure, and write the results of the suite `scoring`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder that `earlyexit train` and `calibrate` wrote")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the table (default: %(default)s)")
-    parser.add_argument("--loop-rows", type=int, default=100_000, help="rows of the plain loop (default: %(default)s)")
-    parser.add_argument("--results", type=Path, help="another folder for the JSON; documents stay then")
-    args = parser.parse_args()
-    recipe = Recipe.load(args.model)
-    texts: list[Any] = [
-        one for one in recipe.evaluation_rows(recipe.load_data()).sentences if len(one.split()) <= WORDS
-    ]
+def records(repeats: int) -> Iterator[Record]:
+    """Yield the rows a second of the command and of a loop before and after it, and whether a killed run lost a row.
+
+    Args:
+        repeats: 10 for a million rows.
+    """
+    model, rows = trained_folder(), repeats * ROWS_PER_REPEAT
+    recipe = Recipe.load(model)
+    texts = [text for text in recipe.evaluation_rows(recipe.load_data()).sentences if len(text.split()) <= WORDS]
+    sample = list(itertools.islice(itertools.cycle(texts), rows // 10))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_rows(work / "rows", texts, args.rows)
-        sample = list(itertools.islice(itertools.cycle(texts), args.loop_rows))
-        before = plain_loop(args.model, sample)
+        write_rows(work / "rows", texts, rows)
+        before = plain_loop(model, sample)
         start = time.perf_counter()
-        subprocess.run(command(args.model, work, "out"), check=True)
+        subprocess.run(command(model, work, "out"), check=True)
         seconds = time.perf_counter() - start
-        after = plain_loop(args.model, sample)
-        loop = (before + after) / 2
-        record = {
-            "suite": "scoring",
-            "rows": args.rows,
+        after = plain_loop(model, sample)
+        yield {
+            "suite": SUITE,
+            "rows": rows,
             "seconds": round(seconds, 1),
-            "rows_per_second": round(args.rows / seconds, 1),
+            "rows_per_second": round(rows / seconds, 1),
             "loop_rows_per_second": [round(before, 1), round(after, 1)],
-            "ratio": round(args.rows / seconds / loop, 3),
-            **killed_and_resumed(args.model, work, args.rows),
+            "ratio": round(2 * rows / seconds / (before + after), 3),
+            **killed_and_resumed(model, work, rows),
         }
-    print(record)
-    print(f"wrote {harness.save('scoring', [record], results=args.results)}")
-    if args.results is None:
-        rewrite()
-
-
-if __name__ == "__main__":
-    main()

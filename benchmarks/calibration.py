@@ -1,13 +1,14 @@
-"""Check what `calibrate` promises: ``python -m benchmarks.calibration --traces <folder of .npz>``.
+"""Suites that check what `calibrate` promises; their sizes are fixed.
 
 - guarantee: on generated rows, the risk that a `Risk` target allows is exceeded in at most `epsilon` of the draws;
-- drop: on stored traces of trained models, the speed-up and the loss that `MaxDrop` has on rows not used to choose;
+- drop: on stored traces of trained models (``traces/*.npz`` of EARLYEXIT_DATA), the
+  speed-up and the loss that `MaxDrop` has on rows not used to choose;
 - scale: seconds and memory to evaluate 100 settings on 10^6 rows.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 import earlyexit_kernels as ee
-from benchmarks.harness import RESULTS, Record
+from benchmarks.harness import Record
+from benchmarks.machine import DATA_VARIABLE, NotMeasuredError
 from earlyexit_kernels import criteria
-from earlyexit_kernels.tuning.report import write_json
 from earlyexit_kernels.tuning.scored import Rows
 
 #: Generated rows that stand for the distribution, draws from it, and rows of a draw.
@@ -43,7 +44,7 @@ def generated(rows: int, depth: int, classes: int) -> tuple[ee.ExitTrace, NDArra
     return ee.ExitTrace(logits.add_(F.one_hot(labels, classes)[:, None] * easy)), labels.numpy()
 
 
-def guarantee(_: Path | None) -> Iterator[Record]:
+def guarantee(repeats: int) -> Iterator[Record]:
     """Yield, for each rule and risk, the share of draws whose chosen setting exceeds the bound on the population."""
     trace, labels = generated(POPULATION, 4, 3)
     truths = {"labels": labels, "full_depth": trace.logits[:, -1].argmax(dim=1).numpy()}
@@ -61,16 +62,19 @@ def guarantee(_: Path | None) -> Iterator[Record]:
                 speed_ups.append(found.layer_speed_up)
             broken = sum(risk > DELTA for risk in risks)
             p_value = binomtest(broken, DRAWS, EPSILON, alternative="greater").pvalue
-            yield {"kind": "guarantee", "rule": rule, "against": against, "delta": DELTA, "epsilon": EPSILON} | {
+            yield {"suite": "calibration_guarantee", "rule": rule, "against": against} | {
+                "delta": DELTA, "epsilon": EPSILON,
                 "draws": DRAWS, "rows": DRAWN, "broken": broken, "binomial_p_value": float(p_value),
                 "mean_risk": float(np.mean(risks)), "mean_layer_speed_up": float(np.mean(speed_ups)),
             }  # fmt: skip
 
 
-def drop(folder: Path | None) -> Iterator[Record]:
+def drop(repeats: int) -> Iterator[Record]:
     """Yield the speed-up and the drop of `MaxDrop` on the half of the rows that it does not choose on."""
-    for name in TRACES if folder is not None else ():
-        assert folder is not None
+    folder = Path(os.environ.get(DATA_VARIABLE, "")) / "traces"
+    if not folder.is_dir():
+        raise NotMeasuredError(f"expected stored traces in {DATA_VARIABLE}/traces")
+    for name in TRACES:
         stored = np.load(folder / f"{name}.npz")
         trace, labels = ee.ExitTrace(torch.from_numpy(stored["logits"])), stored["labels"]
         for per_layer in (False, True):
@@ -79,14 +83,15 @@ def drop(folder: Path | None) -> Iterator[Record]:
                 for seed in range(SPLITS)
             ]
             speed_ups, drops = np.array([c.layer_speed_up for c in found]), np.array([c.drop for c in found])
-            yield {"kind": "drop", "trace": name, "target": DROP, "per_layer": per_layer, "splits": SPLITS} | {
+            yield {"suite": "calibration_drop", "trace": name, "target": DROP, "per_layer": per_layer} | {
+                "splits": SPLITS,
                 "rule": "entropy", "rows": len(labels),
                 "layer_speed_up": float(speed_ups.mean()), "layer_speed_up_deviation": float(speed_ups.std(ddof=1)),
                 "drop": float(drops.mean()), "drop_deviation": float(drops.std(ddof=1)),
             }  # fmt: skip
 
 
-def scale(_: Path | None) -> Iterator[Record]:
+def scale(repeats: int) -> Iterator[Record]:
     """Yield the seconds to evaluate many settings of a rule on many rows, and the peak memory of the process."""
     trace, labels = generated(SCALE_ROWS, SCALE_DEPTH, SCALE_CLASSES)
     rows = Rows(trace, labels, "accuracy", "single_label_classification")
@@ -102,30 +107,8 @@ def scale(_: Path | None) -> Iterator[Record]:
         found = rows.settings([build(t) for t in steps])
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        yield {"kind": "scale", "rule": name, "rows": SCALE_ROWS, "depth": SCALE_DEPTH, "classes": SCALE_CLASSES} | {
+        yield {"suite": "calibration_scale", "rule": name, "rows": SCALE_ROWS} | {
+            "depth": SCALE_DEPTH, "classes": SCALE_CLASSES,
             "settings": len(found), "seconds": round(seconds, 1), "peak_gib": round(memory, 2),
             "mean_exit_layer": float(np.mean([s.mean_exit_layer for s in found])),
         }  # fmt: skip
-
-
-PARTS = {"guarantee": guarantee, "drop": drop, "scale": scale}
-
-
-def main() -> None:
-    """Run the parts, and write their records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", type=Path, help="folder with the .npz files of the part `drop`")
-    parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
-    parser.add_argument("--results", type=Path, default=RESULTS / "calibration", help="folder (default: %(default)s)")
-    args = parser.parse_args()
-    for part in args.part or PARTS:
-        records = []
-        for record in PARTS[part](args.traces):
-            records.append(record)
-            print(record, flush=True)
-        if records:
-            print(f"wrote {write_json(args.results / f'{part}.json', records)}")
-
-
-if __name__ == "__main__":
-    main()

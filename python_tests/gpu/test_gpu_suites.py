@@ -1,4 +1,4 @@
-"""Every section of ``make gpu-check`` on the CPU, with replacements for CUDA: its records, and what it refuses."""
+"""Every suite of ``make gpu-check`` on the CPU, with replacements for CUDA: its records, and what it refuses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from benchmarks.end_to_end import baselines, models
 from benchmarks.end_to_end.engines import CAPTURED_LAYERS
 from benchmarks.gpu import bench, calls, costs, exits, whole
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.sections import SECTIONS
+from benchmarks.gpu.suites import SUITES
 from benchmarks.machine import NotMeasuredError
+from benchmarks.micro import decisions
+from benchmarks.micro.plain import PlainDecision
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.ops import self_test
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
 NUMBERS = {"median_ms", "syncs", "launches", "captures"}
 PROFILED = calls.calls_of
-#: Goals that the sections have had records for in this process, by section.
+#: Goals that the suites have had records for in this process, by suite.
 REACHED: dict[str, set[str]] = {}
 
 
@@ -46,14 +48,14 @@ def gpu_calls(monkeypatch):
 
 
 def records_of(name, gpu) -> list[dict]:
-    return list(SECTIONS[name].records(gpu))
+    return list(SUITES[f"gpu_{name}"](gpu))
 
 
 @pytest.mark.sample(5)
-@pytest.mark.parametrize("name", SECTIONS)
-def test_section_runs_and_records(name, gpu):
-    records = json.loads(json.dumps(records_of(name, gpu)))
-    assert records and {record["suite"] for record in records} == {f"gpu_{name}"}
+@pytest.mark.parametrize("name", SUITES)
+def test_suite_runs_and_records(name, gpu):
+    records = json.loads(json.dumps(list(SUITES[name](gpu))))
+    assert records and {record["suite"] for record in records} == {name}
     for record in records:
         assert set(record) >= FIELDS and NUMBERS & set(record), record
         has_goal = "goal_name" in record
@@ -62,8 +64,8 @@ def test_section_runs_and_records(name, gpu):
 
 
 def test_every_goal_has_a_record():
-    if set(REACHED) != set(SECTIONS):
-        pytest.skip("known only after all sections have run in this process")
+    if set(REACHED) != set(SUITES):
+        pytest.skip("known only after all suites have run in this process")
     assert set().union(*REACHED.values()) == set(goals.GPU)
 
 
@@ -75,28 +77,33 @@ def test_goal_fields():
 
 
 def test_wrong_exit_is_refused(gpu, monkeypatch):
-    step = exits.raw("exit_step", "torch", "cpu")
+    step = decisions.raw("exit_step", "torch", "cpu")
 
     def wrong(*arguments):
         counts = step(*arguments)
         arguments[8].add_(0.5)
         return counts
 
-    monkeypatch.setattr(exits, "raw", lambda op, backend, device: {"torch": step, "wrong": wrong}[backend])
-    records = records_of("exit_step", dataclasses.replace(gpu, backend="wrong"))
+    monkeypatch.setattr(decisions, "raw", lambda op, backend, device: wrong)
+    records = records_of("exit_step", gpu)
     refused = [record for record in records if record["engine"] == exits.EXIT]
     assert refused == [record for record in records if "refused" in record]
-    assert all("answers are 0.5 off" in record["refused"] and "median_us" not in record for record in refused)
+    assert all("answers are off" in record["refused"] and "median_us" not in record for record in refused)
 
 
 def test_wrong_chain_is_refused(gpu, monkeypatch):
-    chains = iter([lambda *x: (x[0], x[1] + 1, torch.ones_like(x[2]), 0), None])
-    right = exits.Exit.chain
-    monkeypatch.setattr(exits.Exit, "chain", lambda self: next(chains, None) or right(self))
-    records = list(exits.records(dataclasses.replace(gpu, batches=(32,), dtypes=("float16",))))
-    (refused,) = [record for record in records if "refused" in record]
-    assert refused["engine"] == exits.CHAIN
-    assert {record["baseline"] for record in records if "ratio" in record} == {exits.COMPILED, exits.COPY}
+    right = PlainDecision.__call__
+    monkeypatch.setattr(exits.Exit, "chain_calls", lambda self, chain: [lambda: _off(right(self.plain))])
+    gpu = dataclasses.replace(gpu, batches=(32,), dtypes=("float16",))
+    records = list(exits.records(gpu))
+    refused = [record for record in records if "refused" in record]
+    assert {record["engine"] for record in refused} == {exits.CHAIN, exits.COMPILED}
+    assert {record["baseline"] for record in records if "ratio" in record} == {exits.COPY}
+
+
+def _off(answer):
+    done, answers, exit_layer, live = answer
+    return done, answers + 1, exit_layer, live
 
 
 def test_compiled_model_without_graphs_is_not_measured(gpu, monkeypatch):

@@ -1,6 +1,6 @@
 """Predicted microseconds of a pass of BERT-base in float16 on an H200, from bytes, operations and launches.
 
-    python -m benchmarks.gpu.roofline
+    python -m benchmarks.gpu.prediction
 
 A kernel takes the longest of three: its operations at the rate of the matrix units, its bytes at the rate of memory,
 and the least time of a kernel. A layer is its kernels and the gaps between them. The host launches a layer and its exit
@@ -205,6 +205,8 @@ def constants_table(results: Path | None = None) -> str:
     """Return the numbers that the prediction is made from."""
     return markdown_table(("value", "of", "source"), [(f"{c.value:g}", c.what, c.source) for c in CONSTANTS])
 
+
+TABLES = {"gpu_roofline": table, "gpu_constants": constants_table}
 
 if __name__ == "__main__":
     print(table())

@@ -1,1 +1,0 @@
-"""What `calibrate` promises, checked."""

@@ -1,1 +1,0 @@
-"""Scoring tables of many rows, measured."""
