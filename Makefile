@@ -26,7 +26,7 @@ DOCS_VENV := $(VENV)-docs
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-thorough docs fuzz sanitize-cpu lint bench bench-compare evidence gpu-check build clean setup
+.PHONY: help demo test test-all test-thorough docs fuzz mutants sanitize-cpu lint bench bench-compare evidence gpu-check build clean setup
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -67,6 +67,9 @@ docs: setup $(DOCS_VENV)/.mkdocs ## build the documentation in build/docs; warni
 
 fuzz: setup ## fuzz the package, an hour by default; continues where it stopped: make fuzz ARGS="--minutes 5 --only ops,cli"
 	@$(PY) -m python_tests.fuzz $(ARGS)
+
+mutants: setup ## put each known mutant into a copy of the checkout and run the tests that cover it: hours; make mutants ARGS="--only 'loop-*'"
+	@$(PY) -m python_tests.mutants $(ARGS)
 
 sanitize-cpu: setup ## build the CPU extension with ASan and UBSan, and run its tests and some fuzzing
 	@$(PY) -m python_tests.fuzz.sanitize $(ARGS)
