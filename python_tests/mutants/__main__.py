@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 from mutants.mutant import Mutant, StaleError, all_mutants
 from mutants.results import Results, Row
-from mutants.scratch import Scratch
+from mutants.scratch import INTERPRETED, Scratch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results.csv"
@@ -22,17 +24,16 @@ def main() -> int:
     add("--only", default="*", help="names or files, as patterns separated by commas (default: all)")
     add("--list", action="store_true", help="list the mutants and those that are stale, and run nothing")
     add("--again", action="store_true", help="run finished mutants again")
+    add("--limit", type=float, default=900, help="seconds after which tests count as hanging (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="file of the results (default: %(default)s)")
     args = parser.parse_args()
     mutants = all_mutants()
     chosen = [mutant for mutant in mutants if is_named(mutant, args.only.split(","))]
     if not chosen:
         parser.error(f"--only: no mutant has a name or file like {args.only!r}; see --list")
-    return (
-        show(chosen)
-        if args.list
-        else run(chosen, Results(args.results, [mutant.name for mutant in mutants]), args.again)
-    )
+    if args.list:
+        return show(chosen)
+    return run(chosen, Results(args.results, [mutant.name for mutant in mutants]), again=args.again, limit=args.limit)
 
 
 def is_named(mutant: Mutant, patterns: list[str]) -> bool:
@@ -54,13 +55,18 @@ def show(chosen: list[Mutant]) -> int:
     return int(stale)
 
 
-def run(chosen: list[Mutant], results: Results, again: bool) -> int:
-    """Run mutants that have not been run, write their rows, and print the summary."""
-    scratch = Scratch(ROOT)
+def run(chosen: list[Mutant], results: Results, *, again: bool, limit: float) -> int:
+    """Run mutants that have not been run, write their rows, and print the summary.
+
+    Those of Triton kernels run in another process, in which Triton interprets.
+    """
+    scratch = Scratch(ROOT, limit)
     with scratch.locked():
         scratch.prepare()
         commit = scratch.commit()
         for number, mutant in enumerate(chosen, start=1):
+            if mutant.is_interpreted != INTERPRETED:
+                continue
             try:
                 lines = mutant.lines(scratch.folder)
             except StaleError as error:
@@ -70,25 +76,24 @@ def run(chosen: list[Mutant], results: Results, again: bool) -> int:
                     continue
                 row = measured(scratch, mutant, lines, commit)
             results.put(row)
-            print(
-                f"{number}/{len(chosen)} {row.result:9} {row.name}: {row.reason or row.by} ({row.seconds} s)",
-                flush=True,
-            )
+            said = f"{row.result:9} {row.name}: {row.reason or row.by} ({row.seconds} s)"
+            print(f"{number}/{len(chosen)} {said}", flush=True)
+    if not INTERPRETED and any(mutant.is_interpreted for mutant in chosen):
+        command = [sys.executable, "-m", "python_tests.mutants", *sys.argv[1:]]
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
     results.write()
     print(results.summary())
     return int(results.unexplained)
 
 
 def measured(scratch: Scratch, mutant: Mutant, lines: tuple[str, str], commit: str) -> Row:
-    """Return the row of a mutant, whose tests have to pass without it."""
-    outcome = scratch.seconds_without_mutant(mutant.tests)
-    if outcome.result == "survived":
-        outcome = scratch.outcome(mutant, outcome.seconds)
-    else:
-        outcome = outcome._replace(result="error", by=f"without the mutant: {outcome.by}")
-    seconds = f"{outcome.seconds:.0f}"
+    """Return the row of a mutant; the test that notices it has to pass without it."""
+    outcome = scratch.outcome(mutant)
+    if ".py" in outcome.by and scratch.fails_without_mutant(mutant.tests, outcome.by):
+        outcome = outcome._replace(result="error", by=f"fails without the mutant too: {outcome.by}")
     return Row(
-        mutant.name, mutant.file, mutant.kind, *lines, outcome.result, outcome.by, seconds, commit, mutant.tests
+        mutant.name, mutant.file, mutant.kind, *lines, outcome.result, outcome.by, f"{outcome.seconds:.0f}", commit,
+        mutant.tests,
     )  # fmt: skip
 
 

@@ -56,6 +56,11 @@ class Mutant:
         """Return whether the extension has to be built with the mutant."""
         return self.file.startswith("csrc/") and EMULATED not in self.tests
 
+    @property
+    def is_interpreted(self) -> bool:
+        """Return whether its tests run under Triton's interpreter."""
+        return self.tests.startswith(f"{TRITON} ")
+
     def applied(self, text: str) -> str:
         """Return the text of the file with the change.
 
@@ -89,12 +94,10 @@ def _whole_lines(text: str, start: int, length: int) -> str:
     return text[text.rfind("\n", 0, start) + 1 : None if end < 0 else end].strip()
 
 
-def arguments_of(tests: str) -> tuple[bool, list[str]]:
-    """Return whether tests need the interpreter, and their arguments of pytest in the checkout."""
-    words = shlex.split(tests)
-    interpreted = words[0] == TRITON
-    arguments = [EMULATED_TESTS if word == EMULATED else word for word in words[interpreted:]]
-    return interpreted, [f"python_tests/{word}" if ".py" in word else word for word in arguments]
+def arguments_of(tests: str) -> list[str]:
+    """Return covering tests as arguments of pytest in the checkout."""
+    arguments = [EMULATED_TESTS if word == EMULATED else word for word in shlex.split(tests) if word != TRITON]
+    return [f"python_tests/{word}" if ".py" in word else word for word in arguments]
 
 
 def read_table(path: Path) -> list[Mutant]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,22 +11,24 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from mutants.forked import run_tests
 from mutants.mutant import Mutant, arguments_of
 
 MARKS = "not gpu and not thorough"
 #: Exit codes of pytest: all tests passed, some failed, and it was ended, as by an error while it collected.
 PASSED, FAILED, INTERRUPTED = 0, 1, 2
-#: Seconds that a run may take beyond three times that of the tests without a mutant.
-MARGIN = 60.0
-#: Seconds that tests without a mutant may take, and a build.
-LONGEST = 1200.0
-FAILURE = re.compile(r"^(?:FAILED|ERROR) (?:python_tests/)?(\S+?)(?: - (.*))?$", re.MULTILINE)
+#: Until the first failure, in one process.
+OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line")
+FAILURE = re.compile(r"^(?:FAILED|ERROR) (?:python_tests/)?(.+?)(?: - .*)?$", re.MULTILINE)
+#: Part of the last line of pytest where a test ran.
+RAN = re.compile(r"\b\d+ passed\b")
+#: Whether Triton interprets in this process and in those that run its tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Outcome(NamedTuple):
@@ -44,28 +45,22 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-class Ended(NamedTuple):
-    """How a command ended: its exit code, or None if it hung, its output and its duration."""
-
-    code: int | None
-    output: str
-    seconds: float
-
-
 class Scratch:
     """A copy of the checkout that stays between runs, so that only what changed is compiled.
 
     Args:
         root: the checkout.
-        folder: of the copy.
+        limit: seconds after which tests count as hanging.
+        folder: of the copy; default: one in the temporary folder.
     """
 
-    def __init__(self, root: Path, folder: Path | None = None) -> None:
-        self.root = root
+    def __init__(self, root: Path, limit: float, folder: Path | None = None) -> None:
+        self.root, self.limit = root, limit
         name = f"earlyexit-mutants-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
         self.folder = folder or Path(tempfile.gettempdir()) / name
+        #: Test -> whether it fails without a mutant.
+        self._without_mutant: dict[str, bool] = {}
         self._environment = {
-            **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
             "EARLYEXIT_BUILD": "cpu",
             "PYTHONPATH": str(self.folder),
@@ -96,21 +91,18 @@ class Scratch:
         """
         names = self._git("ls-files", "-z", "-co", "--exclude-standard").split("\0")
         files = [Path(name) for name in names if name and (self.root / name).is_file()]
-        digest = hashlib.sha256()
-        for path in sorted(files):
+        for path in files:
             content = (self.root / path).read_bytes()
-            digest.update(b"%s\0%s\0" % (str(path).encode(), content))
             copy = self.folder / path
             if not copy.is_file() or copy.read_bytes() != content:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(content)
                 shutil.copymode(self.root / path, copy)
         self._remove_others(set(files))
-        self._digest = digest.hexdigest()
         self._build_clean()
-        where = self._run([sys.executable, "-c", "import earlyexit_kernels as e; print(e.__file__)"], LONGEST, cwd="/")
-        if not where.output.strip().startswith(str(self.folder)):
-            raise SystemExit(f"mutants: expected the package of {self.folder}, got {where.output}")
+        _, where = self._run([sys.executable, "-c", "import earlyexit_kernels as e; print(e.__file__)"], cwd="/")
+        if not where.strip().startswith(str(self.folder)):
+            raise SystemExit(f"mutants: expected the package of {self.folder}, got {where}")
 
     def _remove_others(self, files: set[Path]) -> None:
         """Remove files that the checkout does not have any more."""
@@ -128,21 +120,14 @@ class Scratch:
         command = ["git", "-C", str(self.root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    def seconds_without_mutant(self, tests: str) -> Outcome:
-        """Run covering tests without a mutant, or return what an earlier run of the same checkout measured."""
-        path = self.folder.with_suffix(".json")
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        if known.get("digest") != self._digest:
-            known = {"digest": self._digest, "seconds": {}}
-        if tests in known["seconds"]:
-            return Outcome("survived", "", known["seconds"][tests])
-        outcome = self._test(tests, LONGEST)
-        if outcome.result == "survived":
-            known["seconds"][tests] = outcome.seconds
-            path.write_text(json.dumps(known))
-        return outcome
+    def fails_without_mutant(self, tests: str, by: str) -> bool:
+        """Return whether a test that ended a run fails without a mutant too; each is run once."""
+        if by not in self._without_mutant:
+            options = [] if "::" in by else [word for word in arguments_of(tests) if ".py" not in word]
+            self._without_mutant[by] = self._test([f"python_tests/{by}", *options]).result != "survived"
+        return self._without_mutant[by]
 
-    def outcome(self, mutant: Mutant, expected_seconds: float) -> Outcome:
+    def outcome(self, mutant: Mutant) -> Outcome:
         """Put a mutant in, run its tests, and take it out."""
         path = self.folder / mutant.file
         original = path.read_text()
@@ -150,7 +135,7 @@ class Scratch:
             path.write_text(mutant.applied(original))
             if mutant.is_native and (error := self._build()):
                 return Outcome("error", f"does not compile: {error}", 0.0)
-            return self._test(mutant.tests, 3 * expected_seconds + MARGIN)
+            return self._test(arguments_of(mutant.tests))
         finally:
             path.write_text(original)
             if mutant.is_native:
@@ -158,10 +143,8 @@ class Scratch:
 
     def _build(self) -> str:
         """Build the extension; return the error or ``""``."""
-        ended = self._run([sys.executable, "setup.py", "build_ext", "--inplace", "--force"], LONGEST)
-        if ended.code == 0:
-            return ""
-        return next((line for line in ended.output.splitlines() if "error" in line), f"exit code {ended.code}")
+        code, output = self._run([sys.executable, "setup.py", "build_ext", "--inplace", "--force"])
+        return next((line for line in output.splitlines() if "error" in line), f"exit code {code}") if code else ""
 
     def _libraries(self) -> list[Path]:
         return sorted((self.folder / "earlyexit_kernels").glob("_C*.so"))
@@ -187,17 +170,15 @@ class Scratch:
             place.unlink(missing_ok=True)
             shutil.copyfile(library, place)
 
-    def _test(self, tests: str, limit: float) -> Outcome:
-        interpreted, arguments = arguments_of(tests)
-        marks = f"{'triton' if interpreted else 'not triton'} and {MARKS}"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line"]
-        more = {"TRITON_INTERPRET": "1"} if interpreted else {}
-        ended = self._run([*command, "-m", marks, *arguments], limit, **more)
+    def _test(self, tests: Sequence[str]) -> Outcome:
+        """Run tests until the first failure."""
+        marks = f"{'triton' if INTERPRETED else 'not triton'} and {MARKS}"
+        ended = run_tests(self.folder, self._environment, [*OPTIONS, "-m", marks, *tests], self.limit)
         failure = FAILURE.search(ended.output)
         by = failure.group(1) if failure else ""
         if ended.code is None:
-            return Outcome("killed", f"hangs for {limit:.0f} s", ended.seconds)
-        if ended.code == PASSED:
+            return Outcome("killed", f"hangs for {self.limit:g} s", ended.seconds)
+        if ended.code == PASSED and RAN.search(ended.output):
             return Outcome("survived", "", ended.seconds)
         if ended.code == FAILED or (ended.code == INTERRUPTED and by):
             return Outcome("killed", by or "a test", ended.seconds)
@@ -206,26 +187,15 @@ class Scratch:
         last = ended.output.strip().splitlines()[-1:] or ["no output"]
         return Outcome("error", f"pytest ended with {ended.code}: {last[0]}", ended.seconds)
 
-    def _run(self, command: Sequence[str], limit: float, cwd: str | None = None, **more: str) -> Ended:
-        """Run a command in the copy, in a process group of its own, which ends with it."""
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="mutant-") as files, tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=cwd or self.folder,
-                env={**self._environment, "TMPDIR": files, **more},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            try:
-                code: int | None = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            output.seek(0)
-            return Ended(code, output.read(), time.monotonic() - started)
+    def _run(self, command: Sequence[str], cwd: str | None = None) -> tuple[int, str]:
+        """Run a command in the copy; return its exit code and its output."""
+        ended = subprocess.run(
+            command,
+            cwd=cwd or self.folder,
+            env={**os.environ, **self._environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return ended.returncode, ended.stdout
