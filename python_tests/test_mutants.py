@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import mutants.forked
 import pytest
+from mutants.__main__ import check_tests
 from mutants.mutant import Mutant, StaleError, all_mutants, arguments_of, read_table
 from mutants.results import NEEDS_A_TEST, Results, Row
 from mutants.scratch import Scratch
@@ -27,7 +30,7 @@ TESTS = {
     "passes": ("def test(): pass", "survived", ""),
     "fails": ("def test(): assert 0", "killed", "test_case.py::test"),
     "cannot be imported": ("import nothing_of_this_name", "killed", "test_case.py"),
-    "hangs": ("import time\ndef test(): time.sleep(60)", "killed", "hangs for 8 s"),
+    "hangs": ("import time\ndef test(): time.sleep(60)", "killed", "hangs for 3 s"),
     "crashes": ("import os\ndef test(): os.abort()", "killed", "crash: SIGABRT"),
     "skipped": ("import pytest\ndef test(): pytest.skip('no card')", "error", "pytest ended with 0"),
     "missing": ("", "error", "pytest ended with 5"),
@@ -84,17 +87,30 @@ def test_what_counts_as_killed(case, tmp_path):
     tests.mkdir()
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    thorough\n    triton\n")
     (tests / "test_case.py").write_text(source)
-    outcome = Scratch(tmp_path, 8.0, tmp_path)._test(["python_tests/test_case.py"])
+    outcome = Scratch(tmp_path, 3.0 if case == "hangs" else 300.0, tmp_path)._test(["python_tests/test_case.py"])
     assert (outcome.result, outcome.by.partition(":")[0]) == (result, by.partition(":")[0])
     assert outcome.by.startswith(by)
 
 
 def test_finished_rows_of_the_same_line_and_tests_are_kept(table, tmp_path):
-    first, lines = table[0], ("if a < b:", "if a > b:")
+    first, place = table[0], tmp_path / table[0].file
+    place.parent.mkdir()
+    place.write_text(TEXT)
     results = Results(tmp_path / "results.csv", ["first", "second"])
-    assert not results.has(first, lines)
-    results.put(Row("first", first.file, "sign", *lines, "survived", "", "3", "abc", first.tests))
+    assert not results.has(first, tmp_path)
+    results.put(Row.of(first, first.lines(tmp_path), "survived", "", "3", "abc"))
     again = Results(results.path, ["first", "second"])
-    assert again.has(first, lines) and not again.has(first, ("if a < b + 1:", "if a > b + 1:"))
+    assert again.has(first, tmp_path)
     assert again.rows["first"].reason == NEEDS_A_TEST and again.unexplained
+    for text in (TEXT.replace("a < b", "a < b and c"), TEXT.replace("a < b", "a <= b")):
+        place.write_text(text)
+        assert not again.has(first, tmp_path)
     assert not Results(results.path, ["second"]).rows
+
+
+def test_a_test_that_fails_without_the_mutant_too_has_noticed_nothing(table, tmp_path):
+    results = Results(tmp_path / "results.csv", ["first", "second"])
+    for mutant, by in zip(table, ("core/test_one.py::test_a[x - y]", "ops/test_two.py::test_b"), strict=True):
+        results.put(Row.of(mutant, ("", ""), "killed", by, "3", "abc"))
+    check_tests(SimpleNamespace(failures_without_mutant=lambda tests: set(tests[1:])), results, ["first", "second"])
+    assert [row.result for row in results.rows.values()] == ["killed", "error"]

@@ -7,6 +7,7 @@ import fnmatch
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mutants.mutant import Mutant, StaleError, all_mutants
@@ -64,37 +65,39 @@ def run(chosen: list[Mutant], results: Results, *, again: bool, limit: float) ->
     with scratch.locked():
         scratch.prepare()
         commit = scratch.commit()
-        for number, mutant in enumerate(chosen, start=1):
-            if mutant.is_interpreted != INTERPRETED:
-                continue
-            try:
-                lines = mutant.lines(scratch.folder)
-            except StaleError as error:
-                row = Row(mutant.name, mutant.file, mutant.kind, "", "", "stale", str(error), "", commit, mutant.tests)
-            else:
-                if results.has(mutant, lines) and not again:
-                    continue
-                row = measured(scratch, mutant, lines, commit)
-            results.put(row)
-            said = f"{row.result:9} {row.name}: {row.reason or row.by} ({row.seconds} s)"
-            print(f"{number}/{len(chosen)} {said}", flush=True)
-    if not INTERPRETED and any(mutant.is_interpreted for mutant in chosen):
+        here = [mutant for mutant in chosen if mutant.is_interpreted == INTERPRETED]
+        for number, mutant in enumerate(here, start=1):
+            if again or not results.has(mutant, scratch.folder):
+                row = measured(scratch, mutant, commit)
+                results.put(row)
+                said = f"{row.result:9} {row.name}: {row.reason or row.by} ({row.seconds} s)"
+                print(f"{number}/{len(here)} {said}", flush=True)
+        check_tests(scratch, results, [mutant.name for mutant in here])
+    if not INTERPRETED and len(here) < len(chosen):
         command = [sys.executable, "-m", "python_tests.mutants", *sys.argv[1:]]
         return subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
-    results.write()
     print(results.summary())
     return int(results.unexplained)
 
 
-def measured(scratch: Scratch, mutant: Mutant, lines: tuple[str, str], commit: str) -> Row:
-    """Return the row of a mutant; the test that notices it has to pass without it."""
+def measured(scratch: Scratch, mutant: Mutant, commit: str) -> Row:
+    """Put a mutant in, run its tests, and return its row."""
+    try:
+        lines = mutant.lines(scratch.folder)
+    except StaleError as error:
+        return Row.of(mutant, ("", ""), "stale", str(error), "", commit)
     outcome = scratch.outcome(mutant)
-    if ".py" in outcome.by and scratch.fails_without_mutant(mutant.tests, outcome.by):
-        outcome = outcome._replace(result="error", by=f"fails without the mutant too: {outcome.by}")
-    return Row(
-        mutant.name, mutant.file, mutant.kind, *lines, outcome.result, outcome.by, f"{outcome.seconds:.0f}", commit,
-        mutant.tests,
-    )  # fmt: skip
+    return Row.of(mutant, lines, outcome.result, outcome.by, f"{outcome.seconds:.0f}", commit)
+
+
+def check_tests(scratch: Scratch, results: Results, names: list[str]) -> None:
+    """Run the tests that noticed mutants without a mutant; one that fails has noticed nothing."""
+    rows = [results.rows[name] for name in names]
+    noticed = {row.by for row in rows if row.result == "killed" and ".py" in row.by}
+    failing = scratch.failures_without_mutant(sorted(noticed)) if noticed else set()
+    for row in rows:
+        if row.result == "killed" and row.by in failing:
+            results.put(replace(row, result="error", by=f"fails without the mutant too: {row.by}"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mutants.mutant import Mutant
+from mutants.mutant import Mutant, StaleError
 from mutants.survivors import REASONS
 
 NEEDS_A_TEST = "needs a test"
@@ -36,6 +36,11 @@ class Row:
     seconds: str
     commit: str
     tests: str
+
+    @staticmethod
+    def of(mutant: Mutant, lines: tuple[str, str], result: str, by: str, seconds: str, commit: str) -> Row:
+        """Return the row of a mutant."""
+        return Row(mutant.name, mutant.file, mutant.kind, *lines, result, by, seconds, commit, mutant.tests)
 
     @property
     def is_finished(self) -> bool:
@@ -67,10 +72,14 @@ class Results:
                     if row.name in self._order:
                         self.rows[row.name] = row
 
-    def has(self, mutant: Mutant, lines: tuple[str, str]) -> bool:
-        """Return whether this mutant, with this line and these tests, was measured."""
+    def has(self, mutant: Mutant, root: Path) -> bool:
+        """Return whether this mutant, with the line in a checkout and these tests, was measured."""
         row = self.rows.get(mutant.name)
-        return row is not None and row.is_finished and (row.line, row.mutated, row.tests) == (*lines, mutant.tests)
+        try:
+            wanted = *mutant.lines(root), mutant.tests
+        except StaleError:
+            return False
+        return row is not None and row.is_finished and (row.line, row.mutated, row.tests) == wanted
 
     def put(self, row: Row) -> None:
         """Add or replace a row, and write the file."""

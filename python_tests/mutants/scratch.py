@@ -22,7 +22,7 @@ from mutants.mutant import Mutant, arguments_of
 MARKS = "not gpu and not thorough"
 #: Exit codes of pytest: all tests passed, some failed, and it was ended, as by an error while it collected.
 PASSED, FAILED, INTERRUPTED = 0, 1, 2
-#: Until the first failure, in one process.
+#: Until the first failure, which is the first option, in one process.
 OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line")
 FAILURE = re.compile(r"^(?:FAILED|ERROR) (?:python_tests/)?(.+?)(?: - .*)?$", re.MULTILINE)
 #: Part of the last line of pytest where a test ran.
@@ -58,8 +58,7 @@ class Scratch:
         self.root, self.limit = root, limit
         name = f"earlyexit-mutants-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
         self.folder = folder or Path(tempfile.gettempdir()) / name
-        #: Test -> whether it fails without a mutant.
-        self._without_mutant: dict[str, bool] = {}
+        self._marks = f"{'triton' if INTERPRETED else 'not triton'} and {MARKS}"
         self._environment = {
             "CUDA_VISIBLE_DEVICES": "",
             "EARLYEXIT_BUILD": "cpu",
@@ -120,12 +119,17 @@ class Scratch:
         command = ["git", "-C", str(self.root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    def fails_without_mutant(self, tests: str, by: str) -> bool:
-        """Return whether a test that ended a run fails without a mutant too; each is run once."""
-        if by not in self._without_mutant:
-            options = [] if "::" in by else [word for word in arguments_of(tests) if ".py" not in word]
-            self._without_mutant[by] = self._test([f"python_tests/{by}", *options]).result != "survived"
-        return self._without_mutant[by]
+    def failures_without_mutant(self, tests: Sequence[str]) -> set[str]:
+        """Run tests, by their names in the outcomes, without a mutant; return those that fail.
+
+        Raises:
+            SystemExit: they cannot be run.
+        """
+        arguments = [*OPTIONS[1:], "-m", self._marks, *(f"python_tests/{test}" for test in tests)]
+        ended = run_tests(self.folder, self._environment, arguments, self.limit)
+        if ended.code not in (PASSED, FAILED):
+            raise SystemExit(f"mutants: the tests that notice mutants cannot be run without one:\n{ended.output}")
+        return {found[1] for found in FAILURE.finditer(ended.output)}
 
     def outcome(self, mutant: Mutant) -> Outcome:
         """Put a mutant in, run its tests, and take it out."""
@@ -172,8 +176,7 @@ class Scratch:
 
     def _test(self, tests: Sequence[str]) -> Outcome:
         """Run tests until the first failure."""
-        marks = f"{'triton' if INTERPRETED else 'not triton'} and {MARKS}"
-        ended = run_tests(self.folder, self._environment, [*OPTIONS, "-m", marks, *tests], self.limit)
+        ended = run_tests(self.folder, self._environment, [*OPTIONS, "-m", self._marks, *tests], self.limit)
         failure = FAILURE.search(ended.output)
         by = failure.group(1) if failure else ""
         if ended.code is None:
