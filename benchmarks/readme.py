@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import tables
+from benchmarks import summary, tables
 from benchmarks.evidence import tables as evidence
 from benchmarks.gpu import prediction
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
@@ -151,6 +151,7 @@ TABLES = {
     "method_settings": method_settings,
     "criteria": criteria,
     **tables.TABLES,
+    **summary.TABLES,
     **evidence.TABLES,
     **prediction.TABLES,
 }

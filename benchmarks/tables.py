@@ -6,7 +6,6 @@ record lacks one, or a function of the record. `TABLES` has all of them by the n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypeAlias
 from benchmarks import harness
 from benchmarks.goals import END_TO_END, GPU, PEER
 from benchmarks.harness import Measured, Record, measured
-from benchmarks.plots import ACCURACY, PLOTS
+from benchmarks.plots import PLOTS
 from earlyexit_kernels.tuning.report import device_text, markdown_table
 
 Cell: TypeAlias = str | Callable[[Record], Any]
@@ -328,102 +327,7 @@ def gpu_goals(records: list[Record]) -> str:
     return "\n\n".join([markdown_table([title for title, _ in GPU_GOALS], rows), *skipped(records)])
 
 
-def _sst2() -> list[Record]:
-    return json.loads((harness.RESULTS / ACCURACY[0]).read_text(encoding="utf-8"))["records"]
-
-
-SST2_LAYERS: Columns = (
-    ("exit after layer", "{layer}"),
-    *(("held-out train rows", "{tuning[accuracy]:.3f}"), ("dev", "{reporting[accuracy]:.3f}")),
-)
-_DEV: Columns = (
-    ("mean exit layer", "{reporting[mean_exit_layer]:.2f}"),
-    ("fewer layers, x", "{reporting[layer_speed_up]:.2f}"),
-    ("accuracy", "{reporting[scores][accuracy]:.3f}"),
-)
-
-
-def _setting(record: Record) -> str:
-    name, *values = record["criterion"].values()
-    shown = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in values if v not in (None, False)]
-    return f"{name.replace('_', ' ')} {' '.join(shown)}"
-
-
-SST2_CRITERIA: Columns = (
-    *(("criterion", _setting), ("chosen", lambda r: "yes" if r["chosen"] else ""), *_DEV),
-    ("random exit, same mix", "{reporting[random_exit]:.3f}"),
-)
-
-
-def _shown_setting(record: Record) -> bool:
-    return record["kind"] == "point" and (record["chosen"] or record["criterion"]["name"] == "patience")
-
-
-def accuracies(results: Path | None = None) -> str:
-    """Return full depth, truncation and the two chosen criteria on SST-2, method `joint`."""
-    layers = [r for r in _sst2() if r["kind"] == "static_truncation"]
-    depth = len(layers)
-
-    def layer_row(exit_: str, layer: int) -> Record:
-        dev = {"mean_exit_layer": layer, "layer_speed_up": depth / layer, "scores": layers[layer - 1]["reporting"]}
-        return {"exit": exit_, "reporting": dev}
-
-    rows = [layer_row("all layers", depth), layer_row(f"first {depth // 2} layers only", depth // 2)]
-    for name, number in (("entropy", "threshold"), ("patience", "patience")):
-        row = next(r for r in _sst2() if r["kind"] == "point" and r["chosen"] and r["criterion"]["name"] == name)
-        rows.append(row | {"exit": f"{name}, {number} {round(row['criterion'][number], 2):g}"})
-    columns = (("exit", "{exit}"), *_DEV, ("random exits", "{reporting[random_exit]:.3f}"))
-    return draw(columns, _has(), rows)
-
-
-#: Rows of the README's table of speeds, cases that win and cases that lose: suite, case, baseline and description.
-SPEEDS = (
-    ("offline", "MiniLM, own exits, B 32, SST-2 lengths", PLAIN, "MiniLM, trained exits, batches of 32"),
-    ("single_stream", "MiniLM, own exits, B 1, SST-2 lengths", PLAIN, "MiniLM, trained exits, one by one"),
-    ("offline", "BERT-base, uniform, 50 %, B 32, S 32", PEER, "BERT-base, half the layers, batches of 32"),
-    ("offline", "BERT-base, never exit, B 32, S 32", PEER, "BERT-base, no row exits, batches of 32"),
-    ("single_stream", "BERT-base, never exit, B 1, S 32", PEER, "BERT-base, no row exits, one by one"),
-)
-
-
-def _newest(suite: str, results: Path | None) -> Measured:
-    """The CPU with two threads that the README reports: the one measured last."""
-    found = [m for m in measured(suite, results) if not m.facts["gpus"] and m.facts["threads"] == 2]
-    return max(found, key=lambda m: m.facts["time"])
-
-
-def _speed(suite: str, case: str, baseline: str, results: Path | None) -> Record:
-    keys = {"case": case, "baseline": baseline, "engine": FUSED, "backend": "cpp", "dtype": "float32"}
-    return next(r for r in _newest(suite, results).records if "ratio" in r and keys.items() <= r.items())
-
-
-def speeds(results: Path | None = None) -> str:
-    """Return five cases of whole models, losses included."""
-    columns = (("case", "{described}"), ("layers run", "{layer_rows:.0%}"), ("compared with", "{against}"))
-    rows = [_speed(suite, case, name, results) | {"described": text} for suite, case, name, text in SPEEDS]
-    return draw((*columns, ("time ratio", SHORT_RATIO)), _has(), rows)
-
-
-def headline(results: Path | None = None) -> str:
-    """Return one case beside plain Transformers, the faster of the other runtimes, and itself without exits."""
-    suite, case, *_ = SPEEDS[0]
-    plain, peer, own = (_speed(suite, case, name, results) for name in (PLAIN, PEER, "our full depth"))
-    facts = _newest(suite, results).facts
-    machine = f"{facts['threads']} threads of an {facts['cpu']}"
-    return (
-        f"On SST-2 sentences in batches of 32 on {machine}, a 6-layer MiniLM with\n"
-        f"exits takes {plain['ratio']:.2f} of the time of the plain Transformers model, {peer['ratio']:.2f} of that of "
-        f"{peer['against']}, the faster of ONNX Runtime\nand OpenVINO, and {own['ratio']:.2f} of its own time with "
-        "early exit off ([results](#results))."
-    )
-
-
 TABLES: dict[str, Table] = {
-    "headline": headline,
-    "speeds": speeds,
-    "accuracies": accuracies,
-    "sst2_layers": lambda results=None: draw(SST2_LAYERS, lambda r: r["kind"] == "static_truncation", _sst2()),
-    "sst2_criteria": lambda results=None: draw(SST2_CRITERIA, _shown_setting, _sst2()),
     "end_to_end": end_to_end,
     **{suite: table_of(suite, columns, _beside_plain) for suite, columns in WHOLE.items()},
     "stored_weights": table_of("stored_weights", STORED, _has("ratio")),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -94,9 +94,10 @@ def _builders(
         ("OpenVINO by default", "bfloat16", partial(peers.openvino, subject, precision=peers.BY_DEFAULT)),
         ("OpenVINO", "int8", partial(peers.openvino, subject, precision=peers.BY_DEFAULT, quantized=True)),
     ):
-        for is_sorted in (False, True):
-            variant = Variant(f"{name}, sorted" if is_sorted else name, "", kind, FULL)
-            ways.append((variant, partial(_other, subject, make, is_sorted)))
+        job = cache(partial(_other, subject, make))
+        ways.append((Variant(name, "", kind, FULL), lambda job=job: (job(), harness.do_nothing)))
+        by_size = Variant(f"{name}, sorted", "", kind, FULL)
+        ways.append((by_size, lambda job=job: (by_length(job()), harness.do_nothing)))
     for stored in STORED:
         for exits, criterion in ((FULL, None), (OWN, rule)):
             ways.append((Variant("Scorer", "", stored, exits), partial(_scorer, subject, stored, criterion)))
@@ -104,9 +105,8 @@ def _builders(
         yield variant, partial(built, variant, make_job)
 
 
-def _other(subject: models.Subject, make: Any, is_sorted: bool) -> tuple[Job, Callable[..., Any]]:
-    job = as_pipeline(subject, BATCH) if make is None else in_batches(subject, make())
-    return by_length(job) if is_sorted else job, harness.do_nothing
+def _other(subject: models.Subject, make: Callable[[], Any] | None) -> Job:
+    return as_pipeline(subject, BATCH) if make is None else in_batches(subject, make())
 
 
 def _scorer(subject: models.Subject, stored: str, rule: Criterion | None) -> tuple[Job, Callable[..., Any]]:
