@@ -1,19 +1,18 @@
-"""A recording: the answers to named cases, as two arrays of numbers and an index of names."""
+"""A recording: the answers to named cases."""
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-#: Files of a recording.
-NUMBERS, INDEX = "answers.safetensors", "names.json"
+#: File of a recording.
+FILE = "answers.pickle"
 #: Difference of numbers that counts as rounding: absolute up to 1, and relative above.
 ROUNDING = 1e-6
 #: Field of a case that raised an error, with the name of its class; messages may change.
@@ -73,37 +72,23 @@ class Recording:
         return joined
 
     def save(self, folder: Path) -> None:
-        """Write the files of the recording."""
+        """Write the recording to a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        parts: dict[str, list[Tensor]] = {}
-        sizes: dict[str, int] = {}
-        texts: dict[str, int] = {}
-        index: dict[str, Any] = {}
-        for name, answer in self.answers.items():
-            fields: dict[str, Any] = {}
-            index[name] = {"tolerance": self.tolerances[name], "fields": fields}
-            for key, value in answer.items():
-                if isinstance(value, str):
-                    fields[key] = texts.setdefault(value, len(texts))
-                    continue
-                kind = str(value.dtype).removeprefix("torch.")
-                fields[key] = [kind, sizes.get(kind, 0), list(value.shape)]
-                parts.setdefault(kind, []).append(value.flatten())
-                sizes[kind] = sizes.get(kind, 0) + value.numel()
-        save_file({kind: torch.cat(values) for kind, values in parts.items()}, folder / NUMBERS)
-        data = {"about": self.about, "texts": list(texts), "cases": index}
-        (folder / INDEX).write_text(json.dumps(data, separators=(",", ":")))
+        arrays = {
+            name: {key: value if isinstance(value, str) else value.numpy() for key, value in answer.items()}
+            for name, answer in self.answers.items()
+        }
+        (folder / FILE).write_bytes(pickle.dumps((arrays, self.tolerances, self.about)))
 
     @staticmethod
     def load(folder: Path) -> Recording:
-        """Read the files of a recording."""
-        data, numbers = json.loads((folder / INDEX).read_text()), load_file(folder / NUMBERS)
-        recording = Recording(about=data["about"])
-        for name, case in data["cases"].items():
-            recording.tolerances[name] = case["tolerance"]
-            answer = {key: _read(place, numbers, data["texts"]) for key, place in case["fields"].items()}
-            recording.answers[name] = answer
-        return recording
+        """Read a recording, of a folder that is trusted as its program is."""
+        arrays, tolerances, about = pickle.loads((folder / FILE).read_bytes())
+        answers = {
+            name: {key: value if isinstance(value, str) else torch.from_numpy(value) for key, value in answer.items()}
+            for name, answer in arrays.items()
+        }
+        return Recording(answers, tolerances, about)
 
 
 def _kept(value: Tensor | str) -> Tensor | str:
@@ -113,10 +98,3 @@ def _kept(value: Tensor | str) -> Tensor | str:
     if not value.is_floating_point():
         return value.long()
     return value if value.dtype == torch.float64 else value.float()
-
-
-def _read(place: Any, numbers: Mapping[str, Tensor], texts: list[str]) -> Tensor | str:
-    if isinstance(place, int):
-        return texts[place]
-    kind, start, shape = place
-    return numbers[kind][start : start + torch.Size(shape).numel()].view(shape)

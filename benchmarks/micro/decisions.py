@@ -145,6 +145,7 @@ class Decision:
 
     def __call__(self) -> Tensor:
         """Decide once on each copy; return the counts of the last one."""
-        for number in range(len(self.copies)):
-            counts = self.once(number)
+        op, tail = self.op, self.tail
+        for inputs, copy in zip(self.inputs, self.copies, strict=True):
+            counts = op(*inputs, *copy, *tail)
         return counts
