@@ -36,8 +36,9 @@ from earlyexit_kernels.tuning.traces import collect_trace
 SUITE = "job"
 BATCH, DROP = 32, 0.005
 PIPELINE = "transformers pipeline"
-#: Type of the arithmetic or of stored weights -> least share of the labels that the plain model gives too.
-AGREES = {"float32": 0.995, "bfloat16": 0.97, "int8": 0.95}
+#: Type of the arithmetic (``""``: the runtime chooses) or of stored weights -> least share of the labels that have to be
+#: the plain model's.
+AGREES = {"float32": 0.995, "": 0.97, "bfloat16": 0.97, "int8": 0.95}
 STORED = ("float32", "bfloat16", "int8")
 #: Labels of some texts, and their exit layers if rows leave early.
 Answer: TypeAlias = tuple[Tensor, Tensor | None]
@@ -90,8 +91,7 @@ def _builders(
         ("ONNX Runtime", "float32", partial(peers.onnx_runtime, subject)),
         ("ONNX Runtime", "int8", partial(peers.onnx_runtime, subject, quantized=True)),
         ("OpenVINO", "float32", partial(peers.openvino, subject)),
-        # in bfloat16 where the processor has it
-        ("OpenVINO by default", "bfloat16", partial(peers.openvino, subject, precision=peers.BY_DEFAULT)),
+        ("OpenVINO by default", "", partial(peers.openvino, subject, precision=peers.BY_DEFAULT)),
         ("OpenVINO", "int8", partial(peers.openvino, subject, precision=peers.BY_DEFAULT, quantized=True)),
     ):
         job = cache(partial(_other, subject, make))
