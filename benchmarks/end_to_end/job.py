@@ -36,7 +36,7 @@ from earlyexit_kernels.tuning.traces import collect_trace
 SUITE = "job"
 BATCH, DROP = 32, 0.005
 PIPELINE = "transformers pipeline"
-#: Type of the arithmetic (``""``: the runtime chooses) or of stored weights -> least share of the labels that have to be
+#: Type of the arithmetic (``""``: the runtime chooses) or of stored weights -> least share of labels that have to be
 #: the plain model's.
 AGREES = {"float32": 0.995, "": 0.97, "bfloat16": 0.97, "int8": 0.95}
 STORED = ("float32", "bfloat16", "int8")
