@@ -33,10 +33,14 @@ def test_labels_are_classes_or_numbers(tmp_path, labels, names, kind, found):
     assert again == own and load_own(again) == load_own(own) and load_own(own).splits == task.splits
 
 
-def test_json_lines_have_typed_labels_and_pairs(tmp_path):
+def json_lines(path, rows):
     pytest.importorskip("datasets", reason="JSON lines require the extra 'train'")
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps({"a": "x", "b": f"y{i}", "c": i % 2 == 0}) + "\n" for i in range(4)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_json_lines_have_typed_labels_and_pairs(tmp_path):
+    path = json_lines(tmp_path / "train.jsonl", [{"a": "x", "b": f"y{i}", "c": i % 2 == 0} for i in range(4)])
     _, task = read_own(path, None, Columns("a", "b", "c"))
     assert task.split("train") == Split([("x", f"y{i}") for i in range(4)], [1, 0, 1, 0])
     assert task.label_names == ("False", "True")
@@ -65,9 +69,7 @@ def test_unusable_labels_are_refused(tmp_path, labels, words):
 
 @pytest.mark.parametrize("rows", [[{"text": "a", "label": "x"}, {"text": "b"}], [{"text": None, "label": "x"}] * 2])
 def test_missing_values_are_refused(tmp_path, rows):
-    pytest.importorskip("datasets", reason="JSON lines require the extra 'train'")
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "c", "label": "y"}] * 2))
+    path = json_lines(tmp_path / "train.jsonl", [*rows, {"text": "c", "label": "y"}] * 2)
     with pytest.raises(ValueError, match=r"train.jsonl, line [12]: expected a (label|text)"):
         read_own(path, None, Columns())
 

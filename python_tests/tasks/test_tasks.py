@@ -55,76 +55,64 @@ def test_published_row_counts(name):
     assert tuple(len(splits[s]) if s in splits else None for s in ("train", "dev", "test")) == PUBLISHED[name]
 
 
-def test_folder_is_read_without_quoting(folder):
-    folder("sst2/train.tsv", 'idx\tlabel\tsentence\n0\t1\ta "fine film\n1\t0\té dull "\n')
+HEADER, PAIRS = "idx\tlabel\tsentence\n", "idx\tlabel\tsentence1\tsentence2\n"
+
+
+def test_files_of_a_folder_are_read_without_quoting(folder):
+    folder("sst2/train.tsv", HEADER + '0\t1\ta "fine film\n1\t0\té dull "\n')
+    folder("stsb/dev.tsv", PAIRS + "0\t2.5\ta b\tc\n")
+    folder("trec/train.tsv", HEADER + "0\t5\thow far ?\n")
+    folder("trec/test.tsv", HEADER + "0\t4\twhere ?\n")
     task = load_task("sst2")
     assert task.splits["train"] == Split(['a "fine film', 'é dull "'], [1, 0])
     assert task.num_labels == 2 and task.metric == "accuracy"
-
-
-def test_folder_with_pairs_and_regression_labels(folder):
-    folder("stsb/dev.tsv", "idx\tlabel\tsentence1\tsentence2\n0\t2.5\ta b\tc\n")
     task = load_task("stsb")
     assert task.splits["dev"] == Split([("a b", "c")], [2.5])
     assert (task.num_labels, task.problem_type, task.metric) == (1, "regression", "pearson")
+    assert load_task("trec").evaluation == "test", "it has no dev split"
 
 
-def test_evaluation_split_is_test_without_dev(folder):
-    folder("trec/train.tsv", "idx\tlabel\tsentence\n0\t5\thow far ?\n")
-    folder("trec/test.tsv", "idx\tlabel\tsentence\n0\t4\twhere ?\n")
-    assert load_task("trec").evaluation == "test"
+#: Task, a file of it and its text, and words of the refusal.
+REFUSED = [
+    ("sst2", "sst2/dev.tsv", "idx\tsentence\n0\tfine\n", r"expected a header with idx, label and sentence"),
+    ("sst2", "sst2/dev.tsv", HEADER + "0\tgood\tfine\n", r"dev.tsv, line 2: expected a number as label, got 'good'"),
+    ("sst2", "sst2/dev.tsv", HEADER + "0\t2\tfine\n", r"line 2: expected a label in \[-1, 1\], got '2'"),
+    ("sst2", "sst2/dev.tsv", HEADER + "0\t1\tfine\n1\t1\n", r"line 3: expected 3 columns, got 2"),
+    ("sst2", "sst2/dev.tsv", "", r"expected a header"),
+    ("cola", "cola/test.tsv", HEADER + "0\t-1\tfine .\n", r"labels of the 'test' split of task 'cola' are hidden"),
+    ("cola", "cola/dev.tsv", HEADER + "0\t1\tfine .\n", r"has no 'test' split"),
+    ("sst3", "sst2/dev.tsv", HEADER, r"expected one of \['toy', 'sst2'.*got 'sst3'"),
+]
 
 
-def test_hidden_labels_are_refused(folder):
-    folder("cola/test.tsv", "idx\tlabel\tsentence\n0\t-1\tfine .\n")
-    task = load_task("cola")
-    with pytest.raises(ValueError, match=r"labels of the 'test' split of task 'cola' are hidden"):
-        task.split("test")
-    with pytest.raises(ValueError, match=r"has no 'train' split"):
-        task.split("train")
+@pytest.mark.parametrize(("name", "file", "text", "words"), REFUSED)
+def test_what_a_folder_lacks_is_named(folder, name, file, text, words):
+    folder(file, text)
+    with pytest.raises(ValueError, match=words):
+        load_task(name).split("test")
+
+
+def raising(path, config, revision):
+    raise OSError("no route")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("variable", "datasets", "error", "words"),
     [
-        ("idx\tsentence\n0\tfine\n", r"expected a header with idx, label and sentence"),
-        ("idx\tlabel\tsentence\n0\tgood\tfine\n", r"dev.tsv, line 2: expected a number as label, got 'good'"),
-        ("idx\tlabel\tsentence\n0\t2\tfine\n", r"line 2: expected a label in \[-1, 1\], got '2'"),
-        ("idx\tlabel\tsentence\n0\t1\tfine\n1\t1\n", r"line 3: expected 3 columns, got 2"),
-        ("", r"expected a header"),
+        ("/nowhere", None, FileNotFoundError, r"nowhere.*sst2.*EARLYEXIT_DATA"),
+        ("", None, ImportError, r"earlyexit_kernels\[train\].*EARLYEXIT_DATA"),
+        (
+            "",
+            SimpleNamespace(load_dataset=raising),
+            ConnectionError,
+            r"nyu-mll/glue .*\(OSError: no route\).*EARLYEXIT_DATA",
+        ),
     ],
 )
-def test_malformed_files_are_refused(folder, text, message):
-    folder("sst2/dev.tsv", text)
-    with pytest.raises(ValueError, match=message):
-        load_task("sst2")
-
-
-def test_missing_folder_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*sst2.*EARLYEXIT_DATA"):
-        load_task("sst2")
-
-
-def test_unknown_task_lists_known_tasks():
-    with pytest.raises(ValueError, match=r"expected one of \['toy', 'sst2'.*got 'sst3'"):
-        load_task("sst3")
-
-
-def test_without_datasets_the_error_names_the_extra(monkeypatch):
-    monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"earlyexit_kernels\[train\].*EARLYEXIT_DATA"):
-        load_task("sst2")
-
-
-def test_unreachable_hub_names_the_variable(monkeypatch):
-    def load_dataset(*args, **kwargs):
-        raise OSError("no route")
-
-    monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(ConnectionError, match=r"nyu-mll/glue .*\(OSError: no route\).*EARLYEXIT_DATA"):
+def test_without_a_folder_or_a_hub_the_cure_is_named(monkeypatch, variable, datasets, error, words):
+    monkeypatch.setenv(DATA_VARIABLE, variable)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    with pytest.raises(error, match=words):
         load_task("sst2")
 
 

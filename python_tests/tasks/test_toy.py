@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from earlyexit_kernels.tasks import toy
 
@@ -59,13 +60,10 @@ def test_bag_of_words_solves_level_1_only(splits):
     assert correct[1] == total[1] and all(correct[level] < 0.6 * total[level] for level in range(2, 6))
 
 
-def test_sentences_are_unique_and_labels_balanced(splits):
+def test_sentences_are_unique_balanced_and_a_curriculum(splits):
     texts = [s.text for split in splits.values() for s in split]
     assert len(set(texts)) == len(texts)
     assert 0.45 < sum(s.label for s in splits["train"]) / 3000 < 0.55
-
-
-def test_train_split_is_a_curriculum(splits):
     for level, start in enumerate(toy.LEVEL_STARTS, start=1):
         first = next(i for i, s in enumerate(splits["train"]) if s.level == level)
         assert 0 <= first / 3000 - start < 0.02
@@ -83,22 +81,15 @@ def test_invalid_sizes_are_refused(rows):
         toy.write_splits(train_rows=rows)
 
 
-def test_tokenizer_has_every_word_and_reads_plain_text(splits):
-    tokenizer = toy.toy_tokenizer()
+def test_tokenizer_has_every_word_and_reads_plain_text(splits, tmp_path):
+    """Also after it was saved and loaded."""
+    toy.toy_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert tokenizer.model_max_length == 64 and tokenizer.pad_token_id == 0
     unknown = tokenizer.unk_token_id
     assert all(unknown not in tokenizer(s.text)["input_ids"] for s in splits["test"])
     assert tokenizer("The plot was dull!")["input_ids"][1:-2] == tokenizer("the plot was dull .")["input_ids"][1:-2]
     assert tokenizer.convert_ids_to_tokens(tokenizer("dull")["input_ids"]) == ["[CLS]", "dull", "[SEP]"]
-
-
-def test_tokenizer_can_be_saved_and_loaded(tmp_path, splits):
-    from transformers import AutoTokenizer
-
-    toy.toy_tokenizer().save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    texts = [s.text for s in splits["test"][:20]]
-    assert loaded(texts)["input_ids"] == toy.toy_tokenizer()(texts)["input_ids"]
-    assert loaded.model_max_length == 64 and loaded.pad_token_id == 0
 
 
 def test_model_is_reproducible_without_global_generator():
