@@ -56,24 +56,18 @@ def test_full_depth_matches_the_counter_of_torch(family, method, pooling, needs)
     model = ee.to_early_exit(stock(family), method=method, pooling=pooling)
     model.set_criterion(None)
     batch = batch_for(model, "full", lengths=(S, S, S))
-    model.set_criterion(None)
     lengths = tensor(S, S, S)
     every_exit = encoder_macs(model, lengths) + model.depth * exit_macs(model, lengths, needs)
     assert counted(model.trace, **batch) == int(every_exit.sum())
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_compaction_and_a_report_count_the_same_layer(family):
+def test_compaction_a_report_and_the_limit_of_parameters_count_the_same_layer(family):
     model = early_exit(family)
     costs = [int(encoder_macs(model, tensor(S), layers)) for layers in (1, 2)]
-    queries = query_width(model.config.backbone_config)
-    assert costs[1] - costs[0] == S * (model._layer_macs + 2 * S * queries)
-
-
-@pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_the_limit_of_parameters_is_near_those_of_a_layer(family):
-    model = early_exit(family)
-    assert 0.7 < weights_per_layer(model.config.backbone_config) / model._layer_macs < 1.6
+    config = model.config.backbone_config
+    assert costs[1] - costs[0] == S * (model._layer_macs + 2 * S * query_width(config))
+    assert 0.7 < weights_per_layer(config) / model._layer_macs < 1.6
 
 
 def test_layers_and_exits_match_formulas():
@@ -86,11 +80,8 @@ def test_layers_and_exits_match_formulas():
     assert torch.equal(costs.total, costs.encoder + costs.exits)
     family = early_exit(criterion=Patience(patience=1))
     assert row_macs(family, lengths, exit_layer).exits.tolist() == [k * (H * H + H * CLASSES) for k in (1, 3, 4)]
-
-
-def test_full_depth_counts_the_last_exit_only():
-    model = early_exit(pooling="first")
-    assert row_macs(model, [S], [DEPTH]).total.tolist() == [DEPTH * LAYER + H * CLASSES]
+    full_depth = early_exit(pooling="first")
+    assert row_macs(full_depth, [S], [DEPTH]).total.tolist() == [DEPTH * LAYER + H * CLASSES], "the last exit only"
 
 
 def test_only_the_scalar_read_by_the_rule_is_counted():

@@ -117,6 +117,8 @@ def test_histograms(rows, answers):
     assert ends[0][0] == 3 and ends[-1][1] == 25 and ends[0][1] < ends[1][0] and ends[1][1] < ends[2][0]
     assert [sum(low <= n <= high for n in LENGTHS) for low, high in ends] == [g["rows"] for g in found["length"]]
     assert min(group["rows"] for group in found["length"]) > ROWS / 4
+    (group,) = page_numbers.histograms(rows, answers, [7] * ROWS, NAMES)["length"]
+    assert group["name"] == "7 tokens" and group["rows"] == ROWS
 
 
 def test_many_classes_share_a_histogram():
@@ -126,11 +128,6 @@ def test_many_classes_share_a_histogram():
     assert len(found) == 9 and found[-1]["name"] == "4 other classes" and sum(g["rows"] for g in found) == ROWS
     counts = sorted(np.bincount(rows.labels, minlength=12).tolist(), reverse=True)
     assert [group["rows"] for group in found[:-1]] == counts[:8]
-
-
-def test_lengths_that_are_all_equal_are_one_group(rows, answers):
-    (group,) = page_numbers.histograms(rows, answers, [7] * ROWS, NAMES)["length"]
-    assert group["name"] == "7 tokens" and group["rows"] == ROWS
 
 
 def test_first_and_last(rows, answers):
@@ -184,7 +181,6 @@ def test_curves_are_those_of_the_sweep():
     assert any(point for curve in found for point in curve["chosen"].values())
 
 
-@pytest.mark.thorough
 def test_standard_error_of_another_metric(monkeypatch):
     """The jackknife that leaves out one row at a time, where there are as many groups as rows."""
     rows = rows_of(classes=2, metric="matthews")
@@ -195,8 +191,8 @@ def test_standard_error_of_another_metric(monkeypatch):
     expected = math.sqrt(19 / 20 * sum((value - mean) ** 2 for value in values))
     assert score_error(matthews, predictions, labels) == pytest.approx(expected) and expected > 0
     monkeypatch.setattr(sweeps, "RANDOM_DRAWS", 1)  # slow, and not looked at
-    both = [(rows.trace, rows.labels)] * 2
-    result = sweeps.sweep(*both, metrics=("matthews",), points=8)
+    monkeypatch.setattr(sweeps, "settings", lambda *_, **__: {"margin": [Margin(threshold=t) for t in (0.2, 0.6)]})
+    result = sweeps.sweep((rows.trace, rows.labels), (rows.trace, rows.labels), metrics=("matthews",))
     errors = [point["standard_error"] for curve in page_numbers.curves(result, rows) for point in curve["points"]]
     assert all(0 < error < 0.2 for error in errors)
 

@@ -37,13 +37,7 @@ def test_table_pads_columns_and_aligns_numbers_right():
         "| a\\|b   |  1.5 |",
         "| longer | -20% |",
     ]
-
-
-def test_table_without_rows_is_its_header():
     assert report.markdown_table(("a", "b"), []) == "| a   | b   |\n|-----|-----|"
-
-
-def test_table_refuses_ragged_rows():
     with pytest.raises(ValueError, match=r"expected 2 cells per row, got \['1'\]"):
         report.markdown_table(("a", "b"), [(1,)])
 

@@ -41,21 +41,15 @@ def random_split(
     return ExitTrace(logits, aux), labels.numpy()
 
 
-def test_truncations_match_worked_example(small):
-    assert [s["accuracy"] for s in sweeps.truncations(small, LABELS, metrics=("accuracy",))] == [0.5, 1.0, 0.75]
-
-
-def test_outcome_matches_worked_example(small):
+def test_worked_example(small):
     """Patience 1: rows 0 and 3 agree at layer 2 and leave there; rows 1 and 2 leave at 3, the last of 3 layers."""
+    assert [s["accuracy"] for s in sweeps.truncations(small, LABELS, metrics=("accuracy",))] == [0.5, 1.0, 0.75]
     result = sweeps.outcome(small, LABELS, Patience(patience=1), metrics=("accuracy",))
     assert result.exit_shares == (0.0, 0.5, 0.5)
     assert result.scores == {"accuracy": 1.0}
     assert result.mean_exit_layer == result.mean_layers_run == 2.5 and result.layer_speed_up == 1.2
     assert result.layers_saved == pytest.approx(1 / 6)
     assert result.random_exit == pytest.approx(0.5 * 1.0 + 0.5 * 0.75)
-
-
-def test_oracle_shares_match_worked_example(small):
     assert sweeps._oracle_shares(small, LABELS) == (1.0, 0.25)
 
 
@@ -82,18 +76,17 @@ def outcome_with(score: float, mean: float) -> sweeps.Outcome:
 
 
 @pytest.mark.parametrize(
-    ("drop", "index"),
-    [(0.0, 1), (0.05, 2), (0.5, 0)],
+    ("outcomes", "full", "drop", "index"),
+    [
+        *(([(0.6, 1), (0.9, 3), (0.86, 2), (0.9, 3.5)], 0.9, drop, k) for drop, k in ((0.0, 1), (0.05, 2), (0.5, 0))),
+        # ties go to the higher score, and there may be none
+        ([(0.9, 2), (0.95, 2)], 0.9, 0.0, 1),
+        ([(0.9, 2), (0.95, 2)], 0.99, 0.0, None),
+    ],
 )
-def test_fastest_within_drop(drop, index):
-    outcomes = [outcome_with(0.6, 1), outcome_with(0.9, 3), outcome_with(0.86, 2), outcome_with(0.9, 3.5)]
-    assert sweeps.fastest_within_drop(outcomes, 0.9, metric="accuracy", drop=drop) == index
-
-
-def test_fastest_within_drop_breaks_ties_by_score_and_may_find_none():
-    outcomes = [outcome_with(0.9, 2), outcome_with(0.95, 2)]
-    assert sweeps.fastest_within_drop(outcomes, 0.9, metric="accuracy") == 1
-    assert sweeps.fastest_within_drop(outcomes, 0.99, metric="accuracy") is None
+def test_fastest_within_drop(outcomes, full, drop, index):
+    found = [outcome_with(*each) for each in outcomes]
+    assert sweeps.fastest_within_drop(found, full, metric="accuracy", drop=drop) == index
 
 
 def test_nearest_speed_up_uses_the_tuning_split_and_breaks_ties_by_score():
@@ -108,7 +101,7 @@ def test_nearest_speed_up_uses_the_tuning_split_and_breaks_ties_by_score():
         sweeps.nearest_speed_up([], 2.0)
 
 
-def test_sweep_chooses_the_fastest_setting_on_the_tuning_split():
+def test_sweep_chooses_the_fastest_setting_on_the_tuning_split_and_records_all():
     tuning, reporting = random_split(500, seed=1), random_split(500, seed=2)
     result = sweeps.sweep(tuning, reporting, drop=0.02, points=16)
     full = result.layers["tuning"][-1]["accuracy"]
@@ -123,10 +116,6 @@ def test_sweep_chooses_the_fastest_setting_on_the_tuning_split():
         assert means == sorted(means)
     assert all(len(result.points[name]) >= 8 for name in ("entropy", "max_probability", "margin"))
     assert result.chosen("entropy").reporting.scores["accuracy"] > result.chosen("entropy").reporting.random_exit
-
-
-def test_records_are_json_ready_and_complete():
-    result = sweeps.sweep(random_split(60, seed=1), random_split(60, seed=2), metrics=("accuracy",))
     records = json.loads(json.dumps(result.records()))
     kinds = [record["kind"] for record in records]
     assert kinds.count("static_truncation") == 5 and kinds.count("limits") == 1

@@ -19,9 +19,21 @@ def clock(monkeypatch):
     return advance
 
 
-def test_times_of_calls(clock):
-    times = timing.interleave({"a": lambda: clock(2), "b": lambda: clock(5)}, repeats=4, warmup=1)
-    assert times == {"a": [2.0] * 4, "b": [5.0] * 4}
+def test_calls_are_timed_with_their_sync_and_without_their_preparation(clock):
+    prepared, queued = [], []
+
+    def prepare(name: str) -> None:
+        clock(7)
+        prepared.append(name)
+
+    def sync() -> None:
+        clock(3 * len(queued))
+        queued.clear()
+
+    calls = {"a": lambda: clock(2), "b": lambda: clock(5), "queues": lambda: queued.append(1)}
+    times = timing.interleave(calls, repeats=4, warmup=1, prepare=prepare, sync=sync)
+    assert times == {"a": [2.0] * 4, "b": [5.0] * 4, "queues": [3.0] * 4}
+    assert sorted(prepared) == sorted([*calls] * 5)
 
 
 def test_custom_clock(clock):
@@ -39,27 +51,6 @@ def test_every_round_calls_each_once_in_random_order(clock):
     rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
     assert len(rounds) == 22 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len({tuple(r) for r in rounds}) > 1
-
-
-def test_sync_is_timed(clock):
-    queued = []
-
-    def sync() -> None:
-        clock(3 * len(queued))
-        queued.clear()
-
-    assert timing.interleave({"a": lambda: queued.append(1)}, repeats=2, warmup=0, sync=sync) == {"a": [3.0, 3.0]}
-
-
-def test_prepare_is_not_timed(clock):
-    prepared = []
-
-    def prepare(name: str) -> None:
-        clock(7)
-        prepared.append(name)
-
-    times = timing.interleave({"a": lambda: clock(2), "b": lambda: clock(5)}, repeats=2, warmup=1, prepare=prepare)
-    assert times == {"a": [2.0] * 2, "b": [5.0] * 2} and sorted(prepared) == ["a"] * 3 + ["b"] * 3
 
 
 def test_slow_phases_cancel_in_paired_ratio():
