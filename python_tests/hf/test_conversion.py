@@ -158,17 +158,32 @@ def test_every_family_fits_in_train_mode_and_half_precision(family):
 # settings of the config that change after the conversion: followed as in the stock model, or refused by name
 
 
+def doubled(heads):
+    return 2 * heads
+
+
+def rolled(types):
+    return [*types[1:], types[0]]
+
+
 @pytest.mark.parametrize("layers", ["auto", "eager"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "albert", "electra"])
-def test_layers_keep_the_heads_that_they_were_made_with(family, layers):
-    """As in the stock model, whose modules read their number when they are made."""
+@pytest.mark.parametrize(
+    ("family", "name", "change"),
+    [
+        *((family, "num_attention_heads", doubled) for family in ("bert", "roberta", "albert", "electra")),
+        ("distilbert", "n_heads", doubled),
+        ("modernbert", "layer_types", rolled),  # read to make masks only
+    ],
+)
+def test_layers_keep_what_they_were_made_with(family, name, change, layers):
+    """As in the stock model, whose modules read the config when they are made."""
     model = early_exit(family)
     model.configure(path=layers)
     batch, config = batch_for(model), model.backbone.config
-    before, name = model.trace(**batch).logits, "n_heads" if family == "distilbert" else "num_attention_heads"
-    setattr(config, name, 2 * getattr(config, name))
+    before = model.trace(**batch).logits
+    setattr(config, name, change(getattr(config, name)))
     assert torch.equal(model.trace(**batch).logits, before)
-    for part in model.adapter.parts(model.adapter.layers(model.backbone)[0]):
+    for part in model.adapter.parts(model.adapter.layers(model.backbone)[0]) if change is doubled else ():
         assert 2 * read_bert_layer(part, model.adapter.names, config).heads == getattr(config, name)
 
 
@@ -186,17 +201,6 @@ def test_other_types_of_layers_are_refused(family):
             call(**batch)
     config.layer_types = old
     model(**batch)
-
-
-@pytest.mark.parametrize("layers", ["auto", "eager"])
-def test_layers_that_know_their_type_keep_it(layers):
-    """As in the stock model of ModernBERT, which reads the types of the config to make masks only."""
-    model = early_exit("modernbert")
-    model.configure(path=layers)
-    batch, config = batch_for(model), model.backbone.config
-    before = model.trace(**batch).logits
-    config.layer_types = list(reversed(config.layer_types[1:])) + config.layer_types[:1]
-    assert torch.equal(model.trace(**batch).logits, before)
 
 
 @pytest.mark.parametrize("number", [2, 5])
