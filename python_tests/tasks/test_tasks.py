@@ -202,8 +202,8 @@ def test_encode_joins_and_truncates_pairs():
         ("pearson", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0], 1.0),
         ("pearson", [1.0, 2.0, 3.0], [1.0, 3.0, 2.0], 0.5),
         ("spearman", [1.0, 10.0, 100.0], [3.0, 4.0, 5.0], 1.0),
-        # ranks 1.5 1.5 3 against 1 2 3
-        ("spearman", [7.0, 7.0, 9.0], [1.0, 2.0, 3.0], np.sqrt(3) / 2),
+        # ranks 1.5 1.5 3 4 against 1 2 3 4; with three values any rank of the tie would do
+        ("spearman", [7.0, 7.0, 8.0, 9.0], [1.0, 2.0, 3.0, 4.0], np.sqrt(0.9)),
     ],
 )
 def test_metrics_match_worked_examples(name, predictions, labels, value):

@@ -15,6 +15,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, Patience
 from earlyexit_kernels.tuning import calibrate as calibrate_module
 from earlyexit_kernels.tuning import intervals
+from earlyexit_kernels.tuning.risk import last_passed
 from earlyexit_kernels.tuning.temperature import fit_temperatures, scaled
 
 DEPTH = 4
@@ -119,6 +120,12 @@ def test_risk_tests_from_the_slowest_setting_to_the_fastest(against):
     assert found.layer_speed_up > 1
     looser = ee.calibrate(trace, labels, target=ee.Risk(delta=0.1, against=against))
     assert looser.mean_exit_layer < found.mean_exit_layer
+
+
+def test_each_setting_is_tested_at_the_whole_error_rate_until_one_fails():
+    pytest.importorskip("mapie")
+    assert last_passed(np.array([0.01, 0.04, 0.2, 0.001]), 0.05) == 1
+    assert last_passed(np.array([0.06, 0.001]), 0.05) is None
 
 
 @pytest.mark.thorough

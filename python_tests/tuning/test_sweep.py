@@ -162,6 +162,15 @@ def test_collect_trace_keeps_keys_and_aux():
     assert trace.aux["halting"].shape == trace.aux["hidden_cosine"].shape == (2, 2)
 
 
+def test_collect_trace_refuses_rows_only_some_of_which_have_labels():
+    model = to_early_exit(toy.toy_model(0, layers=2, hidden=16))
+    rows = [{"input_ids": [1, 2], "labels": 1}, {"input_ids": [1, 2]}]
+    with pytest.raises(ValueError, match="all with labels or all without, got 2 batches, 1 of them with labels"):
+        collect_trace(model, rows, batch_size=1)
+    with pytest.raises(ValueError, match="got 0 batches"):
+        collect_trace(model, [])
+
+
 @pytest.fixture(scope="module")
 def gated():
     """Model whose gates skip layer 2 of 3 on every row, and two splits of four rows."""
