@@ -12,9 +12,11 @@ import pytest
 import earlyexit_cli
 from earlyexit_kernels import __version__, cli
 from earlyexit_kernels.cli import train
+from earlyexit_kernels.cli.calibrate import target_from
 from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks.load import TASK_NAMES
 from earlyexit_kernels.tuning.grids import MIN_POINTS
+from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Parses the arguments that follow, and fails if torch was imported.
@@ -76,3 +78,19 @@ def test_debug_goes_before_or_after_the_command(command):
     assert parser.parse_args(["--debug", *arguments]).debug is True
     assert parser.parse_args([*arguments, "--debug"]).debug is True
     assert parser.parse_args(arguments).debug is False
+
+
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ("--max-drop 0.01", MaxDrop(0.01)),
+        ("--speed-up 2", SpeedUp(2.0)),
+        ("--latency-ms 5", Latency(5.0)),
+        ("--latency-ms 5 --latency-batch-size 8", Latency(5.0, 8)),
+        ("--risk 0.1", Risk(0.1)),
+        ("--risk 0.1 --epsilon 0.2 --against full_depth", Risk(0.1, 0.2, "full_depth")),
+    ],
+)
+def test_options_of_calibrate_make_the_target(options, target):
+    args = earlyexit_cli.build_parser().parse_args(["calibrate", "--model", "out", *options.split()])
+    assert target_from(args) == target
