@@ -2,6 +2,8 @@
 
 #: Name of a mutant -> why no test of `make test` notices it.
 REASONS: dict[str, str] = {
+    "divergence-zero-threshold": "equivalent: no term of the divergence is negative, so that none is below 0",
     "fixed-state-of-the-gone": "equivalent: the state of a row that has left is never read",
+    "full-depth-due": "equivalent but for time: a rule that never leaves is answered by the last exit alone",
     "replay-due": "equivalent but for time: full depth decides at the last exit only",
 }
