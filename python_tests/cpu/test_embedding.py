@@ -25,33 +25,24 @@ def embedding(tables, norm):
     return extension_function("Embedding")(*tables, *norm, EPS)
 
 
-def expected(tokens, tables, norm):
+def assert_close(got, tokens, tables, norm):
     total = sum(table.double()[index] for table, index in zip(tables, tokens, strict=True) if table is not None)
-    return torch.nn.functional.layer_norm(total, total.shape[-1:], *(x.double() for x in norm), EPS)
+    expected = torch.nn.functional.layer_norm(total, total.shape[-1:], *(x.double() for x in norm), EPS)
+    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("width", [1, 3, 128, 384, 768, 1000, 4096])
 def test_equals_float64(width):
-    tokens, tables, norm = case(width)
-    for given in (tables, [tables[0], None, tables[2]], [tables[0], None, None]):
-        out = embedding(given, norm)(*tokens)
-        assert out.shape == (1, 4, width)
-        torch.testing.assert_close(out.double(), expected(tokens, given, norm), atol=2e-5, rtol=2e-5)
-
-
-def test_tokens_need_not_be_contiguous():
-    tokens, tables, norm = case(24)
+    """From tokens that need not be contiguous, and from weights that are read in place."""
+    tokens, (words, positions, types), norm = case(width)
     strided = [x.repeat_interleave(2, dim=1)[:, ::2] for x in tokens]
-    assert torch.equal(embedding(tables, norm)(*strided), embedding(tables, norm)(*tokens))
-    assert embedding(tables, norm)(*(x[:, :0] for x in tokens)).shape == (1, 0, 24)
-
-
-def test_weights_are_read_in_place():
-    tokens, tables, norm = case(24)
-    run = embedding(tables, norm)
-    for x in (*tables, *norm):
-        x.mul_(1.5)
-        torch.testing.assert_close(run(*tokens).double(), expected(tokens, tables, norm), atol=2e-5, rtol=2e-5)
+    for tables in ([words, positions, types], [words, None, types], [words, None, None]):
+        run = embedding(tables, norm)
+        for scale in (1.0, 1.5):
+            words.mul_(scale), norm[0].mul_(scale)
+            assert_close(run(*tokens), tokens, tables, norm)
+        assert torch.equal(run(*strided), run(*tokens))
+        assert run(*(x[:, :0] for x in tokens)).shape == (1, 0, width)
 
 
 def test_wrong_arguments_are_refused():
@@ -84,9 +75,7 @@ def test_a_token_has_the_same_bits_beside_any_tokens_and_with_any_number_of_thre
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            together = run(*tokens)
-            assert torch.equal(together.nan_to_num(), alone.nan_to_num())
-            assert torch.equal(together.isnan(), alone.isnan())
+            torch.testing.assert_close(run(*tokens), alone, atol=0, rtol=0, equal_nan=True)
     finally:
         torch.set_num_threads(threads)
 
