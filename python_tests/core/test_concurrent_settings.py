@@ -29,14 +29,11 @@ def same(left, right) -> bool:
     return all(map(torch.equal, left, right))
 
 
-@pytest.mark.parametrize("all_logits", [False, True])
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize(("method", "all_logits"), [("palbert", True), ("palbert", False), ("smartbert", False)])
 def test_criterion_set_during_a_pass_is_used_by_the_next(method, all_logits):
     model, batch = early_exit(method=method), ragged()
     embeddings = model.backbone.embeddings.word_embeddings
     for before, after in itertools.permutations(RULES[method], 2):
-        if all_logits and isinstance(before, SkipGate):
-            continue  # refused, since skipped layers have no logits
         model.set_criterion(before)
         with embeddings.register_forward_hook(lambda *_: None):  # a module with a hook is called, and rounds otherwise
             expected = answer(model, batch, all_logits)
@@ -64,7 +61,7 @@ def test_each_pass_uses_one_criterion(method):
 
     def call():
         start.wait()
-        for turn in range(40):
+        for turn in range(25):
             try:
                 found = answer(model, batch, False)
             except Exception as error:

@@ -57,14 +57,16 @@ def test_row_with_nan_does_not_exit_there(caplog, compaction):
     assert model(**batch).exit_layer.tolist() == [2] * 4 and model.invalid_rows == 8
 
 
-@pytest.mark.parametrize("layer", [1, 3, 4])
-def test_strict_model_raises_with_the_layer(layer):
-    model, batch = early_exit(criterion=leaving_at(4), strict=True), ragged()
-    expected = model(**batch)
-    refusal = pytest.raises(ee.InvalidLogitsError, match=rf"4 row\(s\).*at layer {layer} of 4.*strict=False")
-    with parameter_set(model.heads.out[layer - 1].bias, 0, NAN), refusal:
-        model(**batch)
+def test_strict_model_raises_with_the_layer_and_the_stock_model_is_unaffected():
+    base, batch = stock(), ragged()
+    model = ee.to_early_exit(base, criterion=leaving_at(4), strict=True)
+    expected, states = model(**batch), encoder_of(base)(**batch).last_hidden_state
+    for layer in (1, 3, 4):
+        refusal = pytest.raises(ee.InvalidLogitsError, match=rf"4 row\(s\).*at layer {layer} of 4.*strict=False")
+        with parameter_set(model.heads.out[layer - 1].bias, 0, NAN), refusal:
+            model(**batch)
     assert torch.equal(model(**batch).logits, expected.logits)
+    assert torch.equal(encoder_of(base)(**batch).last_hidden_state, states)
 
 
 def test_only_rows_with_nan_are_counted():
@@ -109,7 +111,7 @@ def test_strict_model_raises_at_the_training_step(monkeypatch):
         model(**ragged())
 
 
-@pytest.mark.parametrize("criterion", [None, leaving_at(4), Patience(patience=3), QExit(q=1.0)])
+@pytest.mark.parametrize("criterion", [None, Patience(patience=3), QExit(q=1.0)])
 def test_nan_at_the_last_exit_is_returned(criterion):
     model = early_exit(criterion=criterion, halting=True)
     with parameter_set(model.heads.out[-1].bias, slice(None), NAN):
@@ -128,31 +130,29 @@ def test_nan_halting_does_not_exit_and_keeps_its_state():
         assert model(**batch).exit_layer.tolist() == [3] * 4, "layer 2 is ignored"
 
 
-@pytest.mark.parametrize("criterion", [Entropy(threshold=0.1), MaxProbability(threshold=0.99), Margin(threshold=0.99)])
-def test_one_infinite_logit_dominates(criterion):
-    model, batch = early_exit(criterion=criterion), ragged()
-    with parameter_set(model.heads.out[0].bias, 1, INF):
-        out = model(**batch)
-    assert out.exit_layer.tolist() == [1] * 4
-    assert (out.logits.argmax(-1) == 1).all() and not out.logits.isnan().any()
-    assert model.invalid_rows == 0
+SURE = [Entropy(threshold=1e-6), MaxProbability(threshold=0.99), Margin(threshold=0.99)]
+#: Bias of the first exit, rules, and the exit at which all rows leave.
+LIMITS = {
+    "one infinite logit dominates": ([0.0, INF, 0.0], SURE, 1),
+    "zero probabilities": ([0.0, 1e4, -1e4], SURE, 1),
+    "0 log 0 is 0": ([0.0, 1e4, -INF], SURE, 1),
+    "several infinities": ([INF, INF, 0.0], [leaving_at(1)], 2),
+    "all negative infinite": ([-INF, -INF, -INF], [leaving_at(1)], 2),
+}
 
 
-@pytest.mark.parametrize("value", [(INF, INF, 0.0), (-INF, -INF, -INF)])
-def test_several_infinities_are_invalid(value):
-    model, batch = early_exit(criterion=leaving_at(1)), ragged()
-    with parameter_set(model.heads.out[0].bias, slice(None), torch.tensor(value)):
-        out = model(**batch)
-    assert out.exit_layer.tolist() == [2] * 4 and model.invalid_rows == 4
-
-
-def test_zero_probabilities():
-    """p underflows to 0 and 0 log 0 = 0, so the entropy is 0, below every threshold."""
-    model, batch = early_exit(criterion=Entropy(threshold=1e-6)), ragged()
-    for value in (torch.tensor([0.0, 1e4, -1e4]), torch.tensor([0.0, 1e4, -INF])):
-        with parameter_set(model.heads.out[0].bias, slice(None), value):
+@pytest.mark.parametrize("case", LIMITS)
+def test_infinite_logits(case):
+    """One dominates; several are invalid, and no row leaves there."""
+    bias, rules, layer = LIMITS[case]
+    model, batch = early_exit(), ragged()
+    for rule in rules:
+        model.set_criterion(rule)
+        with parameter_set(model.heads.out[0].bias, slice(None), torch.tensor(bias)):
             out = model(**batch)
-        assert out.exit_layer.tolist() == [1] * 4 and (out.logits.argmax(-1) == 1).all()
+        assert out.exit_layer.tolist() == [layer] * 4 and not out.logits.isnan().any()
+        assert model.invalid_rows == 4 * (layer - 1)
+        assert layer > 1 or (out.logits.argmax(-1) == 1).all()
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -170,34 +170,35 @@ def test_half_precision_overflow(everything):
 
 # invalid settings
 
-SOFTMAX_RULES = [Entropy(threshold=0.5), MaxProbability(threshold=0.5), Margin(threshold=0.5)]
+SEVERAL = {"problem_type": "multi_label_classification"}
+#: Sizes of the stock model, a rule that does not fit them, and words of the refusal.
+UNFIT = [
+    *(
+        (sizes, rule, f"criterion '{rule.name}' is defined for .*single_label_classification")
+        for rule in (Entropy(threshold=0.5), MaxProbability(threshold=0.5), Margin(threshold=0.5))
+        for sizes in ({"num_labels": 1}, SEVERAL, {"problem_type": "regression"})
+    ),
+    ({"num_labels": 1}, Patience(patience=1), "give tolerance="),
+    ({}, Patience(patience=1, tolerance=0.1), "leave tolerance out"),
+    (SEVERAL, Patience(patience=1), "problem_type='multi_label"),
+    ({}, QExit(q=0.5), r"needs heads with the output 'halting'.*method='palbert'"),
+    *(
+        ({}, Margin(threshold=[0.5] * n), f"threshold of .*each of the 3 exits before the last, got {n}")
+        for n in (0, 2, 4)
+    ),
+]
 
 
-@pytest.mark.parametrize("rule", SOFTMAX_RULES)
-def test_softmax_rules_need_classes(rule):
-    for sizes in ({"num_labels": 1}, {"problem_type": "multi_label_classification"}, {"problem_type": "regression"}):
-        with pytest.raises(ValueError, match=f"criterion '{rule.name}' is defined for .*single_label_classification"):
+def test_criterion_that_does_not_fit_is_refused():
+    for sizes, rule, words in UNFIT:
+        with pytest.raises(ValueError, match=words):
             ee.to_early_exit(stock(**sizes), criterion=rule)
         model = ee.to_early_exit(stock(**sizes))
-        with pytest.raises(ValueError, match="problem_type="):
+        with pytest.raises(ValueError, match=words):
             model.set_criterion(rule)
         assert model.criterion is None and model.config.criterion is None
     with pytest.raises(ValueError, match="needs at least 2, got 1"):
-        rule.check(depth=DEPTH, classes=1, problem_type="single_label_classification", aux=())
-
-
-@pytest.mark.parametrize(
-    ("sizes", "rule", "message"),
-    [
-        ({"num_labels": 1}, Patience(patience=1), "give tolerance="),
-        ({}, Patience(patience=1, tolerance=0.1), "leave tolerance out"),
-        ({"problem_type": "multi_label_classification"}, Patience(patience=1), "problem_type='multi_label"),
-        ({}, QExit(q=0.5), r"needs heads with the output 'halting'.*method='palbert'"),
-    ],
-)
-def test_criterion_that_does_not_fit_is_refused(sizes, rule, message):
-    with pytest.raises(ValueError, match=message):
-        ee.to_early_exit(stock(**sizes), criterion=rule)
+        Entropy(threshold=0.5).check(depth=DEPTH, classes=1, problem_type="single_label_classification", aux=())
 
 
 @pytest.mark.parametrize(
@@ -226,13 +227,6 @@ def test_number_out_of_range_is_named(build, argument):
         build()
 
 
-@pytest.mark.parametrize("rule", [Entropy, MaxProbability, Margin])
-@pytest.mark.parametrize("length", [0, 2, 4])
-def test_threshold_list_of_wrong_length_is_refused(rule, length):
-    with pytest.raises(ValueError, match=f"threshold of criterion .*each of the 3 exits before the last, got {length}"):
-        early_exit(criterion=rule(threshold=[0.5] * length))
-
-
 def test_model_with_one_layer():
     model = ee.to_early_exit(stock(num_hidden_layers=1), criterion=Entropy(threshold=[]))
     assert model(**ragged()).exit_layer.tolist() == [1] * 4
@@ -241,8 +235,9 @@ def test_model_with_one_layer():
 # interruptions and threads
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-@pytest.mark.parametrize("compaction", ["always", "never"])
+@pytest.mark.parametrize(
+    ("error", "compaction"), [(RuntimeError("out of memory"), "never"), (KeyboardInterrupt(), "always")]
+)
 def test_call_after_an_exception(error, compaction):
     model, batch = early_exit(), ragged(lengths=ROWS)
     model.configure(compaction=compaction)
@@ -329,13 +324,3 @@ def test_remote_code_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert type(model) is ee.EarlyExitForSequenceClassification and not (tmp_path / "ran").exists()
-
-
-def test_stock_model_is_unaffected_by_a_fault():
-    """An error in the early-exit model does not change the stock model it was made from."""
-    base = stock()
-    model, batch = ee.to_early_exit(base, strict=True), ragged()
-    expected = encoder_of(base)(**batch).last_hidden_state
-    with parameter_set(model.heads.out[-1].bias, 0, NAN), pytest.raises(ee.InvalidLogitsError):
-        model(**batch)
-    assert torch.equal(encoder_of(base)(**batch).last_hidden_state, expected)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.models import (
     ALL_FAMILIES,
-    DECODERS,
     FIRST_TOKEN,
     batch_for,
     early_exit,
@@ -30,11 +29,10 @@ def test_every_rule_is_tested():
     assert set(RULES.values()) == set(CRITERIA)
 
 
-@pytest.mark.sample(4)
-@pytest.mark.parametrize("pooling", [None, "mean"])
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", RULES)
-def test_equals_the_model(name, pooling):
-    model, batch = model_for_rule(name, pooling=pooling)
+def test_equals_the_model(name):
+    model, batch = model_for_rule(name, pooling="mean" if list(RULES).index(name) % 2 else None)
     expected = model(**batch)
     assert name in NEVER_EARLY or len(expected.exit_layer.unique()) >= 2
     fixed = model.fixed_depth()
@@ -46,10 +44,7 @@ def test_equals_the_model(name, pooling):
 
 
 @pytest.mark.sample(4)
-@pytest.mark.parametrize(
-    ("family", "pooling"),
-    [(f, p) for f in ALL_FAMILIES for p in (None, "last" if f in DECODERS else "first", "mean")],
-)
+@pytest.mark.parametrize(("family", "pooling"), [(f, p) for f in ALL_FAMILIES for p in (None, "mean")])
 def test_equals_the_model_of_every_family(family, pooling):
     model = early_exit(family, pooling=pooling)
     batch = batch_for(model, lengths=LENGTHS)
@@ -110,7 +105,7 @@ def test_small_batches_and_rows_without_tokens(name):
     assert_same_answers(fixed(nothing, nothing), model(nothing, nothing))
 
 
-@pytest.mark.parametrize("name", ["entropy", "patience", "voting", "skip_gate"])
+@pytest.mark.parametrize("name", ["patience", "skip_gate"])
 def test_invalid_logits_do_not_affect_other_rows(name):
     model, batch = model_for_rule(name)
     clean = model(**batch)
@@ -126,8 +121,7 @@ def test_invalid_logits_do_not_affect_other_rows(name):
     assert (logits[others] - clean.logits[others]).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("pooling", [None, "mean"])
-@pytest.mark.parametrize("name", ["entropy", "skip_gate"])
+@pytest.mark.parametrize(("name", "pooling"), [("entropy", "mean"), ("skip_gate", None)])
 def test_masked_tokens_do_not_affect_a_row(name, pooling):
     """Even if their embedding is NaN."""
     model, batch = model_for_rule(name, pooling=pooling)
@@ -138,8 +132,7 @@ def test_masked_tokens_do_not_affect_a_row(name, pooling):
         assert_same_answers(model.fixed_depth()(**batch), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["full_depth", "expectation"])
+@pytest.mark.parametrize(("name", "dtype"), [("full_depth", torch.bfloat16), ("expectation", torch.float16)])
 def test_half_precision(name, dtype):
     model, batch = model_for_rule(name, pooling="mean")
     model.to(dtype)
@@ -172,28 +165,19 @@ def test_shares_the_parameters_and_does_not_change_the_model():
     assert torch.equal(again.logits, expected.logits) and torch.equal(again.exit_layer, expected.exit_layer)
 
 
-def test_keeps_its_criterion():
+def test_keeps_its_criterion_and_copies_are_independent():
     model, batch = model_for_rule()
     fixed, expected = model.fixed_depth(), model(**batch)
     model.set_criterion(None)
+    with torch.enable_grad():
+        assert not fixed(**batch)[0].requires_grad
     assert_same_answers(fixed(**batch), expected)
     assert model.fixed_depth()(**batch)[1].eq(model.depth).all()
-
-
-def test_deepcopy_is_independent():
-    model, batch = model_for_rule()
-    fixed = model.fixed_depth()
     twin = copy.deepcopy(fixed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     assert twin(**batch)[0].abs().sum() > 0 and fixed(**batch)[0].abs().sum() == 0
-
-
-def test_answers_have_no_gradient():
-    model, batch = model_for_rule()
-    with torch.enable_grad():
-        assert not model.fixed_depth()(**batch)[0].requires_grad
 
 
 def test_train_mode_is_refused():
@@ -211,14 +195,11 @@ def test_train_mode_is_refused():
     assert_same_answers(fixed.eval()(**batch), model.eval()(**batch))
 
 
-def test_strict_model_is_refused():
-    model, _ = model_for_rule(strict=True)
+def test_what_it_cannot_do_is_refused():
+    model, batch = model_for_rule(strict=True)
     with pytest.raises(ValueError, match=r"strict=True reads the logits .*config\.strict = False"):
         model.fixed_depth()
-
-
-def test_replaced_attention_is_refused():
-    model, batch = model_for_rule()
+    model.config.strict = False
     fixed = model.fixed_depth()
     model.backbone.set_attn_implementation("eager")
     with pytest.raises(ee.AttentionReplacedError, match="attention to be 'earlyexit_packed', got 'eager'"):
@@ -228,19 +209,19 @@ def test_replaced_attention_is_refused():
 IDS = torch.full((2, 5), 7)
 
 
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        ({"input_ids": IDS[0]}, r"input_ids: expected integers of shape \[N, S\], got shape \[5\]"),
-        ({"input_ids": IDS.float()}, "input_ids: expected integers, got torch.float32"),
-        ({"input_ids": IDS[:, :0]}, "expected at least one token a row"),
-        ({"input_ids": torch.full((2, 71), 7)}, "a row may have 70 tokens in this model, got 71"),
-        ({"input_ids": IDS, "attention_mask": IDS[:1]}, r"attention_mask: expected the shape of input_ids \[2, 5\]"),
-        ({"input_ids": IDS, "token_type_ids": IDS[:, :4]}, "token_type_ids: expected the shape of input_ids"),
-        ({"input_ids": IDS.to("meta")}, "input_ids is on meta, the model on cpu"),
-    ],
-)
-def test_invalid_input_is_refused(batch, message):
+INVALID = [
+    ({"input_ids": IDS[0]}, r"input_ids: expected integers of shape \[N, S\], got shape \[5\]"),
+    ({"input_ids": IDS.float()}, "input_ids: expected integers, got torch.float32"),
+    ({"input_ids": IDS[:, :0]}, "expected at least one token a row"),
+    ({"input_ids": torch.full((2, 71), 7)}, "a row may have 70 tokens in this model, got 71"),
+    ({"input_ids": IDS, "attention_mask": IDS[:1]}, r"attention_mask: expected the shape of input_ids \[2, 5\]"),
+    ({"input_ids": IDS, "token_type_ids": IDS[:, :4]}, "token_type_ids: expected the shape of input_ids"),
+    ({"input_ids": IDS.to("meta")}, "input_ids is on meta, the model on cpu"),
+]
+
+
+def test_invalid_input_is_refused():
     model, _ = model_for_rule()
-    with pytest.raises(ValueError, match=message):
-        model.fixed_depth()(**batch)
+    for batch, message in INVALID:
+        with pytest.raises(ValueError, match=message):
+            model.fixed_depth()(**batch)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from support.models import FAMILIES, batch_for, run_python
+from support.models import batch_for, run_python
 from support.rule_models import RULES, assert_same_answers, model_for_rule, part_of
 from torch.export import Dim
 
@@ -20,8 +20,10 @@ def no_old_graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.sample(8)
-@pytest.mark.parametrize(("name", "family"), list(zip(CRITERIA, itertools.cycle(FAMILIES))))
+@pytest.mark.sample(99)
+@pytest.mark.parametrize(
+    ("name", "family"), [("sampled_exit", "bert"), *zip(CRITERIA, itertools.cycle(("roberta", "albert", "bert")))]
+)
 def test_compiles_without_graph_breaks(name, family, no_old_graphs):
     """One compilation serves all batch sizes and lengths."""
     model, batch = model_for_rule(name, family, num_hidden_layers=2)
@@ -65,22 +67,14 @@ def ops_of(program):
     return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(99)
 @pytest.mark.parametrize(
     ("family", "name"),
-    [
-        ("bert", "sampled_exit"),
-        ("roberta", "entropy"),
-        ("albert", "skip_gate"),
-        ("electra", "patience"),
-        ("distilbert", "hidden_cosine"),
-        ("xlm-roberta", "voting"),
-        ("camembert", "dact"),
-    ],
+    [("bert", "sampled_exit"), ("roberta", "entropy"), ("albert", "skip_gate"), ("distilbert", "dact")],
 )
 def test_exports_with_dynamic_shapes(family, name):
     """The program contains only torch ops and no constants, which would be copied to the GPU at every run."""
-    model, batch = model_for_rule(name, family, num_hidden_layers=3)
+    model, batch = model_for_rule(name, family, num_hidden_layers=2)
     program = exported(model, batch)
     assert set(program.constants) <= {buffer for buffer, _ in model.named_buffers()}
     assert not any("earlyexit" in op for op in ops_of(program))
@@ -92,14 +86,6 @@ def test_exports_with_dynamic_shapes(family, name):
         assert not answers[0].requires_grad
 
 
-@pytest.mark.thorough
-def test_program_exported_without_gradients():
-    model, batch = model_for_rule("entropy", "bert", num_hidden_layers=2)
-    with torch.no_grad():
-        program = exported(model, batch).module()
-    assert not program(**batch)[0].requires_grad
-
-
 #: Runs a saved program where neither this package nor transformers can be imported.
 PROGRAM = """
 import sys
@@ -107,14 +93,17 @@ sys.modules["earlyexit_kernels"] = sys.modules["transformers"] = None
 import torch
 folder = sys.argv[1]
 batch = torch.load(folder + "/batch.pt", weights_only=True)
-torch.save(torch.export.load(folder + "/fixed.pt2").module()(**batch), folder + "/answers.pt")
+answers = torch.export.load(folder + "/fixed.pt2").module()(**batch)
+assert not answers[0].requires_grad
+torch.save(answers, folder + "/answers.pt")
 """
 
 
 @pytest.mark.thorough
 def test_saved_program_needs_only_torch(tmp_path):
     model, batch = model_for_rule("sampled_exit", num_hidden_layers=2)
-    torch.export.save(exported(model, batch), tmp_path / "fixed.pt2")
+    with torch.no_grad():  # gradients are disabled already
+        torch.export.save(exported(model, batch), tmp_path / "fixed.pt2")
     other = batch_for(model, lengths=[7, 30, 12])
     torch.save(other, tmp_path / "batch.pt")
     run_python(PROGRAM, str(tmp_path))

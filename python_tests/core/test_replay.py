@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -63,27 +64,15 @@ def accuracy_and_layer(trace, labels, criterion) -> tuple[float, float]:
 
 
 @pytest.mark.data
-def test_accuracy_of_every_exit(run):
+def test_published_figures(run):
     name, trace, labels = run
-    for layer, printed in enumerate(FIGURES[name][0].split(), start=1):
-        cut = ee.ExitTrace(trace.logits[:, :layer])
-        accuracy, mean_layer = accuracy_and_layer(cut, labels, None)
-        assert same(accuracy, printed), (layer, accuracy)
-        assert mean_layer == layer
-
-
-@pytest.mark.data
-def test_entropy_exit(run):
-    name, trace, labels = run
-    threshold, layer, accuracy = FIGURES[name][1]
+    exits, (threshold, layer, accuracy), of_patience = FIGURES[name]
+    for number, printed in enumerate(exits.split(), start=1):
+        got = accuracy_and_layer(ee.ExitTrace(trace.logits[:, :number]), labels, None)
+        assert same(got[0], printed) and got[1] == number, (number, got)
     got = accuracy_and_layer(trace, labels, Entropy(threshold=threshold))
     assert same(got[0], accuracy) and same(got[1], layer), got
-
-
-@pytest.mark.data
-def test_patience_exit(run):
-    name, trace, labels = run
-    printed = FIGURES[name][2].split()
+    printed = of_patience.split()
     for patience, (accuracy, layer) in enumerate(zip(printed[::2], printed[1::2], strict=True), start=1):
         got = accuracy_and_layer(trace, labels, Patience(patience=patience))
         assert same(got[0], accuracy) and same(got[1], layer), (patience, got)
@@ -159,16 +148,45 @@ def test_aux_is_the_logit_of_the_halting_probability():
     assert ee.replay(trace, QExit(q=0.5))[1].tolist() == [1, 2]
 
 
-def test_missing_outputs_are_named():
+def refused() -> list:
+    """Calls, and words of their refusals."""
     logits = torch.randn(4, 3, 2)
-    with pytest.raises(ValueError, match="'q_exit' needs heads with the output 'halting', these produce none"):
-        ee.replay(ee.ExitTrace(logits), QExit(q=0.5))
-    with pytest.raises(ValueError, match="2 exits before the last, got 3"):
-        ee.replay(ee.ExitTrace(logits), Entropy(threshold=[0.1, 0.1, 0.1]))
-    with pytest.raises(ValueError, match=r"'entropy'.*'regression'"):
-        ee.replay(ee.ExitTrace(logits[..., :1]), Entropy(threshold=0.1))
-    with pytest.raises(ValueError, match="backend: expected one of"):
-        ee.replay(ee.ExitTrace(logits), None, backend="fast")
+    trace = ee.ExitTrace(logits)
+    halting = ee.ExitTrace(logits, {"halting": torch.zeros(4, 3)})
+    skips = SkipGate(threshold=0.5, exit=Entropy(threshold=0.1))
+    return [
+        (ee.replay, (trace, QExit(q=0.5)), "'q_exit' needs heads with the output 'halting', these produce none"),
+        (ee.replay, (trace, Entropy(threshold=[0.1] * 3)), "2 exits before the last, got 3"),
+        (ee.replay, (ee.ExitTrace(logits[..., :1]), Entropy(threshold=0.1)), r"'entropy'.*'regression'"),
+        (partial(ee.replay, backend="fast"), (trace, None), "backend: expected one of"),
+        (
+            *(ee.replay, (ee.ExitTrace(logits, {"gate": torch.zeros(4, 3)}), skips)),
+            r"'skip_gate' cannot be replayed.*skips changes.*exit rule, 'entropy', alone",
+        ),
+        (
+            *(ee.replay, (torch.nn.Linear(2, 2), None)),
+            r"replay: expected a trace, as model.trace\(\*\*batch\) returns, got Linear",
+        ),
+        (lambda *given: list(ee.replay_each(*given)), (trace, [None, Learned(threshold=0.5)]), "'learned'"),
+        (ee.ExitTrace.cat, ([],), "at least one trace, got an empty list"),
+        (ee.ExitTrace.cat, ([halting, trace],), r"same aux outputs in every trace, got \[\['halting'\], \[\]\]"),
+        (ee.ExitTrace.cat, (trace,), "ExitTrace.cat: expected a list of traces, .*got ExitTrace"),
+        (ee.ExitTrace.cat, ([trace, logits],), "ExitTrace.cat: expected a list of traces, .*got Tensor"),
+        (
+            *(ee.ExitTrace.cat, ([trace, ee.ExitTrace(logits[:, :2])],)),
+            r"logits \[N, L, C\] with the same L and C in every trace, got \[\[4, 3, 2\], \[4, 2, 2\]\]",
+        ),
+        (
+            *(ee.ExitTrace.cat, ([ee.ExitTrace(logits, keys=torch.arange(4)), trace],)),
+            "keys in every trace or in none, got 1 of 2",
+        ),
+    ]
+
+
+def test_refusals():
+    for call, arguments, words in refused():
+        with pytest.raises(ValueError, match=words):
+            call(*arguments)
 
 
 def test_trace_has_the_problem_type_of_its_model():
@@ -195,32 +213,6 @@ def test_cat():
         assert torch.equal(joined, torch.cat(separate))
 
 
-def test_cat_refuses_different_traces():
-    with pytest.raises(ValueError, match=r"at least one trace, got an empty list"):
-        ee.ExitTrace.cat([])
-    with pytest.raises(ValueError, match=r"same aux outputs in every trace, got \[\['halting'\], \[\]\]"):
-        ee.ExitTrace.cat(
-            [ee.ExitTrace(torch.zeros(1, 2, 2), {"halting": torch.zeros(1, 2)}), ee.ExitTrace(torch.zeros(1, 2, 2))]
-        )
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (ee.ExitTrace(torch.zeros(1, 2, 2)), "a list of traces, .*got ExitTrace"),
-        ([ee.ExitTrace(torch.zeros(1, 2, 2)), torch.zeros(1, 2, 2)], "a list of traces, .*got Tensor"),
-        (
-            [ee.ExitTrace(torch.zeros(1, 2, 2)), ee.ExitTrace(torch.zeros(1, 3, 2))],
-            r"logits \[N, L, C\] with the same L and C in every trace, got \[\[1, 2, 2\], \[1, 3, 2\]\]",
-        ),
-    ],
-    ids=["one trace", "a tensor", "another depth"],
-)
-def test_cat_refuses_other_things_than_traces_of_one_model(given, words):
-    with pytest.raises(ValueError, match=f"ExitTrace.cat: expected {words}"):
-        ee.ExitTrace.cat(given)
-
-
 def test_cat_of_keys():
     logits = torch.zeros(2, 2, 2)
     keyed = [ee.ExitTrace(logits, keys=torch.tensor(keys)) for keys in ([1, 2], [3, 4])]
@@ -228,19 +220,6 @@ def test_cat_of_keys():
     tokens = {"projections": torch.zeros(1, 5, 3), "offsets": torch.tensor([0, 2, 5])}
     joined = ee.ExitTrace.cat([ee.ExitTrace(logits, **tokens)] * 2)
     assert joined.keys is None and joined.projections is None and joined.offsets is None
-    with pytest.raises(ValueError, match="keys in every trace or in none, got 1 of 2"):
-        ee.ExitTrace.cat([keyed[0], ee.ExitTrace(logits)])
-
-
-def test_skip_gate_is_refused():
-    trace = ee.ExitTrace(torch.zeros(2, 3, 2), {"gate": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r"'skip_gate' cannot be replayed.*skips changes.*exit rule, 'entropy', alone"):
-        ee.replay(trace, SkipGate(threshold=0.5, exit=Entropy(threshold=0.1)))
-
-
-def test_other_types_than_traces_are_refused():
-    with pytest.raises(ValueError, match=r"replay: expected a trace, as model.trace\(\*\*batch\) returns, got Linear"):
-        ee.replay(torch.nn.Linear(2, 2), None)
 
 
 def test_replay_each_in_blocks_equals_replay_of_each(monkeypatch):
@@ -253,8 +232,3 @@ def test_replay_each_in_blocks_equals_replay_of_each(monkeypatch):
     for (logits, layer), (expected, expected_layer) in zip(ee.replay_each(trace, iter(rules)), alone, strict=True):
         assert torch.equal(logits, expected) and torch.equal(layer, expected_layer)
     assert list(ee.replay_each(trace, [])) == []
-
-
-def test_replay_each_names_the_rule_that_does_not_fit():
-    with pytest.raises(ValueError, match="'learned'"):
-        list(ee.replay_each(ee.ExitTrace(torch.zeros(2, 3, 2)), [None, Learned(threshold=0.5)]))
