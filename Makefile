@@ -65,14 +65,14 @@ docs: setup $(DOCS_VENV)/.mkdocs ## build the documentation in build/docs; warni
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet
 	@echo "the documentation is in build/docs/index.html"
 
-fuzz: setup ## fuzz the package, an hour by default; continues where it stopped: make fuzz ARGS="--minutes 5 --only ops,cli"
-	@$(PY) -m python_tests.fuzz $(ARGS)
+fuzz: setup ## run python_tests/deep on new examples, an hour by default; continues where it stopped: make fuzz ARGS="--minutes 5 --only ops,cli"
+	@$(PY) -m python_tests.deep $(ARGS)
 
 mutants: setup ## put each known mutant into a copy of the checkout and run the tests that cover it: hours; make mutants ARGS="--only 'loop-*'"
 	@$(PY) -m python_tests.mutants $(ARGS)
 
 sanitize-cpu: setup ## build the CPU extension with ASan and UBSan, and run its tests and some fuzzing
-	@$(PY) -m python_tests.fuzz.sanitize $(ARGS)
+	@$(PY) -m python_tests.deep.sanitize $(ARGS)
 
 lint: $(VENV)/.lint ## ruff and mypy
 	@echo "checking style, format and types"

@@ -7,15 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 from support.backends import backend_params
 
 from earlyexit_kernels.backends import TRITON_INTERPRETED
-
-hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40, database=None)
-hypothesis.settings.load_profile("here")
 
 # test processes run in parallel, and more threads than cores would slow them down
 torch.set_num_threads(1)
@@ -27,6 +23,7 @@ pytest_plugins = tuple(
         "replays",
         "ordered_products",
         "other_device",
+        "profiles",
         "small_models",
     )
 )

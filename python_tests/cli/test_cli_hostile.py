@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.command_values import INVALID, REQUIRED
 from support.commands import error_of
 
 from earlyexit_cli import build_parser, main
@@ -20,109 +21,6 @@ from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 from earlyexit_kernels.tuning.report import write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-REQUIRED = {
-    "train": ["--model", "base", "--task", "toy", "--output", "out"],
-    "eval": ["--model", "trained"],
-    "report": ["--model", "trained"],
-    "calibrate": ["--model", "trained", "--max-drop", "0.1"],
-    "predict": ["--model", "trained", "--input", "in.csv", "--output", "out.csv"],
-    "score": ["--model", "trained", "--input", "in.csv", "--output", "out"],
-    "serve": ["trained"],
-    "demo": [],
-    "env": [],
-}
-NUMBERS = ["nan", "inf", "-1", "x", ""]
-FILES = ["", " ", "rows", "rows.txt", "rows.csv.gz", ".."]
-#: Command -> option -> values that must be refused.
-INVALID = {
-    "train": {
-        "--model": ["", " "],
-        "--task": ["", "sst3"],
-        "--train": FILES,
-        "--dev": FILES,
-        "--text-column": ["", " "],
-        **dict.fromkeys(("--pair-column", "--label-column", "--group-column"), ("",)),
-        "--output": [""],
-        "--method": ["", "magic"],
-        "--pooling": ["max", "none"],
-        "--form": ["bilinear", ""],
-        "--train-rows": [*NUMBERS, "0", "1.5", "9" * 5000],
-        "--holdout": [*NUMBERS, "1e3"],
-        "--epochs": [*NUMBERS, "0", "1e9", "1e400"],
-        "--lr": [*NUMBERS, "0", "2", "1e400"],
-        "--head-lr": [*NUMBERS, "0", "2", "Same"],
-        "--halting-lr": [*NUMBERS, "0", "2"],
-        "--gate-lr": [*NUMBERS, "0", "2"],
-        "--batch-size": [*NUMBERS, "0", "1.5", "9" * 30],
-        "--max-length": [*NUMBERS, "0", "-5", "1e9"],
-        "--seed": [*NUMBERS, "4294967296"],
-        "--nothing": ["1"],
-    },
-    "eval": {
-        "--model": [""],
-        "--task": ["", "sst3"],
-        "--dev": FILES,
-        "--drop": [*NUMBERS, "3"],
-        "--metric": ["bleu", ""],
-        "--points": [*NUMBERS, "7", "1e9", "1000000000"],
-        "--batch-size": [*NUMBERS, "0"],
-        "--output": [""],
-        "--plot": ["", "curve.jpg", "..", ".png"],
-    },
-    "report": {
-        "--model": [""],
-        "--output": ["", "page.htm", "page", ".html"],
-        "--drop": [*NUMBERS, "3"],
-        "--batch-size": [*NUMBERS, "0"],
-        "--no-texts": ["yes"],
-        "--dev": FILES,
-    },
-    "calibrate": {
-        "--model": [""],
-        "--max-drop": [*NUMBERS, "3"],
-        "--speed-up": [*NUMBERS, "0.5", "1e9"],
-        "--latency-ms": [*NUMBERS, "0"],
-        "--risk": [*NUMBERS, "0", "1"],
-        "--latency-batch-size": [*NUMBERS, "0"],
-        "--epsilon": [*NUMBERS, "0", "1"],
-        "--against": ["", "both"],
-        "--metric": ["bleu", "", "ece"],
-        "--dev": FILES,
-        "--batch-size": [*NUMBERS, "0"],
-        "--apply": ["", "magic", "full_depth"],
-        "--output": [""],
-    },
-    "predict": {
-        "--model": [""],
-        "--input": FILES,
-        "--text": ["a"],
-        "--output": FILES,
-        "--text-column": ["", " "],
-        "--pair-column": [""],
-        "--max-tokens": [*NUMBERS, "0"],
-    },
-    "score": {
-        "--model": [""],
-        "--output": [""],
-        "--text-column": ["", " "],
-        "--pair-column": [""],
-        "--max-tokens": [*NUMBERS, "0"],
-        "--workers": [*NUMBERS, "0"],
-    },
-    "serve": {
-        "--port": [*NUMBERS, "65536"],
-        "--rate-limit": [*NUMBERS, "0"],
-        "--max-wait-ms": [*NUMBERS, "0"],
-        "--min-threshold": ["nan", "x", ""],
-        "--max-threshold": ["nan", "x", ""],
-        "--api-key-file": [""],
-        **{f"--{name}": [*NUMBERS, "0"] for name in ("workers", "max-tokens", "max-queue", "max-inputs")},
-        "--max-body-bytes": [*NUMBERS, "0"],
-        "--ray": [*NUMBERS, "0", "2-", "-2", "2-1", "1-1", "1-2-3", "1-x"],
-    },
-    "demo": {"--output": [""], "--seed": [*NUMBERS, "4294967296"], "--threads": [*NUMBERS, "0", "1000000000"]},
-    "env": {"--nothing": ["1"]},
-}
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ class Case:
             in float64, a function ``decide_<name>`` of `oracle.py`. `aux` is the row's scalar, `at` the layer and the
             depth, and `state` is changed in place; `score` is the number that is compared, `distance` how far it is
             from the value at which the decision changes.
-        draw: ``(random numbers, C, depth) ->`` a random setting for the fuzzer, from `random_settings.py`.
+        draw: ``(draw, C, depth) ->`` a random setting for the tests in `deep`, from `random_settings.py`.
         state: ``(params, C, key of the row) ->`` the oracle's state before layer 1; default: none.
         spreading: ``trace ->`` settings to choose from. Tests of whole models take the one with which the rows leave at
             the most exits, so that compaction has rows to move; `STEPS`, 19 thresholds from 0.05 to 0.95, suit most.

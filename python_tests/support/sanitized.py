@@ -1,4 +1,4 @@
-"""A plugin of pytest that fails a run whose extension is not the one with sanitizers (see `fuzz.sanitize`)."""
+"""A plugin of pytest that fails a run whose extension is not the one with sanitizers (see `deep.sanitize`)."""
 
 from __future__ import annotations
 

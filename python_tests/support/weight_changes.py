@@ -28,6 +28,8 @@ BIASES: dict[str, dict[str, Any]] = {
 WAYS: dict[str, Callable[[Any, Any], Any]] = {}
 #: 0-based number of the layer that most of them change.
 AT = ContextVar("AT", default=1)
+#: Name of the parameter of this layer that the writes change; None for the weight of the part `inner`.
+PARAMETER: ContextVar[str | None] = ContextVar("PARAMETER", default=None)
 SAME_NUMBERS = ("share_memory", "half", "bfloat16", "double", "half_and_back", "lora_disabled", "swapped_on_conversion")
 
 
@@ -66,7 +68,8 @@ def set_part(model: Any, part: str, module: nn.Module) -> None:
 
 
 def weight_of(model: Any) -> nn.Parameter:
-    return part_of(model, "inner").weight
+    name = PARAMETER.get()
+    return part_of(model, "inner").weight if name is None else layer_of(model).get_parameter(name)
 
 
 def stack_of(backbone: Any) -> Any:

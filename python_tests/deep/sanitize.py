@@ -1,15 +1,14 @@
-"""`python -m python_tests.fuzz.sanitize`: test the CPU extension with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""`python -m python_tests.deep.sanitize`: test the CPU extension with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds the extension in ``build/sanitize`` and runs the tests of the C++ ops and some thousand cases of the fuzz targets
-`ops` and `hostile`. Every report of a sanitizer is a failure. A program with known faults runs first, to verify that
-the sanitizers work.
+Builds the extension in ``build/sanitize``, and runs the tests of the C++ ops and the targets `ops` and `hostile` of
+`make fuzz`. Every report of a sanitizer is a failure. A program with known faults runs first, to verify that the
+sanitizers work.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,32 +131,17 @@ def check_faults_are_seen() -> None:
 
 def main() -> int:
     """Build, run the steps and print the reports; return 1 if there is a report or a step failed."""
-    parser = argparse.ArgumentParser(prog="python -m python_tests.fuzz.sanitize", description=__doc__)
-    parser.add_argument("--cases", type=int, default=2000, help="cases per fuzz target (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the fuzz targets (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m python_tests.deep.sanitize", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=2, help="of fuzzing (default: %(default)s)")
     args = parser.parse_args()
     build()
     check_faults_are_seen()
     for path in FOLDER.glob("report.*"):
         path.unlink()
-    shutil.rmtree(FOLDER / "fuzz", ignore_errors=True)
-    fuzz = ["-m", "python_tests.fuzz", "--only", "ops,hostile", "--cases", str(args.cases), "--minutes", "30"]
-    fuzz += ["--backends", "cpp", "--seed", str(args.seed), "--folder", str(FOLDER / "fuzz")]
     tests = [str(ROOT / "python_tests" / name) for name in TESTS]
     steps = {
-        "tests of the C++ ops": [
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not triton",
-            "-k",
-            "cpp",
-            *tests,
-        ],
-        "fuzz targets ops and hostile": fuzz,
+        "tests of the C++ ops": [*"-m pytest -q -p no:cacheprovider -k cpp".split(), "-m", "not triton", *tests],
+        "targets ops and hostile": f"-m python_tests.deep --only ops,hostile --minutes {args.minutes}".split(),
     }
     failed = []
     for name, command in steps.items():
