@@ -5,8 +5,6 @@ The state of the criterion, answers and exit layers are indexed by request row a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -183,13 +181,13 @@ def compact(row_ids: Tensor, offsets: Tensor, *, backend: str = "auto") -> tuple
 
 
 @not_traced
-def _checked_plan(row_ids: Tensor, offsets: Tensor) -> Iterable[Tensor]:
+def _checked_plan(row_ids: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     op, given = "compact", {"row_ids": row_ids, "offsets": offsets}
     check_row_count(op, COMPACT.check(op, given)["B"])
     if row_ids.device.type == "cpu":
         check_row_ids(op, row_ids, requests=None)
         check_offsets(op, offsets, tokens=None)
-    return COMPACT.ready(op, given).values()
+    return tuple(COMPACT.ready(op, given).values())
 
 
 def gather_rows(
@@ -228,7 +226,7 @@ def gather_rows(
 
 
 @not_traced
-def _checked_move(given: dict[str, Tensor]) -> Iterable[Tensor]:
+def _checked_move(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     op = "gather_rows"
     GATHER_ROWS.check(op, given)
     ready = GATHER_ROWS.ready(op, given)
@@ -237,4 +235,4 @@ def _checked_move(given: dict[str, Tensor]) -> Iterable[Tensor]:
         check_offsets(op, offsets, tokens=hidden.shape[0])
         check_offsets(op, new_offsets, tokens=out.shape[0], name="new_offsets")
         check_moves(op, offsets, source, new_offsets)
-    return ready.values()
+    return tuple(ready.values())
