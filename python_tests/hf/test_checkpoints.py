@@ -6,7 +6,7 @@ import json
 import pickle
 import shutil
 import textwrap
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from earlyexit_kernels.criteria import Entropy, Margin, Patience, QExit
 from earlyexit_kernels.hf.config import REQUIRED_OF_BACKBONE
 
 INDEX = "model.safetensors.index.json"
+Damage = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +163,17 @@ def test_a_config_without_a_digest_is_accepted(saved, load):
 # refused
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A damage to a saved folder or an argument of a load, and the error that both loaders raise."""
+def assert_refused(folder: Path, words: str, damage: Damage, error: type[Exception] = ValueError, **arguments) -> None:
+    """Check the error of both loaders, after a damage to the folder or with these arguments."""
+    damage(folder)
+    for load in LOADERS.values():
+        with pytest.raises(error, match=words) as caught:
+            load(folder, **arguments)
+        assert arguments or error is ValueError or str(folder) in str(caught.value)
 
-    words: str
-    damage: Any = lambda folder: None
-    error: type[Exception] = ValueError
-    arguments: dict[str, Any] = field(default_factory=dict)
+
+def nothing(folder):
+    """No damage: the arguments are refused."""
 
 
 def weights(change):
@@ -198,79 +202,56 @@ def pickled(folder):
     (folder / WEIGHTS).unlink()
 
 
+def reshaped(state):
+    state["heads.out.1.weight"] = torch.zeros(5, 64)
+
+
+def converted_to(dtype):
+    return weights(lambda state: state.update({OUTPUT: state[OUTPUT].to(dtype)}))
+
+
 BIAS, OUTPUT = "backbone.encoder.layer.0.output.dense.bias", "backbone.encoder.layer.1.output.dense.weight"
-LABELS = dict(enumerate("abcde"))
-WRONG_WEIGHTS = {
-    "no weight of an exit": Refused(
-        r"heads\.out\.1\.weight.*allow_new_heads=True", lacking("heads.out.1.weight"), ee.MissingHeadsError
-    ),
-    "no bias of a dense module": Refused(
-        r"heads\.dense\.0\.bias.*allow_new_heads=True", lacking("heads.dense.0.bias"), ee.MissingHeadsError
-    ),
-    "no bias of the encoder": Refused(f"{BIAS}.*copy the whole checkpoint again", lacking(BIAS), ee.MissingHeadsError),
-    "no weight of the encoder, with new exits": Refused(
-        "of the encoder, which would be random", lacking(OUTPUT), ee.MissingHeadsError, {"allow_new_heads": True}
-    ),
-    "another shape": Refused(
-        rf"heads\.out\.1\.weight \(5, 64\) in .*{WEIGHTS}, \(3, 64\) by the config",
-        weights(lambda state: state.update({"heads.out.1.weight": torch.zeros(5, 64)})),
-        RuntimeError,
-    ),
-    "another shape, ignored": Refused(
-        r"heads\.out\.1\.weight \(5, 64\)",
-        weights(lambda state: state.update({"heads.out.1.weight": torch.zeros(5, 64)})),
-        RuntimeError,
-        {"ignore_mismatched_sizes": True},
-    ),
+LABELS = {"id2label": dict(enumerate("abcde")), "label2id": {name: number for number, name in enumerate("abcde")}}
+LACKING, NEW = ee.MissingHeadsError, {"allow_new_heads": True}
+SHAPES, OTHER_SHAPES = rf"heads\.out\.1\.weight \(5, 64\) in .*{WEIGHTS}, \(3, 64\)", {"ignore_mismatched_sizes": True}
+INTEGERS = rf"{WEIGHTS}: {OUTPUT} .*expected one of F64, F32, F16, BF16"
+NOT_READ, ATTENTION = "pickled weights are never read", "attn_implementation cannot be chosen"
+OTHER_LABELS = "asks for 5 label.*, the .* has 3.*to_early_exit"
+#: Words of the error, damage of the weights, class of the error, and arguments of the load.
+WRONG_WEIGHTS = [
+    (r"heads\.out\.1\.weight.*allow_new_heads=True", lacking("heads.out.1.weight"), LACKING, {}),
+    (r"heads\.dense\.0\.bias.*allow_new_heads=True", lacking("heads.dense.0.bias"), LACKING, {}),
+    (f"{BIAS}.*copy the whole checkpoint again", lacking(BIAS), LACKING, {}),
+    ("of the encoder, which would be random", lacking(OUTPUT), LACKING, NEW),
+    *((SHAPES, weights(reshaped), RuntimeError, arguments) for arguments in ({}, OTHER_SHAPES)),
     # the file has a dense module that the config lacks, so they belong to different models
-    "a module more": Refused(r"heads\.dense\.0\.(weight|bias)", config(heads={"pooling": "first"}), RuntimeError),
-    "changed after the save": Refused(
-        r"different saves.*weights_digest",
-        weights(lambda state: state["heads.out.1.bias"].add_(1)),
-        RuntimeError,
+    (r"heads\.dense\.0\.(weight|bias)", config(heads={"pooling": "first"}), RuntimeError, {}),
+    (r"different saves.*weights_digest", weights(lambda state: state["heads.out.1.bias"].add_(1)), RuntimeError, {}),
+    *((INTEGERS, converted_to(dtype), RuntimeError, {}) for dtype in (torch.int8, torch.int64, torch.bool)),
+    # cut short, empty, corrupt, and with a damaged header
+    *(
+        (WEIGHTS, of_bytes(change), RuntimeError, {})
+        for change in (
+            lambda data: data[: len(data) // 2],
+            lambda data: b"",
+            lambda data: b"\x07" * len(data),
+            lambda data: data[:8] + b"}" + data[9:],
+        )
     ),
-    **{
-        f"{dtype}": Refused(
-            rf"{WEIGHTS}: {OUTPUT} .*expected one of F64, F32, F16, BF16",
-            weights(lambda state, dtype=dtype: state.update({OUTPUT: state[OUTPUT].to(dtype)})),
-            RuntimeError,
-        )
-        for dtype in (torch.int8, torch.int64, torch.bool)
-    },
-    "cut short": Refused(WEIGHTS, of_bytes(lambda data: data[: len(data) // 2]), RuntimeError),
-    "empty": Refused(WEIGHTS, of_bytes(lambda data: b""), RuntimeError),
-    "corrupt": Refused(WEIGHTS, of_bytes(lambda data: b"\x07" * len(data)), RuntimeError),
-    "header damaged": Refused(WEIGHTS, of_bytes(lambda data: data[:8] + b"}" + data[9:]), RuntimeError),
-    "no file": Refused(WEIGHTS, lambda folder: (folder / WEIGHTS).unlink(), OSError),
-    "a pickle": Refused("safetensors", pickled, OSError),
-    "a pickle asked for": Refused("pickled weights are never read", arguments={"use_safetensors": False}),
-    **{
-        attention: Refused("attn_implementation cannot be chosen", arguments={"attn_implementation": attention})
-        for attention in ("sdpa", "flash_attention_2")
-    },
-    **{
-        "+".join(arguments): Refused("asks for 5 label.*, the .* has 3.*to_early_exit", arguments=arguments)
-        for arguments in (
-            {"num_labels": 5},
-            {"id2label": LABELS, "label2id": {name: number for number, name in LABELS.items()}},
-            {"num_labels": 5, "allow_new_heads": True},
-            {"num_labels": 5, "ignore_mismatched_sizes": True},
-        )
-    },
-}
+    (WEIGHTS, lambda folder: (folder / WEIGHTS).unlink(), OSError, {}),
+    ("safetensors", pickled, OSError, {}),
+    (NOT_READ, nothing, ValueError, {"use_safetensors": False}),
+    *((ATTENTION, nothing, ValueError, {"attn_implementation": name}) for name in ("sdpa", "flash_attention_2")),
+    *(
+        (OTHER_LABELS, nothing, ValueError, arguments)
+        for arguments in ({"num_labels": 5}, LABELS, {"num_labels": 5, **NEW}, {"num_labels": 5, **OTHER_SHAPES})
+    ),
+]
 
 
-def assert_refused(folder: Path, case: Refused) -> None:
-    case.damage(folder)
-    for load in LOADERS.values():
-        with pytest.raises(case.error, match=case.words) as caught:
-            load(folder, **case.arguments)
-        assert case.arguments or issubclass(case.error, ValueError) or str(folder) in str(caught.value)
-
-
-@pytest.mark.parametrize("case", WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
-def test_wrong_weights_are_refused(saved, case):
-    assert_refused(saved, case)
+@pytest.mark.parametrize(("words", "damage", "error", "arguments"), WRONG_WEIGHTS)
+def test_wrong_weights_are_refused(saved, words, damage, error, arguments):
+    assert_refused(saved, words, damage, error, **arguments)
 
 
 def version(value):
@@ -350,7 +331,7 @@ def test_wrong_configs_are_refused(saved, damage, words, monkeypatch):
     """Sizes before modules of these sizes are built."""
     if "expected a whole number from 1" in words:
         monkeypatch.setattr(torch.nn.Module, "__init__", lambda *_, **__: pytest.fail("a module was built"))
-    assert_refused(saved, Refused(words, damage))
+    assert_refused(saved, words, damage)
 
 
 def test_other_configs_are_bounded_too():
@@ -373,7 +354,7 @@ def test_a_missing_entry_of_the_backbone_is_refused(tmp_path, family):
     for names in removed:
         kept = {k: v for k, v in whole.items() if k not in names}
         words = f"backbone_config: expected an entry '{names[0]}', got none"
-        assert_refused(tmp_path, Refused(words, config(backbone_config=kept)))
+        assert_refused(tmp_path, words, config(backbone_config=kept))
 
 
 def test_another_family_or_none_is_refused(saved, tmp_path):
@@ -440,12 +421,12 @@ NO_INDEX = ["", "[]", "{}", '{"weight_map": 3, "metadata": {}}', '{"weight_map":
 def test_damaged_shards_are_named(sharded):
     whole = (sharded / INDEX).read_text()
     for text in NO_INDEX:
-        assert_refused(sharded, Refused(INDEX, lambda folder, text=text: (folder / INDEX).write_text(text)))
+        assert_refused(sharded, INDEX, lambda folder, text=text: (folder / INDEX).write_text(text))
     (sharded / INDEX).write_text(whole)
     shard = sorted(sharded.glob("*.safetensors"))[1]
     data = shard.read_bytes()
-    assert_refused(sharded, Refused(shard.name, lambda _: shard.write_bytes(data[:-1000]), RuntimeError))
-    assert_refused(sharded, Refused(shard.name, lambda _: shard.unlink(), OSError))
+    assert_refused(sharded, shard.name, lambda _: shard.write_bytes(data[:-1000]), RuntimeError)
+    assert_refused(sharded, shard.name, lambda _: shard.unlink(), OSError)
 
 
 FRESH = """
