@@ -133,7 +133,7 @@ def test_compiled_op_without_the_checks_of_python(batch, data):
     rule, layer, depth, pooling = (call.pop(k, "none") for k in ("criterion", "layer", "depth", "pooling"))
     arguments = data.draw(st.just(change(data.draw, call)), label="arguments")
     with contextlib.suppress(*REFUSED, RuntimeError):
-        op = ops.bare_op("exit_step", "cpp", "cpu")
+        op = ops.raw("exit_step", "cpp", "cpu")
         op(*copied(arguments).values(), rule.name, rule.params(1), pooling, layer, depth)
 
 

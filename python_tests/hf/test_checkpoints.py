@@ -335,7 +335,8 @@ def test_wrong_configs_are_refused(saved, damage, words, monkeypatch):
 
 
 def test_other_configs_are_bounded_too():
-    large = {"hidden_size": 32_768, "num_hidden_layers": 500, "num_attention_heads": 4}
+    large = {"hidden_size": 32_768, "num_hidden_layers": 25, "num_attention_heads": 4}
+    ee.EarlyExitConfig(backbone_config={"model_type": "bert", **large, "num_hidden_layers": 20})
     with pytest.raises(ValueError, match="expected an encoder of at most 100,000,000,000 parameters"):
         ee.EarlyExitConfig(backbone_config={"model_type": "bert", **large})
     with pytest.raises(ValueError, match=r"backbone_config\.n_layers"):

@@ -203,6 +203,9 @@ def test_interrupted_save_of_another_shape_names_its_copy(tmp_path, models):
     for options in ({}, {"allow_new_heads": True}):
         with pytest.raises(RuntimeError, match=rf"different saves.*its files are in {complete}"):
             load(tmp_path, **options)
+    change_config(tmp_path, DIGEST)
+    with pytest.raises(RuntimeError, match="different saves"):
+        load(tmp_path)
     deeper.save_pretrained(tmp_path)
     assert load(tmp_path).depth == 3 and complete.is_dir(), "only that machine knows whether the process has ended"
 
@@ -254,11 +257,14 @@ def test_arguments_of_transformers(tmp_path, models, monkeypatch):
     assert {path.name for path in Path().iterdir()} == kept
 
 
-def test_next_save_removes_files_of_killed_processes(tmp_path, models):
+def test_next_save_removes_files_of_killed_processes_and_of_earlier_saves(tmp_path, models):
     assert failing_save(models["old"], tmp_path, 60, *FAILURES["kill"], {}) == -signal.SIGKILL
     assert list(tmp_path.glob(f"{STAGING}*"))
     models["new"].save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    models["old"].save_pretrained(tmp_path, **SHARDS)
+    models["new"].save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS], "shards are replaced"
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,11 @@ def test_change_outside_the_samples_requires_refresh(implementation):
     got = answers(model, batch)
     assert not torch.allclose(got, before, atol=1e-3)
     torch.testing.assert_close(got, family_answers(model, batch, answers), atol=5e-5, rtol=0.0)
+    model.configure(path="auto")
+    answers(model, batch)
+    with torch.no_grad():
+        weight.view(-1)[unseen] -= 50.0
+    assert torch.allclose(answers(model, batch), before, atol=1e-3), "the version counter has seen this write"
 
 
 def test_unchanged_weights_are_packed_once(implementation, monkeypatch):

@@ -116,6 +116,7 @@ def dropped_before_dense(family):
 @pytest.mark.parametrize("family", [f for f in ALL_FAMILIES if adapter_of(f).head.dropout is not None])
 def test_head_dropout_is_that_of_the_family(family):
     """RoBERTa and ELECTRA also apply dropout before the dense module; with p=1 only biases remain."""
+    assert early_exit(family, dropout=0.25).heads.config.dropout == 0.25
     model = early_exit(family, dropout=0.0)
     heads = model.heads.train()
     twice = dropped_before_dense(family)

@@ -149,7 +149,7 @@ def test_extension_without_kernels_for_a_device_is_reported():
     assert ee.available_backends("mps")["cpp"] == "the extension was built without mps kernels"
 
 
-def test_bare_op_refuses_unknown_ops_and_unsupported_back_ends():
+def test_raw_refuses_unknown_ops_and_unsupported_back_ends():
     with pytest.raises(ValueError, match=r"raw: expected op to be one of \['compact', .* got 'nonsense'"):
         raw("nonsense", "torch", "cpu")
     with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch'\), got 'cpp'"):

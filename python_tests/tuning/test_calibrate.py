@@ -15,7 +15,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, Patience
 from earlyexit_kernels.tuning import calibrate as calibrate_module
 from earlyexit_kernels.tuning import intervals
-from earlyexit_kernels.tuning.risk import last_passed
+from earlyexit_kernels.tuning.risk import last_passed, risk_p_values
 from earlyexit_kernels.tuning.temperature import fit_temperatures, scaled
 
 DEPTH = 4
@@ -146,6 +146,12 @@ def test_risk_exceeds_the_bound_at_most_as_often_as_promised(rule):
     broken = sum(risk > delta for risk in risks.values())
     assert len(risks) == draws and max(risks.values()) > 0
     assert broken <= 20, "by chance in 1 of 400 runs at most"
+
+
+def test_a_risk_that_never_occurred_is_as_likely_as_its_rows_allow():
+    """If each row loses with probability .05, none of 100 does with probability .95^100."""
+    pytest.importorskip("mapie")
+    assert risk_p_values([np.zeros(100, dtype=bool)], 0.05) == pytest.approx([0.95**100])
 
 
 def test_without_labels_full_depth_is_the_truth():
