@@ -188,20 +188,6 @@ def test_public_names_have_docstrings(module, name):
         assert not bare, f"{name}: methods without a docstring: {bare}"
 
 
-def files(*suffixes) -> list[Path]:
-    """Return the files of the project, without hidden folders, environments and build outputs."""
-    built = re.compile(r"\..*|build|dist|.*\.egg-info")
-    found = [path.relative_to(ROOT) for suffix in suffixes for path in sorted(ROOT.rglob(f"*{suffix}"))]
-    return [path for path in found if not any(built.fullmatch(part) for part in path.parts[:-1])]
-
-
-def test_no_file_is_longer_than_400_lines():
-    sources = files(".py", ".h", ".cpp", ".cu", ".cuh")
-    lengths = {str(path): len((ROOT / path).read_text().splitlines()) for path in sources}
-    assert len(lengths) > 20
-    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
-
-
 def functions() -> list[tuple[Path, ast.FunctionDef]]:
     found = []
     for path in (ROOT / "earlyexit_kernels").rglob("*.py"):
