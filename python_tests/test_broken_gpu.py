@@ -40,6 +40,13 @@ model(**batch, labels=labels).loss.backward()
 print(model.explain().backend)
 """
 
+QUICK_START = """
+import earlyexit_kernels as ee
+from earlyexit_kernels.tasks.toy import toy_model
+model = ee.to_early_exit(toy_model(layers=2, hidden=8)).eval()
+print(model(input_ids=torch.tensor([[2, 7, 3]])).exit_layer.tolist())
+"""
+
 CHOICES = """
 import earlyexit_kernels as ee
 from earlyexit_kernels import backends
@@ -66,6 +73,10 @@ def test_models_answer_and_learn_on_the_cpu_and_auto_is_torch_on_the_gpu():
     assert on_gpu == "torch"
     assert f"its self-test failed on cuda, whose name cannot be read (RuntimeError: {TOO_OLD})" in reason
     assert f"backend 'triton' cannot run on cuda tensors: {reason.replace('on cuda', 'on cuda:0')}" == by_name
+
+
+def test_the_model_of_the_quick_start_is_made_on_the_cpu():
+    assert run_python(BROKEN + QUICK_START).split() == ["[2]"]
 
 
 def test_env_names_what_is_broken():

@@ -189,6 +189,6 @@ def toy_model(seed: int = 0, *, layers: int = 6, hidden: int = 128) -> BertForSe
         label2id={name: i for i, name in enumerate(LABEL_NAMES)},
         pad_token_id=SPECIAL_TOKENS.index("[PAD]"),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
         return BertForSequenceClassification(config)
