@@ -115,7 +115,7 @@ def _trains_for(method: type[Method], rule: type[Criterion], task: str) -> str:
 
 def _fused(rule: str) -> dict[str, bool]:
     """Which back-ends have the rule: its parts are there, and listed."""
-    listed = re.findall(r"X\((\w+), \w+\)", (ROOT / "csrc" / "criteria" / "all.h").read_text(encoding="utf-8"))
+    listed = re.findall(r"X\((\w+), \w+\)", (ROOT / "csrc" / "criteria.h").read_text(encoding="utf-8"))
     cls = RULES[rule]
     return {
         "torch": cls.rule is not Criterion.rule,

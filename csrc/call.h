@@ -1,20 +1,23 @@
-// Checked arguments of an exit op as pointers and sizes, without torch types, so that kernels can take them by value;
-// and the decision on one row, shared by the CPU and CUDA implementations.
+// The arguments of the ops as pointers and sizes, without torch types, so that kernels can take them by value; and the
+// decision on one row, shared by the CPU and CUDA implementations.
 #pragma once
 
-#include "criteria/all.h"
+#include "criteria.h"
 
 namespace earlyexit {
 
 #define EE_RULE(name, Functor) k##Functor,
 enum class Rule { EE_CRITERIA(EE_RULE) };
 #undef EE_RULE
+#define EE_NAME(name, Functor) #name,
+constexpr const char* kRuleNames[] = {EE_CRITERIA(EE_NAME)};
+#undef EE_NAME
 
 enum class Pooling { kFirst, kMean, kNone };
 
 constexpr int kMaxParams = 3;  // MAX_PARAMS of earlyexit_kernels/criteria/base.py
 
-// Sizes as in the schema: B live rows of N requested ones, C classes, width H.
+// exit_step. Sizes as in the schema: B live rows of N requested ones, C classes, width H.
 struct Call {
   Rule rule;
   float params[kMaxParams];
@@ -40,17 +43,35 @@ struct Call {
   EE_HD bool pools_mean() const { return offsets != nullptr && pooling == Pooling::kMean; }
 };
 
-struct Decision {
-  bool leaves;
-  bool invalid;  // invalid logits: the row leaves at the last layer only, and keeps its state
+struct Compaction {
+  const int32_t* row_ids;
+  const int32_t* offsets;
+  int32_t* new_ids;
+  int32_t* new_offsets;
+  int32_t* source;
+  int64_t rows;
 };
 
-// Calls f with the functor of a rule.
+// gather_rows, of tokens of `token_bytes` each.
+struct Gather {
+  const void* hidden;
+  const int32_t* offsets;
+  const int32_t* source;
+  const int32_t* new_offsets;
+  void* out;
+  int64_t rows;
+  int64_t tokens;  // room in `out`
+  int64_t token_bytes;
+};
+
+// Returns f(functor of a rule).
 template <class F>
-void with_rule(Rule rule, F f) {
+auto with_rule(Rule rule, F f) {
 #define EE_CASE(name, Functor) \
   case Rule::k##Functor: return f(Functor{});
-  switch (rule) { EE_CRITERIA(EE_CASE) }
+  switch (rule) {
+    default: EE_CRITERIA(EE_CASE)
+  }
 #undef EE_CASE
 }
 
@@ -59,6 +80,11 @@ template <class Criterion>
 EE_HD float aux_of(const Call& call, int64_t i) {
   return Criterion::needs_aux ? call.aux[i] : 0.0f;
 }
+
+struct Decision {
+  bool leaves;
+  bool invalid;  // invalid logits: the row leaves at the last layer only, and keeps its state
+};
 
 // Decides on row n of the request. `answer` holds z on entry and the answer on return.
 template <class Criterion>

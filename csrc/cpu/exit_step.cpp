@@ -10,16 +10,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <optional>
-#include <string_view>
 #include <vector>
 
-#include "../bind.h"
+#include "../ops.h"
 
 namespace earlyexit {
 namespace {
-
-constexpr const char* kOp = "exit_step_cpp";
 
 // Sixteen partial sums, added in a fixed order: vectorises without reordering of floating-point operations.
 float dot(const float* a, const float* b, int64_t size) {
@@ -127,47 +123,38 @@ Counts step_all(const Call& call) {
 
 // Requires row ids within the request, and at least one token for every row to pool. Called before any write.
 void check_rows(const Call& call, int64_t tokens) {
-  if (call.offsets != nullptr) check_offsets(kOp, "offsets", call.offsets, call.rows, tokens);
+  if (call.offsets != nullptr) check_offsets(kExitStep, "offsets", call.offsets, call.rows, tokens);
   const bool pools = call.weight != nullptr && call.pools_tokens();
   int32_t highest = -1;
   for (int64_t i = 0; i < call.rows; ++i) highest = std::max(highest, call.row_ids[i]);
   if (!pools && highest < call.requests) return;
   for (int64_t i = 0; i < call.rows; ++i) {
     const int32_t n = call.row_ids[i];
-    EE_CHECK(n < call.requests, kOp, "expected row_ids below the ", call.requests, " rows of answers, got ", n,
+    EE_CHECK(n < call.requests, kExitStep, "expected row_ids below the ", call.requests, " rows of answers, got ", n,
              " at row ", i, "; row ids are rows of the request, or -1 for a row that has left");
-    EE_CHECK(n < 0 || !pools || call.offsets[i] < call.offsets[i + 1], kOp, "expected row ", i,
+    EE_CHECK(n < 0 || !pools || call.offsets[i] < call.offsets[i + 1], kExitStep, "expected row ", i,
              " to have a token to pool, got an empty segment at ", call.offsets[i],
              "; drop empty rows before packing, or set their row id to -1");
   }
 }
 
-at::Tensor exit_step(
-    const std::optional<at::Tensor>& hidden, const std::optional<at::Tensor>& offsets,
-    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-    const std::optional<at::Tensor>& logits, const std::optional<at::Tensor>& aux, const at::Tensor& row_ids,
-    const at::Tensor& state, const at::Tensor& answers, const at::Tensor& exit_layer, std::string_view criterion,
-    at::ArrayRef<double> params, std::string_view pooling, int64_t layer, int64_t depth) {
-  const ExitTensors tensors{hidden, offsets, weight, bias, logits, aux, row_ids, state, answers, exit_layer};
-  Call call = bind_exit(kOp, tensors, criterion, params, pooling, layer, depth);
-  check_rows(call, hidden && call.pools_tokens() ? hidden->size(0) : kAnySize);
-  at::Tensor weight32;
-  at::Tensor bias32;
-  if (hidden) {
+at::Tensor run(const ExitTensors& tensors, Call call) {
+  check_rows(call, tensors.hidden && call.pools_tokens() ? tensors.hidden->size(0) : kAnySize);
+  at::Tensor weight, bias;
+  if (tensors.hidden) {
     at::AutoDispatchBelowAutograd no_gradients;
-    weight32 = weight->to(at::kFloat);
-    bias32 = bias->to(at::kFloat);
-    call.weight = weight32.const_data_ptr();
-    call.bias = bias32.const_data_ptr();
+    weight = tensors.weight->to(at::kFloat);
+    bias = tensors.bias->to(at::kFloat);
+    call.weight = weight.const_data_ptr();
+    call.bias = bias.const_data_ptr();
   }
-
   Counts counts;
   AT_DISPATCH_SWITCH(
-      tensors.input().scalar_type(), kOp,
+      tensors.input().scalar_type(), kExitStep,
       AT_DISPATCH_CASE(at::kFloat, [&] { counts = step_all<scalar_t>(call); })
       AT_DISPATCH_CASE(at::kHalf, [&] { counts = step_all<scalar_t>(call); })
       AT_DISPATCH_CASE(at::kBFloat16, [&] { counts = step_all<scalar_t>(call); }));
-  at::Tensor out = at::empty({3}, row_ids.options());
+  at::Tensor out = at::empty({3}, tensors.row_ids.options());
   int32_t* numbers = out.mutable_data_ptr<int32_t>();
   numbers[0] = counts.live;
   numbers[1] = counts.tokens;
@@ -177,6 +164,6 @@ at::Tensor exit_step(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(earlyexit_kernels, CPU, library) { library.impl("exit_step_cpp", &exit_step); }
+TORCH_LIBRARY_IMPL(earlyexit_kernels, CPU, library) { library.impl("exit_step_cpp", &exit_step<run>); }
 
 }  // namespace earlyexit

@@ -11,8 +11,6 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>
@@ -20,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
-#include "layers.h"
+#include "../bindings.h"
+#include "../check.h"
 
 namespace earlyexit::cpu {
 namespace {
@@ -139,19 +137,8 @@ class OneDnnLayer {
 }  // namespace
 
 void bind_onednn_layer(pybind11::module_& module) {
-  pybind11::class_<OneDnnLayer>(module, "OneDnnLayer")
-      .def(pybind11::init(torch::wrap_pybind_function(
-          [](Tensors weights, Tensors packed, std::vector<double> eps, int64_t heads, std::string activation,
-             std::string variant, bool in_product, int64_t packed_up_to) {
-            return OneDnnLayer(std::move(weights), std::move(packed), std::move(eps), heads, std::move(activation),
-                               std::move(variant), in_product, packed_up_to);
-          })))
-      .def("__call__", torch::wrap_pybind_function_no_gil(
-                           [](const OneDnnLayer& layer, const at::Tensor& x, const std::vector<int64_t>& rows,
-                              const std::vector<int64_t>& widths, const Optionals& slots, const Optionals& masks,
-                              const Optionals& kept, const std::optional<at::Tensor>& inverse) {
-                             return layer(x, rows, widths, slots, masks, kept, inverse);
-                           }));
+  bind_class<OneDnnLayer, Tensors, Tensors, std::vector<double>, int64_t, std::string, std::string, bool, int64_t>(
+      module, kOp);
 }
 
 }  // namespace earlyexit::cpu

@@ -1,4 +1,4 @@
-// One post-norm encoder layer on packed tokens, by the vector kernels of csrc/cpu/kernels:
+// One post-norm encoder layer on packed tokens, by the vector kernels of csrc/cpu/simd:
 //
 //     y = norm(x + out(attend(query x, key x, value x)));  norm(y + outer(activation(inner y)))
 //
@@ -8,18 +8,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
 
-#include "../checks.h"
-#include "activations.h"
-#include "kernels/kernels.h"
-#include "layers.h"
+#include "../bindings.h"
+#include "names.h"
 
 namespace earlyexit::cpu {
 namespace {
@@ -52,11 +48,10 @@ struct Linear {
   const void* weight;   // [panels, depth / terms, columns, terms]
   const float* bias;    // [panels * columns]
   const float* scales;  // [panels * columns] of kInt8, else null
-  WeightType type;
+  const Format* format;
   int64_t itemsize, panels;
   int64_t inputs;  // values of a row
-  int64_t depth;   // terms of a sum: the inputs, and zeros up to a multiple of `terms`
-  int64_t terms;
+  int64_t depth;   // terms of a sum: the inputs, and zeros up to a multiple of the format's `terms`
 };
 
 class Steps {
@@ -127,9 +122,8 @@ class Steps {
   };
 
   Inputs inputs_of(const Linear& linear, const Matrix& x, int64_t rows) const {
-    const NarrowFunction narrow = kernels_.narrow[static_cast<int>(linear.type)];
-    const int64_t itemsize = kernels_.input_bytes[static_cast<int>(linear.type)];
-    if (narrow == nullptr) return {reinterpret_cast<const char*>(x.data), x.stride, itemsize};
+    const int64_t itemsize = linear.format->input_bytes;
+    if (linear.format->narrow == nullptr) return {reinterpret_cast<const char*>(x.data), x.stride, itemsize};
     static thread_local std::vector<char> buffer;
     static thread_local std::vector<float> scale_buffer;
     static thread_local std::vector<int32_t> sum_buffer;
@@ -139,7 +133,7 @@ class Steps {
     int32_t* sums = scratch(sum_buffer, rows);
     for (int64_t r = 0; r < rows; ++r) {
       char* to = values + r * stride * itemsize;
-      narrow(x.row(r), linear.inputs, to, scales + r, sums + r);
+      linear.format->narrow(x.row(r), linear.inputs, to, scales + r, sums + r);
       std::fill_n(to + linear.inputs * itemsize, gap * itemsize, char{0});
     }
     return {values, stride, itemsize, scales, sums};
@@ -149,7 +143,7 @@ class Steps {
   void multiply_panel(const Linear& linear, int64_t panel, bool has_next, const Inputs& inputs, int64_t rows,
                       const Matrix& out, Activation activation) const {
     const int64_t columns = kernels_.columns;
-    const int64_t step_bytes = columns * linear.terms * linear.itemsize;
+    const int64_t step_bytes = columns * linear.format->terms * linear.itemsize;
     const int64_t panel_bytes = linear.depth * columns * linear.itemsize;
     const char* weight = static_cast<const char*>(linear.weight) + panel * panel_bytes;
     const char* next = has_next && rows > kernels_.tile_rows ? weight + panel_bytes : nullptr;
@@ -157,7 +151,7 @@ class Steps {
     const float* bias = linear.bias + panel * columns;
     each_tile(rows, [&](int64_t r, int64_t height) {
       const void* from = inputs.data + r * inputs.stride * inputs.itemsize;
-      Tile tile{from, inputs.stride, weight, columns * linear.terms, bias, linear.depth, out.row(r), out.stride};
+      Tile tile{from, inputs.stride, weight, columns * linear.format->terms, bias, linear.depth, out.row(r), out.stride};
       if (next < next_end) {
         tile.next = next;
         next += kLineBytes;
@@ -167,7 +161,7 @@ class Steps {
         tile.row_scales = inputs.scales + r;
         tile.row_sums = inputs.sums + r;
       }
-      kernels_.tiles[static_cast<int>(linear.type)][height - 1](tile);
+      linear.format->tiles[height - 1](tile);
       kernels_.activate(activation, out.row(r), out.stride, height, columns);
     });
   }
@@ -195,7 +189,7 @@ class Steps {
     transpose(query.data + width_, query.stride, length, keys);
     const float* values = query.data + 2 * width_;
     const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-    const TileFunction* tiles = kernels_.tiles[static_cast<int>(WeightType::kFloat32)];
+    const TileFunction* tiles = kernels_.format(WeightType::kFloat32).tiles;
     each_tile(length, [&](int64_t r, int64_t height) {
       for (int64_t p = 0; p < panels; ++p) {
         tiles[height - 1]({query.row(r), query.stride, keys + p * size * columns, columns, nullptr, size,
@@ -228,29 +222,26 @@ class Steps {
   int64_t width_, heads_;
 };
 
-// The dtypes of packed weights, in the order of WeightType.
-constexpr at::ScalarType kStored[] = {at::kFloat, at::kHalf, at::kBFloat16, at::kByte};
-
 Linear find_linear(const Kernels& kernels, const char* name, const at::Tensor& weight, const at::Tensor& bias,
-                   int64_t outputs, int64_t depth) {
+                   int64_t outputs, int64_t inputs) {
   const at::ScalarType dtype = weight.scalar_type();
-  const at::ScalarType* found = std::find(std::begin(kStored), std::end(kStored), dtype);
-  EE_CHECK(found != std::end(kStored), kOp, "expected ", name, " to be float32, float16, bfloat16 or uint8, got ",
-           dtype_name(dtype), "; pack it with pack_weights");
-  const WeightType type = static_cast<WeightType>(found - std::begin(kStored));
-  const int64_t terms = kernels.terms[static_cast<int>(type)], columns = kernels.columns;
-  EE_CHECK(terms > 0, kOp, "expected AVX512-VNNI for weights in int8 on a processor with AVX-512; store them in another ",
-           "type, or set ATEN_CPU_CAPABILITY=avx2");
-  const int64_t panels = (outputs + columns - 1) / columns, steps = (depth + terms - 1) / terms;
-  check_tensor(kOp, name, weight, dtype, {panels, steps, columns, terms});
+  const std::optional<WeightType> type = find_type(dtype);
+  EE_CHECK(type, kOp, "expected ", name, " to be float32, float16, bfloat16 or uint8, got ", dtype_name(dtype),
+           "; pack it with pack_weights");
+  const Format& format = kernels.format(*type);
+  EE_CHECK(format.terms > 0, kOp, "expected AVX512-VNNI for weights in int8 on a processor with AVX-512; store them in ",
+           "another type, or set ATEN_CPU_CAPABILITY=avx2");
+  const int64_t columns = kernels.columns, panels = (outputs + columns - 1) / columns;
+  const int64_t steps = (inputs + format.terms - 1) / format.terms;
+  check_tensor(kOp, name, weight, dtype, {panels, steps, columns, format.terms});
   const bool scaled = type == WeightType::kInt8;
-  EE_CHECK(!scaled || depth <= kMostByteTerms, kOp, "expected at most ", kMostByteTerms, " inputs of ", name,
-           " for weights in int8, got ", depth, "; store them in another type");
+  EE_CHECK(!scaled || inputs <= kMostByteTerms, kOp, "expected at most ", kMostByteTerms, " inputs of ", name,
+           " for weights in int8, got ", inputs, "; store them in another type");
   check_tensor(kOp, name, bias, at::kFloat, {scaled ? 2 : 1, panels * columns});
   const float* vectors = bias.const_data_ptr<float>();
-  const float* scales = scaled ? vectors + panels * columns : nullptr;
   const int64_t itemsize = static_cast<int64_t>(weight.itemsize());
-  return {weight.const_data_ptr(), vectors, scales, type, itemsize, panels, depth, steps * terms, terms};
+  return {weight.const_data_ptr(), vectors, scaled ? vectors + panels * columns : nullptr, &format, itemsize, panels,
+          inputs, steps * format.terms};
 }
 
 // A layer with its packed weights. Calls do not change it, so threads may share it.
@@ -282,7 +273,7 @@ class PackedLayer {
   // x: tokens [..., H]; those of row i begin at offsets[i].
   at::Tensor operator()(const at::Tensor& x, const at::Tensor& offsets) const {
     EE_CHECK(x.scalar_type() == at::kFloat && x.dim() > 0 && x.size(-1) == width_, kOp, "expected x to be float32 [*, ",
-             width_, "], got ", dtype_name(x.scalar_type()), " ", shape_name(x.sizes()));
+             width_, "], got ", dtype_name(x.scalar_type()), " ", x.sizes());
     check_tensor(kOp, "offsets", offsets, at::kInt, {kAnySize});
     const int64_t tokens = x.numel() / width_, rows = offsets.size(0) - 1;
     EE_CHECK(rows >= 0, kOp, "expected offsets [B + 1], got an empty tensor; pass cumulative lengths");
@@ -341,14 +332,7 @@ class PackedLayer {
 
 void bind_packed_layer(pybind11::module_& module) {
   using Tensors = std::vector<at::Tensor>;
-  pybind11::class_<PackedLayer>(module, "PackedLayer")
-      .def(pybind11::init(torch::wrap_pybind_function(
-          [](Tensors weights, Tensors biases, Tensors norms, const std::vector<double>& eps, int64_t heads,
-             const std::string& activation) {
-            return PackedLayer(std::move(weights), std::move(biases), std::move(norms), eps, heads, activation);
-          })))
-      .def("__call__", torch::wrap_pybind_function_no_gil([](const PackedLayer& layer, const at::Tensor& x,
-                                                             const at::Tensor& offsets) { return layer(x, offsets); }));
+  bind_class<PackedLayer, Tensors, Tensors, Tensors, std::vector<double>, int64_t, std::string>(module, kOp);
 }
 
 }  // namespace earlyexit::cpu

@@ -26,8 +26,7 @@ __device__ Counts scan_block(Counts mine, Counts& total) {
   __shared__ Counts sums[kWarp];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-#pragma unroll 1
-  for (int step = 1; step < kWarp; step *= 2) {
+  EE_ROLLED for (int step = 1; step < kWarp; step *= 2) {
     const Counts left = __shfl_up_sync(kAllLanes, mine, step);
     if (lane >= step) mine += left;
   }
@@ -35,8 +34,7 @@ __device__ Counts scan_block(Counts mine, Counts& total) {
   __syncthreads();
   total = 0;
   Counts before = 0;
-#pragma unroll 1
-  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+  EE_ROLLED for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
     if (w == warp) before = total;
     total += sums[w];
   }
@@ -46,31 +44,28 @@ __device__ Counts scan_block(Counts mine, Counts& total) {
 
 // Plans the new positions: live rows first, in order, followed by ids of -1 without tokens.
 __global__ void __launch_bounds__(kScanThreads)
-    compact_kernel(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
-                   int32_t* source, int64_t rows) {
+    compact_kernel(const __grid_constant__ Compaction c) {
   Counts done = 0;
-#pragma unroll 1
-  for (uint32_t range = 0; range < rows; range += blockDim.x) {
+  EE_ROLLED for (uint32_t range = 0; range < c.rows; range += blockDim.x) {
     const uint32_t i = range + threadIdx.x;
-    const int32_t id = i < rows ? row_ids[i] : -1;
-    const int32_t tokens = id < 0 ? 0 : offsets[i + 1] - offsets[i];
+    const int32_t id = i < c.rows ? c.row_ids[i] : -1;
+    const int32_t tokens = id < 0 ? 0 : c.offsets[i + 1] - c.offsets[i];
     const Counts mine = id < 0 ? 0 : new_counts(1, tokens);
     Counts total;
     const Counts end = done + scan_block(mine, total);
     if (id >= 0) {
       const int32_t to = rows_of(end) - 1;
-      new_ids[to] = id;
-      source[to] = static_cast<int32_t>(i);
-      new_offsets[to + 1] = tokens_of(end);
+      c.new_ids[to] = id;
+      c.source[to] = static_cast<int32_t>(i);
+      c.new_offsets[to + 1] = tokens_of(end);
     }
     done += total;
   }
-  if (threadIdx.x == 0) new_offsets[0] = 0;
-#pragma unroll 1
-  for (uint32_t j = rows_of(done) + threadIdx.x; j < rows; j += blockDim.x) {
-    new_ids[j] = -1;
-    source[j] = -1;
-    new_offsets[j + 1] = tokens_of(done);
+  if (threadIdx.x == 0) c.new_offsets[0] = 0;
+  EE_ROLLED for (uint32_t j = rows_of(done) + threadIdx.x; j < c.rows; j += blockDim.x) {
+    c.new_ids[j] = -1;
+    c.source[j] = -1;
+    c.new_offsets[j + 1] = tokens_of(done);
   }
 }
 
@@ -88,12 +83,10 @@ __global__ void __launch_bounds__(kCopyThreads) gather_rows_kernel(const __grid_
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x;
   for (int64_t w = blockIdx.y * blockDim.x + threadIdx.x; w < words; w += kInFlight * step) {
     word_t held[kInFlight];
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
+    EE_UNROLLED for (int u = 0; u < kInFlight; ++u) {
       if (w + u * step < words) held[u] = from[w + u * step];
     }
-#pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
+    EE_UNROLLED for (int u = 0; u < kInFlight; ++u) {
       if (w + u * step < words) to[w + u * step] = held[u];
     }
   }
@@ -111,9 +104,8 @@ void launch_gather(const Gather& gather, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
-                    int32_t* source, int64_t rows, cudaStream_t stream) {
-  compact_kernel<<<1, kScanThreads, 0, stream>>>(row_ids, offsets, new_ids, new_offsets, source, rows);
+void launch_compact(const Compaction& compaction, cudaStream_t stream) {
+  compact_kernel<<<1, kScanThreads, 0, stream>>>(compaction);
 }
 
 void launch_gather_rows(const Gather& gather, cudaStream_t stream) {

@@ -82,20 +82,7 @@ inline Frame new_frame(const Call& call, Dtype dtype) {
 // counts [kCounts], 0 before the launch.
 void launch_exit_step(const Call& call, const Frame& frame, Dtype dtype, int32_t* counts, cudaStream_t stream);
 
-void launch_compact(const int32_t* row_ids, const int32_t* offsets, int32_t* new_ids, int32_t* new_offsets,
-                    int32_t* source, int64_t rows, cudaStream_t stream);
-
-// Tokens of `token_bytes` each.
-struct Gather {
-  const void* hidden;
-  const int32_t* offsets;
-  const int32_t* source;
-  const int32_t* new_offsets;
-  void* out;
-  int64_t rows;
-  int64_t tokens;  // maximum number of tokens to move
-  int64_t token_bytes;
-};
+void launch_compact(const Compaction& compaction, cudaStream_t stream);
 
 void launch_gather_rows(const Gather& gather, cudaStream_t stream);
 

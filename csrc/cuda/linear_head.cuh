@@ -26,8 +26,7 @@ __device__ void copy_packs(const Call& call, const Frame& frame, int c, int k, u
   k += threadIdx.x % kWarp * Pack<T>::kSize;
   const auto* from = class_weight<T>(call, frame, c, k);
   const int end = min(frame.width, k + frame.chunk * kStep);
-#pragma unroll 1
-  for (; k < end; k += kStep, from += kStep, chunk += kWarp) __pipeline_memcpy_async(chunk, from, kPackBytes);
+  EE_ROLLED for (; k < end; k += kStep, from += kStep, chunk += kWarp) __pipeline_memcpy_async(chunk, from, kPackBytes);
 }
 
 // Returns `sum` plus the products of that chunk with the pooled values from k on.
@@ -37,12 +36,10 @@ __device__ float add_products(const Call& call, const Frame& frame, const float*
   constexpr int kStep = kWarp * Pack<T>::kSize;
   k += threadIdx.x % kWarp * Pack<T>::kSize;
   const int end = min(frame.width, k + frame.chunk * kStep);
-#pragma unroll 1
-  for (; k < end; k += kStep, chunk += kWarp) {
+  EE_ROLLED for (; k < end; k += kStep, chunk += kWarp) {
     const Pack<T> pack = as_pack<T>(*chunk);
     const auto* factors = reinterpret_cast<const float4*>(pooled + k);
-#pragma unroll
-    for (int e = 0; e < Pack<T>::kSize; e += 4) {
+    EE_UNROLLED for (int e = 0; e < Pack<T>::kSize; e += 4) {
       const float4 four = factors[e / 4];
       sum += pack.value(e) * four.x;
       sum += pack.value(e + 1) * four.y;
@@ -76,18 +73,15 @@ __device__ void linear(const Call& call, const Frame& frame, FirstClass<T> first
   const int own = threadIdx.x / kWarp;
   const int values = frame.chunk * kWarp * Pack<T>::kSize;
   auto bias = first.bias;
-#pragma unroll 1
-  for (int c = own; c < frame.classes; c += blockDim.x / kWarp) {
+  EE_ROLLED for (int c = own; c < frame.classes; c += blockDim.x / kWarp) {
     if (c != own) bias = static_cast<const typename T::Bits*>(call.bias)[c];
     float sum = 0.0f;
-#pragma unroll 1
-    for (int k = 0; k < frame.width; k += values) {
+    EE_ROLLED for (int k = 0; k < frame.width; k += values) {
       if (c != own || k > 0) copy_packs<T>(call, frame, c, k, first.chunk);
       wait_for_copies();
       sum = add_products<T>(call, frame, pooled, k, first.chunk, sum);
     }
-#pragma unroll 1
-    for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
+    EE_ROLLED for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
     if (threadIdx.x % kWarp == 0) z[c] = answer[c] = sum + T::value(bias);
   }
 }

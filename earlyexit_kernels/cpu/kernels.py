@@ -1,4 +1,4 @@
-"""Encoder layers of BERT's form by the vector kernels of csrc/cpu/kernels, from weights packed once.
+"""Encoder layers of BERT's form by the vector kernels of csrc/cpu/simd, from weights packed once.
 
 A row has the same bits in every batch, since no sum depends on the other rows.
 """

@@ -1,4 +1,4 @@
-"""Weights of encoder layers of BERT's form, packed as the vector kernels of csrc/cpu/kernels read them."""
+"""Weights of encoder layers of BERT's form, packed as the vector kernels of csrc/cpu/simd read them."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ __all__ = [
 
 logger = logging.getLogger("earlyexit_kernels")
 
-#: The rules of the package, implemented by every back-end, in the order of csrc/criteria/all.h.
+#: The rules of the package, implemented by every back-end, in the order of csrc/criteria.h.
 RULES: dict[str, type[Criterion]] = {
     "full_depth": FullDepth,
     "entropy": Entropy,

@@ -1,25 +1,24 @@
 // The kernels for AVX2 with FMA and F16C.
 
-#include "kernels.h"
+#include "table.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(EE_X86)
 #include <immintrin.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
 namespace earlyexit::cpu {
 namespace {
 
-#include "vector_code.h"
+#include "math.h"
 
-#include "byte_code.h"
+#include "tile.h"
 
-__m128i half_values(const uint16_t* x) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)); }
+__m128i half_values(const void* x) { return _mm_loadu_si128(static_cast<const __m128i*>(x)); }
 
 struct Avx2 {
   using R = __m256;
@@ -27,8 +26,8 @@ struct Avx2 {
   static constexpr int dot_rows = 2;
   static R set(float x) { return _mm256_set1_ps(x); }
   static R load(const float* x) { return _mm256_loadu_ps(x); }
-  static R load_float16(const uint16_t* x) { return _mm256_cvtph_ps(half_values(x)); }
-  static R load_bfloat16(const uint16_t* x) {
+  static R load(const Float16* x) { return _mm256_cvtph_ps(half_values(x)); }
+  static R load(const BFloat16* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_values(x)), 16));
   }
   static void store(float* x, R value) { _mm256_storeu_ps(x, value); }
@@ -61,56 +60,41 @@ struct Avx2 {
 // Two products of 16 bits at once. `vpmaddubsw`, which multiplies bytes, would saturate, and with the signs moved from the
 // inputs to the weights it would take more instructions and registers.
 struct Pairs {
-  using V = Avx2;
-  using I = __m256i;
+  using Sum = __m256i;
   using Input = int16_t;
-  static constexpr int terms = 2;
-  static I set(int32_t x) { return _mm256_set1_epi32(x); }
-  static I load(const uint8_t* x) {
+  static Sum set(int32_t x) { return _mm256_set1_epi32(x); }
+  static Sum load(const uint8_t* x) {
     return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
   }
-  static I add_products(I sum, I weight, I x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, x)); }
-  static void store(float* x, I sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), sum); }
-  static V::R less(const float* sums, int32_t x) {
+  static Sum multiply_add(Sum sum, Sum weight, Sum x) { return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, x)); }
+  static void store(float* x, Sum sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), sum); }
+  static __m256 less(const float* sums, int32_t x) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums)), set(x)));
   }
-  static void store_inputs(Input* x, V::R values) {
+  static void store_inputs(Input* x, __m256 values) {
     const __m256i whole = _mm256_cvtps_epi32(values);
     const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(x), narrow);
   }
 };
 
-constexpr int kRows = 6;
-
 Kernels make() {
-  Kernels kernels = common_kernels<Avx2, kRows>("AVX2");
-  add_byte_kernels<Pairs, kRows>(kernels);
+  constexpr int kRows = 6;
+  Kernels kernels = float_kernels<Avx2, kRows>("AVX2");
+  add_tiles<Avx2, Bytes<Avx2, Pairs>, kRows>(kernels.formats[static_cast<int>(WeightType::kInt8)]);
   return kernels;
 }
 
 }  // namespace
-}  // namespace earlyexit::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-namespace earlyexit::cpu {
 
 const Kernels* avx2_kernels() {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
-    return nullptr;
-  }
   static const Kernels kernels = make();
   return &kernels;
 }
 
 }  // namespace earlyexit::cpu
-#else
-namespace earlyexit::cpu {
-const Kernels* avx2_kernels() { return nullptr; }
-}  // namespace earlyexit::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

@@ -12,6 +12,13 @@ enum class Activation { kNone, kGelu, kGeluTanh, kRelu, kTanh };
 enum class WeightType { kFloat32, kFloat16, kBFloat16, kInt8 };
 constexpr int kWeightTypes = 4;
 
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
 // Terms of a sum that are added before they are added to the sum of the terms before them.
 constexpr int64_t kDepthBlock = 384;
 constexpr int kMaxTileRows = 14;
@@ -53,16 +60,21 @@ using DotsFunction = void (*)(const Dots&);
 // their scale, which is NaN for a row that is not finite, and their sum; the others need neither.
 using NarrowFunction = void (*)(const float* x, int64_t count, void* out, float* scale, int32_t* sum);
 
+// The kernels of one type of weights.
+struct Format {
+  int64_t terms;  // of a sum that lie side by side in a panel: as many as are multiplied at once. 0: none runs
+  int64_t input_bytes;               // of one input of a tile
+  NarrowFunction narrow;             // null where the inputs are float32
+  TileFunction tiles[kMaxTileRows];  // by the number of rows - 1
+  DotsFunction dots;                 // null for kInt8
+};
+
 struct Kernels {
   const char* name;
   int64_t tile_rows;  // of the largest tile
   int64_t columns;    // of a panel
-  // Terms of a sum that lie side by side in a panel: 1, or as many as the processor multiplies at once. 0: none runs.
-  int64_t terms[kWeightTypes];
-  int64_t input_bytes[kWeightTypes];               // of one input of a tile
-  NarrowFunction narrow[kWeightTypes];             // null where the inputs are float32
-  TileFunction tiles[kWeightTypes][kMaxTileRows];  // by the number of rows - 1
-  DotsFunction dots[kWeightTypes];                 // null for kInt8
+  Format formats[kWeightTypes];
+  const Format& format(WeightType type) const { return formats[static_cast<int>(type)]; }
 
   // f(x) in place for some rows of a panel
   void (*activate)(Activation activation, float* x, int64_t stride, int64_t rows, int64_t count);
@@ -75,11 +87,14 @@ struct Kernels {
   void (*scale)(const float* x, float factor, int64_t count, float* out);
 };
 
-// Return the kernels of an instruction set, or null where they are not compiled or the processor lacks it.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EE_X86
+// The kernels of an instruction set, to be called where the processor has it; optional instructions are arguments.
 const Kernels* avx2_kernels();
-const Kernels* avx512_kernels();
+const Kernels* avx512_kernels(bool has_bfloat16, bool has_vnni);
+#endif
 
-// Return the kernels of this processor, or null. ATEN_CPU_CAPABILITY limits them as it limits those of torch.
+// Returns the kernels of this processor, or null. ATEN_CPU_CAPABILITY limits them as it limits those of torch.
 const Kernels* native_kernels();
 
 }  // namespace earlyexit::cpu
