@@ -9,7 +9,7 @@ and tries them first in the next run, which otherwise continues with the next ro
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -41,37 +41,19 @@ FINDINGS = ("wrong", "tracebacks", "crashes", "hangs")
 SHOWN = 4000
 
 
-@dataclasses.dataclass
-class Target:
-    """A file of tests, and what came of it.
-
-    Attributes:
-        examples: of each test in a round.
-        limit: seconds after which an example counts as hung.
-        memory: bytes that the process may take in addition to those it has, or None for no limit.
-        rounds, cases, seconds: of this run.
-        finding: one of `FINDINGS`, or empty.
-        message: of the finding.
-    """
-
-    examples: int
-    limit: float
-    memory: int | None = None
-    rounds: int = 0
-    cases: int = 0
-    seconds: float = 0.0
-    finding: str = ""
-    message: str = ""
-
-
+#: Target -> examples of each test in a round, and seconds after which an example counts as hung.
 TARGETS = {
-    "ops": Target(40, 120),
-    "hostile": Target(40, 120, memory=2 << 30),
-    "models": Target(20, 120),
-    "weights": Target(10, 120),
-    "checkpoints": Target(20, 120, memory=2 << 30),
-    "cli": Target(10, 300, memory=2 << 30),
+    "ops": (40, 120),
+    "hostile": (40, 120),
+    "models": (20, 120),
+    "weights": (10, 120),
+    "checkpoints": (20, 120),
+    "cli": (10, 300),
 }
+#: Seconds between two looks at the processes.
+POLL = 0.2
+#: Bytes that a process may take in addition to those it has.
+MEMORY = 3 << 30
 
 
 def run_round(name: str, number: int) -> int:
@@ -89,26 +71,27 @@ def run_round(name: str, number: int) -> int:
     return sum(len(phase.get("test-cases", ())) for phase in run)
 
 
-def serve(name: str, number: int, until: float, log: Path, pipe: Any) -> None:
+def serve(name: str, number: int, until: float, log: Path, scratch: str, pipe: Any) -> None:
     """Run rounds until the time is over; send ``(cases, kind of finding or "", its message)`` after each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tempfile.tempdir = scratch
     sys.stdout = sys.stderr = file = log.open("w", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
     faulthandler.enable(file=file)
-    target = TARGETS[name]
-    if target.memory is not None and "ASAN_OPTIONS" not in os.environ:  # the memory of a sanitizer counts too
+    if "ASAN_OPTIONS" not in os.environ:  # the memory of a sanitizer counts too
         used = int(re.findall(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text())[0]) << 10
-        resource.setrlimit(resource.RLIMIT_AS, (used + target.memory, used + target.memory))
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     hypothesis.settings.register_profile(
         "rounds",
         hypothesis.settings.get_profile("deep"),
-        max_examples=target.examples,
+        max_examples=TARGETS[name][0],
         verbosity=hypothesis.Verbosity.verbose,  # prints each example before it runs
     )
     hypothesis.settings.load_profile("rounds")
     while time.monotonic() < until:
         file.truncate(0)
+        file.seek(0)
         print(f"round {number}")
         try:
             pipe.send((run_round(name, number), "", ""))
@@ -121,82 +104,84 @@ def serve(name: str, number: int, until: float, log: Path, pipe: Any) -> None:
 
 
 class Child:
-    """The process of a target, as seen by the parent."""
+    """The process of a target, as seen by the parent.
 
-    def __init__(self, name: str, first: int, seconds: float) -> None:
-        self.target, self.log, self.number = TARGETS[name], FOLDER / f"{name}.log", first
+    Attributes:
+        number: of the round that runs.
+        rounds, cases, seconds: of this run.
+        finding, message: one of `FINDINGS` or "", and what is to be said of it.
+    """
+
+    def __init__(self, name: str, first: int, seconds: float, scratch: str) -> None:
+        self.name, self.number, self.log = name, first, FOLDER / f"{name}.log"
+        self.rounds, self.cases, self.seconds, self.finding, self.message = 0, 0, 0.0, "", ""
         self.log.write_text("")
+        # in polls and not by the clock, since both processes may be suspended
+        self.changed, self.idle = 0.0, 0.0
         self.began = time.monotonic()
         self.pipe, pipe = CONTEXT.Pipe(duplex=False)
-        arguments = (name, first, self.began + seconds, self.log, pipe)
+        arguments = (name, first, self.began + seconds, self.log, scratch, pipe)
         self.process = CONTEXT.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
         pipe.close()
 
     def runs(self) -> bool:
-        """Take what the process has sent, and end one that hangs; return whether it is still running."""
-        alive, target = self.process.is_alive(), self.target
-        while self.pipe.poll():
-            try:
-                cases, finding, message = self.pipe.recv()
-            except EOFError:
-                break
-            target.cases, target.finding, target.message = target.cases + cases, finding, message
-            if not finding:
-                target.rounds, self.number = target.rounds + 1, self.number + 1
-        target.seconds = time.monotonic() - self.began
-        if alive and time.time() - self.log.stat().st_mtime > target.limit:
+        """Take what the process has sent, and end it if it hangs; return whether it is still running."""
+        alive = self.process.is_alive()
+        with contextlib.suppress(EOFError):  # it has ended
+            while self.pipe.poll():
+                cases, self.finding, self.message = self.pipe.recv()
+                if not self.finding:
+                    self.number, self.rounds, self.cases = self.number + 1, self.rounds + 1, self.cases + cases
+        if alive:
+            self.seconds = time.monotonic() - self.began
+            changed, before = self.log.stat().st_mtime, self.changed
+            self.changed, self.idle = changed, 0.0 if changed != before else self.idle + POLL
+            if self.idle < TARGETS[self.name][1]:
+                return True
             os.kill(self.process.pid, signal.SIGABRT)  # faulthandler adds the stack to the log
             self.process.join()
-            alive, target.finding = False, "hangs"
-        if not alive and not target.finding and self.process.exitcode:
-            target.finding = "crashes"
-        if not alive and not target.message:
-            target.message = self.log.read_text(errors="replace")[-SHOWN:]
-        return alive
+        if not self.finding and self.process.exitcode:
+            self.finding = FINDINGS[3 if alive else 2]
+            log = self.log.read_text(errors="replace")
+            end = log.find("Fatal Python error")  # of faulthandler, below the last example
+            self.message = log[-SHOWN:] if end < 0 else log[max(0, end - SHOWN // 2) : end + SHOWN // 2]
+        return False
 
-
-def table(names: list[str]) -> str:
-    """Return a table of rounds, cases, seconds and findings of each target."""
-    rows = [["target", "rounds", "cases", "seconds", *FINDINGS]]
-    for name in names:
-        target = TARGETS[name]
-        numbers = (target.rounds, target.cases, round(target.seconds), *(int(target.finding == f) for f in FINDINGS))
-        rows.append([name, *map(str, numbers)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+    def row(self) -> list[str]:
+        """Return the row of the table."""
+        counts = (int(self.finding == finding) for finding in FINDINGS)
+        return [self.name, *map(str, (self.rounds, self.cases, round(self.seconds), *counts))]
 
 
 def main() -> int:
     """Run the targets side by side; return 1 if there are findings."""
-    parser = argparse.ArgumentParser(prog="python -m python_tests.deep", description=__doc__.partition(",")[0])
+    parser = argparse.ArgumentParser(prog="python -m python_tests.deep", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="duration (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(TARGETS), help="targets, separated by commas (default: all)")
-    parser.add_argument("--round", type=int, help="first round of every target (default: after that of the last run)")
+    parser.add_argument("--only", default=",".join(TARGETS), help="targets, separated by commas (default: %(default)s)")
+    parser.add_argument("--round", type=int, help="first round of every target (default: the one after the last run)")
     args = parser.parse_args()
     names = args.only.split(",")
     if unknown := sorted(set(names) - set(TARGETS)):
         parser.error(f"--only: expected targets among {', '.join(TARGETS)}, got {', '.join(unknown)}")
     FOLDER.mkdir(exist_ok=True)
     progress = FOLDER / "rounds.json"
-    first = json.loads(progress.read_text()) if progress.is_file() else {}
+    next_rounds = json.loads(progress.read_text()) if progress.is_file() else {}
     print(f"fuzzing {', '.join(names)}: {args.minutes:g} minutes", flush=True)
-    with tempfile.TemporaryDirectory(prefix="deep-") as scratch:
-        tempfile.tempdir = scratch  # removes the files of killed processes too
-        children = {
-            name: Child(name, first.get(name, 0) if args.round is None else args.round, args.minutes * 60)
-            for name in names
-        }
-        while [child for child in children.values() if child.runs()]:
-            time.sleep(0.2)
-    for name, child in children.items():
-        first[name] = child.number
-        if child.target.finding:
-            again = f"python -m python_tests.deep --only {name} --round {child.number}"
-            print(f"\n{name}, {child.target.finding}; to run it again: {again}\n{child.target.message}")
-    progress.write_text(json.dumps(first))
-    print(f"\n{table(names)}")
-    return int(any(child.target.finding for child in children.values()))
+    with tempfile.TemporaryDirectory(prefix="deep-") as scratch:  # with the files of killed processes
+        first = {name: next_rounds.get(name, 0) if args.round is None else args.round for name in names}
+        children = [Child(name, first[name], args.minutes * 60, scratch) for name in names]
+        while list(filter(Child.runs, children)):
+            time.sleep(POLL)
+    for child in children:
+        if child.finding:
+            again = f"python -m python_tests.deep --only {child.name} --round {child.number}"
+            print(f"\n{child.name}, {child.finding}: {again}\n{child.message}")
+    progress.write_text(json.dumps(next_rounds | {child.name: child.number for child in children}))
+    rows = [["target", "rounds", "cases", "seconds", *FINDINGS], *(child.row() for child in children)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print("", *("  ".join(map(str.rjust, row, widths)) for row in rows), sep="\n")
+    return int(any(child.finding for child in children))
 
 
 if __name__ == "__main__":

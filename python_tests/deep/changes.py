@@ -30,7 +30,9 @@ def change(draw: Any, arguments: Arguments) -> Arguments:
     for _ in range(choice(draw, (1, 1, 1, 2, 2, 3, 0))):
         tensors = [name for name, value in changed.items() if isinstance(value, Tensor)]
         if not tensors or chance(draw, 15):
-            changed[choice(draw, sorted(changed))] = choice(draw, OBJECTS)
+            others = sorted(set(changed) - set(tensors))
+            name = choice(draw, others if others and chance(draw, 60) else sorted(changed))
+            changed[name] = choice(draw, EDGES if isinstance(changed[name], int) and chance(draw, 60) else OBJECTS)
             continue
         name, kind = choice(draw, tensors), choice(draw, list(CHANGES))
         tensor = changed[name]
