@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import hypothesis
-from hypothesis import stateful, statistics
+from hypothesis import reporting, stateful, statistics
 from support import criterion_cases, models  # noqa: F401  what takes long to import, once for all targets
 from support.profiles import FOLDER
 
@@ -56,19 +56,15 @@ POLL = 0.2
 MEMORY = 3 << 30
 
 
-def run_round(name: str, number: int) -> int:
-    """Run each test of a target once and return the number of examples; raise the error of the first that fails."""
+def run_round(name: str, number: int) -> None:
+    """Run each test of a target once; raise the error of the first that fails."""
     module = importlib.import_module(f"deep.test_{name}")
-    phases: list[dict[str, Any]] = []
-    with statistics.collector.with_value(phases.append):
-        for test in vars(module).values():
-            if hypothesis.is_hypothesis_test(test):
-                hypothesis.seed(number)(test)()
-            elif getattr(test, "__module__", "") == module.__name__ and hasattr(test, "TestCase"):
-                machine = hypothesis.seed(number)(test)
-                stateful.run_state_machine_as_test(machine, settings=machine.TestCase.settings)
-    run = (phase.get(f"{name}-phase", {}) for phase in phases for name in ("reuse", "generate"))
-    return sum(len(phase.get("test-cases", ())) for phase in run)
+    for test in vars(module).values():
+        if hypothesis.is_hypothesis_test(test):
+            hypothesis.seed(number)(test)()
+        elif getattr(test, "__module__", "") == module.__name__ and hasattr(test, "TestCase"):
+            machine = hypothesis.seed(number)(test)
+            stateful.run_state_machine_as_test(machine, settings=machine.TestCase.settings)
 
 
 def serve(name: str, number: int, until: float, log: Path, scratch: str, pipe: Any) -> None:
@@ -93,12 +89,18 @@ def serve(name: str, number: int, until: float, log: Path, scratch: str, pipe: A
         file.truncate(0)
         file.seek(0)
         print(f"round {number}")
+        phases: list[dict[str, Any]] = []
+        finding = message = ""
         try:
-            pipe.send((run_round(name, number), "", ""))
+            with statistics.collector.with_value(phases.append), reporting.with_reporter(print):
+                run_round(name, number)
         except Exception as error:
             errors = getattr(error, "exceptions", (error,))  # of an ExceptionGroup
-            kind = FINDINGS[not all(isinstance(e, AssertionError) for e in errors)]
-            pipe.send((0, kind, "".join(traceback.format_exception(error))[-SHOWN:]))
+            finding = FINDINGS[not all(isinstance(e, AssertionError) for e in errors)]
+            message = "".join(traceback.format_exception(error))[-SHOWN:]
+        drawn = [phase.get(f"{kind}-phase", {}) for phase in phases for kind in ("reuse", "generate")]
+        pipe.send((sum(len(phase.get("test-cases", ())) for phase in drawn), finding, message))
+        if finding:
             return
         number += 1
 
@@ -131,8 +133,9 @@ class Child:
         with contextlib.suppress(EOFError):  # it has ended
             while self.pipe.poll():
                 cases, self.finding, self.message = self.pipe.recv()
+                self.cases += cases
                 if not self.finding:
-                    self.number, self.rounds, self.cases = self.number + 1, self.rounds + 1, self.cases + cases
+                    self.number, self.rounds = self.number + 1, self.rounds + 1
         if alive:
             self.seconds = time.monotonic() - self.began
             changed, before = self.log.stat().st_mtime, self.changed
