@@ -86,6 +86,12 @@ VALUES: dict[str, dict[str, dict[str, Verdict]]] = {
     },
     "demo": {"--output": {"/dev/full": False, "trained": False}},
 }
+#: Pairs of a command and one of these options; those for the targets of `calibrate` are in `TARGETS`.
+OPTIONS = [
+    (command, option)
+    for command in BASE
+    for option in sorted({*VALUES[command], *INVALID[command]} - {"--max-drop", "--speed-up", "--latency-ms", "--risk"})
+]
 #: Targets of `calibrate`.
 TARGETS: dict[str, Verdict] = {
     "--max-drop=0.5": True,
@@ -216,14 +222,14 @@ def both(*verdicts: Verdict) -> Verdict:
 
 def values(draw: Any) -> tuple[str, list[str], Verdict]:
     """Draw one or two options of a command."""
-    command = choice(draw, sorted(BASE))
-    options = sorted({*VALUES[command], *INVALID[command]} - {"--max-drop", "--speed-up", "--latency-ms", "--risk"})
+    command, first = choice(draw, OPTIONS)
+    others = draw(st.lists(st.sampled_from([name for of, name in OPTIONS if of == command]), max_size=1))
     argv, verdicts = [], []
-    for option in draw(st.lists(st.sampled_from(options), min_size=1, max_size=2, unique=True)):
+    for option in dict.fromkeys((first, *others)):
         invalid: dict[str, Verdict] = dict.fromkeys(INVALID[command].get(option, ()), False)
         table = invalid | VALUES[command].get(option, {})
         valid = [value for value, verdict in table.items() if verdict is not False]
-        value = choice(draw, valid if valid and chance(draw, 60) else list(table))
+        value = choice(draw, valid if valid and chance(draw, 40) else list(table))
         argv.append(f"{option}={value}")
         verdicts.append(table[value])
     if command == "calibrate":
@@ -284,7 +290,7 @@ def recipe_field(draw: Any) -> tuple[str, list[str], Verdict]:
     return "eval", BASE["eval"].split(), False if rows and not removed and value not in (True, 1e9) else None
 
 
-MISTAKES = (values, values, values, own_file, task_file, model_file, recipe_field)
+MISTAKES = (values, values, values, values, own_file, task_file, model_file, recipe_field)
 
 
 @pytest.mark.thorough
