@@ -42,8 +42,9 @@ def layers_of(model: Any, backbone: Any = None) -> Any:
     return model.adapter.layers(model.backbone if backbone is None else backbone)
 
 
-def layer_of(model: Any) -> Any:
-    return layers_of(model)[AT.get()]
+def layer_of(model: Any, backbone: Any = None) -> Any:
+    """Return the encoder layer to change; it may be in a group of layers."""
+    return model.adapter.parts(layers_of(model, backbone)[AT.get()])[0]
 
 
 def path_of(model: Any, part: str) -> str:
@@ -74,7 +75,8 @@ def weight_of(model: Any) -> nn.Parameter:
 
 def stack_of(backbone: Any) -> Any:
     """Return the module that has the list of layers, or the list where the backbone has it itself."""
-    return backbone.encoder if hasattr(backbone, "encoder") else backbone.layers
+    stacks = (getattr(backbone, name, None) for name in ("encoder", "transformer", "layers"))
+    return next(stack for stack in stacks if stack is not None)
 
 
 # writes to a tensor
@@ -160,7 +162,7 @@ def vector_to_parameters(model, base):
 
 @way
 def through_the_stock_model(model, base):
-    inner = layers_of(model, base.base_model)[AT.get()].get_submodule(path_of(model, "inner"))
+    inner = layer_of(model, base.base_model).get_submodule(path_of(model, "inner"))
     inner.weight.data.mul_(1.5)
 
 
