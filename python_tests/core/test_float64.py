@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.criterion_cases import CASES
 from support.leaving_models import most_spread
-from support.models import FAMILIES, balance_classes, batch_for, early_exit, varied_entropy
+from support.models import balance_classes, batch_for, early_exit, varied_entropy
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import RULES, Entropy, SkipGate
@@ -51,13 +51,14 @@ def check(model, batch, rule) -> torch.Tensor:
     return exit_layer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family):
+@pytest.mark.parametrize("family", ["bert", "albert", "modernbert", "llama", "deberta-v2"])
+def test_families(family):
     model, batch, trace = double(family)
     assert model.explain().backend == "torch"
     assert len(check(model, batch, varied_entropy(trace)).unique()) > 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_head(heads):
     """The answers are also close to those of the float32 model."""
@@ -74,6 +75,7 @@ def every_scalar():
     return double(method="berxit", halting=True, pooling="mean")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(every_scalar, name):
     model, batch, trace = every_scalar
@@ -82,12 +84,11 @@ def test_every_rule(every_scalar, name):
     assert len(exit_layer.unique()) >= min(CASES[name].exits, 2)
 
 
-@pytest.mark.parametrize("pooling", [None, "mean"])
-def test_skipped_layers(pooling):
+def test_skipped_layers():
     """At thresholds from all rows skip to none skips, against the pass without compaction."""
-    model, batch, trace = double(method="smartbert", pooling=pooling, criterion=Entropy(threshold=0.5))
+    model, batch, trace = double(method="smartbert", criterion=Entropy(threshold=0.5))
     rule, partly = varied_entropy(trace), 0
-    for threshold in (0.0, 0.46, 0.48, 0.5, 0.52, 0.54, 1.0):
+    for threshold in (0.0, 0.48, 0.52, 1.0):
         model.set_criterion(SkipGate(threshold=threshold, exit=rule))
         logits, exit_layer = model.fixed_depth()(**batch)
         for compaction in ("always", "never"):

@@ -50,114 +50,87 @@ class Doubling(nn.Dropout):
         return 2 * x
 
 
-def put(path, module):
-    return lambda layer: layer.set_submodule(path, module() if isinstance(module, type) else module)
+def another(module):
+    return lambda old: module
 
 
-def linear(path, inputs, outputs, *, bias=True):
-    return lambda layer: layer.set_submodule(path, nn.Linear(inputs, outputs, bias=bias))
+def setting(**values):
+    return lambda module: vars(module).update(values)
 
 
-def attribute(path, **values):
-    return lambda layer: vars(layer.get_submodule(path)).update(values)
+def hook(module) -> None:
+    module.register_forward_hook(lambda module, inputs, output: output + 1)
 
 
-def replaced(path, change):
-    return lambda layer: layer.set_submodule(path, change(layer.get_submodule(path)))
+def own_forward(module) -> None:
+    module.forward = module.forward
 
 
-def hook(path):
-    return lambda layer: layer.get_submodule(path).register_forward_hook(lambda module, given, out: out + 1)
+def lora(linear):
+    peft, holder = pytest.importorskip("peft"), nn.ModuleDict({"linear": linear})
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["linear"], init_lora_weights=False), holder)
+    return holder["linear"]
 
 
-def own_forward(path):
-    return lambda layer: attribute(path, forward=layer.get_submodule(path).forward)(layer)
+def quantized(linear):
+    return torch.ao.quantization.quantize_dynamic(nn.ModuleList([linear]), {nn.Linear}, dtype=torch.qint8)[0]
 
 
-def lora(layer) -> None:
-    peft = pytest.importorskip("peft")
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["Wqkv"], init_lora_weights=False), layer)
+def of_another_package(norm) -> None:
+    norm.__class__ = type("EuroBertRMSNorm", (type(norm),), {"__module__": "own"})
 
 
-def quantized(layer) -> None:
-    torch.ao.quantization.quantize_dynamic(layer.mlp, {nn.Linear}, dtype=torch.qint8, inplace=True)
-
-
-def norm_of_another_package(layer) -> None:
-    layer.input_layernorm.__class__ = type("EuroBertRMSNorm", (type(layer.input_layernorm),), {"__module__": "own"})
-
-
-def bias_of_a_norm(layer) -> None:
-    layer.input_layernorm.bias = nn.Parameter(torch.zeros(64))
+def bias_of_a_norm(norm) -> None:
+    norm.bias = nn.Parameter(torch.zeros(64))
 
 
 BERT, GATED, GROUPED = "bert", "modernbert", "eurobert"
-NOT_NORM = "is not a plain LayerNorm"
+HOOK, NOT_NORM, UNKNOWN = "has a forward hook", "is not a plain LayerNorm", "is not supported"
 WITHOUT_WEIGHTS = "is not one of the activations of transformers without weights"
-#: What happens to layer 3 -> the family, the change, and words of the reason against the fused layer.
-REFUSED = {
-    "a scripted linear": (
-        *(BERT, replaced("output.dense", torch.jit.script)),
-        "output.dense (RecursiveScriptModule) has a forward hook",
-    ),
-    "an adapted linear": (
-        *(BERT, put("attention.self.query", Adapted(64, 64))),
-        "query (Adapted) is not a plain Linear",
-    ),
-    "a linear without bias": (
-        *(BERT, linear("output.dense", 96, 64, bias=False)),
-        "output.dense (Linear) is not a plain Linear with weight and bias",
-    ),
-    "a module more": (BERT, put("output.adapter", nn.Linear(64, 64)), "output.adapter (Linear) is not supported"),
-    "another activation": (
-        *(BERT, put("intermediate.intermediate_act_fn", nn.SiLU())),
-        "intermediate.intermediate_act_fn (SiLU) is not one of the activations",
-    ),
-    "an activation of a known name": (
-        *(BERT, put("intermediate.intermediate_act_fn", ReLU())),
-        "intermediate.intermediate_act_fn (ReLU) is not one of the activations",
-    ),
-    "another dropout": (BERT, put("output.dropout", Doubling()), "output.dropout (Doubling) is not supported"),
-    "a hook": (BERT, hook("attention.output.dense"), "attention.output.dense (Linear) has a forward hook"),
-    "its own forward": (BERT, own_forward("output"), "output (BertOutput) has a forward hook"),
-    "gated: LoRA": (GATED, lora, "attn.Wqkv (Linear) is not a plain Linear"),
-    "gated: a quantized linear": (GATED, quantized, "mlp.Wi (Linear) is not a plain Linear"),
-    "gated: another norm": (GATED, put("attn_norm", nn.RMSNorm(64)), f"attn_norm (RMSNorm) {NOT_NORM}"),
-    "gated: another activation": (GATED, put("mlp.act", nn.Softmax(dim=1)), f"mlp.act (Softmax) {WITHOUT_WEIGHTS}"),
-    "gated: an activation with weight": (GATED, put("mlp.act", nn.PReLU()), f"mlp.act (PReLU) {WITHOUT_WEIGHTS}"),
-    "gated: causal": (GATED, attribute("attn", is_causal=True), "attn (ModernBertAttention) is causal"),
-    "gated: another scale": (
-        *(GATED, attribute("attn", scaling=1.0)),
-        "attn (ModernBertAttention) scales by 1, expected 1 / sqrt(16)",
-    ),
-    "grouped: another norm": (
-        *(GROUPED, put("input_layernorm", nn.RMSNorm(64))),
-        f"input_layernorm (RMSNorm) {NOT_NORM}",
-    ),
-    "grouped: a norm of another package": (
-        *(GROUPED, norm_of_another_package),
-        f"input_layernorm (EuroBertRMSNorm) {NOT_NORM}",
-    ),
-    "grouped: a bias of a norm": (GROUPED, bias_of_a_norm, f"input_layernorm (EuroBertRMSNorm) {NOT_NORM}"),
-    "grouped: a norm within heads": (
-        *(GROUPED, put("self_attn.q_norm", nn.LayerNorm(16))),
-        "self_attn.q_norm (LayerNorm) is not supported",
-    ),
-    "grouped: soft-capped": (
-        *(GROUPED, attribute("self_attn", attn_logit_softcapping=2.0)),
-        "self_attn (EuroBertAttention) has attn_logit_softcapping 2.0, which layers of this form do not",
-    ),
-}
+ACTIVATIONS = "is not one of the activations ['GELUActivation', 'GELUTanh', 'NewGELUActivation', 'ReLU']"
+ACT, SOFTCAP = "intermediate.intermediate_act_fn", "attn_logit_softcapping"
+#: What happens to layer 3: the family, a module, its change, and the reason against the fused layer.
+REFUSED = [
+    (BERT, "output.dense", torch.jit.script, HOOK),
+    (BERT, "attention.self.query", another(Adapted(64, 64)), "is not a plain Linear with weight and bias"),
+    (BERT, "output.dense", another(nn.Linear(96, 64, bias=False)), "is not a plain Linear with weight and bias"),
+    (BERT, "output.adapter", another(nn.Linear(64, 64)), UNKNOWN),
+    (BERT, ACT, another(nn.SiLU()), ACTIVATIONS),
+    (BERT, ACT, another(ReLU()), ACTIVATIONS),
+    (BERT, "output.dropout", another(Doubling()), UNKNOWN),
+    (BERT, "attention.output.dense", hook, HOOK),
+    (BERT, "output", own_forward, HOOK),
+    (GATED, "attn.Wqkv", lora, "is not a plain Linear"),
+    (GATED, "mlp.Wi", quantized, "is not a plain Linear"),
+    (GATED, "attn_norm", another(nn.RMSNorm(64)), NOT_NORM),
+    (GATED, "mlp.act", another(nn.Softmax(dim=1)), WITHOUT_WEIGHTS),
+    (GATED, "mlp.act", another(nn.PReLU()), WITHOUT_WEIGHTS),
+    (GATED, "attn", setting(is_causal=True), "is causal"),
+    (GATED, "attn", setting(scaling=1.0), "scales by 1, expected 1 / sqrt(16)"),
+    (GROUPED, "input_layernorm", another(nn.RMSNorm(64)), NOT_NORM),
+    (GROUPED, "input_layernorm", of_another_package, NOT_NORM),
+    (GROUPED, "input_layernorm", bias_of_a_norm, NOT_NORM),
+    (GROUPED, "self_attn.q_norm", another(nn.LayerNorm(16)), UNKNOWN),
+    (GROUPED, "self_attn", setting(**{SOFTCAP: 2.0}), f"has {SOFTCAP} 2.0, which layers of this form do not"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_layer_of_another_kind_runs_as_the_familys_own(case, caplog):
+def change(layer, path, how):
+    """Change a module of a layer, or put another one in its place; return the one that lies there then."""
+    new = how(dict(layer.named_modules()).get(path))
+    if new is not None:
+        layer.set_submodule(path, new)
+    return layer.get_submodule(path)
+
+
+@pytest.mark.parametrize(("family", "path", "how", "reason"), REFUSED)
+def test_a_layer_of_another_kind_runs_as_the_familys_own(family, path, how, reason, caplog):
     """Seen where it was packed before and where it was not; 'auto' says it once, 'fused' raises."""
-    family, change, words = REFUSED[case]
     model = early_exit(family)
     batch = batch_for(model)
     model(**batch)
-    change(model.view().layers[2])
+    module = change(model.view().layers[2], path, how)
+    words = f"{path} ({type(module).__name__}) {reason}"
     own, unpacked = copy.deepcopy(model), copy.deepcopy(model)
     own.configure(path="eager")
     expected = own.trace(**batch).logits
@@ -169,9 +142,7 @@ def test_a_layer_of_another_kind_runs_as_the_familys_own(case, caplog):
     assert [run is layer for run, layer in zip(runs, model.view().layers, strict=True)] == [False, False, True, False]
     for each in (model, unpacked):
         assert apart(each.trace(**batch).logits, expected) <= TOLERANCE
-        path, reason = each.explain()[:2]
-        assert path == "fused" and reason.startswith("they are supported and faster, except in layer 3: ")
-        assert words in reason
+        assert each.explain()[:2] == ("fused", f"they are supported and faster, except in layer 3: {words}")
         with pytest.raises(BackendUnavailableError, match="use 'auto' or 'eager'") as error:
             each.configure(path="fused")
         assert words in str(error.value) and each.explain().path == "fused"
@@ -181,7 +152,7 @@ def test_a_change_under_the_path_fused_raises():
     model = early_exit()
     model.configure(path="fused")
     model(**batch_for(model))
-    hook("output.dense")(model.view().layers[0])
+    change(model.view().layers[0], "output.dense", hook)
     with pytest.raises(BackendUnavailableError, match="forward hook"):
         model(**batch_for(model))
 
@@ -193,34 +164,27 @@ def test_parameters_of_other_modules_may_not_be_in_a_dict():
     assert "output.dense (MkldnnLinear)" in model.explain().reason
 
 
-#: Settings with which the family's layer raises an error -> family, change, words of the reason against the fused one.
-BROKEN = {
-    "window": (GATED, attribute("attn", sliding_window=0), "sliding_window 0, expected None or at least 1"),
-    "heads": (GATED, attribute("attn", head_dim=15), "head_dim 15, expected a divisor of a third of 192"),
-    "out": (GATED, linear("attn.Wo", 64, 32), "shape [32, 64], expected [64, 64]"),
-    "inner": (GATED, linear("mlp.Wi", 64, 191), "shape [191, 64], expected [190, 64]"),
-    "outer": (GATED, linear("mlp.Wo", 96, 32), "shape [32, 96], expected [64, 96]"),
-    "width of shared heads": (
-        *(GROUPED, attribute("self_attn", head_dim=15, scaling=15**-0.5)),
-        "head_dim 15, and query, key and value of [64, 32, 32], expected whole heads",
-    ),
-    "heads of the value": (
-        *(GROUPED, linear("self_attn.v_proj", 64, 48)),
-        "query, key and value of [64, 32, 48]",
-    ),
-    "inputs of the key": (GROUPED, linear("self_attn.k_proj", 48, 32), "shape [32, 48], expected [32, 64]"),
-    "output": (GROUPED, linear("self_attn.o_proj", 48, 64), "shape [64, 48], expected [64, 64]"),
-    "second half": (GROUPED, linear("mlp.up_proj", 64, 95), "shape [95, 64], expected [96, 64]"),
-    "outer of halves": (GROUPED, linear("mlp.down_proj", 95, 64), "shape [64, 95], expected [64, 96]"),
-}
+#: Settings with which the family's layer raises an error: family, module, change, words of the reason.
+BROKEN = [
+    (GATED, "attn", setting(sliding_window=0), "sliding_window 0, expected None or at least 1"),
+    (GATED, "attn", setting(head_dim=15), "head_dim 15, expected a divisor of a third of 192"),
+    (GATED, "attn.Wo", another(nn.Linear(64, 32)), "shape [32, 64], expected [64, 64]"),
+    (GATED, "mlp.Wi", another(nn.Linear(64, 191)), "shape [191, 64], expected [190, 64]"),
+    (GATED, "mlp.Wo", another(nn.Linear(96, 32)), "shape [32, 96], expected [64, 96]"),
+    (GROUPED, "self_attn", setting(head_dim=15, scaling=15**-0.5), "[64, 32, 32], expected whole heads"),
+    (GROUPED, "self_attn.v_proj", another(nn.Linear(64, 48)), "query, key and value of [64, 32, 48]"),
+    (GROUPED, "self_attn.k_proj", another(nn.Linear(48, 32)), "shape [32, 48], expected [32, 64]"),
+    (GROUPED, "self_attn.o_proj", another(nn.Linear(48, 64)), "shape [64, 48], expected [64, 64]"),
+    (GROUPED, "mlp.up_proj", another(nn.Linear(64, 95)), "shape [95, 64], expected [96, 64]"),
+    (GROUPED, "mlp.down_proj", another(nn.Linear(95, 64)), "shape [64, 95], expected [64, 96]"),
+]
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_errors_are_those_of_the_family(case):
-    family, change, words = BROKEN[case]
+@pytest.mark.parametrize(("family", "path", "how", "words"), BROKEN)
+def test_errors_are_those_of_the_family(family, path, how, words):
     model = early_exit(family)
     model(**batch_for(model))
-    change(model.view().layers[1])
+    change(model.view().layers[1], path, how)
     assert words in model.explain().reason
     with pytest.raises((RuntimeError, ValueError)):
         model(**batch_for(model))
@@ -274,35 +238,26 @@ def with_another_argument(backbone, hidden, positions):
     return [{**arguments, "output_attentions": False} for arguments in own]
 
 
-#: What the adapter of a family gives its layers, without which they would be computed -> the reason.
-ARGUMENTS = {
-    "no positions": (
-        *("modernbert", {"layer_arguments": None}),
-        "has no layer_arguments, expected the rotary positions that layers of GatedLayerNames take",
+#: Family, what its adapter gives its layers, without which they would be computed, and the reason against it.
+ARGUMENTS = [
+    (
+        "modernbert",
+        "layer_arguments",
+        None,
+        "has no layer_arguments, expected the rotary positions that layers of Gated",
     ),
-    "positions": (
-        *("bert", {"layer_arguments": backbones.BACKBONES["llama"].layer_arguments}),
-        "has layer_arguments, which layers of LayerNames do not take",
-    ),
-    "more than positions": (
-        *("modernbert", {"layer_arguments": with_another_argument}),
-        "gives its layers output_attentions, layers of GatedLayerNames take position_embeddings alone",
-    ),
-    "rectangles": (
-        *("bert", {"rectangle_arguments": lambda backbone, states, keep: {}}),
-        "has rectangle_arguments, its layers compute attention themselves; expected names=None",
-    ),
-}
+    ("bert", "layer_arguments", backbones.BACKBONES["llama"].layer_arguments, "has layer_arguments, which layers of"),
+    ("modernbert", "layer_arguments", with_another_argument, "gives its layers output_attentions, layers of Gated"),
+    ("bert", "rectangle_arguments", dict, "has rectangle_arguments, its layers compute attention themselves"),
+]
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_layers_that_take_other_arguments(case):
-    family, changed, words = ARGUMENTS[case]
+@pytest.mark.parametrize(("family", "field", "value", "words"), ARGUMENTS)
+def test_layers_that_take_other_arguments(family, field, value, words):
     model = early_exit(family)
-    adapter = dataclasses.replace(model.adapter, **changed)
-    with pytest.raises(Unsupported) as error:
+    adapter = dataclasses.replace(model.adapter, **{field: value})
+    with pytest.raises(Unsupported, match=f"^the adapter of {family!r} {words}"):
         model.runner.paths["fused"].layers.refusals(adapter, model.backbone, torch.float32)
-    assert str(error.value) == f"the adapter of {family!r} {words}"
 
 
 def test_an_argument_that_only_the_layers_of_the_family_take():

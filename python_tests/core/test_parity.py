@@ -25,12 +25,12 @@ TOLERANCE = 1e-5
 
 @pytest.mark.sample(2)
 @pytest.mark.parametrize(("family", "attention"), [(f, a) for f in ALL_FAMILIES for a in attentions_of(f)])
-def test_never_exit_logits_equal_stock(family, attention, record_property):
+def test_never_exit_logits_equal_stock(family, attention):
     base = stock(family, attention=attention)
     model = ee.to_early_exit(base)
     worst = 0.0
     for kind in kinds_of(family):
-        for seed, lengths in enumerate([(17, 3, 9, 12), (1, 2), (30, 4, 4, 29, 16, 5, 5), (6,), (40, 40)]):
+        for seed, lengths in enumerate([(17, 3, 9, 12), (1, 2), (30, 4, 4, 29, 16, 5, 5)]):
             if kind in ("holes", "pad_ids_attended") and min(lengths) < 3:
                 continue
             batch = batch_for(base, kind, lengths=lengths, seed=seed)
@@ -38,8 +38,6 @@ def test_never_exit_logits_equal_stock(family, attention, record_property):
                 expected, got = base(**batch).logits, model(**batch).logits
             assert expected.std() > 0.05 or len(lengths) == 1
             worst = max(worst, (got - expected).abs().max().item())
-    record_property("parity", worst)
-    print(f"{family} against {attention}: {worst:.1e}")
     assert worst <= TOLERANCE
 
 
@@ -81,10 +79,10 @@ def test_token_types_and_positions_without_a_mask(family):
     assert all(changed)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("pooling", ["mean", None])
 @pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in RECTANGULAR])
-def test_hidden_states_of_attended_tokens_equal_stock(family, pooling, record_property):
+def test_hidden_states_of_attended_tokens_equal_stock(family, pooling):
     base = stock(family)
     model = ee.to_early_exit(base, pooling=pooling)
     seen = []
@@ -107,11 +105,10 @@ def test_hidden_states_of_attended_tokens_equal_stock(family, pooling, record_pr
         for ours, theirs in zip(seen, expected, strict=True):
             assert ours.shape == (1, *theirs[attended].shape)
             worst = max(worst, (ours[0] - theirs[attended]).abs().max().item())
-    record_property("parity of hidden states", worst)
-    print(f"{family} pooling {pooling}: {worst:.1e}")
     assert worst <= TOLERANCE
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_mean_pooling_is_the_mean_of_attended_tokens(family):
     base = stock(family)
@@ -124,6 +121,7 @@ def test_mean_pooling_is_the_mean_of_attended_tokens(family):
         assert (model(**batch).logits - expected).abs().max() <= TOLERANCE
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_packed_attention_without_a_plan_is_sdpa(family):
     """`model.backbone` alone computes the stock encoder, padding mask included."""
