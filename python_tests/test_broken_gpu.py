@@ -66,24 +66,20 @@ sys.exit(earlyexit_cli.main(sys.argv[1:]))
 """
 
 
-def test_models_answer_and_learn_on_the_cpu_and_auto_is_torch_on_the_gpu():
-    leaving, on_cpu, on_gpu, reason, by_name = run_python(BROKEN + ANSWERS + CHOICES).splitlines()
+def test_a_program_runs_on_the_cpu_and_auto_is_torch_on_the_gpu():
+    """Models answer and learn, the reasons name what is broken, and so does the command."""
+    out = run_python(BROKEN + ANSWERS + QUICK_START + CHOICES + COMMAND, "env", timeout=300)
+    leaving, on_cpu, quick_start, on_gpu, reason, by_name, *env = out.splitlines()
     assert len(leaving) > len("[1, 2]")
     assert on_cpu in ("cpp", "torch")
+    assert quick_start == "[2]"
     assert on_gpu == "torch"
     assert f"its self-test failed on cuda, whose name cannot be read (RuntimeError: {TOO_OLD})" in reason
     assert f"backend 'triton' cannot run on cuda tensors: {reason.replace('on cuda', 'on cuda:0')}" == by_name
-
-
-def test_the_model_of_the_quick_start_is_made_on_the_cpu():
-    assert run_python(BROKEN + QUICK_START).split() == ["[2]"]
-
-
-def test_env_names_what_is_broken():
-    out = run_python(BROKEN + COMMAND, "env")
-    assert f"unusable (RuntimeError: {TOO_OLD})" in out
-    assert "Back-ends on cpu tensors" in out
-    assert "Back-ends on cuda:0 tensors ('auto' selects 'torch')" in out
+    said = "\n".join(env)
+    assert f"unusable (RuntimeError: {TOO_OLD})" in said
+    assert "Back-ends on cpu tensors" in said
+    assert "Back-ends on cuda:0 tensors ('auto' selects 'torch')" in said
 
 
 def test_commands_that_would_use_the_gpu_say_how_not_to(monkeypatch):

@@ -15,7 +15,7 @@ from support.criterion_cases import example
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import backends, criteria, ops
-from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, StockHead, adapter_of
+from earlyexit_kernels.backbones import BACKBONES, BackboneAdapter, adapter_of
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion
 from earlyexit_kernels.criteria.registration import STEP_ARGUMENTS
 from earlyexit_kernels.heads import HeadConfig
@@ -32,33 +32,26 @@ SOURCE = re.compile(
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-def test_criterion_name_class_and_file_agree(name):
-    cls = CRITERIA[name]
-    assert cls.name == name and issubclass(cls, Criterion) and type(example(name)) is cls
+def test_criterion_is_complete(name):
+    """Its class, its file and its source; a rule also has parameters, shapes and a step in Triton."""
+    cls, rule = CRITERIA[name], example(name)
+    assert cls.name == name and issubclass(cls, Criterion) and type(rule) is cls
     assert cls.__name__ in ee.criteria.__all__ and getattr(ee.criteria, cls.__name__) is cls
     assert inspect.getmodule(cls).__file__.endswith(f"{name}.py"), "one file per rule, named as in the table"
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_rule_is_complete(name):
-    cls, rule = RULES[name], example(name)
-    assert rule.exit_rule is rule and rule.skip_from is None
+    if name != "full_depth":
+        assert SOURCE.search(inspect.getmodule(cls).__doc__)
+    if name not in RULES:
+        return
+    assert rule.exit_rule is rule and rule.skip_from is None and cls.tasks
     assert len(rule.params(1)) <= criteria.base.MAX_PARAMS
     assert cls.rule is not Criterion.rule, "no torch rule"
     assert cls.needs is None or cls.needs in AUX_ACTIVATIONS
-    assert cls.tasks
     if not backends._TRITON_MISSING:
         assert tuple(inspect.signature(cls.triton_step.fn).parameters) == STEP_ARGUMENTS
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_torch_rule_returns_the_documented_shapes(name):
-    rule = example(name)
     rows, classes = 5, 3
     state = rule.new_state(rows, torch.device("cpu"), classes, torch.arange(rows))
     aux = None if rule.needs is None else torch.rand(rows)
-    z = torch.randn(rows, classes)
-    answer, leave, new_state = rule.rule(z, aux, state, 1, 4, rule.params(1))
+    answer, leave, new_state = rule.rule(torch.randn(rows, classes), aux, state, 1, 4, rule.params(1))
     assert answer.shape == (rows, classes) and answer.dtype == torch.float32
     assert leave.shape == (rows,) and leave.dtype == torch.bool
     assert new_state.shape == state.shape == (len(rule.initial_state(classes)), rows)
@@ -80,48 +73,32 @@ def test_python_and_cpp_list_the_same_rules_in_one_order():
     listed = re.findall(r"X\((\w+), (\w+)\)", header)
     assert [name for name, _ in listed] == list(RULES)
     assert re.findall(r"struct (\w+) : Uses<", header) == [functor for _, functor in listed]
+    (most,) = re.findall(r"constexpr int kMaxParams = (\d+);", (CSRC / "call.h").read_text())
+    assert int(most) == criteria.base.MAX_PARAMS
     if not ee.available_backends("cpu")["cpp"]:
         from earlyexit_kernels import _C
 
         assert set(_C.criteria) == set(RULES)
 
 
-def test_max_params_are_equal_in_python_and_cpp():
-    (most,) = re.findall(r"constexpr int kMaxParams = (\d+);", (CSRC / "call.h").read_text())
-    assert int(most) == criteria.base.MAX_PARAMS
+def test_what_names_a_source():
+    assert SOURCE.search("PABEE. NeurIPS 2020, arXiv\n// 2006.04152.")
+    assert SOURCE.search("BERxiT. EACL 2021, ACL Anthology 2021.eacl-main.8: a head")
+    assert SOURCE.search("// Source: this package.")
+    assert not SOURCE.search("A rule of this package.") and not SOURCE.search("arXiv, NeurIPS 2020")
 
 
-@pytest.mark.parametrize(
-    ("text", "names_one"),
-    [
-        ("PABEE. NeurIPS 2020, arXiv\n// 2006.04152.", True),
-        ("BERxiT. EACL 2021, ACL Anthology 2021.eacl-main.8: a head", True),
-        ("// Source: this package.", True),
-        ("A rule of this package.", False),
-        ("arXiv, NeurIPS 2020", False),
-    ],
-)
-def test_what_names_a_source(text, names_one):
-    assert bool(SOURCE.search(text)) == names_one
+def test_backbones_are_complete():
+    """Their fields are checked where they are registered."""
+    for name, adapter in BACKBONES.items():
+        assert isinstance(adapter, BackboneAdapter) and adapter is adapter_of(name) and adapter.model_type == name
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "full_depth"])
-def test_criterion_names_its_source(name):
-    assert SOURCE.search(inspect.getmodule(CRITERIA[name]).__doc__)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_backbone_is_complete(name):
-    adapter = BACKBONES[name]
-    assert isinstance(adapter, BackboneAdapter) and adapter is adapter_of(name)
-    assert adapter.model_type == name
-    assert isinstance(adapter.head, StockHead)
-    assert all(callable(part) for part in (adapter.embed, adapter.layers, adapter.positions, adapter.longest))
-
-
-def test_unknown_backbone_lists_the_supported_ones():
+def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match=r"'t5'.*'albert', 'bert'"):
         adapter_of("t5")
+    with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got 'magic'"):
+        method_of("magic")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -140,12 +117,6 @@ def test_method_is_complete(name):
     assert all(trained) and {"backbone", "early_exits", "last_exit"} <= frozenset.union(*trained) <= set(PARTS)
     assert len({phase.name for phase in method.phases}) == len(trained)
     assert all(phase.epochs > 0 and phase.lr > 0 for phase in method.phases)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_method_agrees_with_the_other_tables(name):
-    """Its exit rule is a criterion, and its head changes are fields of `HeadConfig`."""
-    method = method_of(name)
     assert method.rule in CRITERIA
     known = {field.name for field in dataclasses.fields(HeadConfig)}
     for shares_layers in (True, False):
@@ -154,28 +125,26 @@ def test_method_agrees_with_the_other_tables(name):
         HeadConfig(**changes)
 
 
-def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"method: expected one of .*'joint'.* got 'magic'"):
-        method_of("magic")
-
-
 PUBLIC = [(ee, name) for name in ee.__all__] + [(ops, name) for name in ops.__all__]
 PUBLIC += [(ee.criteria, name) for name in ee.criteria.__all__]
 PUBLIC += [(ee.methods, name) for name in ee.methods.__all__]
 
 
-@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda v: getattr(v, "__name__", v))
-def test_public_names_have_docstrings(module, name):
+def without_docstring(module, name) -> list[str]:
     thing = getattr(module, name)
     if not (inspect.isclass(thing) or inspect.isfunction(thing) or inspect.ismodule(thing)):
-        return
+        return []
     text = (vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__) or ""
-    assert len(text) > 20 and not text.startswith(f"{name}("), f"{name} has no docstring of its own"
+    bare = [] if len(text) > 20 and not text.startswith(f"{name}(") else [name]
     if inspect.isclass(thing):
         methods = {k: v for k, v in vars(thing).items() if not k.startswith("_") and inspect.isfunction(v)}
         inherited = {k for base in thing.__mro__[1:] for k in vars(base)}
-        bare = [k for k, v in methods.items() if not v.__doc__ and k not in inherited]
-        assert not bare, f"{name}: methods without a docstring: {bare}"
+        bare += [f"{name}.{k}" for k, v in methods.items() if not v.__doc__ and k not in inherited]
+    return bare
+
+
+def test_public_names_have_docstrings_of_their_own():
+    assert [bare for module, name in PUBLIC for bare in without_docstring(module, name)] == []
 
 
 def functions() -> list[tuple[Path, ast.FunctionDef]]:
