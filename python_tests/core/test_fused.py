@@ -212,10 +212,11 @@ def test_without_the_private_names_of_onednn(family, monkeypatch, caplog):
     assert [record.levelno for record in said] == [logging.WARNING] and "products by 'torch'" in said[0].message
 
 
-def test_without_the_extension(monkeypatch):
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+def test_without_the_extension(activation, monkeypatch):
     monkeypatch.setattr(layers, "available_backends", lambda device: {"cpp": "left out"})
-    leave_out_kernels(monkeypatch)
-    own, fused = pair()
+    use_products("packed", monkeypatch)
+    own, fused = pair(hidden_act=activation)
     assert type(fused_of(fused)[0]) is BertLayer
     assert_alike(own, fused, batch_for(own))
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from support.models import ALL_FAMILIES, batch_for, parameter_set, varied
+from support.models import batch_for, parameter_set, varied
 from support.rule_models import RULES, model_for_rule
 from torch import nn
 
@@ -36,45 +36,58 @@ def cheap(monkeypatch):
     monkeypatch.setitem(loop.COMPACTION_COSTS, "cpu", loop.CompactionCost(0, 0))
 
 
+def warm(family="bert", **settings):
+    """A model whose layers have been captured, where the fixture `replays` lets them, and its batch."""
+    model, batch = varied(family)
+    model.configure(path="captured", **settings)
+    for _ in range(3):
+        model(**batch)
+    return model, batch
+
+
 def family_answers(model, batch):
+    """The answers of the family's layers; captures are dropped."""
     model.configure(path="eager")
     expected = model(**batch)
     model.configure(path="captured")
     return expected
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+#: One of each way to call layers: the plan alone, positions, windows, soft-capped scores, rectangles.
+FAMILIES = ("bert", "albert", "distilbert", "modernbert", "eurobert", "llama", "mistral", "qwen3", "gemma2")
+FAMILIES += ("gemma3_text", "deberta", "deberta-v2", "mpnet")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_batch_is_answered_as_by_the_family(family, replays, cheap):
     """The first batch runs eagerly, the second captures, later ones replay; a batch of another shape goes between."""
     model, batch = varied(family)
     other = batch_for(model, lengths=(3, 9, 2, 5))
-    expected, expected_other = family_answers(model, batch), model.configure(path="eager") or model(**other)
-    model.configure(path="captured")
+    expected_other, expected = family_answers(model, other), family_answers(model, batch)
+    captures = []
     for number in range(4):
         agrees(model(**batch), expected)
         if number < 2:
             agrees(model(**other), expected_other)
-    assert replays.captures >= model.depth and replays.replays > replays.captures
-    before = replays.captures
-    agrees(model(**batch), expected)
-    assert replays.captures == before
+        captures.append(replays.captures)
+    assert captures[-1] == captures[-2] >= model.depth and replays.replays > captures[-1]
     assert model.explain().path == "captured"
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("compaction", ["auto", "always", "never"])
-def test_every_criterion_and_compaction(name, compaction, replays, cheap):
+def test_every_criterion_and_compaction(name, replays, cheap):
     model, batch = model_for_rule(name)
     expected = family_answers(model, batch)
-    model.configure(compaction=compaction)
-    for _ in range(3):
-        agrees(model(**batch), expected)
+    for compaction in ("auto", "always", "never"):
+        model.configure(compaction=compaction)
+        for _ in range(3):
+            agrees(model(**batch), expected)
     assert replays.replays or model.criterion.skip_from is not None, "layers that some rows skip run on the others"
 
 
 def test_rows_move_to_smaller_levels(replays, cheap):
-    model, batch = varied("bert")
+    model, batch = varied()
     batch = {name: values.repeat(8, 1) for name, values in batch.items()}
     expected = family_answers(model, batch)
     for _ in range(3):
@@ -83,23 +96,19 @@ def test_rows_move_to_smaller_levels(replays, cheap):
     assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
 def test_nothing_is_recorded_for_gradients(mode, replays):
     """Buffers that record what was written to them would hold every layer of every batch."""
-    model, batch = varied("bert")
+    model, batch = warm()
     with mode():
-        for _ in range(3):
-            out = model(**batch)
+        out = model(**batch)
     assert levels_of(model) and replays.replays
     buffers = [x for level in levels_of(model) for x in (level.hidden, level.offsets, level.row_ids)]
     assert not any(x.requires_grad or x.is_inference() for x in buffers) and not out.logits.requires_grad
 
 
 def test_weights_changed_in_place_need_no_capture(replays):
-    model, batch = varied("bert")
-    model.configure(path="captured")
-    for _ in range(3):
-        model(**batch)
+    model, batch = warm()
     before = replays.captures
     with torch.no_grad():
         model.backbone.encoder.layer[1].output.dense.weight.mul_(1.5)
@@ -121,11 +130,6 @@ def replace_weight(model):
     dense.weight = nn.Parameter(dense.weight.detach() * 1.5)
 
 
-def replace_data(model):
-    dense = model.backbone.encoder.layer[1].output.dense
-    dense.weight.data = dense.weight.data * 1.5
-
-
 def replace_layer(model):
     model.backbone.encoder.layer[1] = copy.deepcopy(model.backbone.encoder.layer[2])
 
@@ -134,44 +138,21 @@ def add_hook(model):
     model.backbone.encoder.layer[1].register_forward_hook(lambda module, given, out: out * 1.1)
 
 
-def own_forward(model):
-    dense = model.backbone.encoder.layer[1].output.dense
-    dense.forward = lambda x: nn.Linear.forward(dense, x) * 1.1
-
-
-@pytest.mark.parametrize("change", [replace_weight, replace_data, replace_layer, add_hook, own_forward])
+@pytest.mark.parametrize("change", [replace_weight, replace_layer, add_hook])
 def test_layers_changed_otherwise_are_captured_again_or_run_eagerly(change, replays):
-    model, batch = varied("bert")
-    model.configure(path="captured")
-    for _ in range(3):
-        model(**batch)
+    model, batch = warm()
     before = replays.captures
     change(model)
     expected = early_answers(model, batch)
     for _ in range(3):
         agrees(model(**batch), expected)
-    assert replays.captures == before + (change not in (add_hook, own_forward))
-
-
-def test_changed_rotary_embeddings_are_followed(replays):
-    model, batch = varied("llama")
-    model.configure(path="captured")
-    for _ in range(3):
-        model(**batch)
-    model.backbone.rotary_emb = copy.deepcopy(model.backbone.rotary_emb)
-    model.backbone.rotary_emb.inv_freq = model.backbone.rotary_emb.inv_freq * 3
-    expected = early_answers(model, batch)
-    for _ in range(3):
-        agrees(model(**batch), expected)
+    assert replays.captures == before + (change is not add_hook)
 
 
 @pytest.mark.parametrize("family", ["deberta", "deberta-v2", "mpnet"])
 def test_another_module_beside_the_layers_is_captured_again(family, replays):
     """A graph reads the weights of the old one; it lies in the encoder, which holds the layers too."""
-    model, batch = varied(family)
-    model.configure(path="captured")
-    for _ in range(3):
-        model(**batch)
+    model, batch = warm(family)
     encoder, captures = model.backbone.encoder, replays.captures
     name = "relative_attention_bias" if family == "mpnet" else "rel_embeddings"
     setattr(encoder, name, copy.deepcopy(getattr(encoder, name)))
@@ -179,13 +160,10 @@ def test_another_module_beside_the_layers_is_captured_again(family, replays):
     assert replays.captures > captures
 
 
-def test_another_backbone_is_followed(replays):
-    """What layers take besides hidden states is made by the backbone of the batch."""
-    model, batch = varied("llama")
-    model.configure(path="captured")
-    for _ in range(3):
-        model(**batch)
-    model.backbone = copy.deepcopy(model.backbone)
+@pytest.mark.parametrize("part", ["backbone", "backbone.rotary_emb"])
+def test_what_layers_take_besides_hidden_states_is_that_of_the_backbone_of_the_batch(part, replays):
+    model, batch = warm("llama")
+    model.set_submodule(part, copy.deepcopy(model.get_submodule(part)))
     model.backbone.rotary_emb.inv_freq.mul_(3)
     expected = early_answers(model, batch)
     for _ in range(3):
@@ -194,7 +172,7 @@ def test_another_backbone_is_followed(replays):
 
 def test_float64_has_room_for_few_more_rows_than_there_are(replays):
     """It attends on padded rows."""
-    model, batch = varied("bert")
+    model, batch = varied()
     model, rows = model.double(), len(batch["input_ids"])
     model.configure(path="captured")
     model(**batch)
@@ -203,7 +181,7 @@ def test_float64_has_room_for_few_more_rows_than_there_are(replays):
 
 def test_levels_that_are_not_used_make_room(replays, monkeypatch):
     monkeypatch.setattr(captured, "MAX_LEVELS", 2)
-    model, batch = varied("bert")
+    model, batch = varied()
     model.configure(path="captured", compaction="never")
     sizes = []
     for rows in (1, 30, 1, 90):
@@ -213,7 +191,7 @@ def test_levels_that_are_not_used_make_room(replays, monkeypatch):
 
 
 def test_failed_capture_is_said_once_and_rows_are_answered(replays, caplog):
-    model, batch = varied("bert")
+    model, batch = varied()
     expected = family_answers(model, batch)
     replays.error = RuntimeError("operation not permitted when stream is capturing\nmore")
     for _ in range(4):
@@ -226,7 +204,7 @@ def test_failed_capture_is_said_once_and_rows_are_answered(replays, caplog):
 
 @pytest.mark.parametrize("wrong", [0.5, float("nan")])
 def test_capture_that_computes_something_else_is_refused(wrong, replays, caplog):
-    model, batch = varied("bert")
+    model, batch = varied()
     expected = family_answers(model, batch)
     agrees(model(**batch), expected)
     replays.wrong = wrong
@@ -237,7 +215,7 @@ def test_capture_that_computes_something_else_is_refused(wrong, replays, caplog)
 
 def test_comparison_can_be_switched_off(replays, monkeypatch):
     monkeypatch.setenv(self_test.VARIABLE, "0")
-    model, batch = varied("bert")
+    model, batch = varied()
     expected = family_answers(model, batch)
     agrees(model(**batch), expected)
     agrees(model(**batch), expected)
@@ -245,7 +223,7 @@ def test_comparison_can_be_switched_off(replays, monkeypatch):
 
 
 def test_memory_that_runs_out_is_asked_for_later(replays, monkeypatch, caplog):
-    model, batch = varied("bert")
+    model, batch = varied()
     expected = family_answers(model, batch)
     now = [0.0]
     monkeypatch.setattr(captured.time, "monotonic", lambda: now[0])
@@ -262,7 +240,7 @@ def test_memory_that_runs_out_is_asked_for_later(replays, monkeypatch, caplog):
 
 
 def test_second_thread_runs_eagerly_and_does_not_wait(replays):
-    model, batch = varied("bert")
+    model, batch = varied()
     expected = family_answers(model, batch)
     for _ in range(3):
         model(**batch)
@@ -282,7 +260,7 @@ def test_second_thread_runs_eagerly_and_does_not_wait(replays):
 
 @pytest.mark.parametrize("how", ["closed", "dropped", "failed"])
 def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
-    model, batch = varied("bert")
+    model, batch = varied()
     expected = family_answers(model, batch)
     for _ in range(3):
         model(**batch)
@@ -303,7 +281,7 @@ def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
 
 
 def test_backend_that_cannot_run_gives_the_place_back(replays):
-    model, batch = varied("bert")
+    model, batch = varied()
     expected = family_answers(model, batch)
     model.configure(backend="cpp")
     model.double()
@@ -317,7 +295,7 @@ def test_backend_that_cannot_run_gives_the_place_back(replays):
 
 
 def test_autocast_compile_training_and_copies_capture_nothing(replays):
-    model, batch = varied("bert")
+    model, batch = varied()
     model.configure(path="auto")
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(3):
@@ -334,14 +312,14 @@ def test_autocast_compile_training_and_copies_capture_nothing(replays):
 
 
 def test_layers_captured_are_refused_by_name_on_the_cpu():
-    model, _ = varied("bert")
+    model, _ = varied()
     with pytest.raises(ee.BackendUnavailableError, match="path 'captured' cannot run here: layers are"):
         model.configure(path="captured")
     assert model.explain().path != "captured"
 
 
 def test_bounds_that_arrive_late(replays, cheap, monkeypatch):
-    model, batch = varied("bert")
+    model, batch = varied()
     batch = {name: values.repeat(8, 1) for name, values in batch.items()}
     expected = family_answers(model, batch)
     late = []
