@@ -13,12 +13,13 @@ from earlyexit_kernels.tuning.report import environment, markdown_table
 
 def run(args: argparse.Namespace) -> int:
     """Print the environment and the back-ends."""
-    print(markdown_table(("environment", "value"), _rows(environment())))
+    parts = [markdown_table(("environment", "value"), _rows(environment()))]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for device in ("cpu", *(f"cuda:{i}" for i in range(gpus))):
         rows = [(name, reason or "usable") for name, reason in available_backends(device).items()]
-        print(f"\nBack-ends on {device} tensors ('auto' selects {resolve('auto', device)!r}):\n")
-        print(markdown_table(("back-end", "state"), rows))
+        parts.append(f"Back-ends on {device} tensors ('auto' selects {resolve('auto', device)!r}):")
+        parts.append(markdown_table(("back-end", "state"), rows))
+    print("\n\n".join(parts))
     return 0
 
 

@@ -205,18 +205,16 @@ def check_lengths(data: Mapping[str, EncodedSplit], model: EarlyExitForSequenceC
             )
 
 
-def check_packages(command: str, extra: str, names: Sequence[str]) -> None:
-    """Raise if a command lacks packages of its extra.
+def check_packages(command: str, requirements: Sequence[str]) -> None:
+    """Raise if a command lacks packages.
 
     Args:
         command: for the message.
-        extra: that installs them.
-        names: of the packages.
+        requirements: as pip takes them, ``name`` or ``name[extra]``.
 
     Raises:
         ImportError: names those that are not installed.
     """
-    missing = [name for name in names if find_spec(name) is None]
+    missing = [name for name in requirements if find_spec(name.partition("[")[0].replace("-", "_")) is None]
     if missing:
-        packages = f"expected the packages {', '.join(missing)}"
-        raise ImportError(f"{command}: {packages}: `pip install earlyexit_kernels[{extra}]`")
+        raise ImportError(f"{command} requires packages that are not installed: `pip install {' '.join(missing)}`")

@@ -101,7 +101,7 @@ def check_plot(argument: str, file: Path) -> None:
         OSError: it is a folder, or cannot be written.
     """
     if find_spec("matplotlib") is None:
-        raise ImportError(f"{argument}: plots require matplotlib: `pip install earlyexit_kernels[plot]`")
+        raise ImportError(f"{argument}: plots require matplotlib: `pip install matplotlib`")
     with _refused(argument, "file", file):
         _check_no_folder(file)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.model.is_dir():
         raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {args.model} is not one")
     if find_spec("matplotlib") is None:
-        raise ImportError("the charts of a report require matplotlib: `pip install earlyexit_kernels[plot]`")
+        raise ImportError("the charts of a report require matplotlib: `pip install matplotlib`")
     recipe, numbers = Recipe.load(args.model), args.output.with_suffix(".json")
     for file in (args.output, numbers):
         check_file("--output", file)

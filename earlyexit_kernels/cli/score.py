@@ -14,12 +14,12 @@ from earlyexit_kernels.cli.predict import scorer_of, text_columns
 from earlyexit_kernels.cli.recipe import Recipe, recipe_of
 
 #: Packages of the extra `ray`.
-REQUIRED = ("ray", "pyarrow")
+REQUIRED = ("ray[data]", "pyarrow")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score the blocks that are not finished; the exit code is 2 if a file cannot be read."""
-    check_packages("score", "ray", REQUIRED)
+    check_packages("score", REQUIRED)
     recipe = recipe_of("--model", args.model)
     from earlyexit_kernels.serving.tables.blocks import BLOCK_ROWS, ERRORS, SCORED, Output, model_digest, plan
     from earlyexit_kernels.serving.tables.files import find_files

@@ -21,12 +21,12 @@ KEY_VARIABLE = "EARLYEXIT_API_KEY"
 NAMES = """host port workers max_tokens max_wait_ms max_queue max_inputs max_body_bytes rate_limit min_threshold
     max_threshold""".split()
 #: Packages of the extra `serve`.
-REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
+REQUIRED = ("fastapi", "uvicorn", "prometheus-client")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    check_packages("serve", "serve", REQUIRED)
+    check_packages("serve", REQUIRED)
     recipe = recipe_of("MODEL", args.model)
     if not (args.model / CONFIG).is_file():
         raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} has no {CONFIG}")
@@ -52,7 +52,7 @@ def _run_replicas(settings: Settings, args: argparse.Namespace) -> int:
     Raises:
         ValueError: a setting that replicas do not share.
     """
-    check_packages("serve --ray", "ray", ("ray",))
+    check_packages("serve --ray", ("ray[serve]",))
     if settings.rate_limit is not None:
         raise ValueError("--rate-limit: expected none with --ray, whose replicas count apart; limit in a proxy")
     if settings.port == 0:

@@ -210,7 +210,7 @@ def _read_with_datasets(path: Path, reader: str, explain: Callable[[], None]) ->
         from datasets import Dataset
     except ImportError as error:
         raise ImportError(
-            f"{path}: JSON lines and Parquet require `pip install earlyexit_kernels[train]`; CSV and TSV do not"
+            f"{path}: JSON lines and Parquet require `pip install datasets`; CSV and TSV do not"
         ) from error
     path.open("rb").close()  # an error of the system says more than one of `datasets`
     with tempfile.TemporaryDirectory(prefix="earlyexit-") as cache, _quiet():

@@ -147,7 +147,7 @@ def read_hub(name: str, *, ask_hub: Callable[[], str] | None = None) -> dict[str
     except ImportError as error:
         raise ImportError(
             f"task {name!r} is loaded from the Hugging Face hub, which requires "
-            f"`pip install earlyexit_kernels[train]`; or set {DATA_VARIABLE} to a folder with {name}/train.tsv"
+            f"`pip install datasets`; or set {DATA_VARIABLE} to a folder with {name}/train.tsv"
         ) from error
     info = TASK_INFOS[name]
     path, config = info.hub

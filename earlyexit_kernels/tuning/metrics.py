@@ -64,7 +64,7 @@ def _scikit_learn() -> Any:
     try:
         from sklearn import metrics
     except ImportError as error:
-        raise ImportError("this metric requires scikit-learn: pip install earlyexit_kernels[tuning]") from error
+        raise ImportError("this metric requires scikit-learn: `pip install scikit-learn`") from error
     return metrics
 
 

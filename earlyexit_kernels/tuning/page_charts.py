@@ -150,7 +150,7 @@ def _style() -> Any:
     try:
         from matplotlib import rc_context
     except ImportError as error:
-        raise ImportError("plots require matplotlib: `pip install earlyexit_kernels[plot]`") from error
+        raise ImportError("plots require matplotlib: `pip install matplotlib`") from error
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "earlyexit", "font.size": 10, "legend.fontsize": 9}
     style.update(dict.fromkeys(inks, INK))

@@ -27,7 +27,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots require matplotlib: `pip install earlyexit_kernels[plot]`") from error
+        raise ImportError("plots require matplotlib: `pip install matplotlib`") from error
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

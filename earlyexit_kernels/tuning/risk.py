@@ -24,7 +24,7 @@ def risk_p_values(losses: Sequence[NDArray], delta: float) -> NDArray:
     try:
         from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
     except ImportError as error:
-        raise ImportError("Risk requires MAPIE: pip install earlyexit_kernels[tuning]") from error
+        raise ImportError("Risk requires MAPIE: `pip install mapie`") from error
     means = np.array([values.mean() for values in losses], dtype=np.float64)
     return compute_hoeffding_bentkus_p_value(means, len(losses[0]), delta, binary=True)[:, 0]
 

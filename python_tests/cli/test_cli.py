@@ -175,6 +175,13 @@ def test_env_shows_versions_and_backends(capsys):
     assert torch.__version__ in out and all(name in out for name in ("torch", "triton", "cpp", "usable"))
 
 
+def test_env_refuses_another_value_of_the_self_test_before_it_prints(capsys, monkeypatch):
+    monkeypatch.setenv("EARLYEXIT_SELF_TEST", "yes")
+    assert main(["env"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and "EARLYEXIT_SELF_TEST" in error and "got 'yes'" in error
+
+
 def test_train_saves_model_tokenizer_and_recipe(trained):
     model = AutoModelForSequenceClassification.from_pretrained(trained, local_files_only=True)
     assert isinstance(model, EarlyExitForSequenceClassification) and model.depth == 3

@@ -117,7 +117,7 @@ def test_errors(saved, tmp_path, capsys, monkeypatch):
     assert "expected a column 'review', got id, text" in message and not (tmp_path / "out").exists()
     monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "ray" else object())
     message = error_of(capsys, command(saved, tmp_path))
-    assert message.endswith("expected the packages ray: `pip install earlyexit_kernels[ray]`")
+    assert message.endswith("score requires packages that are not installed: `pip install ray[data]`")
 
 
 def doomed_block(name):

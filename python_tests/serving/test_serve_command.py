@@ -164,7 +164,7 @@ def test_errors(capsys, tmp_path, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.setattr(inputs, "find_spec", lambda name: None if name == "uvicorn" else object())
     message = error_of(capsys, ["serve", str(folder)])
-    assert message.endswith("expected the packages uvicorn: `pip install earlyexit_kernels[serve]`")
+    assert message.endswith("serve requires packages that are not installed: `pip install uvicorn`")
 
 
 def test_a_folder_without_a_tokenizer_and_a_taken_port(capsys, tmp_path, folder):

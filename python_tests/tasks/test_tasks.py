@@ -100,7 +100,7 @@ def raising(path, config, revision):
     ("variable", "datasets", "error", "words"),
     [
         ("/nowhere", None, FileNotFoundError, r"nowhere.*sst2.*EARLYEXIT_DATA"),
-        ("", None, ImportError, r"earlyexit_kernels\[train\].*EARLYEXIT_DATA"),
+        ("", None, ImportError, r"pip install datasets.*EARLYEXIT_DATA"),
         (
             "",
             SimpleNamespace(load_dataset=raising),
