@@ -5,6 +5,7 @@ Other answers are allowed where a field of the config has another valid value, o
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import math
@@ -49,6 +50,7 @@ def answer(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def intact(number: int) -> tuple[Path, torch.Tensor, torch.Tensor]:
     """Return the folder of an intact checkpoint, its logits and its exit layers."""
     folder = Path(tempfile.mkdtemp(prefix="deep-checkpoint-"))
+    atexit.register(shutil.rmtree, folder)
     early_exit(num_hidden_layers=2, **SPECS[number]).save_pretrained(folder)
     return folder, *answer(EarlyExitForSequenceClassification.from_pretrained(folder))
 

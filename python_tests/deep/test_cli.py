@@ -6,6 +6,7 @@ questionable ones (None).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import io
@@ -145,6 +146,7 @@ WRONG = ([], {}, "x", -1, 1e9, math.nan, True, [1], {"name": 3})
 def originals() -> Path:
     """Return a folder with ``base`` (a tiny stock model), ``trained`` (with exits), ``data`` and tables of rows."""
     root = Path(tempfile.mkdtemp(prefix="deep-cli-"))
+    atexit.register(shutil.rmtree, root)
     toy.toy_model(0, layers=2, hidden=16).save_pretrained(root / "base")
     toy.toy_tokenizer().save_pretrained(root / "base")
     sentences = "the plot was dull .|the cast was brilliant .|the film was not funny .|the music was superb .".split(
