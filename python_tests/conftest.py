@@ -59,6 +59,13 @@ def backend(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def thread_counts() -> Iterator[Iterator[int]]:
+    """Give 1, 2 and 3, each when torch runs in as many threads."""
+    yield (torch.set_num_threads(count) or count for count in (1, 2, 3))
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

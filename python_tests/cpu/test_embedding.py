@@ -65,19 +65,15 @@ def test_wrong_arguments_are_refused():
 
 
 @pytest.mark.parametrize("width", [33, 384])
-def test_a_token_has_the_same_bits_beside_any_tokens_and_with_any_number_of_threads(width):
-    threads, (tokens, tables, norm) = torch.get_num_threads(), case(width, 150)
+def test_a_token_has_the_same_bits_beside_any_tokens_and_with_any_number_of_threads(width, thread_counts):
+    tokens, tables, norm = case(width, 150)
     missing = tokens[0][0, 70].item()
     tables[0][missing] = torch.nan
     run = embedding(tables, norm)
     alone = torch.cat([run(*(x[:, i : i + 1] for x in tokens)) for i in range(150)], dim=1)
     assert torch.equal(alone.isnan().any(dim=2), tokens[0] == missing)
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            torch.testing.assert_close(run(*tokens), alone, atol=0, rtol=0, equal_nan=True)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in thread_counts:
+        torch.testing.assert_close(run(*tokens), alone, atol=0, rtol=0, equal_nan=True)
 
 
 @pytest.mark.thorough

@@ -50,20 +50,16 @@ def test_equals_float64(size, activation, dtype, backend):
 
 @compiled
 @pytest.mark.parametrize("size", [(384, 100), (33, 17)])
-def test_a_row_has_the_same_bits_beside_any_rows_and_with_any_number_of_threads(size, backend):
-    rows, threads = 33, torch.get_num_threads()
+def test_a_row_has_the_same_bits_beside_any_rows_and_with_any_number_of_threads(size, backend, thread_counts):
+    rows = 33
     (hidden, offsets), (weight, bias) = batch(rows, size[0]), parameters(size[1], size[0])
     alone = torch.cat([run(hidden, weight, bias, offsets[i : i + 2]) for i in range(rows)])
     left = torch.arange(rows, dtype=torch.int32)
     left[::3] = -1
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(run(hidden, weight, bias, offsets), alone)
-            some = run(hidden, weight, bias, offsets, left)
-            assert torch.equal(some[left >= 0], alone[left >= 0]) and (some[left < 0] == 7).all()
-    finally:
-        torch.set_num_threads(threads)
+    for _ in thread_counts:
+        assert torch.equal(run(hidden, weight, bias, offsets), alone)
+        some = run(hidden, weight, bias, offsets, left)
+        assert torch.equal(some[left >= 0], alone[left >= 0]) and (some[left < 0] == 7).all()
 
 
 @compiled

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.backends import backend_params
 from support.capability import run_tests_of, with_fewer_instructions
 from support.models import run_python
-from support.packed_layers import ACTIVATIONS, packed_layer
+from torch import Tensor
 
 from earlyexit_kernels.backends import extension_function
 from earlyexit_kernels.cpu import panels
-from earlyexit_kernels.cpu.panels import EncoderWeights, PanelLayout, native_layouts, pack_weights
+from earlyexit_kernels.cpu.panels import EncoderWeights, PackedWeights, PanelLayout, native_layouts, pack_weights
 
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 EPS = (1e-5, 1e-3)
 #: H, inner width, heads: multiples of the kernels' panels, none of them, odd head sizes, an inner width of 1.
 SIZES = ((64, 128, 4), (96, 160, 3), (20, 33, 2), (9, 1, 3), (7, 5, 1), (40, 800, 5))
@@ -28,19 +30,9 @@ STORED = {torch.float32: 8e-6, torch.float16: 8e-6, torch.bfloat16: 0.1, torch.i
 #: The same without int8 on a processor with AVX-512 but without its instructions for bytes.
 NATIVE = [dtype for dtype in STORED if dtype in native_layouts()]
 
-
-@pytest.fixture(params=backend_params(("torch", "cpp")))
-def backend(request) -> str:
-    if request.param == "cpp" and not native_layouts():
-        pytest.skip("the processor has no vector kernels")
-    return request.param
-
-
-@pytest.fixture(params=["cpp"])
-def kernels(request) -> str:
-    if not native_layouts():
-        pytest.skip("the processor has no vector kernels")
-    return request.param
+pytestmark = pytest.mark.skipif(not native_layouts(), reason="the processor has no vector kernels")
+every_type = pytest.mark.parametrize("stored", NATIVE)
+with_bytes = pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
 
 
 def weights(width, inner, seed=0) -> EncoderWeights:
@@ -52,86 +44,103 @@ def weights(width, inner, seed=0) -> EncoderWeights:
     )
 
 
-def tokens(lengths, width, seed=1) -> tuple[torch.Tensor, torch.Tensor]:
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    return torch.randn(int(offsets[-1]), width, generator=torch.Generator().manual_seed(seed)), offsets
+def offsets_of(lengths) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def rounded(weight, stored) -> torch.Tensor:
-    """Return a weight as it is stored; in int8 each output has a scale."""
-    if stored != torch.int8:
-        return weight.to(stored)
-    scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    return (weight / scale).round() * scale
+def tokens(lengths, width, seed=1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), width, generator=g), offsets_of(lengths)
 
 
-def expected(x, w, lengths, heads, activation, stored) -> torch.Tensor:
-    """Return the layer in float64, row by row, of weights that were rounded to the dtype in which they are stored."""
+def layer(
+    x: Tensor, offsets: Tensor, packed: PackedWeights, heads: int, *, eps: Sequence[float] = EPS, activation="gelu"
+) -> Tensor:
+    make: Any = extension_function("PackedLayer")
+    return make(*packed, list(eps), heads, activation)(x, offsets)
+
+
+def as_bytes(x) -> Tensor:
+    """Return each row rounded to whole multiples of a 127th of its largest value."""
+    scale = x.abs().amax(dim=1, keepdim=True) / 127
+    return (x / scale.where(scale != 0, 1.0)).round() * scale
+
+
+def expected(
+    x, w, lengths, heads, *, activation="gelu", stored=torch.float32, dtype=torch.float64, rounds_inputs=False
+) -> Tensor:
+    """Return the layer, row by row, of weights that were rounded to the dtype in which they are stored.
+
+    Args:
+        rounds_inputs: of the four products, as the kernels do for weights in int8.
+    """
     names = [f"{name}_weight" for name in ("qkv", "out", "inner", "outer")]
-    linears = {name: rounded(getattr(w, name), stored) for name in names}
-    w = EncoderWeights(*(x.double() for x in w._replace(**linears)))
+    rounded = {name: getattr(w, name) for name in names}
+    rounded = {name: as_bytes(x) if stored == torch.int8 else x.to(stored) for name, x in rounded.items()}
+    w = EncoderWeights(*(x.to(dtype) for x in w._replace(**rounded)))
     width, outputs = x.shape[1], []
-    for row in x.double().split(lengths):
-        q, k, v = F.linear(row, w.qkv_weight, w.qkv_bias).view(len(row), 3, heads, width // heads).permute(1, 2, 0, 3)
+
+    def linear(x, weight, bias):
+        return F.linear(as_bytes(x) if rounds_inputs else x, weight, bias)
+
+    for row in x.to(dtype).split(lengths):
+        q, k, v = linear(row, w.qkv_weight, w.qkv_bias).view(len(row), 3, heads, width // heads).permute(1, 2, 0, 3)
         scores = (q @ k.transpose(1, 2) / (width // heads) ** 0.5).softmax(dim=-1)
         context = (scores @ v).transpose(0, 1).reshape(len(row), width)
-        y = F.layer_norm(
-            row + F.linear(context, w.out_weight, w.out_bias), (width,), w.norm1_weight, w.norm1_bias, EPS[0]
-        )
-        z = y + F.linear(
-            ACTIVATIONS[activation](F.linear(y, w.inner_weight, w.inner_bias)), w.outer_weight, w.outer_bias
-        )
+        y = row + linear(context, w.out_weight, w.out_bias)
+        y = F.layer_norm(y, (width,), w.norm1_weight, w.norm1_bias, EPS[0])
+        z = ACTIVATIONS[activation](linear(y, w.inner_weight, w.inner_bias))
+        z = y + linear(z, w.outer_weight, w.outer_bias)
         outputs.append(F.layer_norm(z, (width,), w.norm2_weight, w.norm2_bias, EPS[1]))
     return torch.cat(outputs)
 
 
+def check(w, packed, lengths, heads, atol, *, seed=1, activation="gelu", stored=torch.float32) -> None:
+    """Compare the layer of random tokens with float64."""
+    x, offsets = tokens(lengths, packed.norms[0].numel(), seed)
+    got = layer(x, offsets, packed, heads, activation=activation)
+    want = expected(x, w, lengths, heads, activation=activation, stored=stored)
+    torch.testing.assert_close(got.double(), want, atol=atol, rtol=1e-5)
+
+
 @pytest.mark.sample(5)
-@pytest.mark.parametrize("stored", STORED)
+@every_type
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_float64(size, stored, backend):
-    if backend == "cpp" and stored not in NATIVE:
-        pytest.skip("the processor has no instructions for this type")
+def test_equals_float64(size, stored):
     width, inner, heads = size
     w = weights(width, inner)
     packed = pack_weights(w, stored)
     for lengths in LENGTHS:
-        x, offsets = tokens(lengths, width)
         for activation in ACTIVATIONS:
-            got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, activation=activation, backend=backend)
-            want = expected(x, w, lengths, heads, activation, stored)
-            torch.testing.assert_close(got.double(), want, atol=STORED[stored], rtol=1e-5)
+            check(w, packed, lengths, heads, STORED[stored], activation=activation, stored=stored)
 
 
 @pytest.mark.parametrize("width", [48, 51])
-@pytest.mark.parametrize("stored", NATIVE)
-def test_every_small_number_of_tokens(stored, width, kernels):
+@every_type
+def test_every_small_number_of_tokens(stored, width):
     w = weights(width, 101)
     packed = pack_weights(w, stored)
     for count in range(1, 71):
-        x, offsets = tokens((count,), width, seed=count)
-        got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=3, backend=kernels)
-        torch.testing.assert_close(
-            got.double(), expected(x, w, (count,), 3, "gelu", stored), atol=STORED[stored], rtol=1e-5
-        )
+        check(w, packed, (count,), 3, STORED[stored], seed=count, stored=stored)
 
 
-@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
+@with_bytes
 @pytest.mark.parametrize("size", SIZES)
-def test_int8_equals_the_reference(size, kernels):
-    """Which rounds the inputs of the products too; a value between two bytes may be rounded either way."""
+def test_int8_rounds_the_inputs_of_the_products(size):
+    """A value between two bytes may be rounded either way."""
     width, inner, heads = size
-    packed = pack_weights(weights(width, inner), torch.int8)
-    x, offsets = tokens((33, 1, 6), width)
+    w, (x, offsets) = weights(width, inner), tokens((33, 1, 6), width)
     x[2], x[7] = 0.0, 1e-30
     x[3] *= 1e-38  # the inverse of its scale is not finite
-    got, want = (packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, backend=b) for b in (kernels, "torch"))
+    got = layer(x, offsets, pack_weights(w, torch.int8), heads)
+    want = expected(x, w, (33, 1, 6), heads, stored=torch.int8, dtype=torch.float32, rounds_inputs=True)
     torch.testing.assert_close(got, want, atol=2e-2, rtol=0)
     assert (got - want).abs().mean() < 1e-3
 
 
-@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
+@with_bytes
 @pytest.mark.parametrize("width", [130, 131])
-def test_int8_loses_nothing_of_values_that_are_bytes(width, kernels):
+def test_int8_loses_nothing_of_values_that_are_bytes(width):
     """The norm makes each y a row of ones; sums are whole numbers up to 127, one of them of the largest bytes alone."""
     g = torch.Generator().manual_seed(0)
     signs = {"inner": (77, width), "outer": (width, 77)}
@@ -141,100 +150,71 @@ def test_int8_loses_nothing_of_values_that_are_bytes(width, kernels):
     bias[5] = 127 - width
     w = weights(width, 77)._replace(norm1_weight=torch.zeros(width), norm1_bias=torch.ones(width))
     w = w._replace(inner_weight=inner, inner_bias=bias, outer_weight=outer, outer_bias=torch.zeros(width))
+    packed = pack_weights(w, torch.int8)
     for count in range(1, 30):
-        x, offsets = tokens((count,), width)
-        packed = pack_weights(w, torch.int8)
-        got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=1, activation="relu", backend=kernels)
-        want = expected(x, w, (count,), 1, "relu", torch.float32)
-        torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5)
+        check(w, packed, (count,), 1, 5e-6, activation="relu")
 
 
-def one_vector_layers() -> dict[str, torch.Tensor]:
-    """Return layers by the kernels, as integers, in which no sum is over more than a vector of AVX2 but in products."""
-    found = {}
-    for stored in (torch.float32, torch.float16, torch.int8):
-        for width, inner in ((7, 301), (5, 33), (1, 900)):
-            x, offsets = tokens((1, 8, 3, 5), width)
-            packed = pack_weights(weights(width, inner), stored)
-            got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=1, backend="cpp")
-            found[f"{stored} {width} {inner}"] = got.view(torch.int32).tolist()
-    return found
+def one_vector_layers() -> dict[str, Tensor]:
+    """Return layers, as integers, in which no sum is over more than a vector of AVX2 but in products."""
+    sizes = ((7, 301), (5, 33), (1, 900))
+    return {
+        f"{stored} {width} {inner}": layer(
+            *tokens((1, 8, 3, 5), width), pack_weights(weights(width, inner), stored), heads=1
+        )
+        .view(torch.int32)
+        .tolist()
+        for stored in (torch.float32, torch.float16, torch.int8)
+        for width, inner in sizes
+    }
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="compares with the AVX-512 kernels")
-@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
-def test_products_have_the_same_bits_with_avx2_as_with_avx512(kernels):
+@with_bytes
+def test_products_have_the_same_bits_with_avx2_as_with_avx512():
     """Other sums, over more values than a vector of AVX2 has, are added in another order."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); import test_packed_layer as t; print(t.one_vector_layers())"
     got = run_python(code, str(Path(__file__).parent), timeout=300, ATEN_CPU_CAPABILITY="avx2")
     assert ast.literal_eval(got) == one_vector_layers()
 
 
-@pytest.mark.parametrize("stored", NATIVE)
-def test_a_row_has_the_same_bits_in_every_batch(stored, kernels):
+@every_type
+def test_a_row_has_the_same_bits_in_every_batch(stored, thread_counts):
     """Alone, with others before and after it, and in another block; at 1, 2 and 3 threads."""
     width, lengths = 96, (5, 64, 1, 33, 900, 200, 14, 512)
     packed = pack_weights(weights(width, 200), stored)
     rows = tokens(lengths, width)[0].split(lengths)
 
     def run(chosen):
-        batch = torch.cat([rows[i] for i in chosen])
-        ends = torch.tensor([0, *(lengths[i] for i in chosen)]).cumsum(0).int()
-        out = packed_layer(batch, ends, packed=packed, eps=EPS, heads=4, backend=kernels)
-        return dict(zip(chosen, out.split([lengths[i] for i in chosen]), strict=True))
+        own = [lengths[i] for i in chosen]
+        out = layer(torch.cat([rows[i] for i in chosen]), offsets_of(own), packed, 4)
+        return dict(zip(chosen, out.split(own), strict=True))
 
     alone = {i: run([i])[i] for i in range(len(lengths))}
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for chosen in (range(8), [7, 3, 0], [4, 1, 2, 6], [6, 5, 4, 3, 2, 1, 0, 7]):
-                for i, got in run(list(chosen)).items():
-                    assert torch.equal(got, alone[i]), f"row {i} of {list(chosen)} at {threads} threads"
-    finally:
-        torch.set_num_threads(before)
+    for threads in thread_counts:
+        for chosen in (range(8), [7, 3, 0], [4, 1, 2, 6], [6, 5, 4, 3, 2, 1, 0, 7]):
+            for i, got in run(list(chosen)).items():
+                assert torch.equal(got, alone[i]), f"row {i} of {list(chosen)} at {threads} threads"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("width", [96, 21])
-def test_a_value_that_is_not_finite_stays_in_its_row(width, value, kernels):
+def test_a_value_that_is_not_finite_stays_in_its_row(width, value):
     lengths = (3, 20, 1, 40)
     for stored in NATIVE:
         packed = pack_weights(weights(width, 33), stored)
         x, offsets = tokens(lengths, width)
-        clean = packed_layer(x, offsets, packed=packed, eps=EPS, heads=3, backend=kernels).split(lengths)
-        poisoned = x.clone()
-        poisoned[3 + 7, width - 1] = value
-        got = packed_layer(poisoned, offsets, packed=packed, eps=EPS, heads=3, backend=kernels).split(lengths)
+        clean = layer(x, offsets, packed, 3).split(lengths)
+        x[3 + 7, width - 1] = value
+        got = layer(x, offsets, packed, 3).split(lengths)
         assert all(torch.equal(got[i], clean[i]) for i in (0, 2, 3))
         if value != 3e38:  # which is large, but a number
             assert not torch.isfinite(got[1]).all()
 
 
-@pytest.mark.parametrize("stored", NATIVE)
-def test_inputs_need_no_alignment(stored, kernels):
-    packed = pack_weights(weights(64, 100), stored)
-    x, offsets = tokens((5, 9), 64)
-    room = torch.empty(x.numel() + 1)
-    shifted = room[1:].view_as(x).copy_(x)
-    ends = torch.cat([offsets[:1], offsets])[1:]
-    want = packed_layer(x, offsets, packed=packed, eps=EPS, heads=4, backend=kernels)
-    assert torch.equal(packed_layer(shifted, ends, packed=packed, eps=EPS, heads=4, backend=kernels), want)
-
-
-def test_no_tokens(backend):
-    packed = pack_weights(weights(8, 4))
-    for offsets in ([0], [0, 0]):
-        x = torch.empty(0, 8)
-        got = packed_layer(
-            x, torch.tensor(offsets, dtype=torch.int32), packed=packed, eps=EPS, heads=2, backend=backend
-        )
-        assert got.shape == (0, 8)
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_over_their_range(activation, kernels):
+def test_activations_over_their_range(activation):
     """Identity weights put the activation of known values into the output; none loses more than float32 rounding."""
     values = torch.linspace(-12, 12, 4096)
     width = 64
@@ -243,110 +223,98 @@ def test_activations_over_their_range(activation, kernels):
         eye.repeat(3, 1), zeros.repeat(3), 0 * eye, zeros, ones, zeros, eye, zeros, eye, zeros, ones, zeros
     )
     x = values.view(-1, width)
-    offsets = torch.arange(len(x) + 1, dtype=torch.int32)
-    got = packed_layer(x, offsets, packed=pack_weights(w), eps=EPS, heads=1, activation=activation, backend=kernels)
-    torch.testing.assert_close(
-        got.double(), expected(x, w, [1] * len(x), 1, activation, torch.float32), atol=3e-6, rtol=1e-5
-    )
+    got = layer(x, offsets_of([1] * len(x)), pack_weights(w), 1, activation=activation)
+    want = expected(x, w, [1] * len(x), 1, activation=activation)
+    torch.testing.assert_close(got.double(), want, atol=3e-6, rtol=1e-5)
 
 
-def test_error_is_at_most_twice_that_of_the_plain_layer(kernels):
+def test_error_is_at_most_twice_that_of_the_plain_layer():
     """In float32, against float64, at the sizes of BERT-base."""
     width, inner, heads, lengths = 768, 3072, 12, (128, 32)
-    w = weights(width, inner)
-    x, offsets = tokens(lengths, width)
-    want = expected(x, w, lengths, heads, "gelu", torch.float32)
-    errors = [
-        (packed_layer(x, offsets, packed=pack_weights(w), eps=EPS, heads=heads, backend=b).double() - want).norm()
-        for b in (kernels, "torch")
-    ]
-    assert errors[0] <= 2 * errors[1]
+    w, (x, offsets) = weights(width, inner), tokens(lengths, width)
+    want = expected(x, w, lengths, heads)
+    plain = expected(x, w, lengths, heads, dtype=torch.float32)
+    got = layer(x, offsets, pack_weights(w), heads)
+    assert (got.double() - want).norm() <= 2 * (plain.double() - want).norm()
 
 
 X, OFFSETS = tokens((2, 3), 8)
 PACKED = pack_weights(weights(8, 12))
-#: Case -> the changed arguments, and words of the message.
-REFUSED = {
-    "dtype": ({"x": X.double()}, r"x to be float32 \[\*, 8\], got float64 \[5, 8\]"),
-    "width": ({"x": torch.randn(5, 4)}, r"x to be float32 \[\*, 8\], got float32 \[5, 4\]"),
-    "heads": ({"heads": 3}, "heads to divide 8, got 3"),
-    "activation": ({"activation": "silu"}, "activation to be one of 'none', 'gelu', .* got 'silu'"),
-    "eps": ({"eps": (1e-5,)}, "2 eps, got 4, 4, 4 and 1"),
-    "weights": ({"packed": PACKED._replace(weights=PACKED.weights[:3])}, "2 eps, got 3, 4, 4 and 2"),
-    "unpacked": (
-        {"packed": PACKED._replace(weights=[torch.zeros(8, 8)] * 4)},
-        r"qkv to be .* float32 \[8,",
-    ),
-    "biases": ({"packed": PACKED._replace(biases=[torch.zeros(1, 3)] * 4)}, "qkv to be float32 .* got float32 .1, 3"),
-    "norms": ({"packed": PACKED._replace(norms=[*PACKED.norms[:3], torch.zeros(3)])}, r"norms to be float32 \[8\]"),
-    "decreasing": (
-        {"offsets": torch.tensor([0, 3, 2, 5], dtype=torch.int32)},
-        "to decrease, got 3 then 2",
-    ),
-    "none": ({"offsets": OFFSETS[:0]}, "an empty tensor"),
-    "short": ({"offsets": OFFSETS[:-1]}, "offsets from 0 to 5, got 0 to 2; every token must belong to a row"),
-    "late": ({"offsets": OFFSETS[1:]}, "offsets from 0 to 5, got 2 to 5; every token must belong to a row"),
-    "beyond": ({"offsets": OFFSETS + OFFSETS}, "offsets to end within the 5 tokens given, got 10"),
-    "int64": ({"offsets": OFFSETS.long()}, "offsets to be int32"),
-}
+ENDS = "offsets from 0 to 5, got {}; every token must belong to a row"
+#: The changed arguments, and words of the message.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"x": X.double()}, r"x to be float32 \[\*, 8\], got float64 \[5, 8\]"),
+    ({"x": torch.randn(5, 4)}, r"x to be float32 \[\*, 8\], got float32 \[5, 4\]"),
+    ({"heads": 3}, "heads to divide 8, got 3"),
+    ({"activation": "silu"}, "activation to be one of 'none', 'gelu', .* got 'silu'"),
+    ({"eps": (1e-5,)}, "2 eps, got 4, 4, 4 and 1"),
+    ({"packed": PACKED._replace(weights=PACKED.weights[:3])}, "2 eps, got 3, 4, 4 and 2"),
+    ({"packed": PACKED._replace(weights=[torch.zeros(8, 8)] * 4)}, r"qkv to be .* float32 \[8,"),
+    ({"packed": PACKED._replace(biases=[torch.zeros(1, 3)] * 4)}, "qkv to be float32 .* got float32 .1, 3"),
+    ({"packed": PACKED._replace(norms=[*PACKED.norms[:3], torch.zeros(3)])}, r"norms to be float32 \[8\]"),
+    ({"offsets": torch.tensor([0, 3, 2, 5], dtype=torch.int32)}, "to decrease, got 3 then 2"),
+    ({"offsets": OFFSETS[:0]}, "an empty tensor"),
+    ({"offsets": OFFSETS[:-1]}, ENDS.format("0 to 2")),
+    ({"offsets": OFFSETS[1:]}, ENDS.format("2 to 5")),
+    ({"offsets": OFFSETS + OFFSETS}, "offsets to end within the 5 tokens given, got 10"),
+    ({"offsets": OFFSETS.long()}, "offsets to be int32"),
+]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_invalid_arguments_are_refused(name, kernels):
-    call = {"x": X, "offsets": OFFSETS, "packed": PACKED, "eps": EPS, "heads": 2, "backend": kernels}
-    packed_layer(**call)
-    changed, message = REFUSED[name]
+@pytest.mark.parametrize(("changed", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_invalid_arguments_are_refused(changed, message):
+    call = {"x": X, "offsets": OFFSETS, "packed": PACKED, "heads": 2}
+    layer(**call)
     with pytest.raises(ValueError, match=f"^PackedLayer: expected .*{message}"):
-        packed_layer(**call | changed)
+        layer(**call | changed)
 
 
-def test_tokens_have_any_shape_and_strides(kernels):
-    call = {"offsets": OFFSETS, "packed": PACKED, "eps": EPS, "heads": 2, "backend": kernels}
-    want = packed_layer(X, **call)
-    assert torch.equal(packed_layer(X[None], **call), want[None])
-    assert torch.equal(packed_layer(X.t().contiguous().t(), **call), want)
+@every_type
+def test_tokens_have_any_shape_strides_and_alignment(stored):
+    packed, (x, offsets) = pack_weights(weights(64, 100), stored), tokens((5, 9), 64)
+    want = layer(x, offsets, packed, 4)
+    shifted = torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    for given in (shifted, x.t().contiguous().t()):
+        assert torch.equal(layer(given, torch.cat([offsets[:1], offsets])[1:], packed, 4), want)
+    assert torch.equal(layer(x[None], offsets, packed, 4), want[None])
+    for rows in ([], [0]):
+        assert layer(x[:0], offsets_of(rows), packed, 4).shape == (0, 64)
 
 
-def test_threads_share_a_layer(kernels):
-    layer = extension_function("PackedLayer")(*PACKED, list(EPS), 2, "gelu")
+def test_threads_share_a_layer():
+    shared = extension_function("PackedLayer")(*PACKED, list(EPS), 2, "gelu")
     batches = [tokens((n, 2 * n), 8, seed=n) for n in range(1, 40)]
-    expected = [layer(*batch) for batch in batches]
+    want = [shared(*batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            got = pool.map(lambda batch: layer(*batch), batches)
-            assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+            got = pool.map(lambda batch: shared(*batch), batches)
+            assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_weights_of_another_dtype_are_refused():
-    for w, dtype in (
-        (weights(8, 4), torch.float64),
-        (EncoderWeights(*(x.half() for x in weights(8, 4))), torch.float16),
-    ):
+    half = EncoderWeights(*(x.half() for x in weights(8, 4)))
+    for w, dtype in ((weights(8, 4), torch.float64), (half, torch.float16)):
         with pytest.raises(ValueError, match="expected float32 weights, stored in one of"):
             pack_weights(w, dtype)
 
 
-@pytest.mark.skipif(torch.int8 not in NATIVE, reason="the processor has no instructions for this type")
-def test_sums_of_bytes_that_may_overflow_are_refused(kernels):
-    w, (x, offsets) = weights(1, (1 << 17) + 1), tokens((2,), 1)
+@with_bytes
+def test_sums_of_bytes_that_may_overflow_are_refused():
+    packed = pack_weights(weights(1, (1 << 17) + 1), torch.int8)
     with pytest.raises(ValueError, match=r"at most 131072 inputs of outer for weights in int8, got 13107[46]"):
-        packed_layer(x, offsets, packed=pack_weights(w, torch.int8), eps=EPS, heads=1, backend=kernels)
+        layer(*tokens((2,), 1), packed, 1)
 
 
-def test_weights_of_another_layout_are_refused(kernels, monkeypatch):
-    """As of a machine with other kernels; the reference reads every layout."""
+def test_weights_of_another_layout_are_refused(monkeypatch):
+    """As of a machine with other kernels."""
     monkeypatch.setattr(panels, "native_layouts", lambda: {torch.float32: PanelLayout(5, 3)})
-    packed = pack_weights(weights(8, 12))
-    call = {"packed": packed, "eps": EPS, "heads": 2}
-    want = packed_layer(X, OFFSETS, **call | {"packed": PACKED}, backend=kernels)
-    torch.testing.assert_close(packed_layer(X, OFFSETS, **call, backend="torch"), want)
     with pytest.raises(ValueError, match="expected qkv to be float32"):
-        packed_layer(X, OFFSETS, **call, backend=kernels)
+        layer(X, OFFSETS, pack_weights(weights(8, 12)), 2)
 
 
 @pytest.mark.thorough
 @with_fewer_instructions
-def test_other_kernels_of_this_processor(capability, kernels):
+def test_other_kernels_of_this_processor(capability):
     """The tests of this file, with the kernels that ATEN_CPU_CAPABILITY leaves."""
     printed = run_tests_of(__file__, capability)
     assert ("has no vector kernels" in printed) == (capability == "default"), printed[-300:]
@@ -354,18 +322,13 @@ def test_other_kernels_of_this_processor(capability, kernels):
         assert "no instructions for this type" not in printed, printed[-300:]
 
 
-@pytest.mark.parametrize("stored", NATIVE)
-def test_a_large_layer_has_its_weights_side_by_side(stored, kernels):
+@every_type
+def test_a_large_layer_has_its_weights_side_by_side(stored):
     """The weights of a layer of more than a huge page are parts of one buffer, and those of a small layer are not."""
-    heads, (width, inner) = 4, (512, 2048)
-    w = weights(width, inner)
+    w = weights(512, 2048)
     packed = pack_weights(w, stored)
     begins = [x.data_ptr() for x in packed.weights]
     ends = [x.data_ptr() + x.nbytes for x in packed.weights]
     assert begins[0] % 64 == 0 and all(0 <= b - e < 64 for b, e in zip(begins[1:], ends[:-1], strict=True))
-    x, offsets = tokens((3, 17), width)
-    got = packed_layer(x, offsets, packed=packed, eps=EPS, heads=heads, backend=kernels)
-    torch.testing.assert_close(
-        got.double(), expected(x, w, (3, 17), heads, "gelu", stored), atol=4 * STORED[stored], rtol=0
-    )
+    check(w, packed, (3, 17), 4, 4 * STORED[stored], stored=stored)
     assert len({x.untyped_storage().data_ptr() for x in pack_weights(weights(64, 128), stored).weights}) == 4
