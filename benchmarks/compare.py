@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.tuning.report import markdown_table
+from earlyexit_kernels.tuning.tables import markdown_table
 from earlyexit_kernels.tuning.timing import paired_ratio, quantiles
 
 ROOT = Path(__file__).resolve().parents[1]

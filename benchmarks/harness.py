@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from benchmarks.machine import NotMeasuredError, first_line
-from earlyexit_kernels.tuning.report import environment, write_json
+from earlyexit_kernels.tuning.tables import environment, write_json
 from earlyexit_kernels.tuning.timing import interleave, paired_ratio, quantiles
 
 Record: TypeAlias = dict[str, Any]

@@ -22,7 +22,7 @@ from benchmarks.harness import Record
 from benchmarks.machine import MODEL_VARIABLE, NotMeasuredError
 from benchmarks.micro import decision_cost, layer_products, layer_roofline, stored_accuracy, weight_checks
 from benchmarks.readme import rewrite
-from earlyexit_kernels.tuning.report import environment
+from earlyexit_kernels.tuning.tables import environment
 
 
 def _later(module: str, records: str = "records") -> Callable[[int], Iterator[Record]]:

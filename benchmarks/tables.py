@@ -15,7 +15,7 @@ from benchmarks import harness
 from benchmarks.goals import END_TO_END, GPU, PEER
 from benchmarks.harness import Measured, Record, measured
 from benchmarks.plots import PLOTS
-from earlyexit_kernels.tuning.report import device_text, markdown_table
+from earlyexit_kernels.tuning.tables import device_text, markdown_table
 
 Cell: TypeAlias = str | Callable[[Record], Any]
 Columns: TypeAlias = Sequence[tuple[str, Cell]]

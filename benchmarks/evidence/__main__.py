@@ -21,7 +21,7 @@ from benchmarks.evidence.encoders import make_encoders
 from benchmarks.evidence.plans import EXPERIMENTS
 from benchmarks.evidence.results import RESULTS, stored
 from benchmarks.evidence.runs import groups, run_group
-from earlyexit_kernels.tuning.report import markdown_table
+from earlyexit_kernels.tuning.tables import markdown_table
 
 
 def left_table(results: Path) -> str:

@@ -19,7 +19,7 @@ from benchmarks.evidence.results import stored
 from earlyexit_cli import build_parser
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.cli.train import run as train
-from earlyexit_kernels.tuning.report import environment
+from earlyexit_kernels.tuning.tables import environment
 
 
 def groups(trainings: Sequence[Training], results: Path) -> list[tuple[Training, ...]]:

@@ -13,7 +13,7 @@ from benchmarks.evidence.plans import SEEDS, SHARED, SIX, TWELVE, Training
 from benchmarks.evidence.results import RESULTS, Mix, Result, stored
 from benchmarks.tables import NOT_MEASURED
 from earlyexit_kernels.methods import METHODS
-from earlyexit_kernels.tuning.report import markdown_table
+from earlyexit_kernels.tuning.tables import markdown_table
 
 #: Shares of the multiply-adds of full depth at which rules are compared.
 SHARES = (0.67, 0.5)

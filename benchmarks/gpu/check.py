@@ -31,7 +31,7 @@ from benchmarks.gpu.suites import SUITES
 from benchmarks.harness import Record
 from benchmarks.machine import first_line
 from benchmarks.readme import rewrite
-from earlyexit_kernels.tuning.report import environment
+from earlyexit_kernels.tuning.tables import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = 10.0

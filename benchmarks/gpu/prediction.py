@@ -22,7 +22,7 @@ from benchmarks.end_to_end.suites import HALF, ONE_AT_HALF
 from earlyexit_kernels.core.counts import LAG
 from earlyexit_kernels.core.loop import compaction_pays
 from earlyexit_kernels.cuda.levels import LevelSize, level_size
-from earlyexit_kernels.tuning.report import markdown_table
+from earlyexit_kernels.tuning.tables import markdown_table
 
 WIDTH, INNER, HEADS, LAYERS, LENGTH, BYTES = 768, 3072, 12, 12, 128, 2
 BATCHES = (1, 32, 128)

@@ -12,7 +12,7 @@ from earlyexit_kernels.criteria import from_dict
 from earlyexit_kernels.tasks.load import Task
 from earlyexit_kernels.tasks.own import listed
 from earlyexit_kernels.tuning.record import Calibration
-from earlyexit_kernels.tuning.report import markdown_table, parameter_text
+from earlyexit_kernels.tuning.tables import markdown_table, parameter_text
 
 README = "README.md"
 #: Around the section of the calibration; everything outside of it stays when it is renewed.

@@ -21,8 +21,8 @@ from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.load import EncodedSplit, encode, toy_splits
-from earlyexit_kernels.tuning.report import environment, markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.sweep import Sweep, fastest_within_drop, sweep
+from earlyexit_kernels.tuning.tables import environment, markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.timing import Ratio, interleave, paired_ratio
 from earlyexit_kernels.tuning.traces import collect_trace
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from earlyexit_kernels.backends import available_backends, resolve
-from earlyexit_kernels.tuning.report import environment, markdown_table
+from earlyexit_kernels.tuning.tables import environment, markdown_table
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from earlyexit_kernels.tuning.report import partial_file
+from earlyexit_kernels.tuning.tables import partial_file
 
 #: One of these is among the first bytes of a file of results: its HTML title, or the first entry of its JSON.
 MARKS = (b"<title>Early-exit report", b'"environment"')

@@ -22,9 +22,9 @@ from earlyexit_kernels.tuning.metrics import predictions_of
 from earlyexit_kernels.tuning.page import page
 from earlyexit_kernels.tuning.page_numbers import Answers
 from earlyexit_kernels.tuning.record import Calibration
-from earlyexit_kernels.tuning.report import environment, parameter_text, write_json, write_text
 from earlyexit_kernels.tuning.scored import Rows
 from earlyexit_kernels.tuning.sweep import Sweep, random_exit
+from earlyexit_kernels.tuning.tables import environment, parameter_text, write_json, write_text
 
 #: Number of thresholds tried for each rule, as `earlyexit eval` does unless told otherwise.
 POINTS = 24

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.tuning.report import parameter_text
 from earlyexit_kernels.tuning.risk import last_passed, risk_p_values
 from earlyexit_kernels.tuning.scored import Rows, Setting
+from earlyexit_kernels.tuning.tables import parameter_text
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
 
 #: Standard errors that `MaxDrop` adds to the loss on the tuning rows, for the settings of one rule and of several: the

@@ -10,7 +10,7 @@ from earlyexit_kernels.page_style import PAGE
 from earlyexit_kernels.tuning.page_charts import exit_bars, tradeoff
 from earlyexit_kernels.tuning.page_format import NONE, fixed, interval, loss, percent, table, words
 from earlyexit_kernels.tuning.page_style import STYLE
-from earlyexit_kernels.tuning.report import device_text
+from earlyexit_kernels.tuning.tables import device_text
 
 #: Where the criterion of a report comes from -> how the page says so.
 SOURCES = {

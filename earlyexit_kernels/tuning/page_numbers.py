@@ -16,9 +16,9 @@ from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.tuning.flops import row_macs
 from earlyexit_kernels.tuning.metrics import ece, predictions_of, probabilities
 from earlyexit_kernels.tuning.plots import merged
-from earlyexit_kernels.tuning.report import parameter_text
 from earlyexit_kernels.tuning.scored import Rows
 from earlyexit_kernels.tuning.sweep import Point, Sweep
+from earlyexit_kernels.tuning.tables import parameter_text
 
 SINGLE_LABEL, REGRESSION = "single_label_classification", "regression"
 #: Share of the rows below which hardly any row leaves at an exit.

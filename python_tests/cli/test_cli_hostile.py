@@ -18,7 +18,7 @@ from earlyexit_kernels.cli.outputs import check_file
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
 from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
-from earlyexit_kernels.tuning.report import write_json
+from earlyexit_kernels.tuning.tables import write_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
