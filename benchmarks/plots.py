@@ -13,7 +13,7 @@ from benchmarks.end_to_end.baselines import BASELINES, PLAIN
 from benchmarks.end_to_end.forced import FAMILY, FULL, NEVER
 from benchmarks.end_to_end.suites import HALF, OFFLINE, ONE_AT_HALF, SINGLE_STREAM
 from benchmarks.harness import Record
-from earlyexit_kernels.tuning.plots import COLORS, add_speed_up_axis, new_figure, plot_tradeoff
+from earlyexit_kernels.tuning.charts import COLORS, add_speed_up_axis, new_figure, plot_tradeoff
 from earlyexit_kernels.tuning.tables import device_text
 
 #: Name -> title, of each machine's plots.

@@ -37,8 +37,8 @@ MAY_IMPORT = {
     "cuda": "backbones core errors ops torch",
     "hf": "arguments backbones core cpu criteria cuda errors heads methods types huggingface_hub numpy "
     "safetensors torch transformers",
-    "tuning": "arguments backbones backends criteria core hf page_style types mapie matplotlib numpy safetensors "
-    "sklearn torch tqdm",
+    "tuning": "arguments backbones backends criteria core hf page_style types jinja2 mapie matplotlib numpy "
+    "safetensors sklearn torch tqdm",
     "serving": "arguments backends criteria hf ops page_style tuning fastapi numpy prometheus_client pyarrow "
     "pydantic ray torch transformers uvicorn",
     "tasks": "datasets huggingface_hub tokenizers torch transformers",

@@ -17,11 +17,10 @@ from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.core.replay import replay
 from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.hf.predict import predict_with_exits
-from earlyexit_kernels.tuning import page_numbers
+from earlyexit_kernels.tuning import report
 from earlyexit_kernels.tuning.metrics import predictions_of
-from earlyexit_kernels.tuning.page import page
-from earlyexit_kernels.tuning.page_numbers import Answers
 from earlyexit_kernels.tuning.record import Calibration
+from earlyexit_kernels.tuning.report import Answers
 from earlyexit_kernels.tuning.scored import Rows
 from earlyexit_kernels.tuning.sweep import Sweep, random_exit
 from earlyexit_kernels.tuning.tables import environment, parameter_text, write_json, write_text
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     drop = _saved_drop(found.model) if args.drop is None else args.drop
     result = sweep_rules(found, drop=drop, points=POINTS)
     data = report_data(args.model, recipe, found, result, texts=not args.no_texts)
-    text = page(data)
+    text = report.page(data)
     with written(numbers):
         write_json(numbers, result.records(), **data)
     with written(args.output):
@@ -76,7 +75,7 @@ def report_data(folder: Path, recipe: Recipe, found: Traced, result: Sweep, *, t
     answers = _answers(found, criterion)
     lengths = [len(found.data["reporting"][row]["input_ids"]) for row in range(len(rows))]
     config: Any = model.config
-    listed = page_numbers.first_and_last(rows, answers, split.sentences if texts else None, lengths, task.label_names)
+    listed = report.first_and_last(rows, answers, split.sentences if texts else None, lengths, task.label_names)
     calibration = Calibration.of(model)
     return {
         "environment": environment(),
@@ -93,25 +92,25 @@ def report_data(folder: Path, recipe: Recipe, found: Traced, result: Sweep, *, t
         },
         "drop": result.drop,
         "summary": {
-            **page_numbers.summary(rows, answers),
+            **report.summary(rows, answers),
             "setting": parameter_text(criterion),
             "source": source,
             **_random(rows, answers),
         },
         "calibration": calibration.to_dict() if calibration is not None else None,
-        "multiply_adds": page_numbers.multiply_adds(model, lengths, answers),
-        "chance_level": page_numbers.chance_level(rows),
-        "dead_share": page_numbers.DEAD_SHARE,
-        "oracle": page_numbers.oracle(rows),
-        "curves": page_numbers.curves(result, rows),
-        "layers": page_numbers.by_layer(rows, answers),
-        "histograms": page_numbers.histograms(rows, answers, lengths, task.label_names),
+        "multiply_adds": report.multiply_adds(model, lengths, answers),
+        "chance_level": report.chance_level(rows),
+        "dead_share": report.DEAD_SHARE,
+        "oracle": report.oracle(rows),
+        "curves": report.curves(result, rows),
+        "layers": report.by_layer(rows, answers),
+        "histograms": report.histograms(rows, answers, lengths, task.label_names),
         "rows": {"texts": texts, **listed},
     }
 
 
 def described_criterion(model: Any, result: Sweep) -> tuple[str, Criterion]:
-    """Return the criterion that a report describes, and where it comes from (a key of `page.SOURCES`).
+    """Return the criterion that a report describes, and where it comes from ("model", "fastest" or "full_depth").
 
     That of the model; where it has none, the setting of all rules that is fastest on the tuning rows among those that
     lose at most `result.drop` there, else full depth.

@@ -21,7 +21,7 @@ PROBE = """<!DOCTYPE html><title>-</title><iframe id="f" style="border:0;width:{
 srcdoc="{page}"></iframe><script>
 document.getElementById("f").onload = event => {{
   const root = event.target.contentDocument.documentElement
-  const charts = root.querySelectorAll("svg").length
+  const charts = root.querySelectorAll("svg, figure img").length
   document.title = `overflow ${{root.scrollWidth}} in ${{root.clientWidth}}, ${{charts}} charts`
 }}</script>"""
 
@@ -69,7 +69,7 @@ class Page(HTMLParser):
         styles = [text for tags, text in self.texts if tags[-1] == "style"]
         styles += [values.get("style", "") + values.get("clip-path", "") for _, values in self.elements]
         named += [url.strip("'\"") for url in re.findall(r"(?:url\(|@import\s+)([^);]*)", " ".join(styles))]
-        return [address for address in named if not address.startswith("#") and address != "data:,"]
+        return [address for address in named if not address.startswith(("#", "data:"))]
 
 
 def overflow(source: str, width: int, folder: Path) -> tuple[int, int, int, str]:

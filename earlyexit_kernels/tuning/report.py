@@ -1,24 +1,26 @@
-"""The numbers of a report page: what a criterion does on some rows, and which rows leave where."""
+"""The report page of a model and its numbers: what a criterion does on some rows, and which rows leave where."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.page_style import COMMON
+from earlyexit_kernels.tuning.charts import exit_bars, merged, style, tradeoff
 from earlyexit_kernels.tuning.flops import row_macs
 from earlyexit_kernels.tuning.metrics import ece, predictions_of, probabilities
-from earlyexit_kernels.tuning.plots import merged
 from earlyexit_kernels.tuning.scored import Rows
 from earlyexit_kernels.tuning.sweep import Point, Sweep
-from earlyexit_kernels.tuning.tables import parameter_text
+from earlyexit_kernels.tuning.tables import device_text, parameter_text
 
 SINGLE_LABEL, REGRESSION = "single_label_classification", "regression"
 #: Share of the rows below which hardly any row leaves at an exit.
@@ -27,6 +29,9 @@ DEAD_SHARE = 0.005
 MAX_CLASSES = 8
 #: Rows in each of the lists of the first and the last to leave, and characters of a text.
 LISTED, SHOWN = 10, 200
+#: Metrics of which a hundredth is called a point.
+POINTS = {"accuracy", "f1", "macro_f1", "agreement"}
+NONE = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -266,3 +271,77 @@ def _standard_error(rows: Rows, point: Point) -> float | None:
         return None
     ((_, predictions, _),) = rows.replay([point.criterion])
     return rows.score_error(predictions)
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """Return the HTML page of the data that `earlyexit report` saves as JSON.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    points = [(name, point) for curve in data["curves"] for name, point in curve["chosen"].items()]
+    points.sort(key=lambda item: item[1]["mean_layers_run"] if item[1] else data["summary"]["depth"] + 1)
+    values = {**data, **_images(data), "chosen": points, "device": device_text(data["environment"])}
+    return _TEMPLATES.get_template("report.html.j2").render(values, common=COMMON) + "\n"
+
+
+def _images(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the images of a page, by the names that the template gives them."""
+    now, groups = data["summary"], data["histograms"]
+    rule = now["criterion"]["name"]
+    ours = next((curve for curve in data["curves"] if rule in curve["rules"]), None)
+    with style():
+        ring = [(now["mean_layers_run"], now["score"])]
+        panels = []
+        for curve in data["curves"]:
+            names = ", ".join(curve["rules"]).replace("_", " ")
+            rings = [(p["mean_layers_run"], p["score"]) for p in curve["chosen"].values() if p]
+            panels.append({"names": names, **tradeoff(data, curve, label=names, rings=rings, panel=True)})
+        return {
+            "chart": tradeoff(data, ours, label=rule.replace("_", " "), rings=ring),
+            "panels": panels,
+            "bars": {
+                "Where rows leave": exit_bars("Share of all rows that leave at each layer", groups["all"]),
+                "By label": exit_bars("Share of the rows of each label that leave at each layer", groups["class"]),
+                "By length": exit_bars("Share of the rows of each length that leave at each layer", groups["length"]),
+            },
+        }
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """Return a number with a fixed number of decimals; a dash for None."""
+    return NONE if value is None else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a percentage with one decimal; a dash for None."""
+    return NONE if share is None else f"{fixed(100 * share, 1)} %"
+
+
+def loss(value: float, metric: str) -> str:
+    """Return a difference of scores in words."""
+    size, unit = (100 * abs(value), " points") if metric in POINTS else (abs(value), "")
+    shown = fixed(size, 1 if unit else 3)
+    return f"loses {shown}{unit}" if value > 0 else f"gains {shown}{unit}" if value < 0 else "loses nothing"
+
+
+def interval(ends: Sequence[float], metric: str) -> str:
+    """Return an interval of losses in words."""
+    scale, digits, unit = (100, 1, " points") if metric in POINTS else (1, 3, "")
+    low, high = (fixed(scale * end, digits) for end in ends)
+    return f"{low} to {high}{unit}"
+
+
+def _words(name: str) -> str:
+    """Return a name with spaces for underscores."""
+    return name.replace("_", " ")
+
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("earlyexit_kernels.tuning", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {"fixed": fixed, "percent": percent, "loss": loss, "interval": interval, "words": _words}

@@ -1,8 +1,10 @@
-"""The numbers of a report page against loops over the rows."""
+"""The numbers of a report page against loops over the rows, and its charts."""
 
 from __future__ import annotations
 
+import base64
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,16 +14,15 @@ from support.html_pages import Page
 
 from earlyexit_kernels import ExitTrace, replay
 from earlyexit_kernels.criteria import Margin, MaxProbability
-from earlyexit_kernels.tuning import page_numbers
+from earlyexit_kernels.tuning import charts, report
 from earlyexit_kernels.tuning import sweep as sweeps
 from earlyexit_kernels.tuning.intervals import score_error
 from earlyexit_kernels.tuning.metrics import matthews
-from earlyexit_kernels.tuning.page_charts import exit_bars
-from earlyexit_kernels.tuning.page_format import fixed, interval, loss, percent
-from earlyexit_kernels.tuning.page_numbers import Answers
+from earlyexit_kernels.tuning.report import Answers, fixed, interval, loss, percent
 from earlyexit_kernels.tuning.scored import Rows
 
 ROWS, DEPTH, NAMES = 240, 4, ["one", "two", "three"]
+CURVES = {"entropy": [(3.0, 0.9), (1.0, 0.7), (6.0, 0.9)], "patience": [(2.0, 0.8)]}
 LENGTHS = [3 + (7 * row) % 23 for row in range(ROWS)]
 
 
@@ -61,7 +62,7 @@ def right(rows):
 
 
 def test_summary_and_oracle(rows, answers, right):
-    found = page_numbers.summary(rows, answers)
+    found = report.summary(rows, answers)
     score = sum(right[n][layer - 1] for n, layer in enumerate(answers.exit_layer)) / ROWS
     full = sum(row[-1] for row in right) / ROWS
     assert found["score"] == pytest.approx(score) and found["full_depth"] == pytest.approx(full)
@@ -71,7 +72,7 @@ def test_summary_and_oracle(rows, answers, right):
     assert found["layer_speed_up"] == pytest.approx(DEPTH * ROWS / sum(answers.exit_layer))
     first = [1 + row.index(True) if any(row) else 1 for row in right]
     oracle = {"score": pytest.approx(sum(map(any, right)) / ROWS), "mean_layers_run": pytest.approx(sum(first) / ROWS)}
-    assert page_numbers.oracle(rows) == oracle
+    assert report.oracle(rows) == oracle
 
 
 def calibration_error(logits, right):
@@ -85,7 +86,7 @@ def calibration_error(logits, right):
 
 
 def test_by_layer(rows, answers, right):
-    table = page_numbers.by_layer(rows, answers)
+    table = report.by_layer(rows, answers)
     for layer, entry in enumerate(table, start=1):
         here, leaving = [row[layer - 1] for row in right], answers.exit_layer == layer
         hits = [hit for hit, leaves in zip(here, leaving, strict=True) if leaves]
@@ -102,7 +103,7 @@ def test_by_layer(rows, answers, right):
 
 
 def test_histograms(rows, answers):
-    found = page_numbers.histograms(rows, answers, LENGTHS, NAMES)
+    found = report.histograms(rows, answers, LENGTHS, NAMES)
     assert [group["name"] for group in found["class"]] == NAMES
     for kind in ("class", "length", "all"):
         assert sum(group["rows"] for group in found[kind]) == ROWS
@@ -114,14 +115,14 @@ def test_histograms(rows, answers):
     assert ends[0][0] == 3 and ends[-1][1] == 25 and ends[0][1] < ends[1][0] and ends[1][1] < ends[2][0]
     assert [sum(low <= n <= high for n in LENGTHS) for low, high in ends] == [g["rows"] for g in found["length"]]
     assert min(group["rows"] for group in found["length"]) > ROWS / 4
-    (group,) = page_numbers.histograms(rows, answers, [7] * ROWS, NAMES)["length"]
+    (group,) = report.histograms(rows, answers, [7] * ROWS, NAMES)["length"]
     assert group["name"] == "7 tokens" and group["rows"] == ROWS
 
 
 def test_many_classes_share_a_histogram():
     rows = rows_of(classes=12)
     answers = answers_of(rows, MaxProbability(threshold=0.9))
-    found = page_numbers.histograms(rows, answers, LENGTHS, [f"class {k}" for k in range(12)])["class"]
+    found = report.histograms(rows, answers, LENGTHS, [f"class {k}" for k in range(12)])["class"]
     assert len(found) == 9 and found[-1]["name"] == "4 other classes" and sum(g["rows"] for g in found) == ROWS
     counts = sorted(np.bincount(rows.labels, minlength=12).tolist(), reverse=True)
     assert [group["rows"] for group in found[:-1]] == counts[:8]
@@ -129,7 +130,7 @@ def test_many_classes_share_a_histogram():
 
 def test_first_and_last(rows, answers):
     texts = [f"row {n} " + "x" * (300 * (n % 2)) for n in range(ROWS)]
-    found = page_numbers.first_and_last(rows, answers, texts, LENGTHS, NAMES)
+    found = report.first_and_last(rows, answers, texts, LENGTHS, NAMES)
     sure = [max(torch.softmax(torch.tensor(z).double(), 0)).item() for z in answers.logits]
     first = sorted(range(ROWS), key=lambda n: (answers.exit_layer[n], -sure[n]))[:10]
     last = sorted(range(ROWS), key=lambda n: (-answers.exit_layer[n], sure[n]))[:10]
@@ -140,7 +141,7 @@ def test_first_and_last(rows, answers):
         assert row["right"] == (row["label"] == row["prediction"]) and row["tokens"] == LENGTHS[n]
         (text,) = row["texts"]
         assert len(text) == (200 if n % 2 else len(texts[n])) and text.startswith(f"row {n} ")
-    hidden = page_numbers.first_and_last(rows, answers, None, LENGTHS, NAMES)
+    hidden = report.first_and_last(rows, answers, None, LENGTHS, NAMES)
     assert all(row["texts"] == [] for row in hidden["first"])
 
 
@@ -151,19 +152,19 @@ def test_several_labels_a_row():
     rows = Rows(ExitTrace(logits), labels.numpy(), "accuracy", "multi_label_classification")
     layers = np.full(ROWS, 2)
     answers = Answers(MaxProbability(threshold=0.5), logits[:, 1].numpy(), layers, layers)
-    table = page_numbers.by_layer(rows, answers)
+    table = report.by_layer(rows, answers)
     exact = float(((logits[:, 1] > 0) == labels).all(dim=1).double().mean())
     assert table[1]["score"] == pytest.approx(exact) == table[1]["right_of_leaving"] and table[1]["ece"] is None
-    groups = page_numbers.histograms(rows, answers, LENGTHS, NAMES)["class"]
+    groups = report.histograms(rows, answers, LENGTHS, NAMES)["class"]
     assert [group["rows"] for group in groups] == labels.sum(dim=0).tolist()
-    row = page_numbers.first_and_last(rows, answers, None, LENGTHS, NAMES)["first"][0]
+    row = report.first_and_last(rows, answers, None, LENGTHS, NAMES)["first"][0]
     assert row["label"] == (", ".join(name for name, k in zip(NAMES, labels[row["row"]], strict=True) if k) or "none")
 
 
 def test_curves_are_those_of_the_sweep():
     tuning, rows = rows_of(classes=2, seed=1), rows_of(classes=2)
     result = sweeps.sweep((tuning.trace, tuning.labels), (rows.trace, rows.labels), drop=0.02, points=12)
-    found = page_numbers.curves(result, rows)
+    found = report.curves(result, rows)
     assert sorted(name for curve in found for name in curve["rules"]) == sorted(result.points)
     for curve in found:
         for point, swept in zip(curve["points"], result.points[curve["rules"][0]], strict=True):
@@ -190,7 +191,7 @@ def test_standard_error_of_another_metric(monkeypatch):
     monkeypatch.setattr(sweeps, "RANDOM_DRAWS", 1)  # slow, and not looked at
     monkeypatch.setattr(sweeps, "settings", lambda *_, **__: {"margin": [Margin(threshold=t) for t in (0.2, 0.6)]})
     result = sweeps.sweep((rows.trace, rows.labels), (rows.trace, rows.labels), metrics=("matthews",))
-    errors = [point["standard_error"] for curve in page_numbers.curves(result, rows) for point in curve["points"]]
+    errors = [point["standard_error"] for curve in report.curves(result, rows) for point in curve["points"]]
     assert all(0 < error < 0.2 for error in errors)
 
 
@@ -211,12 +212,52 @@ def test_numbers_in_words(shown, expected):
     assert shown == expected
 
 
+def drawn(image: dict[str, str]) -> Page:
+    """The elements and texts of an image."""
+    return Page(base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,")).decode())
+
+
 def test_names_of_classes_are_shown_as_they_are(recwarn):
-    """Also those of other scripts, with signs of HTML, or that matplotlib would read as mathematics."""
+    """Also those of other scripts, with signs of HTML, or that matplotlib would read as mathematics: "$5" is none."""
     pytest.importorskip("matplotlib")
-    names = ["日本語", "<b>&", "$x_1$"]
+    names = ["日本語", "<b>&", "$x_1$", "$5", "5 $ < 6 $"]
     groups = [{"name": name, "rows": 2, "mean_exit_layer": 1.5, "shares": [0.5, 0.5]} for name in names]
-    found = Page(exit_bars("bars", "A title <1>", groups))
-    texts = [text for tags, text in found.texts if tags[-1] == "text"]
+    with charts.style():
+        images = [charts.exit_bars("A title <1>", groups) for _ in range(2)]
+    texts = [text for tags, text in drawn(images[0]).texts if tags[-1] == "text"]
     assert [f"{name} (2 rows, mean layer 1.50)" for name in names] == [t for t in texts if "rows" in t]
-    assert not found.problems and ("title", {"id": "bars-title"}) in found.elements and not recwarn.list
+    assert images[0] == images[1] and not recwarn.list
+    assert images[0]["alt"].startswith("A title <1>. 日本語 (2 rows, mean layer 1.50): 50%, 50%; <b>&")
+
+
+def test_plot_is_a_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = charts.plot_tradeoff(
+        tmp_path / "p" / "curve.png",
+        CURVES,
+        baselines={"static truncation": [(1.0, 0.6), (6.0, 0.9)]},
+        chosen={"entropy": (3.0, 0.9)},
+        depth=6,
+        metric="accuracy",
+        title="t",
+        rows=100,
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_coinciding_curves_are_merged():
+    same = [(6.0, 0.9), (2.0, 0.8002), (3.0, 0.9), (1.0, 0.7)]
+    merged = charts.merged({**CURVES, "margin": same})
+    assert [names for names, _ in merged] == [["entropy", "margin"], ["patience"]]
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "matplotlib.figure"])
+def test_without_matplotlib_the_error_names_it(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match="pip install matplotlib"), charts.style():
+        charts.new_figure(1, 1)
+
+
+def test_many_curves_differ_in_colour_or_marker():
+    pairs = {(charts.COLORS[n % len(charts.COLORS)], charts.MARKERS[n % len(charts.MARKERS)]) for n in range(77)}
+    assert len(pairs) == 77
