@@ -11,7 +11,7 @@ class BackendUnavailableError(RuntimeError):
     """The requested back-end or kind of layers is not available; the message gives the reason and the remedy.
 
     >>> import earlyexit_kernels as ee
-    >>> from earlyexit_kernels.tasks.toy import toy_model
+    >>> from earlyexit_kernels.data.toy import toy_model
     >>> model = ee.to_early_exit(toy_model(layers=2, hidden=8))
     >>> model.configure(path="captured")  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
@@ -24,7 +24,7 @@ class AttentionReplacedError(RuntimeError):
 
     >>> import torch
     >>> import earlyexit_kernels as ee
-    >>> from earlyexit_kernels.tasks.toy import toy_model
+    >>> from earlyexit_kernels.data.toy import toy_model
     >>> model = ee.to_early_exit(toy_model(layers=2, hidden=8))
     >>> model.backbone.config._attn_implementation = "sdpa"
     >>> model(torch.tensor([[2, 7, 3]]))  # doctest: +IGNORE_EXCEPTION_DETAIL
@@ -38,7 +38,7 @@ class InvalidLogitsError(RuntimeError):
 
     >>> import torch
     >>> import earlyexit_kernels as ee
-    >>> from earlyexit_kernels.tasks.toy import toy_model
+    >>> from earlyexit_kernels.data.toy import toy_model
     >>> criterion = ee.criteria.Entropy(threshold=0.1)
     >>> model = ee.to_early_exit(toy_model(layers=2, hidden=8), criterion=criterion, strict=True)
     >>> _ = torch.nn.init.constant_(model.heads.out[0].weight, float("nan"))
@@ -53,7 +53,7 @@ class MissingHeadsError(RuntimeError):
 
     >>> import tempfile
     >>> import earlyexit_kernels as ee
-    >>> from earlyexit_kernels.tasks.toy import toy_model
+    >>> from earlyexit_kernels.data.toy import toy_model
     >>> from safetensors.torch import load_file, save_file
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     ee.to_early_exit(toy_model(layers=2, hidden=8)).save_pretrained(folder)

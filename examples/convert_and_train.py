@@ -6,7 +6,7 @@ Runs on generated sentences without a network. For real data, replace `tokenizer
 from transformers import Trainer, TrainingArguments, set_seed
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 
 set_seed(0)
 tokenizer, stock = toy.toy_tokenizer(), toy.toy_model(layers=3, hidden=64)

@@ -9,7 +9,7 @@ from sentence_transformers import CrossEncoder
 from transformers import BertForSequenceClassification
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 
 torch.manual_seed(0)
 config = toy.toy_model(layers=4, hidden=64).config

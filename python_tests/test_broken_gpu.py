@@ -42,7 +42,7 @@ print(model.explain().backend)
 
 QUICK_START = """
 import earlyexit_kernels as ee
-from earlyexit_kernels.tasks.toy import toy_model
+from earlyexit_kernels.data.toy import toy_model
 model = ee.to_early_exit(toy_model(layers=2, hidden=8)).eval()
 print(model(input_ids=torch.tensor([[2, 7, 3]])).exit_layer.tolist())
 """

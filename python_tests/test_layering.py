@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "safetensors sklearn torch tqdm",
     "serving": "arguments backends criteria hf ops page_style tuning fastapi numpy prometheus_client pyarrow "
     "pydantic ray torch transformers uvicorn",
-    "tasks": "datasets huggingface_hub tokenizers torch transformers",
+    "data": "pyarrow tokenizers torch transformers",
+    "tasks": "data datasets huggingface_hub torch",
     "cli": "* __init__ numpy safetensors torch tqdm transformers",
     "__init__": "* transformers",
     "__main__": "earlyexit_cli",

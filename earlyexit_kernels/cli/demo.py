@@ -17,9 +17,9 @@ from earlyexit_kernels.cli.evaluate import draw, layer_table
 from earlyexit_kernels.cli.outputs import check_folder, check_plot, save_tokenizer, written
 from earlyexit_kernels.cli.train import training_arguments
 from earlyexit_kernels.criteria import Criterion, Patience
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.predict import predict_with_exits
-from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.load import EncodedSplit, encode, toy_splits
 from earlyexit_kernels.tuning.sweep import Sweep, fastest_within_drop, sweep
 from earlyexit_kernels.tuning.tables import environment, markdown_table, parameter_text, write_json

@@ -13,9 +13,9 @@ from earlyexit_kernels.cli.evaluate import load_any
 from earlyexit_kernels.cli.inputs import loaded_from
 from earlyexit_kernels.cli.outputs import check_folder, written
 from earlyexit_kernels.cli.recipe import Recipe, recipe_of
+from earlyexit_kernels.data.table import Table, read_table, write_table
 from earlyexit_kernels.serving.answers import ERROR
 from earlyexit_kernels.serving.scorer import Scorer
-from earlyexit_kernels.tasks.files import Table, read_table, write_table
 from earlyexit_kernels.tasks.own import Columns, texts_of
 from earlyexit_kernels.tasks.sources import Text
 

@@ -165,7 +165,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         Example:
 
             >>> import earlyexit_kernels as ee
-            >>> from earlyexit_kernels.tasks.toy import toy_model
+            >>> from earlyexit_kernels.data.toy import toy_model
             >>> model = ee.to_early_exit(toy_model(layers=2, hidden=8)).eval()
             >>> model.configure(path="eager", backend="torch")
             >>> model.settings.path, model.settings.compaction
@@ -301,7 +301,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
 
             >>> import torch
             >>> import earlyexit_kernels as ee
-            >>> from earlyexit_kernels.tasks.toy import toy_model
+            >>> from earlyexit_kernels.data.toy import toy_model
             >>> model = ee.to_early_exit(toy_model(layers=3, hidden=8)).eval()
             >>> for rows, logits, exit_layer in model.stream(input_ids=torch.tensor([[2, 7, 3], [2, 9, 3]])):
             ...     print(rows.tolist(), tuple(logits.shape), exit_layer.tolist())  # without a criterion: in one part

@@ -95,7 +95,7 @@ class Scorer:
     Example:
 
         >>> import earlyexit_kernels as ee
-        >>> from earlyexit_kernels.tasks import toy
+        >>> from earlyexit_kernels.data import toy
         >>> criterion = ee.criteria.MaxProbability(threshold=0.4)  # two classes always pass this
         >>> model = ee.to_early_exit(toy.toy_model(layers=2, hidden=8), criterion=criterion).eval()
         >>> scorer = ee.Scorer(model, toy.toy_tokenizer())

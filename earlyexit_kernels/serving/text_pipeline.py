@@ -24,7 +24,7 @@ class ExitPipeline(TextClassificationPipeline):
     Example:
 
         >>> import earlyexit_kernels as ee
-        >>> from earlyexit_kernels.tasks import toy
+        >>> from earlyexit_kernels.data import toy
         >>> from transformers import pipeline
         >>> criterion = ee.criteria.MaxProbability(threshold=0.4)  # two classes always pass this
         >>> model = ee.to_early_exit(toy.toy_model(layers=2, hidden=8), criterion=criterion).eval()

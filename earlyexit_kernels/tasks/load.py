@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE, HIDDEN, TASK_INFOS, Split, read_folder, read_hub
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.tasks.files import Table, read_table
+from earlyexit_kernels.data.table import Table, read_table
 from earlyexit_kernels.tasks.load import Task
 from earlyexit_kernels.tasks.sources import HIDDEN, Split, Text
 

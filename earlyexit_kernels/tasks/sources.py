@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from earlyexit_kernels.tasks.files import TABS, read_delimited
+from earlyexit_kernels.data.table import FORMATS
 from earlyexit_kernels.tasks.hub import offline_if_unreachable
 
 DATA_VARIABLE = "EARLYEXIT_DATA"
@@ -104,7 +104,7 @@ def read_folder(name: str, folder: Path) -> dict[str, Split]:
 
 
 def _read_tsv(path: Path, info: TaskInfo) -> Split:
-    table = read_delimited(path, **TABS)
+    table = FORMATS[".tsv"].read(path)
     names = _PAIR if "sentence1" in table.columns else ("sentence",)
     if not {"label", *names} <= set(table.columns):
         raise ValueError(

@@ -26,7 +26,7 @@ from benchmarks.end_to_end.variants import Case
 from benchmarks.end_to_end.workloads import Fixed, Ragged, Workload
 from benchmarks.machine import NotMeasuredError
 from earlyexit_kernels.criteria import Entropy
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 
 LOOPS = ("item loop", "mask loop", "truncation")
 MIXES = ("full depth", "never exit", "never exit, family heads", "uniform, 50 %", "one row stays")

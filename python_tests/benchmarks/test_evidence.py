@@ -16,8 +16,9 @@ from benchmarks.evidence.__main__ import left_table
 from benchmarks.evidence.plans import SIX, Training
 from benchmarks.evidence.results import RESULTS, mixed, stored
 from earlyexit_cli import build_parser
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.methods import METHODS
-from earlyexit_kernels.tasks import load, toy
+from earlyexit_kernels.tasks import load
 
 
 def test_plans_have_unique_names_and_arguments_that_the_command_takes():

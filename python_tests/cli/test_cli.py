@@ -14,8 +14,8 @@ from earlyexit_cli import build_parser, main
 from earlyexit_kernels import EarlyExitForSequenceClassification, to_early_exit
 from earlyexit_kernels.cli import demo, train
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.methods import METHODS
-from earlyexit_kernels.tasks import toy
 from earlyexit_kernels.tasks.load import load_task
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 

@@ -16,7 +16,7 @@ from earlyexit_kernels import to_early_exit
 from earlyexit_kernels.cli import calibrate, evaluate, predict, train
 from earlyexit_kernels.cli.outputs import check_file
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 from earlyexit_kernels.tuning.tables import write_json
 
@@ -103,7 +103,6 @@ DATA = {
     "constant numbers": ("stsb", PAIR + "0\t2.5\ta\tb\n" * 9, PAIR + PAIRS, ["9 train rows", "label 2.5"]),
     "missing column": ("sst2", HEADER + ROWS, "idx\tsentence\n0\tfine\n", ["dev.tsv, line 1", "['idx', 'sentence']"]),
     "missing value": ("sst2", HEADER + ROWS + "40\t1\n", HEADER + ROWS, ["train.tsv, line 42", "got 2"]),
-    "blank line": ("sst2", HEADER + ROWS + "\n", HEADER + ROWS, ["train.tsv, line 42"]),
     "hidden labels": ("sst2", HEADER + ROWS, HEADER + ROWS.replace("\t1\t", "\t-1\t"), ["'dev'", "hidden"]),
     "huge label": ("sst2", HEADER + f"0\t{'9' * 5000}\tfine\n", HEADER + ROWS, ["train.tsv, line 2"]),
     "huge header": ("sst2", "x" * 200_000, HEADER + ROWS, ["train.tsv, line 1"]),

@@ -20,7 +20,8 @@ from earlyexit_kernels import Calibration, MaxDrop, calibrate, predict_with_exit
 from earlyexit_kernels.cli.evaluate import trace_splits
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.criteria import Entropy, FullDepth, Margin, SkipGate
-from earlyexit_kernels.tasks import load, toy
+from earlyexit_kernels.data import toy
+from earlyexit_kernels.tasks import load
 from earlyexit_kernels.tuning import report
 from earlyexit_kernels.tuning.flops import row_macs
 from earlyexit_kernels.tuning.sweep import Sweep

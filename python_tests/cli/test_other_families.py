@@ -12,7 +12,7 @@ from support.commands import error_of
 import earlyexit_kernels as ee
 from earlyexit_cli import main
 from earlyexit_kernels.cli.recipe import Recipe
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.tasks.load import load_task
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 128}

@@ -17,7 +17,7 @@ import earlyexit_kernels as ee
 from earlyexit_cli import main
 from earlyexit_kernels.cli import calibrate
 from earlyexit_kernels.cli.recipe import Recipe
-from earlyexit_kernels.tasks.files import read_table, write_table
+from earlyexit_kernels.data.table import read_table, write_table
 from earlyexit_kernels.tasks.load import encode
 from earlyexit_kernels.tuning.calibrate import split_indices
 from earlyexit_kernels.tuning.traces import collect_trace

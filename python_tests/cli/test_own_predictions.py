@@ -9,7 +9,7 @@ from support.commands import error_of
 from support.own_files import NAMES, write_rows
 
 from earlyexit_cli import main
-from earlyexit_kernels.tasks.files import read_table, write_table
+from earlyexit_kernels.data.table import read_table, write_table
 
 
 def test_predictions_are_the_rows_with_three_more_columns(model, tmp_path, files, capsys):

@@ -13,8 +13,8 @@ from transformers import BertForSequenceClassification
 import earlyexit_kernels as ee
 from earlyexit_cli import main
 from earlyexit_kernels.cli.recipe import Recipe
-from earlyexit_kernels.tasks import toy
-from earlyexit_kernels.tasks.files import read_table, write_table
+from earlyexit_kernels.data import toy
+from earlyexit_kernels.data.table import read_table, write_table
 from earlyexit_kernels.tuning.calibrate import split_indices
 from earlyexit_kernels.tuning.ranking import mrr, ndcg
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from earlyexit_cli import main
 from earlyexit_kernels.cli import train
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from earlyexit_cli import main
 from earlyexit_kernels import EarlyExitForSequenceClassification
 from earlyexit_kernels.cli import train
 from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
-from earlyexit_kernels.tasks import load, toy
+from earlyexit_kernels.data import toy
+from earlyexit_kernels.tasks import load
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from support.random_settings import chance, choice
 
 from earlyexit_cli import build_parser
 from earlyexit_kernels.cli.recipe import RECIPE_FILE
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 
 Verdict = bool | None

@@ -10,9 +10,9 @@ from support.text_models import answers_one_by_one, model_and_tokenizer, texts
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, SkipGate
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.serving.http.batches import Batches
 from earlyexit_kernels.serving.http.protocol import Row
-from earlyexit_kernels.tasks import toy
 
 ROWS = texts(30)
 MAX_TOKENS = 40

@@ -17,8 +17,8 @@ from support.servers import Command, client_of
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.cli import inputs, serve
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.serving.http.settings import Settings
-from earlyexit_kernels.tasks import toy
 
 TEXTS = [row.text for row in toy.write_splits(train_rows=0, dev_rows=900, test_rows=0)["dev"]]
 #: Words on which the model of the workers raises, and gives NaN.

@@ -22,8 +22,8 @@ pytest.importorskip("prometheus_client")
 from support.fake_worker import NOTE, SLOW_SECONDS
 from support.servers import ORDERS, SECONDS, client_of, fake_server, fake_workers
 
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.serving.http import pool, worker_process
-from earlyexit_kernels.tasks import toy
 
 SLOW, END, HANG = (f"the {ORDERS[order]}" for order in ("slow", "end", "hang"))
 #: Tokens of five `SLOW`, in two batches of which a worker holds ten rows.

@@ -17,7 +17,7 @@ pytest.importorskip("prometheus_client")
 from support.fake_worker import DEPTH, LABELS, answer_to
 from support.servers import ORDERS, client_of, fake_server
 
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 
 ROWS = toy.write_splits(train_rows=0, dev_rows=400, test_rows=0)["dev"]
 TEXTS = [row.text for row in ROWS if not set(row.text.split()) & set(ORDERS.values())]

@@ -18,8 +18,8 @@ from support.html_pages import BROWSER, FLAGS, Page, overflow
 from support.servers import client_of, fake_server
 
 import earlyexit_kernels as ee
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.serving.http.status_page import HEADERS, PAGE
-from earlyexit_kernels.tasks import toy
 
 TEXTS = [f"the plot was {word}" for word in ("dull", "witty", "funny", "superb", "lovely", "weak")]
 NOW = {

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.serving.http import worker
-from earlyexit_kernels.tasks import toy
 
 RAISES, GIVES_NAN = (toy.vocabulary().index(word) for word in ("opera", "record"))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from earlyexit_kernels.tasks import toy
-from earlyexit_kernels.tasks.files import write_table
+from earlyexit_kernels.data import toy
+from earlyexit_kernels.data.table import write_table
 
 NAMES = ("bad", "good")
 

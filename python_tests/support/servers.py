@@ -18,9 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
+from earlyexit_kernels.data import toy
 from earlyexit_kernels.serving.http import server, worker_process
 from earlyexit_kernels.serving.http.settings import Settings
-from earlyexit_kernels.tasks import toy
 
 HERE = Path(__file__).parent
 #: Generous: the machine may be busy.

@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 
-from earlyexit_kernels.tasks import load, toy
+from earlyexit_kernels.data import toy
+from earlyexit_kernels.tasks import load
 
 
 @pytest.fixture

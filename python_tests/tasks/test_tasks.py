@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from transformers import DataCollatorWithPadding
 
-from earlyexit_kernels.tasks import hub, sources, toy
+from earlyexit_kernels.data import toy
+from earlyexit_kernels.tasks import hub, sources
 from earlyexit_kernels.tasks.load import TASK_NAMES, encode, holdout, load_task
 from earlyexit_kernels.tasks.sources import DATA_VARIABLE, Split
 from earlyexit_kernels.tuning import metrics

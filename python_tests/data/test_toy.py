@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from earlyexit_kernels.tasks import toy
+from earlyexit_kernels.data import toy
 
 POLARITY = {word: label for label, words in toy.WORDS.items() for word in words}
 

@@ -1,7 +1,7 @@
 """Read the columns of a CSV, TSV, JSON lines or Parquet file, and write such a file; the format follows the ending.
 
-CSV and TSV are read with Python's `csv`, which refuses rows with too few or too many columns; `datasets` (extra
-``train``), by which JSON lines and Parquet are read, pads such rows.
+CSV and TSV are read with Python's `csv`, which refuses an unclosed quote and rows of another length, and JSON lines
+with `json`, which leaves texts that look like dates, and large numbers, as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import reprlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ class Table:
     Attributes:
         path: of the file.
         columns: name -> N values; strings in CSV and TSV files.
-        lines: first line of each row, 1-based, or empty for a format without lines.
+        lines: first line of each row, 1-based, or empty for Parquet.
     """
 
     path: Path
@@ -56,8 +55,8 @@ def read_table(path: Path) -> Table:
     Raises:
         OSError: the file cannot be read.
         ValueError: another ending than those of `FORMATS`, contents of another format, a column that occurs twice, or
-            no rows.
-        ImportError: `datasets` is required and not installed.
+            no rows; the message names the line.
+        ImportError: pyarrow is required and not installed.
     """
     read = format_of(path).read
     if not path.exists():
@@ -94,63 +93,61 @@ def format_of(path: Path) -> Format:
     Raises:
         ValueError: the ending is none of `FORMATS`.
     """
-    found = FORMATS.get(path.suffix.lower())
-    if found is None:
+    if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected a file name that ends in {', '.join(FORMATS)}")
-    return found
+    return FORMATS[path.suffix.lower()]
 
 
-def read_text(path: Path) -> str:
-    """Return the contents of a UTF-8 file without its byte order mark; line ends are kept.
+def _text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file with their ends, without its byte order mark.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not UTF-8; the message names the line.
+        ValueError: a line is not UTF-8.
     """
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        encoding = "UTF-16" if data[:2] in UTF_16 else "LATIN1"
-        cure = f"convert it, e.g. with iconv -f {encoding} -t UTF-8"
-        raise ValueError(
-            f"{path}, line {line}: expected UTF-8 text, got the byte {data[error.start]:#04x}; {cure}"
-        ) from None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            data = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            try:
+                yield data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                # Latin-1 in practice is Windows-1252, whose quotation marks would become control characters
+                encoding = "UTF-16" if number == 1 and data[:2] in UTF_16 else "WINDOWS-1252"
+                raise ValueError(
+                    f"{path}, line {number}: expected UTF-8 text, got the byte {data[error.start]:#04x}; convert it, "
+                    f"e.g. with iconv -f {encoding} -t UTF-8"
+                ) from None
 
 
-def read_delimited(path: Path, **options: Any) -> Table:
-    """Read a file with one header row.
+def _read_delimited(path: Path, **options: Any) -> Table:
+    """Read a file with one header row; blank lines are skipped.
 
     Args:
         path: of the file.
         options: of `csv.reader`, `TABS` or `COMMAS`.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: not UTF-8, a column that occurs twice, or a row of another length; the message names the line.
     """
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), **options)
+    rows = csv.reader(_text_lines(path), **options)
+    lines: list[int] = []
     limit = csv.field_size_limit(sys.maxsize)
     try:
         header = next(rows, [])
         _refuse_doubled(f"{path}, line 1", header)
-        lines, cells, line = [], [], rows.line_num + 1
+        columns: list[list[str]] = [[] for _ in header]
+        line = rows.line_num + 1
         for row in rows:
-            if len(row) != len(header):
-                raise ValueError(
-                    f"{path}, line {line}: expected {len(header)} columns, got {len(row)}{_separator_hint(header)}"
-                )
-            lines.append(line)
-            cells.append(row)
+            if row:
+                if len(row) != len(header):
+                    raise ValueError(
+                        f"{path}, line {line}: expected {len(header)} columns, got {len(row)}{_separator_hint(header)}"
+                    )
+                lines.append(line)
+                for column, cell in zip(columns, row, strict=True):
+                    column.append(cell)
             line = rows.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}: expected {path.suffix[1:].upper()}, got {error}") from error
     finally:
         csv.field_size_limit(limit)
-    return Table(
-        path, dict(zip(header, zip(*cells, strict=True) if cells else ((),) * len(header), strict=True)), lines
-    )
+    return Table(path, dict(zip(header, columns, strict=True)), lines)
 
 
 def _separator_hint(header: Sequence[str]) -> str:
@@ -167,26 +164,23 @@ def _refuse_doubled(where: str, names: Sequence[str]) -> None:
 
 
 def _read_json_lines(path: Path) -> Table:
-    lines = [number for number, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
-    if not lines:
-        return Table(path, {})
-    columns = _read_with_datasets(path, "from_json", lambda: _refuse_bad_json(path))
-    if len(next(iter(columns.values()), ())) != len(lines):
-        _refuse_bad_json(path)
-        raise ValueError(f"{path}: expected one JSON object a line, got {len(lines)} lines with another number of rows")
-    return Table(path, columns, lines)
-
-
-def _refuse_bad_json(path: Path) -> None:
-    """Raise for the first line that is not a JSON object with different names."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    """Read one JSON object a line; a row without one of the columns has None there."""
+    rows, lines = [], []
+    for number, line in enumerate(_text_lines(path), start=1):
+        line = line.strip()
+        if not line:
+            continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line or "{}", object_pairs_hook=partial(_object, where))
+            row = json.loads(line, object_pairs_hook=partial(_object, where))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: expected a JSON object, got {reprlib.repr(line)} ({error})") from error
-        if not isinstance(value, dict):
+        if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, got {reprlib.repr(line)}")
+        rows.append(row)
+        lines.append(number)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table(path, {name: [row.get(name) for row in rows] for name in names}, lines)
 
 
 def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,52 +188,23 @@ def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_parquet(path: Path) -> Table:
-    return Table(path, _read_with_datasets(path, "from_parquet", lambda: None))
-
-
-def _read_with_datasets(path: Path, reader: str, explain: Callable[[], None]) -> dict[str, list[Any]]:
-    """Return the columns that a reader of `datasets.Dataset` finds, without a network and without its cache.
-
-    Args:
-        path: of the file.
-        reader: name of the method.
-        explain: raises an error that says more than that of `datasets`.
-    """
+def _pyarrow(path: Path) -> Any:
     try:
-        from datasets import Dataset
+        from pyarrow import parquet
     except ImportError as error:
-        raise ImportError(
-            f"{path}: JSON lines and Parquet require `pip install datasets`; CSV and TSV do not"
-        ) from error
-    path.open("rb").close()  # an error of the system says more than one of `datasets`
-    with tempfile.TemporaryDirectory(prefix="earlyexit-") as cache, _quiet():
-        plain = Path(cache) / f"data{path.suffix}"  # `datasets` takes brackets in a name for a pattern
-        plain.symlink_to(path.resolve())
-        try:
-            found = getattr(Dataset, reader)(str(plain), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:  # of many classes, those of pyarrow among them
-            explain()
-            reason = error.__cause__ or error
-            raise ValueError(f"{path}: could not be read: {str(reason) or type(reason).__name__}") from error
-        return {name: list(found[name]) for name in found.column_names}
+        raise ImportError(f"{path}: Parquet requires `pip install pyarrow`; CSV, TSV and JSON lines do not") from error
+    return parquet
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Turn the progress bars and the log of `datasets` off."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from datasets.utils import logging
-
-    bars, level = not are_progress_bars_disabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
+def _read_parquet(path: Path) -> Table:
+    parquet = _pyarrow(path)
+    path.open("rb").close()  # an error of the system says more than one of pyarrow
     try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            enable_progress_bars()
+        found = parquet.ParquetFile(path).read()
+    except Exception as error:  # pyarrow raises OSError, ValueError, TypeError and classes of its own
+        raise ValueError(f"{path}: could not be read: {str(error) or type(error).__name__}") from error
+    _refuse_doubled(str(path), found.column_names)
+    return Table(path, found.to_pydict())
 
 
 def _write_delimited(options: Mapping[str, Any]) -> Callable[[Any, Mapping[str, Sequence[Any]]], None]:
@@ -263,10 +228,10 @@ def _write_json_lines(file: Any, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def _write_parquet(file: Any, columns: Mapping[str, Sequence[Any]]) -> None:
-    from datasets import Dataset
+    parquet = _pyarrow(Path(file.name))
+    import pyarrow
 
-    with _quiet():
-        Dataset.from_dict({name: list(values) for name, values in columns.items()}).to_parquet(file)
+    parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), file)
 
 
 @dataclass(frozen=True)
@@ -279,8 +244,8 @@ class Format:
 
 #: Ending of the name -> its format.
 FORMATS: dict[str, Format] = {
-    ".csv": Format(lambda path: read_delimited(path, **COMMAS), _write_delimited({"delimiter": ","})),
-    ".tsv": Format(lambda path: read_delimited(path, **TABS), _write_delimited(TABS)),
+    ".csv": Format(partial(_read_delimited, **COMMAS), _write_delimited({"delimiter": ","})),
+    ".tsv": Format(partial(_read_delimited, **TABS), _write_delimited(TABS)),
     ".jsonl": Format(_read_json_lines, _write_json_lines),
     ".parquet": Format(_read_parquet, _write_parquet),
 }
