@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,7 +33,7 @@ class Example(NamedTuple):
 
     logits: Tensor
     layers: list[tuple[Criterion, int | list[int]]]
-    scalars: dict[str, Any] = {}
+    scalars: Mapping[str, Any] = MappingProxyType({})
 
 
 def with_entropy(share) -> float:
