@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mutants.forked
@@ -26,6 +27,7 @@ tests: triton ops/test_two.py
 +     return
 """
 TEXT = "if a < b:\n    call()\n    return\n"
+SETTINGS = "[pytest]\nmarkers =\n    gpu\n    thorough\n    triton\n"
 TESTS = {
     "passes": ("def test(): pass", "survived", ""),
     "fails": ("def test(): assert 0", "killed", "test_case.py::test"),
@@ -85,11 +87,26 @@ def test_what_counts_as_killed(case, tmp_path):
     source, result, by = TESTS[case]
     tests = tmp_path / "python_tests"
     tests.mkdir()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    thorough\n    triton\n")
+    (tmp_path / "pytest.ini").write_text(SETTINGS)
     (tests / "test_case.py").write_text(source)
     outcome = Scratch(tmp_path, 3.0 if case == "hangs" else 300.0, tmp_path)._test(["python_tests/test_case.py"])
     assert (outcome.result, outcome.by.partition(":")[0]) == (result, by.partition(":")[0])
     assert outcome.by.startswith(by)
+
+
+@pytest.mark.parametrize(("before", "now"), [("test_two", "test_two"), ("test_gone", "test_one")])
+def test_what_noticed_a_mutant_before_runs_first(before, now, table, tmp_path):
+    mutants.forked.FORKED.set_forkserver_preload([])
+    mutant = replace(table[0], tests="test_case.py")
+    for folder in ("package", "python_tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / mutant.file).write_text(TEXT)
+    (tmp_path / "pytest.ini").write_text(SETTINGS)
+    source = f"def test_one(): assert 0\ndef test_two(): assert 'a < b' in open({mutant.file!r}).read()"
+    (tmp_path / "python_tests" / "test_case.py").write_text(source)
+    outcome = Scratch(tmp_path, 300.0, tmp_path).outcome(mutant, f"test_case.py::{before}")
+    assert (outcome.result, outcome.by) == ("killed", f"test_case.py::{now}")
+    assert (tmp_path / mutant.file).read_text() == TEXT
 
 
 def test_finished_rows_of_the_same_line_and_tests_are_kept(table, tmp_path):

@@ -121,6 +121,16 @@ def test_invalid_logits_do_not_affect_other_rows(name):
     assert (logits[others] - clean.logits[others]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["patience", "q_exit"])
+def test_an_invalid_exit_keeps_the_state_of_its_rows(name):
+    model, batch = model_for_rule(name)
+    clean = model(**batch).exit_layer
+    with parameter_set(model.heads.out[0].bias, 0, float("nan")):
+        expected = model(**batch)
+        assert_same_answers(model.fixed_depth()(**batch), expected)
+    assert (expected.exit_layer > clean).any() and (expected.exit_layer < model.depth).any()
+
+
 @pytest.mark.parametrize(("name", "pooling"), [("entropy", "mean"), ("skip_gate", None)])
 def test_masked_tokens_do_not_affect_a_row(name, pooling):
     """Even if their embedding is NaN."""

@@ -369,3 +369,17 @@ def test_hard_training_equals_inference():
     gated.model.schedule.enter(gated.model, 1)
     got = gated.model(**gated.batch)
     assert (got.logits - expected.logits).abs().max() < TOLERANCE
+
+
+def test_a_gate_at_the_threshold_skips_its_layer():
+    """In hard training as in inference."""
+    gated = GatedModel(rows=4)
+    torch.nn.init.zeros_(gated.heads.gates[0].out.weight)
+    for layer in range(1, DEPTH + 1):
+        gated.set_gate(layer, 0.0 if layer == 1 else SHUT)
+    gated.model.set_criterion(skipping(FullDepth()))
+    expected = gated.model(**gated.batch)
+    assert expected.layers_run.tolist() == [DEPTH - 1] * 4
+    gated.model.train()
+    gated.model.schedule.enter(gated.model, 1)
+    assert (gated.model(**gated.batch).logits - expected.logits).abs().max() < TOLERANCE

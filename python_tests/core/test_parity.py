@@ -139,3 +139,10 @@ def test_half_precision_parity():
         base = stock().to(dtype)
         got = ee.to_early_exit(base)(**ragged()).logits
         assert (got - base(**ragged()).logits).abs().max() <= tolerance
+
+
+def test_the_mean_of_a_model_in_half_precision_is_not_rounded():
+    """Where a norm lies between the layers and the exits, as in a trace."""
+    model = ee.to_early_exit(stock("modernbert").to(torch.bfloat16), pooling="mean")
+    batch = batch_for(model)
+    assert (model(**batch).logits - model.trace(**batch).logits[:, -1]).abs().max() <= TOLERANCE

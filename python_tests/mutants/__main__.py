@@ -68,7 +68,7 @@ def run(chosen: list[Mutant], results: Results, *, again: bool, limit: float) ->
         here = [mutant for mutant in chosen if mutant.is_interpreted == INTERPRETED]
         for number, mutant in enumerate(here, start=1):
             if again or not results.has(mutant, scratch.folder):
-                row = measured(scratch, mutant, commit)
+                row = measured(scratch, mutant, results.noticed_by(mutant.name), commit)
                 results.put(row)
                 said = f"{row.result:9} {row.name}: {row.reason or row.by} ({row.seconds} s)"
                 print(f"{number}/{len(here)} {said}", flush=True)
@@ -80,13 +80,13 @@ def run(chosen: list[Mutant], results: Results, *, again: bool, limit: float) ->
     return int(results.unexplained)
 
 
-def measured(scratch: Scratch, mutant: Mutant, commit: str) -> Row:
+def measured(scratch: Scratch, mutant: Mutant, first: str, commit: str) -> Row:
     """Put a mutant in, run its tests, and return its row."""
     try:
         lines = mutant.lines(scratch.folder)
     except StaleError as error:
         return Row.of(mutant, ("", ""), "stale", str(error), "", commit)
-    outcome = scratch.outcome(mutant)
+    outcome = scratch.outcome(mutant, first)
     return Row.of(mutant, lines, outcome.result, outcome.by, f"{outcome.seconds:.0f}", commit)
 
 

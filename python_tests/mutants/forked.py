@@ -16,18 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-FAMILIES = ("albert", "bert", "modernbert", "qwen3", "deberta_v2")
 #: Imported once; nothing of the project, which changes.
 PRELOADED = (
     *("torch", "torch._dynamo", "torch.testing", "torch.utils.data", "numpy", "pytest", "hypothesis"),
-    *(
-        "transformers",
-        "transformers.trainer",
-        "transformers.masking_utils",
-        "safetensors.torch",
-        "tokenizers",
-        "sklearn.metrics",
-    ),
+    *("transformers", "transformers.trainer", "transformers.masking_utils", "safetensors.torch", "tokenizers"),
+    "sklearn.metrics",
     *(
         f"transformers.models.{name}.modeling_{name}"
         for name in ("albert", "bert", "modernbert", "qwen3", "deberta_v2")

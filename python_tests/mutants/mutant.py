@@ -10,8 +10,8 @@ A table is a text in which a mutant looks like a part of a diff::
     + ~(gate > self.skip_from)
 
 Lines with ``-`` are a text that occurs once in the file, not necessarily whole lines; those with ``+`` take its place.
-A mutant may have a line ``tests:`` of its own. Tests are arguments of pytest, with paths in python_tests. A first word
-``triton`` runs them under Triton's interpreter; ``emulated`` stands for the tests of the CUDA kernels on a CPU.
+A mutant may have a line ``tests:`` of its own. Tests are arguments of pytest, with paths in python_tests, those that
+notice most first. A first word ``triton`` runs them under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent / "tables"
 #: Name and kind of a mutant in a table.
 HEADING = re.compile(r"([a-z0-9-]+): (.+)")
-TRITON, EMULATED = "triton", "emulated"
-EMULATED_TESTS = "csrc/test_cuda_emulated.py"
+TRITON = "triton"
 
 
 class StaleError(ValueError):
@@ -53,8 +52,8 @@ class Mutant:
 
     @property
     def is_native(self) -> bool:
-        """Return whether the extension has to be built with the mutant."""
-        return self.file.startswith("csrc/") and EMULATED not in self.tests
+        """Return whether the extension has to be built with the mutant; the tests of CUDA kernels compile these."""
+        return self.file.startswith("csrc/") and not self.file.startswith("csrc/cuda/")
 
     @property
     def is_interpreted(self) -> bool:
@@ -96,8 +95,7 @@ def _whole_lines(text: str, start: int, length: int) -> str:
 
 def arguments_of(tests: str) -> list[str]:
     """Return covering tests as arguments of pytest in the checkout."""
-    arguments = [EMULATED_TESTS if word == EMULATED else word for word in shlex.split(tests) if word != TRITON]
-    return [f"python_tests/{word}" if ".py" in word else word for word in arguments]
+    return [f"python_tests/{word}" if ".py" in word else word for word in shlex.split(tests) if word != TRITON]
 
 
 def read_table(path: Path) -> list[Mutant]:

@@ -81,6 +81,11 @@ class Results:
             return False
         return row is not None and row.is_finished and (row.line, row.mutated, row.tests) == wanted
 
+    def noticed_by(self, name: str) -> str:
+        """Return the test that noticed a mutant, or ``""``."""
+        row = self.rows.get(name)
+        return row.by if row is not None and row.result == "killed" and ".py" in row.by else ""
+
     def put(self, row: Row) -> None:
         """Add or replace a row, and write the file."""
         self.rows[row.name] = row

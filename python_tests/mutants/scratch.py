@@ -131,14 +131,21 @@ class Scratch:
             raise SystemExit(f"mutants: the tests that notice mutants cannot be run without one:\n{ended.output}")
         return {found[1] for found in FAILURE.finditer(ended.output)}
 
-    def outcome(self, mutant: Mutant) -> Outcome:
-        """Put a mutant in, run its tests, and take it out."""
+    def outcome(self, mutant: Mutant, first: str = "") -> Outcome:
+        """Put a mutant in, run its tests, and take it out.
+
+        Args:
+            mutant: to measure.
+            first: the test that noticed it before. Only where it does not now, the others run.
+        """
         path = self.folder / mutant.file
         original = path.read_text()
         try:
             path.write_text(mutant.applied(original))
             if mutant.is_native and (error := self._build()):
                 return Outcome("error", f"does not compile: {error}", 0.0)
+            if first and (outcome := self._test([f"python_tests/{first}"])).result == "killed":
+                return outcome
             return self._test(arguments_of(mutant.tests))
         finally:
             path.write_text(original)
