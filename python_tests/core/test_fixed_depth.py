@@ -92,6 +92,10 @@ def test_keys_equal_those_of_packed_rows(kind):
     assert torch.equal(padded_row_keys(ids, None), row_keys(everything.take(ids), everything.offsets))
 
 
+def test_keys_depend_on_the_order_of_the_tokens():
+    assert len(padded_row_keys(torch.tensor([[3, 5, 9], [5, 3, 9], [9, 5, 3]]), None).unique()) == 3
+
+
 @pytest.mark.parametrize("name", ["entropy", "sampled_exit", "skip_gate"])
 def test_small_batches_and_rows_without_tokens(name):
     model, batch = model_for_rule(name)

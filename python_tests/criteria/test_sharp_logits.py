@@ -53,6 +53,12 @@ def test_expectation_of_an_infinite_logit(backend):
     assert rows["answers"].softmax(dim=-1).round(decimals=6).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
 
 
+def test_an_infinite_output_without_weight_does_not_count(backend):
+    """The expected output of a regression; 0 times infinity is not a number."""
+    rows = step(criteria.Expectation(), [[math.inf]], backend, aux=torch.zeros(1))
+    assert rows["state"].tolist() == [[1.0], [0.0]]
+
+
 def test_divergence_of_equal_infinite_logits_is_zero(backend):
     rule = criteria.DivergencePatience(threshold=1e-30, patience=1)
     finite = [[90.0, -90.0, -90.0], [-90.0, 90.0, -90.0], [-90.0, -90.0, 90.0], [-90.0, -90.0, 90.0]]

@@ -321,6 +321,14 @@ def test_unneeded_aux_is_not_read(backend):
     assert exit_step(**given, backend=backend).tolist() == [0, 0, 0]
 
 
+def test_given_logits_keep_their_values(backend):
+    """Also those of rows with an answer of their own."""
+    given = call(Voting(threshold=1))
+    logits = given["logits"].clone()
+    assert exit_step(**given, backend=backend).tolist() == [0, 0, 0]
+    assert torch.equal(given["logits"], logits)
+
+
 def test_skip_gate_decides_by_its_exit_rule(backend):
     gate, alone = call(SkipGate(threshold=0.5, exit=Entropy(threshold=0.9))), call(Entropy(threshold=0.9))
     alone["logits"] = gate["logits"]

@@ -48,6 +48,14 @@ def test_equals_float64(size, activation, dtype, backend):
         torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("backend", backend_params(["torch", "cpp"]))
+def test_only_present_rows_are_written(backend):
+    (hidden, offsets), (weight, bias) = batch(3, 8), parameters(3, 8)
+    out = run(hidden, weight, bias, offsets, torch.tensor([0, -1, 1], dtype=torch.int32), backend=backend)
+    want = (hidden[:6:2] @ weight.T + bias).tanh()
+    torch.testing.assert_close(out, torch.stack([want[0], torch.full((3,), 7.0), want[2]]))
+
+
 @compiled
 @pytest.mark.parametrize("size", [(384, 100), (33, 17)])
 def test_a_row_has_the_same_bits_beside_any_rows_and_with_any_number_of_threads(size, backend, thread_counts):
