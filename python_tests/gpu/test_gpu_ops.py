@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from ops import test_exit_step as steps
+from support.backends import missing_reason
 from support.compaction_cases import PATTERNS
 from support.exit_step_cases import DTYPES, SETTINGS, SOURCES, Case
 
@@ -25,7 +26,7 @@ def everywhere(names, cases, backends=("triton", "cpp"), compiled=None):
     """
     reasons, params = available_backends("cuda"), []
     for backend in backends:
-        reason = reasons[backend] if torch.cuda.is_available() else "needs a CUDA device"
+        reason = missing_reason(reasons[backend]) if torch.cuda.is_available() else "needs a CUDA device"
         marks = [pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason)]
         mine = compiled if compiled is not None and backend == "triton" else cases
         params += [pytest.param("cuda", backend, *case, marks=marks, id=_id("cuda", backend, *case)) for case in mine]
