@@ -128,7 +128,9 @@ EXAMPLES: dict[str, Example] = {
         ],
     ),
     # without rounding: p = 1/2 and a margin of 0
-    "probabilities are not strict": Example(EVEN, [(MaxProbability(threshold=0.5), 1), (Margin(threshold=0.0), 1)]),
+    "probabilities are not strict": Example(
+        EVEN, [(MaxProbability(threshold=0.5), 1), (Margin(threshold=0.0), 1), (Margin(threshold=1e-6), 2)]
+    ),
     "entropy is strict": Example(
         SURE,
         [
