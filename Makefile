@@ -72,7 +72,7 @@ docs: setup $(DOCS_VENV)/.mkdocs ## build the documentation in build/docs; warni
 fuzz: setup ## run python_tests/deep on new examples, an hour by default; continues where it stopped: make fuzz ARGS="--minutes 5 --only ops,cli"
 	@$(PY) -m python_tests.deep $(ARGS)
 
-mutants: setup ## put each known mutant into a copy of the checkout and run the tests that cover it: hours; make mutants ARGS="--only 'loop-*'"
+mutants: setup ## put each known mutant into a copy of the checkout and run the tests that cover it: an hour; make mutants ARGS="--only 'loop-*'"
 	@$(PY) -m python_tests.mutants $(ARGS)
 
 sanitize-cpu: setup ## build the CPU extension with ASan and UBSan, and run its tests and some fuzzing

@@ -1,4 +1,4 @@
-"""`python -m python_tests.mutants`: put each mutant into a copy of the checkout and run the tests that cover it."""
+"""`python -m python_tests.mutants`: put each mutant into a copy of the last commit and run the tests that cover it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def main() -> int:
     add("--list", action="store_true", help="list the mutants and those that are stale, and run nothing")
     add("--again", action="store_true", help="run finished mutants again")
     add("--limit", type=float, default=900, help="seconds after which tests count as hanging (default: %(default)s)")
-    add("--results", type=Path, default=RESULTS, help="file of the results (default: %(default)s)")
     args = parser.parse_args()
     mutants = all_mutants()
     chosen = [mutant for mutant in mutants if is_named(mutant, args.only.split(","))]
@@ -34,7 +33,7 @@ def main() -> int:
         parser.error(f"--only: no mutant has a name or file like {args.only!r}; see --list")
     if args.list:
         return show(chosen)
-    return run(chosen, Results(args.results, [mutant.name for mutant in mutants]), again=args.again, limit=args.limit)
+    return run(chosen, Results(RESULTS, [mutant.name for mutant in mutants]), again=args.again, limit=args.limit)
 
 
 def is_named(mutant: Mutant, patterns: list[str]) -> bool:
@@ -63,8 +62,7 @@ def run(chosen: list[Mutant], results: Results, *, again: bool, limit: float) ->
     """
     scratch = Scratch(ROOT, limit)
     with scratch.locked():
-        scratch.prepare()
-        commit = scratch.commit()
+        commit = scratch.prepare()
         here = [mutant for mutant in chosen if mutant.is_interpreted == INTERPRETED]
         for number, mutant in enumerate(here, start=1):
             if again or not results.has(mutant, scratch.folder):

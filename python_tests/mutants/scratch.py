@@ -1,4 +1,4 @@
-"""A copy of the checkout, in which mutants are put, built and tested."""
+"""A copy of the last commit, in which mutants are put, built and tested."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 
 class Scratch:
-    """A copy of the checkout that stays between runs, so that only what changed is compiled.
+    """A copy of the last commit that stays between runs, so that only what changed is compiled.
 
     Args:
         root: the checkout.
@@ -82,42 +82,26 @@ class Scratch:
                 raise SystemExit(f"mutants: another run uses {self.folder}; wait for it, or end it") from None
             yield
 
-    def prepare(self) -> None:
-        """Make the copy like the checkout, with an extension built from it.
+    def prepare(self) -> str:
+        """Make the copy like the last commit of the checkout, with an extension built from it; return the commit.
 
         Raises:
             SystemExit: it cannot be built or imported.
         """
-        names = self._git("ls-files", "-z", "-co", "--exclude-standard").split("\0")
-        files = [Path(name) for name in names if name and (self.root / name).is_file()]
-        for path in files:
-            content = (self.root / path).read_bytes()
-            copy = self.folder / path
-            if not copy.is_file() or copy.read_bytes() != content:
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(content)
-                shutil.copymode(self.root / path, copy)
-        self._remove_others(set(files))
+        if not (self.folder / ".git").is_dir():
+            self._git("init", "-q")
+        self._git("fetch", "-q", str(self.root), "HEAD")
+        self._git("checkout", "-q", "--force", "--detach", "FETCH_HEAD")
+        self._git("clean", "-fdq")
         self._build_clean()
         _, where = self._run([sys.executable, "-c", "import earlyexit_kernels as e; print(e.__file__)"], cwd="/")
         if not where.strip().startswith(str(self.folder)):
             raise SystemExit(f"mutants: expected the package of {self.folder}, got {where}")
-
-    def _remove_others(self, files: set[Path]) -> None:
-        """Remove files that the checkout does not have any more."""
-        for top in ("csrc", "earlyexit_kernels", "python_tests", "benchmarks", "docs", "examples"):
-            for path in (self.folder / top).rglob("*"):
-                if path.is_file() and path.suffix != ".so" and path.relative_to(self.folder) not in files:
-                    path.unlink()
-
-    def commit(self) -> str:
-        """Return the commit of the checkout, with ``+`` if code or tests have changed since."""
-        changed = self._git("status", "--porcelain", "--", ":!python_tests/mutants")
-        return self._git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+        return self._git("rev-parse", "--short", "HEAD")
 
     def _git(self, *arguments: str) -> str:
-        command = ["git", "-C", str(self.root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = ["git", "-C", str(self.folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def failures_without_mutant(self, tests: Sequence[str]) -> set[str]:
         """Run tests, by their names in the outcomes, without a mutant; return those that fail.
@@ -157,19 +141,15 @@ class Scratch:
         code, output = self._run([sys.executable, "setup.py", "build_ext", "--inplace", "--force"])
         return next((line for line in output.splitlines() if "error" in line), f"exit code {code}") if code else ""
 
-    def _libraries(self) -> list[Path]:
-        return sorted((self.folder / "earlyexit_kernels").glob("_C*.so"))
-
     def _build_clean(self) -> None:
         clean, stamp = self.folder / "build" / "clean", self.folder / "build" / "clean" / "stamp"
-        sources = sorted((self.folder / "csrc").rglob("*"))
-        state = hashlib.sha256(b"".join(path.read_bytes() for path in sources if path.is_file())).hexdigest()
+        state = self._git("rev-parse", "HEAD:csrc")
         if not stamp.is_file() or stamp.read_text() != state:
             print("building the extension", flush=True)
             if error := self._build():
                 raise SystemExit(f"mutants: the extension does not compile: {error}")
             clean.mkdir(parents=True, exist_ok=True)
-            for library in self._libraries():
+            for library in (self.folder / "earlyexit_kernels").glob("_C*.so"):
                 shutil.copyfile(library, clean / library.name)
             stamp.write_text(state)
         self._restore_clean()
