@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -28,14 +26,6 @@ from earlyexit_kernels.criteria import (
 )
 
 
-class Example(NamedTuple):
-    """Logits ``[N, L, C]``, scalars by name, and the exit layers of the rows by some settings."""
-
-    logits: Tensor
-    layers: list[tuple[Criterion, int | list[int]]]
-    scalars: Mapping[str, Any] = MappingProxyType({})
-
-
 def with_entropy(share) -> float:
     """Return the larger of two probabilities whose entropy is this share of log 2, by bisection."""
     low, high = 0.5, 1.0
@@ -45,129 +35,116 @@ def with_entropy(share) -> float:
     return low
 
 
-VALUES = torch.tensor([[0.0, 1.0, 1.5, 2.0, 2.25], [0.0, 0.25, 0.5, 9.0, 9.0], [0.0, 0.5, 1.0, 1.5, 2.0]])[..., None]
-EVEN, SURE = torch.zeros(1, 2, 2), torch.tensor([[[5.0, -math.inf]] * 3])
+def by(cls, field, layers: dict, **others) -> dict[Criterion, Layers]:
+    """Return the exit layers by value of one field of a criterion."""
+    return {cls(**{field: value}, **others): k for value, k in layers.items()}
+
+
+#: Exit layer of the only row, or those of all rows.
+Layers = int | list[int]
 #: Jensen-Shannon divergence of (.6, .4) and (.9, .1) in nats.
 DIVERGENCE = (0.6 * math.log(0.8) + 0.4 * math.log(1.6) + 0.9 * math.log(1.2) + 0.1 * math.log(0.4)) / 2
-LAST_STEADY = {1: (2, 2), 2: (3, 5), 3: (4, 5)}
+TOLERANCE = [[0.0, 1.0, 1.5, 2.0, 2.25], [0.0, 0.25, 0.5, 9.0, 9.0], [0.0, 0.5, 1.0, 1.5, 2.0]]
 
-EXAMPLES: dict[str, Example] = {
-    "cdf .1 .28 .64 .748": Example(
+#: What is shown -> logits [N, L, C], exit layers by criterion, and the scalars of the head.
+EXAMPLES: dict[str, tuple[Tensor, dict[Criterion, Layers], dict[str, Any]]] = {
+    "cdf .1 .28 .64 .748": (
         torch.arange(8.0).reshape(1, 4, 2),
-        [(QExit(q=q), k) for q, k in ((0.5, 3), (0.27, 2), (0.75, 4), (0.0, 1), (1.0, 4), (0.09, 1), (0.63, 3))],
+        by(QExit, "q", {0.5: 3, 0.27: 2, 0.75: 4, 0.0: 1, 1.0: 4, 0.09: 1, 0.63: 3}),
         {"halting": [[0.1, 0.2, 0.5, 0.3]]},
     ),
-    "a cdf of exactly q stays": Example(torch.zeros(1, 3, 2), [(QExit(q=0.5), 2)], {"halting": [[0.5] * 3]}),
-    "q of 0 always leaves": Example(torch.zeros(1, 3, 2), [(QExit(q=0.0), 1)], {"halting": [[0.0] * 3]}),
-    "q of 1 never leaves": Example(torch.zeros(1, 3, 2), [(QExit(q=1.0), 3)], {"halting": [[1.0] * 3]}),
-    "labels": Example(labelled([0, 1, 1, 1, 0]), [(Patience(patience=n), 2 + n) for n in (1, 2, 3)]),
-    "labels at the last layer": Example(labelled([0, 1, 0, 0]), [(Patience(patience=1), 4)]),
-    "labels at once": Example(labelled([1, 1, 1]), [(Patience(patience=1), 2)]),
-    "a slow drift agrees, a step of the tolerance does not": Example(
-        VALUES,
-        [
-            (Patience(patience=2, tolerance=0.5), [5, 3, 5]),
-            (Patience(patience=1, tolerance=0.51), [3, 2, 2]),
-        ],
+    "a cdf of exactly q stays": (torch.zeros(1, 3, 2), {QExit(q=0.5): 2}, {"halting": [[0.5] * 3]}),
+    "q of 0 always leaves": (torch.zeros(1, 3, 2), {QExit(q=0.0): 1}, {"halting": [[0.0] * 3]}),
+    "q of 1 never leaves": (torch.zeros(1, 3, 2), {QExit(q=1.0): 3}, {"halting": [[1.0] * 3]}),
+    "patience": (labelled([0, 1, 1, 1, 0]), by(Patience, "patience", {1: 3, 2: 4, 3: 5}), {}),
+    "patience at the last layer": (labelled([0, 1, 0, 0]), {Patience(patience=1): 4}, {}),
+    "patience at once": (labelled([1, 1, 1]), {Patience(patience=1): 2}, {}),
+    "a slow drift agrees, a step of exactly the tolerance does not": (
+        torch.tensor(TOLERANCE)[..., None],
+        {Patience(patience=2, tolerance=0.5): [5, 3, 5], Patience(patience=1, tolerance=0.51): [3, 2, 2]},
+        {},
     ),
-    "entropy .3 .6 .2 .1 of log 2": Example(
+    "entropy .3 .6 .2 .1 of log 2": (
         logits_of(*[(p, 1 - p) for p in map(with_entropy, (0.3, 0.6, 0.2, 0.1))]),
-        [(PatientConfidence(threshold=0.5, patience=n), k) for n, k in ((1, 1), (2, 4), (3, 4))],
+        by(PatientConfidence, "patience", {1: 1, 2: 4, 3: 4}, threshold=0.5),
+        {},
     ),
-    "confidence of changing labels": Example(
+    "patient confidence does not compare labels": (
         logits_of((0.99, 0.01), (0.01, 0.99), (0.5, 0.5)),
-        [(PatientConfidence(threshold=0.5, patience=2), 2), (PatientConfidence(threshold=[0.1, 0.01], patience=1), 1)],
+        {PatientConfidence(threshold=0.5, patience=2): 2, PatientConfidence(threshold=(0.1, 0.01), patience=1): 1},
+        {},
     ),
-    "divergence of two distributions": Example(
+    "divergence of two distributions": (
         logits_of((0.6, 0.4), (0.9, 0.1), (0.5, 0.5)),
-        [(DivergencePatience(threshold=DIVERGENCE + step, patience=1), k) for step, k in ((1e-5, 2), (-1e-5, 3))],
+        by(DivergencePatience, "threshold", {DIVERGENCE + 1e-5: 2, DIVERGENCE - 1e-5: 3}, patience=1),
+        {},
     ),
-    "equal exits agree from the second on, at any threshold above 0": Example(
+    "equal exits agree, the first of which has none before it": (
         labelled([0, 0, 0, 0, 0]),
-        [(DivergencePatience(threshold=1e-6, patience=n), k) for n, (k, _) in LAST_STEADY.items()]
-        + [(DivergencePatience(threshold=0.0, patience=1), 5)],
+        by(DivergencePatience, "patience", {1: 2, 2: 3, 3: 4}, threshold=1e-6)
+        | {DivergencePatience(threshold=0.0, patience=1): 5},
+        {},
     ),
-    "a jump resets the count": Example(
+    "a jump resets the count": (
         labelled([0, 0, 1, 1, 1]),
-        [(DivergencePatience(threshold=1e-6, patience=n), k) for n, (_, k) in LAST_STEADY.items()],
+        by(DivergencePatience, "patience", {1: 2, 2: 5, 3: 5}, threshold=1e-6),
+        {},
     ),
-    "uncertainty is strict": Example(
+    "uncertainty is strict": (
         torch.zeros(1, 4, 2),
-        [(Learned(threshold=t), k) for t, k in ((0.5, 2), (0.51, 1), (0.1, 4), (0.0, 4), ([0.5, 0.2, 0.11], 3))],
+        by(Learned, "threshold", {0.5: 2, 0.51: 1, 0.1: 4, 0.0: 4, (0.5, 0.2, 0.11): 3}),
         {"uncertainty": [[0.5, 0.25, 0.1, 0.0]]},
     ),
-    "cosine is not strict": Example(
+    "cosine is not strict": (
         torch.zeros(1, 4, 1),
-        [
-            (HiddenCosine(threshold=t), k)
-            for t, k in ((-1.0, 1), (-0.5, 1), (0.25, 2), (0.5, 3), (1.0, 4), ([0.0, 0.3, 0.7], 3))
-        ],
+        by(HiddenCosine, "threshold", {-1.0: 1, -0.5: 1, 0.25: 2, 0.5: 3, 1.0: 4, (0.0, 0.3, 0.7): 3}),
         {"cosine": [[-0.5, 0.25, 0.75, 1.0]]},
     ),
     # equal softmax, different energy
-    "energy 1/4 1/13": Example(
+    "energy 1/4 1/13": (
         torch.tensor([[[1.0, 2.0], [4.0, 8.0], [2.0, 4.0]]]).log(),
-        [(Energy(threshold=t), k) for t, k in ((0.2501, 1), (0.2499, 2), (0.0768, 3), (0.0, 3))],
+        by(Energy, "threshold", {0.2501: 1, 0.2499: 2, 0.0768: 3, 0.0: 3}),
+        {},
     ),
-    "energy is strict": Example(torch.zeros(1, 2, 3), [(Energy(threshold=0.25), 2), (Energy(threshold=0.2501), 1)]),
-    "energy of huge logits": Example(
-        torch.tensor([[[3e38, -3e38]] * 2, [[-3e38, -3.1e38]] * 2]), [(Energy(threshold=1e-30), [1, 2])]
+    "energy is strict": (torch.zeros(1, 2, 3), by(Energy, "threshold", {0.25: 2, 0.2501: 1}), {}),
+    "energy of huge logits": (
+        torch.tensor([[[3e38, -3e38]] * 2, [[-3e38, -3.1e38]] * 2]),
+        {Energy(threshold=1e-30): [1, 2]},
+        {},
     ),
     # entropy .325083 nats, .468996 of log 2, largest probability .9, margin .8
-    "probabilities nine to one": Example(
+    "probabilities nine to one": (
         torch.tensor([[[0.9, 0.1], [0.5, 0.5]]]).log(),
-        [
-            (Entropy(threshold=0.32508), 2),
-            (Entropy(threshold=0.32509), 1),
-            (Entropy(threshold=0.46899, normalized=True), 2),
-            (Entropy(threshold=0.46901, normalized=True), 1),
-            (MaxProbability(threshold=0.90001), 2),
-            (MaxProbability(threshold=0.89999), 1),
-            (Margin(threshold=0.80001), 2),
-            (Margin(threshold=0.79999), 1),
-        ],
+        by(Entropy, "threshold", {0.32508: 2, 0.32509: 1})
+        | by(Entropy, "threshold", {0.46899: 2, 0.46901: 1}, normalized=True)
+        | by(MaxProbability, "threshold", {0.90001: 2, 0.89999: 1})
+        | by(Margin, "threshold", {0.80001: 2, 0.79999: 1}),
+        {},
     ),
     # without rounding: p = 1/2 and a margin of 0
-    "probabilities are not strict": Example(
-        EVEN, [(MaxProbability(threshold=0.5), 1), (Margin(threshold=0.0), 1), (Margin(threshold=1e-6), 2)]
+    "probabilities are not strict": (
+        torch.zeros(1, 2, 2),
+        {MaxProbability(threshold=0.5): 1, Margin(threshold=0.0): 1, Margin(threshold=1e-6): 2},
+        {},
     ),
-    "entropy is strict": Example(
-        SURE,
-        [
-            (Entropy(threshold=0.0), 3),
-            (MaxProbability(threshold=1.0), 1),
-            (Margin(threshold=1.0), 1),
-            (DivergencePatience(threshold=0.1, patience=1), 2),
-        ],
+    "entropy is strict": (
+        torch.tensor([[[5.0, -math.inf]] * 3]),
+        by(Entropy, "threshold", {0.0: 3})
+        | {MaxProbability(threshold=1.0): 1, Margin(threshold=1.0): 1}
+        | {DivergencePatience(threshold=0.1, patience=1): 2},
+        {},
     ),
-    "one infinite logit": Example(
-        torch.tensor([[[1.0, math.inf, 3.0]] * 2]),
-        [
-            (rule, 1)
-            for rule in (
-                Entropy(threshold=1e-6),
-                MaxProbability(threshold=1.0),
-                Margin(threshold=1.0),
-                PatientConfidence(threshold=1e-6, patience=1),
-                Energy(threshold=1e-6),
-                Voting(threshold=1),
-            )
-        ],
-    ),
-    "thresholds by exit": Example(
+    "thresholds by exit": (
         torch.tensor([[[0.0, 1.0]] * 4]),
-        [(MaxProbability(threshold=[0.99, 0.7, 0.99]), 2), (MaxProbability(threshold=[0.99, 0.99, 0.99]), 4)],
+        by(MaxProbability, "threshold", {(0.99, 0.7, 0.99): 2, (0.99, 0.99, 0.99): 4}),
+        {},
     ),
-    "votes for labels 0 1 0 0": Example(
-        labelled([0, 1, 0, 0]), [(Voting(threshold=t), k) for t, k in ((1, 1), (2, 3), (3, 4), (4, 4))]
-    ),
+    "votes": (labelled([0, 1, 0, 0]), by(Voting, "threshold", {1: 1, 2: 3, 3: 4, 4: 4}), {}),
     # shares 1, 1/2, 2/3, 3/4, 4/5; over the root of the depth: 1, .71, 1.15, 1.5, 1.79
-    "votes by depth": Example(
+    "votes by depth": (
         labelled([0, 1, 0, 0, 0]),
-        [
-            (Voting(threshold=t, gamma=gamma), k)
-            for t, gamma, k in ((1.0, 1.0, 1), (1.1, 0.5, 3), (1.2, 0.5, 4), (1.6, 0.5, 5), (9, 0.5, 5))
-        ],
+        {Voting(threshold=1.0, gamma=1.0): 1} | by(Voting, "threshold", {1.1: 3, 1.2: 4, 1.6: 5, 9: 5}, gamma=0.5),
+        {},
     ),
 }
 
@@ -178,10 +155,10 @@ def test_the_divergence_of_the_example():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_rows_leave_as_computed_by_hand(backend, name):
-    example = EXAMPLES[name]
-    for rule, layers in example.layers:
-        expected = layers if isinstance(layers, list) else [layers]
-        assert exit_layers(example.logits, rule, backend=backend, **example.scalars) == expected, rule
+    logits, expected, scalars = EXAMPLES[name]
+    for rule, layers in expected.items():
+        layers = layers if isinstance(layers, list) else [layers]
+        assert exit_layers(logits, rule, backend=backend, **scalars) == layers, rule
 
 
 @pytest.mark.parametrize("classes", [2, 3, 17])

@@ -25,13 +25,6 @@ def replayed(trace, criterion, backend="auto") -> tuple[np.ndarray, list[int]]:
     return answers.double().softmax(dim=1).numpy(), exit_layer.tolist()
 
 
-@pytest.mark.parametrize(("threshold", "layer", "label"), [(1, 1, 0), (2, 3, 0), (3, 4, 0), (4, 4, 0)])
-def test_voting_counts_labels(backend, threshold, layer, label):
-    """Labels 0 1 0 0: two votes at layer 3, three at layer 4."""
-    answer, exit_layer = replayed(trace_of(labelled([0, 1, 0, 0])), Voting(threshold=threshold), backend)
-    assert exit_layer == [layer] and answer.argmax(axis=1).tolist() == [label]
-
-
 @pytest.mark.parametrize(("labels", "winner"), [
     ([0, 1], 1), ([1, 0], 0), ([0, 1, 1, 0], 0), ([2, 1, 0, 0, 1, 2], 2), ([2, 2, 1, 0, 1], 1), ([1, 2, 0], 0),
 ])  # fmt: skip
@@ -45,13 +38,6 @@ def test_voting_answers_with_the_smoothed_share(backend):
     answers, _ = ee.replay(trace_of(labelled([0, 1, 0, 0], 3)), Voting(threshold=3), backend=backend)
     assert answers[0].exp().tolist() == pytest.approx([4.5 / 7.5, 2 / 7.5, 1 / 7.5], abs=1e-6)
     assert answers[0].exp().sum().item() == pytest.approx(1.0, abs=1e-6)
-
-
-def test_voting_normalises_by_depth(backend):
-    """Shares of labels 0 1 0 0 0: 1, 1/2, 2/3, 3/4, 4/5; over the root of the depth: 1, .71, 1.15, 1.5, 1.79."""
-    trace = trace_of(labelled([0, 1, 0, 0, 0]))
-    for threshold, gamma, layer in ((1.0, 1.0, 1), (1.1, 0.5, 3), (1.2, 0.5, 4), (1.6, 0.5, 5), (9, 0.5, 5)):
-        assert replayed(trace, Voting(threshold=threshold, gamma=gamma), backend)[1] == [layer]
 
 
 def test_voting_threshold_ignores_rounding():

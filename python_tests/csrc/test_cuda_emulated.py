@@ -1,11 +1,29 @@
-"""The CUDA ops, emulated on the CPU thread by thread by `support.cuda_emulation`."""
+"""The CUDA ops, emulated on the CPU thread by thread by `support.cuda_emulation`.
+
+Tests of every back-end run here once more, with the fixture `backend` of this file, beside those of what only CUDA
+kernels have: packs, alignment, shared memory and many blocks.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from criteria.test_decisions import test_rows_leave_as_computed_by_hand, test_ties_go_to_the_lowest_class  # noqa: F401
 from ops import test_compact as compaction
 from ops import test_exit_step as steps
+from ops.test_compact import (  # noqa: F401
+    test_compact,
+    test_gather_rows,
+    test_gather_rows_keeps_bits,
+    test_new_offsets_start_at_0,
+)
+from ops.test_exit_step import (  # noqa: F401
+    test_decisions_at_the_threshold_do_not_depend_on_the_batch,
+    test_invalid_row_keeps_its_state_and_leaves_at_the_last_layer,
+    test_rows_that_have_left_do_not_change,
+    test_step_after_compaction,
+    test_unneeded_aux_is_not_read,
+)
 from support import cuda_emulation, oracle
 from support.exit_step_cases import DTYPES, SETTINGS, SOURCES, Case, memory
 
@@ -33,10 +51,11 @@ def ops(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def in_place_of_torch(ops, monkeypatch):
-    """Let the public functions, and the tests of other files, call the emulated ops."""
+def backend(ops, monkeypatch) -> str:
+    """Let the public functions call the emulated ops, under the name that is returned."""
     for name in OPS:
         monkeypatch.setitem(op_schemas._OPS[name], BACKEND, ops[name])
+    return BACKEND
 
 
 #: Every rule on both kinds of input, and one rule on every kind of input and number of classes.
@@ -70,22 +89,17 @@ def head(width, dtype, pooling, lengths=(3, 1, 70, 12), classes=3, shift=0):
     )
     hidden.copy_(torch.randn(hidden.shape, generator=g) + 0.5)
     weight.copy_(torch.randn(weight.shape, generator=g) / width**0.5)
-    return {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": torch.randn(classes, generator=g).to(dtype),
-        "offsets": offsets,
-        "pooling": pooling,
-        "row_ids": torch.arange(len(lengths), dtype=torch.int32),
-    }
+    bias = torch.randn(classes, generator=g).to(dtype)
+    return {"hidden": hidden, "weight": weight, "bias": bias, "offsets": offsets, "pooling": pooling}
 
 
-def answers_at_last_layer(given, **changed) -> torch.Tensor:
-    """Run the only layer, at which all rows leave, and return their logits."""
-    rows, classes = len(given["row_ids"]), given["weight"].shape[0]
-    held = memory(FullDepth(), rows, classes)
-    exit_step(criterion=FullDepth(), layer=1, depth=1, backend=BACKEND, **{**given, **changed}, **held)
-    return held["answers"]
+def step(criterion=None, *, rows=4, classes=3, depth=1, row_ids=None, **inputs) -> dict[str, torch.Tensor]:
+    """Run layer 1, by default the only one, at which all rows leave; return the counts and what was written."""
+    criterion = criterion or FullDepth()
+    written = memory(criterion, rows, classes)
+    written["row_ids"] = torch.arange(rows, dtype=torch.int32) if row_ids is None else row_ids
+    counts = exit_step(criterion=criterion, layer=1, depth=depth, backend=BACKEND, **inputs, **written)
+    return {"counts": counts, **written}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,80 +111,56 @@ def test_widths_and_alignment(width, pooling, dtype):
     hidden, weight, bias = (given[name].double() for name in ("hidden", "weight", "bias"))
     rows = hidden.split(given["offsets"].diff().tolist())
     pooled = torch.stack([row.mean(dim=0) if pooling == "mean" else row[0] for row in rows])
-    answers = answers_at_last_layer(given)
+    answers = step(**given)["answers"]
     torch.testing.assert_close(answers.double(), pooled @ weight.T + bias, rtol=1e-5, atol=1e-5)
-    for changed in ({"hidden": head(width, dtype, pooling, shift=1)["hidden"]}, head(width, dtype, pooling, shift=1)):
-        given["row_ids"] = torch.arange(4, dtype=torch.int32)
-        assert torch.equal(answers_at_last_layer(given, **changed), answers), "bits depend on the alignment"
+    shifted = head(width, dtype, pooling, shift=1)
+    for changed in ({"hidden": shifted["hidden"]}, shifted):
+        assert torch.equal(step(**given | changed)["answers"], answers), "bits depend on the alignment"
 
 
 @pytest.mark.parametrize("classes", [6000, 6100])
 def test_classes_beyond_shared_memory(classes):
     logits = torch.randn(3, classes)
-    held = memory(FullDepth(), 3, classes)
-    row_ids = torch.arange(3, dtype=torch.int32)
     entropy = torch.distributions.Categorical(logits=logits.double()).entropy()
     threshold = float(entropy.sort().values[1:].mean())
-    counts = exit_step(
-        criterion=Entropy(threshold=threshold),
-        layer=1,
-        depth=2,
-        row_ids=row_ids,
-        logits=logits,
-        backend=BACKEND,
-        **held,
-    )
+    got = step(Entropy(threshold=threshold), rows=3, classes=classes, depth=2, logits=logits)
     left = entropy < threshold
-    assert left.any() and counts.tolist() == [int((~left).sum())] * 2 + [0]
-    assert torch.equal(row_ids < 0, left) and torch.equal(held["answers"][left], logits[left])
+    assert left.any() and got["counts"].tolist() == [int((~left).sum())] * 2 + [0]
+    assert torch.equal(got["row_ids"] < 0, left) and torch.equal(got["answers"][left], logits[left])
 
 
 def test_classes_of_a_head_beyond_shared_memory():
     given = head(24, torch.float32, "first", classes=6000)
     first = given["hidden"][given["offsets"][:-1].long()]
-    torch.testing.assert_close(answers_at_last_layer(given), first @ given["weight"].T + given["bias"])
-
-
-def test_too_wide_a_hidden_state_is_refused(ops):
-    width, held, criterion = 2**26 + 8, memory(FullDepth(), 1, 1), FullDepth()
-    hidden, bias = torch.empty(1, width, dtype=torch.float16), torch.empty(1, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"exit_step_cpp: expected hidden of width at most 67108864, got 67108872"):
-        ops["exit_step"](
-            hidden, None, torch.empty_like(hidden), bias, None, None, torch.zeros(1).int(), *held.values(),
-            criterion.exit_rule.name, [], "none", 1, 2,
-        )  # fmt: skip
+    torch.testing.assert_close(step(**given, classes=6000)["answers"], first @ given["weight"].T + given["bias"])
 
 
 def test_large_batch():
     rows = 1500
-    logits, held = torch.randn(rows, 2), memory(FullDepth(), rows, 2)
+    logits, row_ids = torch.randn(rows, 2), torch.arange(rows, dtype=torch.int32)
     logits[::7] = torch.nan
-    row_ids, offsets = torch.arange(rows, dtype=torch.int32), torch.arange(0, 3 * rows + 1, 3, dtype=torch.int32)
     row_ids[3] = -1
-    counts = exit_step(
-        criterion=FullDepth(),
-        layer=1,
-        depth=2,
-        row_ids=row_ids,
-        logits=logits,
-        offsets=offsets,
-        backend=BACKEND,
-        **held,
-    )
-    assert counts.tolist() == [rows - 1, 3 * rows - 3, len(logits[::7])]
+    offsets = torch.arange(0, 3 * rows + 1, 3, dtype=torch.int32)
+    got = step(rows=rows, classes=2, depth=2, row_ids=row_ids, logits=logits, offsets=offsets)
+    assert got["counts"].tolist() == [rows - 1, 3 * rows - 3, len(logits[::7])]
+
+
+#: Width, and words of the error. At 0 the weight would be a null pointer, which stands for given logits in the kernel.
+WIDTHS = {0: r"got \[1, 0\]", 2**26 + 8: "of width at most 67108864, got 67108872"}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths_that_the_kernel_cannot_take_are_refused(width, ops):
+    hidden, weight = (torch.empty(1, width, dtype=torch.float16) for _ in range(2))
+    tensors = (hidden, None, weight, torch.empty(1).half(), None, None, torch.zeros(1).int())
+    with pytest.raises(ValueError, match=f"exit_step_cpp: expected hidden .*{WIDTHS[width]}"):
+        ops["exit_step"](*tensors, *memory(FullDepth(), 1, 1).values(), FullDepth.name, [], "none", 1, 2)
 
 
 @pytest.mark.parametrize("pattern", compaction.PATTERNS)
-@pytest.mark.parametrize("b", [0, 1, 33, 1025, 8192, 8195])
-def test_compact(b, pattern):
+@pytest.mark.parametrize("b", [8192, 8195])
+def test_compact_in_several_ranges(b, pattern):
     compaction.test_compact(BACKEND, b, pattern)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 3, 17, 300, 768])
-@pytest.mark.parametrize(("b", "pattern"), [(0, "none"), (1, "all"), (3, "alternating"), (33, "random")])
-def test_gather_rows(b, pattern, width, dtype):
-    compaction.test_gather_rows(BACKEND, b, pattern, width, dtype)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2, 4, 8])
@@ -192,11 +182,3 @@ def test_overlapping_buffers_are_refused(ops):
     for given, out in ((hidden[:3], hidden[1:]), (hidden, hidden)):
         with pytest.raises(ValueError, match="share no memory"):
             ops["gather_rows"](given, offsets, source, offsets, out)
-
-
-def test_hidden_of_width_zero_is_refused(ops):
-    """The weight would be a null pointer, which stands for given logits in the kernel."""
-    held, criterion = memory(FullDepth(), 2, 3), FullDepth()
-    row_ids, empty = torch.arange(2).int(), (torch.zeros(2, 0), None, torch.zeros(3, 0), torch.zeros(3), None, None)
-    with pytest.raises(ValueError, match=r"exit_step_cpp: expected hidden .* got \[2, 0\]"):
-        ops["exit_step"](*empty, row_ids, *held.values(), criterion.exit_rule.name, [], "none", 1, 2)

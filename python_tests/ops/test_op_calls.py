@@ -56,7 +56,7 @@ def check_exit(before, after, counts) -> None:
         decide=oracle.decide_q_exit,
         params=(0.5,),
         layer=1,
-        depth=1,
+        depth=before["depth"],
         source=before["pooling"] if fused else "logits",
         inputs=tuple(inputs) if fused else inputs[0],
         offsets=before["offsets"].tolist() if "offsets" in before else None,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.backends import backend_params
 from support.op_calls import drawn, positional
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from earlyexit_kernels.backends import BACKENDS
 from earlyexit_kernels.ops import schema
@@ -52,42 +51,23 @@ def test_every_op_has_a_case():
     assert {op for op, _ in CASES.values()} == set(schema.SHAPES)
 
 
+@every_case
+def test_writes_and_returns_what_is_declared(backend, case):
+    """No other tensor is written, none that is returned shares memory, and fake tensors have the real shapes."""
+    op = schema.op_of(CASES[case][0], backend)
+    torch.library.opcheck(op, call_of(case, grad=True), test_utils=("test_schema", "test_faketensor"))
+    names = [argument.name for argument in op._schema.arguments]
+    declared = schema.SHAPES[CASES[case][0]].arguments
+    assert names[: len(declared)] == list(declared)
+    written = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    assert written == {name for name, argument in declared.items() if argument.written}
+
+
 @pytest.mark.sample(4)
 @every_case
-def test_opcheck(backend, case):
-    torch.library.opcheck(schema.op_of(CASES[case][0], backend), call_of(case, grad=True))
-
-
-@every_case
-def test_writes_what_is_declared_and_returns_new_memory(backend, case):
-    op, shapes = schema.op_of(CASES[case][0], backend), schema.SHAPES[CASES[case][0]].arguments
-    arguments = call_of(case)
-    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
-    returned = op(*arguments)
-    returned = returned if isinstance(returned, tuple) else (returned,)
-    names = [argument.name for argument in op._schema.arguments]
-    assert names[: len(shapes)] == list(shapes)
-    changed = {
-        name
-        for name, old, new in zip(names, before, arguments, strict=True)
-        if isinstance(new, torch.Tensor) and not torch.equal(old, new)
-    }
-    declared = {a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    assert declared == {name for name, argument in shapes.items() if argument.written}
-    assert changed == (set() if "no rows" in case else declared)
-    memory = {x.untyped_storage().data_ptr() for x in arguments if isinstance(x, torch.Tensor) and x.numel()}
-    assert all(x.untyped_storage().data_ptr() not in memory for x in returned if x is not None and x.numel())
-
-
-@every_case
-def test_fake_tensors_have_the_real_shapes_and_dtypes(backend, case):
-    op = schema.op_of(CASES[case][0], backend)
-    real = op(*call_of(case))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = op(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in call_of(case)))
-    real, fake = (x if isinstance(x, tuple) else (x,) for x in (real, fake))
-    described = [[x is not None and (x.shape, x.dtype, x.device) for x in returned] for returned in (real, fake)]
-    assert described[0] == described[1]
+def test_compiles_and_has_no_gradient(backend, case):
+    op, tests = schema.op_of(CASES[case][0], backend), ("test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, call_of(case, grad=True), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", schema.SHAPES)

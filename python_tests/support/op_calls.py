@@ -22,8 +22,6 @@ from earlyexit_kernels.ops.schema import SHAPES
 from earlyexit_kernels.ops.shapes import Argument
 
 LOWEST, HIGHEST = -(2**31), 2**31 - 1
-#: Arguments of `exit_step` that are no tensors: at the last layer, so that every row leaves.
-EXIT_SETTINGS = {"criterion": criteria.QExit(q=0.5), "layer": 1, "depth": 1}
 POOLINGS = (None, "first", "mean", "none")
 
 Arguments = dict[str, Any]
@@ -41,7 +39,10 @@ def drawn(
     pooling: str | None = "any",
     has_offsets: bool | None = None,
 ) -> Arguments:
-    """Return keyword arguments of a valid call; what is not given is drawn. `pooling` is None for logits."""
+    """Return keyword arguments of a valid call; what is not given is drawn. `pooling` is None for logits.
+
+    Where `exit_step` pools, tokens that it must not read, outside of the offsets or of rows that have left, are large.
+    """
     rows = r.randrange(5) if rows is None else rows
     lengths = [r.choice((1, 1, 2, 3)) for _ in range(rows)]
     source = [r.randrange(-1, rows) if rows else -1 for _ in range(r.randrange(5))]
@@ -63,7 +64,8 @@ def drawn(
         if has_offsets is False or (has_offsets is None and r.random() < 0.3):
             left_out.add("offsets")
         left_out |= {"logits"} if pooling else {"hidden", "weight", "bias"}
-        settings = {**EXIT_SETTINGS, "pooling": pooling or "first"}
+        settings = {"criterion": criteria.QExit(q=0.5), "layer": 1, "depth": r.choice((1, 2))}
+        settings["pooling"] = pooling or "first"
         if pooling == "none" or "offsets" in left_out:
             sizes["T"] = rows
     elif op == "first_tokens_linear":
@@ -82,6 +84,9 @@ def drawn(
     for name, content in (("answers", UNTOUCHED), ("exit_layer", NO_LAYER), ("out", UNTOUCHED)):
         if name in arguments:
             arguments[name].fill_(content)
+    if op == "exit_step" and pooling in ("first", "mean") and "offsets" in arguments:
+        read = [t for i, n in enumerate(ids) if n >= 0 for t in range(*values["offsets"][i : i + 2])]
+        arguments["hidden"][[t for t in range(sizes["T"]) if t not in read]] = 300.0
     return {**arguments, **settings}
 
 
