@@ -140,7 +140,13 @@ def main() -> int:
         path.unlink()
     tests = [str(ROOT / "python_tests" / name) for name in TESTS]
     steps = {
-        "tests of the C++ ops": [*"-m pytest -q -p no:cacheprovider -k cpp".split(), "-m", "not triton", *tests],
+        "tests of the C++ ops": [
+            *"-m pytest -q -p no:cacheprovider -k".split(),
+            "not torch",
+            "-m",
+            "not triton",
+            *tests,
+        ],
         "targets ops and hostile": f"-m python_tests.deep --only ops,hostile --minutes {args.minutes}".split(),
     }
     failed = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -44,49 +46,51 @@ def test_available_backends_lists_all_and_torch_always_runs():
         assert reasons["torch"] == ""
 
 
-def test_reasons_say_what_to_do(compiled_triton, without_extension):
+def test_reasons_say_what_to_do(compiled_triton, without_extension, monkeypatch):
     reasons = ee.available_backends("cpu")
-    assert "TRITON_INTERPRET=1 before the first import" in reasons["triton"]
-    assert "make build" in reasons["cpp"]
-
-
-def test_interpreted_triton_runs_on_the_cpu_only(monkeypatch):
+    assert "TRITON_INTERPRET=1 before the first import" in reasons["triton"] and "make build" in reasons["cpp"]
     monkeypatch.setenv(VARIABLE, "0")
     monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
-    monkeypatch.setattr(backends, "_TRITON_MISSING", "")
     assert ee.available_backends("cpu")["triton"] == ""
     assert "unset it" in ee.available_backends("cuda")["triton"]
+    missing = "triton cannot be imported; install triton"
+    monkeypatch.setattr(backends, "_TRITON_MISSING", missing)
+    assert {ee.available_backends(device)["triton"] for device in ("cpu", "cuda")} == {missing}
 
 
-def test_missing_triton_is_reported_on_every_device(monkeypatch):
-    reason = "triton cannot be imported; install triton"
-    monkeypatch.setattr(backends, "_TRITON_MISSING", reason)
-    assert {ee.available_backends(d)["triton"] for d in ("cpu", "cuda")} == {reason}
-
-
-def test_auto_never_chooses_triton_on_the_cpu(monkeypatch, without_extension):
+def test_auto_prefers_the_extension_and_never_chooses_triton_on_the_cpu(
+    monkeypatch, compiled_triton, without_extension
+):
+    assert [backends.resolve("auto", device) for device in ("cpu", "cuda", "xpu")] == ["torch", "triton", "torch"]
     monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
+    backends._CHOICES.clear()
     assert backends.resolve("auto", "cpu") == "torch"
-
-
-def test_auto_prefers_the_extension(monkeypatch):
     monkeypatch.setitem(backends._UNAVAILABLE_REASONS, "cpp", lambda device: "")
+    backends._CHOICES.clear()
     assert backends.resolve("auto", "cpu") == backends.resolve("auto", "cuda") == "cpp"
 
 
-def test_auto_on_cuda_chooses_triton_without_the_extension(compiled_triton, without_extension):
-    assert backends.resolve("auto", "cuda") == "triton"
-    assert backends.resolve("auto", "xpu") == "torch"
-
-
-def test_resolve_chooses_among_the_back_ends_of_an_op(compiled_triton, monkeypatch):
+def test_auto_chooses_among_the_back_ends_of_an_op(compiled_triton, monkeypatch):
     monkeypatch.setitem(backends._UNAVAILABLE_REASONS, "cpp", lambda device: "")
     own = ("torch", "triton")
     assert backends.resolve("auto", "cuda", own) == "triton"
     assert backends.resolve("auto", "cpu", own) == "torch"
     assert backends.resolve("auto", "cuda") == "cpp"
-    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch', 'triton'\), got 'cpp'"):
-        backends.resolve("cpp", "cuda", own)
+
+
+#: A call, and words of the error.
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: backends.resolve("cpp", "cuda", ("torch", "triton")), r"one of \('auto', 'torch', 'triton'\), got 'cpp'"),
+    (lambda: backends.resolve("cuda", "cpu"), r"expected one of \('auto', 'torch', 'triton', 'cpp'\), got 'cuda'"),
+    (lambda: raw("nonsense", "torch", "cpu"), r"raw: expected op to be one of \['compact', .* got 'nonsense'"),
+    (lambda: raw("first_tokens_linear", "cpp", "cuda"), r"backend: expected one of \('auto', 'torch'\), got 'cpp'"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_unknown_names_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_auto_logs_its_choice_once(caplog, monkeypatch):
@@ -112,11 +116,6 @@ def test_an_explicit_choice_is_not_logged(caplog):
     caplog.set_level(logging.DEBUG, logger="earlyexit_kernels")
     assert backends.resolve("torch", "cpu") == "torch"
     assert not caplog.records
-
-
-def test_unknown_back_end_is_refused():
-    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch', 'triton', 'cpp'\), got 'cuda'"):
-        backends.resolve("cuda", "cpu")
 
 
 def test_unavailable_back_end_is_refused(compiled_triton, without_extension):
@@ -147,10 +146,3 @@ def test_extension_without_kernels_for_a_device_is_reported():
     if ee.available_backends("cpu")["cpp"]:
         pytest.skip(ee.available_backends("cpu")["cpp"])
     assert ee.available_backends("mps")["cpp"] == "the extension was built without mps kernels"
-
-
-def test_raw_refuses_unknown_ops_and_unsupported_back_ends():
-    with pytest.raises(ValueError, match=r"raw: expected op to be one of \['compact', .* got 'nonsense'"):
-        raw("nonsense", "torch", "cpu")
-    with pytest.raises(ValueError, match=r"backend: expected one of \('auto', 'torch'\), got 'cpp'"):
-        raw("first_tokens_linear", "cpp", "cuda")

@@ -69,7 +69,7 @@ def by_name(kernel):
 
 #: Every rule for Hopper, with both kinds of pooling, and one for the other cards.
 EXITS = [(90, name, pooling, 4) for pooling in ("first", "mean") for name in sorted(RULES)]
-EXITS += [(capability, "entropy", pooling, 64) for capability in (80, 100) for pooling in ("first", "mean")]
+EXITS += [(capability, "entropy", pooling, 4) for capability in (80, 100) for pooling in ("first", "mean")]
 EXITS += [(90, name, "first", 64) for name in ("patience", "voting")]
 
 
