@@ -128,14 +128,3 @@ def test_an_adapter_with_functions_defined_again_replaces_the_first(monkeypatch,
     with pytest.raises(ValueError, match="'ernie' has another adapter already"):
         cell(monkeypatch, BACKBONE, module="elsewhere", DEPTH=4, FIELDS="")
     assert backbones.adapter_of("ernie") is again
-
-
-def test_a_class_of_another_module_is_refused(monkeypatch):
-    for code, table, name in (
-        (CRITERION.replace("COMPARED", ">="), criteria.CRITERIA, "cell_lead"),
-        (METHOD.replace("FACTOR", "1.0"), methods.METHODS, "cell_last"),
-    ):
-        cell(monkeypatch, code)
-        with pytest.raises(ValueError, match=rf"the name '{name}' belongs to notebook\.\w+; give the class another"):
-            cell(monkeypatch, code, module="elsewhere")
-        assert table[name].__module__ == "notebook"

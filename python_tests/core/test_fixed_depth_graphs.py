@@ -35,19 +35,6 @@ def test_compiles_without_graph_breaks(name, family, no_old_graphs):
 
 
 @pytest.mark.thorough
-def test_compiles_twice_with_automatic_dynamic_shapes(no_old_graphs):
-    """Once for the first size, and once for all others."""
-    model, batch = model_for_rule("sampled_exit", num_hidden_layers=2)
-    compiled = torch.compile(model.fixed_depth(), fullgraph=True, backend="eager")
-    for rows, longest in ((slice(0, 16), 20), (slice(2, 9), 15)):
-        part = part_of(batch, rows, longest)
-        assert_same_answers(compiled(**part), model(**part))
-    part = part_of(batch, slice(4, 10), 11)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert_same_answers(compiled(**part), model(**part))
-
-
-@pytest.mark.thorough
 def test_compiles_with_inductor(no_old_graphs):
     model, batch = model_for_rule("sampled_exit", num_hidden_layers=2, pooling="mean")
     compiled = torch.compile(model.fixed_depth(), fullgraph=True)

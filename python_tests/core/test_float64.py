@@ -6,12 +6,10 @@ import copy
 
 import pytest
 import torch
-from support.criterion_cases import CASES
-from support.leaving_models import most_spread
 from support.models import balance_classes, batch_for, early_exit, varied_entropy
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import RULES, Entropy, SkipGate
+from earlyexit_kernels.criteria import Entropy, SkipGate
 from earlyexit_kernels.errors import BackendUnavailableError
 
 LENGTHS = [3, 20, 5, 8, 11, 19]
@@ -70,20 +68,6 @@ def test_every_head(heads):
     torch.testing.assert_close(wide(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def every_scalar():
-    return double(method="berxit", halting=True, pooling="mean")
-
-
-@pytest.mark.sample(2)
-@pytest.mark.parametrize("name", RULES)
-def test_every_rule(every_scalar, name):
-    model, batch, trace = every_scalar
-    rule = most_spread(name, trace)
-    exit_layer = check(model, batch, rule)
-    assert len(exit_layer.unique()) >= min(CASES[name].exits, 2)
-
-
 def test_skipped_layers():
     """At thresholds from all rows skip to none skips, against the pass without compaction."""
     model, batch, trace = double(method="smartbert", criterion=Entropy(threshold=0.5))
@@ -100,15 +84,6 @@ def test_skipped_layers():
         assert not layers_run.any() if threshold == 0 else threshold < 1 or torch.equal(layers_run, exit_layer)
         partly += int(((layers_run > 0) & (layers_run < exit_layer)).any())
     assert partly, "at some threshold, some rows should skip some layers"
-
-
-@pytest.mark.parametrize("heads", ["family", "attention, mean"])
-def test_fixed_depth(heads):
-    model, batch, trace = double(**HEADS[heads])
-    model.set_criterion(varied_entropy(trace))
-    want, (logits, exit_layer) = model(**batch), model.fixed_depth()(**batch)
-    assert torch.equal(exit_layer, want.exit_layer)
-    torch.testing.assert_close(logits, want.logits, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])

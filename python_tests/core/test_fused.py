@@ -16,8 +16,6 @@ from torch import nn
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.backbones.forms_gated import RootMeanSquare
-from earlyexit_kernels.core.attention_plan import plan_attention
-from earlyexit_kernels.core.packing import pack
 from earlyexit_kernels.core.rows import embedded
 from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.cpu import layers, onednn
@@ -163,28 +161,6 @@ def test_a_bias_of_one_of_several_linears():
         model.backbone.layers[2].mlp.up_proj.bias = nn.Parameter(torch.linspace(-1, 1, 96))
     assert models[1].explain().path == "fused"
     assert_alike(*models, batch_for(models[0]))
-
-
-def test_layers_have_the_windows_and_the_norms_of_their_own():
-    _, fused = pair("modernbert")
-    assert [layer.weights.window for layer in fused_of(fused)] == [None, 5, 5, None]
-    assert [layer.weights.attention_norm is None for layer in fused_of(fused)] == [True, False, False, False]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("products", PRODUCTS)
-@torch.no_grad()
-def test_the_extension_runs_the_steps_of_the_layer_in_python(products, dtype, monkeypatch):
-    if reason := ee.available_backends("cpu")["cpp"]:
-        pytest.skip(reason)
-    use_products(products, monkeypatch)
-    model = ee.to_early_exit(stock()).to(dtype)
-    batch = batch_for(model, "holes")
-    rows = pack(batch["input_ids"], batch["attention_mask"])
-    plan, x = plan_attention(rows), torch.randn(1, int(rows.offsets[-1]), 64).to(dtype)
-    for fused in fused_of(model):
-        assert type(fused) is OneDnnLayer
-        assert torch.equal(fused(x, plan=plan), fused.layer(x, plan=plan))
 
 
 class Gone:

@@ -260,16 +260,6 @@ def test_layers_that_take_other_arguments(family, field, value, words):
         model.runner.paths["fused"].layers.refusals(adapter, model.backbone, torch.float32)
 
 
-def test_an_argument_that_only_the_layers_of_the_family_take():
-    model = early_exit("modernbert")
-    batch = batch_for(model)
-    model.configure(path="eager")
-    expected = model.trace(**batch).logits
-    model.adapter = dataclasses.replace(model.adapter, layer_arguments=with_another_argument)
-    model.configure(path="auto")
-    assert model.explain().path == "eager" and torch.equal(model.trace(**batch).logits, expected)
-
-
 def test_name_of_an_adapter_that_its_layers_lack():
     model = early_exit("roberta-prelayernorm")
     adapter = dataclasses.replace(model.adapter, names=backbones.LayerNames())
@@ -376,13 +366,6 @@ def test_explain_names_other_products(family, dtype, products, why, monkeypatch)
     for capability, beyond in (("AVX2", products == "onednn"), ("AVX512", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert ("torch's own beyond 128 tokens" in early_exit(family).to(dtype).explain().why) == beyond
-
-
-def test_layers_of_the_family_have_no_products():
-    model = early_exit()
-    model.configure(path="eager")
-    for each in (model, early_exit("deberta"), early_exit().train()):
-        assert each.explain()[-3:] == (None, "", None) and "products" not in str(each.explain())
 
 
 @pytest.mark.parametrize(("onednn", "level"), [(False, logging.INFO), (True, logging.WARNING)])

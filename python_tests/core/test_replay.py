@@ -124,17 +124,6 @@ def layers_of_the_oracle(logits, name, numbers) -> tuple[np.ndarray, np.ndarray]
     return exit_layer, near
 
 
-def test_half_precision_trace_is_decided_in_float32(backend):
-    logits = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float16, torch.bfloat16):
-        short = logits.to(dtype)
-        narrow, wide = (
-            ee.replay(ee.ExitTrace(x), MaxProbability(threshold=0.6), backend=backend) for x in (short, short.float())
-        )
-        assert narrow[0].dtype == torch.float32
-        assert torch.equal(narrow[0], wide[0]) and torch.equal(narrow[1], wide[1])
-
-
 def test_trace_is_not_changed():
     logits, halting = torch.randn(4, 3, 2, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     before = logits.detach().clone(), halting.detach().clone()

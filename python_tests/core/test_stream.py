@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.leaving_models import setting
 from support.models import DEPTH, batch_for, early_exit, parameter_set, varied
 from support.rule_models import RULES, model_for_rule
 
@@ -44,13 +43,6 @@ def test_families(family):
 def test_rules(rule):
     """Skip gates, states, halting memory and regression among them."""
     assert_streams_as_forward(*model_for_rule(rule))
-
-
-def test_back_ends_and_compaction(backend):
-    model, batch, _ = setting("bert", backend)
-    for compaction in ("always", "never", "auto"):
-        model.configure(compaction=compaction)
-        assert_streams_as_forward(model, batch)
 
 
 def test_one_row_no_row_and_full_depth():

@@ -12,11 +12,12 @@ import pytest
 import torch
 from support.leaving_models import HEADS, LENGTHS, setting
 from support.models import early_exit, ragged
+from support.unknown_lengths import hide_lengths
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.core import attention, inputs, loop, packing, rows
+from earlyexit_kernels.core import attention, inputs, loop, packing
 from earlyexit_kernels.core.counts import HostCounts
 from earlyexit_kernels.core.rows import Rows
 from earlyexit_kernels.criteria import RULES
@@ -51,17 +52,14 @@ BOUNDS = [(3, 15), (2, 10), (2, 10), (1, 5)]
 def compactions(model, monkeypatch, counts=ScriptedCounts, mask=None):
     """Run a model on fake tensors, where reading values raises; return the rows and tokens after each compaction."""
     met = []
-    pack, moved = rows.pack, Rows._moved
-
-    def unknown_lengths(*arguments, **options):
-        return dataclasses.replace(pack(*arguments, **options), lengths=None)
+    moved = Rows._moved
 
     def watched(self, batch, live, tokens, backend):
         met.append((live, tokens))
         return moved(self, batch, live, tokens, backend)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "pack", unknown_lengths)
+        hide_lengths(patch)
         patch.setattr(Rows, "_moved", watched)
         patch.setattr(loop, "counts_for", lambda depth, device, exact: counts(depth))
         patch.setattr(model, "settings", dataclasses.replace(model.settings, path="eager", compaction="always"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
 import threading
 
 import pytest
 import torch
 from support.models import batch_for, parameter_set, varied
-from support.rule_models import RULES, model_for_rule
+from support.rule_models import model_for_rule
 from torch import nn
 
 import earlyexit_kernels as ee
@@ -53,12 +52,7 @@ def family_answers(model, batch):
     return expected
 
 
-#: One of each way to call layers: the plan alone, positions, windows, soft-capped scores, rectangles.
-FAMILIES = ("bert", "albert", "distilbert", "modernbert", "eurobert", "llama", "mistral", "qwen3", "gemma2")
-FAMILIES += ("gemma3_text", "deberta", "deberta-v2", "mpnet")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v2"])
 def test_every_batch_is_answered_as_by_the_family(family, replays, cheap):
     """The first batch runs eagerly, the second captures, later ones replay; a batch of another shape goes between."""
     model, batch = varied(family)
@@ -74,26 +68,13 @@ def test_every_batch_is_answered_as_by_the_family(family, replays, cheap):
     assert model.explain().path == "captured"
 
 
-@pytest.mark.sample(3)
-@pytest.mark.parametrize("name", RULES)
-def test_every_criterion_and_compaction(name, replays, cheap):
-    model, batch = model_for_rule(name)
+def test_layers_that_some_rows_skip_run_on_the_others(replays, cheap):
+    model, batch = model_for_rule("skip_gate")
     expected = family_answers(model, batch)
     for compaction in ("auto", "always", "never"):
         model.configure(compaction=compaction)
         for _ in range(3):
             agrees(model(**batch), expected)
-    assert replays.replays or model.criterion.skip_from is not None, "layers that some rows skip run on the others"
-
-
-def test_rows_move_to_smaller_levels(replays, cheap):
-    model, batch = varied()
-    batch = {name: values.repeat(8, 1) for name, values in batch.items()}
-    expected = family_answers(model, batch)
-    for _ in range(3):
-        agrees(model(**batch), expected)
-    sizes = [level.size.tokens for level in levels_of(model)]
-    assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
@@ -105,16 +86,6 @@ def test_nothing_is_recorded_for_gradients(mode, replays):
     assert levels_of(model) and replays.replays
     buffers = [x for level in levels_of(model) for x in (level.hidden, level.offsets, level.row_ids)]
     assert not any(x.requires_grad or x.is_inference() for x in buffers) and not out.logits.requires_grad
-
-
-def test_weights_changed_in_place_need_no_capture(replays):
-    model, batch = warm()
-    before = replays.captures
-    with torch.no_grad():
-        model.backbone.encoder.layer[1].output.dense.weight.mul_(1.5)
-    expected = early_answers(model, batch)
-    agrees(model(**batch), expected)
-    assert replays.captures == before
 
 
 def early_answers(model, batch):
@@ -190,18 +161,6 @@ def test_levels_that_are_not_used_make_room(replays, monkeypatch):
     assert [len(each) for each in sizes] == [1, 2, 2, 2] and sizes[0][0] in sizes[3]
 
 
-def test_failed_capture_is_said_once_and_rows_are_answered(replays, caplog):
-    model, batch = varied()
-    expected = family_answers(model, batch)
-    replays.error = RuntimeError("operation not permitted when stream is capturing\nmore")
-    for _ in range(4):
-        agrees(model(**batch), expected)
-    said = [r.getMessage() for r in caplog.records if "captured" in r.getMessage() and r.levelno == logging.WARNING]
-    assert said == [
-        "a layer cannot be captured, and runs eagerly: RuntimeError: operation not permitted when stream is capturing"
-    ]
-
-
 @pytest.mark.parametrize("wrong", [0.5, float("nan")])
 def test_capture_that_computes_something_else_is_refused(wrong, replays, caplog):
     model, batch = varied()
@@ -220,23 +179,6 @@ def test_comparison_can_be_switched_off(replays, monkeypatch):
     agrees(model(**batch), expected)
     agrees(model(**batch), expected)
     assert replays.captures > model.depth / 2 and not replays.replays
-
-
-def test_memory_that_runs_out_is_asked_for_later(replays, monkeypatch, caplog):
-    model, batch = varied()
-    expected = family_answers(model, batch)
-    now = [0.0]
-    monkeypatch.setattr(captured.time, "monotonic", lambda: now[0])
-    agrees(model(**batch), expected)
-    replays.error = torch.OutOfMemoryError("CUDA out of memory")
-    for _ in range(3):
-        agrees(model(**batch), expected)
-    assert not levels_of(model)
-    replays.error = None
-    now[0] = captured.RETRY_SECONDS + 1
-    for _ in range(3):
-        agrees(model(**batch), expected)
-    assert levels_of(model) and replays.captures
 
 
 def test_second_thread_runs_eagerly_and_does_not_wait(replays):
@@ -258,13 +200,22 @@ def test_second_thread_runs_eagerly_and_does_not_wait(replays):
     assert replays.replays > before
 
 
-@pytest.mark.parametrize("how", ["closed", "dropped", "failed"])
+@pytest.mark.parametrize("how", ["closed", "dropped", "failed", "refused"])
 def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
     model, batch = varied()
     expected = family_answers(model, batch)
     for _ in range(3):
         model(**batch)
-    if how == "failed":
+    if how == "refused":
+        model.configure(backend="cpp")
+        model.double()
+        with pytest.raises(ee.BackendUnavailableError):
+            model(**batch)
+        model.float()
+        model.configure(backend="auto")
+        for _ in range(2):
+            agrees(model(**batch), expected)
+    elif how == "failed":
         model.config.strict = True
         with parameter_set(model.heads.out[0].bias, 0, torch.nan), pytest.raises(ee.InvalidLogitsError):
             model(**batch)
@@ -278,20 +229,6 @@ def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
     before = replays.replays
     agrees(model(**batch), expected)
     assert replays.replays > before
-
-
-def test_backend_that_cannot_run_gives_the_place_back(replays):
-    model, batch = varied()
-    expected = family_answers(model, batch)
-    model.configure(backend="cpp")
-    model.double()
-    with pytest.raises(ee.BackendUnavailableError):
-        model(**batch)
-    model.float()
-    model.configure(backend="auto")
-    for _ in range(3):
-        agrees(model(**batch), expected)
-    assert replays.replays
 
 
 def test_autocast_compile_training_and_copies_capture_nothing(replays):
@@ -311,28 +248,25 @@ def test_autocast_compile_training_and_copies_capture_nothing(replays):
     assert not levels_of(model)
 
 
-def test_layers_captured_are_refused_by_name_on_the_cpu():
-    model, _ = varied()
-    with pytest.raises(ee.BackendUnavailableError, match="path 'captured' cannot run here: layers are"):
-        model.configure(path="captured")
-    assert model.explain().path != "captured"
-
-
-def test_bounds_that_arrive_late(replays, cheap, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_rows_move_to_smaller_levels(late, replays, cheap, monkeypatch):
+    """Also where the counts of a layer arrive after the next one."""
     model, batch = varied()
     batch = {name: values.repeat(8, 1) for name, values in batch.items()}
     expected = family_answers(model, batch)
-    late = []
+    arrived = []
 
     class Late(loop.counts_for(1, torch.device("cpu"), exact=True).__class__):
         """The counts of the layer before."""
 
         def after(self, layer, counts, bounds):
-            late.append(super().after(layer, counts, bounds))
-            return late[-2] if len(late) > 1 and layer > 1 else bounds
+            arrived.append(super().after(layer, counts, bounds))
+            return arrived[-2] if len(arrived) > 1 and layer > 1 else bounds
 
-    monkeypatch.setattr(loop, "counts_for", lambda depth, device, exact: Late(depth))
+    if late:
+        monkeypatch.setattr(loop, "counts_for", lambda depth, device, exact: Late(depth))
     for _ in range(3):
-        late.clear()
+        arrived.clear()
         agrees(model(**batch), expected)
-    assert len(levels_of(model)) > 1
+    sizes = [level.size.tokens for level in levels_of(model)]
+    assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True)

@@ -9,19 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.fake_gpu import small_bench
 from torch.autograd import DeviceType
 
 from benchmarks import goals
-from benchmarks.end_to_end import baselines, models
 from benchmarks.end_to_end.engines import CAPTURED_LAYERS
-from benchmarks.gpu import bench, calls, costs, exits, whole
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu import calls, costs, exits
 from benchmarks.gpu.suites import SUITES
-from benchmarks.machine import NotMeasuredError
 from benchmarks.micro import decisions
 from benchmarks.micro.plain import PlainDecision
-from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.ops import self_test
 
 FIELDS = {"suite", "case", "shape", "dtype", "engine", "backend", "baseline"}
@@ -69,13 +64,6 @@ def test_every_goal_has_a_record():
     assert set().union(*REACHED.values()) == set(goals.GPU)
 
 
-def test_goal_fields():
-    met = goals.gpu_goal("host synchronisations a batch", {"syncs": 1})
-    assert met == {"goal_name": "host synchronisations a batch", "goal": 1, "goal_of": "syncs", "goal_met": True}
-    assert not goals.gpu_goal("never exit over torch.compile, B 32", {"ratio": 1.06})["goal_met"]
-    assert goals.gpu_goal("unknown", {"ratio": 0.0}) == {}
-
-
 def test_wrong_exit_is_refused(gpu, monkeypatch):
     step = decisions.raw("exit_step", "torch", "cpu")
 
@@ -106,63 +94,12 @@ def _off(answer):
     return done, answers + 1, exit_layer, live
 
 
-def test_compiled_model_without_graphs_is_not_measured(gpu, monkeypatch):
-    skips = iter((0, 1))
-    monkeypatch.setattr(baselines, "device", lambda: "cuda")
-    monkeypatch.setattr(baselines, "_skipped_graphs", lambda: next(skips))
-    records = records_of("whole_float16_32", gpu)
-    (skipped,) = [record for record in records if "not_measured" in record]
-    assert skipped["engine"] == baselines.COMPILED_WHOLE and "without CUDA graphs" in skipped["not_measured"]
-    assert not any(record["baseline"] == baselines.COMPILED_WHOLE for record in records)
-
-
 def test_layers_that_run_eagerly_are_not_timed_as_captured(gpu, replays):
     replays.error = RuntimeError("operation not permitted when stream is capturing")
     ours = [record for record in records_of("whole_float16_1", gpu) if record["engine"] == CAPTURED_LAYERS]
     assert ours and all("not permitted" in record["refused"] and "median_ms" not in record for record in ours)
     (levels,) = costs.level_records(gpu)
     assert "not permitted" in levels["refused"] and "captures" not in levels
-
-
-def test_levels_are_counted(gpu, replays):
-    (record,) = costs.level_records(gpu)
-    assert record["captures"] == replays.captures > 0 and 0 < record["levels"] < gpu.mixed and record["seconds"] > 0
-
-
-def test_failed_self_test_is_refused_and_times_are_apart(gpu, monkeypatch):
-    first, _ = costs.self_test_records(gpu)
-    assert first["goal_name"] == "self-test of cpp, milliseconds" and first["goal_met"] and first["first_ms"] >= 0
-    monkeypatch.setattr(self_test, "_failure", lambda backend, device: "compact: no C compiler" * (backend == "triton"))
-    _, refused = costs.self_test_records(gpu)
-    assert refused["refused"] == "compact: no C compiler" and "median_ms" not in refused
-    monkeypatch.setattr(costs, "available_backends", lambda device: {"cpp": "is not built", "triton": ""})
-    assert next(costs.self_test_records(gpu))["not_measured"] == "is not built"
-
-
-def test_weights_are_never_inference_tensors(gpu):
-    with torch.inference_mode():
-        subjects = [models.subject("BERT-base", dtype) for dtype in ("float16", "float32")]
-    for subject in subjects:
-        assert not any(x.is_inference() for part in (subject.plain, subject.model) for x in part.parameters())
-
-
-def test_profiler_that_sees_nothing_is_not_trusted(gpu, monkeypatch):
-    monkeypatch.setattr(calls, "calls_of", lambda run: Counter())
-    (record,) = costs.sync_records(gpu)
-    assert "does not show the launch" in record["not_measured"]
-    records = [record for record in exits.records(gpu) if record["case"] == "launches"]
-    assert records and all("not_measured" in record and "goal_name" not in record for record in records)
-
-
-def test_synchronisations_are_recorded_with_and_without_a_mask(gpu, monkeypatch):
-    records = [record for record in costs.sync_records(gpu) if "goal_name" in record]
-    assert [record["shape"] for record in records] == ["B 32, S 8, with a mask", "B 32, S 8, without a mask"]
-
-    def synchronises():
-        raise RuntimeError("called a synchronizing CUDA operation\nat")
-
-    assert costs.in_debug_mode(synchronises) == "called a synchronizing CUDA operation"
-    assert costs.in_debug_mode(lambda: None) == ""
 
 
 def test_only_calls_in_the_range_are_counted(monkeypatch):
@@ -185,35 +122,3 @@ def test_only_calls_in_the_range_are_counted(monkeypatch):
     assert (calls.launches(counted), calls.synchronisations(counted), calls.event_waits(counted)) == (1, 1, 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert PROFILED(lambda: torch.ones(3).sum().item()) == Counter()
-
-
-def test_natural_lengths_need_text(monkeypatch):
-    assert whole.ragged_rows(32).name == "B 32, S 4 to 35"
-    monkeypatch.setenv("EARLYEXIT_DATA", "somewhere")
-    assert whole.ragged_rows(32).name == "B 32, SST-2 lengths"
-
-
-def test_times_by_events_and_by_the_host(gpu):
-    restored = []
-    ways = {"a": lambda: None, "b": lambda: None}
-    for by_host in (False, True):
-        times = small_bench().times(ways, restore=lambda: restored.append(1), by_host=by_host)
-        assert {name: len(rounds) for name, rounds in times.items()} == {"a": 2, "b": 2}
-    assert len(restored) == 2 * 2 * (gpu.rounds + gpu.warmup)
-    numbers = bench.micros([1.0, 2.0, 3.0], calls=10)
-    assert (numbers["median_us"], numbers["median_ms"], numbers["rounds"]) == (200.0, 0.2, 3)
-    assert bench.over([1.0], [2.0], "b") == {"baseline": "b", "ratio": 0.5, "ratio_low": 0.5, "ratio_high": 0.5}
-
-
-def test_bench_needs_a_gpu_and_a_backend(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(NotMeasuredError, match="no CUDA device"):
-        Bench.here()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reasons = dict.fromkeys(available_backends("cpu"), "")
-    for missing, backend in (({}, "cpp"), ({"cpp": "is not built"}, "triton")):
-        monkeypatch.setattr(bench, "available_backends", lambda device, missing=missing: reasons | missing)
-        assert Bench.here().backend == backend
-    monkeypatch.setattr(bench, "available_backends", lambda device: {"cpp": "is not built", "triton": "no triton"})
-    with pytest.raises(NotMeasuredError, match="no triton"):
-        Bench.here()

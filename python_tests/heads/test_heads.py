@@ -241,16 +241,6 @@ def test_own_dense_modules(family):
     assert changed.tolist() == [False, True, False, False]
 
 
-def test_shared_dense_is_a_separate_part():
-    model = early_exit("bert")
-    assert len(model.heads.dense) == 1 and part_of(model, "heads.dense.0.weight") == "dense"
-
-
-def test_config_is_plain_data():
-    config = HeadConfig(pooling="mean", form="attention", width=32, gates=True, halting=True, halting_input="concat")
-    assert HeadConfig(**config.to_dict()) == config and config.remembers and not config.has_dense
-
-
 REFUSED = [
     ({"pooling": "max"}, r"\(pooling=...\): expected one of \(None, 'first', 'mean', 'last'\), got 'max'"),
     ({"form": "lstm"}, r"\(form=...\): expected one of \('linear', 'attention'\), got 'lstm'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import itertools
@@ -79,21 +78,6 @@ def test_stock_instance_is_unchanged(family, attention):
         assert len(attentions) == 4 and attentions[0] is not None
 
 
-def test_stock_instance_still_ignores_padding():
-    base = stock()
-    batch = batch_for(base, "right")
-    ee.to_early_exit(base)(**batch)
-    alone = base(input_ids=batch["input_ids"][1:2, :3]).logits
-    assert (base(**batch).logits[1:2] - alone).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_train_flag_follows_the_instance(training):
-    base = stock().train(training)
-    model = ee.to_early_exit(base)
-    assert all(m.training is training for m in (*model.modules(), *base.modules()))
-
-
 def test_configs_are_deep_copies():
     base = stock()
     model = ee.to_early_exit(base)
@@ -131,18 +115,6 @@ def test_replaced_module_is_not_initialised_again():
     assert torch.equal(by_hand.weight, weight) and torch.equal(by_hand.bias, bias)
     assert model.backbone.encoder.layer[2].output.dense.weight is by_hand.weight
     assert (model(**batch).logits - expected).abs().max() < 1e-5
-
-
-def test_two_conversions_are_independent():
-    base = stock()
-    first, second = ee.to_early_exit(base), ee.to_early_exit(base)
-    first.set_criterion(Entropy(threshold=10.0))
-    with torch.no_grad():
-        first.heads.out[0].weight.zero_()
-    assert second.criterion is None and second.config.criterion is None
-    assert torch.equal(second.heads.out[0].weight, base.classifier.weight)
-    apart = ee.to_early_exit(copy.deepcopy(base))
-    assert not {id(p) for p in apart.parameters()} & {id(p) for p in base.parameters()}
 
 
 @every_family
@@ -257,12 +229,6 @@ def test_exits_of_one_form_are_carried(first, second):
     assert carried == (first not in ATTENTION and second not in ATTENTION)
     of_last = model.heads.config.exit_dense == "own" and other.heads.config.exit_dense == "shared"
     assert torch.equal(before, after) == (carried and not of_last), "the dense module of the last exit becomes all's"
-
-
-@pytest.mark.parametrize("family", ["albert", "distilbert", "roberta"])
-def test_exits_of_other_families_are_carried(family):
-    model = different("joint", family)
-    assert torch.equal(exits_of(ee.to_early_exit(model, method="dact")), exits_of(model))
 
 
 def test_pooling_is_kept():

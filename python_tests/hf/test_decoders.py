@@ -142,16 +142,6 @@ def test_positions_beyond_the_angles_are_refused(family):
             call(input_ids=torch.full((1, 71), 7))
 
 
-@every_decoder
-def test_pooling_is_the_last_token_or_the_mean(family):
-    base = stock(family)
-    assert ee.to_early_exit(base).heads.config.pooling == "last"
-    for other in ("first", "cls"):
-        words = rf"pooling: expected one of \(None, 'mean', 'last'\) for a {family} model, got '{other}'"
-        with pytest.raises(ValueError, match=words):
-            ee.to_early_exit(base, pooling=other)
-
-
 @pytest.mark.parametrize("family", RECTANGULAR)
 def test_holes_are_refused_by_families_that_read_distances(family):
     model = early_exit(family)

@@ -200,26 +200,6 @@ def test_compile_with_graph_breaks():
 # wrappers and warnings
 
 
-def test_model_inside_another_module():
-    class Pair(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model, self.scale = model, nn.Parameter(torch.tensor(2.0))
-
-        def forward(self, **batch):
-            return self.model(**batch).logits * self.scale
-
-    model, batch = varied(dropout=0.0)
-    pair = Pair(model)
-    assert (pair(**batch) - 2 * model(**batch).logits).abs().max() < 1e-6
-    pair.train()
-    assert model.training
-    pair(**batch).sum().backward()
-    assert pair.scale.grad is not None and model.heads.out[-1].weight.grad is not None
-    pair.eval().load_state_dict(copy.deepcopy(pair.state_dict()))
-    assert any(name.startswith("model.backbone.") for name in pair.state_dict())
-
-
 @pytest.mark.sample(4)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_added_tokens(tmp_path, family):
@@ -233,14 +213,6 @@ def test_added_tokens(tmp_path, family):
     expected = model(**batch)
     model.save_pretrained(tmp_path)
     same(tf.AutoModelForSequenceClassification.from_pretrained(tmp_path)(**batch), expected, 0.0)
-
-
-def test_no_warnings_from_the_package(recwarn):
-    model, batch = varied()
-    model(**batch)
-    model.train()(**batch, labels=LABELS).loss.backward()
-    ee.replay(model.eval().trace(**batch), model.criterion)
-    assert [str(w.message) for w in recwarn if "earlyexit" in str(w.filename)] == []
 
 
 def test_backend_is_the_one_that_runs():

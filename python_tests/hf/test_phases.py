@@ -14,7 +14,6 @@ from support.trainers import dataset, training_arguments
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import methods
-from earlyexit_kernels.core import full_depth
 from earlyexit_kernels.hf.training import ProgressCallback
 
 TINY = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
@@ -89,34 +88,6 @@ def test_berxit_alternates_by_optimizer_steps(tmp_path, monkeypatch):
         trainer(model, phase, arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2)).train()
     assert [step.step for step in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [step.epoch for step in seen] == pytest.approx([0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.5, 1.5])
-
-
-@pytest.mark.thorough
-def test_smartbert_goes_from_soft_to_hard(tmp_path, monkeypatch):
-    """Gates become hard at the first batch of the given epoch, and are hard throughout the second phase."""
-    hard, mix = [], full_depth.mixed_by_gate
-
-    def watched(before, after, gate, gating):
-        hard.append(gating.hard)
-        return mix(before, after, gate, gating)
-
-    monkeypatch.setattr(full_depth, "mixed_by_gate", watched)
-    model = converted(methods.Smartbert(soft_epochs=1))
-    for phase in ee.phases(model):
-        hard.clear()
-        trainer(model, phase, arguments(tmp_path, max_steps=-1, num_train_epochs=2)).train()
-        steps = [hard[k : k + 3] for k in range(0, len(hard), 3)]
-        soft = 4 if phase.number == 1 else 0
-        assert steps == [[False] * 3] * soft + [[True] * 3] * (8 - soft)
-
-
-@pytest.mark.parametrize("name", ["berxit", "smartbert"])
-def test_trainer_without_the_callbacks(tmp_path, name):
-    model = converted(name)
-    phase = next(iter(ee.phases(model)))
-    model.schedule.enter(model, 0)
-    with pytest.raises(ValueError, match=r"callbacks=phase\.callbacks\(\)"):
-        trainer(model, phase, arguments(tmp_path), callbacks=None).train()
 
 
 def test_progress_callback_finds_a_wrapped_model():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as tf
 from support.models import CLASSES, DEPTH, TEXTS, early_exit, stock, tokenizer, varied_entropy
 from support.trainers import ROWS, batch_of, dataset, logged_losses, trainer
 
@@ -76,16 +75,6 @@ def test_gradient_accumulation(tmp_path):
         assert name.endswith("key.bias") or not torch.equal(value, state[name]), name
 
 
-def test_method_trains_every_exit(tmp_path):
-    model, losses = trained(tmp_path, max_steps=20)
-    assert losses[-1] < 0.8 * losses[0]
-    batch = batch_of(dataset(16))
-    labels = batch.pop("labels")
-    for j in range(DEPTH):
-        before = F.cross_entropy(early_exit(dropout=0.0).trace(**batch).logits[:, j], labels)
-        assert F.cross_entropy(model.eval().trace(**batch).logits[:, j], labels) < before
-
-
 def test_label_smoothing(tmp_path):
     """The Trainer removes the labels and reads `logits`, in train mode those of the last exit."""
     model, losses = trained(tmp_path, label_smoothing_factor=0.1)
@@ -111,19 +100,6 @@ def test_custom_loss_function(tmp_path):
     labels = batch_of(dataset(16))["labels"]
     expected = sum(F.cross_entropy(start.all_logits[:, j], labels) for j in range(DEPTH)) / DEPTH
     assert losses[0] == pytest.approx(expected.item(), abs=2e-4) and losses[-1] < losses[0]
-
-
-def test_checkpoint_and_resume(tmp_path):
-    model = early_exit(dropout=0.0, criterion=ee.criteria.Patience(patience=2))
-    run = trainer(model, tmp_path, dataset(16), save_strategy="steps", save_steps=1)
-    run.train()
-    resumed = early_exit(dropout=0.0, criterion=ee.criteria.Patience(patience=2))
-    again = trainer(resumed, tmp_path, dataset(16))
-    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in resumed.state_dict().items())
-    loaded = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "checkpoint-3")
-    assert loaded.criterion == ee.criteria.Patience(patience=2)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_texts_through_a_tokenizer(tmp_path):

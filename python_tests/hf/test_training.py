@@ -153,23 +153,6 @@ def test_gradient_equilibrium_is_a_suffix_mean():
     assert seen == pytest.approx([6.0, 4.0, 16 / 3, 5.0], abs=1e-6)
 
 
-def test_gradient_equilibrium_keeps_losses_and_exits():
-    balanced, plain = (
-        early_exit(dropout=0.0, pooling="mean", method=ee.methods.Joint(equilibrium=e)).train() for e in (True, False)
-    )
-    batch = batch_for(plain)
-    losses = [model(**batch, labels=LABELS).loss for model in (balanced, plain)]
-    for loss in losses:
-        loss.backward()
-    assert losses[0].item() == losses[1].item()
-    for one, other in zip(balanced.heads.out, plain.heads.out, strict=True):
-        assert torch.equal(one.weight.grad, other.weight.grad)
-    first, last = (f"encoder.layer.{k}.output.dense.weight" for k in (0, DEPTH - 1))
-    gradients = [dict(model.backbone.named_parameters()) for model in (balanced, plain)]
-    assert torch.allclose(gradients[0][last].grad, gradients[1][last].grad)
-    assert gradients[0][first].grad.norm() < 0.5 * gradients[1][first].grad.norm()
-
-
 def traced(model, inputs, options):
     return model.runner.trace(model.view(), inputs, options, training=True)
 

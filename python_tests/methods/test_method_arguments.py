@@ -63,13 +63,6 @@ def test_a_model_records_the_prior_of_its_depth():
         assert model.method.prior == pytest.approx(prior) and model.config.method["prior"] == model.method.prior
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_palbert_shares_exits_of_shared_layers(shares):
-    """As in the public code for ALBERT; the halting head is always shared."""
-    changes = Palbert().head_changes(shares)
-    assert changes["halting_shared"] and changes["shared_exit"] is shares
-
-
 #: What is saved; the keys of the data are fields of the files of earlier versions too.
 SAVED = [
     (Joint(), {"name": "joint", "equilibrium": False}),

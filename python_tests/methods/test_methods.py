@@ -304,17 +304,6 @@ def test_methods_that_depend_on_steps_or_epochs_require_them(name):
             assert torch.isfinite(model(**batch, labels=labels).loss)
 
 
-@every_method
-def test_loss_of_an_empty_batch_is_zero(name):
-    model = converted("bert", name)
-    empty = {key: values[:0] for key, values in few(model).items()}
-    for _ in ee.phases(model):
-        model.train().schedule.set_progress(0, 0.0)
-        loss = model(**empty, labels=LABELS[:0]).loss
-        loss.backward()
-        assert loss.item() == 0.0
-
-
 #: Method of a model, another one whose exits have another shape, and words of the refusal.
 UNFIT = [
     ("joint", "fastbert", "'form': 'attention'"),
