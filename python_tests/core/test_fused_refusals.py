@@ -291,24 +291,18 @@ def leave_out(monkeypatch, *, onednn=False) -> None:
 
 @needs_kernels
 def test_refused_settings(monkeypatch):
-    model = early_exit()
+    model, narrow = early_exit(), {"path": "fused", "weights": "float16"}
     refused = [
         (model, {"path": "fast"}, r"path: expected one of \('auto', 'eager', 'fused', 'captured'\), got 'fast'"),
         (model, {"path": "fused", "weights": "int4"}, r"weights: expected one of \('float32', .*\), got 'int4'"),
         (model, {"weights": "float16"}, "must be asked for with path 'fused', got 'auto'"),
-        (
-            *(early_exit("modernbert"), {"path": "fused", "weights": "float16"}),
-            r"'modernbert' cannot be stored in torch\.float16",
-        ),
-        (
-            *(early_exit().bfloat16(), {"path": "fused", "weights": "float16"}),
-            r"they compute in float32, the model is torch\.bfloat16",
-        ),
+        (early_exit("modernbert"), narrow, r"'modernbert' cannot be stored in torch\.float16"),
+        (early_exit().bfloat16(), narrow, r"they compute in float32, the model is torch\.bfloat16"),
     ]
     for each, settings, words in refused:
         with pytest.raises((ValueError, BackendUnavailableError), match=words):
             each.configure(**settings)
-    model.configure(path="fused", weights="float16")
+    model.configure(**narrow)
     leave_out(monkeypatch)
     model.refresh()
     with pytest.raises(BackendUnavailableError, match=f"require the vector kernels: {NO_KERNELS}"):

@@ -206,8 +206,9 @@ def test_cat_of_keys():
     logits = torch.zeros(2, 2, 2)
     keyed = [ee.ExitTrace(logits, keys=torch.tensor(keys)) for keys in ([1, 2], [3, 4])]
     assert ee.ExitTrace.cat(keyed).keys.tolist() == [1, 2, 3, 4]
-    tokens = {"projections": torch.zeros(1, 5, 3), "offsets": torch.tensor([0, 2, 5])}
-    joined = ee.ExitTrace.cat([ee.ExitTrace(logits, **tokens)] * 2)
+    joined = ee.ExitTrace.cat(
+        [ee.ExitTrace(logits, projections=torch.zeros(1, 5, 3), offsets=torch.tensor([0, 2]))] * 2
+    )
     assert joined.keys is None and joined.projections is None and joined.offsets is None
 
 

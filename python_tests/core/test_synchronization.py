@@ -81,23 +81,15 @@ def test_rules_do_not_synchronize(criterion, monkeypatch):
     assert compactions(model, monkeypatch) == [(2, 10)]
 
 
+#: Families, and heads of each kind, some in half precision, which uses another attention kernel.
+MODELS = [(family, {}, torch.float32) for family in ("roberta", "albert", "distilbert")]
+MODELS += [("bert", heads, (torch.float16, torch.float32)[n % 2]) for n, heads in enumerate(HEADS.values())]
+
+
 @pytest.mark.sample(3)
-@pytest.mark.parametrize(
-    ("heads", "dtype"), [(heads, (torch.float16, torch.float32)[n % 2]) for n, heads in enumerate(HEADS)]
-)
-def test_heads_do_not_synchronize(heads, dtype, monkeypatch):
-    """Also in half precision, which uses another attention kernel."""
-    model = early_exit("bert", **HEADS[heads]).to(dtype)
-    rules = [ee.criteria.HiddenCosine(threshold=0.5)]
-    rules += [ee.criteria.QExit(q=0.5) if "halting" in model.heads.aux_names else ee.criteria.Entropy(threshold=0.5)]
-    for rule in rules:
-        model.set_criterion(rule)
-        compactions(model, monkeypatch)
-
-
-@pytest.mark.parametrize("family", ["roberta", "albert", "distilbert"])
-def test_families_do_not_synchronize(family, monkeypatch):
-    model = early_exit(family, criterion=ee.criteria.Patience(patience=1))
+@pytest.mark.parametrize(("family", "heads", "dtype"), MODELS)
+def test_families_and_heads_do_not_synchronize(family, heads, dtype, monkeypatch):
+    model = early_exit(family, **heads, criterion=ee.criteria.HiddenCosine(threshold=0.5)).to(dtype)
     assert compactions(model, monkeypatch) == [(2, 10)]
 
 

@@ -125,19 +125,17 @@ def test_every_criterion(place, rule, pooling):
     check(place, *ready("bert", rule, pooling=pooling))
 
 
-@pytest.mark.parametrize("family, built", [("bert", {"pooling": "mean"}), ("albert", {"num_hidden_groups": 1})])
-def test_mean_pooling_and_shared_layers(place, family, built):
-    model = early_exit(family, **{"pooling": "first", **built})
-    batch = batch_for(model, "left" if "pooling" in built else "right", lengths=LENGTHS)
-    model.set_criterion(varied_entropy(model.trace(**batch)))
-    check(place, model, batch)
+#: Family, pooling, sizes, kind of batch, and whether positions run backwards.
+OTHERS = [("bert", "mean", {}, "left", False), ("albert", "first", {"num_hidden_groups": 1}, "right", False)]
+OTHERS += [("modernbert", "mean", {}, kind, True) for kind in ("right", "holes")]
 
 
-@pytest.mark.parametrize("kind", ["right", "holes"])
-def test_holes_and_positions(place, kind):
-    model = early_exit("modernbert", pooling="mean")
+@pytest.mark.parametrize("family, pooling, sizes, kind, backwards", OTHERS)
+def test_mean_pooling_shared_layers_holes_and_positions(place, family, pooling, sizes, kind, backwards):
+    model = early_exit(family, pooling=pooling, **sizes)
     batch = batch_for(model, kind, lengths=LENGTHS)
-    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
+    if backwards:
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
     model.set_criterion(varied_entropy(model.trace(**batch)))
     check(place, model, batch)
 
