@@ -75,8 +75,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "dtype"), [*((name, torch.float32) for name in SETTINGS), ("thresholds", torch.bfloat16)]
+)
 def test_a_saved_model_comes_back(tmp_path, load, setting, dtype):
     model = early_exit(**SETTINGS[setting]).to(dtype)
     model.save_pretrained(tmp_path)

@@ -117,6 +117,7 @@ def test_replaced_module_is_not_initialised_again():
     assert (model(**batch).logits - expected).abs().max() < 1e-5
 
 
+@pytest.mark.sample(3)
 @every_family
 def test_every_family_fits_in_train_mode_and_half_precision(family):
     assert ee.to_early_exit(stock(family, dropout=0.5).train()).training

@@ -85,9 +85,10 @@ def test_attention_of_the_stock_model_is_not_taken_over(family, attention):
 # precision, copies, devices
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize("halting", [False, True])
-@pytest.mark.parametrize("pooling", [None, "first", "mean"])
+@pytest.mark.parametrize(
+    ("pooling", "halting", "backend"),
+    [(None, False, "auto"), (None, True, "torch"), ("first", True, "auto"), ("mean", True, "auto")],
+)
 def test_autocast(pooling, halting, backend):
     model, batch = varied(pooling=pooling, halting=halting)
     model.configure(backend=backend)
@@ -134,8 +135,9 @@ def test_deepcopy_is_independent():
     assert model.criterion is not None and model.config.criterion is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("pooling", [None, "first", "mean"])
+@pytest.mark.parametrize(
+    ("dtype", "pooling"), [(torch.float16, None), (torch.bfloat16, "first"), (torch.bfloat16, "mean")]
+)
 def test_half_precision(dtype, pooling):
     model, batch = varied(pooling=pooling)
     full = model.trace(**batch).logits
