@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.end_to_end.baselines import PLAIN
+from benchmarks.end_to_end.baselines import COMPILED_WHOLE, PLAIN
 from benchmarks.end_to_end.forced import NEVER
-from benchmarks.harness import Goal, Record, Variant, goal_fields
+from benchmarks.end_to_end.models import CAPTURED_LAYERS
+from benchmarks.end_to_end.suites import STORED as STORED_SUITE
+from benchmarks.harness import Goal, Record, goal_fields
 
 #: Baselines that depend on the case: the faster of the other runtimes, and our own model at full depth.
 PEER, OWN_FULL = "faster peer", "our full depth"
@@ -53,19 +56,36 @@ for _shape in ("B 1, S 32", "B 32, S 32"):
 STORED_AVX2 = {"B 1, S 32": 0.95, "B 1, S 128": 0.97, "B 32, S 32": 0.97}
 
 
-def stored_goal(subject: str, shape: str, variant: Variant, capability: str | None = None) -> Goal | None:
-    """Return the goal of a variant whose weights are stored in its dtype, or None.
+def stored_goal(record: Mapping[str, Any], capability: str | None = None) -> Goal | None:
+    """Return the goal of fused layers by the type of their stored weights over the faster peer, or None.
 
     Args:
-        subject, shape: of the case.
-        variant: of ours.
+        record: of one of our variants.
         capability: of the processor as torch names it; default: of this one.
     """
-    never, half = STORED.get((subject, shape), {}).get(variant.dtype, (None, None))
-    if (capability or torch.backends.cpu.get_cpu_capability()) != "AVX512" and variant.dtype == "float32":
+    subject, shape, dtype = record["subject"], record["shape"], record["dtype"]
+    never, half = STORED.get((subject, shape), {}).get(dtype, (None, None))
+    if (capability or torch.backends.cpu.get_cpu_capability()) != "AVX512" and dtype == "float32":
         never = STORED_AVX2.get(shape, never) if subject == "BERT-base" else never
-    value = never if variant.exits == NEVER else half
+    value = never if record["exits"] == NEVER else half
     return None if value is None else Goal(value)
+
+
+def whole_goal(record: Mapping[str, Any], *, ours: bool) -> Record:
+    """Return the fields of a whole model's record about its goal.
+
+    Args:
+        record: of a variant beside a baseline.
+        ours: whether the variant is one of this package's engines.
+    """
+    baseline, full = record["baseline"], re.fullmatch(r"(B \d+), S \d+", record["shape"])
+    if record["engine"] == CAPTURED_LAYERS:
+        mix = "never exit" if record["exits"] == NEVER else "mean depth 6"
+        return gpu_goal(f"{mix} over torch.compile, {full[1]}", record) if full and baseline == COMPILED_WHOLE else {}
+    goal = END_TO_END.get((record["case"], record["dtype"], baseline))
+    if record["suite"] == STORED_SUITE:
+        goal = stored_goal(record) if baseline == PEER else None
+    return goal_fields(goal if ours else None, record)
 
 
 #: Type of stored weights -> tokens -> least share of an AVX2 processor's peak: of bytes at M 1, else of operations.

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, plots
-from benchmarks.end_to_end import job, measure, server, stored, suites
+from benchmarks.end_to_end import job, measure, server, suites
 from benchmarks.gpu import suites as gpu
 from benchmarks.harness import Record
 from benchmarks.machine import MODEL_VARIABLE, NotMeasuredError
-from benchmarks.micro import decision_cost, layer_products, layer_roofline, stored_accuracy, weight_checks
+from benchmarks.micro import decision_cost, layer_products, layer_roofline, weight_checks
 from benchmarks.readme import rewrite
 from earlyexit_kernels.tuning.tables import environment
 
@@ -35,12 +35,13 @@ SUITES: dict[str, Callable[[int], Iterator[Record]]] = {
     **{name: partial(measure.records, name, cases) for name, cases in suites.CASES.items()},
     **{
         module.SUITE: module.records
-        for module in (stored, server, decision_cost, layer_products, layer_roofline, weight_checks)
+        for module in (server, decision_cost, layer_products, layer_roofline, weight_checks)
     },
 }
 #: Those that run by name only: they take long, or need a trained model, text or a GPU.
 BY_NAME: dict[str, Callable[[int], Iterator[Record]]] = {
-    **{module.SUITE: module.records for module in (job, stored_accuracy)},
+    job.SUITE: job.records,
+    job.ACCURACY: job.accuracies,
     "http": _later("http.load"),
     "scoring": _later("scoring"),
     **{f"calibration_{part}": _later("calibration", part) for part in ("guarantee", "drop", "scale")},

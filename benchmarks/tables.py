@@ -132,7 +132,14 @@ ACCURACIES: Columns = (
     *(("with exits", "{accuracy:.4f}"), ("mean exit layer", "{mean_exit_layer:.2f}"), ("same answers", "{same:.2%}")),
 )
 JOB: Columns = (
-    *(("task", "{case}"), ENGINE, ("exits", "{exits}"), ("seconds", "{seconds:.2f}"), ("time / pipeline", RATIO)),
+    *(
+        ("task", "{case}"),
+        ("way", "{engine}"),
+        ("weights", "{dtype}"),
+        ("exits", "{exits}"),
+        ("seconds", "{seconds:.2f}"),
+        ("time / pipeline", RATIO),
+    ),
     *(("accuracy", "{accuracy:.4f}"), ("same labels", "{same:.2%}"), ("mean exit layer", "{mean_exit_layer:.2f}")),
 )
 # types other than these two are not multiplied in float32

@@ -20,8 +20,7 @@ from torch import Tensor
 
 import earlyexit_kernels as ee
 from benchmarks.end_to_end.baselines import Answer
-from benchmarks.end_to_end.engines import engine_model
-from benchmarks.end_to_end.models import Subject
+from benchmarks.end_to_end.models import Subject, engine_model
 from benchmarks.end_to_end.workloads import Fixed
 from benchmarks.harness import Checked
 from benchmarks.machine import device, distance
@@ -44,6 +43,7 @@ class Truth:
         rounding: distance allowed from the plain model's logits.
         exit_rounding: distance allowed from the trace.
         wrong: why the trace is not trusted, or empty.
+        error: distance of the logits after the last layer from the plain model's, over their spread.
     """
 
     trace: ee.ExitTrace
@@ -51,16 +51,39 @@ class Truth:
     rounding: float
     exit_rounding: float
     wrong: str = ""
+    error: float = 0.0
 
 
-def truth_of(subject: Subject, engine: str, batch: dict[str, Tensor], *, family: bool = False) -> Truth:
-    """Return the reference of a batch under an engine, with linear exits or the family's."""
+def truth_of(
+    subject: Subject,
+    engine: str,
+    batch: dict[str, Tensor],
+    *,
+    family: bool = False,
+    stored: str = "",
+    within: float | None = None,
+) -> Truth:
+    """Return the reference of a batch under an engine.
+
+    Args:
+        subject, engine: model and kind of layers.
+        batch: ids and mask.
+        family: with the family's exits in place of linear ones.
+        stored: type of stored weights.
+        within: distance allowed from the plain model's logits over their spread; default: rounding.
+    """
     plain, (rounding, exit_rounding) = subject.logits(batch), rounding_of(subject)
-    ends = engine_model(subject, engine, family=True).trace(**batch)
-    off = distance(ends.logits[:, -1], plain)
-    wrong = "" if off <= rounding else f"its trace ends {off:.2g} off the plain model's logits ({rounding:.2g} allowed)"
-    trace = ends if family else engine_model(subject, engine).trace(**batch)
-    return Truth(trace, plain, rounding, exit_rounding, wrong)
+    ends = engine_model(subject, engine, family=True, stored=stored).trace(**batch)
+    off, spread = distance(ends.logits[:, -1], plain), _spread(plain)
+    allowed = rounding if within is None else within * spread
+    wrong = "" if off <= allowed else f"its trace ends {off:.2g} off the plain model's logits ({allowed:.2g} allowed)"
+    trace = ends if family else engine_model(subject, engine, stored=stored).trace(**batch)
+    return Truth(trace, plain, rounding, exit_rounding, wrong, off / spread)
+
+
+def _spread(logits: Tensor) -> float:
+    """Standard deviation of logits ``[N, C]`` about the mean of each class."""
+    return float((logits - logits.mean(dim=0)).std()) if len(logits) > 1 else float(logits.std())
 
 
 @functools.cache
@@ -76,7 +99,12 @@ def rounding_of(subject: Subject) -> tuple[float, float]:
 
 
 def check_answers(
-    truths: Sequence[Truth], answers: Sequence[Answer], rule: Criterion | None, layer: int | None = None
+    truths: Sequence[Truth],
+    answers: Sequence[Answer],
+    rule: Criterion | None,
+    *,
+    layer: int | None = None,
+    within: float | None = None,
 ) -> Checked:
     """Compare the answers to some batches with the reference.
 
@@ -84,17 +112,21 @@ def check_answers(
         truths, answers: of each batch.
         rule: under which rows leave; None if none does.
         layer: after which all rows are answered without a decision; None is the plain model's own head.
+        within: distance allowed from the plain model's logits over their spread; default: rounding.
 
     Returns:
-        What is wrong, or the facts ``layer_rows``, the share of the layer-rows that ran, and ``flips``.
+        What is wrong, or the facts ``layer_rows``, the share of the layer-rows that ran, ``flips``, and ``error``, the
+        distance from the plain model's logits after all layers over their spread.
     """
-    flips, ran, depth = 0, 0, truths[0].trace.depth
+    flips, ran, depth, errors = 0, 0, truths[0].trace.depth, [0.0]
     for truth, (logits, exit_layer) in zip(truths, answers, strict=True):
         rows = torch.arange(len(truth.plain), device=truth.plain.device)
         if truth.wrong and not (exit_layer is None and layer is None):
             return Checked(truth.wrong)
         if exit_layer is None:
             expected, allowed = truth.plain, truth.rounding
+            if within is not None:
+                allowed = within * _spread(truth.plain)
             if layer is not None:
                 expected, allowed = truth.trace.logits[:, layer - 1], truth.exit_rounding
             ran += len(rows) * (layer or depth)
@@ -106,10 +138,11 @@ def check_answers(
             expected, allowed = truth.trace.logits[rows, exits - 1], truth.exit_rounding
             flips, ran = flips + moved, ran + int(exits.sum())
         off = distance(logits, expected)
+        errors.append(truth.error if exit_layer is not None else off / _spread(truth.plain))
         if not off <= allowed:
             return Checked(f"its logits are {off:.2g} off the expected ones ({allowed:.2g} allowed)")
     layer_rows = ran / depth / sum(len(truth.plain) for truth in truths)
-    return Checked(facts={"layer_rows": layer_rows, "flips": flips})
+    return Checked(facts={"layer_rows": layer_rows, "flips": flips, "error": round(max(errors), 7)})
 
 
 def _flips(truth: Truth, rule: Criterion | None, exits: Tensor) -> tuple[int, str]:

@@ -26,9 +26,8 @@ Answering: TypeAlias = Callable[[dict[str, Tensor]], Answer]
 Builder: TypeAlias = Callable[[Subject, Criterion | None, int], Answering]
 PLAIN, TRUNCATION, ITEM_LOOP = "transformers", "truncation", "item loop"
 COMPILED_WHOLE = "torch.compile, reduce-overhead"
-#: Baselines that run fewer layers, and other runtimes.
+#: Baselines that run fewer layers.
 LEAVE_EARLY = frozenset({ITEM_LOOP, "mask loop", TRUNCATION})
-PEERS = frozenset({"ONNX Runtime", "OpenVINO"})
 #: Calls until torch has compiled a model, warmed it up and recorded its graph.
 CALLS_TO_RECORD = 3
 
@@ -161,6 +160,10 @@ def mask_loop(subject: Subject, rule: Criterion | None, layer: int) -> Answering
     return answer
 
 
+def _all_layers(build: Callable[[Subject], Answering]) -> Builder:
+    return lambda subject, rule, layer: build(subject)
+
+
 #: Name -> builder.
 BASELINES: dict[str, Builder] = {
     PLAIN: plain,
@@ -169,11 +172,12 @@ BASELINES: dict[str, Builder] = {
     ITEM_LOOP: item_loop,
     "mask loop": mask_loop,
     TRUNCATION: truncated,
-    "ONNX Runtime": lambda subject, rule, layer: peers.onnx_runtime(subject),
-    "OpenVINO": lambda subject, rule, layer: peers.openvino(subject),
+    **{name: _all_layers(build) for name, build in peers.RUNTIMES.items()},
 }
-#: Baselines of the CPU suites; compiling a model as a whole takes long and pays on GPUs.
-USUAL = tuple(name for name in BASELINES if name != COMPILED_WHOLE)
+#: The other runtimes in the dtype of the model, and the baselines of the CPU suites; compiling a model as a whole takes
+#: long and pays on GPUs.
+PEERS = ("ONNX Runtime", "OpenVINO")
+USUAL = (PLAIN, "torch.compile", ITEM_LOOP, "mask loop", TRUNCATION, *PEERS)
 
 
 def _entropy(logits: Tensor) -> Tensor:

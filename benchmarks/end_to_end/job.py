@@ -1,11 +1,13 @@
-"""Whole jobs: texts in, labels out, tokenisation included, in seconds and accuracy.
+"""What a trained model does on a task: whole jobs, and accuracy by the type in which weights are stored.
 
     python -m benchmarks.run --suite job --model FOLDER
+    python -m benchmarks.run --suite stored_accuracy --model FOLDER
 
 The folder is one that ``earlyexit train`` wrote for a built-in task, whose data EARLYEXIT_DATA names; the texts are the
-rows that the training reported on. The other runtimes run all layers of the same encoder with its last exit, on batches
-of `BATCH` texts in the order of the file and sorted by length; a pipeline by default takes one text at a time. A
-`Scorer` sorts by itself. Its exits have the entropy threshold that loses at most half a point on held-out train rows.
+rows that the training reported on. Exits have the entropy threshold that loses at most half a point on held-out train
+rows, chosen in float32. A job is texts in, labels out, tokenisation included, in seconds and accuracy. The other
+runtimes run all layers of the same encoder with its last exit, on batches of `BATCH` texts in the order of the file and
+sorted by length; a pipeline by default takes one text at a time. A `Scorer` sorts by itself.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,98 +25,138 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import earlyexit_kernels as ee
 from benchmarks import harness
 from benchmarks.end_to_end import measure, models, peers
-from benchmarks.end_to_end.engines import FUSED_LAYERS, engine_model
 from benchmarks.end_to_end.forced import FULL, OWN
+from benchmarks.end_to_end.models import FUSED_LAYERS, Model, engine_model
+from benchmarks.end_to_end.peers import RUNTIMES
 from benchmarks.harness import Checked, Implementation, Record, Variant
 from benchmarks.machine import NotMeasuredError, trained_folder
 from earlyexit_kernels.cli.evaluate import encoded
 from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.criteria import Criterion
-from earlyexit_kernels.errors import BackendUnavailableError
 from earlyexit_kernels.tuning.traces import collect_trace
 
-SUITE = "job"
+SUITE, ACCURACY = "job", "stored_accuracy"
 BATCH, DROP = 32, 0.005
 PIPELINE = "transformers pipeline"
-#: Type of the arithmetic (``""``: the runtime chooses) or of stored weights -> least share of labels that have to be
-#: the plain model's.
-AGREES = {"float32": 0.995, "": 0.97, "bfloat16": 0.97, "int8": 0.95}
-STORED = ("float32", "bfloat16", "int8")
+#: Type of the arithmetic or of stored weights -> least share of labels that have to be the plain model's.
+AGREES = {"float32": 0.995, "float16": 0.995, "bfloat16": 0.97, "int8": 0.95, peers.BY_DEFAULT: 0.97}
+STORED = ("float32", "float16", "bfloat16", "int8")
 #: Labels of some texts, and their exit layers if rows leave early.
 Answer: TypeAlias = tuple[Tensor, Tensor | None]
 Job: TypeAlias = Callable[[Sequence[str]], Answer]
 
 
-def records(repeats: int) -> Iterator[Record]:
-    """Yield the seconds and the accuracy of each way to do the job."""
+class Task(NamedTuple):
+    """The task of a trained model.
+
+    Attributes:
+        name: of the task.
+        rule: entropy with the threshold chosen on held-out train rows.
+        reporting: the rows that the training reported on.
+        data: these, tokenised.
+        collate: makes batches of them.
+    """
+
+    name: str
+    rule: Criterion
+    reporting: Any
+    data: Any
+    collate: Any
+
+
+def task_of(model: Model) -> Task:
+    """Return the task of the trained model, and the threshold for its exits."""
     folder = trained_folder()
-    recipe, subject = Recipe.load(folder), models.subject("MiniLM")
+    recipe = Recipe.load(folder)
     task = recipe.load_data(task=None, dev=None)
     (tuning, _), (reporting, _) = recipe.both_rows(task)
-    data, collate = encoded(folder, subject.model, {"tuning": tuning}, max_length=recipe.max_length)
-    trace, labels = collect_trace(subject.model, data["tuning"], collate_fn=collate)
+    splits = {"tuning": tuning, "reporting": reporting}
+    data, collate = encoded(folder, model, splits, max_length=recipe.max_length)
+    trace, labels = collect_trace(model, data["tuning"], collate_fn=collate)
     rule = ee.calibrate(trace, labels, target=ee.MaxDrop(DROP), criterion="entropy").criterion
-    texts, truth = list(reporting.sentences), torch.as_tensor(reporting.labels)
+    return Task(task.name, rule, reporting, data["reporting"], collate)
+
+
+def accuracies(repeats: int) -> Iterator[Record]:
+    """Yield the accuracy of the model for each type of stored weights."""
+    trained_folder()  # a model with random weights has no task
+    subject, first, task = models.subject("MiniLM"), None, None
+    for stored in STORED:
+        record = {"suite": ACCURACY, "dtype": stored, "engine": FUSED_LAYERS, "backend": "cpp"}
+        try:
+            model = engine_model(subject, FUSED_LAYERS, stored=stored)
+        except NotMeasuredError as error:
+            yield record | {"not_measured": str(error)}
+            continue
+        task = task or task_of(model)
+        trace, labels = collect_trace(model, task.data, collate_fn=task.collate)
+        truth = torch.as_tensor(labels)
+        logits, exit_layer = ee.replay(trace, task.rule)
+        early, full = logits.argmax(dim=1), trace.logits[:, -1].argmax(dim=1)
+        first = early if first is None else first
+        yield record | {
+            "case": task.name,
+            "rows": len(truth),
+            "full_depth": float((full == truth).double().mean()),
+            "accuracy": float((early == truth).double().mean()),
+            "mean_exit_layer": float(exit_layer.double().mean()),
+            "same": float((early == first).double().mean()),
+        }
+
+
+def records(repeats: int) -> Iterator[Record]:
+    """Yield the seconds and the accuracy of each way to do the job."""
+    trained_folder()
+    subject = models.subject("MiniLM")
+    task = task_of(subject.model)
+    texts, truth = list(task.reporting.sentences), torch.as_tensor(task.reporting.labels)
+
+    def header(variant: Variant) -> Record:
+        return harness.record_header(SUITE, task.name, variant, shape=f"{len(texts)} texts")
+
     with torch.inference_mode():
         plain = in_batches(subject, lambda batch: (subject.plain(**batch).logits, None))(texts)[0]
-        found = harness.prepare(_builders(subject, rule, texts, plain, truth))
 
-        def header(variant: Variant) -> Record:
-            return harness.record_header(SUITE, task.name, variant, shape=f"{len(texts)} texts")
+        def built(variant: Variant, make: Callable[[], Job], prepare: harness.Call) -> Implementation:
+            job = make()
+            check = partial(_checked, job, prepare, texts, plain, truth, AGREES[variant.dtype])
+            return Implementation(variant, partial(job, texts), check, prepare)
 
+        found = harness.prepare((way[0], partial(built, *way)) for way in _ways(subject, task.rule))
         yield from found.skipped_records(header)
         times = found.times(rounds=repeats, prepare=measure.rest, progress=SUITE)
-    baseline = next((times[variant] for variant in times if variant.engine == PIPELINE), None)
-    for variant, own in times.items():
-        record = header(variant) | dict(found.facts[variant]) | harness.time_fields(own)
+    baseline = times.get(Variant(PIPELINE, "", "float32", FULL))
+    for variant, own_times in times.items():
+        record = header(variant) | dict(found.facts[variant]) | harness.time_fields(own_times)
         record |= {"rows": len(texts), "seconds": round(record["median_ms"] / 1000, 3)}
         if baseline is not None:
-            record |= {"baseline": PIPELINE} | harness.ratio_fields(own, baseline)
+            record |= {"baseline": PIPELINE} | harness.ratio_fields(own_times, baseline)
         yield record
 
 
-def _builders(
-    subject: models.Subject, rule: Criterion, texts: Sequence[str], plain: Tensor, truth: Tensor
-) -> Iterator[tuple[Variant, Callable[[], Implementation]]]:
-    """Yield each way to do the job with a function that builds it."""
-
-    def built(variant: Variant, make: Callable[[], tuple[Job, Callable[..., Any]]]) -> Implementation:
-        job, prepare = make()
-        check = partial(_checked, job, prepare, texts, plain, truth, AGREES[variant.dtype])
-        return Implementation(variant, partial(job, texts), check, prepare, ours=variant.engine == "Scorer")
-
-    ways: list[tuple[Variant, Callable[[], tuple[Job, Callable[..., Any]]]]] = [
-        (Variant(PIPELINE, "", "float32", FULL), lambda: (as_pipeline(subject, 1), harness.do_nothing)),
-    ]
-    for name, kind, make in (
-        (f"{PIPELINE}, batches of {BATCH}", "float32", None),
-        ("ONNX Runtime", "float32", partial(peers.onnx_runtime, subject)),
-        ("ONNX Runtime", "int8", partial(peers.onnx_runtime, subject, quantized=True)),
-        ("OpenVINO", "float32", partial(peers.openvino, subject)),
-        ("OpenVINO by default", "", partial(peers.openvino, subject, precision=peers.BY_DEFAULT)),
-        ("OpenVINO", "int8", partial(peers.openvino, subject, precision=peers.BY_DEFAULT, quantized=True)),
-    ):
-        job = cache(partial(_other, subject, make))
-        ways.append((Variant(name, "", kind, FULL), lambda job=job: (job(), harness.do_nothing)))
-        by_size = Variant(f"{name}, sorted", "", kind, FULL)
-        ways.append((by_size, lambda job=job: (by_length(job()), harness.do_nothing)))
+def _ways(subject: models.Subject, rule: Criterion) -> Iterator[tuple[Variant, Callable[[], Job], harness.Call]]:
+    """Yield each way to do the job, a function that makes it, and what prepares a call."""
+    yield Variant(PIPELINE, "", "float32", FULL), partial(as_pipeline, subject, 1), harness.do_nothing
+    others: dict[str, Callable[[], Job]] = {f"{PIPELINE}, batches of {BATCH}": partial(as_pipeline, subject, BATCH)}
+    others |= {name: partial(_by_runtime, subject, name) for name in RUNTIMES}
+    for name, make in others.items():
+        job, kind = cache(make), peers.ARITHMETIC.get(name, "float32")
+        yield Variant(name, "", kind, FULL), job, harness.do_nothing
+        yield Variant(f"{name}, sorted", "", kind, FULL), lambda job=job: by_length(job()), harness.do_nothing
     for stored in STORED:
         for exits, criterion in ((FULL, None), (OWN, rule)):
-            ways.append((Variant("Scorer", "", stored, exits), partial(_scorer, subject, stored, criterion)))
-    for variant, make_job in ways:
-        yield variant, partial(built, variant, make_job)
+            # the model is one for both, and may be refused when the job is made
+            prepare = partial(_set_criterion, subject, stored, criterion)
+            yield Variant("Scorer", "", stored, exits), partial(by_scorer, subject, stored), prepare
 
 
-def _other(subject: models.Subject, make: Callable[[], Any] | None) -> Job:
-    return as_pipeline(subject, BATCH) if make is None else in_batches(subject, make())
+def _set_criterion(subject: models.Subject, stored: str, criterion: Criterion | None) -> None:
+    engine_model(subject, FUSED_LAYERS, stored=stored).set_criterion(criterion)
 
 
-def _scorer(subject: models.Subject, stored: str, rule: Criterion | None) -> tuple[Job, Callable[..., Any]]:
+def by_scorer(subject: models.Subject, stored: str) -> Job:
+    """Return the job by a `Scorer`, whose model has the criterion that it is given."""
     model = engine_model(subject, FUSED_LAYERS, stored=stored)
-    try:
-        model.configure(path="fused", weights=stored)
-    except BackendUnavailableError as error:
-        raise NotMeasuredError(str(error)) from error
     scorer = ee.Scorer(model, subject.tokenizer, drift_window=None)
     numbers = {label: number for number, label in model.config.id2label.items()}
 
@@ -122,7 +164,11 @@ def _scorer(subject: models.Subject, stored: str, rule: Criterion | None) -> tup
         out = scorer(list(texts))
         return torch.tensor([int(numbers[label]) for label in out["label"]]), torch.tensor(out["exit_layer"])
 
-    return job, partial(model.set_criterion, rule)
+    return job
+
+
+def _by_runtime(subject: models.Subject, name: str) -> Job:
+    return in_batches(subject, RUNTIMES[name](subject))
 
 
 def in_batches(subject: models.Subject, answer: Callable[[dict[str, Tensor]], tuple[Tensor, None]]) -> Job:
@@ -144,10 +190,8 @@ def by_length(job: Job) -> Job:
 
     def sorted_job(texts: Sequence[str]) -> Answer:
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        found, _ = job([texts[number] for number in order])
-        labels = torch.empty_like(found)
-        labels[torch.tensor(order)] = found
-        return labels, None
+        labels, _ = job([texts[number] for number in order])
+        return labels[torch.tensor(order).argsort()], None
 
     return sorted_job
 
@@ -179,12 +223,7 @@ def as_pipeline(subject: models.Subject, batch: int) -> Job:
 
 
 def _checked(
-    job: Job,
-    prepare: Callable[..., Any],
-    texts: Sequence[str],
-    plain: Tensor,
-    truth: Tensor,
-    least: float,
+    job: Job, prepare: harness.Call, texts: Sequence[str], plain: Tensor, truth: Tensor, least: float
 ) -> Checked:
     """Compare the labels of rows that run all layers with the plain model's, and all with the truth."""
     prepare()

@@ -11,11 +11,13 @@ import torch
 
 from benchmarks import harness
 from benchmarks.end_to_end import models
-from benchmarks.end_to_end.baselines import LEAVE_EARLY, PEERS, PLAIN, Answering
+from benchmarks.end_to_end.baselines import LEAVE_EARLY, PLAIN, Answering
 from benchmarks.end_to_end.forced import FULL
-from benchmarks.end_to_end.variants import Case, builders
+from benchmarks.end_to_end.peers import RUNTIMES
+from benchmarks.end_to_end.suites import Case, baseline
+from benchmarks.end_to_end.variants import builders
 from benchmarks.end_to_end.workloads import Workload
-from benchmarks.goals import END_TO_END, OWN_FULL, PEER
+from benchmarks.goals import OWN_FULL, PEER, whole_goal
 from benchmarks.harness import PreparedCase, Record, Variant
 from benchmarks.machine import NotMeasuredError, device
 from earlyexit_kernels.tuning.timing import quantiles
@@ -27,12 +29,21 @@ MIN_ROUNDS, MAX_ROUNDS_PER_REPEAT = 5, 10
 REST = 0.02
 
 
-def records(suite: str, cases: Sequence[Case], repeats: int) -> Iterator[Record]:
-    """Time all cases; yield a record for each variant and baseline, and one for each skipped variant."""
+def records(
+    suite: str, cases: Sequence[Case], repeats: int, *, rounds: int | None = None, warmup: int = 0
+) -> Iterator[Record]:
+    """Time cases; yield a record for each variant and baseline, and one for each skipped variant.
+
+    Args:
+        suite: for the records.
+        cases: each is timed by itself.
+        repeats: how much time the rounds of a case may take.
+        rounds, warmup: exactly so many rounds, in place of the time, after so many untimed ones.
+    """
     torch.set_flush_denormal(True)
     with torch.inference_mode():
         for case in cases:
-            yield from case_records(suite, case, repeats)
+            yield from _case_records(suite, case, repeats, rounds=rounds, warmup=warmup)
 
 
 def prepared(
@@ -47,34 +58,23 @@ def prepared(
     return work, found, list(found.skipped_records(lambda variant: header(suite, case, variant)))
 
 
-def case_records(
-    suite: str, case: Case, repeats: int, *, rounds: int | None = None, warmup: int = 0
-) -> Iterator[Record]:
-    """Time one case.
-
-    Args:
-        suite: for the records.
-        case: what is timed together.
-        repeats: how much time the rounds may take.
-        rounds, warmup: exactly so many rounds, in place of the time, after so many untimed ones.
-    """
+def _case_records(suite: str, case: Case, repeats: int, **how: Any) -> Iterator[Record]:
     call = _next_batch if case.one_by_one else _all_batches
     work, found, skipped = prepared(suite, case, call)
     yield from skipped
     if work is None:
         return
-    times = times_of(case, work, found, repeats, rounds=rounds, warmup=warmup)
+    times = _times_of(case, work, found, repeats, **how)
     for variant, own_times in times.items():
         layer_rows = found.facts[variant]["layer_rows"]
         own = answer_fields(case, found, variant) | _numbers(case, work, own_times)
         baselines = _baselines(case, variant, found.ready[variant].ours, times)
         if not baselines:
             yield header(suite, case, variant) | own
-        for name, baseline in baselines.items():
-            compared = _compared(layer_rows, own_times, times[baseline], baseline)
-            record = header(suite, case, variant, name) | own | compared | {"against": baseline.engine}
-            goal = END_TO_END.get((record["case"], variant.dtype, name)) if found.ready[variant].ours else None
-            yield record | harness.goal_fields(goal, record)
+        for name, other in baselines.items():
+            compared = _compared(layer_rows, own_times, times[other], other)
+            record = header(suite, case, variant, name) | own | compared | {"against": other.engine}
+            yield record | whole_goal(record, ours=found.ready[variant].ours)
 
 
 def header(suite: str, case: Case, variant: Variant, baseline: str = "") -> Record:
@@ -92,26 +92,20 @@ def answer_fields(case: Case, found: PreparedCase, variant: Variant) -> Record:
         "depth": subject.depth,
         "layer_rows": round(facts["layer_rows"], 4),
         "mean_exit_layer": round(facts["layer_rows"] * subject.depth, 3),
-        "flips": facts["flips"],
+        **{name: facts[name] for name in ("flips", "error")},
     }
 
 
-def times_of(
-    case: Case,
-    work: Workload,
-    found: PreparedCase,
-    repeats: int,
-    *,
-    rounds: int | None = None,
-    warmup: int = 0,
-    awake: bool = False,
+def _times_of(
+    case: Case, work: Workload, found: PreparedCase, repeats: int, *, rounds: int | None, warmup: int
 ) -> dict[Variant, list[float]]:
     """Return the milliseconds of each call. All variants have been called once, when they were checked."""
     on_gpu = device() == "cuda"
     how: dict[str, Any] = {
         "sync": torch.cuda.synchronize if on_gpu else None,
         "prepare": rest,
-        "awake": awake,
+        # calls of some milliseconds, beside runtimes whose threads wake up differently
+        "awake": bool(case.stored),
         "progress": f"{case.subject}, {case.work.name}",
     }
     if rounds is None:
@@ -148,19 +142,22 @@ def _next_batch(work: Workload, answer: Answering) -> Callable[[], None]:
     return lambda: answer(next(turns))
 
 
+#: Type of stored weights -> the arithmetic of the runtimes beside it, where that is another one.
+BESIDE = {"float16": "float32"}
+
+
 def _baselines(case: Case, variant: Variant, ours: bool, times: Mapping[Variant, Any]) -> dict[str, Variant]:
     """Return name of the baseline -> the variant of this case that it is."""
-    engine, backend, dtype, exits = variant
-    plain = Variant(PLAIN, "", "float32", FULL)
-    found = {PLAIN: plain}
+    dtype, exits = variant.dtype, variant.exits
+    found = {PLAIN: baseline(PLAIN, "float32", FULL)}
     if dtype != "float32":
-        found[f"{PLAIN}, {dtype}"] = plain._replace(dtype=dtype)
+        found[f"{PLAIN}, {dtype}"] = baseline(PLAIN, dtype, FULL)
     if ours:
-        peers = [other for other in times if other.engine in PEERS and other.dtype == dtype]
+        peers = [v for v in times if v.engine in RUNTIMES and v.dtype == BESIDE.get(dtype, dtype)]
         if peers:
             found[PEER] = min(peers, key=lambda other: quantiles(times[other], (0.5,)))
-        found[OWN_FULL] = Variant(engine, backend, dtype, FULL)
-        found |= {name: Variant(name, "", dtype, exits if name in LEAVE_EARLY else FULL) for name in case.compared}
+        found[OWN_FULL] = variant._replace(exits=FULL)
+        found |= {name: baseline(name, dtype, exits) for name in case.compared}
     return {name: other for name, other in found.items() if other in times and other != variant}
 
 

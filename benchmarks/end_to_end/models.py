@@ -1,4 +1,4 @@
-"""The models that are timed: a plain Hugging Face classifier, and the same encoder with exits.
+"""The models that are timed: a plain Hugging Face classifier, and the same encoder with exits, by kind of its layers.
 
 BERT-base, ModernBERT-base, Qwen3-0.6B and ALBERT (of MiniLM's width, one layer at all twelve depths) have random
 weights. MiniLM (H 384, 6 layers) has random weights too, unless EARLYEXIT_MODEL names a folder written by ``earlyexit
@@ -30,6 +30,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import earlyexit_kernels as ee
 from benchmarks.machine import DTYPES, MODEL_VARIABLE, NotMeasuredError, device, runs_natively
+from earlyexit_kernels.errors import BackendUnavailableError
 
 CLASSES = 3
 Model: TypeAlias = ee.EarlyExitForSequenceClassification
@@ -181,3 +182,44 @@ def exit_logits(heads: Any, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         pooled = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
     out = heads.out[min(layer, len(heads.out)) - 1]
     return F.linear(pooled, out.weight.float(), out.bias.float())
+
+
+FAMILY_LAYERS, FUSED_LAYERS, CAPTURED_LAYERS = "family layers", "fused layers", "captured layers"
+#: Engine, a kind of layers -> function that sets it on a converted model, with further options of `configure`.
+ENGINES: dict[str, Callable[..., Any]] = {
+    FAMILY_LAYERS: functools.partial(Model.configure, path="eager"),
+    FUSED_LAYERS: functools.partial(Model.configure, path="fused"),
+    CAPTURED_LAYERS: functools.partial(Model.configure, path="captured"),
+}
+#: Calls until layers are captured: the first runs eagerly, the second captures, others may reach further levels.
+CALLS_TO_CAPTURE = 4
+
+
+@functools.cache
+def engine_model(
+    subject: Subject, engine: str, backend: str = "auto", *, family: bool = False, stored: str = ""
+) -> Model:
+    """Return a subject's early-exit model under an engine and a back-end: its own module on the shared parameters.
+
+    Args:
+        subject: the model.
+        engine: a name of `ENGINES`.
+        backend: of the ops.
+        family: with the family's own exits, the last of which is the plain model's head.
+        stored: type that packed weights are stored in; default: that of the model.
+
+    Raises:
+        NotMeasuredError: the back-end or the layers cannot run here.
+    """
+    source = subject.family if family else subject.model
+    model = copy.deepcopy(source, {id(x): x for x in [*source.parameters(), *source.buffers()]})
+    try:
+        ENGINES[engine](model, backend=backend, **({"weights": stored} if stored else {}))
+    except BackendUnavailableError as error:
+        raise NotMeasuredError(str(error)) from error
+    return model
+
+
+def refused_captures(model: Model) -> str:
+    """Return why layers of a model were not captured, ``""`` if all were."""
+    return "; ".join(sorted(model.runner.paths["captured"].layers._logged))

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,12 @@ NAMES = ("input_ids", "attention_mask")
 OPENVINO_PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 #: The precision that OpenVINO chooses by itself: bfloat16 where the processor has it.
 BY_DEFAULT = "default"
+#: As OpenVINO runs unless told otherwise.
+DEFAULT = "OpenVINO by default"
+Answering: TypeAlias = Callable[[dict[str, Tensor]], tuple[Tensor, None]]
 
 
-def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
+def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Answering:
     """Return the plain model in ONNX Runtime.
 
     Args:
@@ -57,9 +60,7 @@ def onnx_runtime(subject: Subject, *, quantized: bool = False) -> Callable[[dict
     return answer
 
 
-def openvino(
-    subject: Subject, *, precision: str = "", quantized: bool = False
-) -> Callable[[dict[str, Tensor]], tuple[Tensor, None]]:
+def openvino(subject: Subject, *, precision: str = "", quantized: bool = False) -> Answering:
     """Return the plain model in OpenVINO.
 
     Args:
@@ -93,6 +94,24 @@ def openvino(
         return torch.from_numpy(compiled({name: batch[name].numpy() for name in NAMES})[0].copy()), None
 
     return answer
+
+
+#: Name -> builder; the first two compute in the model's dtype.
+RUNTIMES: dict[str, Callable[[Subject], Answering]] = {
+    "ONNX Runtime": onnx_runtime,
+    "OpenVINO": openvino,
+    "OpenVINO in bfloat16": functools.partial(openvino, precision="bfloat16"),
+    "ONNX Runtime in int8": functools.partial(onnx_runtime, quantized=True),
+    "OpenVINO in int8": functools.partial(openvino, precision=BY_DEFAULT, quantized=True),
+    DEFAULT: functools.partial(openvino, precision=BY_DEFAULT),
+}
+#: Runtime -> its arithmetic, where that is not the model's dtype.
+ARITHMETIC = {
+    "OpenVINO in bfloat16": "bfloat16",
+    "ONNX Runtime in int8": "int8",
+    "OpenVINO in int8": "int8",
+    DEFAULT: BY_DEFAULT,
+}
 
 
 def _check_installed(*packages: str) -> None:

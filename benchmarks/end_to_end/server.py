@@ -12,18 +12,17 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from benchmarks.end_to_end import models
-from benchmarks.end_to_end.baselines import PLAIN, Answering
-from benchmarks.end_to_end.engines import FUSED_LAYERS
+from benchmarks.end_to_end.baselines import PEERS, PLAIN, Answering
 from benchmarks.end_to_end.forced import FULL, OWN
 from benchmarks.end_to_end.measure import REST, answer_fields, header, prepared
-from benchmarks.end_to_end.suites import RUNTIMES
-from benchmarks.end_to_end.variants import Case
+from benchmarks.end_to_end.models import FUSED_LAYERS
+from benchmarks.end_to_end.suites import Case, baseline
 from benchmarks.end_to_end.workloads import Sst2, Workload, padded
 from benchmarks.harness import Implementation, Record, Variant, ratio_fields, time_fields
 from benchmarks.machine import synchronize
@@ -31,15 +30,29 @@ from earlyexit_kernels.tuning.timing import quantiles
 
 Stopwatch: TypeAlias = Callable[[Callable[[], Any]], float]
 Answered: TypeAlias = Callable[[dict[str, Tensor]], Iterator[Sequence[int]]]
-Server: TypeAlias = tuple[Callable[[], Any], Answered]
 SUITE = "server"
 LARGEST = 64
 #: Arrivals per second, over the rows per second of the plain model.
 RATES = (0.4, 0.8, 1.2, 2.0)
 SESSIONS = 3
-CASES = (Case("MiniLM", Sst2(LARGEST, 5), (OWN,), RUNTIMES, engines=(FUSED_LAYERS,)),)
+CASE = Case("MiniLM", Sst2(LARGEST, 5), (OWN,), PEERS, engines=(FUSED_LAYERS,))
+PLAIN_VARIANT = baseline(PLAIN, "float32", FULL)
 #: Rows that leave at or before this layer are early, at the last one late.
 EARLY = 2
+
+
+class Server(NamedTuple):
+    """One way to serve a variant.
+
+    Attributes:
+        variant: the one whose answers were checked.
+        prepare: called before a session.
+        answered: answers a batch, and yields the numbers of rows when they are answered.
+    """
+
+    variant: Variant
+    prepare: Callable[[], Any]
+    answered: Answered
 
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
@@ -103,102 +116,88 @@ def streamed(model: models.Model) -> Answered:
     return lambda batch: (part.rows.tolist() for part in model.stream(**batch))
 
 
-#: Ways of serving a model of ours, beside whole batches.
-WAYS = {"streaming": streamed}
-
-
-def records(repeats: int) -> Iterator[Record]:
-    """Yield the records of all cases at all rates."""
-    torch.set_flush_denormal(True)
-    with torch.inference_mode():
-        for case in CASES:
-            yield from case_records(case, min(SESSIONS, repeats))
-
-
-def case_records(case: Case, sessions: int, stopwatch: Stopwatch = seconds) -> Iterator[Record]:
-    """Yield the records of one case at all rates."""
-    # the "call" of a variant is its answer to one batch: a session decides which rows share one
-    work, found, skipped = prepared(SUITE, case, lambda work, answer: answer)
-    yield from skipped
-    plain = Variant(PLAIN, "", "float32", FULL)
-    if work is None or plain not in found.ready:
-        return
-    queries = [ids[mask.bool()] for b in work.batches for ids, mask in zip(*b.values(), strict=True)]
-    capacity = _capacity(found.ready[plain].call, work, stopwatch)
-    servers = _servers(found.ready)
-    own = next((v for v in found.ready if (v.engine, v.exits) == (FUSED_LAYERS, OWN)), None)
-    exits = None if own is None else _exit_layers(found.ready[own], work)
-    for rate in RATES:
-        arrived = [arrivals(rate * capacity, len(queries), seed) for seed in range(sessions)]
-        times = _sessions(servers, queries, arrived, stopwatch)
-        for (variant, way), latencies in times.items():
-            named = variant._replace(engine=f"{variant.engine}, {way}") if way else variant
-            fields = {"rate": rate, "rows_per_second": round(rate * capacity, 2), "largest_batch": LARGEST}
-            record = header(SUITE, case, named, "" if variant == plain else PLAIN)
-            record |= answer_fields(case, found, variant) | fields
-            record |= time_fields([1000 * second for session in latencies for second in session])
-            record |= {"sessions": sessions, "goodput": round(_goodput(latencies, arrived), 2)}
-            record |= {} if exits is None else _by_depth(latencies, exits, models.subject(case.subject).depth)
-            yield record | ({} if variant == plain else ratio_fields(*map(_medians, (latencies, times[plain, ""]))))
-
-
-def _servers(ready: Mapping[Variant, Implementation]) -> dict[tuple[Variant, str], Server]:
-    """Return what prepares and what answers, by variant and way of serving; the usual way has no name."""
-    found: dict[tuple[Variant, str], Server] = {}
-    for variant, one in ready.items():
-        found[variant, ""] = one.prepare, whole(one.call)
-        if (variant.engine, variant.exits) == (FUSED_LAYERS, OWN):
-            found |= {(variant, way): (one.prepare, answered(one.model)) for way, answered in WAYS.items()}
-    return found
-
-
 def _exit_layers(own: Implementation, work: Workload) -> Tensor:
     """Return the layer at which each row leaves by the model's own exits."""
     own.prepare()
     return torch.cat([own.call(batch)[1] for batch in work.batches])
 
 
+def _servers(ready: Mapping[Variant, Implementation]) -> dict[Variant, Server]:
+    """Return the servers by name; our model with its own exits serves whole batches, and streams."""
+    found: dict[Variant, Server] = {}
+    for variant, one in ready.items():
+        found[variant] = Server(variant, one.prepare, whole(one.call))
+        if variant.exits == OWN and one.ours:
+            streaming = variant._replace(engine=f"{variant.engine}, streaming")
+            found[streaming] = Server(variant, one.prepare, streamed(one.model))
+    return found
+
+
+def records(repeats: int, case: Case = CASE, stopwatch: Stopwatch = seconds) -> Iterator[Record]:
+    """Yield a record for each server and rate, and one for each skipped variant."""
+    torch.set_flush_denormal(True)
+    with torch.inference_mode():
+        # the "call" of a variant is its answer to one batch: a session decides which rows share one
+        work, found, skipped = prepared(SUITE, case, lambda work, answer: answer)
+        yield from skipped
+        if work is None or PLAIN_VARIANT not in found.ready:
+            return
+        passes = [
+            sum(stopwatch(partial(found.ready[PLAIN_VARIANT].call, batch)) for batch in work.batches) for _ in range(3)
+        ]
+        capacity = work.rows / sorted(passes)[1]
+        queries = [ids[mask.bool()] for b in work.batches for ids, mask in zip(*b.values(), strict=True)]
+        servers = _servers(found.ready)
+        exits = next((_exit_layers(one, work) for v, one in found.ready.items() if one.ours and v.exits == OWN), None)
+        for rate in RATES:
+            arrived = [arrivals(rate * capacity, len(queries), seed) for seed in range(min(SESSIONS, repeats))]
+            times = _sessions(servers, queries, arrived, stopwatch)
+            for named, latencies in times.items():
+                is_plain = named == PLAIN_VARIANT
+                record = header(SUITE, case, named, "" if is_plain else PLAIN)
+                record |= answer_fields(case, found, servers[named].variant)
+                record |= {"rate": rate, "rows_per_second": round(rate * capacity, 2), "largest_batch": LARGEST}
+                record |= time_fields([1000 * second for session in latencies for second in session])
+                record |= {"sessions": len(arrived), "goodput": round(_goodput(latencies, arrived), 2)}
+                if exits is not None:
+                    record |= _by_depth(latencies, exits, models.subject(case.subject).depth)
+                yield record | ({} if is_plain else ratio_fields(*map(_medians, (latencies, times[PLAIN_VARIANT]))))
+
+
 def _goodput(latencies: Sequence[Sequence[float]], arrived: Sequence[Sequence[float]]) -> float:
     """Return rows answered a second, from the first arrival of a session to its last answer."""
     spans = [
-        max(at + wait for at, wait in zip(times, own, strict=True)) - times[0]
-        for own, times in zip(latencies, arrived, strict=True)
+        max(at + wait for at, wait in zip(times, waits, strict=True)) - times[0]
+        for times, waits in zip(arrived, latencies, strict=True)
     ]
-    return sum(len(own) for own in latencies) / sum(spans)
+    return sum(map(len, latencies)) / sum(spans)
 
 
 def _by_depth(latencies: Sequence[Sequence[float]], exits: Tensor, depth: int) -> Record:
     """Return the median latency of rows that leave early, and of those that leave last, in milliseconds."""
-    found = {}
+    fields: Record = {}
     for name, rows in {"early": exits <= EARLY, "late": exits == depth}.items():
         times = [1000 * session[row] for session in latencies for row in rows.nonzero()[:, 0].tolist()]
-        found[f"{name}_ms"] = round(quantiles(times, (0.5,))[0], 6) if times else None
-    return found
-
-
-def _capacity(answer: Answering, work: Workload, stopwatch: Stopwatch) -> float:
-    """Return the rows per second of the plain model on full batches."""
-    passes = [sum(stopwatch(partial(answer, batch)) for batch in work.batches) for _ in range(3)]
-    return work.rows / sorted(passes)[1]
+        fields[f"{name}_ms"] = round(quantiles(times, (0.5,))[0], 6) if times else None
+    return fields
 
 
 def _sessions(
-    servers: Mapping[tuple[Variant, str], Server],
+    servers: Mapping[Variant, Server],
     queries: Sequence[Tensor],
     arrived: Sequence[Sequence[float]],
     stopwatch: Stopwatch,
-) -> dict[tuple[Variant, str], list[list[float]]]:
+) -> dict[Variant, list[list[float]]]:
     """Return the seconds of every row, by server and session; in a session all servers have the same arrivals."""
-    found: dict[tuple[Variant, str], list[list[float]]] = {name: [] for name in servers}
+    latencies: dict[Variant, list[list[float]]] = {name: [] for name in servers}
     order, shuffle = list(servers), random.Random(0).shuffle
     for times in arrived:
         shuffle(order)
         for name in order:
-            prepare, answered = servers[name]
-            prepare()
+            servers[name].prepare()
             time.sleep(REST)
-            found[name].append(session(answered, queries, times, LARGEST, stopwatch))
-    return found
+            latencies[name].append(session(servers[name].answered, queries, times, LARGEST, stopwatch))
+    return latencies
 
 
 def _medians(sessions: Sequence[Sequence[float]]) -> list[float]:

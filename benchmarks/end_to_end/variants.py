@@ -1,10 +1,9 @@
-"""The variants of a case: our engines under every mix of exits, and the baselines, each with its reference answers."""
+"""Builds the variants of a case, each with the check of its answers."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -12,63 +11,25 @@ from torch import Tensor
 import earlyexit_kernels as ee
 from benchmarks.end_to_end import models
 from benchmarks.end_to_end.answers import Truth, check_answers, truth_of
-from benchmarks.end_to_end.baselines import BASELINES, LEAVE_EARLY, PEERS, PLAIN, TRUNCATION, Answer, Answering
-from benchmarks.end_to_end.engines import ENGINES, FAMILY_LAYERS, FUSED_LAYERS, engine_model
-from benchmarks.end_to_end.forced import FAMILY, FULL, rule_for
-from benchmarks.end_to_end.models import Model
-from benchmarks.end_to_end.workloads import Work, Workload
+from benchmarks.end_to_end.baselines import BASELINES, TRUNCATION, Answer, Answering
+from benchmarks.end_to_end.forced import FAMILY, rule_for
+from benchmarks.end_to_end.models import (
+    CALLS_TO_CAPTURE,
+    CAPTURED_LAYERS,
+    ENGINES,
+    FAMILY_LAYERS,
+    FUSED_LAYERS,
+    Model,
+    engine_model,
+    refused_captures,
+)
+from benchmarks.end_to_end.suites import WITHIN, Case, variants_of
+from benchmarks.end_to_end.workloads import Workload
 from benchmarks.harness import Checked, Implementation, Variant, do_nothing
 from benchmarks.machine import NotMeasuredError
 from earlyexit_kernels.criteria import Criterion
 
 Builder: TypeAlias = tuple[Variant, Callable[[], Implementation]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model and its batches, with all variants that are timed together.
-
-    Attributes:
-        subject: a name of `models.SUBJECTS`.
-        work: builds the batches.
-        exits: mixes that our engines run, names of `forced`.
-        baselines: names of `BASELINES`; the plain model is always there.
-        baseline_exits: the mix for the baselines that leave early.
-        dtypes: names of `DTYPES`.
-        backends: of our engines' ops.
-        one_by_one: a timed call answers one batch, the next in turn; otherwise all of them.
-        weight: share of the time that the case gets, relative to a usual one.
-        family_exits: mixes that our model runs with the family's layers; default: `exits`.
-        engines: names of `ENGINES`.
-        narrow_baselines: baselines that are timed in other dtypes than float32 too.
-        compared: baselines that our engines are compared with besides the plain model, if both run the same exits or
-            the baseline runs all layers.
-    """
-
-    subject: str
-    work: Work
-    exits: tuple[str, ...]
-    baselines: tuple[str, ...] = ()
-    baseline_exits: str = FULL
-    dtypes: tuple[str, ...] = ("float32",)
-    backends: tuple[str, ...] = ("auto",)
-    one_by_one: bool = False
-    weight: float = 1.0
-    family_exits: tuple[str, ...] | None = None
-    engines: tuple[str, ...] = (FAMILY_LAYERS, FUSED_LAYERS)
-    narrow_baselines: tuple[str, ...] = (PLAIN, *sorted(PEERS))
-    compared: tuple[str, ...] = ()
-
-
-def variants_of(case: Case, dtype: str) -> Iterator[Variant]:
-    """Yield the variants of a case in one dtype."""
-    family = case.exits if case.family_exits is None else case.family_exits
-    for exits in case.exits:
-        engines = [name for name in case.engines if name != FAMILY_LAYERS or exits in family]
-        yield from (Variant(engine, backend, dtype, exits) for engine in engines for backend in case.backends)
-    for name in dict.fromkeys((PLAIN, *case.baselines)):
-        if dtype == "float32" or name in case.narrow_baselines:
-            yield Variant(name, "", dtype, case.baseline_exits if name in LEAVE_EARLY else FULL)
 
 
 def builders(case: Case, work: Workload, call: Callable[[Answering], Callable[[], Any]]) -> Iterator[Builder]:
@@ -81,12 +42,12 @@ def builders(case: Case, work: Workload, call: Callable[[Answering], Callable[[]
     """
     for dtype in case.dtypes:
         try:
-            found = _Variants(models.subject(case.subject, dtype), work, call)
+            variants = _Variants(models.subject(case.subject, dtype), work, call, stored=bool(case.stored))
         except NotMeasuredError as error:
             yield Variant("everything", "", dtype, ""), functools.partial(_raise, error)
             continue
         for variant in variants_of(case, dtype):
-            build = found.ours if variant.engine in ENGINES else found.baseline
+            build = variants.ours if variant.engine in ENGINES else variants.baseline
             yield variant, functools.partial(build, variant)
 
 
@@ -95,46 +56,62 @@ def _raise(error: Exception) -> Any:
 
 
 class _Variants:
-    """Builds the variants of one model in one dtype on its batches; traces and criteria are computed once."""
+    """Builds the variants of one model in one dtype on its batches; traces and criteria are computed once.
 
-    def __init__(self, subject: models.Subject, work: Workload, call: Callable[[Answering], Callable[[], Any]]) -> None:
-        self.subject, self.work, self.call = subject, work, call
+    Args:
+        subject: the model.
+        work: the batches.
+        call: makes the timed call from ``batch -> answer``.
+        stored: whether the dtypes of our variants are those of stored weights, which have exits of their own.
+    """
+
+    def __init__(
+        self,
+        subject: models.Subject,
+        work: Workload,
+        call: Callable[[Answering], Callable[[], Any]],
+        *,
+        stored: bool,
+    ) -> None:
+        self.subject, self.work, self.call, self.stored = subject, work, call, stored
         self.truths = functools.cache(self._truths)
         self.rule = functools.cache(self._rule)
 
-    def _truths(self, engine: str, family: bool) -> list[Truth]:
-        return [truth_of(self.subject, engine, batch, family=family) for batch in self.work.batches]
+    def _truths(self, engine: str, family: bool = False, stored: str = "") -> list[Truth]:
+        within = WITHIN[stored] if stored else None
+        found = functools.partial(truth_of, self.subject, engine, family=family, stored=stored, within=within)
+        return [found(batch) for batch in self.work.batches]
 
-    @property
-    def first(self) -> list[Truth]:
-        """References of the first engine; thresholds come from these, so that all engines decide alike."""
-        return self.truths(next(iter(ENGINES)), False)
-
-    def _rule(self, exits: str) -> Criterion | None:
-        trace = ee.ExitTrace.cat([truth.trace for truth in self.first])
+    def _rule(self, exits: str, stored: str = "") -> Criterion | None:
+        """The thresholds come from one kind of layers, so that all engines decide alike."""
+        truths = self.truths(FUSED_LAYERS, stored=stored) if stored else self.truths(FAMILY_LAYERS)
+        trace = ee.ExitTrace.cat([truth.trace for truth in truths])
         return rule_for(exits, trace, trained=self.subject.weights == "trained")
 
     def ours(self, variant: Variant) -> Implementation:
         """Return a converted model."""
-        family, rule = variant.exits == FAMILY, self.rule(variant.exits)
-        model = engine_model(self.subject, variant.engine, variant.backend, family=family)
+        stored = variant.dtype if self.stored else ""
+        family, rule = variant.exits == FAMILY, self.rule(variant.exits, stored)
+        model = engine_model(self.subject, variant.engine, variant.backend, family=family, stored=stored)
         set_rule = functools.partial(model.set_criterion, rule)
-        answer, truths = functools.partial(_answer, model), self.truths(variant.engine, family)
+        answer, truths = functools.partial(_answer, model), self.truths(variant.engine, family, stored)
         named = variant._replace(backend=model.explain().backend)
-        check = functools.partial(self._check, answer, truths, rule, prepare=set_rule)
+        captured = model if variant.engine == CAPTURED_LAYERS else None
+        check = functools.partial(self._check, answer, truths, rule, prepare=set_rule, captured=captured)
         return Implementation(named, self.call(answer), check, set_rule, ours=True, model=model)
 
     def baseline(self, variant: Variant) -> Implementation:
         """Return a baseline."""
-        rule = self.rule(variant.exits)
+        rule, truths = self.rule(variant.exits), self.truths(FAMILY_LAYERS)
         # the whole number of layers nearest to the mean exit layer of the mix
-        exits = [ee.replay(truth.trace, rule)[1] for truth in self.first]
+        exits = [ee.replay(truth.trace, rule)[1] for truth in truths]
         layer = round(float(sum(x.sum() for x in exits)) / self.work.rows)
         answer = BASELINES[variant.engine](self.subject, rule, layer)
         cut = layer if variant.engine == TRUNCATION else None
         if cut:
             variant = variant._replace(exits=f"{layer} of {self.subject.depth} layers")
-        check = functools.partial(self._check, answer, self.first, None if cut else rule, cut)
+        within = WITHIN[variant.dtype] if self.stored else None
+        check = functools.partial(self._check, answer, truths, None if cut else rule, layer=cut, within=within)
         return Implementation(variant, self.call(answer), check)
 
     def _check(
@@ -142,11 +119,18 @@ class _Variants:
         answer: Answering,
         truths: Sequence[Truth],
         rule: Criterion | None,
-        layer: int | None = None,
+        *,
         prepare: Callable[[], Any] = do_nothing,
+        captured: Model | None = None,
+        **how: Any,
     ) -> Checked:
+        """Check the answers to all batches; of captured layers those of replays, and that there are any."""
         prepare()
-        return check_answers(truths, [answer(batch) for batch in self.work.batches], rule, layer)
+        for _ in range(1 if captured is None else CALLS_TO_CAPTURE):
+            answers = [answer(batch) for batch in self.work.batches]
+        if captured is not None and (reason := refused_captures(captured)):
+            return Checked(reason)
+        return check_answers(truths, answers, rule, **how)
 
 
 def _answer(model: Model, batch: dict[str, Tensor]) -> Answer:

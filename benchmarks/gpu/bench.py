@@ -12,6 +12,8 @@ from benchmarks.machine import NotMeasuredError, l2_filler
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.tuning.timing import interleave
 
+#: Model whose costs and times are measured.
+SUBJECT = "BERT-base"
 #: Cycles for which the device waits before a timing, about half a millisecond, while the host launches the calls.
 PAUSE_CYCLES = 1_000_000
 

@@ -11,23 +11,26 @@ import torch
 from torch import Tensor
 
 from benchmarks.end_to_end import models
-from benchmarks.end_to_end.engines import CAPTURED_LAYERS, FAMILY_LAYERS, engine_model, refused_captures
 from benchmarks.end_to_end.forced import rule_for
-from benchmarks.end_to_end.models import Model
+from benchmarks.end_to_end.models import (
+    CALLS_TO_CAPTURE,
+    CAPTURED_LAYERS,
+    FAMILY_LAYERS,
+    Model,
+    engine_model,
+    refused_captures,
+)
 from benchmarks.end_to_end.suites import HALF
 from benchmarks.end_to_end.workloads import Fixed, padded
 from benchmarks.goals import gpu_goal
-from benchmarks.gpu.bench import Bench, header
+from benchmarks.gpu.bench import SUBJECT, Bench, header
 from benchmarks.gpu.calls import calls_of, event_waits, launches, miscounted, synchronisations
-from benchmarks.gpu.whole import SUBJECT
 from benchmarks.harness import Record, time_fields
 from benchmarks.machine import device
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.ops import self_test
 
 SUITE = "gpu_costs"
-#: Untimed calls: the first runs eagerly, the second captures, and a third may reach further levels.
-WARM_UPS = 4
 SELF_TESTS = 10
 
 
@@ -52,7 +55,7 @@ def sync_records(bench: Bench) -> Iterator[Record]:
                 SUITE, "host synchronisations", engine, shape=shape, dtype=dtype, backend=model.explain().backend
             )
             run = _run(model, inputs)
-            for _ in range(WARM_UPS):
+            for _ in range(CALLS_TO_CAPTURE):
                 run()
             counted = calls_of(run)
             record |= {"syncs": synchronisations(counted), "event_waits": event_waits(counted)}

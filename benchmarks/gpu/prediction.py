@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.end_to_end.forced import MIXES, NEVER
-from benchmarks.end_to_end.suites import HALF, ONE_AT_HALF
+from benchmarks.end_to_end.suites import half_of
 from earlyexit_kernels.core.counts import LAG
 from earlyexit_kernels.core.loop import compaction_pays
 from earlyexit_kernels.cuda.levels import LevelSize, level_size
@@ -180,11 +180,6 @@ def captured_us(layer: Layer, rows: int, exits: str) -> float:
             clocks.move(live * LENGTH)
             present, size = live, smaller
     return max(clocks.host, clocks.device + ARRIVAL.value)
-
-
-def half_of(rows: int) -> str:
-    """Return the mix whose rows run half of the layers."""
-    return ONE_AT_HALF if rows == 1 else HALF
 
 
 def table(results: Path | None = None) -> str:

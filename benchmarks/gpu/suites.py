@@ -1,22 +1,66 @@
-"""The suites of a GPU, in the order in which ``make gpu-check`` runs them."""
+"""The suites of a GPU, in the order in which ``make gpu-check`` runs them.
+
+Those of whole models are cases in BERT-base's shape: captured layers and the family's, beside the stock model, plain
+and compiled. They are checked, timed and recorded as on a CPU.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.gpu import costs, exits, whole
-from benchmarks.gpu.bench import Bench
+from benchmarks.end_to_end import measure
+from benchmarks.end_to_end.baselines import COMPILED_WHOLE, PLAIN
+from benchmarks.end_to_end.forced import NEVER
+from benchmarks.end_to_end.models import CAPTURED_LAYERS, FAMILY_LAYERS
+from benchmarks.end_to_end.suites import Case, half_of
+from benchmarks.end_to_end.workloads import Fixed, Ragged, Sst2, Work
+from benchmarks.gpu import costs, exits
+from benchmarks.gpu.bench import SUBJECT, Bench
 from benchmarks.harness import Record
+from benchmarks.machine import DATA_VARIABLE
 
 ROUNDS_PER_REPEAT = 5
-_WHOLE = {f"gpu_{name}": partial(whole.records, name) for name in whole.CASES}
+
+
+def ragged_rows(rows: int) -> Work:
+    """Return rows of natural lengths where the text is, else of generated ones."""
+    return Sst2(rows, 1) if os.environ.get(DATA_VARIABLE) else Ragged(rows)
+
+
+def whole(bench: Bench, suite: str, *, batches: tuple[int, ...], dtype: str, ragged: bool = False) -> Iterator[Record]:
+    """Yield never exit and exits at mean depth 6 of some batches, full ones unless `ragged`."""
+    cases = [
+        Case(
+            SUBJECT,
+            ragged_rows(rows) if ragged else Fixed(rows, bench.length),
+            (NEVER, half_of(rows)),
+            (COMPILED_WHOLE,),
+            half_of(rows),
+            (dtype,),
+            engines=(FAMILY_LAYERS, CAPTURED_LAYERS),
+            narrow_baselines=(PLAIN, COMPILED_WHOLE),
+            compared=(COMPILED_WHOLE,),
+        )
+        for rows in batches
+    ]
+    return measure.records(suite, cases, 0, rounds=bench.rounds, warmup=bench.warmup)
+
+
+def _full(dtype: str) -> dict[str, Callable[[Bench], Iterator[Record]]]:
+    names = {rows: f"gpu_whole_{dtype}_{rows}" for rows in (1, 32, 128)}
+    return {name: partial(whole, suite=name, batches=(rows,), dtype=dtype) for rows, name in names.items()}
+
+
+RAGGED = "gpu_ragged_float16"
 SUITES: dict[str, Callable[[Bench], Iterator[Record]]] = {
     costs.SUITE: costs.records,
-    **{name: records for name, records in _WHOLE.items() if "whole_float16" in name},
+    **_full("float16"),
     exits.SUITE: exits.records,
-    **{name: records for name, records in _WHOLE.items() if "whole_float16" not in name},
+    **_full("bfloat16"),
+    RAGGED: partial(whole, suite=RAGGED, batches=(32, 128), dtype="float16", ragged=True),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,18 +12,8 @@ from torch import nn
 
 import earlyexit_kernels as ee
 from benchmarks import goals, harness, plots, tables
-from benchmarks.end_to_end import (
-    answers,
-    baselines,
-    engines,
-    forced,
-    job,
-    measure,
-    models,
-    server,
-    suites,
-)
-from benchmarks.end_to_end.variants import Case
+from benchmarks.end_to_end import answers, baselines, forced, job, measure, models, peers, server, suites
+from benchmarks.end_to_end.suites import Case
 from benchmarks.end_to_end.workloads import Fixed, Ragged, Workload
 from benchmarks.machine import NotMeasuredError
 from earlyexit_kernels.criteria import Entropy
@@ -149,11 +140,11 @@ def test_wrong_baseline_is_refused(monkeypatch, name, broken, reason):
 
 
 def test_engine_with_a_wrong_trace_is_refused(monkeypatch):
-    def spoil(model):
+    def spoil(model, backend):
         model.backbone.encoder.layer[1] = nn.Identity()
         model.backbone.encoder.layer[1].forward = lambda hidden, *args, **kwargs: hidden
 
-    monkeypatch.setitem(engines.ENGINES, "broken", spoil)
+    monkeypatch.setitem(models.ENGINES, "broken", spoil)
     case = Case("MiniLM", Fixed(4, 8), ("full depth", "uniform, 50 %"), engines=("family layers", "broken"))
     records = run(case)
     broken = [r for r in records if r["engine"] == "broken"]
@@ -185,6 +176,23 @@ def test_impossible_exit_layers_are_refused():
     for exits in ([1, 2], [0, 1, 2], [1, 4, 2]):
         answer = (trace.logits[: len(exits), 0], torch.tensor(exits))
         assert "exit layers in 1..3" in answers.check_answers([truth], [answer], None).wrong
+
+
+def test_stored_weights_are_beside_runtimes_of_their_arithmetic(monkeypatch):
+    for name in peers.RUNTIMES:
+        monkeypatch.setitem(baselines.BASELINES, name, baselines.plain)
+    case = suites.CASES[suites.STORED][0]
+    records = list(measure.records(suites.STORED, [case], 1))
+    assert not [r for r in records if "refused" in r or "not_measured" in r]
+    beside = {r["dtype"]: r["against"] for r in records if r["baseline"] == goals.PEER}
+    assert set(beside) == set(case.stored) and beside["bfloat16"] == "OpenVINO in bfloat16"
+    assert beside["int8"].endswith("int8") and {beside["float32"], beside["float16"]} <= set(baselines.PEERS)
+    errors = {r["dtype"]: r["error"] for r in records if r["engine"] == "fused layers"}
+    assert errors["float32"] < errors["float16"] < errors["bfloat16"]
+    monkeypatch.setitem(suites.WITHIN, "int8", errors["int8"] / 2)
+    again = measure.records(suites.STORED, [dataclasses.replace(case, baselines=())], 1)
+    refused = {(r["dtype"], r["exits"]) for r in again if "plain model's logits" in r.get("refused", "")}
+    assert refused == {("int8", exits) for exits in case.exits}
 
 
 def test_comparison_is_with_the_faster_runtime(monkeypatch):
@@ -225,13 +233,13 @@ def test_ways_to_do_a_job_give_the_labels_of_the_plain_model(tmp_path):
     texts = toy.write_splits(dev_rows=70, train_rows=1)["dev"]
     texts = [row.text for row in texts]
     plain = job.in_batches(subject, lambda batch: (subject.plain(**batch).logits, None))
-    scorer, prepare = job._scorer(subject, "float32", Entropy(threshold=0.69))
+    scorer = job.by_scorer(subject, "float32")
     with torch.inference_mode():
         wanted = plain(texts)[0].tolist()
         assert len(set(wanted)) > 1
         for way in (job.as_pipeline(subject, 1), job.as_pipeline(subject, job.BATCH), job.by_length(plain), scorer):
             assert way(texts)[0].tolist() == wanted
-        prepare()
+        job._set_criterion(subject, "float32", Entropy(threshold=0.69))
         assert 1 <= scorer(texts)[1].min() < 3, "with a criterion rows leave early"
         truth = torch.tensor(wanted)
         checked = job._checked(plain, harness.do_nothing, texts, truth, truth, 0.995)
@@ -262,7 +270,7 @@ def test_server_rates_are_relative_to_the_plain_model():
 
     case = Case("MiniLM", Fixed(4, 8), ("never exit",))
     with torch.inference_mode():
-        records = list(server.case_records(case, 2, stopwatch))
+        records = list(server.records(2, case, stopwatch))
     assert [r["rows_per_second"] for r in records if r["engine"] == "transformers"] == [16.0, 32.0, 48.0, 80.0]
     ours = one(records, engine="family layers", rate=0.4)
     # both take 0.1 s a batch and have the same arrivals
@@ -278,14 +286,14 @@ def test_every_way_of_serving_runs_the_exits_of_its_variant(monkeypatch):
         _, found, _ = measure.prepared("server", case, lambda work, answer: answer)
         (one,) = [one for one in found.ready.values() if one.ours]
         servers = server._servers(found.ready)
-        assert {way for variant, way in servers if variant == one.variant} == {"", "streaming"}
-        for (variant, way), (prepare, answered) in servers.items():
-            if variant == one.variant:
-                one.model.set_criterion(None)
-                prepare()
-                queries = [torch.ones(n + 2, dtype=torch.long) for n in range(4)]
-                assert len(server.session(answered, queries, [0.0] * 4, 4, server.seconds)) == 4, way
-                assert one.model.criterion is not None, way
+        ours = {name.engine: way for name, way in servers.items() if way.variant == one.variant}
+        assert set(ours) == {"fused layers", "fused layers, streaming"}
+        for name, way in ours.items():
+            one.model.set_criterion(None)
+            way.prepare()
+            queries = [torch.ones(n + 2, dtype=torch.long) for n in range(4)]
+            assert len(server.session(way.answered, queries, [0.0] * 4, 4, server.seconds)) == 4, name
+            assert one.model.criterion is not None, name
 
 
 def test_server_answers_rows_as_they_leave_a_batch():

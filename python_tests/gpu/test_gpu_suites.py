@@ -11,7 +11,7 @@ import pytest
 from torch.autograd import DeviceType
 
 from benchmarks import goals
-from benchmarks.end_to_end.engines import CAPTURED_LAYERS
+from benchmarks.end_to_end.models import CAPTURED_LAYERS
 from benchmarks.gpu import calls, costs, exits
 from benchmarks.gpu.suites import SUITES
 from benchmarks.micro import decisions

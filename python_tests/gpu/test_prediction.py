@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.end_to_end.forced import NEVER
+from benchmarks.end_to_end.suites import half_of
 from benchmarks.gpu import prediction
-from benchmarks.gpu.prediction import BATCHES, COMPILED_LAYER, LAYERS, PLAIN_LAYER, captured_us, half_of, stock_us
+from benchmarks.gpu.prediction import BATCHES, COMPILED_LAYER, LAYERS, PLAIN_LAYER, captured_us, stock_us
 from earlyexit_kernels.core import counts
 
 

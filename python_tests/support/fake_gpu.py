@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig
 
 from benchmarks import machine
-from benchmarks.end_to_end import answers, engines, measure, models
+from benchmarks.end_to_end import answers, measure, models
 from benchmarks.end_to_end.workloads import Fixed
 from benchmarks.gpu.bench import Bench
 
@@ -51,7 +51,7 @@ def use_tiny_models(monkeypatch) -> None:
 
 def clear_caches() -> None:
     """Drop all models that the benchmarks keep."""
-    for cache in (models.subject, engines.engine_model, answers.rounding_of, machine.l2_filler):
+    for cache in (models.subject, models.engine_model, answers.rounding_of, machine.l2_filler):
         cache.cache_clear()
 
 
