@@ -48,6 +48,11 @@ class Result:
         return next(r for r in self.records if r["kind"] == "layers")
 
     @property
+    def noise(self) -> dict[str, Any]:
+        """The scores on text with typing errors."""
+        return next(r for r in self.records if r["kind"] == "noise")
+
+    @property
     def full_depth(self) -> float:
         """Score of the last exit."""
         return float(self.layers["reporting"][-1])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 from benchmarks.evidence import plans
 from benchmarks.evidence.plans import SEEDS, SHARED, SIX, TWELVE, Training
@@ -17,12 +18,29 @@ from earlyexit_kernels.tuning.tables import markdown_table
 
 #: Shares of the multiply-adds of full depth at which rules are compared.
 SHARES = (0.67, 0.5)
+#: A number of one training, None if it lacks it.
+Number: TypeAlias = Callable[[Result], "float | None"]
 
 
-def found(trainings: Iterable[Training], results: Path) -> list[Result]:
-    """Return the results that there are."""
+class Arm(NamedTuple):
+    """A row: its first cells, and its training with each seed."""
+
+    cells: tuple[str, ...]
+    training: Callable[[int], Training]
+
+
+class Column(NamedTuple):
+    """A title, the number that is shown as mean and deviation over the seeds, and the digits of both."""
+
+    title: str
+    number: Number
+    digits: int = 3
+
+
+def found(arm: Arm, results: Path) -> list[Result]:
+    """Return the results of a row that there are."""
     known = stored(results)
-    return [known[training.name] for training in trainings if training.name in known]
+    return [known[name] for seed in SEEDS if (name := arm.training(seed).name) in known]
 
 
 def spread(values: Iterable[float | None], digits: int = 3) -> str:
@@ -36,154 +54,141 @@ def spread(values: Iterable[float | None], digits: int = 3) -> str:
     return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}"
 
 
-def seeds_note(group: Sequence[Result]) -> str:
-    """Return how many seeds a row has, if they are not all."""
-    return "" if len(group) == len(SEEDS) else f" ({len(group)} of {len(SEEDS)} seeds)"
+def row(arm: Arm, columns: Sequence[Column], group: Sequence[Result]) -> tuple[str, ...]:
+    """Return the cells of a row, the first one with the number of seeds if they are not all."""
+    note = "" if len(group) == len(SEEDS) else f" ({len(group)} of {len(SEEDS)} seeds)"
+    first, *others = arm.cells
+    return first + note, *others, *(spread(map(c.number, group), c.digits) for c in columns)
 
 
-def _scores(mixes: Sequence[Mix | None]) -> str:
-    return spread(None if mix is None else mix.score for mix in mixes)
+def table(titles: Sequence[str], rows: Iterable[tuple[Arm, Sequence[Column]]], results: Path) -> str:
+    """Return a table of arms that have a result; all of them have columns of the same titles."""
+    drawn, header = [], list(titles)
+    for arm, columns in rows:
+        header = [*titles, *(column.title for column in columns)]
+        if group := found(arm, results):
+            drawn.append(row(arm, columns, group))
+    return markdown_table(header, drawn) if drawn else NOT_MEASURED
 
 
-def _group(arm: Callable[[int], Training], results: Path) -> list[Result]:
-    return found((arm(seed) for seed in SEEDS), results)
+def _score(mix: Mix | None) -> float | None:
+    return None if mix is None else mix.score
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return markdown_table(header, rows) if rows else NOT_MEASURED
+def _at(rule: str, share: float) -> Number:
+    return lambda r: _score(r.rule(rule, share))
+
+
+def _random_at(rule: str, share: float) -> Number:
+    return lambda r: None if (mix := r.rule(rule, share)) is None else mix.random
+
+
+def _fixed_at(share: float) -> Number:
+    return lambda r: _score(r.fixed_depth(share))
+
+
+FULL = Column("full depth", lambda r: r.full_depth)
 
 
 def methods(task: str, *, results: Path = RESULTS) -> str:
     """Every method with linear exits, and with the exits of its paper where these are others."""
-    header = ["method", "exits", "rule", "full depth"]
-    for share in SHARES:
-        header += [f"own rule at {share:g}", "random exit"]
-    header += [f"entropy at {SHARES[-1]:g}", f"fixed depth at {SHARES[-1]:g}"]
     rows = []
     for method, other_form in plans.METHODS.items():
+        rule = "skips and exits" if method == "smartbert" else METHODS[method].rule
+        columns = [FULL]
+        for share in SHARES:
+            columns.append(Column(f"own rule at {share:g}", _at(rule, share)))
+            columns.append(Column("random exit", _random_at(rule, share)))
+        columns.append(Column(f"entropy at {SHARES[-1]:g}", _at("entropy", SHARES[-1])))
+        columns.append(Column(f"fixed depth at {SHARES[-1]:g}", _fixed_at(SHARES[-1])))
         for own_form in (False, True) if other_form else (False,):
-            group = _group(functools.partial(plans.of_method, task, method, own_form=own_form), results)
-            if not group:
-                continue
-            rule = "skips and exits" if method == "smartbert" else METHODS[method].rule
-            cells = [spread(r.full_depth for r in group)]
-            for share in SHARES:
-                mixes = [r.rule(rule, share) for r in group]
-                cells += [_scores(mixes), spread(None if m is None else m.random for m in mixes)]
-            cells.append(_scores([r.rule("entropy", SHARES[-1]) for r in group]))
-            cells.append(_scores([r.fixed_depth(SHARES[-1]) for r in group]))
-            form = "attention" if own_form else "linear"
-            rows.append((method + seeds_note(group), form, rule.replace("_", " "), *cells))
-    return _table(header, rows)
+            cells = (method, "attention" if own_form else "linear", rule.replace("_", " "))
+            rows.append((Arm(cells, functools.partial(plans.of_method, task, method, own_form=own_form)), columns))
+    return table(("method", "exits", "rule"), rows, results)
 
 
 def dact(*, results: Path = RESULTS) -> str:
     """DACT by its bound alone, beside entropy on the model that it started from at the same multiply-adds."""
-    header = ("ponder", "bound alone", "fewer layers, x", "multiply-adds", "joint and entropy there")
-    rows = []
-    for ponder in plans.PONDERS:
-        arm = functools.partial(plans.dact_after_joint, ponder=ponder)
-        known = stored(results)
-        group = {seed: known[arm(seed).name] for seed in SEEDS if arm(seed).name in known}
-        if not group:
-            continue
-        bound = {seed: r.columns("bound") for seed, r in group.items()}
-        depth = len(next(iter(group.values())).layers["reporting"])
-        starts = {seed: known[plans.dact_start(seed).name] for seed in group}
-        rows.append(
-            (
-                f"{ponder:g}{seeds_note(list(group.values()))}",
-                spread(columns["score"][0] for columns in bound.values()),
-                spread((depth / columns["layers"][0] for columns in bound.values()), 2),
-                spread((columns["macs"][0] for columns in bound.values()), 2),
-                _scores([starts[seed].rule("entropy", columns["macs"][0]) for seed, columns in bound.items()]),
-            )
-        )
-    return _table(header, rows)
+    starts = {training.name: training.start for training in plans.all_trainings(("dact",)).values()}
+
+    def bound(name: str) -> Number:
+        return lambda r: r.columns("bound")[name][0]
+
+    def of_start(r: Result) -> float | None:
+        start = starts[r.document["name"]]
+        assert start is not None
+        return _score(stored(results)[start.name].rule("entropy", r.columns("bound")["macs"][0]))
+
+    columns = (
+        Column("bound alone", bound("score")),
+        Column("fewer layers, x", lambda r: len(r.layers["reporting"]) / r.columns("bound")["layers"][0], 2),
+        Column("multiply-adds", bound("macs"), 2),
+        Column("joint and entropy there", of_start),
+    )
+    arms = (Arm((f"{p:g}",), functools.partial(plans.dact_after_joint, ponder=p)) for p in plans.PONDERS)
+    return table(("ponder",), ((arm, columns) for arm in arms), results)
 
 
 def smartbert(task: str, *, results: Path = RESULTS) -> str:
     """SmartBERT's four arms for each start of the gates, and exits of a model that was trained without gates."""
-    header = ["gates: bias, weight, rate", "neither", "skips alone", "layers run"]
+
+    def alone(name: str) -> Number:
+        return lambda r: r.columns("skips and exits")[name][0] if r.record("rule", rule="skips and exits") else None
+
+    def exits_at(share: float) -> Number:
+        return lambda r: _score(r.rule("exits alone" if r.record("rule", rule="exits alone") else "entropy", share))
+
+    columns = [Column("neither", FULL.number), Column("skips alone", alone("score"))]
+    columns.append(Column("layers run", alone("layers"), 2))
     for share in SHARES:
-        header += [f"exits at {share:g}", f"skips and exits at {share:g}"]
-    rows = []
-    arms: dict[str, Callable[[int], Training]] = {
-        "no gates": functools.partial(plans.without_gates, task),
-    }
+        columns.append(Column(f"exits at {share:g}", exits_at(share)))
+        columns.append(Column(f"skips and exits at {share:g}", _at("skips and exits", share)))
+    arms = [Arm(("no gates",), functools.partial(plans.without_gates, task))]
     for bias, weight, rate in plans.GATES:
-        arm = functools.partial(plans.with_gates, task, bias=bias, weight=weight, rate=rate)
-        arms[f"{bias:g}, {weight:g}, {rate or plans.LR:g}"] = arm
-    for name, arm in arms.items():
-        group = _group(arm, results)
-        if not group:
-            continue
-        both = [r.record("rule", rule="skips and exits") for r in group]
-        alone = [b["reporting"] for b in both if b]
-        cells = [spread(r.full_depth for r in group)]
-        cells += [spread(b["score"][0] for b in alone), spread((b["layers"][0] for b in alone), 2)]
-        exits = "exits alone" if alone else "entropy"
-        for share in SHARES:
-            cells += [_scores([r.rule(exits, share) for r in group])]
-            cells += [_scores([r.rule("skips and exits", share) for r in group]) if alone else ""]
-        rows.append((name + seeds_note(group), *cells))
-    return _table(header, rows)
+        training = functools.partial(plans.with_gates, task, bias=bias, weight=weight, rate=rate)
+        arms.append(Arm((f"{bias:g}, {weight:g}, {rate or plans.LR:g}",), training))
+    return table(("gates: bias, weight, rate",), ((arm, columns) for arm in arms), results)
 
 
 def palbert(*, results: Path = RESULTS) -> str:
     """Q-exit beside the sampled exit at the same layers, for each weight and prior of PALBERT's loss."""
-    header: tuple[str, ...] = (
-        "beta",
-        "prior",
-        "q = 0.5",
-        "layers",
-        "sampled exit",
-        "layers",
-        "Q-exit there",
-        "random exit there",
+
+    def sampled(name: str) -> Callable[[Result], float]:
+        return lambda r: statistics.mean(r.columns("sampled_exit")[name])
+
+    def there(number: Callable[[str, float], Number], rule: str) -> Number:
+        return lambda r: number(rule, sampled("macs")(r))(r)
+
+    def half(name: str) -> Number:
+        return lambda r: r.setting("q_exit", q=0.5)[name]
+
+    columns = (
+        *(Column("q = 0.5", half("score")), Column("layers", half("layers"), 2)),
+        *(Column("sampled exit", sampled("score")), Column("layers", sampled("layers"), 2)),
+        *(Column("Q-exit there", there(_at, "q_exit")), Column("random exit there", there(_random_at, "q_exit"))),
+        Column("expectation", lambda r: r.columns("expectation")["score"][0]),
+        Column("entropy there", there(_at, "entropy")),
     )
-    header += ("expectation", "entropy there")
-    arms = [(beta, prior, False) for beta, prior in itertools.product(plans.BETAS, plans.PRIORS)]
-    rows = []
-    for beta, prior, other_rows in (*arms, (plans.BETAS[-1], plans.PRIORS[-1], True)):
-        arm = functools.partial(plans.palbert, beta=beta, prior=prior, other_rows=other_rows)
-        if group := _group(arm, results):
-            sampled = [r.columns("sampled_exit") for r in group]
-            shares = [statistics.mean(columns["macs"]) for columns in sampled]
-            there = [r.rule("q_exit", share) for r, share in zip(group, shares, strict=True)]
-            entropy = [r.rule("entropy", share) for r, share in zip(group, shares, strict=True)]
-            half = [r.setting("q_exit", q=0.5) for r in group]
-            rows.append(
-                (
-                    f"{beta:g}" + (", halting head on other rows" if other_rows else "") + seeds_note(group),
-                    f"{prior:g}",
-                    spread(x["score"] for x in half),
-                    spread((x["layers"] for x in half), 2),
-                    spread(statistics.mean(columns["score"]) for columns in sampled),
-                    spread((statistics.mean(columns["layers"]) for columns in sampled), 2),
-                    _scores(there),
-                    spread(None if mix is None else mix.random for mix in there),
-                    spread(r.columns("expectation")["score"][0] for r in group),
-                    _scores(entropy),
-                )
-            )
-    return _table(header, rows)
+    settings = [(beta, prior, False) for beta, prior in product(plans.BETAS, plans.PRIORS)]
+    arms = []
+    for beta, prior, other_rows in (*settings, (plans.BETAS[-1], plans.PRIORS[-1], True)):
+        cells = (f"{beta:g}" + ", halting head on other rows" * other_rows, f"{prior:g}")
+        arms.append(Arm(cells, functools.partial(plans.palbert, beta=beta, prior=prior, other_rows=other_rows)))
+    return table(("beta", "prior"), ((arm, columns) for arm in arms), results)
+
+
+def _of_exits(name: str) -> Callable[[Result], Any]:
+    return lambda r: (r.record("exits") or {})[name]
 
 
 def ensemble(task: str, *, results: Path = RESULTS) -> str:
     """The ensemble's diversity loss: what it does to the exits, and to votes, patience and entropy."""
-    header = ["diversity", "full depth", "disagreement of exits", "some exit right"]
-    header += [f"{rule} at {share:g}" for share in SHARES for rule in ("voting", "patience", "entropy")]
-    rows = []
-    for diversity in plans.DIVERSITIES:
-        if group := _group(functools.partial(plans.ensemble, task, diversity=diversity), results):
-            exits = [r.record("exits") or {} for r in group]
-            cells = [spread(r.full_depth for r in group)]
-            cells += [spread(e[name] for e in exits) for name in ("disagreement", "oracle")]
-            for share in SHARES:
-                cells += [_scores([r.rule(rule, share) for r in group]) for rule in ("voting", "patience", "entropy")]
-            rows.append((f"{diversity:g}{seeds_note(group)}", *cells))
-    return _table(header, rows)
+    columns = [FULL, Column("disagreement of exits", _of_exits("disagreement"))]
+    columns.append(Column("some exit right", _of_exits("oracle")))
+    for share, rule in product(SHARES, ("voting", "patience", "entropy")):
+        columns.append(Column(f"{rule} at {share:g}", _at(rule, share)))
+    arms = (Arm((f"{d:g}",), functools.partial(plans.ensemble, task, diversity=d)) for d in plans.DIVERSITIES)
+    return table(("diversity",), ((arm, columns) for arm in arms), results)
 
 
 #: Encoder -> how the tables call it.
@@ -194,47 +199,37 @@ PABEE_SHARE = 0.637
 
 def pabee(*, results: Path = RESULTS) -> str:
     """Patience at the speed-up of its paper, beside other rules, random exits and fixed depth."""
-    header = ("task", "encoder", "full depth", f"patience at {PABEE_SHARE:g}", "random exit", "fixed depth", "entropy")
-    header += ("best patience", "layers", "neighbours agree")
-    rows = []
-    for task, encoder in itertools.product(("sst2", "trec"), ENCODERS):
-        if group := _group(functools.partial(plans.at_depth, task, encoder=encoder), results):
-            patience = [r.rule("patience", PABEE_SHARE) for r in group]
-            best = [r.best("patience") for r in group]
-            agree = [statistics.mean((r.record("exits") or {})["neighbours_agree"]) for r in group]
-            rows.append(
-                (
-                    task,
-                    ENCODERS[encoder] + seeds_note(group),
-                    spread(r.full_depth for r in group),
-                    _scores(patience),
-                    spread(None if mix is None else mix.random for mix in patience),
-                    _scores([r.fixed_depth(PABEE_SHARE) for r in group]),
-                    _scores([r.rule("entropy", PABEE_SHARE) for r in group]),
-                    spread(x["score"] for x in best),
-                    spread((x["layers"] for x in best), 2),
-                    spread(agree),
-                )
-            )
-    return _table(header, rows)
+    columns = (
+        *(FULL, Column(f"patience at {PABEE_SHARE:g}", _at("patience", PABEE_SHARE))),
+        Column("random exit", _random_at("patience", PABEE_SHARE)),
+        *(Column("fixed depth", _fixed_at(PABEE_SHARE)), Column("entropy", _at("entropy", PABEE_SHARE))),
+        Column("best patience", lambda r: r.best("patience")["score"]),
+        Column("layers", lambda r: r.best("patience")["layers"], 2),
+        Column("neighbours agree", lambda r: statistics.mean(_of_exits("neighbours_agree")(r))),
+    )
+    arms = (
+        Arm((task, name), functools.partial(plans.at_depth, task, encoder=encoder))
+        for task, (encoder, name) in product(("sst2", "trec"), ENCODERS.items())
+    )
+    return table(("task", "encoder"), ((arm, columns) for arm in arms), results)
 
 
 def noise(*, results: Path = RESULTS) -> str:
     """What typing errors cost full depth and each patience, on the twelve layers grown from six."""
-    group = _group(functools.partial(plans.at_depth, "sst2", encoder=TWELVE), results)
-    records = [(r, r.record("noise"), r.record("rule", rule="patience")) for r in group]
-    known = [(r, noisy, rule) for r, noisy, rule in records if noisy and rule]
-    rows = []
-    if known:
-        clean, hit = [r.full_depth for r, _, _ in known], [noisy["full_depth"] for _, noisy, _ in known]
-        losses = (a - b for a, b in zip(clean, hit, strict=True))
-        rows.append(("full depth" + seeds_note(group), spread(clean), spread(hit), spread(losses)))
-        for number in range(len(known[0][1]["patience"])):
-            clean = [rule["reporting"]["score"][number] for _, _, rule in known]
-            hit = [noisy["patience"][number] for _, noisy, _ in known]
-            losses = (a - b for a, b in zip(clean, hit, strict=True))
-            rows.append((f"patience {number + 1}", spread(clean), spread(hit), spread(losses)))
-    return _table(("rule", "clean", "typing errors in 20 % of the words", "loss"), rows)
+
+    def columns(clean: Callable[[Result], float], hit: Callable[[Result], float]) -> tuple[Column, ...]:
+        loss = Column("loss", lambda r: clean(r) - hit(r))
+        return Column("clean", clean), Column("typing errors in 20 % of the words", hit), loss
+
+    def of_patience(number: int) -> tuple[Column, ...]:
+        return columns(lambda r: r.columns("patience")["score"][number], lambda r: r.noise["patience"][number])
+
+    training = functools.partial(plans.at_depth, "sst2", encoder=TWELVE)
+    group = found(Arm((), training), results)
+    rows = [(Arm(("full depth",), training), columns(FULL.number, lambda r: r.noise["full_depth"]))]
+    for number in range(len(group[0].noise["patience"]) if group else 0):
+        rows.append((Arm((f"patience {number + 1}",), training), of_patience(number)))
+    return table(("rule",), rows, results)
 
 
 TABLES: dict[str, Callable[[], str]] = {
