@@ -24,7 +24,7 @@ import earlyexit_kernels as ee
 from benchmarks.harness import Record
 from benchmarks.machine import DATA_VARIABLE, NotMeasuredError
 from earlyexit_kernels import criteria
-from earlyexit_kernels.tuning.scored import Rows
+from earlyexit_kernels.tuning.rows import Rows
 
 #: Generated rows that stand for the distribution, draws from it, and rows of a draw.
 POPULATION, DRAWS, DRAWN = 100_000, 1000, 1000

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "hf": "arguments backbones core cpu criteria cuda errors heads methods types huggingface_hub numpy "
     "safetensors torch transformers",
     "tuning": "arguments backbones backends criteria core hf page_style types jinja2 mapie matplotlib numpy "
-    "safetensors sklearn torch tqdm",
+    "safetensors scipy sklearn torch tqdm",
     "serving": "arguments backends criteria hf ops page_style tuning fastapi numpy prometheus_client pyarrow "
     "pydantic ray torch transformers uvicorn",
     "data": "pyarrow tokenizers torch transformers",

@@ -21,8 +21,8 @@ from earlyexit_kernels.criteria import Criterion, Dact, Expectation, Patience, S
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
 from earlyexit_kernels.tuning.grids import settings, skip_settings
-from earlyexit_kernels.tuning.metrics import METRICS, predictions_of, score
-from earlyexit_kernels.tuning.sweep import random_exit, truncations
+from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
+from earlyexit_kernels.tuning.rows import Rows, exit_shares
 from earlyexit_kernels.tuning.traces import collect_trace
 
 BATCH_SIZE = 32
@@ -50,12 +50,17 @@ class Subject:
         """Number of layers."""
         return self.traced.model.depth
 
+    def rows(self, split: str) -> Rows:
+        """Return the rows of a split with the deciding metric."""
+        trace, labels = self.traced.traces[split]
+        return Rows(trace, np.asarray(labels), self.traced.metrics[0], self.traced.task.problem_type)
+
     def scored(self, split: str, criterion: Criterion, logits: NDArray, layers: NDArray, run: NDArray) -> Record:
         """Return score, mean layers and share of the multiply-adds of the bare encoder at full depth."""
-        model, labels = self.traced.model, np.asarray(self.traced.traces[split][1])
+        model, metric = self.traced.model, self.traced.metrics[0]
         macs = row_macs(model, self.tokens[split], layers, run, criterion=criterion).total
         return {
-            "score": round(score(self.traced.metrics, logits, labels)[self.traced.metrics[0]], 4),
+            "score": round(self.rows(split).scores((metric,), logits)[metric], 4),
             "layers": round(float(run.mean()), 4),
             "macs": round(float(macs.sum() / encoder_macs(model, self.tokens[split]).sum()), 4),
         }
@@ -96,13 +101,11 @@ def _rows(data: Any) -> Iterator[Any]:
 
 def _layers(subject: Subject) -> Record:
     """Return the score of each exit on both splits."""
-    metrics = subject.traced.metrics[:1]
-    traces = subject.traced.traces
+    metric = subject.traced.metrics[0]
     scores = {
-        split: [round(layer[metrics[0]], 4) for layer in truncations(*traces[split], metrics=metrics)]
-        for split in SPLITS
+        split: [round(layer[metric], 4) for layer in subject.rows(split).truncations((metric,))] for split in SPLITS
     }
-    return {"kind": "layers", "metric": metrics[0], **scores}
+    return {"kind": "layers", "metric": metric, **scores}
 
 
 def _exits(subject: Subject) -> Record:
@@ -124,17 +127,13 @@ def _exits(subject: Subject) -> Record:
 
 def _replayed(subject: Subject, name: str, group: Sequence[Criterion]) -> Record:
     """Return the settings of a rule replayed on both splits; on the reporting one with random exits of the same mix."""
-    task, metric, columns = subject.traced.task, subject.traced.metrics[0], {}
+    columns = {}
     for split in SPLITS:
-        trace, labels = subject.traced.traces[split]
-        rows = []
-        answers = replay_each(trace, group, problem_type=task.problem_type)
-        for criterion, (logits, layers) in zip(group, answers, strict=True):
-            exits = layers.numpy()
-            row = subject.scored(split, criterion, logits.numpy(), exits, exits)
+        of_split, rows = subject.rows(split), []
+        for answers in of_split.replay(group):
+            row = subject.scored(split, answers.criterion, answers.logits, answers.exit_layer, answers.layers_run)
             if split == "reporting":
-                shares = np.bincount(exits, minlength=subject.depth + 1)[1:] / len(exits)
-                row["random"] = round(random_exit(trace, labels, shares.tolist(), metric=metric), 4)
+                row["random"] = round(of_split.random_exit(exit_shares(answers.exit_layer, subject.depth)), 4)
             rows.append(row)
         columns[split] = _columns(rows)
     return {"kind": "rule", "rule": name, "settings": [c.to_dict() for c in group], **columns}

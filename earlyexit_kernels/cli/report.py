@@ -14,15 +14,12 @@ from earlyexit_kernels.cli.evaluate import Traced, method_text, sweep_rules, tra
 from earlyexit_kernels.cli.inputs import queries_of
 from earlyexit_kernels.cli.outputs import check_file, written
 from earlyexit_kernels.cli.recipe import Recipe
-from earlyexit_kernels.core.replay import replay
 from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning import report
-from earlyexit_kernels.tuning.metrics import predictions_of
 from earlyexit_kernels.tuning.record import Calibration
-from earlyexit_kernels.tuning.report import Answers
-from earlyexit_kernels.tuning.scored import Rows
-from earlyexit_kernels.tuning.sweep import Sweep, random_exit
+from earlyexit_kernels.tuning.rows import Answers, Rows, exit_shares
+from earlyexit_kernels.tuning.sweep import Sweep
 from earlyexit_kernels.tuning.tables import environment, parameter_text, write_json, write_text
 
 #: Number of thresholds tried for each rule, as `earlyexit eval` does unless told otherwise.
@@ -72,7 +69,7 @@ def report_data(folder: Path, recipe: Recipe, found: Traced, result: Sweep, *, t
     trace, labels = found.traces["reporting"]
     rows = Rows(trace, np.asarray(labels), result.metric, task.problem_type, queries_of(split))
     source, criterion = described_criterion(model, result)
-    answers = _answers(found, criterion)
+    answers = _answers(found, rows, criterion)
     lengths = [len(found.data["reporting"][row]["input_ids"]) for row in range(len(rows))]
     config: Any = model.config
     listed = report.first_and_last(rows, answers, split.sentences if texts else None, lengths, task.label_names)
@@ -122,11 +119,11 @@ def described_criterion(model: Any, result: Sweep) -> tuple[str, Criterion]:
     return ("full_depth", FullDepth()) if fastest is None else ("fastest", fastest.criterion)
 
 
-def _answers(found: Traced, criterion: Criterion) -> Answers:
+def _answers(found: Traced, rows: Rows, criterion: Criterion) -> Answers:
     """Return the answers of a criterion on the reporting rows; one that skips layers requires a run of the model."""
     if criterion.skip_from is None:
-        logits, layers = replay(found.traces["reporting"][0], criterion, problem_type=found.task.problem_type)
-        return Answers(criterion, logits.numpy(), layers.numpy(), layers.numpy())
+        (answers,) = rows.replay([criterion])
+        return answers
     before = found.model.criterion
     found.model.set_criterion(criterion)
     try:
@@ -138,10 +135,6 @@ def _answers(found: Traced, criterion: Criterion) -> Answers:
 
 def _random(rows: Rows, answers: Answers) -> dict[str, float | None]:
     """Return the standard error of the score, and the score of random exit; None where layers are skipped."""
-    predictions = predictions_of(answers.logits, rows.problem_type)
-    shares = np.bincount(answers.exit_layer, minlength=rows.trace.depth + 1)[1:] / len(rows)
     skips = answers.criterion.skip_from is not None
-    drawn = None
-    if not skips:
-        drawn = random_exit(rows.trace, rows.labels, shares.tolist(), metric=rows.metric, groups=rows.groups)
-    return {"standard_error": rows.score_error(predictions), "random_exit": drawn}
+    drawn = None if skips else rows.random_exit(exit_shares(answers.exit_layer, rows.trace.depth))
+    return {"standard_error": rows.score_error(rows.predictions(answers)), "random_exit": drawn}

@@ -41,8 +41,7 @@ from earlyexit_kernels.methods import Method, PhaseSpec, check_task, method_of
 from earlyexit_kernels.tasks import hub
 from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, holdout, load_task
 from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
-from earlyexit_kernels.tuning.scored import Rows
-from earlyexit_kernels.tuning.sweep import truncations
+from earlyexit_kernels.tuning.rows import Rows
 from earlyexit_kernels.tuning.traces import collect_trace
 
 WEIGHT_DECAY = 0.01
@@ -93,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
         _train_phase(phase, plan, base_arguments, own_set, collate)
     trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
     queries = queries_of(evaluation_split)
-    scores = truncations(trace, labels, metrics=task.metrics, groups=queries)
+    rows = Rows(trace, labels, task.metric, task.problem_type, queries)
+    scores = rows.truncations(task.metrics)
     recipe = replace(recipe, method=model.method.to_dict(), phases=tuple(plans), scores=scores)
     text = card(args.output, recipe, task, model, len(labels))
     if recipe.max_length is not None:  # a pipeline or a Scorer then cuts texts where training did
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
     print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")
     print(f"{score_table(scores, task.metrics)}\n")
-    if advice := _advice(Rows(trace, labels, task.metric, task.problem_type, queries), pooling):
+    if advice := _advice(rows, pooling):
         print(f"{advice}\n")
     print(f"Saved in {args.output}; next: earlyexit calibrate --model {args.output} --max-drop 0.005 --apply auto")
     return 0

@@ -17,17 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from earlyexit_kernels.criteria import Criterion, FullDepth
 from earlyexit_kernels.hf.model import early_exit_model_in
-from earlyexit_kernels.tuning.choices import CHOICES, Choice
 from earlyexit_kernels.tuning.grids import GRIDS, settings
-from earlyexit_kernels.tuning.latency import BatchLatency
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
-from earlyexit_kernels.tuning.per_layer import refine
 from earlyexit_kernels.tuning.ranking import RANKING_METRICS, check_groups
 from earlyexit_kernels.tuning.record import Calibration, CurvePoint, Guarantee
-from earlyexit_kernels.tuning.risk import check_rows, risk_p_values
-from earlyexit_kernels.tuning.scored import AGREEMENT, Rows, Setting
-from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target
+from earlyexit_kernels.tuning.rows import AGREEMENT, Rows, Setting, exit_shares
+from earlyexit_kernels.tuning.targets import Choice, Latency, MaxDrop, Risk, SpeedUp, Target, refine, risk_p_values
 from earlyexit_kernels.tuning.temperature import fit_temperatures, scale_exits, scaled
+from earlyexit_kernels.tuning.timing import BatchLatency
 from earlyexit_kernels.tuning.traces import collect_trace
 from earlyexit_kernels.types import ExitTrace, default_problem_type
 
@@ -114,7 +111,7 @@ def calibrate(
     rows = _rows(trace, labels, metric, problem_type, target, groups)
     tuning, checked = _split(rows, check, seed)
     if isinstance(target, Risk):
-        check_rows(target, len(checked), len(rows))
+        target.check_rows(len(checked), len(rows))
     _check_enough(rows, tuning, checked, check)
     temperatures = None
     if temperature:
@@ -124,7 +121,7 @@ def calibrate(
     timed = None
     if isinstance(target, Latency):
         timed = BatchLatency(model, data, batch_size=target.batch_size, collate_fn=collate_fn)
-    choose = partial(CHOICES[type(target)], target, tuning=tuning, checked=checked, timed=timed)
+    choose = partial(target.choose, tuning=tuning, checked=checked, timed=timed)
     choice = choose(candidates)
     if per_layer:
         choice = refine(choice, candidates, tuning, choose)
@@ -320,7 +317,8 @@ def _calibration(
     timed: Callable[[Criterion], float] | None,
 ) -> Calibration:
     """Measure the chosen setting on the check rows."""
-    ((rule, predictions, layers),) = checked.replay([choice.setting.criterion])
+    (answers,) = checked.replay([choice.setting.criterion])
+    rule, predictions, layers = answers.criterion, checked.predictions(answers), answers.exit_layer
     depth, full = checked.trace.depth, checked.full_depth
     full_score, early_score = checked.score(full), checked.score(predictions)
     lost = checked.lost(predictions)
@@ -340,7 +338,7 @@ def _calibration(
         drop_interval=checked.drop_interval(predictions),
         mean_exit_layer=float(layers.mean()),
         layer_speed_up=depth / float(layers.mean()),
-        exit_shares=tuple(float((layers == layer).mean()) for layer in range(1, depth + 1)),
+        exit_shares=exit_shares(layers, depth),
         layer_scores=tuple(checked.score(checked.at_layer(layer)) for layer in range(1, depth + 1)),
         passed_over=choice.passed_over,
         untrained=tuple(layer for layer in range(1, depth + 1) if checked.is_chance(layer)),

@@ -1,7 +1,7 @@
 """Metrics of text classification tasks; listed in `METRICS`.
 
 Predictions and labels are class indices ``[N]``, or numbers ``[N]`` for a regression task. F1 and Matthews correlation
-are those of scikit-learn (extra ``tuning``). Metrics of rankings are in `ranking`.
+are those of scikit-learn, ranks those of scipy (extra ``tuning``). Metrics of rankings are in `ranking`.
 """
 
 from __future__ import annotations
@@ -77,16 +77,13 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return the linear correlation of the ranks; tied values get their mean rank."""
+    """Return the linear correlation of the ranks; tied values get their mean rank, and constants have 0."""
+    try:
+        from scipy.stats import rankdata
+    except ImportError as error:
+        raise ImportError("spearman requires scipy: `pip install scipy`") from error
     predicted, truth = _arrays(predictions, labels)
-    return pearson(_ranks(predicted), _ranks(truth))
-
-
-def _ranks(values: NDArray) -> NDArray:
-    """Return 1-based ranks ``[N]``; tied values get their mean rank."""
-    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[group]
+    return pearson(rankdata(predicted), rankdata(truth))
 
 
 def auroc(logits: ArrayLike, labels: ArrayLike) -> float:
@@ -148,7 +145,12 @@ def predictions_of(logits: NDArray, problem_type: str | None = None) -> NDArray:
 
 
 def score(
-    metrics: Sequence[str], logits: NDArray, labels: ArrayLike, *, groups: ArrayLike | None = None
+    metrics: Sequence[str],
+    logits: NDArray,
+    labels: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    problem_type: str | None = None,
 ) -> dict[str, float]:
     """Return the named metrics of logits ``[N, C]`` against labels ``[N]``.
 
@@ -157,6 +159,7 @@ def score(
         logits: of one exit.
         labels: of the rows.
         groups: the query of each row, ``[N]``, for `RANKING_METRICS`.
+        problem_type: as for `predictions_of`.
 
     Raises:
         ValueError: a metric is unknown, or lacks groups or one score a row, or the shapes do not fit.
@@ -164,7 +167,7 @@ def score(
     unknown = sorted(set(metrics) - set(METRIC_NAMES))
     if unknown:
         raise ValueError(f"metrics: expected names among {sorted(METRIC_NAMES)}, got {unknown}")
-    predictions = predictions_of(np.asarray(logits))
+    predictions = predictions_of(np.asarray(logits), problem_type)
     return {name: _value(name, logits, predictions, labels, groups) for name in metrics}
 
 

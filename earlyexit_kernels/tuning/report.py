@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,12 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 
-from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.criteria import FullDepth
 from earlyexit_kernels.page_style import COMMON
 from earlyexit_kernels.tuning.charts import exit_bars, merged, style, tradeoff
 from earlyexit_kernels.tuning.flops import row_macs
-from earlyexit_kernels.tuning.metrics import ece, predictions_of, probabilities
-from earlyexit_kernels.tuning.scored import Rows
+from earlyexit_kernels.tuning.metrics import ece, probabilities
+from earlyexit_kernels.tuning.rows import Answers, Rows, exit_shares
 from earlyexit_kernels.tuning.sweep import Point, Sweep
 from earlyexit_kernels.tuning.tables import device_text, parameter_text
 
@@ -34,32 +33,9 @@ POINTS = {"accuracy", "f1", "macro_f1", "agreement"}
 NONE = "\N{EN DASH}"
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a criterion does on N rows.
-
-    Attributes:
-        criterion: the rule.
-        logits: ``[N, C]``, of the answers.
-        exit_layer: ``[N]``, 1-based.
-        layers_run: ``[N]``.
-    """
-
-    criterion: Criterion
-    logits: NDArray
-    exit_layer: NDArray
-    layers_run: NDArray
-
-
-def right(rows: Rows, predictions: NDArray) -> NDArray:
-    """Return which predictions are right, ``[N]`` bool; with several labels a row, all of them must be."""
-    equal: NDArray = np.equal(predictions, rows.labels)
-    return np.all(equal.reshape(len(rows), -1), axis=1)
-
-
 def summary(rows: Rows, answers: Answers) -> dict[str, Any]:
     """Return score, loss and layers of a criterion."""
-    early, full = predictions_of(answers.logits, rows.problem_type), rows.full_depth
+    early, full = rows.predictions(answers), rows.full_depth
     mean = float(answers.layers_run.mean())
     return {
         "criterion": answers.criterion.to_dict(),
@@ -100,22 +76,20 @@ def by_layer(rows: Rows, answers: Answers) -> list[dict[str, Any]]:
     rule, and fewer than `DEAD_SHARE` of the rows leave there.
     """
     depth, classes = rows.trace.depth, rows.trace.logits.shape[2]
-    last = right(rows, rows.full_depth)
-    given = right(rows, predictions_of(answers.logits, rows.problem_type))
+    classified = rows.problem_type != REGRESSION
+    calibrated = rows.problem_type == SINGLE_LABEL and classes > 1
+    right, right_of_answers = rows.right_by_layer, rows.right(rows.predictions(answers))
     found = []
-    for layer in range(1, depth + 1):
-        predictions, leaves = rows.at_layer(layer), answers.exit_layer == layer
-        share = float(leaves.mean())
-        classified = rows.problem_type != REGRESSION
-        calibrated = rows.problem_type == SINGLE_LABEL and classes > 1
+    for layer, share in enumerate(exit_shares(answers.exit_layer, depth), start=1):
+        leaves = answers.exit_layer == layer
         found.append(
             {
                 "layer": layer,
-                "score": rows.score(predictions),
+                "score": rows.score(rows.at_layer(layer)),
                 "ece": ece(rows.trace.logits[:, layer - 1].numpy(), rows.labels) if calibrated else None,
-                "overthinking": float((right(rows, predictions) & ~last).mean()) if classified else None,
+                "overthinking": float((right[:, layer - 1] & ~right[:, -1]).mean()) if classified else None,
                 "leaving": share,
-                "right_of_leaving": float(given[leaves].mean()) if classified and leaves.any() else None,
+                "right_of_leaving": float(right_of_answers[leaves].mean()) if classified and leaves.any() else None,
                 "chance": rows.is_chance(layer),
                 "dead": layer < depth and share < DEAD_SHARE and answers.criterion.exit_rule.is_due(layer, depth),
             }
@@ -137,7 +111,7 @@ def oracle(rows: Rows) -> dict[str, float] | None:
     """
     if rows.problem_type == REGRESSION:
         return None
-    table = np.stack([right(rows, rows.at_layer(layer)) for layer in range(1, rows.trace.depth + 1)], axis=1)
+    table = rows.right_by_layer
     return {"score": float(table.any(axis=1).mean()), "mean_layers_run": float((1 + table.argmax(axis=1)).mean())}
 
 
@@ -171,12 +145,11 @@ def _terciles(values: NDArray, form: str) -> list[tuple[str, NDArray]]:
 
 
 def _histogram(name: str, exit_layer: NDArray, depth: int) -> dict[str, Any]:
-    counts = np.bincount(exit_layer, minlength=depth + 1)[1:]
     return {
         "name": name,
         "rows": len(exit_layer),
         "mean_exit_layer": float(exit_layer.mean()),
-        "shares": [float(share) for share in counts / len(exit_layer)],
+        "shares": list(exit_shares(exit_layer, depth)),
     }
 
 
@@ -192,10 +165,10 @@ def first_and_last(
         lengths: tokens of each row.
         names: of the classes.
     """
-    predictions = predictions_of(answers.logits, rows.problem_type)
+    predictions = rows.predictions(answers)
     single = rows.problem_type == SINGLE_LABEL and answers.logits.shape[1] > 1
     sure = probabilities(answers.logits).max(axis=1) if single else np.zeros(len(rows))
-    correct = right(rows, predictions)
+    correct = rows.right(predictions)
 
     def row(number: int) -> dict[str, Any]:
         text = None if texts is None else texts[number]
@@ -269,8 +242,7 @@ def _standard_error(rows: Rows, point: Point) -> float | None:
         return math.sqrt(score * (1 - score) / len(rows))
     if point.criterion.skip_from is not None:
         return None
-    ((_, predictions, _),) = rows.replay([point.criterion])
-    return rows.score_error(predictions)
+    return rows.score_error(rows.predictions(*rows.replay([point.criterion])))
 
 
 def page(data: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,16 +23,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
-from earlyexit_kernels.core.replay import replay_each
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning.grids import settings
-from earlyexit_kernels.tuning.metrics import predictions_of, score
+from earlyexit_kernels.tuning.metrics import score
+from earlyexit_kernels.tuning.rows import Answers, Rows, exit_shares
 from earlyexit_kernels.tuning.traces import without_criterion
-from earlyexit_kernels.types import ExitTrace
-
-#: Number of random draws for metrics that are not a mean over rows and so have no closed form.
-RANDOM_DRAWS = 25
+from earlyexit_kernels.types import ExitTrace, default_problem_type
 
 
 @dataclass(frozen=True)
@@ -116,84 +113,13 @@ class Sweep:
         return [*truncations, *points, limits]
 
 
-def _at_layer(trace: ExitTrace, exit_layer: NDArray) -> NDArray:
-    """Return the logits ``[N, C]`` of each row's exit at the 1-based layers ``[N]``."""
-    return trace.logits.numpy()[np.arange(len(exit_layer)), exit_layer - 1]
-
-
-def random_exit(
-    trace: ExitTrace,
-    labels: ArrayLike,
-    shares: Sequence[float],
-    *,
-    metric: str = "accuracy",
-    groups: ArrayLike | None = None,
-) -> float:
-    """Return the expected score if the rows that leave at each layer are drawn at random.
-
-    Accuracy is a mean over rows; its expectation is ``sum_k share_k * accuracy_k``. Other metrics are averaged over
-    `RANDOM_DRAWS` seeded draws.
-
-    Args:
-        trace: N rows, L exits.
-        labels: ``[N]``.
-        shares: share of rows for each of the L layers; they sum to 1.
-        metric: name in `metrics.METRIC_NAMES`.
-        groups: as for `metrics.score`.
-    """
-    if metric == "accuracy":
-        return float(np.dot(shares, [layer[metric] for layer in truncations(trace, labels, metrics=(metric,))]))
-    generator = np.random.default_rng(0)
-    rows = trace.logits.shape[0]
-    counts = np.rint(np.cumsum(shares) * rows).astype(int)
-    layers = 1 + np.searchsorted(counts, np.arange(rows), side="right").clip(max=trace.depth - 1)
-    draws = [_at_layer(trace, generator.permutation(layers)) for _ in range(RANDOM_DRAWS)]
-    return float(np.mean([score((metric,), logits, labels, groups=groups)[metric] for logits in draws]))
-
-
-def truncations(
-    trace: ExitTrace, labels: ArrayLike, *, metrics: Sequence[str], groups: ArrayLike | None = None
-) -> tuple[dict[str, float], ...]:
-    """Return the scores of each exit alone, i.e. of the model truncated to its first k = 1..L layers."""
-    return tuple(score(metrics, trace.logits[:, k].numpy(), labels, groups=groups) for k in range(trace.depth))
-
-
-def outcome(
-    trace: ExitTrace,
-    labels: ArrayLike,
-    criterion: Criterion,
-    *,
-    metrics: Sequence[str],
-    problem_type: str | None = None,
-    groups: ArrayLike | None = None,
-) -> Outcome:
-    """Replay a criterion over a trace and score it; ``metrics[0]`` is the deciding metric."""
-    return next(outcomes(trace, labels, [criterion], metrics=metrics, problem_type=problem_type, groups=groups))
-
-
-def outcomes(
-    trace: ExitTrace,
-    labels: ArrayLike,
-    criteria: Iterable[Criterion],
-    *,
-    metrics: Sequence[str],
-    problem_type: str | None = None,
-    groups: ArrayLike | None = None,
-) -> Iterator[Outcome]:
-    """Yield the outcome of each criterion, as `outcome` does, in one pass over blocks of the trace."""
-    by_layer = [layer[metrics[0]] for layer in truncations(trace, labels, metrics=metrics[:1], groups=groups)]
-    for logits, exit_layer in replay_each(trace, criteria, problem_type=problem_type):
-        layers = exit_layer.numpy()
-        found = _outcome(score(metrics, logits.numpy(), labels, groups=groups), layers, layers, trace.depth)
-        if metrics[0] == "accuracy":
-            expected = float(np.dot(found.exit_shares, by_layer))
-        else:
-            expected = random_exit(trace, labels, found.exit_shares, metric=metrics[0], groups=groups)
-        yield replace(found, random_exit=expected)
+def outcome(rows: Rows, answers: Answers, metrics: Sequence[str]) -> Outcome:
+    """Return the result of replayed answers; the deciding metric is that of the rows."""
+    found = _outcome(rows.scores(metrics, answers.logits), answers.exit_layer, answers.layers_run, rows.trace.depth)
+    return replace(found, random_exit=rows.random_exit(found.exit_shares))
 
 
 def _outcome(scores: dict[str, float], exit_layer: NDArray, layers_run: NDArray, depth: int) -> Outcome:
-    counts = np.bincount(exit_layer, minlength=depth + 1)[1:]
     mean = float(layers_run.mean())
     return Outcome(
         scores=scores,
@@ -201,7 +127,7 @@ def _outcome(scores: dict[str, float], exit_layer: NDArray, layers_run: NDArray,
         mean_layers_run=mean,
         layer_speed_up=depth / mean if mean else math.inf,
         layers_saved=1 - mean / depth,
-        exit_shares=tuple(float(share) for share in counts / counts.sum()),
+        exit_shares=exit_shares(exit_layer, depth),
         random_exit=None,
     )
 
@@ -222,22 +148,6 @@ def fastest_within_drop(
     """
     kept = [i for i, o in enumerate(outcomes) if o.scores[metric] >= full_depth - drop - 1e-9]
     return min(kept, key=lambda i: (outcomes[i].mean_layers_run, -outcomes[i].scores[metric]), default=None)
-
-
-def nearest_speed_up(points: Sequence[Point], speed_up: float) -> Point:
-    """Return the point with the layer speed-up on the tuning split nearest to `speed_up`; ties go to the higher score.
-
-    Args:
-        points: points of one criterion, at least one.
-        speed_up: layer speed-up, at least 1.
-
-    Raises:
-        ValueError: no point was given.
-    """
-    if not points:
-        raise ValueError("nearest_speed_up: expected at least one point, got none")
-    metric = next(iter(points[0].tuning.scores))
-    return min(points, key=lambda p: (abs(p.tuning.layer_speed_up - speed_up), -p.tuning.scores[metric]))
 
 
 def sweep(
@@ -280,28 +190,30 @@ def sweep(
         raise ValueError(f"sweep: expected traces with the same exits and classes, got {shapes[0]} and {shapes[1]}")
     if not drop >= 0:
         raise ValueError(f"sweep: expected drop >= 0, got {drop}")
-    splits = {"tuning": (*tuning, groups[0]), "reporting": (*reporting, groups[1])}
-    layers = {
-        name: truncations(trace, labels, metrics=metrics, groups=group)
-        for name, (trace, labels, group) in splits.items()
+    task = problem_type or tuning[0].problem_type or default_problem_type(tuning[0].logits.shape[2])
+    splits = {
+        name: Rows(trace, np.asarray(labels), metrics[0], task, None if group is None else np.asarray(group))
+        for name, (trace, labels), group in zip(("tuning", "reporting"), (tuning, reporting), groups, strict=True)
     }
-    candidates = settings(tuning[0], points=points, problem_type=problem_type)
+    layers = {name: rows.truncations(metrics) for name, rows in splits.items()}
+    candidates = settings(tuning[0], points=points, problem_type=task)
     found: dict[str, tuple[Point, ...]] = {}
     full = layers["tuning"][-1][metrics[0]]
-    with tqdm(
-        total=sum(map(len, candidates.values())), desc=progress, disable=progress is None or None, leave=False
-    ) as bar:
+    hidden = progress is None or None
+    with tqdm(total=sum(map(len, candidates.values())), desc=progress, disable=hidden, leave=False) as bar:
         for name, rules in candidates.items():
             evaluated = []
-            results = [
-                outcomes(trace, labels, rules, metrics=metrics, problem_type=problem_type, groups=group)
-                for trace, labels, group in splits.values()
-            ]
-            for criterion, on_tuning, on_reporting in zip(rules, *results, strict=True):
-                evaluated.append(Point(criterion, on_tuning, on_reporting))
+            for pair in zip(*(rows.replay(rules) for rows in splits.values()), strict=True):
+                on_tuning, on_reporting = (outcome(r, a, metrics) for r, a in zip(splits.values(), pair, strict=True))
+                evaluated.append(Point(pair[0].criterion, on_tuning, on_reporting))
                 bar.update()
             found[name] = _with_choice(evaluated, full, metric=metrics[0], drop=drop)
-    return Sweep(metrics[0], tuning[0].depth, drop, layers, found, *_oracle_shares(*reporting))
+    oracle = overthinking = None
+    if task != "regression":
+        right = splits["reporting"].right_by_layer
+        some = right.any(axis=1)
+        oracle, overthinking = float(some.mean()), float((some & ~right[:, -1]).mean())
+    return Sweep(metrics[0], tuning[0].depth, drop, layers, found, oracle, overthinking)
 
 
 def _with_choice(points: Sequence[Point], full_depth: float, *, metric: str, drop: float) -> tuple[Point, ...]:
@@ -343,7 +255,7 @@ def sweep_skipping(
 
     def run(data: Any) -> Outcome:
         out = predict_with_exits(model, data, batch_size=batch_size, collate_fn=collate_fn)
-        scores = score(tuple(full_depth), out.logits, np.asarray(out.labels))
+        scores = score(tuple(full_depth), out.logits, np.asarray(out.labels), problem_type=model.problem_type)
         return _outcome(scores, out.exit_layer, out.layers_run, result.depth)
 
     evaluated = []
@@ -353,12 +265,3 @@ def sweep_skipping(
             evaluated.append(Point(criterion, run(tuning), run(reporting)))
     points = _with_choice(evaluated, full_depth[result.metric], metric=result.metric, drop=result.drop)
     return replace(result, points={**result.points, criteria[0].name: points})
-
-
-def _oracle_shares(trace: ExitTrace, labels: ArrayLike) -> tuple[float | None, float | None]:
-    """Return `Sweep.oracle` and `Sweep.overthinking`."""
-    if trace.logits.shape[2] == 1:
-        return None, None
-    by_layer = [predictions_of(trace.logits[:, k].numpy()) == np.asarray(labels) for k in range(trace.depth)]
-    right = np.stack(by_layer, axis=1)
-    return float(right.any(axis=1).mean()), float((right.any(axis=1) & ~right[:, -1]).mean())

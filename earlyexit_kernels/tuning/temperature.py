@@ -19,11 +19,10 @@ from earlyexit_kernels.types import ExitTrace
 
 #: Smallest and largest temperature that is looked for; an exit that is always right has no finite best one.
 RANGE = (0.05, 20.0)
-STEPS = 60
 
 
 def fit_temperatures(trace: ExitTrace, labels: ArrayLike) -> tuple[float, ...]:
-    """Return the temperature of each exit, by golden-section search for its logarithm.
+    """Return the temperature of each exit, found by Brent's bounded search for its logarithm.
 
     Args:
         trace: logits ``[N, L, C]`` with at least two classes.
@@ -50,25 +49,21 @@ def fit_temperatures(trace: ExitTrace, labels: ArrayLike) -> tuple[float, ...]:
 
 
 def _fit(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature of one exit; the loss is convex in 1 / T, so it has one minimum."""
+    """Return the temperature of one exit; the loss is convex in 1 / T, so it has one minimum.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    try:
+        from scipy.optimize import minimize_scalar
+    except ImportError as error:
+        raise ImportError("temperatures require scipy: `pip install scipy`") from error
 
     def loss(log_temperature: float) -> float:
         return float(torch.nn.functional.cross_entropy(logits / np.exp(log_temperature), labels))
 
-    ratio = (5**0.5 - 1) / 2
-    low, high = np.log(RANGE[0]), np.log(RANGE[1])
-    inner, outer = high - ratio * (high - low), low + ratio * (high - low)
-    at_inner, at_outer = loss(inner), loss(outer)
-    for _ in range(STEPS):
-        if at_inner <= at_outer:
-            high, outer, at_outer = outer, inner, at_inner
-            inner = high - ratio * (high - low)
-            at_inner = loss(inner)
-        else:
-            low, inner, at_inner = inner, outer, at_outer
-            outer = low + ratio * (high - low)
-            at_outer = loss(outer)
-    return float(np.exp((low + high) / 2))
+    found = minimize_scalar(loss, bounds=np.log(RANGE), method="bounded", options={"xatol": 1e-9, "maxiter": 200})
+    return float(np.exp(found.x))
 
 
 def scaled(trace: ExitTrace, temperatures: Sequence[float]) -> ExitTrace:

@@ -7,6 +7,7 @@ import logging
 import pickle
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from support.exit_step_cases import memory
@@ -19,7 +20,7 @@ from earlyexit_kernels.core import loop, rows
 from earlyexit_kernels.core.view import Settings
 from earlyexit_kernels.criteria import Criterion, Entropy, SkipGate
 from earlyexit_kernels.errors import BackendUnavailableError
-from earlyexit_kernels.tuning.sweep import outcome
+from earlyexit_kernels.tuning.rows import Rows
 
 LENGTHS = [5, 20, 7, 8, 11, 19, 10, 17]
 
@@ -66,7 +67,8 @@ def test_skip_gate_wraps_a_registered_rule(steady):
 def test_sweeps_take_registered_rules(steady):
     _, _, trace, threshold = prepared()
     expected = torch.tensor(steady_lead_layers(trace.logits, threshold)).double().mean().item()
-    found = outcome(trace, [0] * len(LENGTHS), steady(threshold=threshold), metrics=("accuracy",))
+    rows = Rows(trace, np.zeros(len(LENGTHS), dtype=int), "accuracy", "single_label_classification")
+    (found,) = rows.settings([steady(threshold=threshold)])
     assert found.mean_exit_layer == pytest.approx(expected)
 
 

@@ -14,8 +14,8 @@ from support.models import CLASSES, early_exit
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin, Patience
 from earlyexit_kernels.tuning import calibrate as calibrate_module
-from earlyexit_kernels.tuning import intervals
-from earlyexit_kernels.tuning.risk import last_passed, risk_p_values
+from earlyexit_kernels.tuning import rows as rows_module
+from earlyexit_kernels.tuning.targets import last_passed, risk_p_values
 from earlyexit_kernels.tuning.temperature import fit_temperatures, scaled
 
 DEPTH = 4
@@ -162,7 +162,7 @@ def test_without_labels_full_depth_is_the_truth():
 
 @pytest.mark.parametrize("metric", ["matthews", "macro_f1"])
 def test_other_metrics_decide(metric, monkeypatch):
-    monkeypatch.setattr(intervals, "DRAWS", 100)
+    monkeypatch.setattr(rows_module, "DRAWS", 100)
     trace, labels = noisy_trace(400)
     found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.02), metric=metric, points=8)
     assert found.metric == metric and found.layer_speed_up > 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from earlyexit_kernels.tuning.intervals import drop_interval
 from earlyexit_kernels.tuning.metrics import METRICS
+from earlyexit_kernels.tuning.rows import drop_interval
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.tuning.calibrate import split_indices
-from earlyexit_kernels.tuning.choices import UnreachableTargetError
+from earlyexit_kernels.tuning.targets import UnreachableTargetError
 
 
 def population(rows: int, seed: int = 0) -> tuple[ee.ExitTrace, np.ndarray]:

@@ -13,7 +13,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.tuning.calibrate import split_indices
 from earlyexit_kernels.tuning.metrics import score
 from earlyexit_kernels.tuning.ranking import CUT, RANKING_METRICS, counted, mrr, ndcg
-from earlyexit_kernels.tuning.scored import Rows
+from earlyexit_kernels.tuning.rows import Rows
 
 #: Discounts of the first three ranks.
 FIRST, SECOND, THIRD = 1.0, 1 / math.log2(3), 0.5

@@ -15,11 +15,11 @@ from support.html_pages import Page
 from earlyexit_kernels import ExitTrace, replay
 from earlyexit_kernels.criteria import Margin, MaxProbability
 from earlyexit_kernels.tuning import charts, report
+from earlyexit_kernels.tuning import rows as rows_module
 from earlyexit_kernels.tuning import sweep as sweeps
-from earlyexit_kernels.tuning.intervals import score_error
 from earlyexit_kernels.tuning.metrics import matthews
-from earlyexit_kernels.tuning.report import Answers, fixed, interval, loss, percent
-from earlyexit_kernels.tuning.scored import Rows
+from earlyexit_kernels.tuning.report import fixed, interval, loss, percent
+from earlyexit_kernels.tuning.rows import Answers, Rows, score_error
 
 ROWS, DEPTH, NAMES = 240, 4, ["one", "two", "three"]
 CURVES = {"entropy": [(3.0, 0.9), (1.0, 0.7), (6.0, 0.9)], "patience": [(2.0, 0.8)]}
@@ -188,7 +188,7 @@ def test_standard_error_of_another_metric(monkeypatch):
     mean = sum(values) / 20
     expected = math.sqrt(19 / 20 * sum((value - mean) ** 2 for value in values))
     assert score_error(matthews, predictions, labels) == pytest.approx(expected) and expected > 0
-    monkeypatch.setattr(sweeps, "RANDOM_DRAWS", 1)  # slow, and not looked at
+    monkeypatch.setattr(rows_module, "RANDOM_DRAWS", 1)  # slow, and not looked at
     monkeypatch.setattr(sweeps, "settings", lambda *_, **__: {"margin": [Margin(threshold=t) for t in (0.2, 0.6)]})
     result = sweeps.sweep((rows.trace, rows.labels), (rows.trace, rows.labels), metrics=("matthews",))
     errors = [point["standard_error"] for curve in report.curves(result, rows) for point in curve["points"]]

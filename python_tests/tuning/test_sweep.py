@@ -16,6 +16,7 @@ from earlyexit_kernels.tasks.load import encode
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning import sweep as sweeps
 from earlyexit_kernels.tuning.grids import settings
+from earlyexit_kernels.tuning.rows import Rows
 from earlyexit_kernels.tuning.traces import collect_trace
 from earlyexit_kernels.types import ExitTrace
 
@@ -28,6 +29,10 @@ LABELS = np.array([0, 0, 1, 1])
 def small() -> ExitTrace:
     """Trace of three exits on four rows; the predicted class has logit 2, the other 0."""
     return ExitTrace(2.0 * torch.nn.functional.one_hot(torch.tensor(PREDICTED), 2).float())
+
+
+def rows_of(split, *, metric: str = "accuracy") -> Rows:
+    return Rows(*split, metric, "single_label_classification")
 
 
 def random_split(
@@ -43,14 +48,16 @@ def random_split(
 
 def test_worked_example(small):
     """Patience 1: rows 0 and 3 agree at layer 2 and leave there; rows 1 and 2 leave at 3, the last of 3 layers."""
-    assert [s["accuracy"] for s in sweeps.truncations(small, LABELS, metrics=("accuracy",))] == [0.5, 1.0, 0.75]
-    result = sweeps.outcome(small, LABELS, Patience(patience=1), metrics=("accuracy",))
+    rows = rows_of((small, LABELS))
+    assert [s["accuracy"] for s in rows.truncations(("accuracy",))] == [0.5, 1.0, 0.75]
+    result = sweeps.outcome(rows, *rows.replay([Patience(patience=1)]), ("accuracy",))
     assert result.exit_shares == (0.0, 0.5, 0.5)
     assert result.scores == {"accuracy": 1.0}
     assert result.mean_exit_layer == result.mean_layers_run == 2.5 and result.layer_speed_up == 1.2
     assert result.layers_saved == pytest.approx(1 / 6)
     assert result.random_exit == pytest.approx(0.5 * 1.0 + 0.5 * 0.75)
-    assert sweeps._oracle_shares(small, LABELS) == (1.0, 0.25)
+    found = sweeps.sweep((small, LABELS), (small, LABELS))
+    assert (found.oracle, found.overthinking) == (1.0, 0.25)
 
 
 def test_random_exit_is_the_mean_over_draws():
@@ -60,15 +67,14 @@ def test_random_exit_is_the_mean_over_draws():
     layers = np.repeat(np.arange(5), (np.array(shares) * 200).round().astype(int))
     predicted = trace.logits.argmax(-1).numpy()
     draws = [(predicted[np.arange(200), generator.permutation(layers)] == labels).mean() for _ in range(2000)]
-    assert sweeps.random_exit(trace, labels, shares) == pytest.approx(np.mean(draws), abs=3e-3)
+    assert rows_of((trace, labels)).random_exit(shares) == pytest.approx(np.mean(draws), abs=3e-3)
 
 
 def test_random_exit_of_other_metrics_is_sampled():
-    trace, labels = random_split(300, classes=2)
-    one_layer = sweeps.random_exit(trace, labels, (0, 0, 1, 0, 0), metric="matthews")
-    assert one_layer == pytest.approx(sweeps.truncations(trace, labels, metrics=("matthews",))[2]["matthews"])
-    mixed = sweeps.random_exit(trace, labels, (0.5, 0, 0, 0, 0.5), metric="matthews")
-    assert 0 < mixed < sweeps.truncations(trace, labels, metrics=("matthews",))[4]["matthews"]
+    rows = rows_of(random_split(300, classes=2), metric="matthews")
+    alone = [layer["matthews"] for layer in rows.truncations(("matthews",))]
+    assert rows.random_exit((0, 0, 1, 0, 0)) == pytest.approx(alone[2])
+    assert 0 < rows.random_exit((0.5, 0, 0, 0, 0.5)) < alone[4]
 
 
 def outcome_with(score: float, mean: float) -> sweeps.Outcome:
@@ -87,18 +93,6 @@ def outcome_with(score: float, mean: float) -> sweeps.Outcome:
 def test_fastest_within_drop(outcomes, full, drop, index):
     found = [outcome_with(*each) for each in outcomes]
     assert sweeps.fastest_within_drop(found, full, metric="accuracy", drop=drop) == index
-
-
-def test_nearest_speed_up_uses_the_tuning_split_and_breaks_ties_by_score():
-    """Speed-ups 4, 2 and 4/3 on the tuning split; on the reporting split all are 1."""
-    reporting = outcome_with(0.9, 4)
-    points = [
-        sweeps.Point(Patience(patience=number), outcome_with(score, mean), reporting)
-        for number, (score, mean) in enumerate([(0.6, 1), (0.7, 2), (0.8, 3), (0.75, 2)], start=1)
-    ]
-    assert [sweeps.nearest_speed_up(points, target).criterion.patience for target in (9, 2, 1.5, 1)] == [1, 4, 3, 3]
-    with pytest.raises(ValueError, match="at least one point, got none"):
-        sweeps.nearest_speed_up([], 2.0)
 
 
 def test_sweep_chooses_the_fastest_setting_on_the_tuning_split_and_records_all():
@@ -132,6 +126,18 @@ def test_regression_is_swept_by_patience():
     result = sweeps.sweep(split, split, metrics=("pearson", "spearman"), drop=0.05)
     assert result.oracle is None and result.chosen("patience").reporting.layer_speed_up > 1
     assert set(result.chosen("patience").reporting.scores) == {"pearson", "spearman"}
+
+
+def test_several_labels_a_row_are_right_where_all_are():
+    """An exit answers each label by the sign of its logit; the first exit is wrong on a label of half of the rows."""
+    labels = np.array([[1, 0], [0, 1]] * 50)
+    signs = torch.from_numpy(labels * 2.0 - 1).float()
+    first = signs * torch.tensor([1.0, 1.0]).where(torch.arange(100)[:, None] % 4 < 2, torch.tensor([1.0, -1.0]))
+    trace = ExitTrace(torch.stack([first, signs], dim=1), {"hidden_cosine": torch.rand(100, 2)})
+    task = "multi_label_classification"
+    result = sweeps.sweep((trace, labels), (trace, labels), drop=0.5, points=8, problem_type=task)
+    assert [layer["accuracy"] for layer in result.layers["reporting"]] == [0.5, 1.0]
+    assert (result.oracle, result.overthinking) == (1.0, 0.0) and "hidden_cosine" in result.points
 
 
 def test_sweep_refuses_invalid_arguments():
@@ -222,8 +228,9 @@ def test_stored_run_beats_random_exit(traces):
     stored = np.load(traces / "trec_mean_s0.npz")
     split = (ExitTrace(torch.from_numpy(stored["logits"])), stored["labels"])
     criteria = settings(split[0], points=200)["entropy"]
-    outcomes = [sweeps.outcome(*split, criterion, metrics=("accuracy",)) for criterion in criteria]
-    full_depth = sweeps.truncations(*split, metrics=("accuracy",))[-1]["accuracy"]
+    rows = rows_of(split)
+    outcomes = [sweeps.outcome(rows, answers, ("accuracy",)) for answers in rows.replay(criteria)]
+    full_depth = rows.truncations(("accuracy",))[-1]["accuracy"]
     chosen = outcomes[sweeps.fastest_within_drop(outcomes, full_depth, metric="accuracy")]
     assert chosen.scores["accuracy"] >= 0.964 and chosen.mean_exit_layer < 2.9
     assert chosen.random_exit == pytest.approx(0.922, abs=0.004)
