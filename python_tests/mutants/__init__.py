@@ -1,4 +1,4 @@
-"""Mutants: small faults that the tests must notice, put one at a time into a copy of the last commit by `make mutants`."""
+"""Mutants: small faults that the tests must notice, put one at a time into a copy of the last commit."""
 
 import sys
 from pathlib import Path
