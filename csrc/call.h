@@ -14,6 +14,7 @@ constexpr const char* kRuleNames[] = {EE_CRITERIA(EE_NAME)};
 #undef EE_NAME
 
 enum class Pooling { kFirst, kMean, kNone };
+constexpr const char* kPoolingNames[] = {"first", "mean", "none"};
 
 constexpr int kMaxParams = 3;  // MAX_PARAMS of earlyexit_kernels/criteria/base.py
 

@@ -7,7 +7,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
+#include <string_view>
 
 namespace earlyexit {
 
@@ -34,6 +36,26 @@ inline at::ScalarType float_dtype(const char* op, const char* name, const at::Te
   EE_CHECK(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op, "expected ", name,
            " to be float32, float16 or bfloat16, got ", dtype_name(dtype), "; convert it");
   return dtype;
+}
+
+// Returns f(a number of the C++ type) of a dtype that `float_dtype` has checked.
+template <class F>
+auto with_float_type(at::ScalarType dtype, F f) {
+  switch (dtype) {
+    case at::kHalf: return f(at::Half());
+    case at::kBFloat16: return f(at::BFloat16());
+    default: return f(0.0f);
+  }
+}
+
+// Returns the value of an enumeration whose names are in a table, in its order.
+template <class Enum, class Names>
+Enum find_name(const char* op, const char* what, const Names& names, std::string_view name) {
+  const auto known = std::find(std::begin(names), std::end(names), name);
+  if (known != std::end(names)) return static_cast<Enum>(known - std::begin(names));
+  std::string all;
+  for (const std::string_view other : names) all += (all.empty() ? "'" : ", '") + std::string(other) + "'";
+  EE_CHECK(false, op, "expected ", what, " to be one of ", all, ", got '", name, "'");
 }
 
 // Requires valid offsets: row i has the tokens offsets[i] .. offsets[i + 1] of a buffer of `tokens` tokens (kAnySize:

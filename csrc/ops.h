@@ -4,8 +4,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 
-#include <algorithm>
-#include <iterator>
 #include <limits>
 #include <optional>
 #include <string_view>
@@ -38,20 +36,6 @@ struct ExitTensors {
   const at::Tensor& input() const { return hidden ? *hidden : *logits; }
 };
 
-inline Rule find_rule(std::string_view name) {
-  const auto known = std::find(std::begin(kRuleNames), std::end(kRuleNames), name);
-  EE_CHECK(known != std::end(kRuleNames), kExitStep, "expected the name of a criterion in csrc/criteria.h, got '", name,
-           "'; use backend='torch', or add it there");
-  return static_cast<Rule>(known - std::begin(kRuleNames));
-}
-
-inline Pooling find_pooling(std::string_view name) {
-  if (name == "first") return Pooling::kFirst;
-  if (name == "mean") return Pooling::kMean;
-  EE_CHECK(name == "none", kExitStep, "expected pooling to be 'first', 'mean' or 'none', got '", name, "'");
-  return Pooling::kNone;
-}
-
 // Returns the checked arguments of exit_step. The tensors must outlive the call, which holds their addresses.
 inline Call bind_exit(const ExitTensors& t, std::string_view name, at::ArrayRef<double> params,
                       std::string_view pooling, int64_t layer, int64_t depth) {
@@ -61,14 +45,14 @@ inline Call bind_exit(const ExitTensors& t, std::string_view name, at::ArrayRef<
   EE_CHECK(1 <= layer && layer <= depth && depth <= std::numeric_limits<int>::max(), kExitStep,
            "expected 1 <= layer <= depth, got layer ", layer, " of ", depth, "; layers count from 1");
   Call call{};
-  call.rule = find_rule(name);
+  call.rule = find_name<Rule>(kExitStep, "criterion", kRuleNames, name);
   const size_t expected = with_rule(call.rule, [](auto functor) { return functor.params; });
   EE_CHECK(params.size() == expected && expected <= kMaxParams, kExitStep, "expected ", expected,
            " params for criterion '", name, "', got ", params.size(), "; pass those of Criterion.params(layer)");
   EE_CHECK(t.aux || !with_rule(call.rule, [](auto functor) { return functor.needs_aux; }), kExitStep,
            "expected aux for criterion '", name, "', got None");
   for (size_t k = 0; k < params.size(); ++k) call.params[k] = static_cast<float>(params[k]);
-  call.pooling = find_pooling(pooling);
+  call.pooling = find_name<Pooling>(kExitStep, "pooling", kPoolingNames, pooling);
   call.layer = static_cast<int>(layer);
   call.depth = static_cast<int>(depth);
   call.rows = rows_of(kExitStep, t.row_ids);

@@ -1,7 +1,6 @@
 // exit_step on the CPU: for each row, compute the logits, let the criterion decide, and write the answer if the row
 // leaves. Each row has one code path and one reduction order, so its bits do not depend on the batch.
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -148,12 +147,8 @@ at::Tensor run(const ExitTensors& tensors, Call call) {
     call.weight = weight.const_data_ptr();
     call.bias = bias.const_data_ptr();
   }
-  Counts counts;
-  AT_DISPATCH_SWITCH(
-      tensors.input().scalar_type(), kExitStep,
-      AT_DISPATCH_CASE(at::kFloat, [&] { counts = step_all<scalar_t>(call); })
-      AT_DISPATCH_CASE(at::kHalf, [&] { counts = step_all<scalar_t>(call); })
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { counts = step_all<scalar_t>(call); }));
+  const Counts counts = with_float_type(
+      tensors.input().scalar_type(), [&](auto typed) { return step_all<decltype(typed)>(call); });
   at::Tensor out = at::empty({3}, tensors.row_ids.options());
   int32_t* numbers = out.mutable_data_ptr<int32_t>();
   numbers[0] = counts.live;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <iterator>
 #include <optional>
-#include <string>
 #include <string_view>
 
 #include "../check.h"
@@ -18,11 +17,7 @@ constexpr std::string_view kActivations[] = {"none", "gelu", "gelu_tanh", "relu"
 constexpr at::ScalarType kStored[] = {at::kFloat, at::kHalf, at::kBFloat16, at::kByte};
 
 inline Activation find_activation(const char* op, std::string_view name) {
-  const auto known = std::find(std::begin(kActivations), std::end(kActivations), name);
-  if (known != std::end(kActivations)) return static_cast<Activation>(known - std::begin(kActivations));
-  std::string names;
-  for (const std::string_view a : kActivations) names += (names.empty() ? "'" : ", '") + std::string(a) + "'";
-  EE_CHECK(false, op, "expected activation to be one of ", names, ", got '", name, "'");
+  return find_name<Activation>(op, "activation", kActivations, name);
 }
 
 inline std::optional<WeightType> find_type(at::ScalarType dtype) {

@@ -49,11 +49,8 @@ class Embedding {
   // The embeddings [1, T, E] of ids, positions and types [1, T].
   at::Tensor operator()(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& types) const {
     const int64_t tokens = ids.numel(), width = words_.size(1);
-    std::vector<Looked> added;
-    added.reserve(3);
-    look_up(added, "words", words_, ids, tokens);
-    look_up(added, "types", types_, types, tokens);
-    look_up(added, "positions", positions_, positions, tokens);
+    const Looked added[] = {look_up("words", words_, ids, tokens), look_up("types", types_, types, tokens),
+                            look_up("positions", positions_, positions, tokens)};
     at::Tensor out = at::empty({1, tokens, width}, words_.options());
     float* results = out.mutable_data_ptr<float>();
     const float *scale = weight_.const_data_ptr<float>(), *shift = bias_.const_data_ptr<float>();
@@ -63,6 +60,7 @@ class Embedding {
       for (int64_t t = begin; t < end; ++t) {
         std::fill(sum.begin(), sum.end(), 0.0f);
         for (const Looked& looked : added) {
+          if (looked.table == nullptr) continue;
           const float* row = looked.table + looked.indices.const_data_ptr<int64_t>()[t] * width;
           for (int64_t h = 0; h < width; ++h) sum[h] += row[h];
         }
@@ -73,23 +71,23 @@ class Embedding {
   }
 
  private:
-  // A table and the rows of it that are added.
+  // The rows of a table that are added.
   struct Looked {
-    const float* table;
+    const float* table;  // null: none
     at::Tensor indices;
   };
 
-  static void look_up(std::vector<Looked>& added, const char* name, const MaybeTensor& table, const at::Tensor& indices,
-                      int64_t tokens) {
-    if (!table) return;
+  static Looked look_up(const char* name, const MaybeTensor& table, const at::Tensor& indices, int64_t tokens) {
+    if (!table) return {nullptr, indices};
     EE_CHECK(indices.scalar_type() == at::kLong && indices.numel() == tokens, kEmbedding, "expected int64 indices of ",
              tokens, " tokens for ", name, ", got ", dtype_name(indices.scalar_type()), " ", indices.sizes());
-    added.push_back({table->const_data_ptr<float>(), indices.contiguous()});
-    const int64_t* values = added.back().indices.const_data_ptr<int64_t>();
+    const Looked looked{table->const_data_ptr<float>(), indices.contiguous()};
+    const int64_t* values = looked.indices.const_data_ptr<int64_t>();
     for (int64_t t = 0; t < tokens; ++t) {
       EE_CHECK(values[t] >= 0 && values[t] < table->size(0), kEmbedding, "expected indices of ", name, " in [0, ",
                table->size(0) - 1, "], got ", values[t]);
     }
+    return looked;
   }
 
   const Kernels* kernels_;
@@ -182,12 +180,9 @@ void first_tokens_linear(const at::Tensor& hidden, const at::Tensor& weight, con
     present.push_back(i);
   }
   if (present.empty() || outputs == 0) return;
-  const auto run = [&](auto* typed) { multiply(hidden, weight, bias, typed, first, present, function); };
-  switch (dtype) {
-    case at::kHalf: return run(static_cast<at::Half*>(results));
-    case at::kBFloat16: return run(static_cast<at::BFloat16*>(results));
-    default: return run(static_cast<float*>(results));
-  }
+  with_float_type(dtype, [&](auto typed) {
+    multiply(hidden, weight, bias, static_cast<decltype(typed)*>(results), first, present, function);
+  });
 }
 
 }  // namespace

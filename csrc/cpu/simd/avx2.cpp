@@ -31,10 +31,6 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_values(x)), 16));
   }
   static void store(float* x, R value) { _mm256_storeu_ps(x, value); }
-  static R add(R x, R y) { return _mm256_add_ps(x, y); }
-  static R sub(R x, R y) { return _mm256_sub_ps(x, y); }
-  static R mul(R x, R y) { return _mm256_mul_ps(x, y); }
-  static R div(R x, R y) { return _mm256_div_ps(x, y); }
   static R fma(R x, R y, R z) { return _mm256_fmadd_ps(x, y, z); }
   static R max(R x, R y) { return _mm256_max_ps(x, y); }
   static R min(R x, R y) { return _mm256_min_ps(x, y); }

@@ -37,10 +37,6 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half_values(x)), 16));
   }
   static void store(float* x, R value) { _mm512_storeu_ps(x, value); }
-  static R add(R x, R y) { return _mm512_add_ps(x, y); }
-  static R sub(R x, R y) { return _mm512_sub_ps(x, y); }
-  static R mul(R x, R y) { return _mm512_mul_ps(x, y); }
-  static R div(R x, R y) { return _mm512_div_ps(x, y); }
   static R fma(R x, R y, R z) { return _mm512_fmadd_ps(x, y, z); }
   static R max(R x, R y) { return _mm512_max_ps(x, y); }
   static R min(R x, R y) { return _mm512_min_ps(x, y); }

@@ -17,9 +17,9 @@ constexpr float kExpFactors[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24,
 template <class V>
 inline typename V::R exp_of(typename V::R x) {
   x = V::max(V::set(-87.33f), V::min(V::set(88.0f), x));  // the second operand is returned where one is NaN
-  const typename V::R n = V::round(V::mul(x, V::set(1.44269504f)));
+  const typename V::R n = V::round(x * V::set(1.44269504f));
   const typename V::R r = V::fma(n, V::set(2.12194440e-4f), V::fma(n, V::set(-0.693359375f), x));
-  return V::mul(polynomial<V>(r, kExpFactors), V::power_of_two(n));
+  return polynomial<V>(r, kExpFactors) * V::power_of_two(n);
 }
 
 // The tail of the normal distribution is exp(-x^2 / 2) t polynomial(t) with t = 1 / (1 + 0.3 x), fitted to within 2.5e-9.
@@ -31,17 +31,17 @@ constexpr float kTailFactors[] = {0.03049602610279916f, -0.1311086489342773f,  0
 template <class V>
 inline typename V::R gelu(typename V::R x) {
   const typename V::R one = V::set(1.0f);
-  const typename V::R t = V::div(one, V::fma(V::set(0.3f), V::abs(x), one));
-  const typename V::R square = exp_of<V>(V::mul(V::mul(x, x), V::set(-0.5f)));
-  const typename V::R tail = V::mul(V::mul(polynomial<V>(t, kTailFactors), t), square);
-  return V::mul(x, V::where_negative(x, tail, V::sub(one, tail)));
+  const typename V::R t = one / V::fma(V::set(0.3f), V::abs(x), one);
+  const typename V::R square = exp_of<V>(x * x * V::set(-0.5f));
+  const typename V::R tail = polynomial<V>(t, kTailFactors) * t * square;
+  return x * V::where_negative(x, tail, one - tail);
 }
 
 // x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3)
 template <class V>
 inline typename V::R gelu_tanh(typename V::R x) {
-  const typename V::R u = V::mul(x, V::fma(V::mul(x, x), V::set(-2 * 0.0356774081f), V::set(-2 * 0.7978845608f)));
-  return V::div(x, V::add(V::set(1.0f), exp_of<V>(u)));
+  const typename V::R u = x * V::fma(x * x, V::set(-2 * 0.0356774081f), V::set(-2 * 0.7978845608f));
+  return x / (V::set(1.0f) + exp_of<V>(u));
 }
 
 // 1 - 2 / (exp(2 x) + 1), and the series near 0, where that form cancels
@@ -49,10 +49,10 @@ constexpr float kTanhFactors[] = {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f /
 
 template <class V>
 inline typename V::R tanh_of(typename V::R x) {
-  const typename V::R one = V::set(1.0f), square = V::mul(x, x);
-  const typename V::R series = V::mul(x, polynomial<V>(square, kTanhFactors));
-  const typename V::R far = V::sub(one, V::div(V::set(2.0f), V::add(exp_of<V>(V::add(x, x)), one)));
-  return V::where_negative(V::sub(square, V::set(0.0625f)), series, far);
+  const typename V::R one = V::set(1.0f), square = x * x;
+  const typename V::R series = x * polynomial<V>(square, kTanhFactors);
+  const typename V::R far = one - V::set(2.0f) / (exp_of<V>(x + x) + one);
+  return V::where_negative(square - V::set(0.0625f), series, far);
 }
 
 template <class V, typename V::R (*F)(typename V::R)>
@@ -84,9 +84,9 @@ void add_norm(float* x, const float* residual, const float* weight, const float*
   const int64_t whole = width / V::width * V::width;
   typename V::R sums = V::set(0.0f);
   for (int64_t i = 0; i < whole; i += V::width) {
-    const typename V::R value = V::add(V::load(x + i), V::load(residual + i));
+    const typename V::R value = V::load(x + i) + V::load(residual + i);
     V::store(x + i, value);
-    sums = V::add(sums, value);
+    sums += value;
   }
   float sum = V::sum(sums);
   for (int64_t i = whole; i < width; ++i) sum += x[i] += residual[i];
@@ -94,7 +94,7 @@ void add_norm(float* x, const float* residual, const float* weight, const float*
 
   sums = V::set(0.0f);
   for (int64_t i = 0; i < whole; i += V::width) {
-    const typename V::R value = V::sub(V::load(x + i), V::set(mean));
+    const typename V::R value = V::load(x + i) - V::set(mean);
     sums = V::fma(value, value, sums);
   }
   float squares = V::sum(sums);
@@ -102,7 +102,7 @@ void add_norm(float* x, const float* residual, const float* weight, const float*
   const float factor = 1.0f / __builtin_sqrtf(squares / static_cast<float>(width) + eps);
 
   for (int64_t i = 0; i < whole; i += V::width) {
-    const typename V::R value = V::mul(V::sub(V::load(x + i), V::set(mean)), V::set(factor));
+    const typename V::R value = (V::load(x + i) - V::set(mean)) * V::set(factor);
     V::store(out + i, V::fma(value, V::load(weight + i), V::load(bias + i)));
   }
   for (int64_t i = whole; i < width; ++i) out[i] = (x[i] - mean) * factor * weight[i] + bias[i];
@@ -117,9 +117,9 @@ float softmax(float* x, int64_t count, float scale) {
   const typename V::R most = V::set(V::largest(top));
   typename V::R sums = V::set(0.0f);
   for (int64_t i = 0; i < room; i += V::width) {
-    const typename V::R value = exp_of<V>(V::mul(V::sub(V::load(x + i), most), V::set(scale)));
+    const typename V::R value = exp_of<V>((V::load(x + i) - most) * V::set(scale));
     V::store(x + i, value);
-    sums = V::add(sums, value);
+    sums += value;
   }
   return 1.0f / V::sum(sums);
 }
@@ -127,6 +127,6 @@ float softmax(float* x, int64_t count, float scale) {
 template <class V>
 void scale(const float* x, float factor, int64_t count, float* out) {
   const int64_t whole = count / V::width * V::width;
-  for (int64_t i = 0; i < whole; i += V::width) V::store(out + i, V::mul(V::load(x + i), V::set(factor)));
+  for (int64_t i = 0; i < whole; i += V::width) V::store(out + i, V::load(x + i) * V::set(factor));
   for (int64_t i = whole; i < count; ++i) out[i] = x[i] * factor;
 }

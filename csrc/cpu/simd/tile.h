@@ -71,7 +71,7 @@ struct FloatSums {
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
         float* out = t.out + r * t.out_stride + column;
-        V::store(out, V::add(sums[r][c], first ? bias : V::load(out)));
+        V::store(out, sums[r][c] + (first ? bias : V::load(out)));
       }
     }
   }
@@ -125,7 +125,7 @@ struct Bytes : B {
     for (int r = 0; r < ROWS; ++r) {
       for (int c = 0; c < 2 * V::width; c += V::width) {
         float* out = t.out + r * t.out_stride + c;
-        const typename V::R product = V::mul(B::less(out, 128 * t.row_sums[r]), V::set(t.row_scales[r]));
+        const typename V::R product = B::less(out, 128 * t.row_sums[r]) * V::set(t.row_scales[r]);
         V::store(out, V::fma(product, V::load(t.column_scales + c), V::load(t.bias + c)));
       }
     }
@@ -155,8 +155,8 @@ struct Bytes : B {
     const typename V::R factor = V::set(127.0f / largest);
     typename V::R sums = V::set(0.0f);  // of whole numbers, exact up to kMostByteTerms of them
     for (int64_t i = 0; i < count; i += V::width) {
-      const typename V::R rounded = V::round(V::mul(values_at(i), factor));
-      sums = V::add(sums, rounded);
+      const typename V::R rounded = V::round(values_at(i) * factor);
+      sums += rounded;
       B::store_inputs(to + i, rounded);
     }
     *sum = static_cast<int32_t>(V::sum(sums));
