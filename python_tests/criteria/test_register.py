@@ -10,12 +10,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from support.exit_step_cases import memory
+from support.exit_step_cases import one_exit
 from support.models import balance_classes, batch_for, early_exit, ragged
 from support.registered_rules import SteadyLead, TritonSteadyLead, registered, steady_lead_layers
 
 import earlyexit_kernels as ee
-from earlyexit_kernels import backends, criteria, ops
+from earlyexit_kernels import backends, criteria
 from earlyexit_kernels.core import loop, rows
 from earlyexit_kernels.core.view import Settings
 from earlyexit_kernels.criteria import Criterion, Entropy, SkipGate
@@ -54,22 +54,9 @@ def test_eager_replay_and_fixed_depth_agree(steady, layers):
         assert got.exit_layer.tolist() == expected and torch.allclose(got.logits, answers, atol=1e-5)
     logits, exit_layer = model.fixed_depth()(**batch)
     assert exit_layer.tolist() == expected and torch.allclose(logits, answers, atol=1e-5)
-
-
-def test_skip_gate_wraps_a_registered_rule(steady):
-    model = early_exit(gain=4, num_labels=3, method="smartbert")
-    model.set_criterion(SkipGate(threshold=0.5, exit=steady(threshold=0.1)))
-    assert model.explain().backend == "torch"
-    assert model(**batch_for(model, lengths=LENGTHS)).exit_layer.shape == (len(LENGTHS),)
-    assert criteria.from_dict(model.criterion.to_dict()) == model.criterion
-
-
-def test_sweeps_take_registered_rules(steady):
-    _, _, trace, threshold = prepared()
-    expected = torch.tensor(steady_lead_layers(trace.logits, threshold)).double().mean().item()
     rows = Rows(trace, np.zeros(len(LENGTHS), dtype=int), "accuracy", "single_label_classification")
-    (found,) = rows.settings([steady(threshold=threshold)])
-    assert found.mean_exit_layer == pytest.approx(expected)
+    (found,) = rows.settings([rule])
+    assert found.mean_exit_layer == pytest.approx(sum(expected) / len(expected))
 
 
 def test_auto_resolves_to_torch_and_logs_it_once(steady, caplog):
@@ -103,6 +90,7 @@ def test_rows_move_on_the_back_end_of_the_device(steady, monkeypatch, skips):
         model, rule = early_exit(gain=4, num_labels=3, method="smartbert"), SkipGate(threshold=0.5, exit=rule)
     model.configure(compaction="always")
     model.set_criterion(rule)
+    assert model.explain().backend == "torch" and criteria.from_dict(rule.to_dict()) == rule
     met.clear()
     model(**batch)
     chosen = backends.resolve("auto", "cpu")
@@ -123,15 +111,7 @@ def test_other_backends_are_refused(steady, backend):
     with pytest.raises(BackendUnavailableError, match=words):
         ee.replay(trace, rule, backend=backend)
     with pytest.raises(BackendUnavailableError, match=words):
-        ops.exit_step(
-            criterion=rule,
-            layer=1,
-            depth=2,
-            row_ids=torch.arange(4, dtype=torch.int32),
-            logits=torch.zeros(4, 3),
-            backend=backend,
-            **memory(rule, 4, 3),
-        )
+        one_exit(rule, torch.zeros(4, 3), backend)
     assert model.criterion == rule and model.explain().backend == "torch"
 
 
@@ -155,25 +135,19 @@ def test_a_triton_step_runs_on_triton():
     assert got == steady_lead_layers(trace.logits, threshold)
 
 
-def test_saved_and_loaded(steady, tmp_path):
-    model, batch, trace, threshold = prepared()
-    model.set_criterion(steady(threshold=threshold))
-    model.save_pretrained(tmp_path)
-    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
-    assert loaded.criterion == model.criterion
-    assert loaded(**batch).exit_layer.tolist() == steady_lead_layers(trace.logits, threshold)
-
-
-def test_loading_names_the_class_to_register(tmp_path):
+def test_a_saved_model_names_the_class_to_register(tmp_path):
+    load = ee.EarlyExitForSequenceClassification.from_pretrained
     with registered(SteadyLead):
-        model = early_exit()
-        model.set_criterion(SteadyLead(threshold=1.0))
+        model, batch, trace, threshold = prepared()
+        model.set_criterion(SteadyLead(threshold=threshold))
         model.save_pretrained(tmp_path)
     words = r"got 'steady_lead'; it was saved with the class support\.registered_rules\.SteadyLead.*criteria\.register"
     with pytest.raises(ValueError, match=words):
-        ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+        load(tmp_path)
     with registered(SteadyLead):
-        assert ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path).criterion == SteadyLead(threshold=1.0)
+        loaded = load(tmp_path)
+        assert loaded.criterion == model.criterion
+        assert loaded(**batch).exit_layer.tolist() == steady_lead_layers(trace.logits, threshold)
 
 
 def test_a_name_belongs_to_one_class(steady):

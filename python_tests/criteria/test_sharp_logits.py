@@ -8,27 +8,20 @@ from decimal import Decimal
 
 import pytest
 import torch
-from support.exit_step_cases import memory
+from support.exit_step_cases import one_exit
 
 from earlyexit_kernels import criteria
-from earlyexit_kernels.ops import exit_step
 
 LARGEST = torch.finfo(torch.float32).max
 #: One +inf, whose class has all the probability, beside numbers up to the largest.
-SHARP = [
-    [math.inf, LARGEST, 0.0],
-    [LARGEST, math.inf, LARGEST],
-    [0.0, -LARGEST, math.inf],
-    [-math.inf, LARGEST, math.inf],
-]
-
-
-def step(criterion, z, backend, layer=1, depth=3, **changed):
-    """Run one exit for rows that are all present, and return its arguments."""
-    z = torch.tensor(z) if isinstance(z, list) else z
-    rows = {"row_ids": torch.arange(len(z), dtype=torch.int32), **memory(criterion, *z.shape)} | changed
-    exit_step(criterion=criterion, layer=layer, depth=depth, logits=z, backend=backend, **rows)
-    return rows
+SHARP = torch.tensor(
+    [
+        [math.inf, LARGEST, 0.0],
+        [LARGEST, math.inf, LARGEST],
+        [0.0, -LARGEST, math.inf],
+        [-math.inf, LARGEST, math.inf],
+    ]
+)
 
 
 @pytest.mark.parametrize(
@@ -45,12 +38,12 @@ def step(criterion, z, backend, layer=1, depth=3, **changed):
     ids=lambda criterion: criterion.name,
 )
 def test_one_infinite_logit_has_probability_1(backend, criterion):
-    rows = step(criterion, SHARP, backend, aux=torch.ones(len(SHARP)) if criterion.needs else None)
+    rows = one_exit(criterion, SHARP, backend, aux=torch.ones(len(SHARP)) if criterion.needs else None)
     assert rows["exit_layer"].tolist() == [1] * len(SHARP)
 
 
 def test_expectation_of_an_infinite_logit(backend):
-    rows = step(criteria.Expectation(), SHARP, backend, depth=1, aux=torch.ones(len(SHARP)))
+    rows = one_exit(criteria.Expectation(), SHARP, backend, depth=1, aux=torch.ones(len(SHARP)))
     assert rows["answers"].softmax(dim=-1).round(decimals=6).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]]
 
 
@@ -62,10 +55,10 @@ def test_an_infinite_output_without_weight_does_not_count(backend):
 
 def test_divergence_of_equal_infinite_logits_is_zero(backend):
     rule = criteria.DivergencePatience(threshold=1e-30, patience=1)
-    finite = [[90.0, -90.0, -90.0], [-90.0, 90.0, -90.0], [-90.0, -90.0, 90.0], [-90.0, -90.0, 90.0]]
-    rows = step(rule, SHARP, backend)
+    finite = 180 * torch.eye(3)[[0, 1, 2, 2]] - 90
+    rows = one_exit(rule, SHARP, backend)
     assert rows["exit_layer"].tolist() == [-9] * 4
-    rows = step(rule, finite, backend, layer=2, **rows)
+    rows = one_exit(rule, finite, backend, layer=2, depth=3, state=rows["state"])
     assert rows["exit_layer"].tolist() == [2] * 4
 
 
@@ -87,15 +80,15 @@ def test_small_divergences_are_accurate(backend, apart, classes):
     generator, rows = torch.Generator().manual_seed(classes), 1 if backend == "triton" else 6
     z = torch.randn(rows, classes, generator=generator)
     rule = criteria.DivergencePatience(threshold=1.0, patience=9)
-    before = step(rule, z, backend)["state"]
+    before = one_exit(rule, z, backend)["state"]
     near = z + apart * torch.randn(rows, classes, generator=generator)
-    after = step(rule, near, backend, layer=2, state=before.clone())["state"]
+    after = one_exit(rule, near, backend, layer=2, depth=3, state=before.clone())["state"]
     for row in range(len(z)):
         true = float(divergence(after[1:, row].tolist(), before[1:, row].tolist()))
         for share, close in ((1 - 1e-4, False), (1 + 1e-4, True)):
             rule = criteria.DivergencePatience(threshold=min(true * share, 1.0), patience=9)
             state = before[:, row : row + 1].clone()
-            step(rule, near[row : row + 1], backend, layer=2, state=state)
+            one_exit(rule, near[row : row + 1], backend, layer=2, depth=3, state=state)
             assert bool(state[0, 0]) == close, (row, true, share)
 
 
@@ -104,5 +97,5 @@ def test_divergence_of_disjoint_exits_is_log_2(backend):
     z = torch.tensor([[200.0, -200.0]])
     for threshold, close in ((math.log(2) - 1e-6, False), (math.log(2) + 1e-6, True)):
         rule = criteria.DivergencePatience(threshold=threshold, patience=9)
-        state = step(rule, z, backend)["state"]
-        assert bool(step(rule, -z, backend, layer=2, state=state)["state"][0, 0]) == close
+        state = one_exit(rule, z, backend)["state"]
+        assert bool(one_exit(rule, -z, backend, layer=2, depth=3, state=state)["state"][0, 0]) == close

@@ -7,14 +7,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support.exit_step_cases import memory
+from support.exit_step_cases import one_exit
 from support.models import batch_for, early_exit
 from support.registered_rules import SteadyLead, registered
 
 import earlyexit_kernels as ee
 from earlyexit_kernels import criteria
 from earlyexit_kernels.criteria import CRITERIA, Criterion, Entropy, SkipGate
-from earlyexit_kernels.ops import exit_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,16 +58,7 @@ WORDS = r"criterion {}: expected a class of earlyexit_kernels.criteria \(.*Entro
 
 
 def call(rule, backend):
-    z = torch.randn(4, 3)
-    return exit_step(
-        criterion=rule,
-        layer=1,
-        depth=2,
-        row_ids=torch.arange(4, dtype=torch.int32),
-        logits=z,
-        backend=backend,
-        **memory(rule, 4, 3),
-    ).tolist()
+    return one_exit(rule, torch.randn(4, 3), backend)["counts"].tolist()
 
 
 @pytest.mark.parametrize("rule", UNKNOWN, ids=lambda rule: type(rule).__name__)

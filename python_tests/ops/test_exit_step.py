@@ -10,7 +10,7 @@ import torch
 from support.backends import backend_params
 from support.criterion_case import no_state
 from support.criterion_cases import CASES, OWNERS, SETTINGS
-from support.exit_step_cases import DEPTH, DTYPES, NO_LAYER, SOURCES, UNTOUCHED, Case, build, memory, truth
+from support.exit_step_cases import DEPTH, DTYPES, NO_LAYER, SOURCES, UNTOUCHED, Case, build, memory, one_exit, truth
 
 from earlyexit_kernels.criteria import RULES as TABLE
 from earlyexit_kernels.criteria import Dact, Entropy, MaxProbability, Patience, QExit, SkipGate, Voting
@@ -206,11 +206,7 @@ def truth_scores(case, logits) -> np.ndarray:
 
 
 def left_at_1(backend, criterion, logits) -> torch.Tensor:
-    rows, classes = logits.shape
-    held = memory(criterion, rows, classes)
-    row_ids = torch.arange(rows, dtype=torch.int32)
-    exit_step(criterion=criterion, layer=1, depth=2, row_ids=row_ids, logits=logits, backend=backend, **held)
-    return row_ids < 0
+    return one_exit(criterion, logits, backend)["row_ids"] < 0
 
 
 B, C, H = 4, 3, 8

@@ -15,6 +15,7 @@ from support.criterion_cases import CASES, OWNERS, SETTINGS
 from torch import Tensor
 
 from earlyexit_kernels import criteria
+from earlyexit_kernels.ops import exit_step
 
 DEPTH = 4
 SOURCES = ("first", "mean", "none", "logits")
@@ -174,3 +175,17 @@ def memory(criterion: criteria.Criterion, requests: int, classes: int, keys: Ten
         "answers": torch.full((requests, classes), UNTOUCHED),
         "exit_layer": torch.full((requests,), NO_LAYER),
     }
+
+
+def one_exit(
+    criterion: criteria.Criterion, logits: Tensor, backend: str, *, layer: int = 1, depth: int = 2, **changed: Any
+) -> dict[str, Tensor]:
+    """Run an exit on given logits of rows that are all present; return the counts and what was written.
+
+    Args:
+        changed: further arguments, and other memory to write.
+    """
+    written = {"row_ids": torch.arange(len(logits), dtype=torch.int32), **memory(criterion, *logits.shape)}
+    written |= {name: changed.pop(name) for name in written if name in changed}
+    given = {"criterion": criterion, "layer": layer, "depth": depth, "logits": logits, "backend": backend}
+    return {"counts": exit_step(**given, **written, **changed), **written}
