@@ -16,7 +16,7 @@ from earlyexit_kernels.criteria import Dact, Expectation, SampledExit, Voting
 
 HALTING = [[0.1, 0.2, 0.5, 0.3]]
 #: The exit distribution of HALTING; the last layer has the remaining probability.
-EXITS = [0.1, 0.18, 0.36, 0.36]
+EXITS = np.array([0.1, 0.18, 0.36, 0.36])
 
 
 def replayed(trace, criterion, backend="auto") -> tuple[np.ndarray, list[int]]:
@@ -31,13 +31,6 @@ def replayed(trace, criterion, backend="auto") -> tuple[np.ndarray, list[int]]:
 def test_voting_ties_go_to_the_most_recent_vote(backend, labels, winner):
     answer, exit_layer = replayed(trace_of(labelled(labels, 3)), Voting(threshold=9), backend)
     assert exit_layer == [len(labels)] and answer.argmax(axis=1).tolist() == [winner]
-
-
-def test_voting_answers_with_the_smoothed_share(backend):
-    """Labels 0 1 0 0 of three classes: votes 3 1 0, smoothed 4.5 2 1 of 7.5."""
-    answers, _ = ee.replay(trace_of(labelled([0, 1, 0, 0], 3)), Voting(threshold=3), backend=backend)
-    assert answers[0].exp().tolist() == pytest.approx([4.5 / 7.5, 2 / 7.5, 1 / 7.5], abs=1e-6)
-    assert answers[0].exp().sum().item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_voting_threshold_ignores_rounding():
@@ -66,20 +59,41 @@ DACT_LOGITS = torch.tensor([[[0.6, 0.4], [0.7, 0.3], [0.2, 0.8], [0.9, 0.1]]]).l
 DACT_HALTING = [[0.7, 0.5, 0.5, 0.5]]
 
 
-@pytest.mark.parametrize("bound", ["paper", "tight"])
-def test_dact_worked_example(backend, bound):
-    """h = .3 .5 .5 .5: .5230875 > .5095 at layer 3, where a = (.5655, .4345)."""
-    trace = trace_of(DACT_LOGITS, halting=DACT_HALTING)
-    answer, exit_layer = replayed(trace, Dact(bound=bound), backend)
-    assert exit_layer == [3]
-    assert answer[0].tolist() == pytest.approx([0.5655, 0.4345], abs=1e-6)
+P = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.7, 0.3]])
+#: The answer of DACT_LOGITS up to each layer.
+MIXED = {1: [0.6, 0.4], 2: [0.63, 0.37]}
+#: What is shown -> a trace, criteria, and by each the exit layers of the rows and the probabilities of their answers.
+ANSWERS = {
+    "votes 3 1 0, smoothed 4.5 2 1 of 7.5": (
+        trace_of(labelled([0, 1, 0, 0], 3)), [Voting(threshold=3)], [4], [[4.5 / 7.5, 2 / 7.5, 1 / 7.5]],
+    ),
+    "h = .3 .5 .5 .5: .5230875 > .5095 at layer 3": (
+        trace_of(DACT_LOGITS, halting=DACT_HALTING), [Dact(), Dact(bound="tight")], [3], [[0.5655, 0.4345]],
+    ),
+    **{
+        f"h = .3 .5 up to layer {k}": (
+            trace_of(DACT_LOGITS[:, :k], halting=np.array(DACT_HALTING)[:, :k]), [Dact()], [k], [MIXED[k]],
+        )
+        for k in MIXED
+    },
+    "with p = 0 later layers have no weight, and a row stays only if classes tie": (
+        trace_of([[[3.0, 1.0]] + [[0.0, 5.0]] * 2, [[1.0, 1.0]] + [[0.0, 5.0]] * 2], halting=[[1.0, 0.5, 0.5]] * 2),
+        [Dact(), Dact(bound="tight")], [1, 3], [[1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))], [0.5, 0.5]],
+    ),
+    "all exits weighted": (trace_of(np.log(P)[None], halting=HALTING), [Expectation()], [4], [(EXITS @ P).tolist()]),
+    "a probability of 0 has a finite logarithm": (
+        trace_of([[[0.0, -math.inf], [200.0, 0.0]]], halting=[[0.5, 0.5]]), [Expectation()], [2], [[1.0, 0.0]],
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("depth", "a"), [(1, (0.6, 0.4)), (2, (0.63, 0.37))])
-def test_dact_accumulates_answers(backend, depth, a):
-    trace = trace_of(DACT_LOGITS[:, :depth], halting=np.array(DACT_HALTING)[:, :depth])
-    answers, _ = ee.replay(trace, Dact(), backend=backend)
-    assert answers[0].exp().tolist() == pytest.approx(a, abs=1e-6)
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_are_those_computed_by_hand(backend, name):
+    trace, rules, layers, probabilities = ANSWERS[name]
+    for rule in rules:
+        answers, exit_layer = ee.replay(trace, rule, backend=backend)
+        assert exit_layer.tolist() == layers and answers.isfinite().all()
+        np.testing.assert_allclose(answers.exp().numpy(), probabilities, rtol=0, atol=1e-6)
 
 
 def test_dact_epsilon(backend):
@@ -87,16 +101,6 @@ def test_dact_epsilon(backend):
     trace = trace_of(DACT_LOGITS, halting=DACT_HALTING)
     for epsilon, layer in ((0.31, 1), (0.29, 2), (0.16, 2), (0.14, 3), (1.0, 1)):
         assert replayed(trace, Dact(epsilon=epsilon), backend)[1] == [layer]
-
-
-def test_dact_with_halting_probability_1(backend):
-    """With p = 0 later layers have no weight; the row stays only if two classes tie."""
-    halting = [[1.0, 0.5, 0.5]] * 2
-    logits = torch.tensor([[[1.0, 0.0]] + [[0.0, 5.0]] * 2, [[1.0, 1.0]] + [[0.0, 5.0]] * 2])
-    for bound in ("paper", "tight"):
-        answer, exit_layer = replayed(trace_of(logits, halting=halting), Dact(bound=bound), backend)
-        assert exit_layer == [1, 3]
-        assert answer[1].tolist() == pytest.approx([0.5, 0.5])
 
 
 def hard_traces(rows, depth, classes, g) -> tuple[np.ndarray, np.ndarray]:
@@ -154,21 +158,10 @@ def test_dact_never_changes_a_label(backend):
     assert 5_000 < early["paper"] < early["tight"], "the traces should let many rows leave early"
 
 
-def test_expectation_weights_all_exits(backend):
-    """The exit distribution is .1 .18 .36, and .36 remains for the last exit."""
-    p = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.7, 0.3]])
-    answers, exit_layer = ee.replay(trace_of(np.log(p)[None], halting=HALTING), Expectation(), backend=backend)
-    assert exit_layer.tolist() == [4]
-    assert answers[0].exp().tolist() == pytest.approx((np.array(EXITS) @ p).tolist(), abs=1e-6)
+def test_expectation_of_values(backend):
     values = np.array([[[1.0], [-2.0], [4.0], [0.5]]])
     answers, _ = ee.replay(trace_of(values, halting=HALTING), Expectation(), backend=backend)
     assert answers.item() == pytest.approx(0.1 - 0.36 + 1.44 + 0.18, abs=1e-6)
-
-
-def test_expectation_of_zero_has_a_finite_logarithm(backend):
-    logits = torch.tensor([[[0.0, -math.inf], [200.0, 0.0]]])
-    answers, _ = ee.replay(trace_of(logits, halting=[[0.5, 0.5]]), Expectation(), backend=backend)
-    assert answers.isfinite().all() and answers.exp()[0].tolist() == pytest.approx([1.0, 0.0])
 
 
 def draws(seed, keys, halting=HALTING, backend="auto") -> np.ndarray:
@@ -191,7 +184,7 @@ def test_sampled_exits_follow_the_exit_distribution(keys, seed):
     """Pearson's chi-square with 3 degrees of freedom exceeds 21.1 once in 10,000 times."""
     rows = 20_000
     seen = np.bincount(draws(seed, KEYS[keys](rows)), minlength=5)[1:]
-    wanted = np.array(EXITS) * rows
+    wanted = EXITS * rows
     assert ((seen - wanted) ** 2 / wanted).sum() < 21.1
 
 
