@@ -149,20 +149,19 @@ CALLS = {
     },
 }
 LOGITS = {"hidden": None, "weight": None, "bias": None, "logits": torch.zeros(2, 2)}
-#: Op -> pairs of changed arguments, and words of the message: what was expected, what was given, what to do.
+#: Op -> pairs of changed arguments, and words of the message: what was expected, what was given, what to do. Each kind of
+#: message once: that no op takes such arguments is tested above.
 MESSAGES = {
     "compact": [
         ({"row_ids": int32([1, 0]).view(2, 1)}, r"expected row_ids of shape \[B\], got \[2, 1\]"),
         ({"offsets": int32([0, 1])}, r"expected offsets of shape \[3\], got \[2\]"),
-        ({"offsets": torch.arange(3)}, "expected offsets to be torch.int32, got torch.int64"),
         ({"offsets": int32([0, 1, 2]).to("meta")}, "offsets is on meta, the rest on cpu; use one device"),
         ({"row_ids": int32([1, 0]).to("meta")}, "expected row_ids with values, got a meta tensor; move it to a device"),
         ({"row_ids": [1, 0]}, "expected row_ids to be a tensor, got list"),
         ({"row_ids": int32([1, 0]).to_sparse()}, r"expected row_ids to be a dense tensor, got .*; call .to_dense\(\)"),
-        ({"row_ids": int32([1, 1])}, "expected distinct row_ids, got 1 more than once; set the ids of rows that have"),
         (
             {"row_ids": int32([1, 0, 1]), "offsets": int32([0, 1, 2, 3])},
-            "expected distinct row_ids, got 1 more than once",
+            "expected distinct row_ids, got 1 more than once; set the ids of rows that have left to -1",
         ),
         (
             {"offsets": int32([0, 3, 2])},
@@ -175,10 +174,8 @@ MESSAGES = {
         ),
     ],
     "gather_rows": [
-        ({"hidden": torch.zeros(3)}, r"expected hidden of shape \[T, H\], got \[3\]"),
         ({"hidden": torch.zeros(4, 3).long()}, "expected hidden to be torch.float32 or .*, got torch.int64"),
         ({"out": torch.zeros(4, 3).half()}, "expected out to be torch.float32, got torch.float16"),
-        ({"out": torch.zeros(5, 4)}, r"expected out of shape \[5, 3\], got \[5, 4\]"),
         ({"out": torch.zeros(3, 4).T}, r"expected out, which is written, to be contiguous, got strides \(1, 4\)"),
         ({"offsets": int32([])}, r"expected offsets of shape \[B \+ 1\], got \[0\]"),
         (
@@ -201,31 +198,16 @@ MESSAGES = {
         ({"pooling": None}, "expected pooling .* got None"),
         ({"aux": None}, r"expected aux \[B\], the halting that criterion 'q_exit' reads, got None"),
         ({**LOGITS, "logits": torch.zeros(2, 3)}, r"expected logits of shape \[2, 2\], got \[2, 3\]"),
-        (
-            {**LOGITS, "logits": torch.zeros(2, 2).double()},
-            "expected logits to be torch.float32 or .* got torch.float64",
-        ),
         ({"hidden": torch.ones(3, 3), "pooling": "none"}, r"expected hidden of shape \[2, 3\], got \[3, 3\]"),
         ({"hidden": torch.ones(3, 3), "offsets": None}, r"expected hidden of shape \[2, 3\], got \[3, 3\]"),
-        ({"hidden": torch.tensor(1.0)}, r"expected hidden of shape \[T, H\], got \[\]"),
         ({"hidden": torch.ones(2, 0), "weight": torch.ones(2, 0)}, r"expected hidden of width >= 1, got \[2, 0\]"),
-        ({"weight": torch.ones(2, 4)}, r"expected weight of shape \[2, 3\], got \[2, 4\]"),
         ({"bias": torch.ones(2).half()}, "expected bias to be torch.float32, got torch.float16"),
-        ({"state": torch.ones(2, 2)}, r"expected state of shape \[1, 2\], got \[2, 2\]"),
         ({"criterion": Voting(threshold=1)}, r"expected state of shape \[2, 2\], got \[1, 2\]"),
         (
             {"criterion": Patience(patience=1), "state": torch.ones(2, 5)},
             r"expected state of shape \[2, 2\], got \[2, 5\]",
         ),
-        ({"exit_layer": torch.zeros(9).long()}, r"expected exit_layer of shape \[2\], got \[9\]"),
-        ({"exit_layer": int32([0, 0])}, "expected exit_layer to be torch.int64, got torch.int32"),
-        (
-            {"row_ids": int32([0, 0, 1, 1])[::2]},
-            r"expected row_ids, which is written, to be contiguous, got strides \(2,\)",
-        ),
-        ({"state": None}, "expected state to be a tensor, got NoneType"),
         ({"row_ids": None}, "expected row_ids to be a tensor, got NoneType"),
-        ({"weight": torch.ones(2, 3, device="meta")}, "weight is on meta, the rest on cpu; use one device"),
         ({"answers": torch.zeros(2, 0)}, r"expected answers \[N, C\] with at least one class, got \[2, 0\]"),
         (
             {"answers": torch.zeros(2, 1), "criterion": Margin(threshold=0.5)},
