@@ -149,8 +149,8 @@ CALLS = {
     },
 }
 LOGITS = {"hidden": None, "weight": None, "bias": None, "logits": torch.zeros(2, 2)}
-#: Op -> pairs of changed arguments, and words of the message: what was expected, what was given, what to do. Each kind of
-#: message once: that no op takes such arguments is tested above.
+#: Op -> pairs of changed arguments, and words of the message: what was expected, what was given, what to do. Each kind
+#: of message once: that no op takes such arguments is tested above.
 MESSAGES = {
     "compact": [
         ({"row_ids": int32([1, 0]).view(2, 1)}, r"expected row_ids of shape \[B\], got \[2, 1\]"),
