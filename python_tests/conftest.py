@@ -62,7 +62,13 @@ def backend(request) -> str:
 @pytest.fixture
 def thread_counts() -> Iterator[Iterator[int]]:
     """Give 1, 2 and 3, each when torch runs in as many threads."""
-    yield (torch.set_num_threads(count) or count for count in (1, 2, 3))
+
+    def counts() -> Iterator[int]:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            yield count
+
+    yield counts()
     torch.set_num_threads(1)
 
 
