@@ -6,22 +6,18 @@ import copy
 
 import pytest
 import torch
+from support import leaving_models
 from support.models import balance_classes, batch_for, early_exit, varied_entropy
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import Entropy, SkipGate
+from earlyexit_kernels.criteria import Entropy, HiddenCosine, Patience, QExit, SkipGate
 from earlyexit_kernels.errors import BackendUnavailableError
 
 LENGTHS = [3, 20, 5, 8, 11, 19]
 #: Heads of each form that an exit has.
 HEADS = {
-    "family": {},
-    "first": {"pooling": "first"},
-    "mean": {"pooling": "mean"},
+    **leaving_models.HEADS,
     "berxit": {"method": "berxit", "halting": True},
-    "attention": {"method": "fastbert"},
-    "attention, mean": {"method": "fastbert", "pooling": "mean"},
-    "palbert": {"method": "palbert"},
     "palbert, mean": {"method": "palbert", "pooling": "mean"},
     "difference, mean": {"method": ee.methods.Palbert(halting_input="diff"), "pooling": "mean"},
 }
@@ -62,7 +58,9 @@ def test_every_head(heads):
     """The answers are also close to those of the float32 model."""
     model, batch, trace = double(**HEADS[heads])
     assert trace.logits.dtype == torch.float32
-    check(model, batch, varied_entropy(trace))
+    rules = [varied_entropy(trace), Patience(patience=1), HiddenCosine(threshold=0.9)]
+    for rule in rules + [QExit(q=0.5)] * ("halting" in model.heads.aux_names):
+        check(model, batch, rule)
     model.set_criterion(None)
     wide = copy.deepcopy(model).float()
     torch.testing.assert_close(wide(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from support import reference_networks
+from support.leaving_models import LENGTHS
 from support.models import DEPTH, batch_for, entropies, rows_of, stock
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.core import loop
 from earlyexit_kernels.criteria import Entropy, FullDepth, HiddenCosine, Patience, QExit, SkipGate
 
-LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
 #: One of each code path: norms after, groups that layers share, norms before.
 FAMILIES = ("bert", "albert", "roberta-prelayernorm")
 SKIP_FROM = 0.5

@@ -141,15 +141,6 @@ def test_what_layers_take_besides_hidden_states_is_that_of_the_backbone_of_the_b
         agrees(model(**batch), expected)
 
 
-def test_float64_has_room_for_few_more_rows_than_there_are(replays):
-    """It attends on padded rows."""
-    model, batch = varied()
-    model, rows = model.double(), len(batch["input_ids"])
-    model.configure(path="captured")
-    model(**batch)
-    assert all(level.size.rows < 2 * rows for level in levels_of(model))
-
-
 def test_levels_that_are_not_used_make_room(replays, monkeypatch):
     monkeypatch.setattr(captured, "MAX_LEVELS", 2)
     model, batch = varied()

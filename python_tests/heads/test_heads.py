@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import reference_networks
+from support.leaving_models import LENGTHS
 from support.models import DEPTH, batch_for, early_exit, encoder_of, ragged, stock
 
 import earlyexit_kernels as ee
@@ -164,9 +165,6 @@ def test_hidden_cosine_equals_that_of_the_stock_model(family, pooling, kind):
     )
     got = model.trace(**batch).aux["hidden_cosine"]
     assert close(got, expected) and expected.std() > 1e-3
-
-
-LENGTHS = [3, 20, 5, 8, 11, 19, 10, 17, 12, 14, 18, 9, 4, 16, 7, 15]
 
 
 def left_at(cdf, q):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,17 +69,20 @@ def test_loss_and_gradients_equal_a_padded_reference(family, pooling, kind):
     assert largest > 0.01 and worst < 2e-6
 
 
-@pytest.mark.sample(7)
-@pytest.mark.parametrize(
-    ("problem_type", "labels"),
-    [
-        ("single_label_classification", LABELS),
-        ("regression", torch.tensor([0.1, -1.0, 2.0, 0.5])),
-        ("multi_label_classification", F.one_hot(LABELS, CLASSES).float()),
-    ],
+#: Settings of exits, and tasks with their labels.
+SETTINGS = ({}, {"pooling": "first"}, {"pooling": "mean"}, {"halting": True})
+TASKS = (
+    ("single_label_classification", LABELS),
+    ("regression", torch.tensor([0.1, -1.0, 2.0, 0.5])),
+    ("multi_label_classification", F.one_hot(LABELS, CLASSES).float()),
 )
-@pytest.mark.parametrize("settings", [{}, {"pooling": "first"}, {"pooling": "mean"}, {"halting": True}])
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize(
+    ("family", "settings", "problem_type", "labels"),
+    [(*case, *task) for case, task in zip(product(ALL_FAMILIES, SETTINGS), cycle(TASKS))],
+)
 def test_every_parameter_gets_a_gradient(family, settings, problem_type, labels):
     if settings == {"pooling": "first"} and family in DECODERS:
         settings = {"pooling": "last"}

@@ -147,16 +147,9 @@ def test_every_argument_is_checked(cls):
         value, expected = refused
         with pytest.raises(ValueError, match=rf"^{cls.__name__}\({field.name}=.*{re.escape(expected)}"):
             cls(**{field.name: value})
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("cls", [*dict.fromkeys(METHODS.values()), PhaseSpec])
-def test_numbers_must_be_finite(cls, value):
-    needed = {"name": "phase"} if cls is PhaseSpec else {}
-    for field in dataclasses.fields(cls):
-        if isinstance(field.default, float) or "float" in str(field.type):
+        for number in (math.nan, math.inf, -math.inf) if "float" in str(field.type) else ():
             with pytest.raises(ValueError, match=rf"\({field.name}=...\): expected a finite number"):
-                cls(**needed, **{field.name: value})
+                cls(**{field.name: number})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +177,8 @@ REFUSED = [
     (lambda: method_of(Joint), r"got the class; write Joint\(\)"),
     (lambda: PhaseSpec(name="p", trains={"head"}), r"trains=.*'backbone'.* got \['head'\]"),
     (lambda: PhaseSpec(name="p", projections="outputs"), r"projections=.*'inputs'.* got 'outputs'"),
+    (lambda: PhaseSpec(name="p", lr=math.nan), r"\(lr=...\): expected a finite number"),
+    (lambda: PhaseSpec(name="p", epochs=math.inf), r"\(epochs=...\): expected a finite number"),
     (lambda: check_task(Joint(), "ranking", CLASSES), "it is unknown"),
     *(
         (lambda cls=cls: check_task(cls(), SINGLE, 1), "at least 2, got 1")
