@@ -145,16 +145,6 @@ def test_masked_tokens_do_not_affect_a_row(name, pooling):
         assert_same_answers(model.fixed_depth()(**batch), expected)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("full_depth", torch.bfloat16), ("expectation", torch.float16)])
-def test_half_precision(name, dtype):
-    model, batch = model_for_rule(name, pooling="mean")
-    model.to(dtype)
-    logits, exit_layer = model.fixed_depth()(**batch)
-    expected = model(**batch)
-    assert logits.dtype == torch.float32 and torch.equal(exit_layer, expected.exit_layer)
-    assert (logits - expected.logits).abs().max() <= (0.02 if dtype == torch.float16 else 0.2)
-
-
 # around the module
 
 

@@ -10,7 +10,7 @@ from support import leaving_models
 from support.models import balance_classes, batch_for, early_exit, varied_entropy
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import Entropy, HiddenCosine, Patience, QExit, SkipGate
+from earlyexit_kernels.criteria import HiddenCosine, Patience, QExit
 from earlyexit_kernels.errors import BackendUnavailableError
 
 LENGTHS = [3, 20, 5, 8, 11, 19]
@@ -45,13 +45,6 @@ def check(model, batch, rule) -> torch.Tensor:
     return exit_layer
 
 
-@pytest.mark.parametrize("family", ["bert", "albert", "modernbert", "llama", "deberta-v2"])
-def test_families(family):
-    model, batch, trace = double(family)
-    assert model.explain().backend == "torch"
-    assert len(check(model, batch, varied_entropy(trace)).unique()) > 1
-
-
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_head(heads):
@@ -64,24 +57,6 @@ def test_every_head(heads):
     model.set_criterion(None)
     wide = copy.deepcopy(model).float()
     torch.testing.assert_close(wide(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)
-
-
-def test_skipped_layers():
-    """At thresholds from all rows skip to none skips, against the pass without compaction."""
-    model, batch, trace = double(method="smartbert", criterion=Entropy(threshold=0.5))
-    rule, partly = varied_entropy(trace), 0
-    for threshold in (0.0, 0.48, 0.52, 1.0):
-        model.set_criterion(SkipGate(threshold=threshold, exit=rule))
-        logits, exit_layer = model.fixed_depth()(**batch)
-        for compaction in ("always", "never"):
-            model.configure(compaction=compaction)
-            answer = model(**batch)
-            assert torch.equal(answer.exit_layer, exit_layer)
-            torch.testing.assert_close(answer.logits, logits, rtol=1e-5, atol=1e-5)
-        layers_run = answer.layers_run
-        assert not layers_run.any() if threshold == 0 else threshold < 1 or torch.equal(layers_run, exit_layer)
-        partly += int(((layers_run > 0) & (layers_run < exit_layer)).any())
-    assert partly, "at some threshold, some rows should skip some layers"
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])

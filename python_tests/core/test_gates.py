@@ -140,7 +140,9 @@ def skipping(exit):
 
 
 @pytest.mark.parametrize(("family", "pooling"), [*((family, None) for family in FAMILIES), ("bert", "mean")])
-def test_equals_a_plain_loop(family, pooling, backend):
+def test_equals_a_plain_loop(family, pooling, backend, monkeypatch):
+    """With every compaction, alone and together."""
+    monkeypatch.setitem(loop.COMPACTION_COSTS, "cpu", loop.CompactionCost(value=4 * 64 + 2 * 96, fixed=0))
     gated = GatedModel(family, pooling=pooling, rows=8 if backend == "triton" else 16)
     rule = gated.balance()
     gated.model.configure(backend=backend)
@@ -148,7 +150,12 @@ def test_equals_a_plain_loop(family, pooling, backend):
     expected = gated.alone(by_entropy(rule))
     _, exit_layer, layers_run = expected
     assert len(exit_layer.unique()) >= 3 and (layers_run < exit_layer).sum() >= 3 and layers_run.max() >= 2
-    agrees(gated.model(**gated.batch), expected)
+    for compaction in ("always", "never", "auto"):
+        gated.model.configure(compaction=compaction)
+        agrees(gated.model(**gated.batch), expected)
+    for row in range(4):
+        one = {name: values[row : row + 1] for name, values in gated.batch.items()}
+        agrees(gated.model(**one), [x[row : row + 1] for x in expected])
 
 
 @pytest.mark.parametrize(
@@ -163,23 +170,6 @@ def test_other_exit_rules_equal_a_plain_loop(family, rule, loop):
     expected = gated.alone(loop)
     assert len(expected[1].unique()) >= 2 and len(expected[2].unique()) >= 2
     agrees(gated.model(**gated.batch), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_do_not_depend_on_the_batch(family, monkeypatch):
-    """Alone, in fives and all, in another order, and with every compaction."""
-    monkeypatch.setitem(loop.COMPACTION_COSTS, "cpu", loop.CompactionCost(value=4 * 64 + 2 * 96, fixed=0))
-    gated = GatedModel(family)
-    gated.model.set_criterion(skipping(gated.balance()))
-    whole = gated.model(**gated.batch)
-    n = len(LENGTHS)
-    for compaction in ("always", "never", "auto"):
-        gated.model.configure(compaction=compaction)
-        for size in (1, 5, 16):
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(size))
-            for part in order.split(size):
-                out = gated.model(**{name: values[part] for name, values in gated.batch.items()})
-                agrees(out, (whole.logits[part], whole.exit_layer[part], whole.layers_run[part]))
 
 
 @pytest.mark.parametrize("compaction", ["always", "never"])

@@ -16,7 +16,6 @@ from support.models import (
     rows_of,
     stock,
     varied,
-    varied_entropy,
 )
 
 import earlyexit_kernels as ee
@@ -117,23 +116,6 @@ def test_ignored_labels_as_in_stock_models():
     base, labels = stock(), torch.tensor([0, -100, 1, -100])
     loss = ee.to_early_exit(base)(**ragged(), labels=labels).loss
     assert torch.allclose(loss, base(**ragged(), labels=labels).loss, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("pooling", "halting"), [(None, True), ("first", False), ("mean", True)])
-def test_replay_of_a_trace_agrees_with_the_model(pooling, halting, dtype):
-    """A trace is float32, also of a model in half precision: the same products without rounding between them."""
-    model = early_exit(pooling=pooling, halting=halting).to(dtype)
-    batch = batch_for(model, lengths=VARIED_LENGTHS)
-    trace = model.trace(**batch)
-    assert trace.logits.dtype == torch.float32 and trace.logits.shape == (12, DEPTH, CLASSES)
-    assert ("halting" in trace.aux) is halting
-    criteria = [varied_entropy(trace), Patience(patience=1), None]
-    for criterion in criteria + [QExit(q=0.6)] * halting:
-        model.set_criterion(criterion)
-        out, (logits, exit_layer) = model(**batch), ee.replay(trace, criterion)
-        assert torch.equal(out.exit_layer, exit_layer)
-        assert (out.logits.float() - logits).abs().max() < 1e-4
 
 
 def test_predict_with_exits_on_a_model():
