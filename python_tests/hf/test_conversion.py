@@ -16,7 +16,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.backbones import BACKBONES, StockHead, adapter_of
 from earlyexit_kernels.backbones.forms_bert import read_bert_layer
 from earlyexit_kernels.core.attention import PACKED_ATTENTION
-from earlyexit_kernels.criteria import Entropy, QExit
+from earlyexit_kernels.criteria import Patience, QExit
 from earlyexit_kernels.hf import convert
 from earlyexit_kernels.methods import METHODS, Palbert
 
@@ -201,10 +201,10 @@ ATTENTION = {"fastbert", "smartbert"}
 NAMES = [name for name in METHODS if name != "pabee"]
 
 
-def different(method, family="bert", **options):
+def different(method, *, pooling=None, num_labels=CLASSES):
     """Return a model whose heads all have other weights than new ones."""
     torch.manual_seed(0)
-    model = ee.to_early_exit(stock(family, dropout=0.0), method=method, **options).eval()
+    model = ee.to_early_exit(stock(dropout=0.0, num_labels=num_labels), method=method, pooling=pooling).eval()
     with torch.no_grad():
         for parameter in model.heads.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -232,10 +232,24 @@ def test_exits_of_one_form_are_carried(first, second):
     assert torch.equal(before, after) == (carried and not of_last), "the dense module of the last exit becomes all's"
 
 
-def test_pooling_is_kept():
-    model = different("joint", pooling="mean")
+def test_what_a_model_with_exits_keeps(tmp_path):
+    """Pooling, labels, problem type and dtype; heads are copies, and the criterion is that of the method."""
+    model = different("joint", pooling="mean", num_labels=1).to(torch.float64)
+    model.config.id2label = {0: "score"}
+    model.set_criterion(Patience(patience=1, tolerance=0.1))
     other = ee.to_early_exit(model, method="palbert")
-    assert other.heads.config.pooling == "mean" and torch.equal(exits_of(other), exits_of(model))
+    assert other.criterion is None and model.criterion == Patience(patience=1, tolerance=0.1)
+    assert ee.to_early_exit(different("joint"), method="dact").criterion.name == "dact"
+    assert other.heads.config.pooling == "mean" and other.config.id2label == {0: "score"}
+    assert other.problem_type == "regression" and other.dtype == torch.float64 == other.heads.out[0].weight.dtype
+    before = exits_of(model)
+    assert torch.equal(exits_of(other), before)
+    other.save_pretrained(tmp_path)
+    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(exits_of(loaded), before)
+    with torch.no_grad():
+        other.heads.out[0].weight.zero_()
+    assert torch.equal(exits_of(model), before)
     with pytest.raises(ValueError, match="exits of this model have pooling='mean', got pooling='first'"):
         ee.to_early_exit(model, method="palbert", pooling="first")
 
@@ -250,28 +264,6 @@ def test_halting_outputs_of_one_form_are_carried():
     first, second = (m.heads.halting.state_dict() for m in (single, other))
     assert {name: value.shape for name, value in first.items()} == {name: value.shape for name, value in second.items()}
     assert not any(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_heads_are_copies_and_the_criterion_is_that_of_the_method():
-    model = different("joint")
-    model.set_criterion(Entropy(threshold=0.3))
-    other = ee.to_early_exit(model, method="dact")
-    assert other.criterion.name == "dact" and model.criterion == Entropy(threshold=0.3)
-    before = exits_of(model)
-    with torch.no_grad():
-        other.heads.out[0].weight.zero_()
-    assert torch.equal(exits_of(model), before)
-
-
-def test_labels_problem_type_and_dtype_of_a_model_with_exits_are_kept(tmp_path):
-    model = early_exit(num_labels=1).to(torch.float64)
-    model.config.id2label = {0: "score"}
-    other = ee.to_early_exit(model, method="deebert")
-    assert other.problem_type == "regression" and other.dtype == torch.float64 == other.heads.out[0].weight.dtype
-    assert other.config.id2label == {0: "score"}
-    other.save_pretrained(tmp_path)
-    loaded = ee.EarlyExitForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
-    assert torch.equal(exits_of(loaded), exits_of(other))
 
 
 # refused
