@@ -68,8 +68,9 @@ def test_every_batch_is_answered_as_by_the_family(family, replays, cheap):
     assert model.explain().path == "captured"
 
 
-def test_layers_that_some_rows_skip_run_on_the_others(replays, cheap):
-    model, batch = model_for_rule("skip_gate")
+@pytest.mark.parametrize(("rule", "family"), [("entropy", "modernbert"), ("skip_gate", "bert")])
+def test_batches_with_holes_and_layers_that_some_rows_skip(rule, family, replays, cheap):
+    model, batch = model_for_rule(rule, family)
     expected = family_answers(model, batch)
     for compaction in ("auto", "always", "never"):
         model.configure(compaction=compaction)
