@@ -20,7 +20,7 @@ from benchmarks.end_to_end import job, measure, server, suites
 from benchmarks.gpu import suites as gpu
 from benchmarks.harness import Record
 from benchmarks.machine import MODEL_VARIABLE, NotMeasuredError
-from benchmarks.micro import decision_cost, layer_products, layer_roofline, weight_checks
+from benchmarks.micro import decision_cost, layers
 from benchmarks.readme import rewrite
 from earlyexit_kernels.tuning.tables import environment
 
@@ -33,10 +33,8 @@ def _later(module: str, records: str = "records") -> Callable[[int], Iterator[Re
 #: Suite -> its records, given the repeats; those of ``make bench``.
 SUITES: dict[str, Callable[[int], Iterator[Record]]] = {
     **{name: partial(measure.records, name, cases) for name, cases in suites.CASES.items()},
-    **{
-        module.SUITE: module.records
-        for module in (server, decision_cost, layer_products, layer_roofline, weight_checks)
-    },
+    **{module.SUITE: module.records for module in (server, decision_cost)},
+    **layers.SUITES,
 }
 #: Those that run by name only: they take long, or need a trained model, text or a GPU.
 BY_NAME: dict[str, Callable[[int], Iterator[Record]]] = {

@@ -31,7 +31,7 @@ class Products:
     with_activation: bool
 
 
-#: CPU capability as torch names it -> products; measured by benchmarks/micro/layer_products.py.
+#: CPU capability as torch names it -> products; measured by the suite `layer_products`.
 PRODUCTS = {
     "DEFAULT": Products(128, with_activation=False),
     "AVX2": Products(128, with_activation=False),

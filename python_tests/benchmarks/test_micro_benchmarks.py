@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import goals, run, tables
-from benchmarks.micro import bench_ops, decision_cost, decisions, layer_products, layer_roofline, peaks, weight_checks
+from benchmarks.micro import bench_ops, decision_cost, decisions, layers, peaks
 from benchmarks.micro.bench_ops import NAMES, Case
 from benchmarks.micro.decisions import LAYER
 from benchmarks.micro.plain import SOURCES, STEPS
@@ -94,27 +94,26 @@ def test_every_criterion_has_a_decision_cost():
 
 
 @pytest.mark.parametrize(
-    ("suite", "sizes"),
+    ("module", "suite", "baseline", "sizes"),
     [
-        (decision_cost, {"BATCHES": (6,), "ROUNDS_PER_REPEAT": 1, "CALLS": dict.fromkeys(NAMES, 1)}),
-        (layer_products, {"WIDTHS": (64,), "ROWS": (1,)}),
+        (decision_cost, "records", "entropy", {"BATCHES": (6,), "CALLS": dict.fromkeys(NAMES, 1)}),
+        (layers, "products", "family", {"WIDTHS": (64,), "ROWS": (1,)}),
     ],
-    ids=lambda value: getattr(value, "SUITE", ""),
 )
-def test_interleaved_suites_record_their_baseline(suite, sizes, monkeypatch):
+def test_interleaved_suites_record_their_baseline(module, suite, baseline, sizes, monkeypatch):
     for name, size in sizes.items():
-        monkeypatch.setattr(suite, name, size)
-    records = [record for record in suite.records(2) if "not_measured" not in record]
+        monkeypatch.setattr(module, name, size)
+    records = [record for record in getattr(module, suite)(2) if "not_measured" not in record]
     assert records and all(record["ratio_low"] <= record["ratio"] <= record["ratio_high"] for record in records)
-    itself = [record for record in records if suite.BASELINE in (record.get("rule"), record.get("case"))]
+    itself = [record for record in records if baseline in (record.get("rule"), record.get("case"))]
     assert itself and all(record["ratio"] == 1 for record in itself)
 
 
 @pytest.mark.thorough
 def test_layers_are_recorded_beside_the_peaks(monkeypatch):
     for name, size in {"LAYERS": 1, "TOKENS": (1, 256)}.items():
-        monkeypatch.setattr(layer_roofline, name, size)
-    found = [record for record in layer_roofline.records(1) if "not_measured" not in record]
+        monkeypatch.setattr(layers, name, size)
+    found = [record for record in layers.roofline(1) if "not_measured" not in record]
     assert {record["shape"] for record in found} <= {"M 1", "M 256"}
     rates = (("gflops", "operations_share", "peak_gflops"), ("gb_per_second", "bytes_share", "peak_gb_per_second"))
     for record in found:
@@ -141,9 +140,9 @@ def test_roofline_goals_are_for_avx2(stored, tokens, share, met):
 
 
 def test_weight_checks_are_timed_and_a_false_alarm_raises(monkeypatch):
-    monkeypatch.setattr(weight_checks, "MODELS", {"small": (1, 16, 2)})
-    found = list(weight_checks.records(1))
+    monkeypatch.setattr(layers, "MODELS", {"small": (1, 16, 2)})
+    found = list(layers.checks(1))
     assert [record["caches"] for record in found] == ["in a row", "between batches"]
     assert all(0 < record["low"] <= record["microseconds"] <= record["high"] for record in found)
     with pytest.raises(AssertionError, match="reported as changed"):
-        weight_checks.timed(lambda: False, lambda: None, 1)
+        layers.timed(lambda: False, lambda: None, 1)
