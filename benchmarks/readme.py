@@ -21,7 +21,7 @@ from benchmarks.evidence import tables as evidence
 from benchmarks.gpu import prediction
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.methods import METHODS, Method
-from earlyexit_kernels.tuning.grids import settings, skip_settings
+from earlyexit_kernels.tuning.settings import settings, skip_settings
 from earlyexit_kernels.tuning.tables import markdown_table
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace
 

@@ -33,7 +33,8 @@
   X(patient_confidence, PatientConfidence)   \
   X(divergence_patience, DivergencePatience) \
   X(hidden_cosine, HiddenCosine)             \
-  X(energy, Energy)
+  X(energy, Energy)                          \
+  X(fixed_layer, FixedLayer)
 
 namespace earlyexit {
 
@@ -310,6 +311,11 @@ struct Energy : Uses<false, 1, 0, 0> {
     const Softmax softmax(row);
     return 1.0f / (1.0f + softmax.sum * expf(softmax.top)) < row.params[0];
   }
+};
+
+// Params: layer.
+struct FixedLayer : Uses<false, 1, 0, 0> {
+  static EE_HD bool step(const Row& row) { return static_cast<float>(row.layer) >= row.params[0]; }
 };
 
 }  // namespace earlyexit

@@ -20,9 +20,9 @@ from earlyexit_kernels.core.replay import replay_each
 from earlyexit_kernels.criteria import Criterion, Dact, Expectation, Patience, SampledExit
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
-from earlyexit_kernels.tuning.grids import settings, skip_settings
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
 from earlyexit_kernels.tuning.rows import Rows, exit_shares
+from earlyexit_kernels.tuning.settings import settings, skip_settings
 from earlyexit_kernels.tuning.traces import collect_trace
 
 BATCH_SIZE = 32

@@ -16,7 +16,7 @@ from torch import Tensor
 from earlyexit_kernels.backends import available_backends
 from earlyexit_kernels.criteria import Criterion, Dact
 from earlyexit_kernels.ops import raw
-from earlyexit_kernels.tuning.grids import settings
+from earlyexit_kernels.tuning.settings import settings
 from earlyexit_kernels.types import AUX_ACTIVATIONS, ExitTrace, read_aux
 
 CLASSES, DEPTH, LAYER = 3, 12, 6

@@ -11,8 +11,8 @@ from earlyexit_kernels.arguments import Check, choice, number, whole
 from earlyexit_kernels.data.table import FORMATS
 from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks.load import TASK_NAMES
-from earlyexit_kernels.tuning.grids import GRIDS, MIN_POINTS
 from earlyexit_kernels.tuning.metrics import METRIC_NAMES
+from earlyexit_kernels.tuning.settings import GRIDS, MIN_POINTS
 
 #: Characters of a text that an error shows.
 SHOWN = 80

@@ -19,8 +19,8 @@ from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.hf.saving import CONFIG, saved_whole
 from earlyexit_kernels.tasks.own import digest_of
 from earlyexit_kernels.tuning.calibrate import calibrate
-from earlyexit_kernels.tuning.grids import MIN_POINTS, rule_names, settings
 from earlyexit_kernels.tuning.record import Calibration
+from earlyexit_kernels.tuning.settings import MIN_POINTS, rule_names, settings
 from earlyexit_kernels.tuning.tables import markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target, UnreachableTargetError
 from earlyexit_kernels.tuning.traces import collect_trace

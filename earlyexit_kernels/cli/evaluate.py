@@ -29,7 +29,7 @@ from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode
 from earlyexit_kernels.tasks.own import listed
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning.charts import plot_tradeoff
-from earlyexit_kernels.tuning.grids import skip_settings
+from earlyexit_kernels.tuning.settings import skip_settings
 from earlyexit_kernels.tuning.sweep import Sweep, sweep, sweep_skipping
 from earlyexit_kernels.tuning.tables import device_text, environment, markdown_table, parameter_text, write_json
 from earlyexit_kernels.tuning.traces import collect_trace

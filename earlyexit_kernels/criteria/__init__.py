@@ -18,6 +18,7 @@ from earlyexit_kernels.criteria.divergence_patience import DivergencePatience
 from earlyexit_kernels.criteria.energy import Energy
 from earlyexit_kernels.criteria.entropy import Entropy
 from earlyexit_kernels.criteria.expectation import Expectation
+from earlyexit_kernels.criteria.fixed_layer import FixedLayer
 from earlyexit_kernels.criteria.full_depth import FullDepth
 from earlyexit_kernels.criteria.hidden_cosine import HiddenCosine
 from earlyexit_kernels.criteria.learned import Learned
@@ -41,6 +42,7 @@ __all__ = [
     "Energy",
     "Entropy",
     "Expectation",
+    "FixedLayer",
     "FullDepth",
     "HiddenCosine",
     "Learned",
@@ -78,6 +80,7 @@ RULES: dict[str, type[Criterion]] = {
     "divergence_patience": DivergencePatience,
     "hidden_cosine": HiddenCosine,
     "energy": Energy,
+    "fixed_layer": FixedLayer,
 }
 #: All criteria that a model can use and a config can hold, by name; `register` adds to it.
 CRITERIA: dict[str, type[Criterion]] = {**RULES, "skip_gate": SkipGate}

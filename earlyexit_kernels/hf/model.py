@@ -26,6 +26,7 @@ from earlyexit_kernels.hf.labels import check_labels
 from earlyexit_kernels.hf.output import EarlyExitOutput
 from earlyexit_kernels.hf.runner import Runner, full_depth_output
 from earlyexit_kernels.hf.schedule import Schedule
+from earlyexit_kernels.hf.truncation import truncated
 from earlyexit_kernels.methods import Method, mean_task_loss, method_of
 from earlyexit_kernels.types import Answers, ExitTrace, default_problem_type
 
@@ -340,6 +341,26 @@ class EarlyExitForSequenceClassification(Checkpointed):
                 "model.config.strict = False"
             )
         return FixedDepth(self.adapter, self.backbone, self.heads, self._criterion, self.heads.classes)
+
+    def truncate(self, layers: int) -> EarlyExitForSequenceClassification:
+        """Return the model of the first `layers` layers, with copies of their weights and of their exits.
+
+        Without a criterion it answers from its last exit, as this model does under ``FixedLayer(layer=layers)``: with
+        the same bits where the layers run on the vector kernels of the CPU. It saves, loads and trains as any other.
+
+        Raises:
+            ValueError: not a number of layers of this model, or layers in several groups (ALBERT).
+
+        Example:
+
+            >>> import earlyexit_kernels as ee
+            >>> from transformers import BertConfig
+            >>> sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+            >>> config = ee.EarlyExitConfig(backbone_config=BertConfig(vocab_size=50, **sizes))
+            >>> ee.EarlyExitForSequenceClassification(config).truncate(2).depth
+            2
+        """
+        return truncated(self, layers)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the embeddings of the backbone, as in transformers; those of the stock model keep their size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from earlyexit_kernels.criteria import Criterion, FullDepth
+from earlyexit_kernels.criteria import Criterion, FixedLayer, FullDepth
 from earlyexit_kernels.hf.model import early_exit_model_in
-from earlyexit_kernels.tuning.grids import GRIDS, settings
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
 from earlyexit_kernels.tuning.ranking import RANKING_METRICS, check_groups
 from earlyexit_kernels.tuning.record import Calibration, CurvePoint, Guarantee
 from earlyexit_kernels.tuning.rows import AGREEMENT, Rows, Setting, exit_shares
+from earlyexit_kernels.tuning.settings import GRIDS, settings
 from earlyexit_kernels.tuning.targets import Choice, Latency, MaxDrop, Risk, SpeedUp, Target, refine, risk_p_values
 from earlyexit_kernels.tuning.temperature import fit_temperatures, scale_exits, scaled
 from earlyexit_kernels.tuning.timing import BatchLatency
@@ -64,7 +64,8 @@ def calibrate(
             labels ``[N]``. Without labels the answers of full depth are taken for labels, and the metric is
             ``"agreement"``.
         target: `MaxDrop`, `SpeedUp`, `Latency` (with a model) or `Risk` (requires the extra ``tuning``).
-        criterion: name of a rule; ``"auto"``: every rule that the exits allow; or settings to choose from.
+        criterion: name of a rule; ``"auto"``: every rule that the exits allow, fixed cuts too, with a warning where
+            no rule beats a cut; or settings to choose from.
         metric: name in `tuning.metrics.METRICS`, or with `groups` in `tuning.ranking.RANKING_METRICS`; default:
             accuracy, Pearson correlation for regression, NDCG with `groups`.
         check: share of the rows that are check rows, in (0, 1).
@@ -131,13 +132,30 @@ def calibrate(
             scale_exits(model, temperatures)
             found = replace(found, temperatures=temperatures)
         found.apply(model)
-    if trace.depth in found.untrained:
-        warnings.warn(
-            f"calibrate: the last exit is no better than chance ({found.metric} {found.full_depth:.3f}); train the "
-            "model first",
-            stacklevel=2,
-        )
+    for message in _warnings(found, criterion):
+        warnings.warn(message, stacklevel=2)
     return found
+
+
+def _warnings(found: Calibration, criterion: Any) -> Iterator[str]:
+    """Yield what is doubtful about a calibration."""
+    if found.depth in found.untrained:
+        yield (
+            f"calibrate: the last exit is no better than chance ({found.metric} {found.full_depth:.3f}); train the "
+            "model first"
+        )
+    layer = found.one_layer
+    if layer is not None and criterion == "auto" and isinstance(found.criterion, FixedLayer):
+        yield (
+            f"calibrate: no rule beats a fixed cut on the {found.rows['tuning']} tuning rows: every row leaves at "
+            f"layer {layer}, and model.truncate({layer}) is the model without the layers above"
+        )
+    elif layer is not None and not isinstance(found.criterion, FixedLayer):
+        yield (
+            f"calibrate: every one of the {found.rows['check']} check rows leaves at layer {layer} under the setting "
+            f"chosen on {found.rows['tuning']} tuning rows, so that the layers above never run; give more rows, or "
+            f"take FixedLayer(layer={layer}) if that is meant"
+        )
 
 
 def _checked_model(model_or_trace: Any, target: Any, per_layer: bool, temperature: bool) -> Any:
@@ -296,8 +314,9 @@ def _candidates(tuning: Rows, criterion: Any, points: int) -> list[Criterion]:
             )
         return given
     found = settings(tuning.trace, points=points, problem_type=tuning.problem_type)
-    if criterion == "auto":
-        return [rule for group in found.values() for rule in group]
+    if criterion == "auto":  # fixed cuts first: of settings that do the same they are the simplest
+        cuts = found.pop(FixedLayer.name)
+        return [*cuts, *(rule for group in found.values() for rule in group)]
     if criterion not in found:
         hint = ""
         if criterion == "skip_gate":

@@ -102,6 +102,11 @@ class Calibration:
         return len(self.exit_shares)
 
     @property
+    def one_layer(self) -> int | None:
+        """The layer at which every check row leaves; None for the last one, and where they leave at several."""
+        return next((k for k, share in enumerate(self.exit_shares[:-1], start=1) if share == 1), None)
+
+    @property
     def target_miss(self) -> str | None:
         """By how much the check rows miss a target that is not a guarantee, in words; None where they meet it."""
         if self.target["name"] == "max_drop" and self.drop > self.target["drop"] + 1e-9:
@@ -182,6 +187,8 @@ class Calibration:
             lines.append(f"  latency      {self.latency:.2f} ms a batch{full}")
         if (miss := self.target_miss) is not None:
             lines.append(f"  note         on the check rows {miss}; the target is met on the tuning rows")
+        if self.one_layer is not None:
+            lines.append(f"  note         every check row leaves at layer {self.one_layer}: the layers above never run")
         if self.untrained:
             lines.append(f"  warning      no better than chance: exits {', '.join(map(str, self.untrained))}")
         return "\n".join(lines)

@@ -17,6 +17,7 @@ from earlyexit_kernels.page_style import COMMON
 from earlyexit_kernels.tuning.charts import exit_bars, merged, style, tradeoff
 from earlyexit_kernels.tuning.flops import row_macs
 from earlyexit_kernels.tuning.metrics import ece, probabilities
+from earlyexit_kernels.tuning.record import Calibration
 from earlyexit_kernels.tuning.rows import Answers, Rows, exit_shares
 from earlyexit_kernels.tuning.sweep import Point, Sweep
 from earlyexit_kernels.tuning.tables import device_text, parameter_text
@@ -253,7 +254,12 @@ def page(data: Mapping[str, Any]) -> str:
     """
     points = [(name, point) for curve in data["curves"] for name, point in curve["chosen"].items()]
     points.sort(key=lambda item: item[1]["mean_layers_run"] if item[1] else data["summary"]["depth"] + 1)
+    calibration = None if data["calibration"] is None else Calibration.from_dict(data["calibration"])
     values = {**data, **_images(data), "chosen": points, "device": device_text(data["environment"])}
+    values |= {
+        "target_miss": calibration and calibration.target_miss,
+        "one_layer": calibration and calibration.one_layer,
+    }
     return _TEMPLATES.get_template("report.html.j2").render(values, common=COMMON) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Evaluate criteria at many settings, from one full-depth pass over a tuning and a reporting split.
 
-A *setting* is a criterion with values for its parameters. Settings are generated (`grids`) and chosen on the tuning
+A *setting* is a criterion with values for its parameters. Settings are generated (`settings`) and chosen on the tuning
 split; results to quote come from the reporting split. The cost is counted in layers: if m of L layers are run on
 average, the *layer speed-up* is L / m and the *layers saved* are 1 - m / L. Without skipped layers, m is the mean exit
 layer. For wall-clock time, see `timing`.
@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.hf.predict import predict_with_exits
-from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.tuning.metrics import score
 from earlyexit_kernels.tuning.rows import Answers, Rows, exit_shares
+from earlyexit_kernels.tuning.settings import settings
 from earlyexit_kernels.tuning.traces import without_criterion
 from earlyexit_kernels.types import ExitTrace, default_problem_type
 
@@ -239,7 +239,7 @@ def sweep_skipping(
     Args:
         model: a model with gates; its criterion is restored at the end.
         result: sweep of the same splits by replay.
-        criteria: settings of one rule, as from `grids.skip_settings`.
+        criteria: settings of one rule, as from `settings.skip_settings`.
         tuning, reporting: data sets of the splits, dicts with ``labels``.
         collate_fn: pads a list of rows.
         batch_size: rows per batch.

@@ -15,7 +15,7 @@ from earlyexit_kernels.cli import train
 from earlyexit_kernels.cli.calibrate import target_from
 from earlyexit_kernels.methods import METHODS
 from earlyexit_kernels.tasks.load import TASK_NAMES
-from earlyexit_kernels.tuning.grids import MIN_POINTS
+from earlyexit_kernels.tuning.settings import MIN_POINTS
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp
 
 ROOT = Path(__file__).resolve().parents[2]

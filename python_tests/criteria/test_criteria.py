@@ -198,12 +198,12 @@ def test_check_fits_accepts():
         (
             Voting(threshold=2),
             {"classes": 1, "problem_type": "regression", "aux": ("hidden_cosine", "uncertainty")},
-            ("'voting'", "'regression'", "heads have FullDepth, HiddenCosine, Learned, Patience"),
+            ("'voting'", "'regression'", "heads have FixedLayer, FullDepth, HiddenCosine, Learned, Patience"),
         ),
         (
             Dact(),
             {"aux": ("halting",), "problem_type": "multi_label_classification"},
-            ("'dact'", "heads have FullDepth, QExit, SampledExit"),
+            ("'dact'", "heads have FixedLayer, FullDepth, QExit, SampledExit"),
         ),
         (Voting(threshold=2), {"depth": 4096}, ("'voting'", "4095", "4096")),
         (Voting(threshold=2), {"classes": 1}, ("'voting'", "at least 2", "got 1")),
@@ -218,7 +218,7 @@ def test_check_fits_accepts():
         (
             SkipGate(threshold=0.5, exit=Entropy(threshold=0.1)),
             {"aux": ("gate", "hidden_cosine"), "problem_type": "regression"},
-            ("'entropy'", "'regression'", "heads have FullDepth, HiddenCosine, Patience, SkipGate"),
+            ("'entropy'", "'regression'", "heads have FixedLayer, FullDepth, HiddenCosine, Patience, SkipGate"),
         ),
     ],
     ids=str,

@@ -49,7 +49,7 @@ def test_expectation_of_an_infinite_logit(backend):
 
 def test_an_infinite_output_without_weight_does_not_count(backend):
     """The expected output of a regression; 0 times infinity is not a number."""
-    rows = step(criteria.Expectation(), [[math.inf]], backend, aux=torch.zeros(1))
+    rows = one_exit(criteria.Expectation(), torch.tensor([[math.inf]]), backend, aux=torch.zeros(1))
     assert rows["state"].tolist() == [[1.0], [0.0]]
 
 

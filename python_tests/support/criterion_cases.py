@@ -288,6 +288,20 @@ CASES: dict[str, Case] = {
         spreading=lambda trace: [C.Energy(threshold=t) for t in STEPS],
         scores=(lambda z, aux, rule: 1 / (1 + z.double().exp().sum(dim=-1)), "threshold"),
     ),
+    "fixed_layer": Case(
+        saved=[(C.FixedLayer(layer=2), {"layer": 2})],
+        refused=[
+            ({"layer": 0}, ("layer", "0", "whole number in [1,", "criterion=None")),
+            ({"layer": 1.5}, ("layer", "1.5", "whole number in [1,")),
+            ({"layer": True}, ("layer", "True", "whole number in [1,")),
+        ],
+        settings={"fixed_layer": fixed(C.FixedLayer(layer=2), 2, classes=(1, 2, 3, 17), exact=True)},
+        decide=oracle.decide_fixed_layer,
+        draw=random_settings.fixed_layer,
+        spreading=lambda trace: [C.FixedLayer(layer=2)],
+        exits=1,
+        tolerance=lambda *given: 0.0,
+    ),
     "skip_gate": Case(
         saved=[
             (

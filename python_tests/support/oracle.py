@@ -129,6 +129,10 @@ def decide_full_depth(z, aux, state, params, at):
     return False, 0.0, math.inf, z
 
 
+def decide_fixed_layer(z, aux, state, params, at):
+    return at[0] >= params[0], 0.0, math.inf, z
+
+
 def decide_entropy(z, aux, state, params, at):
     threshold, normalized = params
     h = entropy(z) / math.log(len(z)) if normalized else entropy(z)

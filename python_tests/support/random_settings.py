@@ -64,6 +64,11 @@ def without_fields(build: Any, scale: float = 1.0) -> Draw:
     return lambda draw, classes, depth: Drawn(build(), lambda layer: (), scale)
 
 
+def fixed_layer(draw: Any, classes: int, depth: int) -> Drawn:
+    layer = draw(st.integers(1, depth + 1))
+    return Drawn(criteria.FixedLayer(layer=layer), lambda at: (layer,))
+
+
 def thresholds(build: Any, low: float = 0.0, high: float = 1.0) -> Draw:
     """Draw settings of a criterion with a threshold only."""
 

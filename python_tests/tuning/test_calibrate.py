@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from support.models import CLASSES, early_exit
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.criteria import Entropy, Margin, Patience
+from earlyexit_kernels.criteria import Entropy, FixedLayer, Margin, Patience
 from earlyexit_kernels.tuning import calibrate as calibrate_module
 from earlyexit_kernels.tuning import rows as rows_module
 from earlyexit_kernels.tuning.targets import last_passed, risk_p_values
@@ -102,6 +102,33 @@ def test_auto_is_at_least_as_fast_as_each_rule():
 
     alone = {name: layers_when_chosen(name) for name in ("entropy", "margin", "patience", "energy")}
     assert layers_when_chosen("auto") <= min(alone.values()) < max(alone.values())
+
+
+def test_auto_says_where_no_rule_beats_a_fixed_cut():
+    """The second exit is as good as the last, and no exit is surer of the rows that it knows."""
+    labels = np.arange(400) % 2
+    noise = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    right = F.one_hot(torch.from_numpy(labels), 2) * 6.0
+    trace = ee.ExitTrace(torch.stack([noise, right, right, right], dim=1))
+    with pytest.warns(UserWarning, match=r"no rule beats a fixed cut on the 200 tuning rows: .* at layer 2, and"):
+        found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.0), criterion="auto")
+    assert found.criterion == FixedLayer(layer=2) and found.one_layer == 2
+    assert "every check row leaves at layer 2" in str(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # asked for, or not the choice
+        assert ee.calibrate(trace, labels, target=ee.MaxDrop(0.0), criterion="fixed_layer") is not None
+        better = ee.calibrate(*noisy_trace(), target=ee.MaxDrop(0.01), criterion="auto")
+    assert better.one_layer is None and not isinstance(better.criterion, FixedLayer)
+
+
+def test_setting_under_which_every_row_leaves_at_one_layer_is_said():
+    """On few rows a setting that never runs the layers above looks harmless."""
+    trace, labels = noisy_trace(60, noise=(0.3, 0.3, 0.3, 0.3))
+    with pytest.warns(
+        UserWarning, match="every one of the 30 check rows leaves at layer 1 .* 30 tuning rows.*more rows"
+    ):
+        found = ee.calibrate(trace, labels, target=ee.MaxDrop(0.2))
+    assert found.one_layer == 1 and "every check row leaves at layer 1" in str(found)
 
 
 def test_settings_to_choose_from_may_be_given():

@@ -15,8 +15,8 @@ from earlyexit_kernels.data import toy
 from earlyexit_kernels.tasks.load import encode
 from earlyexit_kernels.tasks.sources import Split
 from earlyexit_kernels.tuning import sweep as sweeps
-from earlyexit_kernels.tuning.grids import settings
 from earlyexit_kernels.tuning.rows import Rows
+from earlyexit_kernels.tuning.settings import settings
 from earlyexit_kernels.tuning.traces import collect_trace
 from earlyexit_kernels.types import ExitTrace
 

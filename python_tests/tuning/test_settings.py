@@ -10,7 +10,7 @@ from support.criterion_cases import CASES
 
 from earlyexit_kernels import criteria
 from earlyexit_kernels.core.replay import replay
-from earlyexit_kernels.tuning import grids
+from earlyexit_kernels.tuning import settings as grids
 from earlyexit_kernels.types import AUX_ACTIVATIONS, CLASSIFICATION, ExitTrace
 
 ROWS, DEPTH = 300, 6

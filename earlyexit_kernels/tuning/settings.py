@@ -7,6 +7,7 @@ a score. Rules without a threshold have a few settings.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -123,6 +124,12 @@ def _aux(trace: ExitTrace, name: str) -> Tensor:
     return AUX_ACTIVATIONS[name](trace.aux[name][:, :-1].double())
 
 
+def _margin(trace: ExitTrace) -> Tensor:
+    """Return the difference of the two largest class probabilities, or the only one."""
+    first, *others = _log_probabilities(trace).exp().topk(min(2, trace.logits.shape[2]), dim=-1).values.unbind(-1)
+    return first - sum(others)
+
+
 def _entropy(log_p: Tensor) -> Tensor:
     """Return the entropy in nats over the last axis."""
     return torch.special.entr(log_p.exp()).sum(dim=-1)
@@ -163,20 +170,21 @@ def _shares(points: int, parts: int) -> int:
     return max(MIN_THRESHOLDS, points // parts)
 
 
-def _entropies(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    scores = _entropy(_log_probabilities(trace))
-    return [criteria.Entropy(threshold=t) for t in _thresholds(scores, points, low=0.0)]
+def _over(scores: Callable[[ExitTrace], Tensor], *builds: Any, low: float = 0.0, high: float = 1.0) -> Grid:
+    """Return the grid of a rule with a threshold.
 
+    Args:
+        scores: ``trace ->`` the numbers that are compared with the threshold.
+        builds: ``threshold=... ->`` the rule, one for each value of a second parameter.
+        low, high: range of the threshold.
+    """
 
-def _max_probabilities(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    scores = _log_probabilities(trace).exp().amax(dim=-1)
-    return [criteria.MaxProbability(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
+    def grid(trace: ExitTrace, points: int) -> Iterable[Criterion]:
+        count = points if len(builds) == 1 else _shares(points, len(builds))
+        thresholds = _thresholds(scores(trace), count, low=low, high=high)
+        return [build(threshold=t) for build in builds for t in thresholds]
 
-
-def _margins(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    first, *others = _log_probabilities(trace).exp().topk(min(2, trace.logits.shape[2]), dim=-1).values.unbind(-1)
-    scores = first - sum(others)
-    return [criteria.Margin(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
+    return grid
 
 
 def _patiences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
@@ -191,14 +199,6 @@ def _patiences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
 def _q_exits(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     left = 1 - (1 - _aux(trace, "halting")).cumprod(dim=1)
     return [criteria.QExit(q=q) for q in sorted({PAPER_Q, *_thresholds(left, points - 1, low=0.0, high=1.0)})]
-
-
-def _sampled_exits(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    return [criteria.SampledExit(seed=seed) for seed in SEEDS]
-
-
-def _expectations(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    return [criteria.Expectation()]
 
 
 def _votings(trace: ExitTrace, points: int) -> Iterable[Criterion]:
@@ -220,47 +220,30 @@ def _dacts(trace: ExitTrace, points: int) -> Iterable[Criterion]:
     return [criteria.Dact(bound=bound, epsilon=e) for bound in ("paper", "tight") for e in epsilons]
 
 
-def _learned(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    scores = _aux(trace, "uncertainty")
-    return [criteria.Learned(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
-
-
-def _patient_confidences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    scores = _entropy(_log_probabilities(trace)) / math.log(max(trace.logits.shape[2], 2))
-    thresholds = _thresholds(scores, _shares(points, len(PATIENCES)), low=0.0, high=1.0)
-    return [criteria.PatientConfidence(threshold=t, patience=p) for p in PATIENCES for t in thresholds]
-
-
-def _divergence_patiences(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    scores = _divergence(_log_probabilities(trace))
-    thresholds = _thresholds(scores, _shares(points, len(PATIENCES)), low=0.0, high=1.0)
-    return [criteria.DivergencePatience(threshold=t, patience=p) for p in PATIENCES for t in thresholds]
-
-
-def _hidden_cosines(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    scores = _aux(trace, "hidden_cosine")
-    return [criteria.HiddenCosine(threshold=t) for t in _thresholds(scores, points, low=-1.0, high=1.0)]
-
-
-def _energies(trace: ExitTrace, points: int) -> Iterable[Criterion]:
-    scores = torch.sigmoid(-trace.logits[:, :-1].double().logsumexp(dim=-1))
-    return [criteria.Energy(threshold=t) for t in _thresholds(scores, points, low=0.0, high=1.0)]
+def _for_each_patience(rule: Any) -> list[Any]:
+    return [functools.partial(rule, patience=patience) for patience in PATIENCES]
 
 
 #: Grids of all rules of `RULES` but full depth, which has no settings.
 GRIDS: dict[str, Grid] = {
-    "entropy": _entropies,
-    "max_probability": _max_probabilities,
-    "margin": _margins,
+    "entropy": _over(lambda trace: _entropy(_log_probabilities(trace)), criteria.Entropy, high=math.inf),
+    "max_probability": _over(lambda trace: _log_probabilities(trace).exp().amax(dim=-1), criteria.MaxProbability),
+    "margin": _over(_margin, criteria.Margin),
     "patience": _patiences,
     "q_exit": _q_exits,
-    "sampled_exit": _sampled_exits,
-    "expectation": _expectations,
+    "sampled_exit": lambda trace, points: [criteria.SampledExit(seed=seed) for seed in SEEDS],
+    "expectation": lambda trace, points: [criteria.Expectation()],
     "voting": _votings,
     "dact": _dacts,
-    "learned": _learned,
-    "patient_confidence": _patient_confidences,
-    "divergence_patience": _divergence_patiences,
-    "hidden_cosine": _hidden_cosines,
-    "energy": _energies,
+    "learned": _over(lambda trace: _aux(trace, "uncertainty"), criteria.Learned),
+    "patient_confidence": _over(
+        lambda trace: _entropy(_log_probabilities(trace)) / math.log(max(trace.logits.shape[2], 2)),
+        *_for_each_patience(criteria.PatientConfidence),
+    ),
+    "divergence_patience": _over(
+        lambda trace: _divergence(_log_probabilities(trace)), *_for_each_patience(criteria.DivergencePatience)
+    ),
+    "hidden_cosine": _over(lambda trace: _aux(trace, "hidden_cosine"), criteria.HiddenCosine, low=-1.0),
+    "energy": _over(lambda trace: torch.sigmoid(-trace.logits[:, :-1].double().logsumexp(dim=-1)), criteria.Energy),
+    "fixed_layer": lambda trace, points: [criteria.FixedLayer(layer=layer) for layer in range(1, trace.depth)],
 }
