@@ -349,7 +349,7 @@ class EarlyExitForSequenceClassification(Checkpointed):
         the same bits where the layers run on the vector kernels of the CPU. It saves, loads and trains as any other.
 
         Raises:
-            ValueError: not a number of layers of this model, or layers in several groups (ALBERT).
+            ValueError: not a number of layers of this model, or one with which the groups of an ALBERT would be others.
 
         Example:
 

@@ -20,12 +20,8 @@ def truncated(model: Any, layers: int) -> Any:
     config = copy.deepcopy(model.config)
     config.criterion = config.calibration = None
     encoder = config.backbone_config
-    groups = getattr(encoder, "num_hidden_groups", 1)
-    if groups > 1 and layers < model.depth:
-        raise ValueError(
-            f"truncate: the layers of this model are {groups} groups whose places depend on the depth; expected one "
-            "group, or all layers"
-        )
+    if getattr(encoder, "num_hidden_groups", 1) > 1:
+        encoder.num_hidden_groups = _groups(model.depth, encoder.num_hidden_groups, layers)
     encoder.num_hidden_layers = layers
     if getattr(encoder, "layer_types", None) is not None:
         encoder.layer_types = encoder.layer_types[:layers]
@@ -33,6 +29,22 @@ def truncated(model: Any, layers: int) -> Any:
     for part, source in ((smaller.backbone, model.backbone), (smaller.heads, model.heads)):
         _copy(part, source)
     return smaller.train(model.training)
+
+
+def _groups(depth: int, groups: int, layers: int) -> int:
+    """Return the number of groups with which the first layers of an ALBERT keep theirs.
+
+    Raises:
+        ValueError: there is none, since the group of a layer follows from the share of the depth before it.
+    """
+    kept = [int(i / (depth / groups)) for i in range(layers)]
+    number = kept[-1] + 1
+    if [int(i / (layers / number)) for i in range(layers)] != kept:
+        raise ValueError(
+            f"truncate: the {groups} groups of layers of this model stand for others in a model of {layers} layers; "
+            f"expected a multiple of {depth // groups} layers"
+        )
+    return number
 
 
 @torch.no_grad()

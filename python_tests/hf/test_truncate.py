@@ -56,6 +56,8 @@ def test_layers_out_of_range_are_refused(layers):
         early_exit().truncate(layers)
 
 
-def test_groups_of_layers_are_refused():
-    with pytest.raises(ValueError, match="2 groups whose places depend on the depth"):
-        early_exit("albert", num_hidden_groups=2).truncate(2)
+def test_groups_of_layers_that_would_be_others_are_refused():
+    model = early_exit("albert", num_hidden_groups=2, num_hidden_layers=6)
+    with pytest.raises(ValueError, match="stand for others in a model of 4 layers; expected a multiple of 3"):
+        model.truncate(4)
+    assert model.truncate(3).config.backbone_config.num_hidden_groups == 1
