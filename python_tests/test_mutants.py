@@ -116,9 +116,10 @@ def test_finished_rows_of_the_same_line_and_tests_are_kept(table, tmp_path):
     results = Results(tmp_path / "results.csv", ["first", "second"])
     assert not results.has(first, tmp_path)
     results.put(Row.of(first, first.lines(tmp_path), "survived", "", "3", "abc"))
+    assert not results.has(first, tmp_path) and results.rows["first"].reason == NEEDS_A_TEST and results.unexplained
+    results.put(replace(results.rows["first"], result="killed"))
     again = Results(results.path, ["first", "second"])
-    assert again.has(first, tmp_path)
-    assert again.rows["first"].reason == NEEDS_A_TEST and again.unexplained
+    assert again.has(first, tmp_path) and not again.unexplained
     for text in (TEXT.replace("a < b", "a < b and c"), TEXT.replace("a < b", "a <= b")):
         place.write_text(text)
         assert not again.has(first, tmp_path)

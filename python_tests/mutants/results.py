@@ -44,8 +44,8 @@ class Row:
 
     @property
     def is_finished(self) -> bool:
-        """Return whether the mutant was measured."""
-        return self.result in ("killed", "survived")
+        """Return whether the mutant was measured, and needs no test that may have been written since."""
+        return self.result == "killed" or self.reason not in ("", NEEDS_A_TEST)
 
     @property
     def reason(self) -> str:
@@ -117,4 +117,4 @@ class Results:
     @property
     def unexplained(self) -> bool:
         """Return whether a mutant was not measured, or survived without a reason."""
-        return any(row.result != "killed" and row.reason in ("", NEEDS_A_TEST) for row in self.rows.values())
+        return not all(row.is_finished for row in self.rows.values())
