@@ -5,5 +5,6 @@ REASONS: dict[str, str] = {
     "divergence-zero-threshold": "equivalent: no term of the divergence is negative, so that none is below 0",
     "fixed-state-of-the-gone": "equivalent: the state of a row that has left is never read",
     "full-depth-due": "equivalent but for time: a rule that never leaves is answered by the last exit alone",
+    "loop-strict-at-the-end": "equivalent: the count of the model's invalid rows refuses them too",
     "replay-due": "equivalent but for time: full depth decides at the last exit only",
 }
