@@ -254,11 +254,15 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--input", required=True, nargs="+", help="files, folders or patterns; also URIs, such as s3://bucket/*.parquet"
     )
-    add("--output", required=True, type=_checked("path"), help="folder for scored/ and errors/")
+    add("--output", required=True, type=_checked("path"), help="folder for a Parquet file of each unit of the input")
     _add_scorer_arguments(parser)
-    add("--truncate", action="store_true", help="cut texts that are too long, which otherwise go to errors/")
-    add("--workers", type=_checked("count"), help="copies of the model (default: one a GPU or core, 8 a machine)")
-    add("--address", help="of a cluster of Ray (default: this machine)")
+    add("--truncate", action="store_true", help="cut texts that are too long, which otherwise have no answer")
+    add(
+        "--workers",
+        type=_checked("count"),
+        default=1,
+        help="copies of the model; more than one on Ray, on this machine or the cluster of RAY_ADDRESS (default: 1)",
+    )
     add("--overwrite", action="store_true", help="remove the rows of an earlier run, instead of going on with it")
 
 
@@ -280,16 +284,6 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-queue", type=count, default=4096, help="inputs that may wait; more get 503 (default: %(default)s)")
     add("--max-inputs", type=count, default=256, help="inputs of a request; more get 413 (default: %(default)s)")
     add("--max-body-bytes", type=count, default=2**20, help="size of a request (default: %(default)s)")
-    add("--rate-limit", type=_checked("positive"), help="requests a second of a client; more get 429 (default: any)")
-    add("--min-threshold", type=_checked("threshold"), help="least threshold that a request may choose (default: none)")
-    add("--max-threshold", type=_checked("threshold"), help="largest threshold that a request may choose")
-    add(
-        "--api-key-file",
-        type=_checked("path"),
-        help="file with the key that clients must send (default: the variable EARLYEXIT_API_KEY, or no key)",
-    )
-    add("--ray", type=_checked("replicas"), metavar="N[-M]", help="run N replicas on Ray Serve, or N to M by the load")
-    add("--address", help="of a cluster of Ray, with --ray (default: this machine)")
 
 
 def add_no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -347,15 +341,16 @@ COMMANDS = {
         add_predict_arguments,
     ),
     "score": Command(
-        "Classify the rows of many files, by workers on this machine or a cluster of Ray.",
-        "Writes --output/scored with the columns of the input, label, score and exit_layer; rows without an answer go\n"
-        "to --output/errors. The same command again goes on where a run has ended. Requires the extra ray.",
+        "Classify the rows of many files, in this process or by workers of Ray.",
+        "Writes to --output the columns of the input, label, score, exit_layer and error. The same command again\n"
+        "goes on where a run has ended. Requires the extra ray.",
         add_score_arguments,
     ),
     "serve": Command(
         "Serve a saved early-exit model over HTTP.",
         "Listens when the model is loaded: POST /predict, and /, /health, /info, /metrics. SIGTERM ends it when the\n"
-        "requests under way are answered. Requires the extra serve.",
+        "requests under way are answered. Clients must send the key in the variable EARLYEXIT_API_KEY, where there is\n"
+        "one. Requires the extra serve.",
         add_serve_arguments,
     ),
     "env": Command("Show versions, the machine, and the back-ends that are available.", "", add_no_arguments),

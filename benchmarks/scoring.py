@@ -24,8 +24,8 @@ from benchmarks.machine import trained_folder
 from earlyexit_kernels.cli.recipe import Recipe
 
 SUITE, ROWS_PER_REPEAT = "scoring", 100_000
-#: Words of a row at most; rows of a call of the plain loop; rows of an input file.
-WORDS, CALL, FILE = 10, 4096, 250_000
+#: Words of a row at most; rows of a call of the plain loop; rows of an input file, and of a unit of it.
+WORDS, CALL, FILE, UNIT = 10, 4096, 250_000, 50_000
 SECONDS = 3600.0
 
 
@@ -46,7 +46,7 @@ def write_rows(folder: Path, texts: Sequence[str], rows: int) -> None:
     for first in range(0, rows, FILE):
         count = min(FILE, rows - first)
         table = {"id": range(first, first + count), "text": list(itertools.islice(endless, count))}
-        pq.write_table(pa.table(table), folder / f"{first:09}.parquet")
+        pq.write_table(pa.table(table), folder / f"{first:09}.parquet", row_group_size=UNIT)
 
 
 def command(model: Path, work: Path, name: str) -> list[str]:
@@ -57,7 +57,7 @@ def command(model: Path, work: Path, name: str) -> list[str]:
 
 def killed_and_resumed(model: Path, work: Path, rows: int) -> Record:
     """Kill a run when half of its files are there, run it again, and count its rows."""
-    scored = work / "resumed" / "scored"
+    scored = work / "resumed"
     running = subprocess.Popen(command(model, work, "resumed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + SECONDS
     while rows_in(scored) < rows / 2:
@@ -68,7 +68,9 @@ def killed_and_resumed(model: Path, work: Path, rows: int) -> Record:
     running.wait()
     before = rows_in(scored)
     subprocess.run(command(model, work, "resumed"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    ids = sorted(itertools.chain.from_iterable(pq.read_table(path)["id"].to_pylist() for path in scored.iterdir()))
+    ids = sorted(
+        itertools.chain.from_iterable(pq.read_table(path)["id"].to_pylist() for path in scored.glob("*.parquet"))
+    )
     return {"rows_before_the_kill": before, "every_row_once": ids == list(range(rows))}
 
 

@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "safetensors torch transformers",
     "tuning": "arguments backbones backends criteria core hf page_style types jinja2 mapie matplotlib numpy "
     "safetensors scipy sklearn torch tqdm",
-    "serving": "arguments backends criteria hf ops page_style tuning fastapi numpy prometheus_client pyarrow "
-    "pydantic ray torch transformers uvicorn",
+    "serving": "arguments backends criteria hf ops page_style tuning types fastapi jinja2 numpy "
+    "prometheus_client pyarrow pydantic ray starlette torch transformers uvicorn",
     "data": "pyarrow tokenizers torch transformers",
     "tasks": "data datasets huggingface_hub torch",
     "cli": "* __init__ numpy safetensors torch tqdm transformers",

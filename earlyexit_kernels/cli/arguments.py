@@ -87,15 +87,6 @@ def rate_or_same(text: str) -> float | None:
     return None if text == "same" else learning_rate(text)
 
 
-def replicas(text: str) -> tuple[int, int]:
-    """Convert ``"2"`` or ``"1-8"`` to the least and the most replicas."""
-    least, _, most = text.partition("-")
-    found = count(least), count(most or least)
-    if "-" in text and (not most or found[0] >= found[1]):
-        raise argparse.ArgumentTypeError(f"expected a number or two rising numbers such as 1-8, got {text!r}")
-    return found
-
-
 png, page = _ending(".png"), _ending(".html")
 #: Ranges of the numbers; the upper limits are far above useful values and far below those at which libraries fail.
 rows = _converter(int, whole(low=1, high=10**9))
@@ -113,8 +104,6 @@ speed_up = _converter(float, number(low=1, high=1000))
 milliseconds = _converter(float, number(low=0, high=10**9, inside=True))
 count = _converter(int, whole(low=1, high=10**9))
 port = _converter(int, whole(low=0, high=65535))
-threshold = _converter(float, number())
-positive = _converter(float, number(low=0, high=10**9, inside=True))
 probability = _converter(float, number(low=0, high=1, inside=True))
 
 task = one_of(*TASK_NAMES)

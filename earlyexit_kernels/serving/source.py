@@ -30,6 +30,11 @@ class Source:
     config_digest: str
     tokenizer: Any
 
+    @property
+    def title(self) -> str:
+        """The name without its folders."""
+        return os.path.basename(self.name)
+
     @staticmethod
     def of(name: str | os.PathLike[str], tokenizer: Any) -> Source:
         """Return the source as it is now.

@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
-from support.servers import fake_server
+from support.servers import thread_server
 from support.text_models import saved_model, texts
 
 import earlyexit_kernels as ee
 from benchmarks import harness, tables
 from benchmarks.http import load, servers
 from benchmarks.http.servers import FULL, LITSERVE, OWN
+from earlyexit_kernels.serving.source import Source
 
 ROWS = texts(40)
 
@@ -26,7 +27,7 @@ def saved(tmp_path_factory):
 
 
 def test_every_arrival_is_answered_and_timed(saved):
-    with fake_server(saved) as url:
+    with thread_server(Source.of(saved, None)) as url:
         latencies, asked = asyncio.run(load.session(url, ROWS, rate=200.0, seed=0, seconds=0.5))
         same, _ = asyncio.run(load.session(url, ROWS, rate=200.0, seed=0, seconds=0.5))
         assert asyncio.run(load.throughput(url, ROWS, 0.3)) > 0
@@ -36,7 +37,7 @@ def test_every_arrival_is_answered_and_timed(saved):
 def test_one_client_takes_turns_with_the_scorer(saved, tmp_path, monkeypatch):
     """Each server, here the same one, gets as many requests as the scorer gets texts."""
     monkeypatch.setattr(load, "REST", 0)
-    with fake_server(saved) as url:
+    with thread_server(Source.of(saved, None)) as url:
         monkeypatch.setattr(load, "serving", lambda *_: contextlib.nullcontext(url))
         records = list(load.overhead(saved, tmp_path, ROWS, 3))
     assert [record["server"] for record in records] == [load.ALONE, OWN, LITSERVE]

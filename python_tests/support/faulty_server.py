@@ -1,11 +1,13 @@
-"""Run `earlyexit serve` with `faulty_worker`."""
+"""Run a server of `faulty_model`: ``python faulty_server.py '{"workers": 2}'``, with fields of `Options`."""
 
+import json
 import sys
-from pathlib import Path
 
-from earlyexit_cli import main
-from earlyexit_kernels.serving.http import worker_process
+from support.faulty_model import FaultySource
+
+from earlyexit_kernels.serving import workers
+from earlyexit_kernels.serving.server import Options
 
 if __name__ == "__main__":
-    worker_process.WORKER = (str(Path(__file__).with_name("faulty_worker.py")),)
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    options = Options(source=FaultySource(), port=0, **json.loads(sys.argv[1]))
+    sys.exit(workers.run(options, lambda url: print(f"serving at {url}", flush=True)))

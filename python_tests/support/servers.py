@@ -1,88 +1,65 @@
-"""Servers on free ports: one in a thread whose worker needs no torch, and one that is the command line itself."""
+"""Servers on free ports: one in a thread of this process, and one that is a process with workers."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
+import uvicorn
+from support.faulty_model import FaultySource
 
-from earlyexit_kernels.data import toy
-from earlyexit_kernels.serving.http import server, worker_process
-from earlyexit_kernels.serving.http.settings import Settings
+from earlyexit_kernels.serving.server import Options, create_app
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 #: Generous: the machine may be busy.
-SECONDS = 60.0
-#: Words that are orders to a fake worker.
-ORDERS = {"slow": "opera", "end": "series", "fail": "record", "hang": "novel"}
+SECONDS = 240.0
 
 
 @contextmanager
-def fake_server(folder: Path, **settings: Any) -> Iterator[str]:
-    """Run a server with fake workers in a thread, and give its URL.
+def thread_server(source: Any = None, **options: Any) -> Iterator[str]:
+    """Run a server in a thread, and give its URL.
 
     Args:
-        folder: with a tokenizer.
-        settings: of `Settings`.
+        source: of the model; default: `FaultySource`.
+        options: further fields of `Options`.
     """
-    ids = {order: toy.vocabulary().index(word) for order, word in ORDERS.items()}
-    began: Future[tuple[str, asyncio.AbstractEventLoop, asyncio.Task]] = Future()
-
-    async def main() -> None:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        try:
-            await server.serve(
-                Settings(model=folder, port=0, **settings), lambda url, _: began.set_result((url, loop, task))
-            )
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:
-            began.set_exception(error)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_process, "WORKER", (str(HERE / "fake_worker.py"), json.dumps(ids)))
-        thread = threading.Thread(target=asyncio.run, args=(main(),))
+    app = create_app(Options(source=source or FaultySource(), **options))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", lifespan="off", access_log=False))
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
         thread.start()
-        url, loop, task = began.result(SECONDS)
         try:
             yield url
         finally:
-            loop.call_soon_threadsafe(task.cancel)
+            server.should_exit = True
             thread.join(SECONDS)
             assert not thread.is_alive()
 
 
-def fake_workers() -> list[int]:
-    """Return the process ids of the fake workers of this process."""
-    children = Path("/proc/self/task").glob("*/children")
-    pids = [int(one) for file in children for one in file.read_text().split()]
-    return [pid for pid in pids if b"fake_worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
 class Command:
-    """`earlyexit serve` as a process, with workers whose model fails on some words; see `faulty_worker`."""
+    """A server as a process; `url` is that of the line that it prints, or empty where it ends without one."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        root = HERE.parents[1]
-        paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    def __init__(self, *arguments: str) -> None:
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "python_tests")])
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "faulty_server.py", str(folder), "--port", "0", *arguments],
+            [sys.executable, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
         )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()
@@ -90,17 +67,52 @@ class Command:
 
     @property
     def workers(self) -> list[int]:
-        """Process ids of the workers."""
+        """Process ids of the workers; another child is the resource tracker of Python."""
         pid = self.process.pid
-        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [one for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
     def end(self) -> tuple[int, str]:
         """Send SIGTERM; return the exit code and what was written to stderr."""
         self.process.send_signal(signal.SIGTERM)
+        return self.ended()
+
+    def ended(self) -> tuple[int, str]:
+        """Wait for its end; return the exit code and what was written to stderr."""
         _, errors = self.process.communicate(timeout=SECONDS)
         return self.process.returncode, errors
+
+    def kill(self) -> None:
+        """End it and its workers, where it has not ended."""
+        if self.process.poll() is None:
+            pids = self.workers
+            self.process.kill()
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            self.process.communicate()
 
 
 def client_of(url: str, **arguments: Any) -> httpx.Client:
     """Return a client that waits long enough for a busy machine."""
     return httpx.Client(base_url=url, timeout=SECONDS, **arguments)
+
+
+def counted(client: httpx.Client, name: str, **labels: str) -> float:
+    """Return the sum of the samples in `/metrics` that have a name and labels."""
+    wanted = {f'{label}="{value}"' for label, value in labels.items()}
+    total = 0.0
+    for line in client.get("/metrics").text.splitlines():
+        sample, _, value = line.rpartition(" ")
+        found, _, rest = sample.partition("{")
+        if found == f"earlyexit_{name}" and wanted <= set(re.findall(r'\w+="[^"]*"', rest)):
+            total += float(value)
+    return total
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for a condition, and return its value."""
+    end = time.monotonic() + SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition has not become true"
+        time.sleep(0.02)
+    return value

@@ -1,19 +1,17 @@
-"""Requests of `/predict`: what clients send, the rows that it becomes, and the answers that they get."""
+"""Requests of `/predict`: what clients send, the rows that it becomes, and how requests are refused."""
 
 from __future__ import annotations
 
+import copy
+import hmac
+from base64 import b64decode
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictStr, ValidationError
-from transformers import AutoTokenizer
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
-from earlyexit_kernels.ops.exit_step import valid_rows
-from earlyexit_kernels.serving.answers import DEFAULT_FUNCTION, FUNCTIONS
-from earlyexit_kernels.serving.http.protocol import Found
-from earlyexit_kernels.serving.http.settings import Settings
 from earlyexit_kernels.serving.rows import encode
 
 #: Fields that the answer to a refused request names, and characters of a name.
@@ -24,6 +22,8 @@ CHARACTERS_PER_TOKEN = 64
 SHORTEN = 'shorten it, or set "truncate": true'
 #: What `inputs` may be.
 INPUTS = "expected a text, or a list of texts and of lists of one or two texts"
+#: Seconds after which a client may try again where the server is overloaded.
+RETRY_AFTER = "1"
 
 
 class RefusedError(Exception):
@@ -41,6 +41,10 @@ class RefusedError(Exception):
         self.status, self.kind = status, kind
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
+    def response(self) -> JSONResponse:
+        """Return the answer to the request."""
+        return JSONResponse({"error": str(self), "error_type": self.kind}, self.status, headers=self.headers)
+
 
 class PredictRequest(BaseModel):
     """The body of a request. A list is several inputs; a list in it is a pair of texts, or one text."""
@@ -50,7 +54,6 @@ class PredictRequest(BaseModel):
     inputs: StrictStr | list[StrictStr | list[StrictStr]] = Field(description=INPUTS)
     truncate: StrictBool = Field(default=False, description="shorten inputs that are too long, instead of refusing")
     raw_scores: StrictBool = Field(default=False, description="return logits instead of probabilities")
-    threshold: StrictFloat | None = Field(default=None, description="of the exits, within the limits of `/info`")
 
     @staticmethod
     def parse(body: bytes) -> PredictRequest:
@@ -91,42 +94,58 @@ class PredictRequest(BaseModel):
         return items
 
 
-def check_threshold(threshold: float | None, settings: Settings) -> None:
-    """Check the threshold of a request.
+async def body_of(request: Request, max_bytes: int) -> bytes:
+    """Return the body of a request.
 
     Raises:
-        RefusedError: the server accepts none, or not this one (422).
+        RefusedError: it is too long (413).
+        ClientDisconnect: the client has gone.
     """
-    low, high = settings.min_threshold, settings.max_threshold
-    if threshold is None:
-        return
-    if low is None or high is None:
-        raise RefusedError(
-            422,
-            "Validation",
-            "threshold: this server accepts no threshold of a request; leave it out, or start the server with "
-            "--min-threshold and --max-threshold",
-        )
-    if not low <= threshold <= high:
-        raise RefusedError(422, "Validation", f"threshold: expected a number in [{low:g}, {high:g}], got {threshold:g}")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise RefusedError(413, "Validation", f"expected a body of at most {max_bytes} bytes")
+    return bytes(body)
 
 
-class Tokenizer:
-    """The tokenizer of a model. One thread at a time may use it.
+def check_key(expected: str | None, authorization: str) -> None:
+    """Compare the key of a request in constant time: ``Bearer KEY``, or ``Basic`` with the key as password.
 
     Args:
-        folder: of the model.
+        expected: the key, or None where all may pass.
+        authorization: the header, or an empty string.
 
     Raises:
-        OSError, ValueError: the folder has no tokenizer that can be loaded.
+        RefusedError: the key is missing or wrong (401).
+    """
+    if expected is None:
+        return
+    scheme, _, credentials = authorization.partition(" ")
+    key = credentials.strip().encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            key = b64decode(key, validate=True).partition(b":")[2]
+        except ValueError:
+            key = b""
+    if scheme.lower() not in ("bearer", "basic") or not hmac.compare_digest(key, expected.encode()):
+        text = "expected the header Authorization: Bearer KEY with the API key, or Basic with it as the password"
+        raise RefusedError(401, "Unauthorized", text, WWW_Authenticate='Basic realm="earlyexit"')
+
+
+class Encoder:
+    """Turns the texts of requests into rows; one thread at a time may use it, as truncation is a state of a tokenizer.
+
+    Args:
+        tokenizer: of the model, of which a copy is made.
+        max_length: tokens of a row.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.max_length: int = self._tokenizer.model_max_length
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self._tokenizer, self.max_length = copy.deepcopy(tokenizer), max_length
 
-    def rows(self, items: Sequence[tuple[str, ...]], *, truncate: bool) -> list[tuple[list[int], list[int] | None]]:
-        """Return token ids and segment ids of each input.
+    def rows(self, items: Sequence[tuple[str, ...]], *, truncate: bool) -> list[dict[str, list[int]]]:
+        """Return the inputs by name of each item of one or two texts.
 
         Raises:
             RefusedError: an input is empty; or it has more than `max_length` tokens, or more than
@@ -139,42 +158,19 @@ class Tokenizer:
             if (characters := max(map(len, item))) > most:
                 limit = f"{most} characters ({self.max_length} tokens)"
                 raise _bad_input(index, f"expected at most {limit}, got {characters}; {SHORTEN}")
-        rows: list[Any] = [None] * len(items)
+        rows: dict[int, dict[str, list[int]]] = {}
         problems: dict[int, str] = {}
-        for texts in (1, 2):  # an input of one text, or a pair
+        for texts in {len(item) for item in items}:  # an input of one text, or a pair
             numbers = [number for number, item in enumerate(items) if len(item) == texts]
-            given = [items[number][0] if texts == 1 else items[number] for number in numbers]
-            found = encode(given, self._tokenizer, max_length=self.max_length, truncate=truncate)
-            problems |= {numbers[index]: text for index, text in found.problems.items()}
-            for index, row in zip(found.numbers, found.rows, strict=True):
-                rows[numbers[index]] = (row["input_ids"], row.get("token_type_ids"))
+            values = [items[number][0] if texts == 1 else items[number] for number in numbers]
+            encoded = encode(values, self._tokenizer, max_length=self.max_length, truncate=truncate)
+            problems |= {numbers[index]: text for index, text in encoded.problems.items()}
+            rows |= {numbers[index]: row for index, row in zip(encoded.numbers, encoded.rows, strict=True)}
         if problems:
             first = min(problems)
             raise _bad_input(first, problems[first].replace("shorten it, or pass truncate=True", SHORTEN))
-        return rows
+        return [rows[number] for number in range(len(items))]
 
 
 def _bad_input(index: int, problem: str) -> RefusedError:
     return RefusedError(422, "Validation", f"inputs.{index}: {problem}")
-
-
-def predictions(
-    answer: Found, labels: Sequence[str], problem_type: str, *, raw_scores: bool
-) -> list[dict[str, Any]] | None:
-    """Return the score of each label, the highest first, and the exit layer; None where they are not finite.
-
-    Args:
-        answer: of the model.
-        labels: names of the C classes.
-        problem_type: of the model; a number that is predicted by regression is its own score.
-        raw_scores: return the logits.
-    """
-    logits = torch.tensor(answer.logits, dtype=torch.float64)
-    scores = FUNCTIONS["none" if raw_scores else DEFAULT_FUNCTION[problem_type]](logits)
-    if not (valid_rows(logits, None) and scores.isfinite().all()):
-        return None
-    best, order = scores.sort(descending=True, stable=True)
-    return [
-        {"label": labels[index], "score": score, "exit_layer": answer.exit_layer}
-        for index, score in zip(order.tolist(), best.tolist(), strict=True)
-    ]

@@ -1,1 +1,0 @@
-"""Scoring the rows of many files by workers, block by block."""
