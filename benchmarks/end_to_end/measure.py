@@ -105,7 +105,7 @@ def _times_of(
         "sync": torch.cuda.synchronize if on_gpu else None,
         "prepare": rest,
         # calls of some milliseconds, beside runtimes whose threads wake up differently
-        "awake": bool(case.stored),
+        "awake": case.stored,
         "progress": f"{case.subject}, {case.work.name}",
     }
     if rounds is None:

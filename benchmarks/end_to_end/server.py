@@ -22,7 +22,7 @@ from benchmarks.end_to_end.baselines import PEERS, PLAIN, Answering
 from benchmarks.end_to_end.forced import FULL, OWN
 from benchmarks.end_to_end.measure import REST, answer_fields, header, prepared
 from benchmarks.end_to_end.models import FUSED_LAYERS
-from benchmarks.end_to_end.suites import Case, baseline
+from benchmarks.end_to_end.suites import Case, baseline, beside, ours
 from benchmarks.end_to_end.workloads import Sst2, Workload, padded
 from benchmarks.harness import Implementation, Record, Variant, ratio_fields, time_fields
 from benchmarks.machine import synchronize
@@ -35,7 +35,7 @@ LARGEST = 64
 #: Arrivals per second, over the rows per second of the plain model.
 RATES = (0.4, 0.8, 1.2, 2.0)
 SESSIONS = 3
-CASE = Case("MiniLM", Sst2(LARGEST, 5), (OWN,), PEERS, engines=(FUSED_LAYERS,))
+CASE = Case("MiniLM", Sst2(LARGEST, 5), (*ours(OWN, engines=(FUSED_LAYERS,)), *beside(PLAIN, *PEERS)))
 PLAIN_VARIANT = baseline(PLAIN, "float32", FULL)
 #: Rows that leave at or before this layer are early, at the last one late.
 EARLY = 2

@@ -23,7 +23,7 @@ from benchmarks.end_to_end.models import (
     engine_model,
     refused_captures,
 )
-from benchmarks.end_to_end.suites import WITHIN, Case, variants_of
+from benchmarks.end_to_end.suites import WITHIN, Case
 from benchmarks.end_to_end.workloads import Workload
 from benchmarks.harness import Checked, Implementation, Variant, do_nothing
 from benchmarks.machine import NotMeasuredError
@@ -40,13 +40,13 @@ def builders(case: Case, work: Workload, call: Callable[[Answering], Callable[[]
         work: the batches.
         call: makes the timed call from ``batch -> answer``.
     """
-    for dtype in case.dtypes:
+    for dtype, named in case.by_dtype().items():
         try:
-            variants = _Variants(models.subject(case.subject, dtype), work, call, stored=bool(case.stored))
+            variants = _Variants(models.subject(case.subject, dtype), work, call, stored=case.stored)
         except NotMeasuredError as error:
             yield Variant("everything", "", dtype, ""), functools.partial(_raise, error)
             continue
-        for variant in variants_of(case, dtype):
+        for variant in named:
             build = variants.ours if variant.engine in ENGINES else variants.baseline
             yield variant, functools.partial(build, variant)
 

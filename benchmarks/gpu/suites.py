@@ -15,7 +15,7 @@ from benchmarks.end_to_end import measure
 from benchmarks.end_to_end.baselines import COMPILED_WHOLE, PLAIN
 from benchmarks.end_to_end.forced import NEVER
 from benchmarks.end_to_end.models import CAPTURED_LAYERS, FAMILY_LAYERS
-from benchmarks.end_to_end.suites import Case, half_of
+from benchmarks.end_to_end.suites import Case, beside, half_of, ours
 from benchmarks.end_to_end.workloads import Fixed, Ragged, Sst2, Work
 from benchmarks.gpu import costs, exits
 from benchmarks.gpu.bench import SUBJECT, Bench
@@ -32,20 +32,13 @@ def ragged_rows(rows: int) -> Work:
 
 def whole(bench: Bench, suite: str, *, batches: tuple[int, ...], dtype: str, ragged: bool = False) -> Iterator[Record]:
     """Yield never exit and exits at mean depth 6 of some batches, full ones unless `ragged`."""
-    cases = [
-        Case(
-            SUBJECT,
-            ragged_rows(rows) if ragged else Fixed(rows, bench.length),
-            (NEVER, half_of(rows)),
-            (COMPILED_WHOLE,),
-            half_of(rows),
-            (dtype,),
-            engines=(FAMILY_LAYERS, CAPTURED_LAYERS),
-            narrow_baselines=(PLAIN, COMPILED_WHOLE),
-            compared=(COMPILED_WHOLE,),
-        )
-        for rows in batches
-    ]
+    engines, dtypes = (FAMILY_LAYERS, CAPTURED_LAYERS), (dtype,)
+    cases = []
+    for rows in batches:
+        work = ragged_rows(rows) if ragged else Fixed(rows, bench.length)
+        variants = ours(NEVER, half_of(rows), engines=engines, dtypes=dtypes)
+        variants += beside(PLAIN, COMPILED_WHOLE, dtypes=dtypes)
+        cases.append(Case(SUBJECT, work, variants, compared=(COMPILED_WHOLE,)))
     return measure.records(suite, cases, 0, rounds=bench.rounds, warmup=bench.warmup)
 
 

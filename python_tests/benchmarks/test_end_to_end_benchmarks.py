@@ -13,7 +13,7 @@ from torch import nn
 import earlyexit_kernels as ee
 from benchmarks import goals, harness, plots, tables
 from benchmarks.end_to_end import answers, baselines, forced, job, measure, models, peers, server, suites
-from benchmarks.end_to_end.suites import Case
+from benchmarks.end_to_end.suites import Case, beside, ours
 from benchmarks.end_to_end.workloads import Fixed, Ragged, Workload
 from benchmarks.machine import NotMeasuredError
 from earlyexit_kernels.criteria import Entropy
@@ -32,6 +32,13 @@ def tiny(monkeypatch):
     fake_gpu.clear_caches()
 
 
+def case_of(work, *exits, baselines=(), baseline_exits="uniform, 50 %", **how) -> Case:
+    dtypes = how.get("dtypes", ("float32",))
+    return Case(
+        "MiniLM", work, (*ours(*exits, **how), *beside("transformers", *baselines, exits=baseline_exits, dtypes=dtypes))
+    )
+
+
 def run(case: Case) -> list[dict]:
     return list(measure.records("offline", [case], 1))
 
@@ -43,7 +50,7 @@ def one(records: list[dict], **fields) -> dict:
 
 def test_goals_are_of_measured_cases():
     cases = [case for suite in suites.CASES.values() for case in suite]
-    names = {f"{case.subject}, {exits}, {case.work.name}" for case in cases for exits in case.exits}
+    names = {f"{case.subject}, {variant.exits}, {case.work.name}" for case in cases for variant in case.variants}
     assert {case for case, _, _ in goals.END_TO_END} <= names
 
 
@@ -71,7 +78,7 @@ def test_own_exits_run_as_many_layers_as_asked():
 
 @pytest.mark.parametrize("work", [Fixed(4, 8), Ragged(8)], ids=lambda work: work.name)
 def test_every_variant_is_right_and_recorded(work):
-    records = run(Case("MiniLM", work, MIXES, LOOPS, "uniform, 50 %"))
+    records = run(case_of(work, *MIXES, baselines=LOOPS))
     assert not [r for r in records if "refused" in r or "not_measured" in r]
     own = one(records, exits="uniform, 50 %", engine="family layers", baseline="transformers")
     schema = "suite case shape dtype engine backend baseline median_ms p90_ms p99_ms ratio ratio_low ratio_high goal"
@@ -99,7 +106,7 @@ def test_single_rows_take_turns():
 
 
 def test_bfloat16_only_if_the_processor_has_it(monkeypatch):
-    case = Case("MiniLM", Fixed(2, 8), ("never exit",), dtypes=("float32", "bfloat16"))
+    case = case_of(Fixed(2, 8), "never exit", dtypes=("float32", "bfloat16"))
     monkeypatch.setattr(models, "runs_natively", lambda dtype: dtype == "float32")
     assert "bfloat16" in one(run(case), dtype="bfloat16")["not_measured"]
     monkeypatch.setattr(models, "runs_natively", lambda dtype: True)
@@ -133,7 +140,7 @@ def stays_too_long(subject, rule, layer):
 )
 def test_wrong_baseline_is_refused(monkeypatch, name, broken, reason):
     monkeypatch.setitem(baselines.BASELINES, name, broken)
-    records = run(Case("MiniLM", Fixed(4, 8), ("never exit",), (name,), "uniform, 50 %"))
+    records = run(case_of(Fixed(4, 8), "never exit", baselines=(name,)))
     record = one(records, engine=name)
     assert reason in record["refused"] and "median_ms" not in record and "ratio" not in record
     assert one(records, engine="family layers", baseline="transformers")["ratio"] > 0
@@ -145,7 +152,7 @@ def test_engine_with_a_wrong_trace_is_refused(monkeypatch):
         model.backbone.encoder.layer[1].forward = lambda hidden, *args, **kwargs: hidden
 
     monkeypatch.setitem(models.ENGINES, "broken", spoil)
-    case = Case("MiniLM", Fixed(4, 8), ("full depth", "uniform, 50 %"), engines=("family layers", "broken"))
+    case = case_of(Fixed(4, 8), "full depth", "uniform, 50 %", engines=("family layers", "broken"))
     records = run(case)
     broken = [r for r in records if r["engine"] == "broken"]
     assert len(broken) == 2 and all("plain model's logits" in r["refused"] for r in broken)
@@ -184,31 +191,24 @@ def test_stored_weights_are_beside_runtimes_of_their_arithmetic(monkeypatch):
     case = suites.CASES[suites.STORED][0]
     records = list(measure.records(suites.STORED, [case], 1))
     assert not [r for r in records if "refused" in r or "not_measured" in r]
-    beside = {r["dtype"]: r["against"] for r in records if r["baseline"] == goals.PEER}
-    assert set(beside) == set(case.stored) and beside["bfloat16"] == "OpenVINO in bfloat16"
-    assert beside["int8"].endswith("int8") and {beside["float32"], beside["float16"]} <= set(baselines.PEERS)
+    against = {r["dtype"]: r["against"] for r in records if r["baseline"] == goals.PEER}
+    assert set(against) == set(suites.TYPES) and against["bfloat16"] == "OpenVINO in bfloat16"
+    middle = {r["engine"]: r["median_ms"] for r in records if r["engine"] in peers.RUNTIMES}
+    fastest = min(baselines.PEERS, key=middle.get)
+    assert against["int8"].endswith("int8") and against["float32"] == against["float16"] == fastest
     errors = {r["dtype"]: r["error"] for r in records if r["engine"] == "fused layers"}
     assert errors["float32"] < errors["float16"] < errors["bfloat16"]
     monkeypatch.setitem(suites.WITHIN, "int8", errors["int8"] / 2)
-    again = measure.records(suites.STORED, [dataclasses.replace(case, baselines=())], 1)
+    again = measure.records(suites.STORED, [dataclasses.replace(case, variants=case.variants[:8])], 1)
     refused = {(r["dtype"], r["exits"]) for r in again if "plain model's logits" in r.get("refused", "")}
-    assert refused == {("int8", exits) for exits in case.exits}
-
-
-def test_comparison_is_with_the_faster_runtime(monkeypatch):
-    for name in baselines.PEERS:
-        monkeypatch.setitem(baselines.BASELINES, name, baselines.plain)
-    records = run(Case("MiniLM", Fixed(2, 8), ("uniform, 50 %",), tuple(baselines.PEERS)))
-    middle = {name: one(records, engine=name, baseline="transformers")["median_ms"] for name in baselines.PEERS}
-    ours = one(records, engine="fused layers", baseline="faster peer")
-    assert ours["against"] == min(middle, key=middle.get)
+    assert refused == {("int8", exits) for exits in ("never exit", "all at 50 %")}
 
 
 @pytest.mark.thorough
 def test_runtimes_answer_as_the_plain_model():
     for package in ("onnxruntime", "openvino", "onnxscript"):
         pytest.importorskip(package)
-    records = run(Case("MiniLM", Ragged(5), ("never exit",), tuple(baselines.PEERS)))
+    records = run(case_of(Ragged(5), "never exit", baselines=baselines.PEERS))
     assert {r["engine"] for r in records if r["baseline"] == "transformers"} == {
         "family layers",
         "fused layers",
@@ -221,7 +221,7 @@ def test_trained_folder_beside_its_plain_encoder(tmp_path, monkeypatch):
     toy.toy_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setitem(models.SUBJECTS, "MiniLM", models.minilm)
     monkeypatch.setenv(models.MODEL_VARIABLE, str(tmp_path))
-    records = run(Case("MiniLM", Ragged(8), ("never exit", "own exits"), LOOPS, "own exits"))
+    records = run(case_of(Ragged(8), "never exit", "own exits", baselines=LOOPS, baseline_exits="own exits"))
     assert not [r for r in records if "refused" in r or "not_measured" in r]
     assert {r["weights"] for r in records} == {"trained"}
 
@@ -268,7 +268,7 @@ def test_server_rates_are_relative_to_the_plain_model():
         call()
         return 0.1
 
-    case = Case("MiniLM", Fixed(4, 8), ("never exit",))
+    case = case_of(Fixed(4, 8), "never exit")
     with torch.inference_mode():
         records = list(server.records(2, case, stopwatch))
     assert [r["rows_per_second"] for r in records if r["engine"] == "transformers"] == [16.0, 32.0, 48.0, 80.0]
@@ -281,7 +281,7 @@ def test_server_rates_are_relative_to_the_plain_model():
 
 def test_every_way_of_serving_runs_the_exits_of_its_variant(monkeypatch):
     monkeypatch.setattr(server, "OWN", "uniform, 50 %")
-    case = Case("MiniLM", Fixed(4, 8), ("uniform, 50 %",), engines=("fused layers",))
+    case = case_of(Fixed(4, 8), "uniform, 50 %", engines=("fused layers",))
     with torch.inference_mode():
         _, found, _ = measure.prepared("server", case, lambda work, answer: answer)
         (one,) = [one for one in found.ready.values() if one.ours]
