@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +28,6 @@ from benchmarks import harness, tables
 from benchmarks.gpu.bench import header
 from benchmarks.gpu.suites import SUITES
 from benchmarks.harness import Record
-from benchmarks.machine import first_line
 from benchmarks.readme import rewrite
 from earlyexit_kernels.tuning.tables import environment
 
@@ -218,7 +216,7 @@ def check(
             print(output, file=sys.stderr)
         if failed:
             records.append(header(name, name, "the rest") | {"not_measured": failed})
-        about = {"finished": not failed, "sources": sources, "seconds": round(now() - start), **card()}
+        about = {"finished": not failed, "sources": sources, "seconds": round(now() - start), "nvidia_smi": smi()}
         records = [record | {"suite": name} for record in records]
         harness.save(name, records, results=results, **about)
         print(*map(harness.line_of, records), sep="\n", flush=True)
@@ -227,15 +225,6 @@ def check(
         if name == "gpu_build" and CUDA_BUILT not in records[0]["printed"]:
             sources += " without CUDA kernels"  # then the other steps run again once these are there
     return summary
-
-
-def card() -> dict[str, Any]:
-    """Return the GPU, its driver and clocks, or why they are unknown: a device that a step has broken gives none."""
-    try:
-        properties = torch.cuda.get_device_properties(0)
-    except RuntimeError as error:
-        return {"gpu": None, "facts_failed": first_line(error)}
-    return {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "nvidia_smi": smi()}
 
 
 def smi() -> dict[str, str]:

@@ -49,7 +49,7 @@ def driver(monkeypatch, tmp_path):
     driver.results = tmp_path
     driver.document = lambda: next(iter(harness.documents(tmp_path).values()))
     monkeypatch.setattr(check, "run", run)
-    monkeypatch.setattr(check, "card", lambda: {"gpu": "Fake", "nvidia_smi": {"driver_version": "580.1"}})
+    monkeypatch.setattr(check, "smi", lambda: {"driver_version": "580.1"})
     monkeypatch.setattr(check, "fingerprint", lambda: driver.sources)
     return driver
 
@@ -57,7 +57,7 @@ def driver(monkeypatch, tmp_path):
 def test_finished_steps_are_kept_and_those_never_run_come_first(driver):
     assert driver(["gpu_a", "gpu_b"]) == {"gpu_a": DONE, "gpu_b": DONE}
     facts = driver.document()["suites"]["gpu_a"]
-    assert facts["finished"] and facts["sources"] == "aaaa" and facts["gpu"] == "Fake" and "commit" in facts
+    assert facts["finished"] and facts["sources"] == "aaaa" and facts["nvidia_smi"] and "commit" in facts
     assert driver(["gpu_a", "gpu_b", "gpu_c"]) == {"gpu_a": BEFORE, "gpu_b": BEFORE, "gpu_c": DONE}
     assert driver(["gpu_a"], redo=True) == {"gpu_a": DONE}
     driver.sources = "bbbb"
@@ -173,7 +173,7 @@ from benchmarks.gpu.check import Step
 results = Path(sys.argv[1])
 sleep = f"import os, time; open({str(results / 'process')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
 torch.cuda.is_available = lambda: True
-check.card = dict
+check.smi = dict
 build = Step([sys.executable, "-c", "0"], 60, check.read_build, always=True)
 check.plan = lambda results: {"gpu_build": build, "gpu_tests_ops": Step([sys.executable, "-c", sleep], 300)}
 sys.exit(check.main(["--step", "gpu_tests_ops", "--results", str(results)]))
