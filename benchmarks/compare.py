@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.versions import ROOT, check_imported, checked_out, linked
 from earlyexit_kernels.tuning.tables import markdown_table
 from earlyexit_kernels.tuning.timing import paired_ratio, quantiles
 
-ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = "earlyexit_kernels/_C*.so"
 #: Largest difference of logits that counts as rounding.
 ROUNDING = 1e-4
 WARMUP, MIN_ROUNDS = 2, 10
@@ -44,27 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("expected a git ref to compare with, e.g. `make bench-compare BASE=main`")
     with tempfile.TemporaryDirectory(prefix="earlyexit-compare-") as folder, checked_out(args.base, folder) as base:
         print(compare(base, ROOT, Path(folder), subject=args.subject, repeats=args.repeats))
-
-
-@contextlib.contextmanager
-def checked_out(ref: str, folder: str) -> Iterator[Path]:
-    """Return a worktree of a ref with its extension built; it is removed afterwards."""
-    tree = Path(folder) / "tree"
-    added = subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), ref])
-    if added.returncode != 0:
-        raise SystemExit(f"bench-compare: expected a git ref of this repository, got {ref!r}")
-    try:
-        if (tree / "setup.py").is_file():
-            print(f"building the extension of {ref}", flush=True)
-            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-            built = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-            # a build of what compiles may be one without an extension
-            lacking = any(ROOT.glob(LIBRARY)) and not any(tree.glob(LIBRARY))
-            if built.returncode != 0 or lacking:
-                raise RuntimeError(f"building the extension of {ref} failed:\n{built.stdout}\n{built.stderr}")
-        yield tree
-    finally:
-        subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)], check=True)
 
 
 def compare(base: Path, here: Path, folder: Path, *, subject: str, repeats: int) -> str:
@@ -121,17 +98,12 @@ class Worker:
     """
 
     def __init__(self, package: Path, folder: Path, subject: str) -> None:
-        folder.mkdir(parents=True)
-        (folder / "earlyexit_kernels").symlink_to(package / "earlyexit_kernels")
-        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-        command = [sys.executable, "-m", "benchmarks.compare_worker", subject]
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        command, environment = [sys.executable, "-m", "benchmarks.compare_worker", subject], linked(package, folder)
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         ready = self._read()
-        if Path(ready["package"]) != (package / "earlyexit_kernels").resolve():
-            raise RuntimeError(f"expected the package in {package}, the worker imported {ready['package']}")
+        check_imported(package, ready["package"])
         self.cases: list[str] = ready["cases"]
 
     def ask(self, case: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,8 +13,8 @@ from benchmarks.answers.comparison import compare
 from benchmarks.answers.groups import GROUPS, prepare, record, spread, summary
 from benchmarks.answers.models import FAMILIES
 from benchmarks.answers.recording import Recording
+from benchmarks.versions import ROOT, check_imported, checked_out, linked
 
-ROOT = Path(__file__).resolve().parents[2]
 #: Processes of a recording, of one thread each.
 PROCESSES = 2
 #: Folder of a recording with the models that it has saved.
@@ -35,8 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.command == "compare":
         return _compared(args.base, args.here)
-    from benchmarks.compare import checked_out
-
     with tempfile.TemporaryDirectory(prefix="earlyexit-answers-") as folder, checked_out(args.ref, folder) as tree:
         base, here = Path(folder) / "base", Path(folder) / "here"
         recorded(base, tree, groups=args.groups, families=args.families)
@@ -55,16 +52,14 @@ def recorded(
         groups, families: what to record; default: all.
         read: recording whose saved models are loaded in place of those that are saved now.
     """
-    chosen, names = list(families or FAMILIES), ("earlyexit_kernels", "benchmarks")
+    chosen = list(families or FAMILIES)
     parts = [chosen[number::PROCESSES] for number in range(PROCESSES) if chosen[number::PROCESSES]]
     with tempfile.TemporaryDirectory(prefix="earlyexit-record-") as text:
         folder = Path(text)
-        for name, place in zip(names, (package, ROOT), strict=True):
-            (folder / name).symlink_to((place / name).resolve())
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.answers", "worker"]
         options = [*(["--groups", *groups] if groups else []), *(["--read", str(read.resolve())] if read else [])]
         options += ["--models", str(out.resolve() / MODELS)]
-        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        environment = linked(package, folder) | {"OMP_NUM_THREADS": "1"}
         workers = [
             subprocess.Popen(
                 [*command, str(folder / str(number)), "--families", *part, *options], cwd=folder, env=environment
@@ -74,8 +69,7 @@ def recorded(
         if any(list(map(subprocess.Popen.wait, workers))):
             raise SystemExit("answers: a recording ended early; its message is above")
         joined = Recording.joined([Recording.load(folder / str(number)) for number in range(len(parts))])
-    if Path(joined.about["package"]) != (package / names[0]).resolve():
-        raise RuntimeError(f"expected the package in {package}, the recording is of {joined.about['package']}")
+    check_imported(package, joined.about["package"])
     joined.save(out)
     print(summary(joined), spread(joined), sep="\n", flush=True)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import fake_gpu
 
-from benchmarks import compare, compare_worker, harness, tables
+from benchmarks import compare, compare_worker, harness, tables, versions
 from benchmarks.end_to_end import models
 from benchmarks.harness import Checked, Goal, Implementation, Variant
 from benchmarks.machine import NotMeasuredError
@@ -121,16 +121,16 @@ def test_a_base_without_the_extension_of_this_version_is_refused(monkeypatch, tm
         return SimpleNamespace(returncode=0, stdout="pure Python package", stderr="")
 
     tree, here = tmp_path / "tree", tmp_path / "here"
-    library = here / compare.LIBRARY.replace("*", "")
+    library = here / versions.LIBRARY.replace("*", "")
     library.parent.mkdir(parents=True)
     library.touch()
-    monkeypatch.setattr(compare, "ROOT", here)
-    monkeypatch.setattr(compare.subprocess, "run", run)
-    with pytest.raises(RuntimeError, match="of main failed:\npure Python"), compare.checked_out("main", str(tmp_path)):
+    monkeypatch.setattr(versions, "ROOT", here)
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="of main failed:\npure Python"), versions.checked_out("main", str(tmp_path)):
         pass
     library.unlink()
     shutil.rmtree(tree)
-    with compare.checked_out("main", str(tmp_path)) as found:
+    with versions.checked_out("main", str(tmp_path)) as found:
         assert found == tree
 
 
