@@ -152,9 +152,9 @@ def _warnings(found: Calibration, criterion: Any) -> Iterator[str]:
         )
     elif layer is not None and not isinstance(found.criterion, FixedLayer):
         yield (
-            f"calibrate: every one of the {found.rows['check']} check rows leaves at layer {layer} under the setting "
-            f"chosen on {found.rows['tuning']} tuning rows, so that the layers above never run; give more rows, or "
-            f"take FixedLayer(layer={layer}) if that is meant"
+            f"calibrate: every one of the {found.rows['check']} check rows leaves at layer {layer} under "
+            f"{found.criterion.name}, set on {found.rows['tuning']} tuning rows, so that the layers above never run; "
+            f"give more rows, or take FixedLayer(layer={layer}) if that is meant"
         )
 
 

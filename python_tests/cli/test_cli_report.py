@@ -183,6 +183,17 @@ def test_numbers_are_those_of_the_model(page, calibrated):
     assert parts == pytest.approx(data["multiply_adds"]["total"])
 
 
+def test_what_the_check_rows_contradict_is_said(page):
+    source, data = page
+    assert "target missed" not in source and "check row leaves" not in source
+    bound = {"delta": 0.02, "epsilon": 0.05, "against": "labels", "risk": 0.0123, "p_value": 0.0456}
+    found = {**data["calibration"], "drop": 0.75, "exit_shares": [1.0, 0.0, 0.0], "latency": 3.25, "guarantee": bound}
+    changed = report.page({**data, "calibration": found})
+    assert "on the check rows the drop is 0.7500" in changed and "every check row leaves at layer 1" in changed
+    assert "risk at most 0.02 with probability 1 - 0.05, measured 0.0123 (p = 0.0456)" in changed
+    assert "3.25 ms for a batch" in changed and not Page(changed).problems
+
+
 def test_same_model_gives_the_same_page(page, calibrated):
     again, _ = reported(calibrated)
     without_time = [re.sub(r"at \d{4}-[^ ]+", "", source) for source in (page[0], again)]

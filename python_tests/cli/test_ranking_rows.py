@@ -95,7 +95,8 @@ def test_eval_calibrate_and_report(trained, tmp_path, capsys):
     records = json.loads((tmp_path / "eval.json").read_text())["records"]
     layers = [record["reporting"]["ndcg"] for record in records if record["kind"] == "static_truncation"]
     assert len(layers) == 3 and all(0 < value <= 1 for value in layers)
-    assert {r["criterion"]["name"] for r in records if r["kind"] == "point"} <= {"patience", "hidden_cosine"}
+    rules = {record["criterion"]["name"] for record in records if record["kind"] == "point"}
+    assert rules <= {"patience", "hidden_cosine", "fixed_layer"}
 
     assert main(["eval", *model, "--points", "8", "--metric", "mrr", "spearman"]) == 0
     assert "| mrr (reporting) | spearman (reporting) |" in capsys.readouterr().out
