@@ -222,3 +222,10 @@ def test_replay_each_in_blocks_equals_replay_of_each(monkeypatch):
     for (logits, layer), (expected, expected_layer) in zip(ee.replay_each(trace, iter(rules)), alone, strict=True):
         assert torch.equal(logits, expected) and torch.equal(layer, expected_layer)
     assert list(ee.replay_each(trace, [])) == []
+
+
+def test_rows_keep_their_keys_in_blocks(monkeypatch):
+    trace = ee.ExitTrace(torch.zeros(9, 4, 2), {"halting": torch.zeros(9, 4)}, torch.arange(9))
+    _, whole = ee.replay(trace, ee.criteria.SampledExit(seed=3))
+    monkeypatch.setattr(replay_module, "BLOCK", 4)
+    assert torch.equal(ee.replay(trace, ee.criteria.SampledExit(seed=3))[1], whole) and len(whole.unique()) > 1
