@@ -132,3 +132,13 @@ def test_a_test_that_fails_without_the_mutant_too_has_noticed_nothing(table, tmp
         results.put(Row.of(mutant, ("", ""), "killed", by, "3", "abc"))
     check_tests(SimpleNamespace(failures_without_mutant=lambda tests: set(tests[1:])), results, ["first", "second"])
     assert [row.result for row in results.rows.values()] == ["killed", "error"]
+
+
+def test_tests_that_fail_or_are_gone_without_a_mutant_are_told(tmp_path):
+    mutants.forked.FORKED.set_forkserver_preload([])
+    (tmp_path / "python_tests").mkdir()
+    (tmp_path / "pytest.ini").write_text(SETTINGS)
+    (tmp_path / "python_tests" / "test_case.py").write_text("def test_one(): assert 0\ndef test_two(): pass")
+    failing = ["test_case.py::test_one", "test_case.py::test_gone[a - b]", "test_gone.py::test_one"]
+    scratch = Scratch(tmp_path, 300.0, tmp_path)
+    assert scratch.failures_without_mutant([*failing, "test_case.py::test_two"]) == set(failing)

@@ -89,13 +89,13 @@ def measured(scratch: Scratch, mutant: Mutant, first: str, commit: str) -> Row:
 
 
 def check_tests(scratch: Scratch, results: Results, names: list[str]) -> None:
-    """Run the tests that noticed mutants without a mutant; one that fails has noticed nothing."""
+    """Run the tests that noticed mutants without a mutant; one that fails or is gone has noticed nothing."""
     rows = [results.rows[name] for name in names]
     noticed = {row.by for row in rows if row.result == "killed" and ".py" in row.by}
-    failing = scratch.failures_without_mutant(sorted(noticed)) if noticed else set()
+    failing = scratch.failures_without_mutant(sorted(noticed))
     for row in rows:
         if row.result == "killed" and row.by in failing:
-            results.put(replace(row, result="error", by=f"fails without the mutant too: {row.by}"))
+            results.put(replace(row, result="error", by=f"fails or is gone without the mutant too: {row.by}"))
 
 
 if __name__ == "__main__":

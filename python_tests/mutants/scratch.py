@@ -25,6 +25,8 @@ PASSED, FAILED, INTERRUPTED = 0, 1, 2
 #: Until the first failure, which is the first option, in one process.
 OPTIONS = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--tb=line")
 FAILURE = re.compile(r"^(?:FAILED|ERROR) (?:python_tests/)?(.+?)(?: - .*)?$", re.MULTILINE)
+#: A test that is not there, without its parameters.
+MISSING = re.compile(r"^ERROR: (?:file or directory )?not found: .*?python_tests/([^\[\s]+)", re.MULTILINE)
 #: Part of the last line of pytest where a test ran.
 RAN = re.compile(r"\b\d+ passed\b")
 #: Whether Triton interprets in this process and in those that run its tests.
@@ -104,16 +106,21 @@ class Scratch:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     def failures_without_mutant(self, tests: Sequence[str]) -> set[str]:
-        """Run tests, by their names in the outcomes, without a mutant; return those that fail.
+        """Run tests, by their names in the outcomes, without a mutant; return those that fail or are gone.
 
         Raises:
             SystemExit: they cannot be run.
         """
+        if not tests:
+            return set()
         arguments = [*OPTIONS[1:], "-m", self._marks, *(f"python_tests/{test}" for test in tests)]
         ended = run_tests(self.folder, self._environment, arguments, self.limit)
+        if missing := set(MISSING.findall(ended.output)):
+            gone = {test for test in tests if test.partition("[")[0] in missing}
+            return gone | self.failures_without_mutant([test for test in tests if test not in gone])
         if ended.code not in (PASSED, FAILED):
             raise SystemExit(f"mutants: the tests that notice mutants cannot be run without one:\n{ended.output}")
-        return {found[1] for found in FAILURE.finditer(ended.output)}
+        return set(FAILURE.findall(ended.output))
 
     def outcome(self, mutant: Mutant, first: str = "") -> Outcome:
         """Put a mutant in, run its tests, and take it out.
