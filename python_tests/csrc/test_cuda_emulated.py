@@ -12,6 +12,7 @@ from criteria.test_decisions import test_rows_leave_as_computed_by_hand, test_ti
 from ops import test_compact as compaction
 from ops import test_exit_step as steps
 from ops.test_compact import (  # noqa: F401
+    filled_memory,
     test_compact,
     test_gather_rows,
     test_gather_rows_keeps_bits,
