@@ -66,10 +66,10 @@ class Calibration:
 
         >>> import torch
         >>> import earlyexit_kernels as ee
-        >>> logits = torch.tensor([[[0.1, 0.0], [3.0, 0.0]], [[0.0, 4.0], [0.0, 5.0]]]).repeat(50, 1, 1)
+        >>> logits = torch.tensor([[[0.0, 0.1], [3.0, 0.0]], [[0.0, 4.0], [0.0, 5.0]]]).repeat(50, 1, 1)
         >>> found = ee.calibrate(ee.ExitTrace(logits), torch.tensor([0, 1] * 50), target=ee.SpeedUp(1.2))
-        >>> found.layer_scores, found.rows
-        ((1.0, 1.0), {'tuning': 50, 'check': 50})
+        >>> found.score, found.rows
+        (1.0, {'tuning': 50, 'check': 50})
         >>> ee.Calibration.from_dict(found.to_dict()) == found
         True
     """
