@@ -18,12 +18,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError
-from support.checkpoint_files import WEIGHTS, change_config
+from support.checkpoint_files import WEIGHTS, change_config, change_weights
 from support.models import early_exit, ragged
 from transformers import PreTrainedModel
 
 import earlyexit_kernels as ee
 from earlyexit_kernels.criteria import Entropy, Margin
+from earlyexit_kernels.hf import saving, weight_files
 from earlyexit_kernels.hf.checkpoint import DIGEST
 from earlyexit_kernels.hf.saving import STAGING, complete_copies, save_or_rescue
 
@@ -237,6 +238,25 @@ def test_mixed_saves_are_refused(tmp_path, models, options):
     change_config(tmp_path / "old", weights_digest=["no digest"])
     with pytest.raises(RuntimeError, match="different saves"):
         load(tmp_path / "old")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_digest_covers_both_ends_of_a_long_tensor(tmp_path, models, place, monkeypatch):
+    monkeypatch.setattr(weight_files, "SAMPLE_BYTES", 1024)
+    models["new"].save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda state: max(state.values(), key=torch.Tensor.numel).view(-1)[place].add_(1))
+    with pytest.raises(RuntimeError, match="different saves"):
+        load(tmp_path)
+
+
+def test_the_config_is_moved_last_and_an_index_after_its_shards(tmp_path, models, monkeypatch):
+    """A save that is interrupted then has the digest of the one before, or lacks weights that its index names."""
+    moved, link = [], saving._link
+    monkeypatch.setattr(saving, "_link", lambda path, *rest: (moved.append(path.name), link(path, *rest)))
+    models["new"].save_pretrained(tmp_path, **SHARDS)
+    shards = [name for name in moved if name.endswith(".safetensors")]
+    assert len(shards) > 1 and moved[: len(shards) + 1] == [*shards, f"{WEIGHTS}.index.json"]
+    assert moved[-1] == "config.json"
 
 
 def test_arguments_of_transformers(tmp_path, models, monkeypatch):
