@@ -67,6 +67,8 @@ def load(folder: Path) -> None:
         compiler(),
         *arguments.split(),
         "-U_FORTIFY_SOURCE",  # fortified functions report jumps between stacks as overflows
+        # a GPU refuses loads and stores at addresses that are not multiples of their size
+        *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
         *("-include", "cuda_emulator.h", f"-I{folder / 'headers'}", f"-I{ROOT / 'python_tests' / 'support'}"),
         *(f"-isystem{path}" for path in include_paths()),
         *translated(folder),

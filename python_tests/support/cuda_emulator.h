@@ -23,10 +23,10 @@ struct dim3 {
   unsigned x, y, z;
   dim3(int64_t x = 0, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
 };
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 struct alignas(16) float4 {
