@@ -23,6 +23,7 @@ from earlyexit_kernels.core.attention import packed_attention
 from earlyexit_kernels.core.attention_plan import plan_attention
 from earlyexit_kernels.core.packing import pack
 from earlyexit_kernels.criteria import Margin, Patience, QExit
+from earlyexit_kernels.hf.predict import predict_batches
 from earlyexit_kernels.ops import exit_step
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -133,6 +134,17 @@ def test_predict_with_exits_on_a_model():
     assert (bare.exit_layer == got.exit_layer).all() and bare.labels is None
     none = ee.predict_with_exits(model, [])
     assert none.logits.shape == (0, CLASSES) and none.exit_layer.shape == (0,)
+
+
+def test_answers_and_labels_of_all_processes_are_gathered():
+    """Here of two that have the same rows."""
+
+    def gather(x):
+        return tuple(map(gather, x)) if isinstance(x, tuple) else torch.cat((x, x))
+
+    model, batch = varied()
+    got = predict_batches(model, [{**batch, "labels": torch.arange(12)}], gather)
+    assert got.labels.tolist() == [*range(12)] * 2 and len(got.logits) == len(got.exit_layer) == 24
 
 
 # inputs
