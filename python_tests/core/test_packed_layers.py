@@ -15,6 +15,7 @@ from earlyexit_kernels.backends import extension_function
 from earlyexit_kernels.cpu import kernels
 from earlyexit_kernels.cpu.embed import Summed, Widened
 from earlyexit_kernels.cpu.kernels import PackedLayer, kernels_unsupported_reason
+from earlyexit_kernels.cpu.layers import FusedLayers
 from earlyexit_kernels.cpu.panels import native_layouts
 from earlyexit_kernels.criteria import Entropy, Patience
 
@@ -59,6 +60,14 @@ def test_stored_weights(family, stored):
     for each, dtype in ((model, torch.float32), (twin, kernels.STORED[stored])):
         expected = torch.uint8 if dtype == torch.int8 else dtype
         assert fused_of(each)[0].packed.weights[0].dtype == expected
+
+
+def test_copies_of_another_type_are_made_again():
+    """As by a batch that began before `configure`, which drops the copies, and reaches a layer after it."""
+    model, fused = early_exit("bert"), FusedLayers()
+    for stored in (torch.float32, torch.bfloat16, torch.float32):
+        encoder = fused.encoder(model.adapter, model.backbone, stored, lambda layer, reason: None)
+        assert encoder.layers[0].packed.weights[0].dtype == stored
 
 
 @pytest.mark.parametrize("stored", STORED)

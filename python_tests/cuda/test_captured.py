@@ -192,6 +192,16 @@ def test_second_thread_runs_eagerly_and_does_not_wait(replays):
     assert replays.replays > before
 
 
+def test_each_batch_waits_for_the_work_of_the_one_before(replays, monkeypatch):
+    waits = []
+    monkeypatch.setattr(captured, "_nothing", lambda: waits.append(1))  # stands for an event of the device
+    model, batch = varied()
+    family_answers(model, batch)
+    for number in range(1, 4):
+        model(**batch)
+        assert len(waits) == number
+
+
 @pytest.mark.parametrize("how", ["closed", "dropped", "failed", "refused"])
 def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
     model, batch = varied()
