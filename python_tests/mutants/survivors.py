@@ -6,5 +6,6 @@ REASONS: dict[str, str] = {
     "fixed-state-of-the-gone": "equivalent: the state of a row that has left is never read",
     "full-depth-due": "equivalent but for time: a rule that never leaves is answered by the last exit alone",
     "loop-strict-at-the-end": "equivalent: the count of the model's invalid rows refuses them too",
+    "method-mean-of-processes": "noticed by `make test-all` only, in hf/test_processes.py, which starts processes",
     "replay-due": "equivalent but for time: full depth decides at the last exit only",
 }
