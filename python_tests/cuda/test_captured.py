@@ -68,6 +68,21 @@ def test_every_batch_is_answered_as_by_the_family(family, replays, cheap):
     assert model.explain().path == "captured"
 
 
+def test_fewer_rows_after_a_pass_that_was_left(replays):
+    """Positions are found by the ids of the rows, and those of the pass before are not of this batch."""
+    model, _ = varied("modernbert")
+    more, fewer = (batch_for(model, lengths=lengths) for lengths in ([3] * 8, [5] * 5))
+    expected = family_answers(model, fewer)
+    for _ in range(3):
+        model(**more)
+    parts = model.stream(**more)
+    next(parts)
+    parts.close()
+    before = replays.replays
+    agrees(model(**fewer), expected)
+    assert len(levels_of(model)) == 1 and replays.replays > before
+
+
 @pytest.mark.parametrize(("rule", "family"), [("entropy", "modernbert"), ("skip_gate", "bert")])
 def test_batches_with_holes_and_layers_that_some_rows_skip(rule, family, replays, cheap):
     model, batch = model_for_rule(rule, family)
