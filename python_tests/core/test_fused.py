@@ -163,6 +163,23 @@ def test_a_bias_of_one_of_several_linears():
     assert_alike(*models, batch_for(models[0]))
 
 
+@pytest.mark.parametrize("norm", ["attention.output.LayerNorm", "output.LayerNorm"])
+def test_each_norm_has_its_own_epsilon(norm):
+    models = pair()
+    for model in models:
+        model.backbone.encoder.layer[1].get_submodule(norm).eps = 0.5
+    assert_alike(*models, batch_for(models[0]))
+
+
+def test_embeddings_that_are_not_contiguous():
+    models = pair()
+    for model in models:
+        words = model.backbone.embeddings.word_embeddings
+        words.weight = nn.Parameter(words.weight.detach().T.contiguous().T)
+        assert not words.weight.is_contiguous()
+    assert_alike(*models, batch_for(models[0]))
+
+
 class Gone:
     """Stands for `torch.ops.mkldnn` of a torch that has other private names."""
 

@@ -67,6 +67,7 @@ def test_calls_run_before_they_are_captured_in_one_pool_that_stays(cuda):
     assert made == 4 and len(set(map(id, ran))) == 1 and ran[0] is not outside
     assert len(set(map(id, cuda.pools))) == 1 and len(cuda.graphs) == 3, "one graph keeps the pool"
     assert cuda.current is outside and outside.waited == ran[::2], "what runs next sees what the call has written"
+    assert ran[0].waited == [outside] * 2, "the call sees what ran before it"
 
 
 def test_a_failed_capture_sets_the_stream_back_and_takes_another_pool(cuda):
