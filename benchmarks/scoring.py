@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import earlyexit_kernels as ee
+from benchmarks.glue import read_split
 from benchmarks.harness import Record
 from benchmarks.machine import trained_folder
-from earlyexit_kernels.cli.recipe import Recipe
 
 SUITE, ROWS_PER_REPEAT = "scoring", 100_000
 #: Words of a row at most; rows of a call of the plain loop; rows of an input file, and of a unit of it.
@@ -86,8 +86,7 @@ def records(repeats: int) -> Iterator[Record]:
         repeats: 10 for a million rows.
     """
     model, rows = trained_folder(), repeats * ROWS_PER_REPEAT
-    recipe = Recipe.load(model)
-    texts = [text for text in recipe.evaluation_rows(recipe.load_data()).sentences if len(text.split()) <= WORDS]
+    texts = [str(text) for text in read_split("sst2", "dev").texts if len(str(text).split()) <= WORDS]
     sample = list(itertools.islice(itertools.cycle(texts), rows // 10))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

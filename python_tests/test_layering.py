@@ -42,8 +42,7 @@ MAY_IMPORT = {
     "serving": "arguments backends criteria hf ops page_style tuning types fastapi jinja2 numpy "
     "prometheus_client pyarrow pydantic ray starlette torch transformers uvicorn",
     "data": "pyarrow tokenizers torch transformers",
-    "tasks": "data datasets huggingface_hub torch",
-    "cli": "* __init__ numpy safetensors torch tqdm transformers",
+    "cli": "* __init__ earlyexit_cli numpy safetensors torch tqdm transformers",
     "__init__": "* transformers",
     "__main__": "earlyexit_cli",
 }

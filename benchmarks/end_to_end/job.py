@@ -3,11 +3,11 @@
     python -m benchmarks.run --suite job --model FOLDER
     python -m benchmarks.run --suite stored_accuracy --model FOLDER
 
-The folder is one that ``earlyexit train`` wrote for a built-in task, whose data EARLYEXIT_DATA names; the texts are the
-rows that the training reported on. Exits have the entropy threshold that loses at most half a point on held-out train
-rows, chosen in float32. A job is texts in, labels out, tokenisation included, in seconds and accuracy. The other
-runtimes run all layers of the same encoder with its last exit, on batches of `BATCH` texts in the order of the file and
-sorted by length; a pipeline by default takes one text at a time. A `Scorer` sorts by itself.
+The folder is one that ``earlyexit train`` wrote for SST-2, whose dev rows, in EARLYEXIT_DATA, are the texts. Exits have
+the entropy threshold that loses at most half a point on the rows that training kept, chosen in float32. A job is texts
+in, labels out, tokenisation included, in seconds and accuracy. The other runtimes run all layers of the same encoder
+with its last exit, on batches of `BATCH` texts in the order of the file and sorted by length; a pipeline by default
+takes one text at a time. A `Scorer` sorts by itself.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from benchmarks.end_to_end import measure, models, peers
 from benchmarks.end_to_end.forced import FULL, OWN
 from benchmarks.end_to_end.models import FUSED_LAYERS, Model, engine_model
 from benchmarks.end_to_end.peers import RUNTIMES
+from benchmarks.glue import rows_of_model
 from benchmarks.harness import Checked, Implementation, Record, Variant
 from benchmarks.machine import NotMeasuredError, trained_folder
-from earlyexit_kernels.cli.evaluate import encoded
-from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.cli.saved import load_saved
 from earlyexit_kernels.criteria import Criterion
+from earlyexit_kernels.data.rows import Split
 from earlyexit_kernels.tuning.traces import collect_trace
 
-SUITE, ACCURACY = "job", "stored_accuracy"
+SUITE, ACCURACY, CASE = "job", "stored_accuracy", "sst2"
 BATCH, DROP = 32, 0.005
 PIPELINE = "transformers pipeline"
 #: Type of the arithmetic or of stored weights -> least share of labels that have to be the plain model's.
@@ -50,31 +51,25 @@ class Task(NamedTuple):
     """The task of a trained model.
 
     Attributes:
-        name: of the task.
-        rule: entropy with the threshold chosen on held-out train rows.
-        reporting: the rows that the training reported on.
+        rule: entropy with the threshold chosen on the rows that training kept.
+        reporting: the rows to report on.
         data: these, tokenised.
         collate: makes batches of them.
     """
 
-    name: str
     rule: Criterion
-    reporting: Any
+    reporting: Split
     data: Any
     collate: Any
 
 
 def task_of(model: Model) -> Task:
     """Return the task of the trained model, and the threshold for its exits."""
-    folder = trained_folder()
-    recipe = Recipe.load(folder)
-    task = recipe.load_data(task=None, dev=None)
-    (tuning, _), (reporting, _) = recipe.both_rows(task)
-    splits = {"tuning": tuning, "reporting": reporting}
-    data, collate = encoded(folder, model, splits, max_length=recipe.max_length)
-    trace, labels = collect_trace(model, data["tuning"], collate_fn=collate)
+    saved = load_saved(trained_folder())
+    rows = rows_of_model(saved)
+    trace, labels = collect_trace(model, saved.encoded(rows["tuning"]), collate_fn=saved.collate)
     rule = ee.calibrate(trace, labels, target=ee.MaxDrop(DROP), criterion="entropy").criterion
-    return Task(task.name, rule, reporting, data["reporting"], collate)
+    return Task(rule, rows["reporting"], saved.encoded(rows["reporting"]), saved.collate)
 
 
 def accuracies(repeats: int) -> Iterator[Record]:
@@ -95,7 +90,7 @@ def accuracies(repeats: int) -> Iterator[Record]:
         early, full = logits.argmax(dim=1), trace.logits[:, -1].argmax(dim=1)
         first = early if first is None else first
         yield record | {
-            "case": task.name,
+            "case": CASE,
             "rows": len(truth),
             "full_depth": float((full == truth).double().mean()),
             "accuracy": float((early == truth).double().mean()),
@@ -109,10 +104,10 @@ def records(repeats: int) -> Iterator[Record]:
     trained_folder()
     subject = models.subject("MiniLM")
     task = task_of(subject.model)
-    texts, truth = list(task.reporting.sentences), torch.as_tensor(task.reporting.labels)
+    texts, truth = list(task.reporting.texts), torch.as_tensor(task.reporting.labels)
 
     def header(variant: Variant) -> Record:
-        return harness.record_header(SUITE, task.name, variant, shape=f"{len(texts)} texts")
+        return harness.record_header(SUITE, CASE, variant, shape=f"{len(texts)} texts")
 
     with torch.inference_mode():
         plain = in_batches(subject, lambda batch: (subject.plain(**batch).logits, None))(texts)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.end_to_end.models import Subject
-from benchmarks.machine import DATA_VARIABLE, NotMeasuredError, device
+from benchmarks.machine import device
 
 Batch = dict[str, Tensor]
 
@@ -116,11 +115,9 @@ def sst2_queries(subject: Subject) -> list[Tensor]:
     Raises:
         NotMeasuredError: the data is not there.
     """
-    if not os.environ.get(DATA_VARIABLE):
-        raise NotMeasuredError(f"{DATA_VARIABLE} is not set; it names a folder with sst2/dev.tsv")
-    from earlyexit_kernels.tasks.load import load_task  # not at the top: `benchmarks.compare` runs older versions
+    from benchmarks.glue import read_split  # not at the top: `benchmarks.compare` runs older versions
 
-    sentences: Sequence[Any] = load_task("sst2").split("dev").sentences
+    sentences: Sequence[Any] = read_split("sst2", "dev").texts
     if subject.tokenizer is not None:
         return [torch.tensor(ids, device=device()) for ids in subject.tokenizer(list(sentences))["input_ids"]]
     return _random_rows(subject, [len(sentence.split()) + 2 for sentence in sentences])

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from benchmarks.evidence.noise import typos
 from benchmarks.harness import Record
-from earlyexit_kernels.cli.evaluate import NEVER_SKIP, SKIP_FROM, Traced, encoded, trace_splits
-from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.cli.eval import NEVER_SKIP, SKIP_FROM, Traced, trace_splits
+from earlyexit_kernels.cli.saved import HELD_OUT, load_saved
 from earlyexit_kernels.core.replay import replay_each
 from earlyexit_kernels.criteria import Criterion, Dact, Expectation, Patience, SampledExit
 from earlyexit_kernels.hf.predict import predict_with_exits
 from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
 from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
-from earlyexit_kernels.tuning.rows import Rows, exit_shares
+from earlyexit_kernels.tuning.rows import exit_shares
 from earlyexit_kernels.tuning.settings import settings, skip_settings
 from earlyexit_kernels.tuning.traces import collect_trace
 
@@ -41,54 +41,54 @@ class Subject:
     """A trained model with its traces on both splits, and the tokens of each row."""
 
     traced: Traced
-    recipe: Recipe
-    folder: Path
     tokens: dict[str, torch.Tensor]
 
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return self.traced.model.depth
-
-    def rows(self, split: str) -> Rows:
-        """Return the rows of a split with the deciding metric."""
-        trace, labels = self.traced.traces[split]
-        return Rows(trace, np.asarray(labels), self.traced.metrics[0], self.traced.task.problem_type)
+        return self.traced.saved.model.depth
 
     def scored(self, split: str, criterion: Criterion, logits: NDArray, layers: NDArray, run: NDArray) -> Record:
         """Return score, mean layers and share of the multiply-adds of the bare encoder at full depth."""
-        model, metric = self.traced.model, self.traced.metrics[0]
+        model, rows = self.traced.saved.model, self.traced.rows(split)
         macs = row_macs(model, self.tokens[split], layers, run, criterion=criterion).total
         return {
-            "score": round(self.rows(split).scores((metric,), logits)[metric], 4),
+            "score": round(rows.scores((rows.metric,), logits)[rows.metric], 4),
             "layers": round(float(run.mean()), 4),
             "macs": round(float(macs.sum() / encoder_macs(model, self.tokens[split]).sum()), 4),
         }
 
 
-def measure(folder: Path, *, noise: bool = False) -> list[Record]:
+def measure(folder: Path, metric: str, reporting: Path, *, noise: bool = False) -> list[Record]:
     """Return the records of a trained model.
 
     Args:
-        folder: written by `earlyexit train`.
+        folder: written by `earlyexit train`, with the rows to choose settings on.
+        metric: that decides.
+        reporting: file of the rows to report on.
         noise: whether to measure patience and full depth on text with typing errors too.
     """
-    recipe = Recipe.load(folder)
-    traced = trace_splits(folder, recipe, task=None, batch_size=BATCH_SIZE)
+    saved = load_saved(folder)
+    assert saved.record is not None
+    files = {"tuning": folder / HELD_OUT, "reporting": reporting}
+    splits = {name: saved.read(file, saved.record.columns) for name, file in files.items()}
+    traced = trace_splits(
+        saved, splits, dict(zip(SPLITS, SPLITS, strict=True)), metrics=[metric], batch_size=BATCH_SIZE
+    )
     tokens = {name: torch.tensor([len(row["input_ids"]) for row in _rows(data)]) for name, data in traced.data.items()}
-    subject = Subject(traced, recipe, folder, tokens)
+    subject = Subject(traced, tokens)
     found = [_layers(subject), _exits(subject)]
-    trace, problem_type = traced.traces["tuning"][0], traced.task.problem_type
-    wanted = {*RULES, traced.model.method.rule}
-    for name, group in settings(trace, points=POINTS, problem_type=problem_type).items():
+    outputs, problem_type = traced.traces["tuning"][0], traced.problem_type
+    wanted = {*RULES, saved.model.method.rule}
+    for name, group in settings(outputs, points=POINTS, problem_type=problem_type).items():
         if name in wanted:
             found.append(_replayed(subject, name, group))
-    if "halting" in trace.aux:
+    if "halting" in outputs.aux:
         draws = [SampledExit(seed=seed) for seed in range(DRAWS)]
         found += [_replayed(subject, "sampled_exit", draws), _replayed(subject, "expectation", [Expectation()])]
-        if traced.model.method.name == "dact":
+        if saved.model.method.name == "dact":
             found.append(_replayed(subject, "bound", [Dact(bound=bound) for bound in ("paper", "tight")]))
-    if "gate" in traced.model.heads.aux_names:
+    if "gate" in saved.model.heads.aux_names:
         found += _skipping(subject)
     if noise:
         found += list(_noisy(subject))
@@ -111,7 +111,7 @@ def _layers(subject: Subject) -> Record:
 def _exits(subject: Subject) -> Record:
     """Return how often exits agree, and the share of the reporting rows that one exit or the other answers rightly."""
     trace, labels = subject.traced.traces["reporting"]
-    if subject.traced.task.problem_type == "regression":
+    if subject.traced.problem_type == "regression":
         return {"kind": "exits"}
     named = trace.logits.argmax(dim=-1).numpy()
     right = named == np.asarray(labels)[:, None]
@@ -129,7 +129,7 @@ def _replayed(subject: Subject, name: str, group: Sequence[Criterion]) -> Record
     """Return the settings of a rule replayed on both splits; on the reporting one with random exits of the same mix."""
     columns = {}
     for split in SPLITS:
-        of_split, rows = subject.rows(split), []
+        of_split, rows = subject.traced.rows(split), []
         for answers in of_split.replay(group):
             row = subject.scored(split, answers.criterion, answers.logits, answers.exit_layer, answers.layers_run)
             if split == "reporting":
@@ -144,7 +144,7 @@ def _skipping(subject: Subject) -> list[Record]:
 
     The first threshold of each is 0, with which no row leaves: skips alone, and neither.
     """
-    model, trace = subject.traced.model, subject.traced.traces["tuning"][0]
+    model, trace = subject.traced.saved.model, subject.traced.traces["tuning"][0]
     skip_from = model.method.to_dict().get("skip_threshold", SKIP_FROM)
     found = []
     for name, threshold in (("skips and exits", skip_from), ("exits alone", NEVER_SKIP)):
@@ -164,18 +164,17 @@ def _skipping(subject: Subject) -> list[Record]:
 
 def _noisy(subject: Subject) -> Iterator[Record]:
     """Yield full depth and each patience on text with typing errors, the mean of several draws."""
-    task, model = subject.traced.task, subject.traced.model
+    saved, problem_type = subject.traced.saved, subject.traced.problem_type
     metric = METRICS[subject.traced.metrics[0]]
     group = [Patience(patience=p) for p in range(1, subject.depth)]
     draws = []
     for seed in range(NOISE_DRAWS):
         split = typos(subject.traced.splits["reporting"], NOISE, seed=seed)
-        data, _ = encoded(subject.folder, model, {"reporting": split}, max_length=subject.recipe.max_length)
-        trace, labels = collect_trace(model, data["reporting"], **subject.traced.batching)
-        full = predictions_of(trace.logits[:, -1].numpy(), task.problem_type)
+        trace, labels = collect_trace(saved.model, saved.encoded(split), **subject.traced.batching)
+        full = predictions_of(trace.logits[:, -1].numpy(), problem_type)
         row = [metric(full, np.asarray(labels))]
-        for logits, _layers in replay_each(trace, group, problem_type=task.problem_type):
-            row.append(metric(predictions_of(logits.numpy(), task.problem_type), np.asarray(labels)))
+        for logits, _layers in replay_each(trace, group, problem_type=problem_type):
+            row.append(metric(predictions_of(logits.numpy(), problem_type), np.asarray(labels)))
         draws.append(row)
     scores = np.mean(draws, axis=0)
     yield {

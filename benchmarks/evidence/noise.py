@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from earlyexit_kernels.tasks.sources import Split, Text
+from earlyexit_kernels.data.rows import Split, Text
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ def typos(split: Split, share: float, *, seed: int = 0) -> Split:
     equally likely. Drawn with `random.Random(seed).random()`, whose sequence is stable across Python versions.
 
     Args:
-        split: N texts or pairs; labels and levels stay.
+        split: N texts or pairs; labels stay.
         share: in [0, 1].
         seed: of the draws.
 
@@ -85,5 +85,5 @@ def _changed(split: Split, change: Callable[[Sequence[str]], list[str]]) -> Spli
         found = text.split()
         return " ".join(change(found)) if found else text
 
-    sentences: list[Text] = [one(t) if isinstance(t, str) else (one(t[0]), one(t[1])) for t in split.sentences]
-    return replace(split, sentences=sentences)
+    texts: list[Text] = [one(t) if isinstance(t, str) else (one(t[0]), one(t[1])) for t in split.texts]
+    return replace(split, texts=texts)

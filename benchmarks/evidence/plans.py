@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.glue import TASKS
 from earlyexit_kernels.cli.train import method_from
 
 SEEDS = (0, 1, 2)
@@ -63,20 +64,30 @@ class Training:
         words += [f"after-{self.start.method}"] if self.start else []
         return "-".join([self.task, self.method, *words, f"seed{self.seed}"])
 
-    def arguments(self, model: str, output: str) -> list[str]:
+    @property
+    def files(self) -> str:
+        """Name of the folder with the rows."""
+        return f"{self.task}-{ROWS[self.task]}-{HOLDOUT}-seed{self.seed}"
+
+    def arguments(self, model: str, output: str, files: str | None = None) -> list[str]:
         """Return the arguments of the command `earlyexit` that trains it.
 
         Args:
             model: folder of the encoder, or of the trained model that it starts from.
             output: folder for the trained model.
+            files: folder of the rows, which `glue.write_files` writes.
         """
         given = [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
         phases = method_from(self.method, given).phases
         epochs = self.epochs or [EPOCHS if "backbone" in phase.trains else EXIT_EPOCHS for phase in phases]
+        files = files or self.files
         return [
-            *("train", "--model", model, "--task", self.task, "--method", self.method, "--output", output),
+            *("train", model, "--data", f"{files}/train.csv", "--dev", f"{files}/tuning.csv", "--output", output),
+            *(("--pair-column", "pair") if TASKS[self.task].pairs else ()),
+            *(("--problem", "regression") if TASKS[self.task].classes == 1 else ()),
+            *("--method", self.method),
             *("--pooling", "mean", *(() if self.own_form else ("--form", "linear"))),
-            *("--train-rows", str(ROWS[self.task]), "--holdout", str(HOLDOUT), "--seed", str(self.seed)),
+            *("--seed", str(self.seed)),
             *("--lr", str(self.lr), "--head-lr", str(HEAD_LR), "--epochs", *map(str, epochs)),
             *(("--bf16",) if self.bf16 else ()),
             *(("--gate-lr", str(self.gate_lr)) if self.gate_lr else ()),

@@ -7,18 +7,17 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benchmarks import harness
+from benchmarks import glue, harness
+from benchmarks.evidence import plans
 from benchmarks.evidence.measure import measure
 from benchmarks.evidence.plans import Training
 from benchmarks.evidence.results import stored
-from earlyexit_cli import build_parser
-from earlyexit_kernels.cli.recipe import RECIPE_FILE, Recipe
-from earlyexit_kernels.cli.train import run as train
+from earlyexit_cli import main
+from earlyexit_kernels.cli.saved import RECORD, load_saved
 from earlyexit_kernels.tuning.tables import environment
 
 
@@ -47,7 +46,8 @@ def run_group(group: Sequence[Training], encoders: dict[str, str], work: Path, r
         train_once(training, model, work)
         trained = time.monotonic()
         with _logged(work / f"{training.name}.log"):
-            records = measure(work / training.name, noise=training.noise)
+            reporting, metric = rows_of(training, work)["reporting"], glue.TASKS[training.task].metric
+            records = measure(work / training.name, metric, reporting, noise=training.noise)
         seconds = {"training": round(trained - started), "measuring": round(time.monotonic() - trained)}
         write(training, records, seconds, work, results)
         done.append(training.name)
@@ -59,10 +59,20 @@ def run_group(group: Sequence[Training], encoders: dict[str, str], work: Path, r
 def train_once(training: Training, model: str, work: Path) -> None:
     """Train a model unless its folder exists."""
     folder = work / training.name
-    if (folder / RECIPE_FILE).is_file():
+    if (folder / RECORD).is_file():
         return
     with _logged(work / f"{training.name}.log"):
-        train(build_parser().parse_args(training.arguments(model, str(folder))))
+        files = rows_of(training, work)["train"].parent
+        if main(training.arguments(model, str(folder), str(files))):
+            raise RuntimeError(f"{training.name} could not be trained; its log is in {work}")
+
+
+def rows_of(training: Training, work: Path) -> dict[str, Path]:
+    """Return the files of a training's rows, as `glue.write_files` does."""
+    folder = work / "rows" / training.files
+    return glue.write_files(
+        training.task, folder, rows=plans.ROWS[training.task], holdout=plans.HOLDOUT, seed=training.seed
+    )
 
 
 @contextlib.contextmanager
@@ -76,11 +86,10 @@ def write(
     training: Training, records: Sequence[harness.Record], seconds: dict[str, int], work: Path, results: Path
 ) -> None:
     """Append the records of a training to the results."""
-    recipe = asdict(Recipe.load(work / training.name))
     document = {
         "name": training.name,
         "command": " ".join(["earlyexit", *training.arguments("ENCODER", "OUTPUT")]),
-        "method": recipe["method"],
+        "method": load_saved(work / training.name).model.method.to_dict(),
         "seconds": seconds,
         "environment": environment(),
         "records": list(records),

@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 import httpx
 
 import earlyexit_kernels as ee
+from benchmarks.glue import read_split
 from benchmarks.harness import Record
 from benchmarks.http.servers import FULL, LITSERVE, OWN, serving
 from benchmarks.machine import NotMeasuredError, trained_folder
-from earlyexit_kernels.cli.recipe import Recipe
 from earlyexit_kernels.tuning.timing import interleave, quantiles
 
 SUITE, ALONE = "http", "Scorer, no server"
@@ -47,9 +47,8 @@ def records(repeats: int) -> Iterator[Record]:
     """Yield the records of both parts."""
     model = trained_folder()
     if ee.EarlyExitForSequenceClassification.from_pretrained(model).criterion is None:
-        raise NotMeasuredError(f"the model has no criterion; run earlyexit calibrate --model {model} --apply auto")
-    recipe = Recipe.load(model)
-    texts = list(recipe.evaluation_rows(recipe.load_data()).sentences)
+        raise NotMeasuredError(f"the model has no criterion; run earlyexit calibrate {model} --max-drop 0.005")
+    texts = list(read_split("sst2", "dev").texts)
     with tempfile.TemporaryDirectory() as work:
         yield from overhead(model, Path(work), texts, repeats * REQUESTS_PER_REPEAT)
         yield from arrivals(model, Path(work), texts, repeats * SECONDS_PER_REPEAT)

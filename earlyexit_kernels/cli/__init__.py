@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from earlyexit_kernels.cli import calibrate, demo, env, evaluate, predict, report, score, serve, train
 from earlyexit_kernels.errors import BackendUnavailableError, MissingHeadsError
 
-COMMANDS = {
-    "demo": demo,
-    "train": train,
-    "eval": evaluate,
-    "calibrate": calibrate,
-    "report": report,
-    "predict": predict,
-    "score": score,
-    "serve": serve,
-    "env": env,
-}
-
 #: Errors in the input or the environment, reported in one line. Any other class is a bug and shows its traceback.
-_USER_ERRORS = (
+USER_ERRORS = (
     ValueError,
     OSError,
     ImportError,
@@ -44,12 +32,29 @@ def run(args: argparse.Namespace) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     disable_progress_bar()  # those of loading and saving; training and measuring show their own
+    command = importlib.import_module(f"{__name__}.{args.command}")
     try:
-        return COMMANDS[args.command].run(args)
+        for module in getattr(args, "modules", ()):
+            _import(module)
+        return int(command.run(args))
     except KeyboardInterrupt:
         return 130
-    except _USER_ERRORS as error:
+    except USER_ERRORS as error:
         if args.debug:
             raise
         print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+def _import(module: str) -> None:
+    """Import a module that registers criteria, methods or model families, from the current folder too.
+
+    Raises:
+        ImportError: there is no such module.
+    """
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"--import: {module} cannot be imported: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +11,37 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from earlyexit_kernels.backbones import BACKBONES
-from earlyexit_kernels.cli.inputs import check_encoder, loaded_from
+from earlyexit_kernels.cli.checks import check_encoder, loaded_from
+from earlyexit_kernels.data.rows import Labels
 from earlyexit_kernels.hf.config import EarlyExitConfig
-from earlyexit_kernels.tasks import hub
-from earlyexit_kernels.tasks.load import Task
 
 
-def load_base(name: str, task: Task, *, ask_hub: Callable[[], str] | None = None) -> tuple[Any, Any, bool]:
-    """Load a stock classifier for a task, or a model with exits for its labels; its tokenizer; whether its head is new.
+def load_base(name: str, labels: Labels) -> tuple[Any, Any, bool]:
+    """Load a stock classifier for labels, or a model with exits for them; its tokenizer; whether its head is new.
 
     A folder is loaded without network access; other names are those of the hub.
 
     Args:
         name: folder or hub name.
-        task: sets the labels of the classifier.
-        ask_hub: as for `hub.offline_if_unreachable`.
+        labels: of the classifier.
 
     Raises:
-        FileNotFoundError: the path does not exist.
-        OSError: the hub does not have the name, or cannot be reached.
+        OSError: the folder is incomplete, or the hub does not have the name or cannot be reached.
+        ValueError: weights of the encoder are missing, exits for other labels, or no padding token.
     """
-    local = Path(name).is_dir()
-    if Path(name).is_file():
-        raise NotADirectoryError(f"--model: expected a folder with a saved model, or a hub name; {name} is a file")
-    if not local and name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"--model: expected a folder with a saved model, or a hub name; {name} does not exist")
-    if local:
-        return _load_stock(name, task, local_files_only=True)
-    with hub.offline_if_unreachable(ask_hub) as reason:
-        try:
-            return _load_stock(name, task)
-        except OSError as error:
-            if not reason:
-                raise
-            raise ConnectionError(
-                f"--model: {name} is neither a folder nor a downloaded model, and the Hugging Face hub cannot be "
-                f"reached ({reason}); connect, or give a folder with a saved model"
-            ) from error
-
-
-def _load_stock(name: str, task: Task, **loading: Any) -> tuple[Any, Any, bool]:
+    loading: dict[str, Any] = {"local_files_only": True} if Path(name).is_dir() else {}
     with loaded_from(name):
         tokenizer = AutoTokenizer.from_pretrained(name, **loading)
         if AutoConfig.from_pretrained(name, **loading).model_type == EarlyExitConfig.model_type:
-            return (
-                _with_exits(AutoModelForSequenceClassification.from_pretrained(name, **loading), task),
-                tokenizer,
-                False,
-            )
+            model = AutoModelForSequenceClassification.from_pretrained(name, **loading)
+            return _with_exits(model, labels), tokenizer, False
         with _without_load_report():
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
-                num_labels=task.num_labels,
-                id2label=dict(enumerate(task.label_names)),
-                label2id={label: i for i, label in enumerate(task.label_names)},
-                problem_type=task.problem_type,
+                num_labels=len(labels.names),
+                id2label=dict(enumerate(labels.names)),
+                label2id={label: i for i, label in enumerate(labels.names)},
+                problem_type=labels.problem_type,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **loading,
@@ -110,16 +86,16 @@ def _without_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _with_exits(model: Any, task: Task) -> Any:
-    """Return a model with exits, to be converted to another method, if it was trained for the labels of the task.
+def _with_exits(model: Any, labels: Labels) -> Any:
+    """Return a model with exits, to be converted to another method, if it was trained for these labels.
 
     Raises:
         ValueError: it was trained for other labels.
     """
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    if (names, model.problem_type) != (task.label_names, task.problem_type):
+    if (names, model.problem_type) != (labels.names, labels.problem_type):
         raise ValueError(
-            f"its exits are for {model.problem_type} of {list(names)}, the task is {task.problem_type} of "
-            f"{list(task.label_names)}; give a model for these labels, or the stock model that it was converted from"
+            f"its exits are for {model.problem_type} of {list(names)}, the rows have {labels.problem_type} of "
+            f"{list(labels.names)}; give a model for these labels, or the stock model that it was converted from"
         )
     return model

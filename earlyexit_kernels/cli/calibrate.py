@@ -1,4 +1,4 @@
-"""Choose the setting of every criterion for a target, on rows that the model was not trained on; apply one of them."""
+"""Choose a criterion for a target on rows that the model was not trained on, and save it with the model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.cli.arguments import AUTO
 from earlyexit_kernels.cli.card import README, renewed
-from earlyexit_kernels.cli.evaluate import encoded, load_model
-from earlyexit_kernels.cli.inputs import metrics_for, queries_of
-from earlyexit_kernels.cli.outputs import check_file, check_folder, written
-from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.cli.checks import metrics_for, queries_of, written
+from earlyexit_kernels.cli.saved import Saved, load_saved, unseen_rows
 from earlyexit_kernels.hf.saving import CONFIG, saved_whole
-from earlyexit_kernels.tasks.own import digest_of
 from earlyexit_kernels.tuning.calibrate import calibrate
 from earlyexit_kernels.tuning.record import Calibration
 from earlyexit_kernels.tuning.settings import MIN_POINTS, rule_names, settings
@@ -25,6 +21,7 @@ from earlyexit_kernels.tuning.tables import markdown_table, parameter_text, writ
 from earlyexit_kernels.tuning.targets import Latency, MaxDrop, Risk, SpeedUp, Target, UnreachableTargetError
 from earlyexit_kernels.tuning.traces import collect_trace
 
+AUTO = "auto"
 #: Target -> which setting of all rules `auto` is.
 AUTO_REASONS: dict[type[Target], str] = {
     MaxDrop: "of all settings within the drop on the tuning rows, and not beyond it on the check rows by more than a "
@@ -34,65 +31,58 @@ AUTO_REASONS: dict[type[Target], str] = {
     Latency: "of all settings within the latency it is the slowest within one standard error of the highest score",
     Risk: "of all settings that pass the tests it runs the fewest layers",
 }
-
-#: Whether the target is a guarantee -> how to go on after the table.
-NEXT_STEPS = {
-    False: "To save one of them with the model, repeat with --apply CRITERION, or --apply auto for the best",
-    True: "To save one with the model, repeat with --apply auto, which chooses the criterion on the tuning rows. The "
-    "guarantee does not hold for a criterion that was chosen by this table, whose risks are those of the check rows",
-}
+RISK_NOTE = (
+    "The guarantee does not hold for a criterion that is chosen by this table, whose risks are those of the check rows"
+)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table of every criterion for the target, and write what was asked for."""
+    """Print a table of every criterion for the target, and save the best or the one asked for."""
     target = target_from(args)
-    if not args.model.is_dir():
-        raise FileNotFoundError(f"--model: expected a folder written by `earlyexit train`, {args.model} is not one")
-    recipe = Recipe.load(args.model)
-    if args.output is not None:
-        check_file("--output", args.output)
-    if args.apply is not None:
-        check_folder("--model", args.model)
-    task = recipe.load_data(dev=args.dev)
-    if args.dev is not None and recipe.data is not None and digest_of(args.dev) == recipe.data.digest:
-        print(
-            f"warning: --dev: {args.dev} is the file that the model was trained on, on whose rows it is surer than on "
-            "others; the setting will lose more than it seems. Give other rows\n"
+    saved = load_saved(args.model)
+    rows, kind = unseen_rows(args, saved)
+    queries, labels = queries_of(rows), saved.labels
+    metric = metrics_for(labels, queries is not None, args.metric and [args.metric], predictions_only=True)[0]
+    allowed = rule_names(saved.model.heads.aux_names, labels.problem_type)
+    if args.criterion not in (AUTO, *allowed):
+        raise ValueError(
+            f"--criterion: expected auto or a criterion of this model, {', '.join(allowed)}; got {args.criterion}"
         )
-    (metric,) = metrics_for(task, [args.metric or task.metric], predictions_only=True)
-    model = load_model(args.model, task)
-    allowed = rule_names(model.heads.aux_names, task.problem_type)
-    if args.apply not in (None, AUTO, *allowed):
-        raise ValueError(f"--apply: expected auto or a criterion of this model, {', '.join(allowed)}; got {args.apply}")
-    rows, kind = recipe.unseen_rows(task)
-    data, collate = encoded(args.model, model, {kind: rows}, max_length=recipe.max_length)
-    trace, labels = collect_trace(model, data[kind], collate_fn=collate, batch_size=args.batch_size, progress=kind)
-    given: Any = trace, labels
-    if isinstance(target, Latency):  # measured, on the model
-        given = model, data[kind]
-    choose = partial(calibrate, *given, target=target, metric=metric, batch_size=args.batch_size)
-    choose = partial(choose, collate_fn=collate, problem_type=task.problem_type, groups=queries_of(rows))
-    rules = list(settings(trace, points=MIN_POINTS, problem_type=task.problem_type))
-    found, missed = _each(rules, choose)
+    data = saved.encoded(rows)
+    batching: dict[str, Any] = {"collate_fn": saved.collate, "batch_size": args.batch_size}
+    trace, truth = collect_trace(saved.model, data, progress=kind, **batching)
+    choose = partial(
+        calibrate, target=target, metric=metric, problem_type=labels.problem_type, groups=queries, **batching
+    )
+    choose = partial(choose, per_layer=args.per_layer)
+    of_model = partial(choose, saved.model, data, temperature=args.temperature)
+    # measured, or with other exits: on the model
+    of_rows = of_model if isinstance(target, Latency) else partial(choose, trace, truth)
+    rules = list(settings(trace, points=MIN_POINTS, problem_type=labels.problem_type))
+    if args.temperature:
+        rules, of_rows = [], of_model
+    reached, missed = _each(rules, of_rows)
     print(f"{args.model}, {target}: chosen on half of {len(rows)} {kind}, checked on the other half\n")
-    if found:
-        print(result_table(found, target, metric, trace.depth), end="\n\n")
+    if reached:
+        print(result_table(reached, target, metric, trace.depth), end="\n\n")
     for name, nearest in missed.items():
         print(f"{name} cannot reach the target; the nearest is {nearest}")
     if args.output is not None:
-        _write(args, found, missed)
-    if not found and args.apply is None:
-        raise ValueError(f"no criterion of this model reaches {target}; the nearest settings are listed above")
-    if args.apply is None:
-        print(NEXT_STEPS[type(target) is Risk])
-        return 0
-    chosen = _applied(args.apply, found, choose)
-    with written(args.model):
-        renewed_card = apply_to_folder(args.model, chosen)
-    if args.apply == AUTO:
+        _write(args, reached, missed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if args.temperature else "ignore")  # else printed with the table
+        chosen = reached.get(args.criterion) or of_rows(criterion=args.criterion)
+    if args.criterion == AUTO:
         print(f"\nauto chose {chosen.criterion.name}: {AUTO_REASONS[type(target)]}")
-    print(f"\nSaved in {args.model / CONFIG}{f' and {README}' if renewed_card else ''}:\n\n{chosen}")
-    print(f"\nNext: earlyexit report --model {args.model} --output report.html, or earlyexit predict")
+    if args.dry_run:
+        print(f"\nNot saved, as --dry-run is given:\n\n{chosen}")
+        if isinstance(target, Risk):
+            print(f"\n{RISK_NOTE}")
+        return 0
+    _save(saved, chosen, with_exits=args.temperature)
+    print(f"\nSaved in {args.model}:\n\n{chosen}")
+    _warn_of_drop(chosen, target)
+    print(f"\nNext: earlyexit eval {args.model} --report report.html, or earlyexit predict {args.model}")
     return 0
 
 
@@ -118,25 +108,17 @@ def target_from(args: argparse.Namespace) -> Target:
 
 def _each(rules: Sequence[str], choose: Callable[..., Calibration]) -> tuple[dict[str, Calibration], dict[str, str]]:
     """Return the calibration of each rule, and the nearest setting of those that cannot reach the target."""
-    found, missed = {}, {}
+    reached, missed = {}, {}
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for name in rules:
             try:
-                found[name] = choose(criterion=name)
+                reached[name] = choose(criterion=name)
             except UnreachableTargetError as error:
                 missed[name] = error.nearest
     for message in dict.fromkeys(str(warning.message) for warning in told):
         print(f"warning: {message}\n")
-    return found, missed
-
-
-def _applied(name: str, found: Mapping[str, Calibration], choose: Callable[..., Calibration]) -> Calibration:
-    if name in found:
-        return found[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # printed above
-        return choose(criterion=name)  # raises for a rule that cannot reach the target
+    return reached, missed
 
 
 def result_table(found: Mapping[str, Calibration], target: Target, metric: str, depth: int) -> str:
@@ -157,34 +139,41 @@ def result_table(found: Mapping[str, Calibration], target: Target, metric: str, 
     return markdown_table([*header, *more], rows)
 
 
-def _write(args: argparse.Namespace, found: Mapping[str, Calibration], missed: Mapping[str, str]) -> None:
-    records: list[dict[str, Any]] = [{"rule": name, "calibration": one.to_dict()} for name, one in found.items()]
+def _warn_of_drop(chosen: Calibration, target: Target) -> None:
+    """Say where the check rows lose more than was asked for, which happens by chance on few rows."""
+    if isinstance(target, MaxDrop) and chosen.drop > target.drop:
+        low, high = chosen.drop_interval
+        print(
+            f"\nwarning: on the {chosen.rows['check']} check rows it loses {chosen.drop:.4f} {chosen.metric}, more "
+            f"than the {target.drop:g} asked for (95 %: {low:.4f} to {high:.4f}); more unseen rows make this rarer"
+        )
+
+
+def _write(args: argparse.Namespace, reached: Mapping[str, Calibration], missed: Mapping[str, str]) -> None:
+    records: list[dict[str, Any]] = [{"rule": name, "calibration": one.to_dict()} for name, one in reached.items()]
     records += [{"rule": name, "nearest": nearest} for name, nearest in missed.items()]
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "debug"}
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "debug"}
     with written(args.output):
-        print(f"\nEvery criterion: {write_json(args.output, records, arguments=given)}")
+        print(f"\nEvery criterion: {write_json(args.output, records, arguments=arguments)}")
 
 
-def apply_to_folder(folder: Path, found: Calibration) -> bool:
-    """Write a criterion and its calibration into the config of a saved model, and renew its card; nothing else.
-
-    Both files change, or none. The weights are not written, so that their digest in the config stays.
+def _save(saved: Saved, chosen: Calibration, *, with_exits: bool) -> None:
+    """Save a criterion with the model, all files of it or none.
 
     Args:
-        folder: of the model.
-        found: the calibration of its exits.
-
-    Returns:
-        whether the folder has a model card with a section for the calibration.
-
-    Raises:
-        OSError: the files cannot be written.
+        saved: the model in its folder.
+        chosen: the calibration.
+        with_exits: whether the exits have changed too; else only the config and the card are written, so that the
+            digest of the weights in the config stays.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config |= {"criterion": found.criterion.to_dict(), "calibration": found.to_dict()}
-    card = renewed(folder, found)
-    with saved_whole(folder) as files:
-        (files / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if card is not None:
-            (files / README).write_text(card, encoding="utf-8")
-    return card is not None
+    folder = saved.folder
+    with written(folder):
+        card = renewed(folder, chosen)
+        if with_exits:
+            saved.model.save_pretrained(folder)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config |= {"criterion": chosen.criterion.to_dict(), "calibration": chosen.to_dict()}
+        with saved_whole(folder) as files:
+            (files / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if card is not None:
+                (files / README).write_text(card, encoding="utf-8")

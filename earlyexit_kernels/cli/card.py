@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.cli.saved import HELD_OUT, Record
 from earlyexit_kernels.criteria import from_dict
-from earlyexit_kernels.tasks.load import Task
-from earlyexit_kernels.tasks.own import listed
+from earlyexit_kernels.data.rows import NUMBERS, Labels, listed
 from earlyexit_kernels.tuning.record import Calibration
 from earlyexit_kernels.tuning.tables import markdown_table, parameter_text
 
@@ -47,7 +46,7 @@ print(classify({example}))
 
 ## Score of every exit
 
-On {evaluation_rows} {evaluation} rows that the model was not trained on.
+On {evaluation_rows} {evaluation}, which the model was not trained on.
 
 {scores}
 
@@ -57,42 +56,41 @@ NOT_CALIBRATED = """## Calibration
 
 No criterion is set, so that every row runs all layers. This chooses one:
 
-    earlyexit calibrate --model {folder} --max-drop 0.005 --apply auto
+    earlyexit calibrate {folder} --max-drop 0.005
 """
 
 
-def check_card(folder: Path) -> None:
-    """Refuse a folder with a README.md that is not a model card of this package, which a save would replace.
+def card(folder: Path, record: Record, labels: Labels, model: Any, *, length: int, keep: bool) -> str:
+    """Return the model card after training; files are named without their folders.
 
-    Raises:
-        ValueError: names the file.
+    Args:
+        folder: of the model.
+        record: of the training.
+        labels: what the model predicts.
+        model: the trained model.
+        length: maximum tokens of a row.
+        keep: whether the rows that were not trained on are saved in the folder.
     """
-    path = folder / README
-    if path.is_file() and BEGIN.encode() not in path.read_bytes():
-        raise ValueError(
-            f"--output: {path} is not a model card of `earlyexit train`, and would be replaced; give another folder, "
-            "or move the file"
-        )
-
-
-def card(folder: Path, recipe: Recipe, task: Task, model: Any, evaluation_rows: int) -> str:
-    """Return the model card after training; files are named without their folders."""
-    pairs = not isinstance(task.split(next(iter(task.splits))).sentences[0], str)
-    longest = model.adapter.longest(model.config.backbone_config)
-    numbers = task.problem_type == "regression"
+    columns = record.columns
+    texts = " and ".join(_plain(name) for name in (columns.text, columns.pair) if name is not None)
+    query = "" if columns.group is None else f", query in {_plain(columns.group)}"
+    kept = f"; the latter are in {HELD_OUT}, texts included" if keep else ""
     return CARD.format(
-        title=f"Early exits for {_plain(recipe.name)}",
+        title=f"Early exits for {_plain(record.data)}",
         family=model.config.backbone_config.model_type,
         depth=model.depth,
-        method=recipe.method["name"],
-        rows=_rows_text(recipe),
-        labels="numbers (regression)" if numbers else f"{task.num_labels} classes, {_plain(listed(task.label_names))}",
+        method=model.method.name,
+        rows=f"file {_plain(record.data)}, column {texts}, label in {_plain(columns.label)}{query}; {record.rows} rows "
+        f"trained on, {record.unseen_rows} {_plain(record.unseen)} not trained on (seed {record.seed}){kept}",
+        labels="numbers (regression)"
+        if labels.problem_type == NUMBERS
+        else f"{len(labels.names)} classes, {_plain(listed(labels.names))}",
         folder=folder.name,
-        length=min(recipe.max_length or longest, longest),
-        example='{"text": "a text", "text_pair": "its pair"}' if pairs else '"a text"',
-        evaluation_rows=evaluation_rows,
-        evaluation=recipe.evaluation_split,
-        scores=score_table(recipe.scores, task.metrics),
+        length=length,
+        example='{"text": "a text", "text_pair": "its pair"}' if columns.pair else '"a text"',
+        evaluation_rows=record.unseen_rows,
+        evaluation=_plain(record.unseen),
+        scores=score_table(record.scores, tuple(record.scores[0])),
         calibration=f"{BEGIN}\n{NOT_CALIBRATED.format(folder=folder.name)}{END}",
     )
 
@@ -101,17 +99,6 @@ def score_table(scores: Sequence[Mapping[str, float]], metrics: Sequence[str]) -
     """Return a table of the metrics of each exit alone."""
     rows = [(k, *(f"{score[m]:.4f}" for m in metrics)) for k, score in enumerate(scores, start=1)]
     return markdown_table(("exit after layer", *metrics), rows)
-
-
-def _rows_text(recipe: Recipe) -> str:
-    held_out = f"{recipe.train_rows} rows trained on, {recipe.holdout} held out (seed {recipe.seed})"
-    if recipe.data is None:
-        return f"task {recipe.task}, {held_out}"
-    own = recipe.data
-    dev = "" if own.dev is None else f", dev file {_plain(Path(own.dev).name)}"
-    texts = " and ".join(_plain(name) for name in (own.columns.text, own.columns.pair) if name is not None)
-    query = "" if own.columns.group is None else f", query in {_plain(own.columns.group)}"
-    return f"file {_plain(own.name)}{dev}, column {texts}, label in {_plain(own.columns.label)}{query}; {held_out}"
 
 
 def _plain(text: str) -> str:

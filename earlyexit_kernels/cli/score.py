@@ -7,24 +7,24 @@ import sys
 
 from tqdm import tqdm
 
-from earlyexit_kernels.cli.inputs import check_packages
-from earlyexit_kernels.cli.predict import scorer_of, text_columns
-from earlyexit_kernels.cli.recipe import recipe_of
+from earlyexit_kernels.cli.checks import check_packages
+from earlyexit_kernels.cli.predict import scorer_of
+from earlyexit_kernels.cli.saved import Record, columns_of
 
 
 def run(args: argparse.Namespace) -> int:
     """Score the units that are not finished; the exit code is 2 if a file cannot be read."""
     check_packages("score", ("pyarrow", "ray[data]") if args.workers > 1 else ("pyarrow",))
-    recipe = recipe_of("--model", args.model)
+    named = columns_of(args, Record.load(args.model))
     from earlyexit_kernels.serving.files import plan, score_units
 
     # a model that cannot be loaded, or a tokenizer of another one, is an error here rather than in each worker
-    scorer = scorer_of(args.model, recipe, truncate=args.truncate, max_tokens=args.max_tokens)
+    scorer = scorer_of(args.model, truncate=args.truncate, max_tokens=args.max_tokens)
     todo = plan(
         args.model,
         args.input,
         args.output,
-        columns=tuple(name for name in text_columns(args, recipe) if name is not None),
+        columns=tuple(name for name in (named.text, named.pair) if name is not None),
         max_length=scorer.options.max_length,
         truncate=args.truncate,
         max_tokens=args.max_tokens,

@@ -7,8 +7,7 @@ import os
 
 from transformers import AutoConfig
 
-from earlyexit_kernels.cli.inputs import check_packages
-from earlyexit_kernels.cli.recipe import recipe_of
+from earlyexit_kernels.cli.checks import check_packages
 from earlyexit_kernels.hf.config import EarlyExitConfig
 from earlyexit_kernels.hf.saving import CONFIG
 from earlyexit_kernels.tuning.record import Calibration
@@ -22,7 +21,6 @@ REQUIRED = ("fastapi", "jinja2", "prometheus-client", "uvicorn")
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; the exit code is 2 if a worker cannot load the model."""
     check_packages("serve", REQUIRED)
-    recipe = recipe_of("MODEL", args.model)
     if not (args.model / CONFIG).is_file():
         raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} has no {CONFIG}")
     from earlyexit_kernels.serving import workers  # requires the extra `serve`
@@ -31,7 +29,6 @@ def run(args: argparse.Namespace) -> int:
 
     options = Options(
         source=Source.of(args.model, None),
-        max_length=None if recipe is None else recipe.max_length,
         api_key=api_key(),
         **{name: getattr(args, name) for name in NAMES},
     )

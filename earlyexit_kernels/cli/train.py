@@ -1,6 +1,7 @@
 """Train a classifier with an exit after every layer, with the Trainer of transformers.
 
-The model, its tokenizer and the recipe of the training (`recipe`) are saved in --output.
+The model, its tokenizer, a model card, a record of the training and the rows that were not trained on are saved in
+--output.
 """
 
 from __future__ import annotations
@@ -8,79 +9,77 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset
-from transformers import (
-    DataCollatorWithPadding,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from torch.utils.data import Subset
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from earlyexit_kernels.backends import working_device
 from earlyexit_kernels.cli.base_model import load_base, reads_last_token
-from earlyexit_kernels.cli.card import README, card, check_card, score_table
-from earlyexit_kernels.cli.inputs import (
-    check_lengths,
-    check_max_length,
-    check_rows,
-    check_vocabulary,
-    queries_of,
+from earlyexit_kernels.cli.card import README, card, score_table
+from earlyexit_kernels.cli.checks import check_queries, check_vocabulary, metrics_for, queries_of, save_tokenizer
+from earlyexit_kernels.cli.saved import HELD_OUT, Record, columns_of, digest_of
+from earlyexit_kernels.data.rows import (
+    CLASSES,
+    NUMBERS,
+    Columns,
+    Labels,
+    Split,
+    check_columns,
+    encode,
+    hold_out,
+    labels_in,
+    read_rows,
 )
-from earlyexit_kernels.cli.outputs import check_folder, check_no_model, save_tokenizer
-from earlyexit_kernels.cli.recipe import HELD_OUT, Recipe
+from earlyexit_kernels.data.table import read_table, write_table
 from earlyexit_kernels.hf.convert import to_early_exit
 from earlyexit_kernels.hf.saving import save_or_rescue
 from earlyexit_kernels.hf.training import Phase, phases
 from earlyexit_kernels.methods import Method, PhaseSpec, check_task, method_of
-from earlyexit_kernels.tasks import hub
-from earlyexit_kernels.tasks.load import EncodedSplit, Task, encode, holdout, load_task
-from earlyexit_kernels.tasks.own import Columns, OwnData, listed, read_own
 from earlyexit_kernels.tuning.rows import Rows
 from earlyexit_kernels.tuning.traces import collect_trace
 
 WEIGHT_DECAY = 0.01
-#: Default of --holdout, and of own files the maximum of the default.
+#: Default of --holdout: a fifth of the rows, and at most this number.
 HOLDOUT = 1000
 #: Share of the train rows that is kept from the other phases for one that needs rows of its own.
 OTHER_ROWS = 0.2
+#: Option --problem -> problem type of transformers.
+PROBLEMS = {None: None, "classes": CLASSES, "regression": NUMBERS}
+#: Seconds between lines of progress where there is no terminal.
+TOLD = 30.0
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, save, and print the score of every exit."""
     method = method_from(args.method, args.set)
     plans = phase_plans(method, args)
-    check_no_model(args.output, args.overwrite)
-    check_card(args.output)
-    ask_hub = functools.cache(hub.unreachable_reason)  # once for the task and the model
-    own, task = load_rows(args, ask_hub)
-    check_task(method, task.problem_type, task.num_labels)
+    columns = columns_of(args, None)
+    labels, train_rows, unseen, kind = read_splits(args, columns)
+    check_task(method, labels.problem_type, len(labels.names))
     set_seed(args.seed)
-    base, tokenizer, new_head = load_base(args.model, task, ask_hub=ask_hub)
+    base, tokenizer, new_head = load_base(args.model, labels)
     pooling = _pooling(args.pooling, new_head and not reads_last_token(base))
-    recipe = _recipe(args, task, own)
-    train_split, _ = recipe.train_splits(task)
-    evaluation_split = recipe.evaluation_rows(task)
-    check_rows(task, train_split, evaluation_split)
     torch.set_flush_denormal(True)  # CPUs are slow with numbers below 1e-38
     model = to_early_exit(base, method=method, pooling=pooling, form=args.form)
-    collate = DataCollatorWithPadding(tokenizer)
-    source = task.name if own is not None else f"{task.name} ({task.source})"
+    _check_disk(args.output, model)
     print(
-        f"Training {model.depth} exits of {args.model} on {len(train_split)} rows of {source} with "
-        f"method {method.name!r}"
+        f"Training {model.depth} exits of {args.model} on {len(train_rows)} rows of {args.data.name} with method "
+        f"{method.name!r}"
     )
-    check_max_length(recipe.max_length, tokenizer, train_split)
-    train_set = encode(train_split, tokenizer, max_length=recipe.max_length)
-    evaluation = encode(evaluation_split, tokenizer, max_length=recipe.max_length)
-    check_vocabulary(train_set, "train", tokenizer, model, args.model)
-    check_lengths({"train": train_set, recipe.evaluation_split: evaluation}, model)
-    check_folder("--output", args.output)
+    # as long as it was trained: a pipeline, a Scorer and the other commands then cut texts where training did
+    tokenizer.model_max_length = _max_length(args.max_length, tokenizer, model, train_rows)
+    train_set, unseen_set = (encode(split, tokenizer) for split in (train_rows, unseen))
+    check_vocabulary(train_set, tokenizer, model, args.model)
+    collate = DataCollatorWithPadding(tokenizer)
     first = plans[0]
     base_arguments = training_arguments(
         args.output, args.seed, first["epochs"], first["lr"], args.batch_size, bf16=args.bf16
@@ -88,24 +87,131 @@ def run(args: argparse.Namespace) -> int:
     sets = rows_of_phases(model.method.phases, train_set)
     for phase, plan, own_set in zip(phases(model), plans, sets, strict=True):
         plan["rows"] = len(own_set)
-        print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan, model.heads.aux_names)}")
+        print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan, model.heads.aux_names)}", flush=True)
         _train_phase(phase, plan, base_arguments, own_set, collate)
-    trace, labels = collect_trace(model, evaluation, collate_fn=collate, progress=recipe.evaluation_split)
-    queries = queries_of(evaluation_split)
-    rows = Rows(trace, labels, task.metric, task.problem_type, queries)
-    scores = rows.truncations(task.metrics)
-    recipe = replace(recipe, method=model.method.to_dict(), phases=tuple(plans), scores=scores)
-    text = card(args.output, recipe, task, model, len(labels))
-    if recipe.max_length is not None:  # a pipeline or a Scorer then cuts texts where training did
-        tokenizer.model_max_length = min(tokenizer.model_max_length, recipe.max_length)
-    savers = model.save_pretrained, functools.partial(save_tokenizer, tokenizer), recipe.save
-    save_or_rescue(args.output, *savers, lambda folder: (folder / README).write_text(text, encoding="utf-8"))
-    print(f"\nScore of every exit on {len(labels)} {recipe.evaluation_split} rows:\n")
-    print(f"{score_table(scores, task.metrics)}\n")
+    trace, truth = collect_trace(model, unseen_set, collate_fn=collate, progress=kind)
+    queries, metrics = queries_of(unseen), metrics_for(labels, bool(columns.group), None)
+    rows = Rows(trace, truth, metrics[0], labels.problem_type, queries)
+    scores = rows.truncations(metrics)
+    record = Record(
+        args.data.name,
+        digest_of(args.data),
+        columns,
+        len(train_rows),
+        kind,
+        len(unseen),
+        args.seed,
+        args.bf16,
+        tuple(plans),
+        scores,
+    )
+    _save(
+        args,
+        model,
+        tokenizer,
+        record,
+        card(args.output, record, labels, model, length=tokenizer.model_max_length, keep=args.keep_rows),
+        unseen,
+        labels,
+    )
+    print(f"\nScore of every exit on {len(truth)} {kind}:\n\n{score_table(scores, metrics)}\n")
     if advice := _advice(rows, pooling):
         print(f"{advice}\n")
-    print(f"Saved in {args.output}; next: earlyexit calibrate --model {args.output} --max-drop 0.005 --apply auto")
+    texts = f", and in {HELD_OUT} there the {len(unseen)} {kind}, texts included" if args.keep_rows else ""
+    data = "" if args.keep_rows else " --data FILE"
+    print(f"Saved in {args.output}{texts}; next: earlyexit calibrate {args.output} --max-drop 0.005{data}")
     return 0
+
+
+def read_splits(args: argparse.Namespace, columns: Columns) -> tuple[Labels, Split, Split, str]:
+    """Read the files.
+
+    Returns:
+        what the labels are, the rows to train on, other rows to choose and report on, and what those are.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: unusable columns, texts or labels, or too few rows.
+    """
+    if args.dev is not None and args.dev.samefile(args.data):
+        raise ValueError(f"--dev: expected other rows than those of --data, got {args.dev} for both")
+    table = read_table(args.data)
+    check_columns(table, columns)
+    labels = labels_in(table, columns, problem=PROBLEMS[args.problem])
+    rows = read_rows(table, columns, labels)
+    print(f"Labels of {args.data.name}, column {columns.label!r}: {_labels_text(labels, rows, columns)}")
+    if args.dev is not None:
+        train_rows, unseen, kind = rows, read_rows(read_table(args.dev), columns, labels), f"rows of {args.dev.name}"
+    else:
+        number = max(1, min(HOLDOUT, len(rows) // 5)) if args.holdout is None else args.holdout
+        left, held = hold_out(rows, number, seed=args.seed)
+        train_rows, unseen, kind = rows.take(left), rows.take(held), f"held-out rows of {args.data.name}"
+    check_queries({"report on": unseen})
+    if len(set(train_rows.labels)) == 1:
+        raise ValueError(
+            f"--data: the {len(train_rows)} rows to train on all have one label; expected at least two different labels"
+        )
+    lacking = sorted(set(unseen.labels) - set(train_rows.labels)) if labels.problem_type == CLASSES else []
+    if lacking:
+        names = ", ".join(labels.names[int(label)] for label in lacking)
+        raise ValueError(f"--data: no row to train on has the label {names}, which {kind} have; give more rows with it")
+    return labels, train_rows, unseen, kind
+
+
+def _labels_text(labels: Labels, rows: Split, columns: Columns) -> str:
+    if columns.group is not None:
+        return f"relevance to {len(set(rows.groups))} queries, column {columns.group!r}"
+    if labels.problem_type == NUMBERS:
+        return f"numbers (regression) from {min(rows.labels):g} to {max(rows.labels):g}"
+    counts = Counter(rows.labels)
+    named = [f"{name} {counts[number]}" for number, name in enumerate(labels.names)]
+    shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    return f"{len(labels.names)} classes ({shown})"
+
+
+def _max_length(wanted: int, tokenizer: Any, model: Any, rows: Split) -> int:
+    """Return the maximum tokens of a row.
+
+    Raises:
+        ValueError: it leaves no room for text, or the model has fewer positions.
+    """
+    pairs = not isinstance(rows.texts[0], str)
+    least = tokenizer.num_special_tokens_to_add(pair=pairs) + 1 + pairs
+    if wanted < least:
+        raise ValueError(f"--max-length: expected at least {least} for this tokenizer and these rows, got {wanted}")
+    return min(wanted, int(tokenizer.model_max_length), model.adapter.longest(model.config.backbone_config))
+
+
+def _check_disk(folder: Path, model: Any) -> None:
+    """Raise OSError if the disk has no room for the model and the old one that it replaces."""
+    needed, free = 2 * model.get_memory_footprint(), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"--output: expected {needed / 1e6:.0f} MB of free disk in {folder}, got {free / 1e6:.0f} MB")
+
+
+def _save(
+    args: argparse.Namespace, model: Any, tokenizer: Any, record: Record, text: str, unseen: Split, labels: Labels
+) -> None:
+    """Write all files of the folder, or none."""
+    savers = [model.save_pretrained, functools.partial(save_tokenizer, tokenizer), record.save]
+    savers.append(lambda folder: (folder / README).write_text(text, encoding="utf-8"))
+    if args.keep_rows:
+        kept = table_of(unseen, record.columns, labels)
+        savers.append(lambda folder: write_table(folder / HELD_OUT, kept))
+    save_or_rescue(args.output, *savers)
+    if not args.keep_rows:
+        (args.output / HELD_OUT).unlink(missing_ok=True)  # of the model that was replaced
+
+
+def table_of(split: Split, columns: Columns, labels: Labels) -> dict[str, list[Any]]:
+    """Return rows as the columns of a file."""
+    pairs = columns.pair is not None
+    table: dict[str, list[Any]] = {columns.text: [text[0] if pairs else text for text in split.texts]}
+    if columns.pair is not None:
+        table[columns.pair] = [text[1] for text in split.texts]
+    classes = labels.problem_type == CLASSES
+    table[columns.label] = [labels.names[int(label)] if classes else float(label) for label in split.labels]
+    return table if columns.group is None else table | {columns.group: list(split.groups)}
 
 
 def _pooling(given: str | None, takes_mean: bool) -> str | None:
@@ -132,20 +238,40 @@ def _advice(rows: Rows, pooling: str | None) -> str | None:
 
 
 def _train_phase(
-    phase: Phase, plan: dict[str, Any], base: TrainingArguments, train_set: Dataset, collate: Callable
+    phase: Phase, plan: dict[str, Any], base: TrainingArguments, train_set: Subset, collate: Callable
 ) -> None:
     """Train one phase with the Trainer."""
     arguments = phase.args(base, output_dir=base.output_dir, num_train_epochs=plan["epochs"], learning_rate=plan["lr"])
-    rates = {name: plan[name] for name in ("head_lr", "halting_lr", "gate_lr")}
-    optimizer = phase.optimizer(arguments, **rates)
-    Trainer(
+    optimizer = phase.optimizer(arguments, **{name: plan[name] for name in ("head_lr", "gate_lr")})
+    trainer = Trainer(
         model=phase.model,
         args=arguments,
         train_dataset=train_set,
         data_collator=collate,
         callbacks=phase.callbacks(),
         optimizers=(optimizer, None),
-    ).train()
+    )
+    if base.disable_tqdm:
+        trainer.add_callback(ProgressLines())
+        trainer.remove_callback(PrinterCallback)  # a dictionary of times
+    trainer.train()
+
+
+class ProgressLines(TrainerCallback):
+    """Prints a line with the rate and the time left every `TOLD` seconds, where there is no terminal for a bar."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer before the first step."""
+        self.begun = self.told = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer after each step."""
+        now = time.monotonic()
+        if now - self.told >= TOLD:
+            self.told = now
+            rate = state.global_step / (now - self.begun)
+            left = (state.max_steps - state.global_step) / rate
+            print(f"step {state.global_step} of {state.max_steps}, {rate:.1f} a second, {left:.0f} s left", flush=True)
 
 
 def method_from(method: str, given: Sequence[str]) -> Method:
@@ -178,14 +304,13 @@ def phase_plans(method: Method, args: argparse.Namespace) -> list[dict[str, Any]
     numbers = (_for_each_phase(method, name, getattr(args, name)) for name in ("epochs", "lr"))
     for spec, epochs, lr in zip(method.phases, *numbers, strict=True):
         head_lr = lr if args.head_lr is None else args.head_lr
-        halting_lr = head_lr if args.halting_lr is None else args.halting_lr
         gate_lr = lr if args.gate_lr is None else args.gate_lr
-        rates = {"lr": lr, "head_lr": head_lr, "halting_lr": halting_lr, "gate_lr": gate_lr}
+        rates = {"lr": lr, "head_lr": head_lr, "gate_lr": gate_lr}
         plans.append({"name": spec.name, "epochs": epochs, **rates})
     return plans
 
 
-def rows_of_phases(specs: Sequence[PhaseSpec], train_set: EncodedSplit) -> list[Subset]:
+def rows_of_phases(specs: Sequence[PhaseSpec], train_set: Any) -> list[Subset]:
     """Return the train rows of each phase: all, or where a phase needs other rows, the last fifth for it alone.
 
     Raises:
@@ -201,7 +326,7 @@ def rows_of_phases(specs: Sequence[PhaseSpec], train_set: EncodedSplit) -> list[
 
 def _plan_text(plan: dict[str, Any], aux: Sequence[str]) -> str:
     """Describe a phase; rates of parts that the model does not have are left out."""
-    absent = [name for name, part in {"halting_lr": "halting", "gate_lr": "gate"}.items() if part not in aux]
+    absent = [] if "gate" in aux else ["gate_lr"]
     numbers = (f"{name} {x:g}" for name, x in plan.items() if isinstance(x, float) and name not in absent)
     return ", ".join((plan["name"], *numbers, f"rows {plan['rows']}"))
 
@@ -217,69 +342,6 @@ def _for_each_phase(method: Method, name: str, given: Sequence[float] | None) ->
             f"{method.name!r} ({', '.join(spec.name for spec in specs)}), got {list(given)}"
         )
     return list(given) * (len(specs) if len(given) == 1 else 1)
-
-
-def load_rows(args: argparse.Namespace, ask_hub: Callable[[], str]) -> tuple[OwnData | None, Task]:
-    """Load the task, or read the user's own files.
-
-    Raises:
-        ValueError: options for own files beside --task, or as for `load_task` and `read_own`.
-        OSError: as for `load_task` and `read_own`.
-    """
-    options = ("dev", "text_column", "pair_column", "label_column", "group_column")
-    given = {name: getattr(args, name) for name in options}
-    named = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
-    if args.train is None:
-        if named:
-            raise ValueError(f"{', '.join(named)}: expected --train FILE; --task {args.task} has its own rows")
-        return None, load_task(args.task, seed=args.seed, ask_hub=ask_hub)
-    columns = Columns(args.text_column or "text", args.pair_column, args.label_column or "label", args.group_column)
-    own, task = read_own(args.train, args.dev, columns)
-    labels = f"{task.num_labels} classes ({listed(task.label_names)})"
-    if task.problem_type == "regression":
-        queries = len(set(task.split("train").groups))
-        labels = f"relevance to {queries} queries, column {columns.group!r}" if queries else "numbers (regression)"
-    print(f"Labels of {own.name}, column {columns.label!r}: {labels}")
-    return own, task
-
-
-def _recipe(args: argparse.Namespace, task: Task, own: OwnData | None) -> Recipe:
-    total = len(task.split("train"))
-    held_out = _holdout(args, total)
-    if task.split("train").groups and 0 < held_out < total:
-        held_out = len(holdout(task.split("train"), held_out, seed=args.seed)[1])  # whole queries
-    rows = total - held_out if args.train_rows is None else args.train_rows
-    if not 1 <= rows <= total - held_out:
-        raise ValueError(_too_many_rows(args, task.name, total))
-    evaluation = task.evaluation
-    if own is not None and args.dev is None:
-        evaluation = HELD_OUT
-        if held_out < 1:
-            raise ValueError("--holdout: expected at least one row to report on, or a file with --dev, got 0")
-    else:
-        task.split(evaluation)  # raises if it has no visible labels
-    return Recipe(args.task, args.seed, held_out, rows, args.max_length, evaluation, data=own, bf16=args.bf16)
-
-
-def _holdout(args: argparse.Namespace, total: int) -> int:
-    """Return the number of train rows to hold out."""
-    if args.holdout is not None:
-        return int(args.holdout)
-    if args.train is None:
-        return HOLDOUT
-    return 0 if args.dev is not None else max(1, min(HOLDOUT, total // 5))
-
-
-def _too_many_rows(args: argparse.Namespace, task: str, total: int) -> str:
-    """Return the error message for rows that the train split does not have, with numbers that would fit."""
-    given = f"--holdout {_holdout(args, total)}" + (" (the default)" if args.holdout is None else "")
-    held_out = min(HOLDOUT, max(total // 5, min(total - 1, 1)))
-    fitting = f"--holdout {held_out}"
-    if args.train_rows is not None:
-        given = f"--train-rows {args.train_rows} and {given}"
-        left = total - args.train_rows
-        fitting = f"--holdout {min(held_out, left)}" if left > 0 else f"--train-rows {total - held_out} {fitting}"
-    return f"{given}: expected fewer rows, {task} has {total} train rows in total; {fitting} would fit"
 
 
 def training_arguments(
@@ -302,6 +364,7 @@ def training_arguments(
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
         dataloader_pin_memory=on_gpu,
         **{"use_cpu": not torch.accelerator.is_available()} | others,  # without it the Trainer refuses bf16 on a CPU
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 
@@ -11,14 +10,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from benchmarks import glue
 from benchmarks.evidence import encoders, measure, plans, runs, tables
 from benchmarks.evidence.__main__ import left_table
 from benchmarks.evidence.plans import SIX, Training
 from benchmarks.evidence.results import RESULTS, mixed, stored
 from earlyexit_cli import build_parser
 from earlyexit_kernels.data import toy
+from earlyexit_kernels.data.rows import Split
 from earlyexit_kernels.methods import METHODS
-from earlyexit_kernels.tasks import load
 
 
 def test_plans_have_unique_names_and_arguments_that_the_command_takes():
@@ -30,7 +30,7 @@ def test_plans_have_unique_names_and_arguments_that_the_command_takes():
             assert training.start is None or training.start.name in trainings
     for training in trainings.values():
         parsed = build_parser().parse_args(training.arguments("ENCODER", "OUTPUT"))
-        assert parsed.train_rows == plans.ROWS[training.task] and parsed.seed == training.seed
+        assert str(plans.ROWS[training.task]) in str(parsed.data) and parsed.seed == training.seed
     for task in plans.ROWS:
         compared = {METHODS[t.method] for t in plans.EXPERIMENTS[f"methods_{task}"].trainings}
         expected = {"stsb": plans.REGRESSION, "rte": ("joint",)}.get(task, METHODS)
@@ -49,7 +49,10 @@ def test_committed_results_are_of_planned_trainings_with_their_present_arguments
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """``tiny(training, ...)``: train and measure tiny models on few generated rows; returns the file of results."""
-    monkeypatch.setattr(load, "toy_splits", functools.partial(load.toy_splits, train_rows=96, dev_rows=24, test_rows=0))
+    splits = toy.write_splits(train_rows=96, dev_rows=24, test_rows=0)
+    rows = {name: Split([s.text for s in split], [s.label for s in split]) for name, split in splits.items()}
+    monkeypatch.setattr(glue, "read_split", lambda task, split: rows[split])
+    monkeypatch.setitem(glue.TASKS, "toy", glue.Task())
     monkeypatch.setattr(plans, "ROWS", {"toy": 32})
     monkeypatch.setattr(plans, "HOLDOUT", 24)
     monkeypatch.setattr(plans, "EXIT_EPOCHS", 0.5)

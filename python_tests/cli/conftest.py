@@ -10,6 +10,8 @@ from support.own_files import write_rows
 
 from earlyexit_cli import main
 
+COLUMNS = ["--text-column", "review", "--label-column", "opinion"]
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -22,12 +24,11 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(base, files, tmp_path_factory):
-    """Folder written by `earlyexit train --train train.csv`."""
+    """Folder written by `earlyexit train --data train.csv`."""
     folder = tmp_path_factory.mktemp("trained") / "out"
-    columns = ["--text-column", "review", "--label-column", "opinion"]
-    rows = ["--train", str(files / "train.csv"), *columns, "--holdout", "120", "--max-length", "48"]
-    epochs = ["--epochs", "16", "--lr", "5e-3"]
-    assert main(["train", "--model", str(base), *rows, "--output", str(folder), *epochs]) == 0
+    rows = ["--data", str(files / "train.csv"), *COLUMNS, "--holdout", "120", "--max-length", "48"]
+    training = ["--epochs", "16", "--lr", "5e-3"]
+    assert main(["train", str(base), *rows, "--output", str(folder), *training]) == 0
     return folder
 
 

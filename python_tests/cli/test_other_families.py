@@ -11,16 +11,16 @@ from support.commands import error_of
 
 import earlyexit_kernels as ee
 from earlyexit_cli import main
-from earlyexit_kernels.cli.recipe import Recipe
+from earlyexit_kernels.cli.saved import Record
 from earlyexit_kernels.data import toy
-from earlyexit_kernels.tasks.load import load_task
+from earlyexit_kernels.data.table import write_table
 
 SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 96, "max_position_embeddings": 128}
 FAMILIES = {
     "modernbert": {"num_hidden_layers": 6, "local_attention": 8, "global_attn_every_n_layers": 3},
     "qwen3": {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 12},
 }
-TRAINING = ["--train-rows", "3000", "--holdout", "200", "--epochs", "5", "--lr", "3e-3", "--seed", "0"]
+TRAINING = ["--holdout", "200", "--epochs", "5", "--lr", "3e-3", "--seed", "0"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -36,16 +36,26 @@ def base(request, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A file of 3,200 generated rows."""
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    written = toy.write_splits(train_rows=32_000)["train"]
+    written = [row for row in written if row.level <= 3][:3200]
+    write_table(path, {"text": [row.text for row in written], "label": [row.label for row in written]})
+    return path
+
+
 @pytest.mark.thorough
-def test_learns_exits_early_and_answers_in_a_pipeline(base, tmp_path):
-    arguments = ["train", "--model", str(base), "--task", "toy", "--output", str(tmp_path / "out"), *TRAINING]
+def test_learns_exits_early_and_answers_in_a_pipeline(base, rows, tmp_path):
+    arguments = ["train", str(base), "--data", str(rows), "--output", str(tmp_path / "out"), *TRAINING]
     assert main([*arguments, "--pooling", "family"]) == 0
-    recipe = Recipe.load(tmp_path / "out")
-    assert recipe.scores[-1]["accuracy"] > 0.9
-    assert main(["calibrate", "--model", str(tmp_path / "out"), "--max-drop", "0.05", "--apply", "entropy"]) == 0
+    record = Record.load(tmp_path / "out")
+    assert record.scores[-1]["accuracy"] > 0.9
+    assert main(["calibrate", str(tmp_path / "out"), "--max-drop", "0.05", "--criterion", "entropy"]) == 0
     model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "out")
-    texts = load_task("toy").split("dev").sentences[:24]
+    texts = [row.text for row in toy.write_splits(train_rows=0)["dev"][:24]]
     table = ee.Scorer(model, tokenizer)(texts)
     assert sum(table["exit_layer"]) / len(texts) < model.depth - 0.5
     for size in (1, 8):
@@ -58,15 +68,15 @@ def test_learns_exits_early_and_answers_in_a_pipeline(base, tmp_path):
 
 
 @pytest.mark.sample(2)
-def test_a_tokenizer_without_padding_is_refused_or_gets_the_end_token(base, tmp_path, capsys):
+def test_a_tokenizer_without_padding_is_refused_or_gets_the_end_token(base, rows, tmp_path, capsys):
     tokenizer = tf.AutoTokenizer.from_pretrained(base)
     for end in ("[SEP]", None):
         folder = tmp_path / str(end)
         shutil.copytree(base, folder)
         tokenizer.pad_token, tokenizer.eos_token = None, end
         tokenizer.save_pretrained(folder)
-        rows = ["--train-rows", "32", "--holdout", "24", "--epochs", "1"]
-        command = ["train", "--model", str(folder), "--task", "toy", "--output", str(tmp_path / f"out-{end}"), *rows]
+        data = ["--data", str(rows), "--epochs", "0.02"]
+        command = ["train", str(folder), *data, "--output", str(tmp_path / f"out-{end}")]
         if "qwen3" in str(base) and end:
             assert main(command) == 0 and "padded with its end token, [SEP]" in capsys.readouterr().out
         else:

@@ -16,7 +16,7 @@ from support.models import varied_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.tasks.load import load_task
+from benchmarks.glue import read_split
 
 pytestmark = pytest.mark.data
 ROWS = 64
@@ -35,7 +35,7 @@ def batch(encoder) -> dict:
     if not os.environ.get("EARLYEXIT_DATA"):
         pytest.skip("EARLYEXIT_DATA is not set; it names a folder with sst2/dev.tsv")
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-    sentences = load_task("sst2").split("dev").sentences[:ROWS]
+    sentences = read_split("sst2", "dev").texts[:ROWS]
     return dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
 
 

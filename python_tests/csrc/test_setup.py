@@ -61,6 +61,7 @@ def tree(tmp_path) -> Path:
         "checkout/csrc/cuda/ops.cpp": "",
         "checkout/csrc/cuda/kernel.cu": "",
         "checkout/earlyexit_kernels/__init__.py": "",
+        "checkout/earlyexit_cli/__init__.py": "",
         f"checkout/earlyexit_kernels/_C{EXTENSION_SUFFIXES[0]}": "",
         "cuda/bin/nvcc": FAKE_NVCC,
         "cuda/include/cuda_runtime.h": "",
@@ -71,7 +72,7 @@ def tree(tmp_path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         path.chmod(0o755)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "earlyexit_cli.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "checkout")
     return tmp_path / "checkout"
 

@@ -31,55 +31,51 @@ from support.commands import exit_code
 from support.random_settings import chance, choice
 
 from earlyexit_cli import build_parser
-from earlyexit_kernels.cli.recipe import RECIPE_FILE
+from earlyexit_kernels.cli.saved import RECORD
 from earlyexit_kernels.data import toy
-from earlyexit_kernels.tasks.sources import DATA_VARIABLE
 
 Verdict = bool | None
 BASE = {
-    "train": "--model base --output new --task sst2 --train-rows 16 --holdout 52 --epochs 1 --batch-size 8",
-    "eval": "--model trained --points 8",
-    "calibrate": "--model trained",
-    "predict": "--model trained --input rows.csv --output new.csv",
+    "train": "base --data many.csv --output new --holdout 52 --epochs 1 --batch-size 8",
+    "eval": "trained",
+    "calibrate": "trained",
+    "predict": "trained rows.csv --output new.csv",
     "demo": "--quick",
 }
-OWN_LINE = "--model base --output new --train train.csv --epochs 1 --batch-size 8"
+OWN_LINE = "base --output new --data train.csv --epochs 1 --batch-size 8"
 RATE = {"1e-3": True}
 #: Command -> option -> value -> verdict, beside the values of `INVALID`.
 VALUES: dict[str, dict[str, dict[str, Verdict]]] = {
     "train": {
         "--lr": {**RATE, "1e30": False},
         "--head-lr": {"same": True, "1e-2": True},
-        **dict.fromkeys(("--halting-lr", "--gate-lr"), RATE),
+        "--gate-lr": RATE,
         "--epochs": {"1": True, "0.5": None},
         "--batch-size": {"4": True, "1000": True},
         "--max-length": {"16": True, "1": None, "2": None, "100000": None},
-        "--train-rows": {"8": True, "10000": False},
-        "--holdout": {"8": True, "0": True, "10000": False},
+        "--holdout": {"8": True, "0": False, "10000": False},
         "--seed": {"1": True},
         "--pooling": {"mean": True, "first": True},
         "--set": {"x": False, "nothing=1": False, "=": False, "equilibrium=true": None, "equilibrium=nan": False},
         "--method": {"joint": True, "deebert": True},
-        "--task": {"sst2": True, "mrpc": False, "../sst2": False},
+        "--data": {"many.csv": True, "taken.csv": False, "nowhere.csv": False},
         "--output": {"/dev/full": False, "taken.csv": False},
     },
     "eval": {
-        "--points": {"8": True, "9": True},
         "--drop": {"0.01": True, "0": True},
         "--batch-size": {"4": True},
-        "--task": {"sst2": True, "stsb": False},
+        "--data": {"many.csv": True, "other.csv": None, "nowhere.csv": False},
         "--output": {"out.json": True, "/dev/full": False, ".": False, "nowhere/out.json": None},
     },
     "calibrate": {
         "--metric": {"accuracy": True, "pearson": False},
-        "--apply": {"auto": None, "patience": None, "learned": False},
+        "--criterion": {"auto": None, "patience": None, "learned": False},
         "--batch-size": {"4": True},
-        "--dev": {"other.csv": None, "dev.tsv": False, "nowhere.csv": False},
+        "--data": {"many.csv": None, "other.csv": None, "nowhere.csv": False},
         "--output": {"out.json": True, "/dev/full": False, ".": False},
         "--epsilon": {"0.1": None},
     },
     "predict": {
-        "--input": {"rows.csv": True, "rows.tsv": True, "other.csv": True, "taken.csv": False},
         "--output": {"new.csv": True, "new.tsv": True, "new.jsonl": True, "rows.csv": False},
         "--text-column": {"text": True, "words": False},
         "--pair-column": {"words": False, "text": True},
@@ -117,7 +113,7 @@ OWN: dict[str, tuple[bytes, Verdict]] = {
     "no label": (b"text\n" + b"the plot was dull .\nthe cast was brilliant .\n" * 20, False),
     "open quote": (b"text,label\n" + (GOOD + BAD) * 20 + b'"the', False),
 }
-#: Damage to a TSV file of the task.
+#: Damage to a file of rows.
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], Verdict]] = {
     "empty": (lambda data: b"", False),
     "header only": (lambda data: data.split(b"\n")[0] + b"\n", False),
@@ -128,23 +124,23 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], Verdict]] = {
     "byte order mark": (lambda data: b"\xef\xbb\xbf" + data, None),
     "NUL bytes": (lambda data: data.replace(b"plot", b"p\0ot"), None),
     "a long line": (lambda data: data.replace(b"dull", b"dull " * 60000, 1), None),
-    "a column less": (lambda data: data.replace(b"\tthe plot", b" the plot", 1), False),
-    "a column more": (lambda data: data.replace(b"the plot", b"the\tplot", 1), False),
+    "a column less": (lambda data: data.replace(b",0", b" 0", 1), False),
+    "a column more": (lambda data: data.replace(b"the plot", b"the,plot", 1), False),
     **{
-        f"label {label}": (lambda data, label=label: data.replace(b"\t1\t", f"\t{label}\t".encode(), 1), verdict)
-        for label, verdict in {"7": False, "nan": False, "-1": False, "1.0": None}.items()
+        f"label {label}": (lambda data, label=label: data.replace(b",1\n", f",{label}\n".encode(), 1), verdict)
+        for label, verdict in {"7": None, "nan": False, "-1": None, "1.0": None, "1.5": False}.items()
     },
     "carriage returns": (lambda data: data.replace(b"\n", b"\r\n"), True),
     "unknown words": (lambda data: data.replace(b"the", b"zzz").replace(b"was", b"qqq"), None),
-    "empty sentences": (lambda data: data.replace(b"the plot was dull .", b""), None),
+    "empty sentences": (lambda data: data.replace(b"the plot was dull .", b""), False),
 }
-#: Values that are invalid for most fields of recipes and configs.
+#: Values that are invalid for most fields of records and configs.
 WRONG = ([], {}, "x", -1, 1e9, math.nan, True, [1], {"name": 3})
 
 
 @functools.cache
 def originals() -> Path:
-    """Return a folder with ``base`` (a tiny stock model), ``trained`` (with exits), ``data`` and tables of rows."""
+    """Return a folder with ``base`` (a tiny stock model), ``trained`` (with exits) and tables of rows."""
     root = Path(tempfile.mkdtemp(prefix="deep-cli-"))
     atexit.register(shutil.rmtree, root)
     toy.toy_model(0, layers=2, hidden=16).save_pretrained(root / "base")
@@ -152,10 +148,8 @@ def originals() -> Path:
     sentences = "the plot was dull .|the cast was brilliant .|the film was not funny .|the music was superb .".split(
         "|"
     )
-    (root / "data" / "sst2").mkdir(parents=True)
-    for split, rows in (("train", 100), ("dev", 12)):
-        lines = "".join(f"{i}\t{i % 2}\t{sentences[i % 4]}\n" for i in range(rows))
-        (root / "data" / "sst2" / f"{split}.tsv").write_text(f"idx\tlabel\tsentence\n{lines}")
+    lines = "".join(f"{sentences[i % 4]},{i % 2}\n" for i in range(100))
+    (root / "many.csv").write_text(f"text,label\n{lines}")
     (root / "rows.csv").write_text("text,truth\nthe plot was dull .,a\nthe \u00e9 was,\n")
     (root / "rows.tsv").write_text("text\ttruth\nthe plot was dull .\ta\nthe \u00e9 was\t\n")
     (root / "other.csv").write_text("text,label\nthe plot was dull .,a\nthe cast was brilliant .,b\n")
@@ -168,11 +162,11 @@ def originals() -> Path:
 
 @contextlib.contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Work in a folder, without the hub and with the data that is there; restore what commands change."""
+    """Work in a folder, without the hub; restore what commands change."""
     before, threads = Path.cwd(), torch.get_num_threads()
     os.chdir(folder)
     try:
-        with mock.patch.dict(os.environ, {DATA_VARIABLE: str(folder / "data"), "HF_HUB_OFFLINE": "1"}):
+        with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
             yield
     finally:
         os.chdir(before)
@@ -205,16 +199,15 @@ def judge(command: str, argv: list[str], verdict: Verdict) -> None:
     if command == "train":
         check_trained(output)
     if command == "calibrate":
-        applied = any(argument.startswith("--apply") for argument in argv)
-        assert (config.read_bytes() != before) == applied, "config.json is changed if and only if --apply is given"
+        assert config.read_bytes() != before, "nothing is saved"
     if command == "predict":
         assert output.is_file() and output.stat().st_size, f"{output} is not written"
 
 
 def check_trained(folder: Path) -> None:
-    weights, recipe = load_file(folder / "model.safetensors"), json.loads((folder / RECIPE_FILE).read_text())
+    weights, record = load_file(folder / "model.safetensors"), json.loads((folder / RECORD).read_text())
     assert all(bool(torch.isfinite(weight).all()) for weight in weights.values()), "weights are not finite"
-    assert all(math.isfinite(value) for score in recipe["scores"] for value in score.values()), recipe["scores"]
+    assert all(math.isfinite(value) for score in record["scores"] for value in score.values()), record["scores"]
 
 
 def both(*verdicts: Verdict) -> Verdict:
@@ -250,18 +243,18 @@ def own_file(draw: Any) -> tuple[str, list[str], Verdict]:
     return "train", OWN_LINE.split(), verdict
 
 
-def task_file(draw: Any) -> tuple[str, list[str], Verdict]:
-    """Damage a file of the task, and train or evaluate."""
-    (change, verdict), split = DAMAGE[choice(draw, sorted(DAMAGE))], choice(draw, ("train", "dev"))
-    path = Path(f"data/sst2/{split}.tsv")
+def rows_file(draw: Any) -> tuple[str, list[str], Verdict]:
+    """Damage a file of rows, and train or evaluate."""
+    change, verdict = DAMAGE[choice(draw, sorted(DAMAGE))]
+    path = Path("many.csv")
     if chance(draw, 10):
         verdict = None
         path.unlink()
         path.mkdir()
     else:
         path.write_bytes(change(path.read_bytes()))
-    command = choice(draw, ("train", "eval"))
-    return command, BASE[command].split(), verdict
+    command, more = choice(draw, (("train", ""), ("eval", " --data many.csv")))
+    return command, (BASE[command] + more).split(), verdict if command == "train" or verdict is True else None
 
 
 def model_file(draw: Any) -> tuple[str, list[str], Verdict]:
@@ -276,23 +269,25 @@ def model_file(draw: Any) -> tuple[str, list[str], Verdict]:
         path.mkdir()
     elif contents[kind] is not None:
         path.write_bytes(contents[kind])
-    needed = path.name in ("config.json", "model.safetensors", RECIPE_FILE)
+    needed = path.name in ("config.json", "model.safetensors") or (
+        path.name == RECORD and kind in ("cut", "empty", "list")
+    )
     return command, BASE[command].split(), False if needed else None
 
 
-def recipe_field(draw: Any) -> tuple[str, list[str], Verdict]:
-    """Set an invalid value in the recipe or the config of the model, or remove a field, and evaluate."""
-    path = Path("trained") / choice(draw, (RECIPE_FILE, RECIPE_FILE, "config.json"))
-    data, is_recipe = json.loads(path.read_text()), path.name == RECIPE_FILE
-    key = choice(draw, sorted(data) if is_recipe else ("criterion", "method", "heads", "model_type"))
+def record_field(draw: Any) -> tuple[str, list[str], Verdict]:
+    """Set an invalid value in the record or the config of the model, or remove a field, and evaluate."""
+    path = Path("trained") / choice(draw, (RECORD, RECORD, "config.json"))
+    data, is_record = json.loads(path.read_text()), path.name == RECORD
+    key = choice(draw, sorted(data) if is_record else ("criterion", "method", "heads", "model_type"))
     removed, value = chance(draw, 20), choice(draw, WRONG)
     data.pop(key, None)
     path.write_text(json.dumps(data if removed else data | {key: value}))
-    rows = is_recipe and key in ("train_rows", "holdout", "seed", "task", "max_length")
-    return "eval", BASE["eval"].split(), False if rows and not removed and value not in (True, 1e9) else None
+    checked = is_record and key in ("rows", "unseen_rows", "seed", "columns") and value != 1e9
+    return "eval", BASE["eval"].split(), False if checked and not removed else None
 
 
-MISTAKES = (values, values, values, values, own_file, task_file, model_file, recipe_field)
+MISTAKES = (values, values, values, values, own_file, rows_file, model_file, record_field)
 
 
 @pytest.mark.thorough

@@ -1,19 +1,10 @@
-"""Fixtures for tests of the command line: a small stock model on disk, and the generated task with few rows."""
+"""Fixtures for tests of the command line: a small stock model on disk."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import pytest
 
 from earlyexit_kernels.data import toy
-from earlyexit_kernels.tasks import load
-
-
-@pytest.fixture
-def small_task(monkeypatch):
-    """Reduce the generated task to a few rows."""
-    monkeypatch.setattr(load, "toy_splits", partial(load.toy_splits, train_rows=96, dev_rows=24, test_rows=0))
 
 
 @pytest.fixture(scope="module")

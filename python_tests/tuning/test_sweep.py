@@ -12,8 +12,7 @@ from transformers import DataCollatorWithPadding
 from earlyexit_kernels import to_early_exit
 from earlyexit_kernels.criteria import Entropy, Patience, SkipGate
 from earlyexit_kernels.data import toy
-from earlyexit_kernels.tasks.load import encode
-from earlyexit_kernels.tasks.sources import Split
+from earlyexit_kernels.data.rows import Split, encode
 from earlyexit_kernels.tuning import sweep as sweeps
 from earlyexit_kernels.tuning.rows import Rows
 from earlyexit_kernels.tuning.settings import settings

@@ -1,0 +1,152 @@
+"""Check the files, folders and packages of a command before it begins; each check raises with what to do."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+#: One of these is among the first bytes of a file of results: its HTML title, or the first entry of its JSON.
+MARKS, MARKED = (b"<title>Early-exit report", b'"environment"'), 4096
+#: In a model card of `earlyexit train`.
+CARD = b"<!-- earlyexit: calibration -->"
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Create a folder if it does not exist, and check that files can be written there.
+
+    Raises:
+        OSError: names the option and the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise OSError(f"{option}: expected a folder that can be written to, got {folder} ({error.strerror})") from error
+
+
+def check_results(option: str, file: Path) -> None:
+    """Check that a file of results can be written; one with something else in it is not replaced.
+
+    Raises:
+        OSError: names the option and the file.
+    """
+    check_folder(option, file.parent)
+    if file.is_dir():
+        raise IsADirectoryError(f"{option}: expected a file that can be written to, {file} is a folder")
+    if file.is_file() and file.stat().st_size:
+        with file.open("rb") as held:
+            begin = held.read(MARKED)
+        if not any(mark in begin for mark in MARKS):
+            raise FileExistsError(
+                f"{option}: {file} exists and was not written by earlyexit, so that it is not overwritten; give "
+                "another file"
+            )
+
+
+def check_input(option: str, file: Path | None) -> None:
+    """Check that a file can be read.
+
+    Raises:
+        OSError: names the option and the file.
+    """
+    if file is None:
+        return
+    if not file.exists():
+        raise FileNotFoundError(f"{option}: expected a file, {file} does not exist")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise OSError(f"{option}: expected a file that can be read, got {file} ({error.strerror})") from error
+    if file.suffix.lower() == ".parquet":
+        check_package("pyarrow", f"{option}: Parquet")
+
+
+def check_package(name: str, what: str) -> None:
+    """Raise ImportError if a package is not installed."""
+    if find_spec(name) is None:
+        raise ImportError(f"{what} requires {name}: `pip install {name}`")
+
+
+def check_saved(args: argparse.Namespace) -> None:
+    """Check the folder of a model."""
+    if not args.model.is_dir():
+        raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} is not one")
+    if not (args.model / "config.json").is_file():
+        raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} has no config.json")
+
+
+def check_train(args: argparse.Namespace) -> None:
+    """Check the files of `earlyexit train`."""
+    name, output = args.model, args.output
+    if Path(name).is_file():
+        raise NotADirectoryError(f"MODEL: expected a folder with a saved model, or a hub name; {name} is a file")
+    if not Path(name).is_dir() and name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"MODEL: expected a folder with a saved model, or a hub name; {name} does not exist")
+    check_input("--data", args.data)
+    check_input("--dev", args.dev)
+    check_package("accelerate", "train")
+    if args.keep_rows:
+        check_package("pyarrow", "train, which keeps rows in a Parquet file unless --no-keep-rows is given,")
+    if not args.overwrite and (output / "config.json").is_file():
+        raise FileExistsError(
+            f"--output: {output} has a model already, which is not overwritten; give another folder, or --overwrite"
+        )
+    card = output / "README.md"
+    if card.is_file() and CARD not in card.read_bytes():
+        raise FileExistsError(
+            f"--output: {card} is not a model card of `earlyexit train`, and would be replaced; give another folder, "
+            "or move the file"
+        )
+    check_folder("--output", output)
+
+
+def check_calibrate(args: argparse.Namespace) -> None:
+    """Check the files of `earlyexit calibrate`."""
+    check_saved(args)
+    check_input("--data", args.data)
+    if args.risk is not None:
+        check_package("mapie", "--risk")
+    if args.output is not None:
+        check_results("--output", args.output)
+    if not args.dry_run:
+        check_folder("MODEL", args.model)
+
+
+def check_eval(args: argparse.Namespace) -> None:
+    """Check the files of `earlyexit eval`."""
+    check_saved(args)
+    check_input("--data", args.data)
+    if args.output is not None:
+        check_results("--output", args.output)
+    if args.report is not None:
+        check_package("matplotlib", "--report")
+        for file in (args.report, args.report.with_suffix(".json")):
+            check_results("--report", file)
+
+
+def check_predict(args: argparse.Namespace) -> None:
+    """Check the files of `earlyexit predict`."""
+    check_saved(args)
+    if (args.input is None) == (args.text is None):
+        raise ValueError("predict: expected either a file INPUT or --text")
+    if args.text is not None:
+        named = [name for name in ("output", "text_column", "pair_column") if getattr(args, name) is not None]
+        if named:
+            raise ValueError(f"--{named[0].replace('_', '-')}: expected beside a file; --text prints its answers")
+        return
+    check_input("INPUT", args.input)
+    if args.output is None:
+        raise ValueError("predict: expected --output FILE, where the answers are written")
+    if args.output.exists():
+        raise FileExistsError(f"--output: {args.output} exists, and is not overwritten; give a new file")
+    check_folder("--output", args.output.parent)
+
+
+def check_demo(args: argparse.Namespace) -> None:
+    """Check the folder and the packages of `earlyexit demo`."""
+    for package in ("accelerate", "pyarrow", "matplotlib"):
+        check_package(package, "demo")
+    check_folder("--output", args.output)
