@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
     choose = partial(
         calibrate, target=target, metric=metric, problem_type=labels.problem_type, groups=queries, **batching
     )
-    choose = partial(choose, per_layer=args.per_layer)
     of_model = partial(choose, saved.model, data, temperature=args.temperature)
     # measured, or with other exits: on the model
     of_rows = of_model if isinstance(target, Latency) else partial(choose, trace, truth)
@@ -71,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         _write(args, reached, missed)
     with warnings.catch_warnings():
         warnings.simplefilter("default" if args.temperature else "ignore")  # else printed with the table
-        chosen = reached.get(args.criterion) or of_rows(criterion=args.criterion)
+        chosen = None if args.per_layer else reached.get(args.criterion)
+        if chosen is None:  # raises for a rule that cannot reach the target
+            chosen = of_rows(criterion=args.criterion, per_layer=args.per_layer)
     if args.criterion == AUTO:
         print(f"\nauto chose {chosen.criterion.name}: {AUTO_REASONS[type(target)]}")
     if args.dry_run:
