@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
     _save(saved, chosen, with_exits=args.temperature)
     print(f"\nSaved in {args.model}:\n\n{chosen}")
     _warn_of_drop(chosen, target)
-    print(f"\nNext: earlyexit eval {args.model} --report report.html, or earlyexit predict {args.model}")
+    folder = shlex.quote(str(args.model))
+    print(f"\nNext: earlyexit eval {folder} --report report.html, or earlyexit predict {folder} new.csv --output FILE")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -118,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
     if advice := _advice(rows, pooling):
         print(f"{advice}\n")
     texts = f", and in {HELD_OUT} there the {len(unseen)} {kind}, texts included" if args.keep_rows else ""
-    data = "" if args.keep_rows else " --data FILE"
-    print(f"Saved in {args.output}{texts}; next: earlyexit calibrate {args.output} --max-drop 0.005{data}")
+    following = f"earlyexit calibrate {shlex.quote(str(args.output))} --max-drop 0.005"
+    print(f"Saved in {args.output}{texts}; next: {following}{'' if args.keep_rows else ' --data FILE'}")
     return 0
 
 
