@@ -1,4 +1,4 @@
-"""Charts of score against layers and of exit layers: images of a report page, and the plot of `earlyexit eval`."""
+"""Charts of score against layers and of exit layers: images of a report page, and a plot of a sweep in a file."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def _standard_error(rows: Rows, point: Point) -> float | None:
 
 
 def page(data: Mapping[str, Any]) -> str:
-    """Return the HTML page of the data that `earlyexit report` saves as JSON.
+    """Return the HTML page of the data that `earlyexit eval --report` saves as JSON.
 
     Raises:
         ImportError: matplotlib is not installed.
