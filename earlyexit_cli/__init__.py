@@ -94,7 +94,7 @@ COMMANDS = {
         "Writes to --output the columns of the input, label, score, exit_layer and error. The same command again\n"
         "goes on where a run has ended. Requires the extra ray.",
         arguments.add_score,
-        files.check_saved,
+        files.check_score,
     ),
     "serve": Command(
         "Serve a saved early-exit model over HTTP.",
@@ -102,7 +102,7 @@ COMMANDS = {
         "requests under way are answered. Clients must send the key in the variable EARLYEXIT_API_KEY, where there is\n"
         "one. Requires the extra serve.",
         arguments.add_serve,
-        files.check_saved,
+        files.check_serve,
     ),
     "demo": Command(
         "Run train, calibrate, eval and predict on generated sentences, and measure the time that early exit saves.",

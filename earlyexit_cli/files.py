@@ -61,13 +61,22 @@ def check_input(option: str, file: Path | None) -> None:
     except OSError as error:
         raise OSError(f"{option}: expected a file that can be read, got {file} ({error.strerror})") from error
     if file.suffix.lower() == ".parquet":
-        check_package("pyarrow", f"{option}: Parquet")
+        check_packages(f"{option}: Parquet", "pyarrow")
 
 
-def check_package(name: str, what: str) -> None:
-    """Raise ImportError if a package is not installed."""
-    if find_spec(name) is None:
-        raise ImportError(f"{what} requires {name}: `pip install {name}`")
+def check_packages(what: str, *requirements: str) -> None:
+    """Raise if packages are not installed.
+
+    Args:
+        what: requires them, for the message.
+        requirements: as pip takes them, ``name`` or ``name[extra]``.
+
+    Raises:
+        ImportError: names those that are not installed.
+    """
+    missing = [name for name in requirements if find_spec(name.partition("[")[0].replace("-", "_")) is None]
+    if missing:
+        raise ImportError(f"{what} requires packages that are not installed: `pip install {' '.join(missing)}`")
 
 
 def check_saved(args: argparse.Namespace) -> None:
@@ -87,9 +96,9 @@ def check_train(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"MODEL: expected a folder with a saved model, or a hub name; {name} does not exist")
     check_input("--data", args.data)
     check_input("--dev", args.dev)
-    check_package("accelerate", "train")
+    check_packages("train", "accelerate")
     if args.keep_rows:
-        check_package("pyarrow", "train, which keeps rows in a Parquet file unless --no-keep-rows is given,")
+        check_packages("train, which keeps rows in a Parquet file unless --no-keep-rows is given,", "pyarrow")
     if not args.overwrite and (output / "config.json").is_file():
         raise FileExistsError(
             f"--output: {output} has a model already, which is not overwritten; give another folder, or --overwrite"
@@ -108,7 +117,7 @@ def check_calibrate(args: argparse.Namespace) -> None:
     check_saved(args)
     check_input("--data", args.data)
     if args.risk is not None:
-        check_package("mapie", "--risk")
+        check_packages("--risk", "mapie")
     if args.output is not None:
         check_results("--output", args.output)
     if not args.dry_run:
@@ -122,7 +131,7 @@ def check_eval(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_results("--output", args.output)
     if args.report is not None:
-        check_package("matplotlib", "--report")
+        check_packages("--report", "matplotlib")
         for file in (args.report, args.report.with_suffix(".json")):
             check_results("--report", file)
 
@@ -145,8 +154,19 @@ def check_predict(args: argparse.Namespace) -> None:
     check_folder("--output", args.output.parent)
 
 
+def check_score(args: argparse.Namespace) -> None:
+    """Check the model and the packages of `earlyexit score`."""
+    check_saved(args)
+    check_packages("score", "pyarrow", *(["ray[data]"] if args.workers > 1 else []))
+
+
+def check_serve(args: argparse.Namespace) -> None:
+    """Check the model and the packages of `earlyexit serve`."""
+    check_saved(args)
+    check_packages("serve", "fastapi", "jinja2", "prometheus-client", "uvicorn")
+
+
 def check_demo(args: argparse.Namespace) -> None:
     """Check the folder and the packages of `earlyexit demo`."""
-    for package in ("accelerate", "pyarrow", "matplotlib"):
-        check_package(package, "demo")
+    check_packages("demo", "accelerate", "pyarrow", "matplotlib")
     check_folder("--output", args.output)

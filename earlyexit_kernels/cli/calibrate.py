@@ -83,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _save(saved, chosen, with_exits=args.temperature)
     print(f"\nSaved in {args.model}:\n\n{chosen}")
-    _warn_of_drop(chosen, target)
     folder = shlex.quote(str(args.model))
     print(f"\nNext: earlyexit eval {folder} --report report.html, or earlyexit predict {folder} new.csv --output FILE")
     return 0
@@ -140,16 +139,6 @@ def result_table(found: Mapping[str, Calibration], target: Target, metric: str, 
         cells += [f"{ms:.2f}" for ms in (one.latency, one.full_depth_latency) if ms is not None]
         rows.append(cells)
     return markdown_table([*header, *more], rows)
-
-
-def _warn_of_drop(chosen: Calibration, target: Target) -> None:
-    """Say where the check rows lose more than was asked for, which happens by chance on few rows."""
-    if isinstance(target, MaxDrop) and chosen.drop > target.drop:
-        low, high = chosen.drop_interval
-        print(
-            f"\nwarning: on the {chosen.rows['check']} check rows it loses {chosen.drop:.4f} {chosen.metric}, more "
-            f"than the {target.drop:g} asked for (95 %: {low:.4f} to {high:.4f}); more unseen rows make this rarer"
-        )
 
 
 def _write(args: argparse.Namespace, reached: Mapping[str, Calibration], missed: Mapping[str, str]) -> None:

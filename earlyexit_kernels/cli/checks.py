@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,18 +176,3 @@ def metrics_for(
     if named[0] == "ece":
         raise ValueError("--metric: ece is an error, by which nothing is chosen; name another metric before it")
     return tuple(named)
-
-
-def check_packages(command: str, requirements: Sequence[str]) -> None:
-    """Raise if a command lacks packages.
-
-    Args:
-        command: for the message.
-        requirements: as pip takes them, ``name`` or ``name[extra]``.
-
-    Raises:
-        ImportError: names those that are not installed.
-    """
-    missing = [name for name in requirements if find_spec(name.partition("[")[0].replace("-", "_")) is None]
-    if missing:
-        raise ImportError(f"{command} requires packages that are not installed: `pip install {' '.join(missing)}`")

@@ -7,14 +7,12 @@ import sys
 
 from tqdm import tqdm
 
-from earlyexit_kernels.cli.checks import check_packages
 from earlyexit_kernels.cli.predict import scorer_of
 from earlyexit_kernels.cli.saved import Record, columns_of
 
 
 def run(args: argparse.Namespace) -> int:
     """Score the units that are not finished; the exit code is 2 if a file cannot be read."""
-    check_packages("score", ("pyarrow", "ray[data]") if args.workers > 1 else ("pyarrow",))
     named = columns_of(args, Record.load(args.model))
     from earlyexit_kernels.serving.files import plan, score_units
 

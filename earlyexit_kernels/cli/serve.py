@@ -7,22 +7,15 @@ import os
 
 from transformers import AutoConfig
 
-from earlyexit_kernels.cli.checks import check_packages
 from earlyexit_kernels.hf.config import EarlyExitConfig
-from earlyexit_kernels.hf.saving import CONFIG
 from earlyexit_kernels.tuning.record import Calibration
 
 #: Arguments that are options of the same name.
 NAMES = "host port workers max_tokens max_wait_ms max_queue max_inputs max_body_bytes".split()
-#: Packages of the extra `serve`.
-REQUIRED = ("fastapi", "jinja2", "prometheus-client", "uvicorn")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; the exit code is 2 if a worker cannot load the model."""
-    check_packages("serve", REQUIRED)
-    if not (args.model / CONFIG).is_file():
-        raise FileNotFoundError(f"MODEL: expected a folder with a saved model, {args.model} has no {CONFIG}")
     from earlyexit_kernels.serving import workers  # requires the extra `serve`
     from earlyexit_kernels.serving.server import Options, api_key
     from earlyexit_kernels.serving.source import Source

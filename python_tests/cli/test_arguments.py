@@ -198,7 +198,7 @@ def test_a_package_that_is_missing_is_named(base, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(earlyexit_cli.files, "find_spec", lambda name: None)
     write_rows(tmp_path / "in.csv", 4)
     message = error_of(capsys, ["eval", str(base), "--report", str(tmp_path / "page.html")])
-    assert "--report requires matplotlib: `pip install matplotlib`" in message
+    assert "--report requires packages that are not installed: `pip install matplotlib`" in message
     command = ["train", str(base), "--data", str(tmp_path / "in.csv"), "--output", str(tmp_path / "out")]
     assert "pip install accelerate" in error_of(capsys, command)
 

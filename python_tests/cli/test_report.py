@@ -82,7 +82,9 @@ def middle_margins(found) -> tuple[float, ...]:
     """Thresholds with which about half of the rows leave at each exit of a model, however little it has learnt."""
     trace, _ = collect_trace(found.saved.model, found.data["reporting"], collate_fn=found.saved.collate)
     ordered = trace.logits.double().softmax(dim=-1).sort(dim=-1).values
-    return tuple((ordered[..., -1] - ordered[..., -2]).median(dim=0).values.tolist()[:-1])
+    margins, middle = (ordered[..., -1] - ordered[..., -2]).sort(dim=0).values[:, :-1], len(ordered) // 2
+    # between two rows: one at the threshold would leave or stay by rounding
+    return tuple(((margins[middle - 1] + margins[middle]) / 2).tolist())
 
 
 def reported(folder: Path, *arguments: str) -> tuple[str, dict]:

@@ -23,7 +23,6 @@ from support.text_models import saved_model, texts  # noqa: E402
 
 import earlyexit_kernels as ee  # noqa: E402
 from earlyexit_cli import main  # noqa: E402
-from earlyexit_kernels.cli import checks  # noqa: E402
 from earlyexit_kernels.serving import files, tables  # noqa: E402
 from earlyexit_kernels.serving.tables import find_files, units_of  # noqa: E402
 
@@ -217,7 +216,7 @@ def test_errors(saved, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     assert "expected a new folder, or that of an earlier run" in error_of(capsys, command(saved, tmp_path))
-    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "ray" else object())
+    monkeypatch.setattr("earlyexit_cli.files.find_spec", lambda name: None if name == "ray" else object())
     message = error_of(capsys, command(saved, tmp_path, "--workers", "2"))
     assert message.endswith("score requires packages that are not installed: `pip install ray[data]`")
 

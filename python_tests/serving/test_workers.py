@@ -122,7 +122,7 @@ def test_errors_of_the_command(capsys, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         message = error_of(capsys, ["serve", str(tmp_path), "--port", str(taken.getsockname()[1])])
         assert "--port: cannot listen at" in message and "choose another port" in message
-    monkeypatch.setattr("earlyexit_kernels.cli.checks.find_spec", lambda name: None if name == "uvicorn" else object())
+    monkeypatch.setattr("earlyexit_cli.files.find_spec", lambda name: None if name == "uvicorn" else object())
     message = error_of(capsys, ["serve", str(tmp_path)])
     assert message.endswith("serve requires packages that are not installed: `pip install uvicorn`")
     monkeypatch.undo()
