@@ -103,7 +103,8 @@ def _layers(subject: Subject) -> Record:
     """Return the score of each exit on both splits."""
     metric = subject.traced.metrics[0]
     scores = {
-        split: [round(layer[metric], 4) for layer in subject.rows(split).truncations((metric,))] for split in SPLITS
+        split: [round(layer[metric], 4) for layer in subject.traced.rows(split).truncations((metric,))]
+        for split in SPLITS
     }
     return {"kind": "layers", "metric": metric, **scores}
 
