@@ -81,15 +81,7 @@ def run(args: argparse.Namespace) -> int:
     train_set, unseen_set = (encode(split, tokenizer) for split in (train_rows, unseen))
     check_vocabulary(train_set, tokenizer, model, args.model)
     collate = DataCollatorWithPadding(tokenizer)
-    first = plans[0]
-    base_arguments = training_arguments(
-        args.output, args.seed, first["epochs"], first["lr"], args.batch_size, bf16=args.bf16
-    )
-    sets = rows_of_phases(model.method.phases, train_set)
-    for phase, plan, own_set in zip(phases(model), plans, sets, strict=True):
-        plan["rows"] = len(own_set)
-        print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan, model.heads.aux_names)}", flush=True)
-        _train_phase(phase, plan, base_arguments, own_set, collate)
+    _train_phases(args, model, plans, train_set, collate)
     trace, truth = collect_trace(model, unseen_set, collate_fn=collate, progress=kind)
     queries, metrics = queries_of(unseen), metrics_for(labels, bool(columns.group), None)
     rows = Rows(trace, truth, metrics[0], labels.problem_type, queries)
@@ -236,6 +228,19 @@ def _advice(rows: Rows, pooling: str | None) -> str | None:
         "give more rows or --epochs" if pooling == "mean" else "--pooling mean often helps, more rows or --epochs too"
     )
     return f"No better than chance: exits {', '.join(map(str, untrained))}. Rows cannot leave there; {remedy}."
+
+
+def _train_phases(
+    args: argparse.Namespace, model: Any, plans: Sequence[dict[str, Any]], train_set: Any, collate: Callable
+) -> None:
+    """Train by the plan of each phase, and note its number of rows there."""
+    first = plans[0]
+    base = training_arguments(args.output, args.seed, first["epochs"], first["lr"], args.batch_size, bf16=args.bf16)
+    sets = rows_of_phases(model.method.phases, train_set)
+    for phase, plan, phase_set in zip(phases(model), plans, sets, strict=True):
+        plan["rows"] = len(phase_set)
+        print(f"Phase {phase.number} of {len(plans)}: {_plan_text(plan, model.heads.aux_names)}", flush=True)
+        _train_phase(phase, plan, base, phase_set, collate)
 
 
 def _train_phase(
