@@ -131,4 +131,6 @@ def test_a_criterion_of_ones_own_is_imported(model, tmp_path, capsys, monkeypatc
         assert main([*words, "--import", "my_rules"]) == 0
         assert "exit layer 1" in capsys.readouterr().out
     finally:
-        ee.criteria.RULES.pop("imported_rule", None)
+        for table in (ee.criteria.CRITERIA, ee.criteria.RULES):
+            table.pop("imported_rule", None)
+        sys.modules.pop("my_rules", None)

@@ -237,6 +237,21 @@ def test_a_seal_compares_samples_by_their_bytes(implementation, name):
     assert sealed.holds([empty])
 
 
+def test_a_seal_compares_each_sampled_element(implementation):
+    module = holding((40, 30))
+    for position in sampled_elements(module[0].numel()):
+        sealed = Seal([module], list(module))
+        module[0].data[torch.unravel_index(torch.tensor(position), module[0].shape)] += 1
+        assert not sealed.holds([module])
+
+
+def test_a_seal_compares_classes(implementation):
+    module = zeros()
+    sealed = Seal([module])
+    module.__class__ = type("Other", (torch.nn.Linear,), {})
+    assert not sealed.holds([module])
+
+
 def test_model_referenced_by_its_own_hook_is_collected(implementation):
     model = early_exit("bert", pooling="first")
     model.backbone.register_forward_pre_hook(lambda module, inputs, holder=model: None)

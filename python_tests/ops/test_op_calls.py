@@ -277,6 +277,23 @@ def test_the_compiled_exit_refuses_overlapping_memory_itself(backend):
             raw("exit_step", backend, "cpu")(*positional("exit_step", arguments))
 
 
+@pytest.mark.parametrize("backend", backend_params(["cpp"]))
+@pytest.mark.parametrize(
+    ("op", "changed", "words"),
+    [
+        ("exit_step", {"row_ids": int32([0, 2])}, "expected row_ids below the 2 rows"),
+        ("exit_step", LOGITS | {"row_ids": int32([0, 2])}, "expected row_ids below the 2 rows"),
+        ("gather_rows", {"new_offsets": int32([0, 1, 2])}, "expected new_offsets to keep the 2 tokens of row 0"),
+        ("gather_rows", {"new_offsets": int32([0, 3, 4])}, "expected new_offsets to keep the 2 tokens of row 0"),
+    ],
+    ids=str,
+)
+def test_the_compiled_ops_refuse_themselves_what_would_leave_their_memory(op, changed, words, backend):
+    arguments = {name: x for name, x in {**CALLS[op](), **changed}.items() if x is not None}
+    with pytest.raises(ValueError, match=f"^{op}_cpp: {words}"):
+        raw(op, backend, "cpu")(*positional(op, arguments))
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_offsets_at_the_limit_of_int32(backend, left):
     """The tokens of a row are counted without overflow."""

@@ -103,6 +103,16 @@ def check(w, packed, lengths, heads, atol, *, seed=1, activation="gelu", stored=
     torch.testing.assert_close(got.double(), want, atol=atol, rtol=1e-5)
 
 
+@every_type
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_value_inside_that_is_not_a_number_reaches_the_output(activation, stored):
+    """That of one inner unit, which an activation or a rounding to bytes could lose."""
+    w = weights(64, 128)
+    w.inner_bias[3] = torch.nan
+    x, offsets = tokens((3, 5), 64)
+    assert layer(x, offsets, pack_weights(w, stored), 4, activation=activation).isnan().all()
+
+
 @pytest.mark.sample(5)
 @every_type
 @pytest.mark.parametrize("size", SIZES)

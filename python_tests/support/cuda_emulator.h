@@ -107,21 +107,29 @@ inline void release(int begin, int end, Wait wait) {
 inline void run_block(int threads) {
   while (static_cast<int>(fibers.size()) < threads) fibers.push_back(std::make_unique<Fiber>());
   for (int k = 0; k < threads; ++k) fibers[k]->wait = Wait::kNothing;
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), shuffler);
+  std::vector<int> warps(threads / 32), lanes(32);
+  std::iota(warps.begin(), warps.end(), 0);
+  std::iota(lanes.begin(), lanes.end(), 0);
+  std::shuffle(warps.begin(), warps.end(), shuffler);
+  std::shuffle(lanes.begin(), lanes.end(), shuffler);
+  // each warp runs up to the next barrier of the block before another one starts, so that a missing barrier shows
   while (!all_wait(0, threads, Wait::kDone)) {
     bool ran = false;
-    for (int k : order) {
-      if (fibers[k]->wait != Wait::kNothing) continue;
-      resume(k);
-      ran = true;
+    for (int warp : warps) {
+      for (bool moved = true; moved; ran |= moved) {
+        moved = false;
+        for (int lane : lanes) {
+          if (fibers[warp * 32 + lane]->wait != Wait::kNothing) continue;
+          resume(warp * 32 + lane);
+          moved = true;
+        }
+        release(warp * 32, warp * 32 + 32, Wait::kWarp);
+      }
     }
     if (!ran) {
       fibers.clear();
       throw std::runtime_error("emulator: some threads wait at a barrier that others do not reach");
     }
-    for (int warp = 0; warp < threads; warp += 32) release(warp, warp + 32, Wait::kWarp);
     release(0, threads, Wait::kBlock);
   }
   if (std::any_of(fibers.begin(), fibers.begin() + threads, [](const auto& f) { return !f->copies.empty(); })) {
