@@ -115,7 +115,7 @@ def test_bfloat16_rounds_products_and_keeps_weights_in_float32(base, rows, tmp_p
     weights = []
     for more in ([], ["--bf16"]):
         folder = tmp_path / f"with{len(more)}"
-        assert main(command(base, rows, folder, "--method", method, *more)) == 0
+        assert main(command(base, rows, folder, "--method", method, "--epochs", "1", "--batch-size", "8", *more)) == 0
         assert Record.load(folder).bf16 == bool(more)
         parts = load_file(folder / WEIGHTS).values()
         assert {part.dtype for part in parts} == {torch.float32}

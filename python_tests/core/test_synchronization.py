@@ -136,7 +136,7 @@ def masks():
     yield torch.ones(1, 1, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("mask", masks(), ids=lambda mask: f"{list(mask.shape)}, {int(mask.sum())} tokens")
+@pytest.mark.parametrize("mask", list(masks()), ids=lambda mask: f"{list(mask.shape)}, {int(mask.sum())} tokens")
 def test_packing_on_the_device_synchronizes_once(mask):
     expected = packing._pack_on_host(mask != 0, False)
     with SynchronizationCounter() as counter:
