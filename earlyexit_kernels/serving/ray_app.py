@@ -6,27 +6,20 @@ speaks HTTP, gives each request to a replica, and starts, replaces and ends repl
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, create_model
 from ray import serve
 
 from earlyexit_kernels.serving.server import Options, api_key, create_app
 from earlyexit_kernels.serving.source import Source
 
-
-class Arguments(BaseModel):
-    """Arguments of `app`: the folder of the model, which is on every machine, and fields of `Options`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
-    max_length: int | None = None
-    max_tokens: int = 2048
-    max_wait_ms: float = 5000.0
-    max_queue: int = 4096
-    max_inputs: int = 256
-    max_body_bytes: int = 2**20
+#: Fields of `Options` that are arguments of `app`.
+LIMITS = "max_length max_tokens max_wait_ms max_queue max_inputs max_body_bytes".split()
+_TYPES, _DEFAULTS = get_type_hints(Options), {field.name: field.default for field in fields(Options)}
+_FIELDS: dict[str, Any] = {"model": (str, ...), **{name: (_TYPES[name], _DEFAULTS[name]) for name in LIMITS}}
+_Arguments: Any = create_model("Arguments", __config__=ConfigDict(extra="forbid"), **_FIELDS)
 
 
 class Replica:
@@ -39,9 +32,17 @@ class Replica:
         return self._app
 
 
-def app(arguments: Arguments) -> Any:
-    """Return the application of Ray Serve; its options, as the number of replicas, are those of a config of `serve`."""
-    limits = arguments.model_dump(exclude={"model"})
-    options = Options(source=Source.of(arguments.model, None), api_key=api_key(), **limits)
+def app(arguments: dict[str, Any]) -> Any:
+    """Return the application of Ray Serve; its options, as the number of replicas, are those of a config of `serve`.
+
+    Args:
+        arguments: ``"model"``, the folder of the model, which is on every machine, and `LIMITS`, also as text.
+
+    Raises:
+        pydantic.ValidationError: an unknown or missing argument, or one of a wrong kind.
+    """
+    given = _Arguments(**arguments)
+    limits = given.model_dump(exclude={"model"})
+    options = Options(source=Source.of(given.model, None), api_key=api_key(), **limits)
     deployment = serve.deployment(name="earlyexit", max_ongoing_requests=options.max_queue)
     return deployment(serve.ingress()(Replica)).bind(options)
