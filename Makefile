@@ -101,7 +101,7 @@ gpu-check: ## build, test and measure on the local GPU, ten minutes at most; run
 build: ## build the extension in place for an environment that has torch (PYTHON=...); needs no network
 	@$(PYTHON) setup.py build_ext --inplace
 
-setup: $(VENV)/.extension ## set up the environment, the package and its extension, nothing else
+setup: $(VENV)/.package $(VENV)/.extension ## set up the environment, the package and its extension, nothing else
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) $(DOCS_VENV) build dist *.egg-info earlyexit_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
@@ -117,14 +117,18 @@ $(VENV)/.torch:
 	@touch $@
 
 # the extension is left to the next step, where ninja compiles only what changed
-$(VENV)/.package: $(VENV)/.torch pyproject.toml
+$(VENV)/.build-tools: $(VENV)/.torch
 	@echo "installing the build requirements"
 	@$(call timed,$(PIP_INSTALL) "setuptools>=77" wheel ninja pybind11)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.build-tools pyproject.toml
 	@echo "installing earlyexit_kernels with its extras test, train, plot, bench and serve; this may take minutes"
 	@export EARLYEXIT_BUILD=none && $(call timed,$(PIP_INSTALL) --no-build-isolation -e "$(EXTRAS)")
 	@touch $@
 
-$(VENV)/.extension: $(VENV)/.package setup.py $(NATIVE_SOURCES)
+# does not depend on the packages, so that make -j2 compiles while it installs them
+$(VENV)/.extension: $(VENV)/.build-tools setup.py $(NATIVE_SOURCES)
 	@echo "building the extension, a minute or more the first time (log: $(VENV)/build.log)"
 	@$(call timed,{ $(PY) setup.py build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }; })
 	@grep '^earlyexit_kernels: ' $(VENV)/build.log | tail -n 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.capability import run_tests_of
 
 from earlyexit_kernels.backends import extension_function
 from earlyexit_kernels.cpu.kernels import kernels_unsupported_reason
@@ -74,9 +73,3 @@ def test_a_token_has_the_same_bits_beside_any_tokens_and_with_any_number_of_thre
     assert torch.equal(alone.isnan().any(dim=2), tokens[0] == missing)
     for _ in thread_counts:
         torch.testing.assert_close(run(*tokens), alone, atol=0, rtol=0, equal_nan=True)
-
-
-@pytest.mark.thorough
-def test_other_kernels_of_this_processor():
-    """The tests above with fewer instructions."""
-    run_tests_of(__file__, "avx2")

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,35 +55,39 @@ def contents(folder: Path) -> tuple:
     return bool(complete_copies(folder)), *own
 
 
-def failing_save(model, folder: Path, call: int, failure, lasting: bool, options: dict, links: bool = True) -> int:
-    """Save in a child process, with `failure` in place of a file-system call in `folder`.
+def child_save(model, folder: Path, options: dict, before_call: Callable[[int], None], links: bool = True) -> int:
+    """Save in a child process, with ``before_call(number)`` ahead of each file-system call in `folder`.
 
     Without `links` the file system has no hard links.
 
     Returns:
-        0 if the save made fewer calls, 1 if it raised OSError, 2 if it succeeded nevertheless; minus the signal that
-        ended the child.
+        The number of calls if the save succeeded, at most 200, 255 if it raised OSError; minus the signal that ended
+        the child.
     """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    calls, status = 0, 3
+    calls, inside, status = 0, False, 254
 
     def hook(event, arguments):
-        nonlocal calls
-        if event in CALLS and any(isinstance(a, (str, os.PathLike)) and str(folder) in str(a) for a in arguments):
-            calls += 1
-            if calls == call or (lasting and calls > call):
-                failure()
+        nonlocal calls, inside
+        if inside or event not in CALLS:
+            return
+        if any(isinstance(a, (str, os.PathLike)) and str(folder) in str(a) for a in arguments):
+            calls, inside = calls + 1, True
+            try:
+                before_call(calls)
+            finally:
+                inside = False
             if event == "os.link" and not links:
                 raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     try:
         sys.addaudithook(hook)
         model.save_pretrained(folder, **options)
-        status = 2 if calls >= call else 0
+        status = min(calls, 200)
     except OSError:
-        status = 1
+        status = 255
     finally:
         os._exit(status)
 
@@ -107,6 +111,41 @@ FAILURES = {
     "full disk": (failing(errno.ENOSPC), False),
     "read-only": (failing(errno.EROFS), True),
 }
+
+
+def fail_at(call: int, failure: str) -> Callable[[int], None]:
+    """Return the `before_call` of `child_save` that fails at a call."""
+    fail, lasting = FAILURES[failure]
+    return lambda number: fail() if number == call or (lasting and number > call) else None
+
+
+def failed_saves(old: Path, model, options: dict, failure: str, links: bool) -> Iterator[tuple[Path, str]]:
+    """Save over a copy of `old` once for each file-system call, which fails; give the folder and how the save ended.
+
+    It ends "killed", "raised", "saved nevertheless" or, last, "saved" after fewer calls.
+    """
+    folder = old.parent / "folder"
+    for call in range(1, 200):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(old, folder)
+        status = child_save(model, folder, options, fail_at(call, failure), links)
+        saved = "saved" if status < call else "saved nevertheless"
+        ended = {-signal.SIGKILL: "killed", 255: "raised"}.get(status, saved)
+        yield folder, ended
+        if ended == "saved":
+            return
+
+
+def killed_saves(old: Path, model, options: dict, links: bool) -> Iterator[tuple[Path, str]]:
+    """Give what `failed_saves` gives for kills, from one save whose folder is copied before each call."""
+    folder, copies = old.parent / "folder", old.parent / "copies"
+    shutil.copytree(old, folder)
+    calls = child_save(model, folder, options, lambda call: shutil.copytree(folder, copies / str(call)), links)
+    assert 0 < calls < 200
+    yield from ((copies / str(call), "killed") for call in range(1, calls + 1))
+    yield folder, "saved"
+
+
 #: The options of the earlier save, and of the one that replaces it.
 SIZES = {
     "one file": ({}, {}),
@@ -137,11 +176,11 @@ def outcome(folder: Path, expected: dict, seen: dict, variant: str | None) -> st
     return seen[state]
 
 
-#: The failure, the sizes, whether the file system has hard links, and whether the old config has a digest.
-CASES = [("kill", sizes, True, True) for sizes in SIZES]
-CASES += [("kill", sizes, True, False) for sizes in ("one file over shards", "shards of a variant")]
-CASES += [("kill", "one file over shards", False, True), ("full disk", "shards over one file", True, True)]
-CASES += [("read-only", "one file", True, True)]
+#: How saves fail, the sizes, whether the file system has hard links, and whether the old config has a digest.
+CASES = [("copies", sizes, True, True) for sizes in SIZES]
+CASES += [("copies", sizes, True, False) for sizes in ("one file over shards", "shards of a variant")]
+CASES += [("copies", "one file over shards", False, True), ("kill", "shards over one file", True, True)]
+CASES += [("full disk", "shards over one file", True, True), ("read-only", "one file", True, True)]
 
 
 @pytest.mark.thorough
@@ -151,28 +190,28 @@ def test_failure_at_every_call_leaves_old_or_new(tmp_path, models, sizes, failur
     before, after = SIZES[sizes]
     variant = after.get("variant")
     expected = {name: answers(model) for name, model in models.items()}
-    models["old"].save_pretrained(tmp_path / "old")
-    models["old"].save_pretrained(tmp_path / "old", **before)
+    old = tmp_path / "old"
+    models["old"].save_pretrained(old)
+    models["old"].save_pretrained(old, **before)
     if not digest:
-        change_config(tmp_path / "old", **{f"{DIGEST}.{variant}" if variant else DIGEST: None})
-    (tmp_path / "old" / "README.md").write_text("mine")
-    folder, met, seen = tmp_path / "folder", [], {}
-    for call in range(1, 1000):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tmp_path / "old", folder)
-        ended = failing_save(models["new"], folder, call, *FAILURES[failure], after, links)
-        assert ended in ({-signal.SIGKILL, 0} if failure == "kill" else {0, 1, 2})
+        change_config(old, **{f"{DIGEST}.{variant}" if variant else DIGEST: None})
+    (old / "README.md").write_text("mine")
+    if failure == "copies":
+        saves = killed_saves(old, models["new"], after, links)
+    else:
+        saves = failed_saves(old, models["new"], after, failure, links)
+    met, seen = [], {}
+    for folder, ended in saves:
+        assert (ended == "killed") == (failure in ("kill", "copies")) or ended == "saved"
         found = outcome(folder, expected, seen, variant)
-        assert found == "new" or ended not in (0, 2), "a save that does not raise must succeed"
-        if ended != 2:
+        assert found == "new" or not ended.startswith("saved"), "a save that does not raise must succeed"
+        if ended != "saved nevertheless":
             met.append(found)
         assert (folder / "README.md").read_text() == "mine"
-        if ended == 0:
-            break
         if found == "refused" and met.count("refused") == 1:
             models["new"].save_pretrained(folder, **after)
             assert outcome(folder, expected, seen, variant) == "new" and not list(folder.glob(f"{STAGING}*"))
-    assert ended == 0 and {"old", "new", "refused"} == set(met)
+    assert ended == "saved" and {"old", "new", "refused"} == set(met)
     if digest:
         assert met == sorted(met, key=["old", "refused", "new"].index), "a later failure does not undo the save"
 
@@ -278,7 +317,7 @@ def test_arguments_of_transformers(tmp_path, models, monkeypatch):
 
 
 def test_next_save_removes_files_of_killed_processes_and_of_earlier_saves(tmp_path, models):
-    assert failing_save(models["old"], tmp_path, 60, *FAILURES["kill"], {}) == -signal.SIGKILL
+    assert child_save(models["old"], tmp_path, {}, fail_at(60, "kill")) == -signal.SIGKILL
     assert list(tmp_path.glob(f"{STAGING}*"))
     models["new"].save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]

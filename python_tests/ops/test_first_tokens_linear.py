@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from support.backends import backend_params
-from support.capability import run_tests_of, with_fewer_instructions
 
 from earlyexit_kernels.ops import raw
 from earlyexit_kernels.ops.first_tokens_linear import ACTIVATIONS
@@ -108,11 +107,3 @@ def test_wrong_arguments_are_refused_by_the_kernel(backend):
             op(*good[:place], value, *good[place + 1 :])
     with pytest.raises(ValueError, match="first token of row 1 among the 8 tokens, got 8"):
         op(hidden, weight, bias, torch.tensor([0, 8, 9], dtype=torch.int32), ids, out, "tanh")
-
-
-@pytest.mark.thorough
-@compiled
-@with_fewer_instructions
-def test_other_kernels_of_this_processor(capability, backend):
-    """The tests above with fewer instructions, and without vector kernels."""
-    run_tests_of(__file__, capability)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.capability import run_tests_of, with_fewer_instructions
 from support.models import run_python
 from torch import Tensor
 
@@ -320,16 +319,6 @@ def test_weights_of_another_layout_are_refused(monkeypatch):
     monkeypatch.setattr(panels, "native_layouts", lambda: {torch.float32: PanelLayout(5, 3)})
     with pytest.raises(ValueError, match="expected qkv to be float32"):
         layer(X, OFFSETS, pack_weights(weights(8, 12)), 2)
-
-
-@pytest.mark.thorough
-@with_fewer_instructions
-def test_other_kernels_of_this_processor(capability):
-    """The tests of this file, with the kernels that ATEN_CPU_CAPABILITY leaves."""
-    printed = run_tests_of(__file__, capability)
-    assert ("has no vector kernels" in printed) == (capability == "default"), printed[-300:]
-    if capability == "avx2":
-        assert "no instructions for this type" not in printed, printed[-300:]
 
 
 @every_type
