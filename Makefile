@@ -37,15 +37,15 @@ demo: setup ## train a small model on generated text and measure what early exit
 	@echo "running the demo"
 	@$(VENV)/bin/earlyexit demo $(ARGS)
 
-# $(call on_cpu,MARKS): run tests with GPUs hidden, so that they are the same everywhere, and those of the Triton kernels
-# under the interpreter
+# GPUs hidden, so that the tests are the same everywhere; a thread that waits leaves its core to the other test processes
+ON_CPU := EARLYEXIT_TEST_SUMMARY=$(SUMMARY) CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive
+# $(call on_cpu,MARKS): run tests, those of the Triton kernels under the interpreter
 define on_cpu
 	@echo "testing on the CPU"
-	@EARLYEXIT_TEST_SUMMARY=$(SUMMARY) CUDA_VISIBLE_DEVICES= $(PYTEST) -m "not triton and not gpu and $(1)" $(ARGS) \
+	@$(ON_CPU) $(PYTEST) -m "not triton and not gpu and $(1)" $(ARGS) \
 		|| [ $$? = $(NO_TESTS) ]
 	@echo "testing the Triton kernels under the interpreter"
-	@EARLYEXIT_TEST_SUMMARY=$(SUMMARY) CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 \
-		$(PYTEST) -m "triton and not gpu and $(1)" $(ARGS) || [ $$? = $(NO_TESTS) ]
+	@$(ON_CPU) TRITON_INTERPRET=1 $(PYTEST) -m "triton and not gpu and $(1)" $(ARGS) || [ $$? = $(NO_TESTS) ]
 endef
 
 test: setup ## run the tests on the CPU, five minutes on two cores, then those of a GPU where there is one; ARGS goes to pytest
