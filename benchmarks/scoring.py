@@ -1,4 +1,4 @@
-"""`earlyexit score` beside a plain loop: ``python -m benchmarks.run --suite scoring --model out``.
+"""`earlyexit predict` on many files beside a plain loop: ``python -m benchmarks.run --suite scoring --model out``.
 
 The rows are the texts that the model was trained to report on, those of few words, again and again. A run is killed at
 about half of them and started again; every row has to be there once.
@@ -51,8 +51,8 @@ def write_rows(folder: Path, texts: Sequence[str], rows: int) -> None:
 
 def command(model: Path, work: Path, name: str) -> list[str]:
     """Return the command that scores the rows in `work` to a folder there."""
-    given = ["--model", str(model), "--input", str(work / "rows"), "--output", str(work / name)]
-    return [sys.executable, "-m", "earlyexit_kernels", "score", *given]
+    given = [str(model), str(work / "rows"), "--output", str(work / name)]
+    return [sys.executable, "-m", "earlyexit_kernels", "predict", *given]
 
 
 def killed_and_resumed(model: Path, work: Path, rows: int) -> Record:

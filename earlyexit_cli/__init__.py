@@ -83,18 +83,12 @@ COMMANDS = {
         files.check_eval,
     ),
     "predict": Command(
-        "Classify the rows of a file, or texts, with a saved early-exit model.",
+        "Classify texts, or the rows of files, with a saved early-exit model.",
         "Adds the columns label, score and exit_layer to those of the input (predicted_label, ... if it has these).\n"
-        "An existing file is not overwritten.",
+        "An existing file is not overwritten. A folder gets Parquet files, with a column error, and the same command\n"
+        "again goes on where a run has ended.",
         arguments.add_predict,
         files.check_predict,
-    ),
-    "score": Command(
-        "Classify the rows of many files, in this process or by workers of Ray.",
-        "Writes to --output the columns of the input, label, score, exit_layer and error. The same command again\n"
-        "goes on where a run has ended. Requires the extra ray.",
-        arguments.add_score,
-        files.check_score,
     ),
     "serve": Command(
         "Serve a saved early-exit model over HTTP.",

@@ -237,42 +237,36 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `earlyexit predict`."""
     add = parser.add_argument
     _add_model(parser)
-    add("input", metavar="INPUT", nargs="?", type=table, help="CSV, TSV, JSON lines or Parquet file to read")
+    add(
+        "input",
+        metavar="INPUT",
+        nargs="*",
+        type=text_of("a file"),
+        help="CSV, TSV, JSON lines or Parquet file; with a folder as --output any number of files, folders, patterns "
+        "and URIs, such as s3://bucket/*.parquet",
+    )
     add("--text", action="append", type=text_of("a text"), help="a text; repeatable; the answers are printed")
-    add("--output", type=table, metavar="FILE", help="new file: the columns of INPUT, and label, score and exit_layer")
+    add(
+        "--output",
+        type=path,
+        help="new file: the columns of INPUT, and label, score and exit_layer; or a folder, for Parquet files",
+    )
     add(
         "--no-truncate",
         dest="truncate",
         action="store_false",
         help="do not answer rows that are too long, instead of cutting them",
     )
-    _add_scorer_arguments(parser)
-    _add_import(parser)
-
-
-def _add_scorer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that predict and score share."""
     _add_columns(parser, "text", "pair", default="that of training, or ")
-    parser.add_argument("--max-tokens", type=count, default=4096, help="tokens per batch (default: %(default)s)")
-
-
-def add_score(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `earlyexit score`."""
-    add = parser.add_argument
-    add("--model", required=True, type=path, help="folder with a saved early-exit model")
-    add(
-        "--input", required=True, nargs="+", help="files, folders or patterns; also URIs, such as s3://bucket/*.parquet"
-    )
-    add("--output", required=True, type=path, help="folder for a Parquet file of each unit of the input")
-    _add_scorer_arguments(parser)
-    add("--truncate", action="store_true", help="cut texts that are too long, which otherwise have no answer")
+    add("--max-tokens", type=count, default=4096, help="tokens per batch (default: %(default)s)")
     add(
         "--workers",
         type=count,
-        default=1,
-        help="copies of the model; more than one on Ray, on this machine or the cluster of RAY_ADDRESS (default: 1)",
+        help="copies of the model for a folder; more than one on Ray, on this machine or the cluster of RAY_ADDRESS "
+        "(default: 1)",
     )
-    add("--overwrite", action="store_true", help="remove the rows of an earlier run, instead of going on with it")
+    add("--overwrite", action="store_true", help="remove what an earlier run wrote to the folder, instead of going on")
+    _add_import(parser)
 
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
@@ -292,6 +286,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-queue", type=count, default=4096, help="inputs that may wait; more get 503 (default: %(default)s)")
     add("--max-inputs", type=count, default=256, help="inputs of a request; more get 413 (default: %(default)s)")
     add("--max-body-bytes", type=count, default=2**20, help="size of a request (default: %(default)s)")
+    _add_import(parser)
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,14 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from earlyexit_cli.arguments import ENDINGS
+
 #: One of these is among the first bytes of a file of results: its HTML title, or the first entry of its JSON.
 MARKS, MARKED = (b"<title>Early-exit report", b'"environment"'), 4096
 #: In a model card of `earlyexit train`.
 CARD = b"<!-- earlyexit: calibration -->"
+#: What `earlyexit demo` writes to its folder.
+DEMO_FILES = frozenset({"base", "model", "new.csv", "predictions.csv", "report.html", "report.json", "reviews.csv"})
 
 
 def check_folder(option: str, folder: Path) -> None:
@@ -136,28 +140,45 @@ def check_eval(args: argparse.Namespace) -> None:
             check_results("--report", file)
 
 
+def names_folder(output: Path) -> bool:
+    """Return whether answers are to be written to a folder: it exists, or its name has no ending."""
+    return output.is_dir() or not output.suffix
+
+
 def check_predict(args: argparse.Namespace) -> None:
     """Check the files of `earlyexit predict`."""
     check_saved(args)
-    if (args.input is None) == (args.text is None):
-        raise ValueError("predict: expected either a file INPUT or --text")
+    if bool(args.input) == (args.text is not None):
+        raise ValueError("predict: expected either files INPUT or --text")
+    given = [name for name in ("output", "text_column", "pair_column", "workers", "overwrite") if getattr(args, name)]
     if args.text is not None:
-        named = [name for name in ("output", "text_column", "pair_column") if getattr(args, name) is not None]
-        if named:
-            raise ValueError(f"--{named[0].replace('_', '-')}: expected beside a file; --text prints its answers")
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')}: expected beside a file; --text prints its answers")
         return
-    check_input("INPUT", args.input)
     if args.output is None:
-        raise ValueError("predict: expected --output FILE, where the answers are written")
+        raise ValueError("predict: expected --output, a new file or a folder, where the answers are written")
+    if names_folder(args.output):
+        check_packages("predict, which writes Parquet files to a folder,", "pyarrow")
+        if (args.workers or 1) > 1:
+            check_packages("predict with several --workers", "ray[data]")
+        return
+    if args.output.suffix.lower() not in ENDINGS:
+        raise ValueError(
+            f"--output: expected a file name that ends in {', '.join(ENDINGS)}, or a folder, whose name has no dot if "
+            f"it is new; got {args.output}"
+        )
+    file = f"{args.output} is a file"
+    if other := [name for name in given if name in ("workers", "overwrite")]:
+        raise ValueError(f"--{other[0]}: expected beside a folder as --output; {file}")
+    if len(args.input) > 1:
+        raise ValueError(f"--output: expected a folder for {len(args.input)} files INPUT; {file}")
+    (name,) = args.input
+    if Path(name).suffix.lower() not in ENDINGS:
+        raise ValueError(f"INPUT: expected a file name that ends in {', '.join(ENDINGS)}, got {name!r}")
+    check_input("INPUT", Path(name))
     if args.output.exists():
         raise FileExistsError(f"--output: {args.output} exists, and is not overwritten; give a new file")
     check_folder("--output", args.output.parent)
-
-
-def check_score(args: argparse.Namespace) -> None:
-    """Check the model and the packages of `earlyexit score`."""
-    check_saved(args)
-    check_packages("score", "pyarrow", *(["ray[data]"] if args.workers > 1 else []))
 
 
 def check_serve(args: argparse.Namespace) -> None:
@@ -167,6 +188,8 @@ def check_serve(args: argparse.Namespace) -> None:
 
 
 def check_demo(args: argparse.Namespace) -> None:
-    """Check the folder and the packages of `earlyexit demo`."""
+    """Check the folder and the packages of `earlyexit demo`; a folder with other files is not written to."""
     check_packages("demo", "accelerate", "pyarrow", "matplotlib")
     check_folder("--output", args.output)
+    if others := sorted({file.name for file in args.output.iterdir()} - DEMO_FILES):
+        raise FileExistsError(f"--output: {args.output} has files of something else ({others[0]}); give a new folder")

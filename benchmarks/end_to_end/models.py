@@ -185,11 +185,12 @@ def exit_logits(heads: Any, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 FAMILY_LAYERS, FUSED_LAYERS, CAPTURED_LAYERS = "family layers", "fused layers", "captured layers"
-#: Engine, a kind of layers -> function that sets it on a converted model, with further options of `configure`.
+#: Engine, a kind of layers -> function that sets it on a converted model, with further options. Looks for `configure`
+#: when it is called, since older versions lack it.
 ENGINES: dict[str, Callable[..., Any]] = {
-    FAMILY_LAYERS: functools.partial(Model.configure, path="eager"),
-    FUSED_LAYERS: functools.partial(Model.configure, path="fused"),
-    CAPTURED_LAYERS: functools.partial(Model.configure, path="captured"),
+    FAMILY_LAYERS: lambda model, **options: model.configure(path="eager", **options),
+    FUSED_LAYERS: lambda model, **options: model.configure(path="fused", **options),
+    CAPTURED_LAYERS: lambda model, **options: model.configure(path="captured", **options),
 }
 #: Calls until layers are captured: the first runs eagerly, the second captures, others may reach further levels.
 CALLS_TO_CAPTURE = 4

@@ -255,7 +255,7 @@ def report_data(found: Traced, result: Sweep, *, texts: bool) -> dict[str, Any]:
     lengths = [len(found.data["reporting"][row]["input_ids"]) for row in range(len(rows))]
     config: Any = model.config
     record = found.saved.record
-    listed = report.first_and_last(rows, answers, split.texts if texts else None, lengths, labels_of.names)
+    listed = report.first_and_last(rows, answers, split.texts if texts else None, split.rows, lengths, labels_of.names)
     calibration = Calibration.of(model)
     return {
         "environment": environment(),

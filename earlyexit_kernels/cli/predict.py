@@ -1,8 +1,9 @@
-"""Classify the rows of a file, or texts, with a saved early-exit model."""
+"""Classify texts, the rows of a file, or those of many files, with a saved early-exit model."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from earlyexit_cli.files import names_folder
 from earlyexit_kernels.cli.checks import loaded_from, written
 from earlyexit_kernels.cli.saved import Record, columns_of, load_saved
 from earlyexit_kernels.data.rows import Text, texts_of
@@ -26,7 +28,7 @@ CALL = 4096
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the answers to texts, or write those to a file."""
+    """Print the answers to texts, or write those to a file or a folder."""
     columns = columns_of(args, Record.load(args.model))
     if args.text:
         if columns.pair is not None:
@@ -35,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
         for one, error, label, score, layer in zip(args.text, errors, *answers.values(), strict=True):
             print(f"no answer, {error}: {one}" if error else f"{label} ({score:.4f}), exit layer {layer}: {one}")
         return 0
-    table = read_table(args.input)
+    if names_folder(args.output):
+        return predict_files(args, tuple(name for name in (columns.text, columns.pair) if name is not None))
+    table = read_table(Path(args.input[0]))
     names = _new_columns(table)
     answers, errors, depth = _answers(args, texts_of(table, columns))
     with written(args.output):
@@ -44,6 +48,42 @@ def run(args: argparse.Namespace) -> int:
     if names["label"] != "label":
         print(f"The input has columns of these names; the answers are in {', '.join(names.values())}")
     return 0
+
+
+def predict_files(args: argparse.Namespace, columns: tuple[str, ...]) -> int:
+    """Write the units of many files that are not finished to a folder; the exit code is 2 if a file cannot be read."""
+    from earlyexit_kernels.serving.files import plan, score_units
+
+    # a model that cannot be loaded, or a tokenizer of another one, is an error here rather than in each worker
+    options = scorer_of(args.model, truncate=args.truncate, max_tokens=args.max_tokens).options
+    todo = plan(
+        args.model,
+        args.input,
+        args.output,
+        columns=columns,
+        max_length=options.max_length,
+        truncate=args.truncate,
+        max_tokens=args.max_tokens,
+        modules=tuple(args.modules),
+        overwrite=args.overwrite,
+    )
+    units = todo.finished + len(todo.units)
+    print(f"{todo.files} file(s), {len(todo.units)} of {units} units to predict", file=sys.stderr, flush=True)
+    done = list(todo.problems)
+    with tqdm(total=units, initial=todo.finished, unit="unit", disable=None) as bar:
+        for unit in score_units(todo.job, todo.units, args.workers or 1) if todo.units else ():
+            done.append(unit)
+            bar.update()
+    written_now = [one for one in done if not one.problem]
+    without = sum(one.without for one in written_now)
+    parts = [f"{args.output}: {sum(one.rows for one in written_now)} rows in {len(written_now)} file(s)"]
+    parts += [f"{without} of them without an answer"] if without else []
+    before = f" ({todo.finished} of {units} units were finished before)" if todo.finished else ""
+    print(f"{', '.join(parts)}{before}")
+    problems = {one.file: one.problem for one in done if one.problem}
+    for file, reason in problems.items():
+        print(f"error: {file}: {reason}", file=sys.stderr)
+    return 2 if problems else 0
 
 
 def _new_columns(table: Table) -> dict[str, str]:

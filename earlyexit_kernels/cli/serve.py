@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = Options(
         source=Source.of(args.model, None),
+        modules=tuple(args.modules),
         api_key=api_key(),
         **{name: getattr(args, name) for name in NAMES},
     )

@@ -14,7 +14,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from earlyexit_kernels.data.table import Table
@@ -64,19 +64,21 @@ class Split:
         texts: N texts, or N pairs of texts.
         labels: N class indices, or N numbers.
         groups: N numbers of the queries that the rows belong to, or empty.
+        rows: N numbers of the rows in their file, from 1, or empty.
     """
 
     texts: Sequence[Text]
     labels: Sequence[float]
     groups: Sequence[int] = ()
+    rows: Sequence[int] = field(default=(), compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, rows: Sequence[int]) -> Split:
         """Return the rows with these indices, in this order."""
-        groups = [self.groups[i] for i in rows] if self.groups else ()
-        return Split([self.texts[i] for i in rows], [self.labels[i] for i in rows], groups)
+        numbers = ([named[i] for i in rows] if named else () for named in (self.groups, self.rows))
+        return Split([self.texts[i] for i in rows], [self.labels[i] for i in rows], *numbers)
 
 
 def check_columns(table: Table, columns: Columns) -> None:
@@ -184,7 +186,8 @@ def read_rows(table: Table, columns: Columns, labels: Labels) -> Split:
         if all(name == f"LABEL_{number}" for name, number in numbers.items()):
             numbers |= {str(number): number for number in numbers.values()}
         found = [_class(value, where, labels.names, numbers) for value, where in values]
-    return Split(texts, found, () if columns.group is None else _groups(table, columns.group))
+    groups = () if columns.group is None else _groups(table, columns.group)
+    return Split(texts, found, groups, range(1, len(found) + 1))
 
 
 def texts_of(table: Table, columns: Columns) -> list[Text]:

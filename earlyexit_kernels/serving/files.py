@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import time
@@ -53,6 +54,7 @@ class Job:
         columns: of the text and, for pairs, of the second text.
         max_length, truncate: as for `Scorer`.
         max_tokens: of a batch.
+        modules: to import first, which register criteria of the user.
         run: digest of all of these on which answers depend.
     """
 
@@ -62,6 +64,7 @@ class Job:
     max_length: int | None
     truncate: bool
     max_tokens: int
+    modules: tuple[str, ...]
     run: str
 
     def stamp(self, unit: Unit) -> str:
@@ -107,6 +110,7 @@ def plan(
     max_length: int | None,
     truncate: bool,
     max_tokens: int,
+    modules: tuple[str, ...],
     overwrite: bool,
 ) -> Plan:
     """Find the units without an output, and note in the output folder which run its files belong to.
@@ -119,7 +123,8 @@ def plan(
     options = {"columns": list(columns), "max_length": max_length, "truncate": truncate}
     run = {"model": _model_digest(model), **options}
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()
-    job = Job(os.path.abspath(model), os.path.abspath(output), columns, max_length, truncate, max_tokens, digest)
+    places = os.path.abspath(model), os.path.abspath(output)
+    job = Job(*places, columns, max_length, truncate, max_tokens, modules, digest)
     files = find_files(patterns)
     with ThreadPoolExecutor(16) as threads:  # one after another, files of a bucket would take long
         inspected = list(threads.map(_inspected, files))
@@ -130,7 +135,7 @@ def plan(
         stamp = stamp_in(output / unit.name)
         if stamp is not None and stamp != job.stamp(unit):
             raise ValueError(
-                f"--input: {unit.file} has changed since its rows were written to {output / unit.name}; give another "
+                f"INPUT: {unit.file} has changed since its rows were written to {output / unit.name}; give another "
                 "--output, or --overwrite"
             )
         left += [unit] if stamp is None else []
@@ -207,6 +212,8 @@ class Worker:
     def __init__(self, job: Job, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        for module in job.modules:
+            importlib.import_module(module)
         self._job, self._output = job, Path(job.output)
         options: dict[str, Any] = {"max_length": job.max_length, "truncate": job.truncate, "max_tokens": job.max_tokens}
         self._scorer = Scorer(job.model, bad_rows="report", drift_window=None, **options)

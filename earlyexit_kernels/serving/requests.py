@@ -1,4 +1,4 @@
-"""Requests of `/predict`: what clients send, the rows that it becomes, and how requests are refused."""
+"""Requests of `/predict` and `/rerank`: what clients send, the rows that it becomes, and how requests are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import hmac
 from base64 import b64decode
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 from starlette.requests import Request
@@ -46,35 +46,44 @@ class RefusedError(Exception):
         return JSONResponse({"error": str(self), "error_type": self.kind}, self.status, headers=self.headers)
 
 
-class PredictRequest(BaseModel):
-    """The body of a request. A list is several inputs; a list in it is a pair of texts, or one text."""
+class Body(BaseModel):
+    """The body of a request."""
 
     model_config = ConfigDict(extra="forbid")
+    #: Field -> what it may be, for the error on another value.
+    expected: ClassVar[dict[str, str]] = {}
 
-    inputs: StrictStr | list[StrictStr | list[StrictStr]] = Field(description=INPUTS)
     truncate: StrictBool = Field(default=False, description="shorten inputs that are too long, instead of refusing")
     raw_scores: StrictBool = Field(default=False, description="return logits instead of probabilities")
 
-    @staticmethod
-    def parse(body: bytes) -> PredictRequest:
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
         """Parse the body of a request.
 
         Raises:
             RefusedError: it is not JSON in UTF-8 (400), or has other fields or types (422).
         """
         try:
-            return PredictRequest.model_validate_json(body)
+            return cls.model_validate_json(body)
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
         if found[0]["type"] == "json_invalid":
             raise RefusedError(400, "Validation", f"expected a JSON object: {found[0]['msg']}")
         problems = {str(e["loc"][0]) if e["loc"] else "body": str(e["msg"]) for e in found}
-        if "inputs" in problems and found[0]["type"] != "missing":
-            problems["inputs"] = INPUTS
+        if found[0]["type"] != "missing":
+            problems |= {name: text for name, text in cls.expected.items() if name in problems}
         named = [f"{name[:NAME_LENGTH]}: {text}" for name, text in problems.items()][:NAMED]
         raise RefusedError(422, "Validation", "; ".join(named))
 
-    def texts(self, max_inputs: int) -> list[tuple[str, ...]]:
+
+class PredictRequest(Body):
+    """The body of a request of `/predict`. A list is several inputs; a list in it is a pair of texts, or one text."""
+
+    expected: ClassVar[dict[str, str]] = {"inputs": INPUTS}
+
+    inputs: StrictStr | list[StrictStr | list[StrictStr]] = Field(description=INPUTS)
+
+    def items(self, max_inputs: int) -> list[tuple[str, ...]]:
         """Return each input as one or two texts.
 
         Raises:
@@ -84,14 +93,35 @@ class PredictRequest(BaseModel):
             items: list[tuple[str, ...]] = [(self.inputs,)]
         else:
             items = [(item,) if isinstance(item, str) else tuple(item) for item in self.inputs]
-        if not items:
-            raise RefusedError(422, "Empty", "inputs: expected at least one text, got an empty list")
-        if len(items) > max_inputs:
-            raise RefusedError(413, "Validation", f"inputs: expected at most {max_inputs}, got {len(items)}")
+        _check_count("inputs", len(items), max_inputs)
         for index, item in enumerate(items):
             if len(item) not in (1, 2):
                 raise RefusedError(422, "Validation", f"inputs.{index}: expected 1 or 2 texts, got {len(item)}")
         return items
+
+
+class RerankRequest(Body):
+    """The body of a request of `/rerank`."""
+
+    query: StrictStr = Field(description="the first text of each pair")
+    texts: list[StrictStr] = Field(description="the texts to rank for the query")
+    return_text: StrictBool = Field(default=False, description="return the texts too")
+
+    def items(self, max_inputs: int) -> list[tuple[str, ...]]:
+        """Return the pair of the query and each text.
+
+        Raises:
+            RefusedError: no texts or too many.
+        """
+        _check_count("texts", len(self.texts), max_inputs)
+        return [(self.query, text) for text in self.texts]
+
+
+def _check_count(name: str, count: int, max_inputs: int) -> None:
+    if not count:
+        raise RefusedError(422, "Empty", f"{name}: expected at least one text, got an empty list")
+    if count > max_inputs:
+        raise RefusedError(413, "Validation", f"{name}: expected at most {max_inputs}, got {count}")
 
 
 async def body_of(request: Request, max_bytes: int) -> bytes:
@@ -144,8 +174,10 @@ class Encoder:
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self._tokenizer, self.max_length = copy.deepcopy(tokenizer), max_length
 
-    def rows(self, items: Sequence[tuple[str, ...]], *, truncate: bool) -> list[dict[str, list[int]]]:
-        """Return the inputs by name of each item of one or two texts.
+    def rows(
+        self, items: Sequence[tuple[str, ...]], *, truncate: bool, field: str = "inputs"
+    ) -> list[dict[str, list[int]]]:
+        """Return the inputs by name of each item of one or two texts, which came in a field of the request.
 
         Raises:
             RefusedError: an input is empty; or it has more than `max_length` tokens, or more than
@@ -157,7 +189,7 @@ class Encoder:
         for index, item in enumerate(items):
             if (characters := max(map(len, item))) > most:
                 limit = f"{most} characters ({self.max_length} tokens)"
-                raise _bad_input(index, f"expected at most {limit}, got {characters}; {SHORTEN}")
+                raise _bad_input(field, index, f"expected at most {limit}, got {characters}; {SHORTEN}")
         rows: dict[int, dict[str, list[int]]] = {}
         problems: dict[int, str] = {}
         for texts in {len(item) for item in items}:  # an input of one text, or a pair
@@ -168,9 +200,9 @@ class Encoder:
             rows |= {numbers[index]: row for index, row in zip(encoded.numbers, encoded.rows, strict=True)}
         if problems:
             first = min(problems)
-            raise _bad_input(first, problems[first].replace("shorten it, or pass truncate=True", SHORTEN))
+            raise _bad_input(field, first, problems[first].replace("shorten it, or pass truncate=True", SHORTEN))
         return [rows[number] for number in range(len(items))]
 
 
-def _bad_input(index: int, problem: str) -> RefusedError:
-    return RefusedError(422, "Validation", f"inputs.{index}: {problem}")
+def _bad_input(field: str, index: int, problem: str) -> RefusedError:
+    return RefusedError(422, "Validation", f"{field}.{index}: {problem}")

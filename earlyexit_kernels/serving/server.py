@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import math
 import os
@@ -30,9 +31,11 @@ from earlyexit_kernels.serving.drift import drift_of
 from earlyexit_kernels.serving.metrics import Metrics
 from earlyexit_kernels.serving.requests import (
     RETRY_AFTER,
+    Body,
     Encoder,
     PredictRequest,
     RefusedError,
+    RerankRequest,
     body_of,
     check_key,
 )
@@ -44,11 +47,8 @@ KEY_VARIABLE = "EARLYEXIT_API_KEY"
 #: Packages whose versions `/info` reports.
 REPORTED = ("earlyexit_kernels", "torch", "transformers", "fastapi", "uvicorn")
 NDJSON = "application/x-ndjson"
-PREDICT = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": PredictRequest.model_json_schema()}}}
-}
 #: Paths that are counted by name; all others are counted together.
-COUNTED = ("/", "/health", "/info", "/metrics", "/openapi.json", "/predict")
+COUNTED = ("/", "/health", "/info", "/metrics", "/openapi.json", "/predict", "/rerank")
 #: Status of requests whose client has gone before the answer, as nginx counts them.
 GONE = 499
 #: The status page loads nothing and runs nothing.
@@ -81,6 +81,7 @@ class Options:
 
     Attributes:
         source: of the model; a worker that is replaced loads it again, and fails where it has been saved again.
+        modules: to import first, which register criteria or model families of the user.
         host, port: address; port 0 is any free one.
         workers: processes with a copy of the model each.
         max_length: tokens of a row, or None for all that the model takes.
@@ -94,6 +95,7 @@ class Options:
     """
 
     source: Source
+    modules: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
@@ -142,10 +144,13 @@ def create_app(options: Options) -> FastAPI:
     """Load the model, and return an application that answers requests by it; see docs/serving.md.
 
     Raises:
+        ImportError: a module of the options cannot be imported.
         OSError: a file of the model is missing.
         RuntimeError: the model has been saved again since the options were made.
         ValueError: the model or its tokenizer cannot be loaded.
     """
+    for module in options.modules:
+        importlib.import_module(module)
     batcher = Batcher(
         partial(_loaded, options.source),
         max_tokens=options.max_tokens,
@@ -161,7 +166,7 @@ def create_app(options: Options) -> FastAPI:
     batcher.count, batcher.queued = counts.count, counts.queued
     sys.setswitchinterval(SWITCH_SECONDS)
     about = {"model": options.source.title, **_described(model), "max_length": encoder.max_length}
-    return _application(options, Predict(options, batcher, encoder), counts, about)
+    return _application(options, Answers(options, batcher, encoder), counts, about)
 
 
 def _loaded(source: Source) -> tuple[EarlyExitForSequenceClassification, Any]:
@@ -199,7 +204,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _application(options: Options, predict: Predict, counts: Metrics, about: dict[str, Any]) -> FastAPI:
+def _schema(body: type[Body]) -> dict[str, Any]:
+    """Return what the OpenAPI schema says of the body of a request."""
+    content = {"application/json": {"schema": body.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _application(options: Options, answers: Answers, counts: Metrics, about: dict[str, Any]) -> FastAPI:
     app = FastAPI(
         title="earlyexit",
         version=_version("earlyexit_kernels"),
@@ -211,10 +222,15 @@ def _application(options: Options, predict: Predict, counts: Metrics, about: dic
     templates = Environment(loader=PackageLoader("earlyexit_kernels.serving", "."), autoescape=select_autoescape())
     page = templates.get_template("status.html.j2")
 
-    @app.post("/predict", openapi_extra=PREDICT)
+    @app.post("/predict", openapi_extra=_schema(PredictRequest))
     async def classify(request: Request) -> Response:
         """Classify one input or several; as `application/x-ndjson`, a line for each as soon as it is final."""
-        return await predict(request)
+        return await answers.predict(request)
+
+    @app.post("/rerank", openapi_extra=_schema(RerankRequest))
+    async def rank(request: Request) -> Response:
+        """Score the pair of a query and each text, and return the texts by score, the highest first."""
+        return await answers.rerank(request)
 
     @app.get("/health")
     async def health() -> Response:
@@ -294,8 +310,8 @@ class Door:
             self._counts.request(path if path in COUNTED else "other", status, time.monotonic() - started)
 
 
-class Predict:
-    """Answers requests of `/predict`.
+class Answers:
+    """Answers requests of `/predict` and `/rerank`.
 
     Args:
         options: of the server.
@@ -309,35 +325,60 @@ class Predict:
         labels: Any = batcher.model.config.id2label
         self._labels = [labels[index] for index in range(len(labels))]
 
-    async def __call__(self, request: Request) -> Response:
-        """Return the answer to a request.
+    async def predict(self, request: Request) -> Response:
+        """Return the answer to a request of `/predict`.
 
         Raises:
             RefusedError: the request is invalid, or the server overloaded.
             ClientDisconnect: the client has closed the connection; its rows that had not begun are dropped.
         """
-        options = self._options
-        asked = PredictRequest.parse(await body_of(request, options.max_body_bytes))
-        items = asked.texts(options.max_inputs)
-        try:
-            self._batcher.check(len(items))
-            encode = partial(self._encoder.rows, items, truncate=asked.truncate)
-            rows = await asyncio.get_running_loop().run_in_executor(self._thread, encode)
-            futures = self._batcher.submit(rows)
-        except QueueFullError:
-            text = "the server is overloaded: its queue is full; send it again later"
-            raise RefusedError(503, LATE.kind, text, Retry_After=RETRY_AFTER) from None
+        asked = PredictRequest.parse(await body_of(request, self._options.max_body_bytes))
+        futures = await self._begun(asked.items(self._options.max_inputs), "inputs", truncate=asked.truncate)
         shown = partial(self._shown, raw_scores=asked.raw_scores)
         if NDJSON in request.headers.get("accept", ""):
             return StreamingResponse(_lines(futures, shown), media_type=NDJSON)
-        answers = [shown(answer) for answer in await _unless_gone(request, futures)]
-        problems = [answer for answer in answers if isinstance(answer, NoAnswer)]
-        if LATE in problems:
-            raise RefusedError(LATE.status, LATE.kind, LATE.text, Retry_After=RETRY_AFTER)
-        if len(problems) == len(answers):
-            raise RefusedError(*problems[0])
+        answers = _checked([shown(answer) for answer in await _unless_gone(request, futures)])
         body = [_error(answer) if isinstance(answer, NoAnswer) else answer for answer in answers]
         return JSONResponse(body[0] if isinstance(asked.inputs, str) else body)
+
+    async def rerank(self, request: Request) -> Response:
+        """Return the answer to a request of `/rerank`: the texts by score, and then those without an answer.
+
+        Raises:
+            RefusedError: the request is invalid, the model has several labels, or the server is overloaded.
+            ClientDisconnect: as for `predict`.
+        """
+        asked = RerankRequest.parse(await body_of(request, self._options.max_body_bytes))
+        if len(self._labels) > 1:
+            text = f"/rerank: expected a model with one label, this one has {len(self._labels)}; use /predict"
+            raise RefusedError(422, "Validation", text)
+        futures = await self._begun(asked.items(self._options.max_inputs), "texts", truncate=asked.truncate)
+        shown = partial(self._shown, raw_scores=asked.raw_scores)
+        found: list[dict[str, Any]] = []
+        for index, answer in enumerate(_checked([shown(answer) for answer in await _unless_gone(request, futures)])):
+            if isinstance(answer, NoAnswer):
+                value: dict[str, Any] = _error(answer)
+            else:
+                value = {name: answer[0][name] for name in ("score", "exit_layer")}
+            found.append({"index": index, **value, **({"text": asked.texts[index]} if asked.return_text else {})})
+        return JSONResponse(sorted(found, key=lambda one: -one.get("score", -math.inf)))
+
+    async def _begun(
+        self, items: Sequence[tuple[str, ...]], field: str, *, truncate: bool
+    ) -> Sequence[asyncio.Future[Any]]:
+        """Return the answers to come of items in a field of a request.
+
+        Raises:
+            RefusedError: an item is invalid, or the server overloaded.
+        """
+        try:
+            self._batcher.check(len(items))
+            encode = partial(self._encoder.rows, items, truncate=truncate, field=field)
+            rows = await asyncio.get_running_loop().run_in_executor(self._thread, encode)
+            return self._batcher.submit(rows)
+        except QueueFullError:
+            text = "the server is overloaded: its queue is full; send it again later"
+            raise RefusedError(503, LATE.kind, text, Retry_After=RETRY_AFTER) from None
 
     def _shown(self, answer: Answer | NoAnswer, *, raw_scores: bool) -> list[dict[str, Any]] | NoAnswer:
         """Return the score of each label, the highest first, and the exit layer; or why there are none."""
@@ -348,6 +389,20 @@ class Predict:
             return INVALID
         best = sorted(zip(self._labels, scores, strict=True), key=lambda pair: -pair[1])
         return [{"label": label, "score": score, "exit_layer": answer.exit_layer} for label, score in best]
+
+
+def _checked(answers: list[Any]) -> list[Any]:
+    """Return the answers to a request.
+
+    Raises:
+        RefusedError: one is too late, or there are none.
+    """
+    problems = [answer for answer in answers if isinstance(answer, NoAnswer)]
+    if LATE in problems:
+        raise RefusedError(LATE.status, LATE.kind, LATE.text, Retry_After=RETRY_AFTER)
+    if len(problems) == len(answers):
+        raise RefusedError(*problems[0])
+    return answers
 
 
 def _error(answer: NoAnswer) -> dict[str, str]:

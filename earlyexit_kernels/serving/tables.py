@@ -83,7 +83,7 @@ def find_files(patterns: Sequence[str]) -> list[Unit]:
     for pattern in patterns:
         files = list(_matching(pattern))
         if not files:
-            raise FileNotFoundError(f"--input: expected files that end in {', '.join(FORMATS)}, {pattern} names none")
+            raise FileNotFoundError(f"INPUT: expected files that end in {', '.join(FORMATS)}, {pattern} names none")
         found |= {unit.file: unit for unit in files}
     return [found[name] for name in sorted(found)]
 
@@ -101,7 +101,7 @@ def _matching(pattern: str) -> Iterator[Unit]:
         system, root = pa.fs.FileSystem.from_uri(uri) if is_uri else (pa.fs.LocalFileSystem(), base)
         infos = list(_below(system, system.get_file_info(root), segments))
     except (pa.ArrowInvalid, OSError) as error:  # also of a bucket whose region cannot be asked for
-        raise type(error)(f"--input: {pattern}: {error}") from error
+        raise type(error)(f"INPUT: {pattern}: {error}") from error
     prefix = base.removesuffix(root)
     for info in infos:
         if info.type == pa.fs.FileType.Directory:
@@ -111,7 +111,7 @@ def _matching(pattern: str) -> Iterator[Unit]:
             files = [info]
         for one in files:
             if _ending(one.path) not in FORMATS:
-                raise ValueError(f"--input: expected files that end in {', '.join(FORMATS)}, got {prefix + one.path}")
+                raise ValueError(f"INPUT: expected files that end in {', '.join(FORMATS)}, got {prefix + one.path}")
             yield Unit(system, one.path, prefix + one.path, one.size, one.mtime_ns or 0)
 
 

@@ -155,7 +155,12 @@ def _histogram(name: str, exit_layer: NDArray, depth: int) -> dict[str, Any]:
 
 
 def first_and_last(
-    rows: Rows, answers: Answers, texts: Sequence[Any] | None, lengths: Sequence[int], names: Sequence[str]
+    rows: Rows,
+    answers: Answers,
+    texts: Sequence[Any] | None,
+    numbers: Sequence[int],
+    lengths: Sequence[int],
+    names: Sequence[str],
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the `LISTED` rows that leave first and last; of rows that leave together the surest, or least sure, first.
 
@@ -163,6 +168,7 @@ def first_and_last(
         rows: labels and problem type.
         answers: of the criterion.
         texts: N texts, or pairs of texts, shortened here to `SHOWN` characters; None leaves them out.
+        numbers: of the rows in their file.
         lengths: tokens of each row.
         names: of the classes.
     """
@@ -175,7 +181,7 @@ def first_and_last(
         text = None if texts is None else texts[number]
         parts = [] if text is None else [text] if isinstance(text, str) else list(text)
         return {
-            "row": number,
+            "row": int(numbers[number]),
             "exit_layer": int(answers.exit_layer[number]),
             "tokens": int(lengths[number]),
             "texts": [part if len(part) <= SHOWN else part[: SHOWN - 1].rstrip() + "…" for part in parts],

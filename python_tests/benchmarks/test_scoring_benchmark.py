@@ -1,4 +1,4 @@
-"""The benchmark of `earlyexit score`: its rows and its table."""
+"""The benchmark of many files: its rows and its table."""
 
 import pytest
 

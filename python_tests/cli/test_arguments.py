@@ -121,7 +121,7 @@ def test_every_option_has_invalid_values():
     parser = earlyexit_cli.build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
     # without values, or with values that only the network knows
-    others = {*"--help -h --debug --set --quick --bf16 --overwrite --truncate --host --address --input".split()}
+    others = {*"--help -h --debug --set --quick --bf16 --overwrite --host".split()}
     tried = {name: set(options) | others for name, options in INVALID.items()}
     for name, command in commands.items():
         assert {option for action in command._actions for option in action.option_strings} <= tried[name]
@@ -165,17 +165,23 @@ REFUSED = {
     "eval base --report mine.page.html": "--report: mine.page.json exists and was not written by earlyexit",
     "eval base --output .": "--output: expected a file that can be written to, . is a folder",
     "eval base --output in.csv/x.json": "--output: expected a folder that can be written to",
-    "predict base": "expected either a file INPUT or --text",
-    "predict base in.csv --text a": "expected either a file INPUT or --text",
-    "predict base in.csv": "expected --output FILE",
+    "predict base": "expected either files INPUT or --text",
+    "predict base in.csv --text a": "expected either files INPUT or --text",
+    "predict base in.csv": "expected --output, a new file or a folder",
     "predict base --text a --output new.csv": "--output: expected beside a file",
     "predict base --text a --text-column x": "--text-column: expected beside a file",
     "predict base in.csv --output in.csv": "in.csv exists, and is not overwritten",
-    "predict base in.csv --output new.txt": "expected a file name that ends in .csv",
+    "predict base --text a --workers 2": "--workers: expected beside a file",
+    "predict base in.csv --output new.txt": "--output: expected a file name that ends in .csv",
+    "predict base in.txt --output new.csv": "INPUT: expected a file name that ends in .csv",
+    "predict base in.csv in.csv --output new.csv": "--output: expected a folder for 2 files INPUT; new.csv is a file",
+    "predict base in.csv --output new.csv --workers 2": "--workers: expected beside a folder as --output; new.csv is",
+    "predict base in.csv --output new.csv --overwrite": "--overwrite: expected beside a folder as --output",
     "predict base no.csv --output new.csv": "INPUT: expected a file, no.csv does not exist",
     "predict base in.csv --output in.csv/new.csv": "--output: expected a folder that can be written to",
     "serve no": "MODEL: expected a folder with a saved model, no is not one",
     "demo --output in.csv": "--output: expected a folder that can be written to",
+    "demo --output .": "--output: . has files of something else",
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.commands import error_of
 from support.own_files import NAMES, write_rows
+from support.registered_rules import RULE_IN_A_MODULE
 
 import earlyexit_kernels as ee
 from earlyexit_cli import main
@@ -101,24 +102,6 @@ def test_answers_are_written_whole_or_not_at_all(model, tmp_path, capsys, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out"]
 
 
-RULE = """
-import dataclasses
-from typing import ClassVar
-
-import earlyexit_kernels as ee
-
-
-@ee.criteria.register
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImportedRule(ee.criteria.Criterion):
-    name: ClassVar[str] = "imported_rule"
-
-    @staticmethod
-    def rule(z, aux, state, layer, depth, params):
-        return z, z[:, 0] == z[:, 0], state
-"""
-
-
 def test_a_criterion_of_ones_own_is_imported(model, tmp_path, capsys, monkeypatch):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"criterion": {"name": "imported_rule"}}))
@@ -126,7 +109,7 @@ def test_a_criterion_of_ones_own_is_imported(model, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(sys, "path", list(sys.path))
     words = ["predict", str(model), "--text", "the plot was dull ."]
     assert "imported_rule" in error_of(capsys, words)
-    Path("my_rules.py").write_text(RULE)
+    Path("my_rules.py").write_text(RULE_IN_A_MODULE)
     try:
         assert main([*words, "--import", "my_rules"]) == 0
         assert "exit layer 1" in capsys.readouterr().out

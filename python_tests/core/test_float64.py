@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from support import leaving_models
+from support.backends import backend_params
 from support.models import balance_classes, batch_for, early_exit, varied_entropy
 
 import earlyexit_kernels as ee
@@ -59,11 +60,9 @@ def test_every_head(heads):
     torch.testing.assert_close(wide(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("backend", backend_params(["cpp", "triton"]))
 def test_other_back_ends_are_refused(backend):
     model, batch, _ = double()
-    if ee.available_backends("cpu")[backend]:
-        pytest.skip(ee.available_backends("cpu")[backend])
     with pytest.raises(BackendUnavailableError, match=f"backend '{backend}' does not support a float64 model.*'torch'"):
         model.configure(backend=backend)
     assert model.explain().backend == "torch"

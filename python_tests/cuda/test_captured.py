@@ -23,10 +23,10 @@ def levels_of(model) -> list:
     return list(model.runner.paths["captured"].layers._levels.values())
 
 
-def agrees(out, expected):
+def agrees(out, expected, atol=2e-5):
     assert torch.equal(out.exit_layer, expected.exit_layer)
     assert torch.equal(out.layers_run, expected.layers_run)
-    torch.testing.assert_close(out.logits, expected.logits, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out.logits, expected.logits, atol=atol, rtol=1e-4)
 
 
 @pytest.fixture
@@ -66,6 +66,17 @@ def test_every_batch_is_answered_as_by_the_family(family, replays, cheap):
         captures.append(replays.captures)
     assert captures[-1] == captures[-2] >= model.depth and replays.replays > captures[-1]
     assert model.explain().path == "captured"
+
+
+def test_a_model_in_another_dtype_has_levels_of_its_own(replays):
+    model, batch = warm()
+    model.to(torch.bfloat16)
+    eager = copy.deepcopy(model)
+    eager.configure(path="eager")
+    expected, before = eager(**batch), replays.replays
+    for _ in range(3):
+        agrees(model(**batch), expected, atol=2e-2)
+    assert replays.replays > before and model.explain().path == "captured"
 
 
 def test_fewer_rows_after_a_pass_that_was_left(replays):

@@ -118,7 +118,8 @@ def test_missing_columns_are_named_together(tmp_path):
 def test_pairs(tmp_path):
     table = table_of(tmp_path, ["a", "b"], more=["x", "y"])
     split = read_rows(table, Columns(pair="more"), Labels(("a", "b"), CLASSES))
-    assert split == Split([("text 0", "x"), ("text 1", "y")], [0, 1])
+    assert split == Split([("text 0", "x"), ("text 1", "y")], [0, 1]) and list(split.rows) == [1, 2]
+    assert split.take([1]) == Split([("text 1", "y")], [1]) and split.take([1]).rows == [2]
 
 
 def test_relevance_of_the_rows_of_queries(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from support import oracle
+from support.backends import missing_reason
 from support.criterion_case import EPS
 from support.criterion_cases import CASES
 from support.exit_step_cases import DTYPES, SOURCES, UNTOUCHED, memory
@@ -23,7 +24,7 @@ ROWS = (0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 8, 11, 33, 90)
 CLASSES = (2, 2, 3, 3, 4, 7, 17, 65)
 WIDTHS = (1, 3, 8, 16, 17, 33, 64, 131)
 WRITTEN = ("row_ids", "state", "answers", "exit_layer")
-BACK_ENDS = tuple(name for name, missing in available_backends("cpu").items() if not missing)
+BACK_ENDS = tuple(name for name, reason in available_backends("cpu").items() if not missing_reason(reason))
 #: Numpy's random numbers for large arrays, of which hypothesis draws the seed only.
 GENERATORS = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from support.backends import missing_reason
 from support.models import batch_for, early_exit, stock
 from support.trained_weight_changes import OF_ALL_LAYERS, WAYS
 from support.weight_changes import AT, BIASES, SAME_NUMBERS, weight_of
@@ -46,7 +47,7 @@ def implementation(request, monkeypatch):
     """The implementations of the seal."""
     if request.param == "python":
         monkeypatch.setattr(seal, "_implementation", lambda: seal.PythonSeal)
-    elif reason := ee.available_backends("cpu")["cpp"]:
+    elif reason := missing_reason(ee.available_backends("cpu")["cpp"]):
         pytest.skip(reason)
 
 
@@ -90,6 +91,27 @@ def test_changes_are_detected_when_a_layer_is_reached(name):
     WAYS[name](model, base)
     model.set_criterion(ee.criteria.Entropy(threshold=2.0))
     assert model(**batch).exit_layer.max() == 1
+    AT.reset(token)
+    torch.testing.assert_close(answers(model, batch), family_answers(model, batch, answers), atol=5e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("name", ["data_in_place", "new_linear", "state_assigned"])
+def test_a_change_while_a_layer_is_packed_is_detected(name, monkeypatch):
+    """It comes after the weights have been read, as from another thread."""
+    base = stock()
+    model = ee.to_early_exit(base, pooling="first")
+    batch, read = batch_for(model), layers.Source.read
+
+    def read_and_change(source, layer):
+        weights = read(source, layer)
+        if layer is model.adapter.layers(model.backbone)[1]:
+            monkeypatch.undo()
+            WAYS[name](model, base)
+        return weights
+
+    monkeypatch.setattr(layers.Source, "read", read_and_change)
+    token = AT.set(1)
+    answers(model, batch)
     AT.reset(token)
     torch.testing.assert_close(answers(model, batch), family_answers(model, batch, answers), atol=5e-5, rtol=0.0)
 

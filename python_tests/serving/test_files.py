@@ -1,4 +1,4 @@
-"""Scoring many files: which files and rows, what an output folder accepts, and every row once where workers die."""
+"""`earlyexit predict` on many files: files, rows, output folders, and every row once where workers die."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rows_of(path):
 
 
 def command(saved, tmp_path, *more):
-    return ["score", "--model", str(saved), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more]
+    return ["predict", str(saved), str(tmp_path / "in"), "--output", str(tmp_path / "out"), *more]
 
 
 def outputs(tmp_path):
@@ -183,7 +183,7 @@ def test_a_run_goes_on_and_refuses_what_has_changed(saved, tmp_path, capsys, mon
     kept = {path for path in times if path.stat().st_mtime_ns == times[path]}
     assert kept == {*times} - {second}
 
-    message = error_of(capsys, command(saved, tmp_path, "--truncate"))
+    message = error_of(capsys, command(saved, tmp_path, "--no-truncate"))
     assert "another truncate" in message
     other = saved_model(tmp_path / "other", ROWS[:20])
     assert "another model" in error_of(capsys, command(other, tmp_path))
@@ -218,7 +218,7 @@ def test_errors(saved, tmp_path, capsys, monkeypatch):
     assert "expected a new folder, or that of an earlier run" in error_of(capsys, command(saved, tmp_path))
     monkeypatch.setattr("earlyexit_cli.files.find_spec", lambda name: None if name == "ray" else object())
     message = error_of(capsys, command(saved, tmp_path, "--workers", "2"))
-    assert message.endswith("score requires packages that are not installed: `pip install ray[data]`")
+    assert message.endswith("--workers requires packages that are not installed: `pip install ray[data]`")
 
 
 def workers_of(pid):

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
+import torch
+from transformers import BertForSequenceClassification
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -93,6 +95,47 @@ def test_raw_scores_are_the_logits(client):
     (found,) = client.post("/predict", json={"inputs": [TEXTS[0]], "raw_scores": True}).json()
     out = faulty_model()(**toy.toy_tokenizer()([TEXTS[0]], return_tensors="pt"))
     assert [one["score"] for one in found] == pytest.approx(sorted(out.logits[0].tolist(), reverse=True), abs=1e-5)
+
+
+class Reranker(FaultySource):
+    """A model with one label."""
+
+    def load(self):
+        config = toy.toy_model(layers=2, hidden=16).config
+        config.num_labels = 1
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = ee.to_early_exit(BertForSequenceClassification(config), pooling="mean").eval()
+        model.set_criterion(ee.criteria.Patience(patience=1, tolerance=1.0))
+        return model, toy.toy_tokenizer()
+
+
+#: Body of a request for a ranking -> status and words of the error.
+NO_RANKING = {
+    b'{"texts": ["a"]}': (422, "query: Field required"),
+    b'{"query": "a", "texts": "b"}': (422, "texts: Input should be a valid array"),
+    b'{"query": "a", "texts": []}': (422, "texts: expected at least one text"),
+    b'{"query": " ", "texts": ["b", " "]}': (422, "texts.1: expected some text"),
+    b'{"query": "a", "texts": ["b"], "top": 3}': (422, "top: Extra inputs"),
+}
+
+
+def test_texts_are_ranked_for_a_query(client):
+    query, others = TEXTS[0], TEXTS[1:9]
+    wanted = ee.Scorer(*Reranker().load())([(query, text) for text in others])
+    with thread_server(Reranker()) as url, client_of(url) as reranker:
+        found = reranker.post("/rerank", json={"query": query, "texts": others}).json()
+        order = sorted(range(8), key=lambda row: -wanted["score"][row])
+        assert [one["index"] for one in found] == order and all("text" not in one for one in found)
+        assert [one["score"] for one in found] == pytest.approx([wanted["score"][row] for row in order], abs=1e-5)
+        assert [one["exit_layer"] for one in found] == [wanted["exit_layer"][row] for row in order]
+        (one,) = reranker.post("/rerank", json={"query": query, "texts": others[:1], "return_text": True}).json()
+        assert one["text"] == others[0]
+        for body, (status, words) in NO_RANKING.items():
+            refused = reranker.post("/rerank", content=body)
+            assert refused.status_code == status and words in refused.json()["error"]
+    refused = client.post("/rerank", json={"query": query, "texts": others})
+    assert refused.status_code == 422 and "expected a model with one label, this one has 2" in refused.json()["error"]
 
 
 def test_lines_come_as_soon_as_rows_are_final(scorer):
@@ -264,23 +307,25 @@ def test_half_requests_and_a_client_that_does_not_read(client):
             assert client.post("/predict", json={"inputs": "a"}).status_code == 200
 
 
-def test_health_info_and_metrics(client):
-    assert client.get("/health").json() == {"ready": True}
-    info = client.get("/info").json()
-    assert info["labels"] == ["negative", "positive"] and info["depth"] == 4 and info["limits"]["max_inputs"] == 256
-    assert info["max_length"] == MAX_LENGTH and info["model"] == "faulty" and info["versions"]["torch"]
-    assert info["criterion"]["name"] == "max_probability" and info["calibration"] is None
-    before = counted(client, "rows_total"), counted(client, "requests_total", path="/predict", status="200")
-    assert client.post("/predict", json={"inputs": TEXTS[:20]}).status_code == 200
-    client.get("/nowhere")
-    assert counted(client, "rows_total") == before[0] + 20
-    assert counted(client, "requests_total", path="/predict", status="200") == before[1] + 1
-    assert counted(client, "requests_total", path="other", status="404") >= 1
-    text = client.get("/metrics").text
-    assert "earlyexit_predict_seconds_bucket" in text and "earlyexit_tokens_total" in text
-    assert "/nowhere" not in text and "earlyexit_calibrated_share" not in text  # this model has no calibration
-    fields = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
-    assert set(fields["application/json"]["schema"]["properties"]) == {"inputs", "truncate", "raw_scores"}
+def test_health_info_and_metrics():
+    # the servers of one process write to the same counts, of which those of the newest are right
+    with thread_server() as url, client_of(url) as client:
+        assert client.get("/health").json() == {"ready": True}
+        info = client.get("/info").json()
+        assert info["labels"] == ["negative", "positive"] and info["depth"] == 4 and info["limits"]["max_inputs"] == 256
+        assert info["max_length"] == MAX_LENGTH and info["model"] == "faulty" and info["versions"]["torch"]
+        assert info["criterion"]["name"] == "max_probability" and info["calibration"] is None
+        before = counted(client, "rows_total"), counted(client, "requests_total", path="/predict", status="200")
+        assert client.post("/predict", json={"inputs": TEXTS[:20]}).status_code == 200
+        client.get("/nowhere")
+        assert counted(client, "rows_total") == before[0] + 20
+        assert counted(client, "requests_total", path="/predict", status="200") == before[1] + 1
+        assert counted(client, "requests_total", path="other", status="404") >= 1
+        text = client.get("/metrics").text
+        assert "earlyexit_predict_seconds_bucket" in text and "earlyexit_tokens_total" in text
+        assert "/nowhere" not in text and "earlyexit_calibrated_share" not in text  # this model has no calibration
+        fields = client.get("/openapi.json").json()["paths"]["/predict"]["post"]["requestBody"]["content"]
+        assert set(fields["application/json"]["schema"]["properties"]) == {"inputs", "truncate", "raw_scores"}
 
 
 def test_status_page_and_drift(tmp_path, caplog):

@@ -18,6 +18,7 @@ pytest.importorskip("prometheus_client")
 
 from support.commands import error_of
 from support.faulty_model import ORDERS
+from support.registered_rules import RULE_IN_A_MODULE
 from support.servers import ROOT, Command, client_of, counted, until
 from support.text_models import saved_model, texts
 
@@ -102,6 +103,19 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(running, tmp_path):
     code, errors = command.ended()
     assert code == 2 and command.line == "" and f"error: a worker cannot serve {tmp_path}: " in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.thorough
+def test_each_worker_imports_the_criteria_of_a_user(running, tmp_path, monkeypatch):
+    saved_model(tmp_path, ROWS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"criterion": {"name": "imported_rule"}}))
+    (tmp_path / "my_rules.py").write_text(RULE_IN_A_MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = running(*SERVE, str(tmp_path), "--port", "0", "--import", "my_rules")
+    with client_of(command.url) as client:
+        found = client.post("/predict", json={"inputs": ROWS}).json()
+    assert [one[0]["exit_layer"] for one in found] == [1] * len(ROWS)
 
 
 @pytest.mark.thorough

@@ -69,3 +69,22 @@ def registered(cls: type[criteria.Criterion]) -> Iterator[type[criteria.Criterio
         yield criteria.register(cls)
     finally:
         criteria.CRITERIA.pop(cls.name)
+
+
+#: A module of a user, which registers the rule "imported_rule".
+RULE_IN_A_MODULE = """
+import dataclasses
+from typing import ClassVar
+
+import earlyexit_kernels as ee
+
+
+@ee.criteria.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportedRule(ee.criteria.Criterion):
+    name: ClassVar[str] = "imported_rule"
+
+    @staticmethod
+    def rule(z, aux, state, layer, depth, params):
+        return z, z[:, 0] == z[:, 0], state
+"""

@@ -52,7 +52,7 @@ class Command:
     """A server as a process; `url` is that of the line that it prints, or empty where it ends without one."""
 
     def __init__(self, *arguments: str) -> None:
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "python_tests")])
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "python_tests"), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             stdout=subprocess.PIPE,

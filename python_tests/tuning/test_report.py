@@ -24,6 +24,7 @@ from earlyexit_kernels.tuning.rows import Answers, Rows, score_error
 ROWS, DEPTH, NAMES = 240, 4, ["one", "two", "three"]
 CURVES = {"entropy": [(3.0, 0.9), (1.0, 0.7), (6.0, 0.9)], "patience": [(2.0, 0.8)]}
 LENGTHS = [3 + (7 * row) % 23 for row in range(ROWS)]
+NUMBERS = range(1, ROWS + 1)
 
 
 def rows_of(classes: int = 3, *, metric: str = "accuracy", seed: int = 0) -> Rows:
@@ -130,18 +131,19 @@ def test_many_classes_share_a_histogram():
 
 def test_first_and_last(rows, answers):
     texts = [f"row {n} " + "x" * (300 * (n % 2)) for n in range(ROWS)]
-    found = report.first_and_last(rows, answers, texts, LENGTHS, NAMES)
+    found = report.first_and_last(rows, answers, texts, NUMBERS, LENGTHS, NAMES)
     sure = [max(torch.softmax(torch.tensor(z).double(), 0)).item() for z in answers.logits]
     first = sorted(range(ROWS), key=lambda n: (answers.exit_layer[n], -sure[n]))[:10]
     last = sorted(range(ROWS), key=lambda n: (-answers.exit_layer[n], sure[n]))[:10]
-    assert [row["row"] for row in found["first"]] == first and [row["row"] for row in found["last"]] == last
+    for name, expected in (("first", first), ("last", last)):
+        assert [row["row"] for row in found[name]] == [NUMBERS[n] for n in expected]
     for row in found["first"] + found["last"]:
-        n = row["row"]
+        n = row["row"] - 1
         assert row["label"] == NAMES[rows.labels[n]] and row["prediction"] == NAMES[answers.logits[n].argmax()]
         assert row["right"] == (row["label"] == row["prediction"]) and row["tokens"] == LENGTHS[n]
         (text,) = row["texts"]
         assert len(text) == (200 if n % 2 else len(texts[n])) and text.startswith(f"row {n} ")
-    hidden = report.first_and_last(rows, answers, None, LENGTHS, NAMES)
+    hidden = report.first_and_last(rows, answers, None, NUMBERS, LENGTHS, NAMES)
     assert all(row["texts"] == [] for row in hidden["first"])
 
 
@@ -157,8 +159,10 @@ def test_several_labels_a_row():
     assert table[1]["score"] == pytest.approx(exact) == table[1]["right_of_leaving"] and table[1]["ece"] is None
     groups = report.histograms(rows, answers, LENGTHS, NAMES)["class"]
     assert [group["rows"] for group in groups] == labels.sum(dim=0).tolist()
-    row = report.first_and_last(rows, answers, None, LENGTHS, NAMES)["first"][0]
-    assert row["label"] == (", ".join(name for name, k in zip(NAMES, labels[row["row"]], strict=True) if k) or "none")
+    row = report.first_and_last(rows, answers, None, NUMBERS, LENGTHS, NAMES)["first"][0]
+    assert row["label"] == (
+        ", ".join(name for name, k in zip(NAMES, labels[row["row"] - 1], strict=True) if k) or "none"
+    )
 
 
 def test_curves_are_those_of_the_sweep():
