@@ -78,7 +78,7 @@ VALUES: dict[str, dict[str, dict[str, Verdict]]] = {
     "predict": {
         "--output": {"new.csv": True, "new.tsv": True, "new.jsonl": True, "rows.csv": False},
         "--text-column": {"text": True, "words": False},
-        "--pair-column": {"words": False, "text": True},
+        "--pair-column": {"words": False, "text": False},
         "--max-tokens": {"4": True},
     },
     "demo": {"--output": {"/dev/full": False, "trained": False}},
