@@ -69,14 +69,17 @@ class Record:
             return None
         try:
             record = Record(**json.loads(path.read_text(encoding="utf-8")))
-            record = replace(record, columns=Columns(**record.columns))  # type: ignore[arg-type]  # a dict in the file
+            columns = dict(record.columns)  # type: ignore[call-overload]  # a dict in the file
+            if columns.keys() != asdict(Columns()).keys():
+                raise ValueError(f"expected the columns {', '.join(asdict(Columns()))}, got {', '.join(columns)}")
+            record = replace(record, columns=Columns(**columns))
             for name, check in CHECKS.items():
                 check(name, getattr(record, name))
             for score in record.scores:
                 for name, value in score.items():
                     optional(number())(name, value)
-            columns = (record.columns.text, record.columns.label, record.columns.pair or "", record.columns.group or "")
-            if not all(isinstance(text, str) for text in (record.data, record.digest, record.unseen, *columns)):
+            names = (columns["text"], columns["label"], columns["pair"] or "", columns["group"] or "")
+            if not all(isinstance(text, str) for text in (record.data, record.digest, record.unseen, *names)):
                 raise ValueError("expected names of a file and of columns")
         except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a record of this version: {error}") from error

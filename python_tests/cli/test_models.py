@@ -82,7 +82,7 @@ RECORDS = {
     "rows": [-1, 0, 1.5, None, "3", True],
     "unseen_rows": [-1, 1.5, None],
     "seed": [-1, 1.5, "0", None, True],
-    "columns": ["text", [], None, {"text": 3}, {"other": "x"}],
+    "columns": ["text", [], {}, None, {"text": 3}, {"text": None, "pair": None, "label": "label", "group": None}],
     "data": [3, None, []],
     "scores": [[3], 3, [{"accuracy": "x"}]],
     "other": [1],
