@@ -255,6 +255,13 @@ def _application(options: Options, answers: Answers, counts: Metrics, about: dic
         shown = {"model": about["model"], "criterion": from_dict(about["criterion"]), "workers": options.workers}
         return HTMLResponse(page.render(now=now, tiles=tiles, style=COMMON, **shown), headers=PAGE_HEADERS)
 
+    _add_error_handlers(app)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in the form of `RefusedError`."""
+
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> Response:
         return error.response()
@@ -271,8 +278,6 @@ def _application(options: Options, answers: Answers, counts: Metrics, about: dic
     @app.exception_handler(Exception)
     async def broken(_: Request, __: Exception) -> Response:
         return RefusedError(500, "Backend", "the server failed on this request; its log has the error").response()
-
-    return app
 
 
 def _fixed(value: float | None, digits: int = 1) -> str:
