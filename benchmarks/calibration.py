@@ -1,8 +1,8 @@
 """Suites that check what `calibrate` promises; their sizes are fixed.
 
 - guarantee: on generated rows, the risk that a `Risk` target allows is exceeded in at most `epsilon` of the draws;
-- drop: on stored traces of trained models (``traces/*.npz`` of EARLYEXIT_DATA), the
-  speed-up and the loss that `MaxDrop` has on rows not used to choose;
+- drop: on stored traces of trained models (``traces/*.npz`` of EARLYEXIT_DATA), the speed-up and the loss of `MaxDrop`
+  on rows that `calibrate` has not seen;
 - scale: seconds and memory to evaluate 100 settings on 10^6 rows.
 """
 
@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,14 @@ from earlyexit_kernels.tuning.rows import Rows
 POPULATION, DRAWS, DRAWN = 100_000, 1000, 1000
 RULES = ("entropy", "margin", "patient_confidence")
 DELTA, EPSILON = 0.05, 0.1
-#: Stored traces and their splits in halves.
-TRACES, SPLITS, DROP = ("sst2_10k_mean_s0", "trec_mean_s0", "mrpc_mean_s0"), 20, 0.005
+#: Stored traces, random splits of their rows, the share that `calibrate` is given, and the drop allowed.
+TRACES, SPLITS, GIVEN, DROP = ("sst2_10k_mean_s0", "trec_mean_s0", "mrpc_mean_s0"), 40, 0.7, 0.005
+#: What is chosen -> arguments of `calibrate`.
+CHOICES: dict[str, dict[str, Any]] = {
+    "one threshold of entropy": {},
+    "one for each layer": {"per_layer": True},
+    "any rule": {"criterion": "auto"},
+}
 SCALE_ROWS, SCALE_DEPTH, SCALE_CLASSES, SETTINGS = 1_000_000, 12, 3, 100
 
 
@@ -70,25 +77,37 @@ def guarantee(repeats: int) -> Iterator[Record]:
 
 
 def drop(repeats: int) -> Iterator[Record]:
-    """Yield the speed-up and the drop of `MaxDrop` on the half of the rows that it does not choose on."""
+    """Yield the speed-up and the drop of `MaxDrop` on rows that `calibrate` has not seen."""
     folder = Path(os.environ.get(DATA_VARIABLE, "")) / "traces"
     if not folder.is_dir():
         raise NotMeasuredError(f"expected stored traces in {DATA_VARIABLE}/traces")
     for name in TRACES:
         stored = np.load(folder / f"{name}.npz")
         trace, labels = ee.ExitTrace(torch.from_numpy(stored["logits"])), stored["labels"]
-        for per_layer in (False, True):
-            found = [
-                ee.calibrate(trace, labels, target=ee.MaxDrop(DROP), per_layer=per_layer, seed=seed)
-                for seed in range(SPLITS)
-            ]
-            speed_ups, drops = np.array([c.layer_speed_up for c in found]), np.array([c.drop for c in found])
-            yield {"suite": "calibration_drop", "trace": name, "target": DROP, "per_layer": per_layer} | {
-                "splits": SPLITS,
-                "rule": "entropy", "rows": len(labels),
-                "layer_speed_up": float(speed_ups.mean()), "layer_speed_up_deviation": float(speed_ups.std(ddof=1)),
-                "drop": float(drops.mean()), "drop_deviation": float(drops.std(ddof=1)),
+        given = round(GIVEN * len(labels))
+        for choice, arguments in CHOICES.items():
+            found = np.array([_unseen(trace, labels, given, seed, arguments) for seed in range(SPLITS)])
+            (speed_up, loss), (speed_up_sd, loss_sd) = found.mean(axis=0), found.std(axis=0, ddof=1)
+            yield {"suite": "calibration_drop", "trace": name, "target": DROP, "choice": choice} | {
+                "splits": SPLITS, "rows": given, "unseen": len(labels) - given,
+                "layer_speed_up": float(speed_up), "layer_speed_up_deviation": float(speed_up_sd),
+                "drop": float(loss), "drop_deviation": float(loss_sd),
             }  # fmt: skip
+
+
+def _unseen(
+    trace: ee.ExitTrace, labels: NDArray, given: int, seed: int, arguments: dict[str, Any]
+) -> tuple[float, float]:
+    """Return the speed-up and the drop of the setting chosen on `given` rows of a random order, on the others."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    first, rest = order[:given], order[given:]
+    part = trace.take(torch.from_numpy(first))
+    rule = ee.calibrate(part, labels[first], target=ee.MaxDrop(DROP), seed=seed, **arguments).criterion
+    others = trace.take(torch.from_numpy(rest))
+    logits, exit_layer = ee.replay(others, rule)
+    early, full = (torch.from_numpy(labels[rest]) == part.argmax(dim=1) for part in (logits, others.logits[:, -1]))
+    lost = full.double().mean() - early.double().mean()
+    return others.depth / exit_layer.double().mean().item(), lost.item()
 
 
 def scale(repeats: int) -> Iterator[Record]:

@@ -84,16 +84,21 @@ def write_files(task: str, folder: Path, *, rows: int, holdout: int, seed: int) 
     return files
 
 
-def rows_of_model(saved: Saved) -> dict[str, Split]:
-    """Return the rows that a model trained on SST-2 was not trained on, to choose settings on, and SST-2's dev rows.
+def rows_of_model(saved: Saved, task: str = "sst2") -> dict[str, Split]:
+    """Return the rows that a model of a task was not trained on, to choose settings on, and the rows to report on.
 
     Raises:
-        NotMeasuredError: the model is not of `earlyexit train`, or the data is not there.
+        NotMeasuredError: the model is not of `earlyexit train` or has other classes, or the data is not there.
     """
+    classes = saved.model.config.num_labels
+    if classes != TASKS[task].classes:
+        raise NotMeasuredError(
+            f"expected a model of {task}, {TASKS[task].classes} classes; {saved.folder} has {classes}"
+        )
     kept = saved.folder / HELD_OUT
     if saved.record is None or not kept.is_file():
         raise NotMeasuredError(f"{saved.folder} has no {HELD_OUT}, which `earlyexit train` writes")
-    return {"tuning": saved.read(kept, saved.record.columns), "reporting": read_split("sst2", "dev")}
+    return {"tuning": saved.read(kept, saved.record.columns), "reporting": read_split(task, "dev")}
 
 
 def split_table(split: Split) -> dict[str, list[Any]]:

@@ -38,8 +38,7 @@ SUITES: dict[str, Callable[[int], Iterator[Record]]] = {
 }
 #: Those that run by name only: they take long, or need a trained model, text or a GPU.
 BY_NAME: dict[str, Callable[[int], Iterator[Record]]] = {
-    job.SUITE: job.records,
-    job.ACCURACY: job.accuracies,
+    **{name: partial(job.records, name) for name in job.TASKS},
     "http": _later("http.load"),
     "scoring": _later("scoring"),
     **{f"calibration_{part}": _later("calibration", part) for part in ("guarantee", "drop", "scale")},

@@ -50,9 +50,9 @@ def per_machine(suite: str, content: Draw, results: Path | None = None, *, title
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-def table_of(suite: str, columns: Columns, where: Callable[[Record], bool], *, titled: bool = True) -> Table:
+def table_of(suite: str, columns: Columns, where: Callable[[Record], bool]) -> Table:
     """Return a table with a row for each of a suite's records."""
-    return lambda results=None: per_machine(suite, partial(draw, columns, where), results, titled=titled)
+    return lambda results=None: per_machine(suite, partial(draw, columns, where), results)
 
 
 def drawn_by(suite: str, content: Draw) -> Table:
@@ -127,10 +127,6 @@ STORED: Columns = (
     *(CASE, ("weights", "{dtype}"), ("ms", "{median_ms:.2f}"), ("over", "{against}"), ("time ratio", RATIO)),
     *(("goal", _goal("{goal:.2f}")), ("reached", _reached), ("error of logits", "{error:.2g}")),
 )
-ACCURACIES: Columns = (
-    *(("task", "{case}"), ("weights", "{dtype}"), ("rows", "{rows}"), ("accuracy, all layers", "{full_depth:.4f}")),
-    *(("with exits", "{accuracy:.4f}"), ("mean exit layer", "{mean_exit_layer:.2f}"), ("same answers", "{same:.2%}")),
-)
 JOB: Columns = (
     *(
         ("task", "{case}"),
@@ -178,8 +174,7 @@ GUARANTEE: Columns = (
     *(("mean risk", "{mean_risk:.3f} (bound {delta:g})"), ("fewer layers, x", "{mean_layer_speed_up:.2f}")),
 )
 DROP: Columns = (
-    *(("model", lambda r: r["trace"].partition("_")[0]), ("rows", "{rows}")),
-    ("thresholds", lambda r: "one for each layer" if r["per_layer"] else "one"),
+    *(("model", lambda r: r["trace"].partition("_")[0]), ("rows", "{rows}"), ("chosen", "{choice}")),
     ("fewer layers, x", "{layer_speed_up:.2f} ± {layer_speed_up_deviation:.2f}"),
     ("drop, points", lambda r: f"{100 * r['drop']:.1f} ± {100 * r['drop_deviation']:.1f}"),
 )
@@ -277,7 +272,7 @@ def http(part: str, columns: Columns) -> Table:
         ]
         return draw(columns, _has(), [r | more for r, more in zip(rows, ratios, strict=True)])
 
-    return lambda results=None: per_machine("http", content, results, titled=False)
+    return drawn_by("http", content)
 
 
 def gpu(content: Draw) -> Table:
@@ -338,18 +333,17 @@ TABLES: dict[str, Table] = {
     "end_to_end": end_to_end,
     **{suite: table_of(suite, columns, _beside_plain) for suite, columns in WHOLE.items()},
     "stored_weights": table_of("stored_weights", STORED, _has("ratio")),
-    "stored_accuracy": table_of("stored_accuracy", ACCURACIES, _has("rows")),
-    "job": table_of("job", JOB, _has("seconds")),
+    **{name: table_of(name, JOB, _has("seconds")) for name in ("job", "job_trec")},
     "decision_cost": drawn_by("decision_cost", decisions),
     "layer_products": drawn_by("layer_products", products),
     "layer_roofline": drawn_by("layer_roofline", roofline),
     "weight_checks": table_of("weight_checks", CHECKS, _has("microseconds")),
     "http_overhead": http("overhead", OVERHEAD),
     "http_arrivals": http("arrivals", ARRIVALS),
-    "scoring": table_of("scoring", SCORING, _has("ratio"), titled=False),
-    "calibration_guarantee": table_of("calibration_guarantee", GUARANTEE, _has("broken"), titled=False),
-    "calibration_drop": table_of("calibration_drop", DROP, _has("drop"), titled=False),
-    "calibration_scale": table_of("calibration_scale", SCALE, _has("peak_gib"), titled=False),
+    "scoring": table_of("scoring", SCORING, _has("ratio")),
+    "calibration_guarantee": table_of("calibration_guarantee", GUARANTEE, _has("broken")),
+    "calibration_drop": table_of("calibration_drop", DROP, _has("drop")),
+    "calibration_scale": table_of("calibration_scale", SCALE, _has("peak_gib")),
     "gpu": gpu(gpu_goals),
     "gpu_details": gpu(partial(draw, GPU_DETAILS, lambda r: "goal_name" not in r and "median_ms" in r)),
 }

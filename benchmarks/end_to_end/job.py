@@ -1,13 +1,12 @@
-"""What a trained model does on a task: whole jobs, and accuracy by the type in which weights are stored.
+"""Whole jobs: texts in, labels out, tokenisation included, in seconds and accuracy.
 
     python -m benchmarks.run --suite job --model FOLDER
-    python -m benchmarks.run --suite stored_accuracy --model FOLDER
+    python -m benchmarks.run --suite job_trec --model FOLDER
 
-The folder is one that ``earlyexit train`` wrote for SST-2, whose dev rows, in EARLYEXIT_DATA, are the texts. Exits have
-the entropy threshold that loses at most half a point on the rows that training kept, chosen in float32. A job is texts
-in, labels out, tokenisation included, in seconds and accuracy. The other runtimes run all layers of the same encoder
-with its last exit, on batches of `BATCH` texts in the order of the file and sorted by length; a pipeline by default
-takes one text at a time. A `Scorer` sorts by itself.
+The folder is one that ``earlyexit train`` wrote for SST-2 or TREC, whose rows to report on, in EARLYEXIT_DATA, are the
+texts. Exits have the entropy threshold that loses at most half a point on the rows that training kept, chosen in
+float32. The other runtimes run all layers of the same encoder with its last exit, on batches of `BATCH` texts in the
+order of the file and sorted by length; a pipeline by default takes one text at a time. A `Scorer` sorts by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,13 +29,14 @@ from benchmarks.end_to_end.models import FUSED_LAYERS, Model, engine_model
 from benchmarks.end_to_end.peers import RUNTIMES
 from benchmarks.glue import rows_of_model
 from benchmarks.harness import Checked, Implementation, Record, Variant
-from benchmarks.machine import NotMeasuredError, trained_folder
+from benchmarks.machine import trained_folder
 from earlyexit_kernels.cli.saved import load_saved
 from earlyexit_kernels.criteria import Criterion
 from earlyexit_kernels.data.rows import Split
 from earlyexit_kernels.tuning.traces import collect_trace
 
-SUITE, ACCURACY, CASE = "job", "stored_accuracy", "sst2"
+#: Suite -> its task.
+TASKS = {"job": "sst2", "job_trec": "trec"}
 BATCH, DROP = 32, 0.005
 PIPELINE = "transformers pipeline"
 #: Type of the arithmetic or of stored weights -> least share of labels that have to be the plain model's.
@@ -47,67 +47,23 @@ Answer: TypeAlias = tuple[Tensor, Tensor | None]
 Job: TypeAlias = Callable[[Sequence[str]], Answer]
 
 
-class Task(NamedTuple):
-    """The task of a trained model.
-
-    Attributes:
-        rule: entropy with the threshold chosen on the rows that training kept.
-        reporting: the rows to report on.
-        data: these, tokenised.
-        collate: makes batches of them.
-    """
-
-    rule: Criterion
-    reporting: Split
-    data: Any
-    collate: Any
-
-
-def task_of(model: Model) -> Task:
-    """Return the task of the trained model, and the threshold for its exits."""
+def prepared(model: Model, task: str) -> tuple[Criterion, Split]:
+    """Return entropy with the threshold chosen on the rows that training kept, and the rows to report on."""
     saved = load_saved(trained_folder())
-    rows = rows_of_model(saved)
+    rows = rows_of_model(saved, task)
     trace, labels = collect_trace(model, saved.encoded(rows["tuning"]), collate_fn=saved.collate)
-    rule = ee.calibrate(trace, labels, target=ee.MaxDrop(DROP), criterion="entropy").criterion
-    return Task(rule, rows["reporting"], saved.encoded(rows["reporting"]), saved.collate)
+    return ee.calibrate(trace, labels, target=ee.MaxDrop(DROP), criterion="entropy").criterion, rows["reporting"]
 
 
-def accuracies(repeats: int) -> Iterator[Record]:
-    """Yield the accuracy of the model for each type of stored weights."""
+def records(suite: str, repeats: int) -> Iterator[Record]:
+    """Yield the seconds and the accuracy of each way to do the job of a suite."""
     trained_folder()  # a model with random weights has no task
-    subject, first, task = models.subject("MiniLM"), None, None
-    for stored in STORED:
-        record = {"suite": ACCURACY, "dtype": stored, "engine": FUSED_LAYERS, "backend": "cpp"}
-        try:
-            model = engine_model(subject, FUSED_LAYERS, stored=stored)
-        except NotMeasuredError as error:
-            yield record | {"not_measured": str(error)}
-            continue
-        task = task or task_of(model)
-        trace, labels = collect_trace(model, task.data, collate_fn=task.collate)
-        truth = torch.as_tensor(labels)
-        logits, exit_layer = ee.replay(trace, task.rule)
-        early, full = logits.argmax(dim=1), trace.logits[:, -1].argmax(dim=1)
-        first = early if first is None else first
-        yield record | {
-            "case": CASE,
-            "rows": len(truth),
-            "full_depth": float((full == truth).double().mean()),
-            "accuracy": float((early == truth).double().mean()),
-            "mean_exit_layer": float(exit_layer.double().mean()),
-            "same": float((early == first).double().mean()),
-        }
-
-
-def records(repeats: int) -> Iterator[Record]:
-    """Yield the seconds and the accuracy of each way to do the job."""
-    trained_folder()
     subject = models.subject("MiniLM")
-    task = task_of(subject.model)
-    texts, truth = list(task.reporting.texts), torch.as_tensor(task.reporting.labels)
+    rule, reporting = prepared(subject.model, TASKS[suite])
+    texts, truth = list(reporting.texts), torch.as_tensor(reporting.labels)
 
     def header(variant: Variant) -> Record:
-        return harness.record_header(SUITE, CASE, variant, shape=f"{len(texts)} texts")
+        return harness.record_header(suite, TASKS[suite], variant, shape=f"{len(texts)} texts")
 
     with torch.inference_mode():
         plain = in_batches(subject, lambda batch: (subject.plain(**batch).logits, None))(texts)[0]
@@ -117,9 +73,9 @@ def records(repeats: int) -> Iterator[Record]:
             check = partial(_checked, job, prepare, texts, plain, truth, AGREES[variant.dtype])
             return Implementation(variant, partial(job, texts), check, prepare)
 
-        found = harness.prepare((way[0], partial(built, *way)) for way in _ways(subject, task.rule))
+        found = harness.prepare((way[0], partial(built, *way)) for way in _ways(subject, rule))
         yield from found.skipped_records(header)
-        times = found.times(rounds=repeats, prepare=measure.rest, progress=SUITE)
+        times = found.times(rounds=repeats, prepare=measure.rest, progress=suite)
     baseline = times.get(Variant(PIPELINE, "", "float32", FULL))
     for variant, own_times in times.items():
         record = header(variant) | dict(found.facts[variant]) | harness.time_fields(own_times)

@@ -17,6 +17,7 @@ from benchmarks import harness, tables
 from benchmarks.http import load, servers
 from benchmarks.http.servers import FULL, LITSERVE, OWN
 from earlyexit_kernels.serving.source import Source
+from earlyexit_kernels.tuning.tables import environment
 
 ROWS = texts(40)
 
@@ -57,6 +58,6 @@ def test_tables(monkeypatch):
     plain = load.record(FULL, 2.0, 100.0, [10.0] * 9, turned_away=0)
     found = [load.record(OWN, 2.0, 100.0, [5.0] * 9, turned_away=2), plain]
     found.append({"part": "overhead", "server": LITSERVE, "p50_ms": 3.0, "p99_ms": 4.0, "overhead_ms": 1.25})
-    monkeypatch.setattr(tables, "measured", lambda suite, results: [harness.Measured("m", {}, found)])
-    assert "0.50" in arrivals() and "1.00" in arrivals() and len(arrivals().splitlines()) == 4
+    monkeypatch.setattr(tables, "measured", lambda suite, results: [harness.Measured("m", environment(), found)])
+    assert "0.50" in arrivals() and "1.00" in arrivals() and len(arrivals().splitlines()) == 6
     assert "1.25" in overheads() and LITSERVE in overheads()

@@ -6,6 +6,7 @@ pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq
 
 from benchmarks import harness, scoring, tables
+from earlyexit_kernels.tuning.tables import environment
 
 
 def test_rows_are_numbered_and_repeat_the_texts(tmp_path, monkeypatch):
@@ -21,7 +22,7 @@ def test_rows_are_numbered_and_repeat_the_texts(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("once", "words"), [(True, "every row once"), (False, "rows lost or doubled")])
 def test_table(monkeypatch, once, words):
     record = {"rows": 1000, "seconds": 2.0, "rows_per_second": 500.0, "loop_rows_per_second": [490.0, 510.0]}
-    found = [harness.Measured("m", {}, [record | {"ratio": 1.0, "every_row_once": once}])]
+    found = [harness.Measured("m", environment(), [record | {"ratio": 1.0, "every_row_once": once}])]
     monkeypatch.setattr(tables, "measured", lambda suite, results: found)
     table = tables.TABLES["scoring"]()
     assert words in table and "| 1,000 |" in table.replace("  ", " ")
