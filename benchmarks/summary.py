@@ -9,7 +9,7 @@ from benchmarks import harness
 from benchmarks.goals import PEER
 from benchmarks.harness import Measured, Record, measured
 from benchmarks.plots import ACCURACY
-from benchmarks.tables import FUSED, PLAIN, SHORT_RATIO, Columns, Table, draw
+from benchmarks.tables import FUSED, PLAIN, Cell, Columns, Table, draw
 
 
 def everything(record: Record) -> bool:
@@ -65,14 +65,8 @@ def accuracies(results: Path | None = None) -> str:
     return draw(columns, everything, rows)
 
 
-#: Rows of the README's table of speeds, cases that win and cases that lose: suite, case, baseline and description.
-SPEEDS = (
-    ("offline", "MiniLM, own exits, B 32, SST-2 lengths", PLAIN, "MiniLM, trained exits, batches of 32"),
-    ("single_stream", "MiniLM, own exits, B 1, SST-2 lengths", PLAIN, "MiniLM, trained exits, one by one"),
-    ("offline", "BERT-base, uniform, 50 %, B 32, S 32", PEER, "BERT-base, half the layers, batches of 32"),
-    ("offline", "BERT-base, never exit, B 32, S 32", PEER, "BERT-base, no row exits, batches of 32"),
-    ("single_stream", "BERT-base, never exit, B 1, S 32", PEER, "BERT-base, no row exits, one by one"),
-)
+#: The case of the README's first sentence: suite, case.
+HEADLINE = ("offline", "MiniLM, own exits, B 32, SST-2 lengths")
 
 
 def _newest(suite: str, results: Path | None) -> Measured:
@@ -81,23 +75,38 @@ def _newest(suite: str, results: Path | None) -> Measured:
     return max(found, key=lambda m: m.facts["time"])
 
 
-def _speed(suite: str, case: str, baseline: str, results: Path | None) -> Record:
-    keys = {"case": case, "baseline": baseline, "engine": FUSED, "backend": "cpp", "dtype": "float32"}
-    return next(r for r in _newest(suite, results).records if "ratio" in r and keys.items() <= r.items())
+TITLES = {"sst2": "SST-2", "trec": "TREC"}
+#: Rows of the README's table of whole jobs: the way, the type and whether rows exit.
+JOBS = (
+    ("transformers pipeline, batches of 32, sorted", "float32", "full depth"),
+    ("ONNX Runtime in int8, sorted", "int8", "full depth"),
+    ("OpenVINO by default, sorted", "default", "full depth"),
+    ("OpenVINO in int8, sorted", "int8", "full depth"),
+    *(("Scorer", stored, exits) for stored in ("float32", "int8") for exits in ("full depth", "own exits")),
+)
 
 
-def speeds(results: Path | None = None) -> str:
-    """Return five cases of whole models, losses included."""
-    columns = (("case", "{described}"), ("layers run", "{layer_rows:.0%}"), ("compared with", "{against}"))
-    rows = [_speed(suite, case, name, results) | {"described": text} for suite, case, name, text in SPEEDS]
-    return draw((*columns, ("time ratio", SHORT_RATIO)), everything, rows)
+def jobs(results: Path | None = None) -> str:
+    """Return the seconds and the accuracy of some ways to label the texts of each task."""
+    tables: dict[tuple[str, ...], Record] = {}
+    columns: list[tuple[str, Cell]] = [("way", "{engine}"), ("weights", "{dtype}"), ("exits", "{exits}")]
+    for suite in ("job", "job_trec"):
+        found = _newest(suite, results).records
+        task = TITLES[found[0]["case"]]
+        columns += [(f"{task}, s", f"{{{suite}[seconds]:.2f}}"), (f"{task}, accuracy", f"{{{suite}[accuracy]:.3f}}")]
+        for way in JOBS:
+            record = next(r for r in found if (r["engine"], r["dtype"], r["exits"]) == way and "seconds" in r)
+            tables.setdefault(way, dict(zip(("engine", "dtype", "exits"), way, strict=True)))[suite] = record
+    return draw(tuple(columns), everything, list(tables.values()))
 
 
 def headline(results: Path | None = None) -> str:
     """Return one case beside plain Transformers, the faster of the other runtimes, and itself without exits."""
-    suite, case, *_ = SPEEDS[0]
-    plain, peer, own = (_speed(suite, case, name, results) for name in (PLAIN, PEER, "our full depth"))
-    facts = _newest(suite, results).facts
+    suite, case = HEADLINE
+    _, facts, found = _newest(suite, results)
+    keys = {"case": case, "engine": FUSED, "backend": "cpp", "dtype": "float32"}
+    timed = {r["baseline"]: r for r in found if "ratio" in r and keys.items() <= r.items()}
+    plain, peer, own = timed[PLAIN], timed[PEER], timed["our full depth"]
     machine = f"{facts['threads']} threads of an {facts['cpu']}"
     return (
         f"On SST-2 sentences in batches of 32 on {machine}, a 6-layer MiniLM with\n"
@@ -109,7 +118,7 @@ def headline(results: Path | None = None) -> str:
 
 TABLES: dict[str, Table] = {
     "headline": headline,
-    "speeds": speeds,
+    "jobs": jobs,
     "accuracies": accuracies,
     "sst2_layers": lambda results=None: draw(SST2_LAYERS, lambda r: r["kind"] == "static_truncation", _sst2()),
     "sst2_criteria": lambda results=None: draw(SST2_CRITERIA, _shown_setting, _sst2()),
