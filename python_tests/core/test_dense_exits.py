@@ -8,7 +8,7 @@ from support.models import batch_for, early_exit
 from torch import nn
 
 from earlyexit_kernels.core import exits
-from earlyexit_kernels.core.exits import DenseSource, ModuleSource, exit_source
+from earlyexit_kernels.core.exits import DenseSource, ExitMemory, ModuleSource, exit_source
 from earlyexit_kernels.core.fixed_depth import PaddedStates
 
 
@@ -96,3 +96,9 @@ def test_changed_weights_are_read(name):
     full = model.trace(**batch_for(model)).logits[:, -1]
     torch.testing.assert_close(after, full)
     assert not torch.allclose(before, after)
+
+
+def test_rows_that_have_left_write_no_memory_of_others():
+    memory = ExitMemory({"features": torch.zeros(3, 1)})
+    memory.write(memory.slots(torch.tensor([0, -1, 2, -1])), {"features": torch.tensor([[1.0], [9], [3], [9]])})
+    assert memory.read(torch.arange(3))["features"].flatten().tolist() == [1, 0, 3]

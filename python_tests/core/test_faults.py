@@ -79,6 +79,13 @@ def test_only_rows_with_nan_are_counted():
     assert model.invalid_rows == 4, "one row at each of four exits"
 
 
+def test_rows_of_a_stream_are_counted():
+    model, batch = early_exit(criterion=leaving_at(2)), ragged()
+    with parameter_set(model.heads.out[1].bias, 1, NAN):
+        exits = torch.cat([part.exit_layer for part in model.stream(**batch)])
+    assert exits.tolist() == [3] * 4 and model.invalid_rows == 4
+
+
 def test_training_counts_stay_on_the_device(monkeypatch, caplog):
     """On an asynchronous device counts are read every 100 steps, on request and in eval mode only."""
     monkeypatch.setattr(invalid, "SYNCHRONOUS_DEVICES", ())

@@ -366,3 +366,21 @@ def test_too_little_memory_for_the_copies_runs_the_family_layers(family, error, 
     model.configure(path="fused")
     with pytest.raises(ee.BackendUnavailableError, match="not enough memory for a packed copy"):
         model(**batch_for(model))
+
+
+def test_a_weight_replaced_while_its_layer_is_packed_is_noticed(monkeypatch):
+    model, read = early_exit("bert"), layers.Source.read
+    model.configure(path="fused")
+
+    def replaced_meanwhile(source, layer):
+        weights = read(source, layer)
+        query = layer.attention.self.query
+        query.weight = nn.Parameter(2 * query.weight.detach())
+        return weights
+
+    with monkeypatch.context() as patched:
+        patched.setattr(layers.Source, "read", replaced_meanwhile)
+        model.trace(**batch_for(model))
+    got = model.trace(**batch_for(model)).logits
+    model.configure(path="eager")
+    torch.testing.assert_close(got, model.trace(**batch_for(model)).logits, atol=2e-5, rtol=1e-4)

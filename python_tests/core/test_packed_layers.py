@@ -150,7 +150,11 @@ def replaced(model):
     model.backbone.embeddings.LayerNorm = torch.nn.RMSNorm(64)
 
 
-@pytest.mark.parametrize("change", [hooked, transposed, replaced])
+def limited(model):
+    model.backbone.embeddings.token_type_embeddings.max_norm = 0.5
+
+
+@pytest.mark.parametrize("change", [hooked, transposed, replaced, limited])
 @torch.no_grad()
 def test_embeddings_that_the_kernels_do_not_compute_stay_modules(change):
     model = early_exit("bert")

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from support.models import batch_for, parameter_set, varied
+from support.models import batch_for, early_exit, parameter_set, varied
 from support.rule_models import model_for_rule
 from torch import nn
 
@@ -76,6 +76,16 @@ def test_a_model_in_another_dtype_has_levels_of_its_own(replays):
     expected, before = eager(**batch), replays.replays
     for _ in range(3):
         agrees(model(**batch), expected, atol=2e-2)
+    assert replays.replays > before and model.explain().path == "captured"
+
+
+def test_a_backbone_of_another_width_has_levels_of_its_own(replays):
+    model, batch = warm()
+    wide = early_exit(hidden_size=2 * model.backbone.config.hidden_size, criterion=model.criterion)
+    model.backbone, model.heads = wide.backbone, wide.heads
+    expected, before = wide(**batch), replays.replays
+    for _ in range(3):
+        agrees(model(**batch), expected)
     assert replays.replays > before and model.explain().path == "captured"
 
 

@@ -38,6 +38,14 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def test_every_parameter_of_the_exits_has_a_gradient():
+    """DDP waits for all of them, used or not."""
+    model = converted("joint")
+    trace = ee.ExitTrace(torch.randn(4, 3, 2, requires_grad=True))
+    model.schedule.loss(model.heads, trace, torch.tensor([0, 1, 1, 0]), "single_label_classification").backward()
+    assert [p.grad.abs().sum().item() for p in model.heads.parameters()] == [0.0] * len(list(model.heads.parameters()))
+
+
 def test_arguments_of_a_phase(tmp_path):
     base = arguments(tmp_path, num_train_epochs=7)
     before = base.to_dict()

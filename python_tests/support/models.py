@@ -176,7 +176,15 @@ def rows_of(batch: dict[str, Tensor], labels: Tensor | None = None) -> list[dict
 
 def early_exit(family: str = "bert", *, seed: int = 0, gain: float = 1.5, **arguments: Any) -> Any:
     """Return an early-exit model in eval mode whose exits give different logits."""
-    of_stock = ("dropout", "problem_type", "num_labels", "num_hidden_layers", "num_hidden_groups", "classifier_pooling")
+    of_stock = (
+        "dropout",
+        "problem_type",
+        "num_labels",
+        "num_hidden_layers",
+        "num_hidden_groups",
+        "classifier_pooling",
+        "hidden_size",
+    )
     sizes = {name: arguments.pop(name) for name in of_stock if name in arguments}
     model = ee.to_early_exit(stock(family, seed=seed, **sizes), **arguments)
     generator = torch.Generator().manual_seed(seed + 1)
