@@ -40,7 +40,8 @@ SETTINGS: dict[str, Setting] = {
     "expectation": Setting(criteria.Expectation(), "palbert"),
     "dact": Setting(criteria.Dact(), "dact"),
     "dact, tight": Setting(criteria.Dact(bound="tight", epsilon=0.15), "dact"),
-    "fixed_layer": Setting(criteria.FixedLayer(layer=2)),
     "skip_gate": Setting(criteria.SkipGate(threshold=0.5, exit=_ENTROPY), "smartbert"),
     "skip_gate, patience": Setting(criteria.SkipGate(threshold=0.6, exit=criteria.Patience(patience=1)), "smartbert"),
 }
+if hasattr(criteria, "FixedLayer"):  # which older versions do not have
+    SETTINGS["fixed_layer"] = Setting(criteria.FixedLayer(layer=2))
