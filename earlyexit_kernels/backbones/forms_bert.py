@@ -79,6 +79,7 @@ def read_bert_layer(layer: nn.Module, names: LayerNames, config: Any) -> LayerWe
     }
     parts = read_parts(layer, readers, attention)
     pairs = {name: parts[getattr(names, name)] for name in (*LINEARS, *NORMS)}
+    _check_sizes(names, pairs)
     eps: list[Any] = [layer.get_submodule(getattr(names, name)).eps for name in NORMS]
     width = head_width(layer.get_submodule(attention))
     heads = pairs["query"].weight.shape[0] // width if width else config.num_attention_heads
@@ -91,6 +92,23 @@ def _read_pair(kind: type[nn.Module], module: nn.Module) -> Pair:
     if {type(parameter) for parameter in found} != {nn.Parameter}:
         raise Unsupported(f"is not a plain {kind.__name__} with weight and bias")
     return Pair(*(parameter.detach() for parameter in found))
+
+
+def _check_sizes(names: LayerNames, pairs: dict[str, Pair]) -> None:
+    """Check that the sizes of a layer fit, which kernels take as they are."""
+    (outputs, width), inner = pairs["query"].weight.shape, pairs["inner"].weight.shape[0]
+    expected: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("query", "key", "value"), (outputs, width)),
+        "attention_out": (width, outputs),
+        "inner": (inner, width),
+        "outer": (width, inner),
+        **dict.fromkeys(NORMS, (width,)),
+    }
+    for name, shape in expected.items():
+        weight, bias = pairs[name]
+        if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
+            got = f"{getattr(names, name)} has weight and bias of shapes {list(weight.shape)} and {list(bias.shape)}"
+            raise Unsupported(f"{got}, expected {list(shape)} and {list(shape[:1])}")
 
 
 def _read_activation(module: nn.Module) -> tuple[str, str]:

@@ -53,13 +53,14 @@ def packed_attention(
         ``[1, T, heads, D]`` or ``[N, S, heads, D]``, and None for the attention weights.
 
     Raises:
-        ValueError: a plan together with a mask or another keyword argument, which are not implemented, or a window
-            below 1.
+        ValueError: a plan together with a mask or another keyword argument, which are not implemented, a window
+            below 1, or heads of keys and values that are not those of the layer.
     """
     if plan is None and kwargs.get("softcap") is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    _check_heads(module, query, key, value)
     kind = _kind(module, kwargs)
     if plan is None:  # soft-capped scores, which sdpa does not have
         mask = PaddedPlan(None).mask(kind, query) if attention_mask is None else attention_mask
@@ -69,6 +70,16 @@ def packed_attention(
         return _attend(query, key, value, plan.mask(kind, query), kind, scaling, dropout).transpose(1, 2), None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return attend_by_plan(q, k, v, plan, scaling, dropout, kind)[None], None
+
+
+def _check_heads(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check that keys and values have the heads that the stock model expects of a layer."""
+    heads, groups = query.shape[1], getattr(module, "num_key_value_groups", 1)
+    if not key.shape[1] * groups == value.shape[1] * groups == heads:
+        got = f"{key.shape[1]} and {value.shape[1]} from {type(module).__name__}"
+        raise ValueError(
+            f"attention: expected {heads / groups:g} heads of keys and values for {heads} of queries, {got}"
+        )
 
 
 def _kind(module: torch.nn.Module, given: dict[str, Any]) -> AttentionKind:

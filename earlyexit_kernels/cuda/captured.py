@@ -93,7 +93,7 @@ class CapturedLayers:
         try:
             if level is None:
                 while len(self._levels) >= MAX_LEVELS:
-                    del self._levels[next(iter(self._levels))]
+                    self._drop(next(iter(self._levels)))
                 level = self._levels[key] = Level.new(size, hidden, rows.request)
             loaded = level.load(view, rows, recorder)
         except Exception as error:  # of almost any class
@@ -108,13 +108,17 @@ class CapturedLayers:
             self._recorders[device] = Recorder(device)
         return self._recorders[device]
 
+    def _drop(self, key: tuple[Any, ...]) -> None:
+        self._levels.pop(key).release()
+
     def refuse(self, level: Level | None, error: BaseException) -> None:
         """Capture nothing at a level any more, with one warning; if memory ran out, drop all levels for a while."""
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         if level is not None:
             level.refused = reason
         if isinstance(error, torch.OutOfMemoryError):
-            self._levels.clear()
+            for key in list(self._levels):
+                self._drop(key)
             self._no_memory_until = time.monotonic() + RETRY_SECONDS
         if reason not in self._logged:
             self._logged.add(reason)

@@ -155,6 +155,17 @@ class Level:
         self.calls = self.prepare = self.sources = None
         self.captured.clear()
 
+    def release(self) -> None:
+        """Keep the memory of the buffers from others until the work that is queued on the current stream is done.
+
+        The stream on which they were made does not wait for that of later batches.
+        """
+        if self.hidden.device.type == "cuda":
+            places = self.request if isinstance(self.request, RequestTokens) else None
+            static = [self.hidden, self.offsets, self.row_ids, *((places.positions, places.columns) if places else ())]
+            for buffer in static:
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, layer: int, run_layer: Any, recorder: Records | None) -> None:

@@ -79,6 +79,7 @@ def test_equals_the_definition_row_by_row(lengths, kind, holes):
         row[mask != 0] = x
     module = torch.nn.Identity()
     module.is_causal = kind.causal
+    module.num_key_value_groups = HEADS // SHARED
     asked = {"sliding_window": kind.window, "softcap": kind.softcap, "scaling": 0.3, "plan": PaddedPlan(mask != 0)}
     out, _ = packed_attention(module, *(x.transpose(1, 2) for x in padded), None, **asked)
     assert torch.isfinite(out).all()

@@ -21,8 +21,8 @@ from support.models import (
 from support.unknown_lengths import hide_lengths
 
 import earlyexit_kernels as ee
-from earlyexit_kernels.core import attention, loop
-from earlyexit_kernels.core.counts import HostCounts, LaggedCounts, counts_for
+from earlyexit_kernels.core import attention, counts, loop
+from earlyexit_kernels.core.counts import HostCounts, LaggedCounts, Sent, counts_for
 from earlyexit_kernels.core.rows import Rows
 from earlyexit_kernels.core.view import Inputs
 from earlyexit_kernels.criteria import RULES
@@ -128,6 +128,40 @@ def test_counts_in_inference_mode_and_under_a_default_device():
         batch.after(1, torch.tensor([3, 9, 0], dtype=torch.int32, device="cpu"), (4, 12))
         batch.arrive(1)
         assert batch.after(1, None, (4, 12)) == (3, 9)
+
+
+def test_counts_are_copied_to_pinned_memory(monkeypatch):
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **options: asked.append(pin_memory) or empty(*sizes))
+    for device in ("cuda", "cpu"):
+        LaggedCounts(1, torch.device(device))
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("use", ["after", "finish", "new"])
+def test_counts_are_not_compiled(use, monkeypatch):
+    """Their memory changes by itself, which a compiled function would not see."""
+    compiled, late = [], LaggedCounts(1, CPU)
+    monkeypatch.setattr(
+        LaggedCounts, "_send", lambda *_: compiled.append(torch.compiler.is_compiling()) or (None, Delayed())
+    )
+    monkeypatch.setattr(LaggedCounts, "_take", lambda *_: compiled.append(torch.compiler.is_compiling()))
+    monkeypatch.setattr(
+        counts, "LaggedCounts", lambda *_: compiled.append(torch.compiler.is_compiling()) or HostCounts(1)
+    )
+    late._sent.append(Sent(1, numbers(1, 1, 0), Delayed()))
+
+    def run(x):
+        if use == "after":
+            late.after(1, x, (1, 1))
+        elif use == "finish":
+            late.finish()
+        else:
+            counts_for(1, torch.device("cuda"), exact=False)
+        return x + 1
+
+    torch.compile(run, backend="eager")(torch.zeros(3))
+    assert compiled and not any(compiled)
 
 
 def test_device_errors_end_the_wait():

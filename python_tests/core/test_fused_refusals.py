@@ -36,6 +36,13 @@ class Adapted(nn.Linear):
     """A linear with an adapter, as adapter libraries insert it."""
 
 
+class Tagged(torch.Tensor):
+    """A weight of a library that keeps more than numbers."""
+
+    def __deepcopy__(self, memo):
+        return nn.Parameter(self.detach().clone().as_subclass(Tagged))
+
+
 class ReLU(nn.Module):
     """Not the activation of torch that has this name."""
 
@@ -76,6 +83,10 @@ def quantized(linear):
     return torch.ao.quantization.quantize_dynamic(nn.ModuleList([linear]), {nn.Linear}, dtype=torch.qint8)[0]
 
 
+def tagged(linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Tagged))
+
+
 def of_another_package(norm) -> None:
     norm.__class__ = type("EuroBertRMSNorm", (type(norm),), {"__module__": "own"})
 
@@ -94,6 +105,7 @@ REFUSED = [
     (BERT, "output.dense", torch.jit.script, HOOK),
     (BERT, "attention.self.query", another(Adapted(64, 64)), "is not a plain Linear with weight and bias"),
     (BERT, "output.dense", another(nn.Linear(96, 64, bias=False)), "is not a plain Linear with weight and bias"),
+    (BERT, "output.dense", tagged, "is not a plain Linear with weight and bias"),
     (BERT, "output.adapter", another(nn.Linear(64, 64)), UNKNOWN),
     (BERT, ACT, another(nn.SiLU()), ACTIVATIONS),
     (BERT, ACT, another(ReLU()), ACTIVATIONS),
@@ -101,6 +113,7 @@ REFUSED = [
     (BERT, "attention.output.dense", hook, HOOK),
     (BERT, "output", own_forward, HOOK),
     (GATED, "attn.Wqkv", lora, "is not a plain Linear"),
+    (GATED, "mlp.Wo", tagged, "is not a plain Linear"),
     (GATED, "mlp.Wi", quantized, "is not a plain Linear"),
     (GATED, "attn_norm", another(nn.RMSNorm(64)), NOT_NORM),
     (GATED, "mlp.act", another(nn.Softmax(dim=1)), WITHOUT_WEIGHTS),
@@ -166,6 +179,13 @@ def test_parameters_of_other_modules_may_not_be_in_a_dict():
 
 #: Settings with which the family's layer raises an error: family, module, change, words of the reason.
 BROKEN = [
+    (BERT, "intermediate.dense", another(nn.Linear(64, 95)), "[64, 96] and [64], expected [64, 95] and [64]"),
+    (BERT, "output.dense", another(nn.Linear(96, 32)), "[32, 96] and [32], expected [64, 96] and [64]"),
+    (BERT, "output.LayerNorm", another(nn.LayerNorm(1)), "[1] and [1], expected [64] and [64]"),
+    (BERT, "attention.output.dense", another(nn.Linear(96, 64)), "[64, 96] and [64], expected [64, 64] and [64]"),
+    (BERT, "attention.self.query", another(nn.Linear(32, 64)), "[64, 64] and [64], expected [64, 32] and [64]"),
+    (BERT, "attention.self.key", another(nn.Linear(64, 96)), "[96, 64] and [96], expected [64, 64] and [64]"),
+    (BERT, "attention.self.value", another(nn.Linear(64, 32)), "[32, 64] and [32], expected [64, 64] and [64]"),
     (GATED, "attn", setting(sliding_window=0), "sliding_window 0, expected None or at least 1"),
     (GATED, "attn", setting(head_dim=15), "head_dim 15, expected a divisor of a third of 192"),
     (GATED, "attn.Wo", another(nn.Linear(64, 32)), "shape [32, 64], expected [64, 64]"),
@@ -188,6 +208,23 @@ def test_errors_are_those_of_the_family(family, path, how, words):
     assert words in model.explain().reason
     with pytest.raises((RuntimeError, ValueError)):
         model(**batch_for(model))
+
+
+@pytest.mark.parametrize("outputs", [(96, 64), (64, 96), (32, 32), (32, 96), (96, 32)])
+@pytest.mark.parametrize("path", ["auto", "eager"])
+@pytest.mark.parametrize("family", [BERT, "deberta-v2"])
+def test_heads_of_keys_and_values_are_those_of_the_stock_model(family, path, outputs):
+    """Queries have 64 outputs; 32 of keys and values would be heads that queries share, in other families."""
+    model, stock = early_exit(family), early_exit(family).backbone
+    names = ("key", "value") if family == BERT else ("key_proj", "value_proj")
+    for layer in (model.view().layers[1], stock.encoder.layer[1]):
+        for name, size in zip(names, outputs, strict=True):
+            change(layer, f"attention.self.{name}", another(nn.Linear(64, size)))
+    model.configure(path=path)
+    batch = batch_for(model)
+    for run in (stock, model):
+        with pytest.raises((RuntimeError, ValueError)):
+            run(**batch)
 
 
 class OwnAttention(BertSelfAttention):

@@ -139,6 +139,14 @@ def test_dtypes_of_inputs():
         assert torch.equal(out.logits, expected.logits)
 
 
+def test_token_types_of_a_family_without_their_table():
+    """Tokenizers give zeros."""
+    model, batch = early_exit("deberta-v2"), ragged()
+    assert model.backbone.config.type_vocab_size == 0
+    expected = model(**batch).logits
+    assert torch.equal(model(**batch, token_type_ids=torch.zeros_like(batch["input_ids"])).logits, expected)
+
+
 def test_strided_and_expanded_inputs():
     model, batch = early_exit(), ragged()
     expected = model(**batch)

@@ -6,6 +6,7 @@ are handled as on CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -21,6 +22,7 @@ from earlyexit_kernels.core import attention, inputs, loop, packing
 from earlyexit_kernels.core.counts import HostCounts
 from earlyexit_kernels.core.rows import Rows
 from earlyexit_kernels.criteria import RULES
+from earlyexit_kernels.hf.labels import check_labels
 
 
 class FromHost(TorchFunctionMode):
@@ -103,6 +105,28 @@ def test_synchronization_is_found(counts, mask, monkeypatch):
     model = early_exit(criterion=ee.criteria.Patience(patience=1))
     with pytest.raises(DataDependentOutputException):
         compactions(model, monkeypatch, counts, mask)
+
+
+def test_values_are_read_on_the_cpu_only():
+    """Ids, labels, and the padding of a decoder; tensors on the device meta have no values."""
+    ids, words = torch.zeros(3, 5, dtype=torch.int64), "single_label_classification"
+    for read in (False, True):
+        with pytest.raises(ValueError, match="expected ids in") if read else contextlib.nullcontext():
+            inputs._check_ids("input_ids", ids - 1 if read else ids.to("meta"), ids.shape, 9)
+        with pytest.raises(ValueError, match="is masked") if read else contextlib.nullcontext():
+            mask = torch.tensor([[1, 1, 0, 0, 0]]).expand(3, -1)
+            packing.up_to_last(ids if read else ids.to("meta"), mask if read else mask.to("meta"), 1)
+        with pytest.raises(ValueError, match="expected classes in") if read else contextlib.nullcontext():
+            check_labels(ids[:, 0] + 2 if read else ids[:, 0].to("meta"), words, 3, 2)
+
+
+def test_values_are_not_read_while_compiling():
+    @torch.compile(backend="eager", fullgraph=True)
+    def run(ids, mask, labels):
+        return packing.up_to_last(ids, mask, 1), check_labels(labels, "single_label_classification", 3, 2)
+
+    keep, labels = run(torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5), torch.tensor([0, 1, 1]))
+    assert keep.all() and labels.tolist() == [0, 1, 1]
 
 
 # packing

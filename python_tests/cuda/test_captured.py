@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import earlyexit_kernels as ee
 from earlyexit_kernels.core import loop
 from earlyexit_kernels.core.view import Settings
 from earlyexit_kernels.cuda import captured
+from earlyexit_kernels.cuda.level import Level
 from earlyexit_kernels.ops import self_test
 
 
@@ -189,6 +192,30 @@ def test_levels_that_are_not_used_make_room(replays, monkeypatch):
     assert [len(each) for each in sizes] == [1, 2, 2, 2] and sizes[0][0] in sizes[3]
 
 
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_dropped_buffers_wait_for_the_current_stream(out_of_memory, replays, monkeypatch):
+    """Another stream may still work on them."""
+    monkeypatch.setattr(captured, "MAX_LEVELS", 1)
+    released, release = [], Level.release
+    monkeypatch.setattr(Level, "release", lambda level: released.append(level))
+    model, batch = varied("modernbert")  # whose layers take positions
+    model.configure(path="captured", compaction="never")
+    model(**{name: values[:1] for name, values in batch.items()})
+    (level,) = levels_of(model)
+    if out_of_memory:
+        model.runner.paths["captured"].layers.refuse(None, torch.OutOfMemoryError())
+    else:
+        model(**batch)
+    assert released == [level] and level not in levels_of(model)
+
+    held = []
+    buffers = [SimpleNamespace(device=torch.device("cuda"), record_stream=held.append) for _ in range(5)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    places = dataclasses.replace(level.request, positions=buffers[3], columns=buffers[4])
+    release(Level(level.size, *buffers[:3], places))
+    assert held == ["stream"] * 5
+
+
 @pytest.mark.parametrize("wrong", [0.5, float("nan")])
 def test_capture_that_computes_something_else_is_refused(wrong, replays, caplog):
     model, batch = varied()
@@ -269,10 +296,14 @@ def test_pass_that_ends_early_gives_its_place_back(how, replays, monkeypatch):
     assert replays.replays > before
 
 
-def test_autocast_compile_training_and_copies_capture_nothing(replays):
+def test_autocast_compile_training_and_copies_capture_nothing(replays, monkeypatch):
     model, batch = varied()
     model.configure(path="auto")
     with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            model(**batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
         for _ in range(3):
             model(**batch)
     assert not replays.captures

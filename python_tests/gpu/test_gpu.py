@@ -329,7 +329,7 @@ def test_call_inside_a_capture_is_refused_with_advice(place, monkeypatch):
     if place.device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with refused:
-            runner._refuse_in_capture()
+            runner.Runner()._begin(SimpleNamespace(device=torch.device("cuda")), None)
         return
     graph, batch, expected = check(place, *ready())
     with torch.cuda.graph(torch.cuda.CUDAGraph()), refused:

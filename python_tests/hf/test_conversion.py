@@ -43,6 +43,8 @@ def test_the_encoder_is_shared_and_exits_start_from_the_stock_head(family):
     theirs = {n: p for n, p in encoder_of(base).named_parameters() if not n.startswith("pooler.")}
     assert mine.keys() == theirs.keys()
     assert all(mine[name] is theirs[name] for name in theirs)
+    buffers = dict(encoder_of(base).named_buffers())
+    assert all(buffer is buffers[name] for name, buffer in model.backbone.named_buffers())
     assert not {id(p) for p in model.heads.parameters()} & {id(p) for p in base.parameters()}
     modules = {id(m) for m in base.modules()}
     assert not [name for name, m in model.named_modules() if id(m) in modules]
@@ -53,6 +55,13 @@ def test_the_encoder_is_shared_and_exits_start_from_the_stock_head(family):
     mean = ee.to_early_exit(base, pooling="mean")
     assert torch.equal(mean.heads.out[-1].weight, out.weight)
     assert not torch.equal(mean.heads.out[0].weight, out.weight)
+
+
+def test_exits_are_on_the_device_of_the_stock_head(monkeypatch):
+    for reads_values in ("check_separation", "_copy_stock"):
+        monkeypatch.setattr(convert, reads_values, lambda *_: None)
+    model = ee.to_early_exit(stock().to("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 @pytest.mark.sample(3)

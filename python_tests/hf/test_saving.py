@@ -316,6 +316,17 @@ def test_arguments_of_transformers(tmp_path, models, monkeypatch):
     assert {path.name for path in Path().iterdir()} == kept
 
 
+def test_a_save_by_several_processes_goes_to_the_folder(tmp_path, models, monkeypatch):
+    folders = []
+
+    def save(self, folder, *_, **options):
+        folders.append((folder, options["distributed_checkpoint"]))
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    models["new"].save_pretrained(tmp_path, distributed_checkpoint=True)
+    assert folders == [(tmp_path, True)]
+
+
 def test_next_save_removes_files_of_killed_processes_and_of_earlier_saves(tmp_path, models):
     assert child_save(models["old"], tmp_path, {}, fail_at(60, "kill")) == -signal.SIGKILL
     assert list(tmp_path.glob(f"{STAGING}*"))

@@ -109,6 +109,7 @@ def test_a_change_while_a_layer_is_packed_is_detected(name, monkeypatch):
             WAYS[name](model, base)
         return weights
 
+    model.configure(path="fused")  # reads the layers once, to check them
     monkeypatch.setattr(layers.Source, "read", read_and_change)
     token = AT.set(1)
     answers(model, batch)
@@ -344,6 +345,7 @@ def test_change_while_weights_are_packed_is_detected(monkeypatch):
     """A hook that is added after the layers were checked and before they are packed."""
     model = early_exit("bert", pooling="first")
     batch, layer = batch_for(model), model.backbone.encoder.layer[0]
+    model.configure(path="fused")
     read = layers.read_layer
 
     def add_hook(adapter, backbone, module):
@@ -355,6 +357,7 @@ def test_change_while_weights_are_packed_is_detected(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(layers, "read_layer", add_hook)
         model(**batch)
+    model.configure(path="auto")
     assert "forward hook" in model.explain().reason
     model(**batch)
     assert "forward hook" in model.runner.paths["fused"].layers._made[layer].reason

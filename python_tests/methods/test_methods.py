@@ -274,6 +274,20 @@ def test_settings_of_a_method_are_saved_with_the_model(family, name, tmp_path):
     assert torch.equal(loaded(**batch, labels=LABELS[:FEW]).loss, model(**batch, labels=LABELS[:FEW]).loss)
 
 
+@every_method
+def test_a_batch_without_rows_has_no_loss_and_gradients_of_zero(name):
+    model = converted("bert", name)
+    batch = {key: values[:0] for key, values in few(model).items()}
+    for phase in ee.phases(model):
+        model.train().schedule.set_progress(phase.number, 0.0)
+        loss = model(**batch, labels=LABELS[:0]).loss
+        loss.backward()
+        learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert loss == 0 and all(not parameter.grad.any() for parameter in learns if parameter.grad is not None)
+        assert any(parameter.grad is not None for parameter in learns)
+        model.zero_grad()
+
+
 @pytest.mark.parametrize("name", PHASED)
 def test_labels_outside_of_a_phase(name):
     """In train mode labels are refused, since the phase is unknown; without labels, and in eval mode, they are not."""
