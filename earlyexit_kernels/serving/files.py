@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import logging
 import os
 import time
 import uuid
@@ -327,10 +328,11 @@ def score_units(job: Job, units: Sequence[Unit], workers: int) -> Iterator[Done]
         needs: dict[str, Any] = {"num_gpus": 1} if machine.get("GPU") else {"num_cpus": threads}
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         found = ray.data.from_items(list(units), override_num_blocks=min(len(units), 8 * workers)).map(
             Worker,
             fn_constructor_args=(job, threads),
-            concurrency=workers,
+            compute=ray.data.ActorPoolStrategy(size=workers),
             max_restarts=RETRIES,
             max_task_retries=RETRIES,
             **needs,
