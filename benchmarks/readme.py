@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import summary, tables
-from benchmarks.evidence import tables as evidence
 from benchmarks.gpu import prediction
 from earlyexit_kernels.criteria import CRITERIA, RULES, Criterion, FullDepth
 from earlyexit_kernels.methods import METHODS, Method
@@ -152,7 +151,6 @@ TABLES = {
     "criteria": criteria,
     **tables.TABLES,
     **summary.TABLES,
-    **evidence.TABLES,
     **prediction.TABLES,
 }
 #: The documents that may hold tables.

@@ -1,8 +1,8 @@
-"""Train and measure the models of the experiments, a line each in ``benchmarks/results/evidence.jsonl``.
+"""Train and measure the models of the experiments, a file each in ``benchmarks/results/kept``.
 
 ``python -m benchmarks.evidence --encoder sentence-transformers/all-MiniLM-L6-v2``
 
-A training that has a line is skipped, so that an interrupted run continues where it stopped. ``--list`` shows what is
+A training that has a file is skipped, so that an interrupted run continues where it stopped. ``--list`` shows what is
 left and trains nothing.
 """
 
@@ -18,17 +18,17 @@ from tqdm import tqdm
 
 from benchmarks.evidence import plans
 from benchmarks.evidence.encoders import make_encoders
+from benchmarks.evidence.kept import FOLDER
 from benchmarks.evidence.plans import EXPERIMENTS
-from benchmarks.evidence.results import RESULTS, stored
 from benchmarks.evidence.runs import groups, run_group
 from earlyexit_kernels.tuning.tables import markdown_table
 
 
 def left_table(results: Path) -> str:
     """Return a table of the trainings that are done and left, by experiment."""
-    rows, known = [], stored(results)
+    rows = []
     for name, experiment in EXPERIMENTS.items():
-        done = sum(training.name in known for training in experiment.trainings)
+        done = sum((results / f"{training.name}.npz").is_file() for training in experiment.trainings)
         rows.append((name, experiment.claim, len(experiment.trainings), done, len(experiment.trainings) - done))
     return markdown_table(("experiment", "claim", "trainings", "done", "left"), rows)
 
@@ -45,7 +45,7 @@ def main() -> None:
     add("--only", choices=EXPERIMENTS, action="append", default=[], help="experiment to run (default: all)")
     add("--jobs", type=int, default=os.cpu_count(), help="processes of one thread each (default: one a core)")
     add("--work", type=Path, default=Path("trained"), help="folder for models and logs (default: %(default)s)")
-    add("--results", type=Path, default=RESULTS, help="file (default: benchmarks/results/evidence.jsonl)")
+    add("--results", type=Path, default=FOLDER, help="folder (default: benchmarks/results/kept)")
     add("--list", action="store_true", help="show what is left, and stop")
     args = parser.parse_args()
     print(left_table(args.results))

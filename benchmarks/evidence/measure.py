@@ -1,190 +1,128 @@
-"""Measure a trained model: each exit, and every rule over its settings, in score, layers and multiply-adds."""
+"""Trace a trained model on its rows, and keep what its exits answer (`kept.Kept`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.polynomial.polynomial import polyfit
 from numpy.typing import NDArray
 
-from benchmarks.evidence.noise import typos
-from benchmarks.harness import Record
-from earlyexit_kernels.cli.eval import NEVER_SKIP, SKIP_FROM, Traced, trace_splits
-from earlyexit_kernels.cli.saved import HELD_OUT, load_saved
-from earlyexit_kernels.core.replay import replay_each
-from earlyexit_kernels.criteria import Criterion, Dact, Expectation, Patience, SampledExit
+from benchmarks import glue
+from benchmarks.evidence import kept
+from benchmarks.evidence.kept import Costs, Kept, packed_logits
+from benchmarks.evidence.noise import swaps, typos
+from benchmarks.evidence.plans import Training
+from earlyexit_kernels.cli.eval import NEVER_SKIP, SKIP_FROM
+from earlyexit_kernels.cli.saved import HELD_OUT, Saved, load_saved
+from earlyexit_kernels.criteria import from_dict
 from earlyexit_kernels.hf.predict import predict_with_exits
-from earlyexit_kernels.tuning.flops import encoder_macs, row_macs
-from earlyexit_kernels.tuning.metrics import METRICS, predictions_of
-from earlyexit_kernels.tuning.rows import exit_shares
-from earlyexit_kernels.tuning.settings import settings, skip_settings
+from earlyexit_kernels.tuning.flops import encoder_macs, exit_macs, gate_macs
+from earlyexit_kernels.tuning.metrics import predictions_of
+from earlyexit_kernels.tuning.settings import skip_settings
+from earlyexit_kernels.tuning.tables import environment
 from earlyexit_kernels.tuning.traces import collect_trace
 
 BATCH_SIZE = 32
-#: Settings of a rule with a threshold.
-POINTS = 16
-#: Rules that are measured on every model whose heads allow them, beside the method's own.
-RULES = ("entropy", "patience", "voting")
-DRAWS = 20
-SPLITS = ("tuning", "reporting")
-#: Share of the words with a typing error.
-NOISE, NOISE_DRAWS = 0.2, 3
+#: Kind of changed words -> the share of the words that can be changed, and what changes them.
+CHANGES = {"typos": (0.2, typos), "swaps": (1.0, swaps)}
+DRAWS = 3
+#: Arms of a model with gates -> threshold from which a gate skips, or None for that of the method.
+ARMS = {"skips and exits": None, "exits alone": NEVER_SKIP}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A trained model with its traces on both splits, and the tokens of each row."""
-
-    traced: Traced
-    tokens: dict[str, torch.Tensor]
-
-    @property
-    def depth(self) -> int:
-        """Number of layers."""
-        return self.traced.saved.model.depth
-
-    def scored(self, split: str, criterion: Criterion, logits: NDArray, layers: NDArray, run: NDArray) -> Record:
-        """Return score, mean layers and share of the multiply-adds of the bare encoder at full depth."""
-        model, rows = self.traced.saved.model, self.traced.rows(split)
-        macs = row_macs(model, self.tokens[split], layers, run, criterion=criterion).total
-        return {
-            "score": round(rows.scores((rows.metric,), logits)[rows.metric], 4),
-            "layers": round(float(run.mean()), 4),
-            "macs": round(float(macs.sum() / encoder_macs(model, self.tokens[split]).sum()), 4),
-        }
-
-
-def measure(folder: Path, metric: str, reporting: Path, *, noise: bool = False) -> list[Record]:
-    """Return the records of a trained model.
+def measure(training: Training, folder: Path, reporting: Path, seconds: dict[str, int]) -> Kept:
+    """Return what is kept of a trained model.
 
     Args:
+        training: of the model.
         folder: written by `earlyexit train`, with the rows to choose settings on.
-        metric: that decides.
         reporting: file of the rows to report on.
-        noise: whether to measure patience and full depth on text with typing errors too.
+        seconds: of the training.
     """
     saved = load_saved(folder)
     assert saved.record is not None
     files = {"tuning": folder / HELD_OUT, "reporting": reporting}
-    splits = {name: saved.read(file, saved.record.columns) for name, file in files.items()}
-    traced = trace_splits(
-        saved, splits, dict(zip(SPLITS, SPLITS, strict=True)), metrics=[metric], batch_size=BATCH_SIZE
+    arrays: dict[str, NDArray] = {}
+    arms: dict[str, list[dict[str, Any]]] = {}
+    problem_type = saved.labels.problem_type
+    batching = {"collate_fn": saved.collate, "batch_size": BATCH_SIZE}
+    for split, file in files.items():
+        rows = saved.read(file, saved.record.columns)
+        data = saved.encoded(rows)
+        trace, labels = collect_trace(saved.model, data, **batching)
+        arrays[f"{split}_logits"] = packed_logits(trace.logits, problem_type)
+        arrays |= {f"{split}_{n}": trace.aux[n].to(torch.float16).numpy() for n in kept.AUX if n in trace.aux}
+        numbers = np.asarray(labels)
+        arrays[f"{split}_labels"] = numbers.astype(np.float32 if problem_type == kept.REGRESSION else np.uint8)
+        arrays[f"{split}_tokens"] = np.array([len(data[n]["input_ids"]) for n in range(len(data))], dtype=np.uint16)
+        if "gate" in saved.model.heads.aux_names:
+            arrays |= _skipping(saved, split, trace, data, arms, batching)
+        if training.noise and split == "reporting":
+            for kind, (share, change) in CHANGES.items():
+                for seed in range(DRAWS):
+                    changed = saved.encoded(change(rows, share, seed=seed))
+                    logits = collect_trace(saved.model, changed, **batching)[0].logits
+                    arrays[f"{split}_{kind}{seed}_logits"] = packed_logits(logits, problem_type)
+    return Kept(
+        name=training.name,
+        metric=glue.TASKS[training.task].metric,
+        problem_type=problem_type,
+        method=saved.model.method.to_dict(),
+        rule=saved.model.method.rule,
+        command=" ".join(["earlyexit", *training.arguments("ENCODER", "OUTPUT")]),
+        costs=costs_of(saved.model),
+        arms=arms,
+        data={split: hashlib.sha256(file.read_bytes()).hexdigest() for split, file in files.items()},
+        seconds=seconds,
+        environment=environment(),
+        arrays=arrays,
     )
-    tokens = {name: torch.tensor([len(row["input_ids"]) for row in _rows(data)]) for name, data in traced.data.items()}
-    subject = Subject(traced, tokens)
-    found = [_layers(subject), _exits(subject)]
-    outputs, problem_type = traced.traces["tuning"][0], traced.problem_type
-    wanted = {*RULES, saved.model.method.rule}
-    for name, group in settings(outputs, points=POINTS, problem_type=problem_type).items():
-        if name in wanted:
-            found.append(_replayed(subject, name, group))
-    if "halting" in outputs.aux:
-        draws = [SampledExit(seed=seed) for seed in range(DRAWS)]
-        found += [_replayed(subject, "sampled_exit", draws), _replayed(subject, "expectation", [Expectation()])]
-        if saved.model.method.name == "dact":
-            found.append(_replayed(subject, "bound", [Dact(bound=bound) for bound in ("paper", "tight")]))
-    if "gate" in saved.model.heads.aux_names:
-        found += _skipping(subject)
-    if noise:
-        found += list(_noisy(subject))
-    return found
 
 
-def _rows(data: Any) -> Iterator[Any]:
-    return (data[number] for number in range(len(data)))
+def _skipping(
+    saved: Saved, split: str, trace: Any, data: Any, arms: dict[str, list[dict[str, Any]]], batching: dict[str, Any]
+) -> dict[str, NDArray]:
+    """Run the model with skips and exits, and with exits alone, over the same thresholds.
 
-
-def _layers(subject: Subject) -> Record:
-    """Return the score of each exit on both splits."""
-    metric = subject.traced.metrics[0]
-    scores = {
-        split: [round(layer[metric], 4) for layer in subject.traced.rows(split).truncations((metric,))]
-        for split in SPLITS
-    }
-    return {"kind": "layers", "metric": metric, **scores}
-
-
-def _exits(subject: Subject) -> Record:
-    """Return how often exits agree, and the share of the reporting rows that one exit or the other answers rightly."""
-    trace, labels = subject.traced.traces["reporting"]
-    if subject.traced.problem_type == "regression":
-        return {"kind": "exits"}
-    named = trace.logits.argmax(dim=-1).numpy()
-    right = named == np.asarray(labels)[:, None]
-    pairs = [float((named[:, a] != named[:, b]).mean()) for a, b in combinations(range(subject.depth), 2)]
-    return {
-        "kind": "exits",
-        "neighbours_agree": [round(float(x), 4) for x in (named[:, 1:] == named[:, :-1]).mean(axis=0)],
-        "disagreement": round(float(np.mean(pairs)), 4),
-        "oracle": round(float(right.any(axis=1).mean()), 4),
-        "overthinking": round(float((right.any(axis=1) & ~right[:, -1]).mean()), 4),
-    }
-
-
-def _replayed(subject: Subject, name: str, group: Sequence[Criterion]) -> Record:
-    """Return the settings of a rule replayed on both splits; on the reporting one with random exits of the same mix."""
-    columns = {}
-    for split in SPLITS:
-        of_split, rows = subject.traced.rows(split), []
-        for answers in of_split.replay(group):
-            row = subject.scored(split, answers.criterion, answers.logits, answers.exit_layer, answers.layers_run)
-            if split == "reporting":
-                row["random"] = round(of_split.random_exit(exit_shares(answers.exit_layer, subject.depth)), 4)
-            rows.append(row)
-        columns[split] = _columns(rows)
-    return {"kind": "rule", "rule": name, "settings": [c.to_dict() for c in group], **columns}
-
-
-def _skipping(subject: Subject) -> list[Record]:
-    """Return SmartBERT's four arms by running the model: skips and exits, and exits alone, over the same thresholds.
-
-    The first threshold of each is 0, with which no row leaves: skips alone, and neither.
+    The first threshold of each is 0, with which no row leaves: skips alone, and neither. Settings are those of the
+    tuning rows, which come first.
     """
-    model, trace = subject.traced.saved.model, subject.traced.traces["tuning"][0]
-    skip_from = model.method.to_dict().get("skip_threshold", SKIP_FROM)
-    found = []
-    for name, threshold in (("skips and exits", skip_from), ("exits alone", NEVER_SKIP)):
-        group = skip_settings(trace, skip_from=(threshold,))
-        columns = {}
-        for split in SPLITS:
-            rows = []
-            for criterion in group:
-                model.set_criterion(criterion)
-                out = predict_with_exits(model, subject.traced.data[split], **subject.traced.batching)
-                rows.append(subject.scored(split, criterion, out.logits, out.exit_layer, out.layers_run))
-            columns[split] = _columns(rows)
-        found.append({"kind": "rule", "rule": name, "settings": [c.to_dict() for c in group], **columns})
+    model, made = saved.model, {}
+    of_method = model.method.to_dict().get("skip_threshold", SKIP_FROM)
+    for arm, skip_from in ARMS.items():
+        if split == "tuning":
+            group = skip_settings(trace, skip_from=(of_method if skip_from is None else skip_from,))
+            arms[arm] = [criterion.to_dict() for criterion in group]
+        answers, layers, run = [], [], []
+        for settings in arms[arm]:
+            model.set_criterion(from_dict(settings))
+            out = predict_with_exits(model, data, **batching)
+            answers.append(predictions_of(out.logits, saved.labels.problem_type))
+            layers.append(out.exit_layer)
+            run.append(out.layers_run)
+        for name, rows in (("answers", answers), ("exit_layer", layers), ("layers_run", run)):
+            made[f"{split}_{arm}_{name}"] = np.stack(rows).astype(np.uint8)
     model.set_criterion(None)
-    return found
+    return made
 
 
-def _noisy(subject: Subject) -> Iterator[Record]:
-    """Yield full depth and each patience on text with typing errors, the mean of several draws."""
-    saved, problem_type = subject.traced.saved, subject.traced.problem_type
-    metric = METRICS[subject.traced.metrics[0]]
-    group = [Patience(patience=p) for p in range(1, subject.depth)]
-    draws = []
-    for seed in range(NOISE_DRAWS):
-        split = typos(subject.traced.splits["reporting"], NOISE, seed=seed)
-        trace, labels = collect_trace(saved.model, saved.encoded(split), **subject.traced.batching)
-        full = predictions_of(trace.logits[:, -1].numpy(), problem_type)
-        row = [metric(full, np.asarray(labels))]
-        for logits, _layers in replay_each(trace, group, problem_type=problem_type):
-            row.append(metric(predictions_of(logits.numpy(), problem_type), np.asarray(labels)))
-        draws.append(row)
-    scores = np.mean(draws, axis=0)
-    yield {
-        "kind": "noise",
-        "share": NOISE,
-        "full_depth": round(scores[0], 4),
-        "patience": np.round(scores[1:], 4).tolist(),
-    }
+def costs_of(model: Any) -> Costs:
+    """Return the multiply-adds of the parts of a model as polynomials of the tokens of a row."""
+    tokens = torch.tensor([0, 100, 200])
 
+    def polynomial(macs: torch.Tensor) -> tuple[float, ...]:
+        return tuple(np.round(polyfit(tokens.double().numpy(), macs.double().numpy(), 2), 6).tolist())
 
-def _columns(rows: Sequence[Record]) -> dict[str, list[float]]:
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    scalars: Sequence[str] = ["", *(name for name in kept.AUX if name in model.heads.aux_names)]
+    empty = torch.zeros_like(tokens)
+    return Costs(
+        embedding=polynomial(encoder_macs(model, tokens, 0)),
+        layer=polynomial(encoder_macs(model, tokens, 1) - encoder_macs(model, tokens, 0)),
+        gate=polynomial(gate_macs(model, tokens) if "gate" in model.heads.aux_names else empty),
+        exits={name: polynomial(exit_macs(model, tokens, name or None)) for name in scalars},
+    )

@@ -1,4 +1,4 @@
-"""Typing errors in sentences, drawn with a seed."""
+"""Changed words in sentences, drawn with a seed: typing errors, and words of the same meaning."""
 
 from __future__ import annotations
 
@@ -68,6 +68,32 @@ TYPOS: dict[str, Callable[[str], list[str]]] = {
     "repeat": _repeated,
     "neighbour": _missed,
 }
+
+
+#: Groups of words that stand for each other in sentences about films, with the same sentiment.
+SYNONYMS = (
+    *(("film", "movie", "picture"), ("films", "movies", "pictures"), ("story", "tale"), ("actor", "performer")),
+    *(("actors", "performers"), ("viewer", "spectator"), ("viewers", "spectators", "audiences"), ("plot", "storyline")),
+    *(("funny", "amusing"), ("dull", "boring", "tedious"), ("awful", "terrible", "dreadful"), ("smart", "clever")),
+    *(("great", "terrific"), ("excellent", "superb"), ("beautiful", "lovely"), ("touching", "moving"), ("bad", "poor")),
+    *(("fascinating", "intriguing"), ("silly", "foolish"), ("sad", "sorrowful"), ("charming", "delightful")),
+    *(("strange", "odd"), ("big", "large"), ("small", "little"), ("fast", "quick"), ("entire", "whole")),
+    *(("almost", "nearly"), ("perhaps", "maybe"), ("often", "frequently"), ("too", "overly"), ("although", "though")),
+    *(("begins", "starts"), ("ends", "finishes"), ("seems", "appears")),
+    *(("director", "filmmaker"), ("kids", "children"), ("people", "folks"), ("watch", "view")),
+    *(("really", "truly"), ("completely", "totally", "entirely"), ("extremely", "exceedingly"), ("simply", "merely")),
+)
+SAME_MEANING = {word: tuple(w for w in group if w != word) for group in SYNONYMS for word in group}
+
+
+def swaps(split: Split, share: float, *, seed: int = 0) -> Split:
+    """Put a word of the same meaning in the place of a share of the words of `SYNONYMS`; see `typos`."""
+    draw = random.Random(seed).random
+
+    def words(found: Sequence[str]) -> list[str]:
+        return [_pick(SAME_MEANING[w], draw) if w in SAME_MEANING and draw() < share else w for w in found]
+
+    return _changed(split, words)
 
 
 def _mistyped(word: str, draw: Callable[[], float]) -> str:

@@ -1,4 +1,4 @@
-"""List the trainings of each experiment, with the budget that all of them share."""
+"""List the trainings of each experiment, with the budget that those of a task share."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.glue import TASKS
 from earlyexit_kernels.cli.train import method_from
 
 SEEDS = (0, 1, 2)
-#: Rows to train on; of RTE all that are not held out.
-ROWS = {"trec": 4000, "sst2": 4000, "cola": 8000, "mrpc": 2000, "stsb": 2000, "rte": 1990}
 #: Train rows that settings are chosen on.
 HOLDOUT = 500
-#: Epochs in which the encoder is trained, and epochs of a phase that trains exits alone.
-EPOCHS, EXIT_EPOCHS = 2.0, 2.0
+#: Rows to train on: all that are not held out, of SST-2 a part.
+ROWS = {"trec": 4952, "sst2": 20000, "mrpc": 3168, "cola": 8051, "stsb": 5249, "rte": 1990}
+#: Epochs in which the encoder is trained; a phase that trains exits alone has as many.
+EPOCHS = {"trec": 3.0, "sst2": 1.0, "mrpc": 5.0, "cola": 2.0, "stsb": 3.0, "rte": 3.0}
 #: Peak learning rates of the encoder and of the exits; gates have the encoder's where `gate_lr` is not given.
 LR, HEAD_LR = 5e-5, 1e-3
 SIX, TWELVE, SHARED = "six", "twelve", "shared"
@@ -30,13 +30,12 @@ class Training:
     Attributes:
         task, method, seed: of `earlyexit train`; the seed also draws the rows.
         settings: options of the method that are not its defaults.
-        own_form: whether the exits have the form of the method's paper; if not, they are linear.
+        form: of the exits, ``"linear"`` or ``"attention"``.
         encoder: `SIX`, `TWELVE` or `SHARED` layers, as `encoders` makes them.
-        epochs: of each phase (default: `EPOCHS`, or `EXIT_EPOCHS` where the encoder is frozen).
+        epochs: of each phase (default: `EPOCHS` of the task).
         lr: of the encoder.
         start: the training that this one goes on from.
-        noise: whether to measure it on text with typing errors too.
-        bf16: whether to train in bfloat16 mixed precision.
+        noise: whether to measure it on changed words too.
         gate_lr: of the gates (default: the encoder's).
     """
 
@@ -44,13 +43,12 @@ class Training:
     method: str
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    own_form: bool = False
+    form: str = "linear"
     encoder: str = SIX
     epochs: tuple[float, ...] | None = None
     lr: float = LR
     start: Training | None = None
     noise: bool = False
-    bf16: bool = False
     gate_lr: float | None = None
 
     @property
@@ -58,8 +56,7 @@ class Training:
         """Name of the result, without the seed's rows or the budget."""
         words = [f"{key}={value}" for key, value in self.settings.items()]
         words += [f"gate_lr={self.gate_lr}"] if self.gate_lr else []
-        words += ["own"] if self.own_form else []
-        words += ["bf16"] if self.bf16 else []
+        words += [self.form] if self.form != "linear" else []
         words += [self.encoder] if self.encoder != SIX else []
         words += [f"after-{self.start.method}"] if self.start else []
         return "-".join([self.task, self.method, *words, f"seed{self.seed}"])
@@ -79,17 +76,17 @@ class Training:
         """
         given = [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
         phases = method_from(self.method, given).phases
-        epochs = self.epochs or [EPOCHS if "backbone" in phase.trains else EXIT_EPOCHS for phase in phases]
+        epochs = self.epochs or [EPOCHS[self.task] for _ in phases]
         files = files or self.files
         return [
             *("train", model, "--data", f"{files}/train.csv", "--dev", f"{files}/tuning.csv", "--output", output),
             *(("--pair-column", "pair") if TASKS[self.task].pairs else ()),
             *(("--problem", "regression") if TASKS[self.task].classes == 1 else ()),
             *("--method", self.method),
-            *("--pooling", "mean", *(() if self.own_form else ("--form", "linear"))),
+            *("--pooling", "mean", "--form", self.form),
             *("--seed", str(self.seed)),
             *("--lr", str(self.lr), "--head-lr", str(HEAD_LR), "--epochs", *map(str, epochs)),
-            *(("--bf16",) if self.bf16 else ()),
+            "--bf16",
             *(("--gate-lr", str(self.gate_lr)) if self.gate_lr else ()),
             *(word for text in given for word in ("--set", text)),
         ]
@@ -108,110 +105,112 @@ class Experiment:
     trainings: tuple[Training, ...]
 
 
-#: Settings that the budget requires: DACT's two phases share the epochs of one, SmartBERT's gates are soft for 3 of 5.
-BUDGETED: dict[str, dict[str, Any]] = {
-    "dact": {"epochs": (EPOCHS / 2, EPOCHS / 2), "settings": {"ponder": 0.1}},
-    "smartbert": {"settings": {"soft_epochs": 0.6 * EPOCHS, "gate_weight": 0.01}},
-}
-#: Method -> whether its paper's exits are of another form than the linear one of the comparison.
+#: Form of the exits in the comparison of methods: each with the other form too.
+LINEAR, ATTENTION = "linear", "attention"
 METHODS = {
-    "joint": False,
-    "palbert": False,
-    "ensemble": False,
-    "smartbert": True,
-    "dact": False,
-    "deebert": False,
-    "berxit": False,
-    "fastbert": True,
+    "joint": (LINEAR, ATTENTION),
+    "palbert": (LINEAR,),
+    "ensemble": (LINEAR,),
+    "smartbert": (ATTENTION,),
+    "dact": (LINEAR,),
+    "deebert": (LINEAR, ATTENTION),
+    "berxit": (LINEAR,),
+    "fastbert": (LINEAR, ATTENTION),
 }
-REGRESSION = ("joint", "palbert", "deebert", "berxit")
-#: Settings that the experiments of single methods compare.
-PONDERS = (0.03, 0.1, 0.3, 1.0)
-#: Initial bias of SmartBERT's gates, weight of the reward for skipping, and peak learning rate of the gates (None: the
-#: encoder's): the paper's start on the threshold, our default, and gates that learn as fast as exits.
-GATES = ((0.0, 0.01, None), (-1.5, 0.01, None), (-1.5, 0.01, HEAD_LR), (-1.5, 0.03, HEAD_LR))
-#: Task -> the gates that are tried on it. On CoLA those whose gates opened on MRPC, at the smaller weight: the others
-#: never skip there, or lose more.
-GATES_OF = {"mrpc": GATES, "cola": (GATES[0], GATES[2])}
-BETAS, PRIORS = (0.5, 0.05), (0.1, 0.3)
-DIVERSITIES, DEFAULT_DIVERSITY = (0.0, 0.05, 0.1, 0.3), 0.1
-#: SmartBERT's own experiment trains the encoder for one epoch more: skips begin when the task is learnt.
-SMARTBERT_EPOCHS = (3.0, 2.0)
+#: Tasks on which all methods are compared, and those on which some are: regression, and RTE, which stays at chance.
+COMPARED = ("trec", "sst2", "mrpc", "cola")
+SOME = {"stsb": ("joint", "palbert", "deebert", "berxit"), "rte": ("joint",)}
+#: DACT: weights of the ponder cost.
+PONDER = 0.1
+PONDERS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+#: PALBERT: inputs of the halting head and its layers, of which the first is the default.
+LAMBDA_HEADS = tuple(itertools.product(("concat", "diff", "single"), (3, 1)))
+#: Prior of the paper, on twelve layers, against one that leaves as much mass to the last layer at any depth.
+PAPER_PRIOR = 0.1
+DIVERSITIES, DIVERSITY = (0.0, 0.1, 0.3), 0.1
+#: SmartBERT: rewards of skipping, of which the paper has .04.
+GATE_WEIGHTS, GATE_WEIGHT = (0.01, 0.04, 0.1), 0.01
 
 
-def of_method(task: str, method: str, seed: int, *, own_form: bool = False) -> Training:
-    """Return a method under the common budget."""
-    given = dict(BUDGETED.get(method, {}))
-    if method == "smartbert" and not own_form:  # only attention exits have the token features that are contrasted
-        given["settings"] = given["settings"] | {"contrast_backbone": 0.0, "contrast_exits": 0.0}
-    return Training(task, method, seed, own_form=own_form, bf16=True, **given)
+def of_method(task: str, method: str, seed: int, form: str) -> Training:
+    """Return a method in the comparison."""
+    if method == "dact":
+        return dact(task, seed, PONDER)
+    settings = gates(task, GATE_WEIGHT) if method == "smartbert" else {}
+    return Training(task, method, seed, settings, form=form)
 
 
-def dact_start(seed: int) -> Training:
-    """Return the jointly trained exits that DACT's own phase goes on from."""
-    return Training("trec", "joint", seed)
+def gates(task: str, weight: float, soft: float = 0.6, **settings: Any) -> dict[str, Any]:
+    """Return settings of SmartBERT: gates that are soft for a share of the first phase's epochs."""
+    return {"soft_epochs": round(soft * EPOCHS[task], 3), "gate_weight": weight, **settings}
 
 
-def dact_after_joint(seed: int, ponder: float) -> Training:
-    """Return DACT's own phase on TREC."""
-    return Training("trec", "dact", seed, {"start": None, "ponder": ponder}, lr=1e-5, start=dact_start(seed))
+def dact(task: str, seed: int, ponder: float, start: str = "joint") -> Training:
+    """Return DACT with a weight of the ponder cost, after exits (`"joint"`) or the encoder alone (`"last"`)."""
+    settings = {"ponder": ponder} | ({} if start == "joint" else {"start": start})
+    half = EPOCHS[task] / 2  # both phases train the encoder
+    return Training(task, "dact", seed, settings, epochs=(half, half))
 
 
-def without_gates(task: str, seed: int) -> Training:
-    """Return SmartBERT's exits, trained in as many epochs, without gates."""
-    return Training(task, "deebert", seed, own_form=True, epochs=SMARTBERT_EPOCHS, bf16=True)
+def smartbert(task: str, seed: int, weight: float, soft: float = 0.6, **settings: Any) -> Training:
+    """Return SmartBERT with gates that learn as fast as exits, on an encoder that has learnt the task before."""
+    start = Training(task, "deebert", seed, form=ATTENTION)
+    made = gates(task, weight, soft, **settings)
+    return Training(task, "smartbert", seed, made, form=ATTENTION, start=start, gate_lr=HEAD_LR)
 
 
-def with_gates(task: str, seed: int, *, bias: float, weight: float, rate: float | None) -> Training:
-    """Return SmartBERT with gates of one of `GATES`."""
-    soft = round(0.6 * SMARTBERT_EPOCHS[0], 3)
-    settings = {"soft_epochs": soft, "gate_bias": bias, "gate_weight": weight}
-    budget = {"own_form": True, "epochs": SMARTBERT_EPOCHS, "bf16": True}
-    return Training(task, "smartbert", seed, settings, gate_lr=rate, **budget)
+#: SmartBERT's arms after the encoder has learnt the task -> arguments of `smartbert`.
+SMARTBERT: dict[str, dict[str, Any]] = {
+    **{f"weight {weight:g}": {"weight": weight} for weight in GATE_WEIGHTS},
+    "hard from the start": {"weight": GATE_WEIGHTS[1], "soft": 0.0},
+    "soft to the end": {"weight": GATE_WEIGHTS[1], "soft": 1.0},
+    "no contrast": {"weight": GATE_WEIGHTS[1], "contrast_backbone": 0.0, "contrast_exits": 0.0},
+}
 
 
-def palbert(seed: int, beta: float, prior: float, *, other_rows: bool = False) -> Training:
-    """Return PALBERT on SST-2; with `other_rows` its halting head learns again, on rows new to the encoder."""
-    settings = {"beta": beta, "prior": prior} | ({"halting_phase": True} if other_rows else {})
+def palbert(seed: int, given: str, layers: int) -> Training:
+    """Return PALBERT on SST-2 with a form of the halting head."""
+    settings = {"halting_input": given, "halting_layers": layers} if (given, layers) != LAMBDA_HEADS[0] else {}
     return Training("sst2", "palbert", seed, settings)
+
+
+def palbert_twelve(seed: int, prior: float | None) -> Training:
+    """Return PALBERT on twelve layers with a prior; None is the default."""
+    return Training("sst2", "palbert", seed, {} if prior is None else {"prior": prior}, encoder=TWELVE)
 
 
 def ensemble(task: str, seed: int, diversity: float) -> Training:
     """Return the ensemble with a weight of the diversity loss."""
-    return Training(task, "ensemble", seed, {} if diversity == DEFAULT_DIVERSITY else {"diversity": diversity})
+    return Training(task, "ensemble", seed, {} if diversity == DIVERSITY else {"diversity": diversity})
 
 
 def at_depth(task: str, seed: int, encoder: str) -> Training:
     """Return jointly trained exits on an encoder, as PABEE's."""
-    return Training(task, "joint", seed, encoder=encoder, noise=task == "sst2" and encoder == TWELVE, bf16=True)
+    return Training(task, "joint", seed, encoder=encoder, noise=task == "sst2" and encoder == TWELVE)
 
 
 def _methods(task: str) -> Iterator[Training]:
-    for seed in SEEDS:
-        for method, other_form in METHODS.items():
-            if task != "stsb" or method in REGRESSION:
-                yield of_method(task, method, seed)
-                if other_form:
-                    yield of_method(task, method, seed, own_form=True)
+    for seed, method in itertools.product(SEEDS, SOME.get(task, tuple(METHODS))):
+        for form in METHODS[method] if task in COMPARED else (LINEAR,):
+            yield of_method(task, method, seed, form)
 
 
 def _dact() -> Iterator[Training]:
+    for seed, ponder in itertools.product(SEEDS, PONDERS):
+        yield dact("trec", seed, ponder)
     for seed in SEEDS:
-        yield dact_start(seed)
-        yield from (dact_after_joint(seed, ponder) for ponder in PONDERS)
+        yield dact("trec", seed, PONDER, "last")
 
 
 def _smartbert(task: str) -> Iterator[Training]:
-    for seed in SEEDS:
-        yield without_gates(task, seed)
-        for bias, weight, rate in GATES_OF[task]:
-            yield with_gates(task, seed, bias=bias, weight=weight, rate=rate)
+    for seed, arguments in itertools.product(SEEDS, SMARTBERT.values()):
+        yield smartbert(task, seed, **arguments)
 
 
 def _palbert() -> Iterator[Training]:
     for seed in SEEDS:
-        yield from (palbert(seed, beta, prior) for beta, prior in itertools.product(BETAS, PRIORS))
-        yield palbert(seed, BETAS[-1], PRIORS[-1], other_rows=True)
+        yield from (palbert(seed, *head) for head in LAMBDA_HEADS)
+        yield from (palbert_twelve(seed, prior) for prior in (None, PAPER_PRIOR))
 
 
 def _ensemble() -> Iterator[Training]:
@@ -224,23 +223,20 @@ def _pabee() -> Iterator[Training]:
         yield at_depth(task, seed, encoder)
 
 
-def _compared(task: str) -> Experiment:
-    return Experiment(f"the methods under one budget, {task}", tuple(_methods(task)))
-
-
 #: In the order in which `make evidence` runs them.
 EXPERIMENTS: dict[str, Experiment] = {
+    "methods_trec": Experiment("the methods under one budget, trec", tuple(_methods("trec"))),
+    "methods_sst2": Experiment("the methods under one budget, sst2", tuple(_methods("sst2"))),
     "dact": Experiment("DACT-BERT is best at small budgets", tuple(_dact())),
-    "palbert": Experiment("Q-exit is far better than PonderNet's sampled exit", tuple(_palbert())),
     "ensemble": Experiment("the diversity loss and voting each improve the trade-off", tuple(_ensemble())),
-    "smartbert_mrpc": Experiment("skips and exits together need fewer multiply-adds", tuple(_smartbert("mrpc"))),
     "pabee": Experiment("patience is 1.57x faster, more accurate than full depth, and robust", tuple(_pabee())),
-    "methods_trec": _compared("trec"),
-    "methods_sst2": _compared("sst2"),
-    "smartbert_cola": Experiment("as on MRPC", tuple(_smartbert("cola"))),
-    **{f"methods_{task}": _compared(task) for task in ("mrpc", "cola", "stsb")},
-    # at chance in this budget, so that other methods are not trained on it
-    "methods_rte": Experiment("joint training on RTE", tuple(of_method("rte", "joint", seed) for seed in SEEDS)),
+    "palbert": Experiment("Q-exit is far better than PonderNet's sampled exit", tuple(_palbert())),
+    "smartbert_trec": Experiment("skips and exits together need 2 to 3 times fewer layers", tuple(_smartbert("trec"))),
+    "smartbert_sst2": Experiment("as on TREC", tuple(_smartbert("sst2"))),
+    "methods_mrpc": Experiment("the methods under one budget, mrpc", tuple(_methods("mrpc"))),
+    "methods_stsb": Experiment("the methods for numbers, stsb", tuple(_methods("stsb"))),
+    "methods_cola": Experiment("the methods under one budget, cola", tuple(_methods("cola"))),
+    "methods_rte": Experiment("joint training on RTE", tuple(_methods("rte"))),
 }
 
 

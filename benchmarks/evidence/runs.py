@@ -1,9 +1,8 @@
-"""Train and measure some of the models, and write their records."""
+"""Train and measure some of the models, and keep what their exits answer."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,22 +10,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import glue, harness
+from benchmarks import glue
 from benchmarks.evidence import plans
 from benchmarks.evidence.measure import measure
 from benchmarks.evidence.plans import Training
-from benchmarks.evidence.results import stored
 from earlyexit_cli import main
-from earlyexit_kernels.cli.saved import RECORD, load_saved
-from earlyexit_kernels.tuning.tables import environment
+from earlyexit_kernels.cli.saved import RECORD
 
 
 def groups(trainings: Sequence[Training], results: Path) -> list[tuple[Training, ...]]:
     """Return what is left, with trainings that start from the same model together, after it."""
     found: dict[str, list[Training]] = {}
-    done = stored(results)
     for training in trainings:
-        if training.name not in done:
+        if not (results / f"{training.name}.npz").is_file():
             first = training.start or training
             found.setdefault(first.name, []).append(training)
     return [tuple(group) for group in found.values()]
@@ -45,11 +41,9 @@ def run_group(group: Sequence[Training], encoders: dict[str, str], work: Path, r
         started = time.monotonic()
         train_once(training, model, work)
         trained = time.monotonic()
+        seconds = {"training": round(trained - started)}
         with _logged(work / f"{training.name}.log"):
-            reporting, metric = rows_of(training, work)["reporting"], glue.TASKS[training.task].metric
-            records = measure(work / training.name, metric, reporting, noise=training.noise)
-        seconds = {"training": round(trained - started), "measuring": round(time.monotonic() - trained)}
-        write(training, records, seconds, work, results)
+            measure(training, work / training.name, rows_of(training, work)["reporting"], seconds).save(results)
         done.append(training.name)
     for training in (*group, *(training.start for training in group if training.start)):
         shutil.rmtree(work / training.name, ignore_errors=True)
@@ -80,20 +74,3 @@ def _logged(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
-
-
-def write(
-    training: Training, records: Sequence[harness.Record], seconds: dict[str, int], work: Path, results: Path
-) -> None:
-    """Append the records of a training to the results."""
-    document = {
-        "name": training.name,
-        "command": " ".join(["earlyexit", *training.arguments("ENCODER", "OUTPUT")]),
-        "method": load_saved(work / training.name).model.method.to_dict(),
-        "seconds": seconds,
-        "environment": environment(),
-        "records": list(records),
-    }
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("ab", buffering=0) as file:  # one write, since other processes append to it too
-        file.write(f"{json.dumps(document)}\n".encode())

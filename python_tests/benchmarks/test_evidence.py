@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -11,14 +10,14 @@ import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks import glue
-from benchmarks.evidence import encoders, measure, plans, runs, tables
-from benchmarks.evidence.__main__ import left_table
+from benchmarks.evidence import encoders, measure, plans, runs
+from benchmarks.evidence.kept import FOLDER, DamagedError, Kept, load, packed_logits
 from benchmarks.evidence.plans import SIX, Training
-from benchmarks.evidence.results import RESULTS, mixed, stored
 from earlyexit_cli import build_parser
+from earlyexit_kernels.cli.train import method_from
 from earlyexit_kernels.data import toy
 from earlyexit_kernels.data.rows import Split
-from earlyexit_kernels.methods import METHODS
+from earlyexit_kernels.tuning import flops
 
 
 def test_plans_have_unique_names_and_arguments_that_the_command_takes():
@@ -27,23 +26,24 @@ def test_plans_have_unique_names_and_arguments_that_the_command_takes():
     for experiment in plans.EXPERIMENTS.values():
         for training in experiment.trainings:
             assert by_name.setdefault(training.name, training) == training
-            assert training.start is None or training.start.name in trainings
-    for training in trainings.values():
+    for training in (*trainings.values(), *(t.start for t in trainings.values() if t.start)):
         parsed = build_parser().parse_args(training.arguments("ENCODER", "OUTPUT"))
         assert str(plans.ROWS[training.task]) in str(parsed.data) and parsed.seed == training.seed
+        phases = method_from(training.method, parsed.set or []).phases
+        assert len(parsed.epochs) == len(phases)
+        trained = sum(e for e, phase in zip(parsed.epochs, phases, strict=True) if "backbone" in phase.trains)
+        assert trained == plans.EPOCHS[training.task], "the encoder learns alike in all"
     for task in plans.ROWS:
-        compared = {METHODS[t.method] for t in plans.EXPERIMENTS[f"methods_{task}"].trainings}
-        expected = {"stsb": plans.REGRESSION, "rte": ("joint",)}.get(task, METHODS)
-        assert compared == {METHODS[name] for name in expected}
+        compared = {t.method for t in plans.EXPERIMENTS[f"methods_{task}"].trainings}
+        assert compared == set(plans.SOME.get(task, plans.METHODS))
 
 
-def test_committed_results_are_of_planned_trainings_with_their_present_arguments():
+def test_kept_answers_are_of_planned_trainings_with_their_present_arguments():
     trainings = plans.all_trainings()
-    results = stored(RESULTS)
-    assert len(results) == 225
-    for name, result in results.items():
-        command = " ".join(["earlyexit", *trainings[name].arguments("ENCODER", "OUTPUT")])
-        assert result.document["command"] == command, name
+    for path in FOLDER.glob("*.npz"):
+        found = load(path)
+        assert path.stem == found.name and not found.environment["commit"].endswith("+")
+        assert found.command == " ".join(["earlyexit", *trainings[found.name].arguments("ENCODER", "OUTPUT")])
 
 
 @pytest.fixture
@@ -55,105 +55,88 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(glue.TASKS, "toy", glue.Task())
     monkeypatch.setattr(plans, "ROWS", {"toy": 32})
     monkeypatch.setattr(plans, "HOLDOUT", 24)
-    monkeypatch.setattr(plans, "EXIT_EPOCHS", 0.5)
-    monkeypatch.setattr(measure, "NOISE_DRAWS", 1)
+    monkeypatch.setitem(plans.EPOCHS, "toy", 0.5)
+    monkeypatch.setattr(measure, "DRAWS", 1)
     toy.toy_model(0, layers=3, hidden=16).save_pretrained(tmp_path / "base")
     toy.toy_tokenizer().save_pretrained(tmp_path / "base")
 
     def run(*group):
         threads = torch.get_num_threads()
         try:
-            names = runs.run_group(group, {SIX: str(tmp_path / "base")}, tmp_path / "work", tmp_path / "results.jsonl")
+            names = runs.run_group(group, {SIX: str(tmp_path / "base")}, tmp_path / "work", tmp_path / "results")
         finally:
             torch.set_num_threads(threads)
         assert names == [training.name for training in group]
-        return tmp_path / "results.jsonl"
+        return tmp_path / "results"
 
     return run
 
 
 @pytest.mark.thorough
 def test_training_that_starts_from_another_is_measured_after_it(tiny, tmp_path):
-    joint = Training("toy", "joint", 0, epochs=(0.5,))
-    dact = Training("toy", "dact", 0, {"start": None}, start=joint, epochs=(0.5,))
+    joint = Training("toy", "joint", 0)
+    dact = Training("toy", "dact", 0, {"start": None}, start=joint)
     results = tiny(joint, dact)
     assert [p.name for p in sorted((tmp_path / "work").glob("toy-*")) if p.is_dir()] == [], "models are removed"
-    found = stored(results)[dact.name]
-    bound = found.columns("bound")
-    assert len(bound["score"]) == 2 and bound["macs"][0] > 0
-    assert len(found.columns("sampled_exit")["score"]) == measure.DRAWS
-    assert runs.groups([joint, dact], results) == []
-    results.write_text("".join(line for line in results.read_text().splitlines(True) if dact.name not in line))
+    found = load(results / f"{dact.name}.npz")
+    assert found.trace("tuning").aux["halting"].shape == (24, 3) and runs.groups([joint, dact], results) == []
+    (results / f"{dact.name}.npz").unlink()
     assert runs.groups([joint, dact], results) == [(dact,)]
     tiny(dact)
-    again = stored(results)[dact.name]
-    assert again.records == found.records, "a start that is gone is trained again, alike"
+    again = load(results / f"{dact.name}.npz")
+    for name, values in found.arrays.items():
+        assert np.array_equal(again.arrays[name], values), "a start that is gone is trained again, alike"
 
 
-def test_skips_are_measured_beside_exits_alone(tiny):
-    results = tiny(Training("toy", "smartbert", 0, {"soft_epochs": 0.25}, own_form=True, epochs=(0.5, 0.5)))
-    (found,) = stored(results).values()
-    both, alone = found.columns("skips and exits"), found.columns("exits alone")
-    assert alone["score"][0] == pytest.approx(found.full_depth), "the first threshold is 0"
-    assert alone["macs"][0] > 1 and both["layers"][0] <= alone["layers"][0]
+def test_skips_are_kept_beside_exits_alone(tiny):
+    training = Training("toy", "smartbert", 0, {"soft_epochs": 0.25}, form="attention")
+    results = tiny(training)
+    found = load(results / f"{training.name}.npz")
+    for split in ("tuning", "reporting"):
+        trace = found.trace(split)
+        for arm in ("skips and exits", "exits alone"):
+            answers, layers, run = (found.arrays[f"{split}_{arm}_{n}"] for n in ("answers", "exit_layer", "layers_run"))
+            assert len(answers) == len(found.arms[arm]) > 1 and (run <= layers).all()
+            assert (layers[0] == 3).all(), "the first threshold is 0"
+        assert np.array_equal(answers[0], trace.logits[:, -1].argmax(-1)) and (run == layers).all()
+    assert found.costs.of(found.costs.gate, found.tokens("tuning")).min() > 0
 
 
-def test_noise_and_records_of_exits(tiny):
-    results = tiny(Training("toy", "joint", 0, epochs=(0.5,), noise=True))
-    (found,) = stored(results).values()
-    exits, noise = found.record("exits"), found.record("noise")
-    assert len(exits["neighbours_agree"]) == 2 and exits["oracle"] >= found.full_depth
-    assert len(noise["patience"]) == 2
-    patience = found.columns("patience")
-    assert patience["layers"][-1] == 3 and patience["score"][-1] == pytest.approx(found.full_depth)
-    assert patience["random"][-1] == pytest.approx(found.full_depth, abs=1e-3)
-    assert json.dumps(found.document), "finite"
+def test_answers_are_kept_as_a_model_gives_them(tiny, tmp_path, monkeypatch):
+    """Differences of logits, multiply-adds, and the rows with changed words."""
+    kept, models = [], []
+    write, of_model = Kept.save, measure.costs_of
+    monkeypatch.setattr(Kept, "save", lambda self, folder: kept.append(self) or write(self, folder))
+    monkeypatch.setattr(measure, "costs_of", lambda model: models.append(model) or of_model(model))
+    training = Training("toy", "palbert", 0, noise=True)
+    results = tiny(training)
+    (before,), (model,), found = kept, models, load(results / f"{training.name}.npz")
+    assert found.arrays.keys() == before.arrays.keys() and found.costs == before.costs and found.depth == 3
+    trace, tokens = found.trace("reporting"), torch.from_numpy(found.tokens("reporting").astype(np.int64))
+    assert trace.logits[..., 0].eq(0).all() and trace.aux["halting"].shape == (24, 3)
+    layers = torch.arange(24) % 3 + 1
+    for needs in ("", "halting"):
+        expected = flops.encoder_macs(model, tokens, layers) + layers * flops.exit_macs(model, tokens, needs or None)
+        costs = found.costs
+        each = costs.of(costs.layer, tokens.numpy()) + costs.of(costs.exits[needs], tokens.numpy())
+        got = costs.of(costs.embedding, tokens.numpy()) + layers.numpy() * each
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-9)
+    assert found.draws("reporting", "typos") == ["typos0"] and found.draws("reporting", "swaps") == ["swaps0"]
+    assert not torch.equal(found.trace("reporting", "typos0").logits, trace.logits)
+    assert set(found.data) == {"tuning", "reporting"} and found.seconds["training"] >= 0
+    for cut in (0, 10, 2000):
+        path = tmp_path / "cut.npz"
+        path.write_bytes((results / f"{training.name}.npz").read_bytes()[:cut])
+        with pytest.raises(DamagedError, match=r"cut\.npz is damaged .*delete it"):
+            load(path)
 
 
-def test_mix_meets_the_share_with_the_best_two_settings_of_the_held_out_rows():
-    tuning = {"score": [0.5, 0.55, 0.8, 0.9], "macs": [0.2, 0.4, 0.6, 1.0], "layers": [1.0, 2.0, 3.0, 6.0]}
-    reporting = {name: [value + 0.01 for value in values] for name, values in tuning.items()}
-    found = mixed(tuning, reporting, 0.4)
-    assert found.score == pytest.approx(0.66) and found.macs == pytest.approx(0.41), "the second setting is below"
-    assert mixed(tuning, reporting, 0.1) is None and mixed(tuning, reporting, 1.1) is None
-    assert mixed(tuning, reporting, 1.0).score == pytest.approx(0.91)
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        macs = np.sort(rng.random(6))
-        columns = {"score": rng.random(6).tolist(), "macs": macs.tolist(), "layers": macs.tolist()}
-        share = float(rng.uniform(macs[0], macs[-1]))
-        best = max(
-            (columns["score"][i] * (macs[j] - share) + columns["score"][j] * (share - macs[i])) / (macs[j] - macs[i])
-            for i in range(6)
-            for j in range(i + 1, 6)
-            if macs[i] <= share <= macs[j]
-        )
-        assert mixed(columns, columns, share).score == pytest.approx(best)
-
-
-def test_every_table_is_made_from_results(tmp_path):
-    """A copy of one invented result in place of each training fills every cell."""
-    rule = {"score": [0.5, 0.7, 0.8], "layers": [1.0, 3.0, 6.0], "macs": [0.1, 0.5, 1.0], "random": [0.4, 0.6, 0.8]}
-    names = {"entropy", "patience", "voting", "q_exit", "dact", "learned", "sampled_exit", "expectation", "bound"}
-    records = [
-        {"kind": "layers", "metric": "accuracy", "tuning": [0.5] * 5 + [0.8], "reporting": [0.5] * 5 + [0.8]},
-        {"kind": "exits", "neighbours_agree": [0.9] * 5, "disagreement": 0.1, "oracle": 0.9, "overthinking": 0.1},
-        {"kind": "noise", "share": 0.2, "full_depth": 0.7, "patience": [0.4, 0.6, 0.7]},
-    ]
-    for name in (*names, "skips and exits", "exits alone"):
-        settings = [{"name": name, "q": q} for q in (0.5, 0.7, 0.9)]
-        records.append({"kind": "rule", "rule": name, "settings": settings, "tuning": rule, "reporting": rule})
-    results = tmp_path / "results.jsonl"
-    lines = (json.dumps({"name": name, "records": records}) for name in plans.all_trainings())
-    results.write_text("".join(f"{line}\n" for line in lines))
-    for name, table in tables.TABLES.items():
-        lines = table(results=results).splitlines()
-        cells = [cell.strip() for line in lines[2:] for cell in line.strip("|").split("|")]
-        empty = sum(not cell for cell in cells)
-        assert len(lines) > 2 and "seeds" not in "".join(lines), name
-        assert not empty, (name, cells)
-    assert " 0 |" in left_table(results)
-    assert tables.methods("trec", results=tmp_path / "none") == tables.NOT_MEASURED
+def test_logits_are_kept_up_to_a_constant():
+    logits = torch.randn(5, 2, 3)
+    kept = packed_logits(logits, "single_label_classification")
+    assert kept.shape == (5, 2, 2) and kept.dtype == np.float16
+    numbers = packed_logits(logits[..., :1], "regression")
+    assert np.array_equal(numbers, logits[..., :1].half().numpy())
 
 
 def test_encoders_grown_from_another_start_from_its_layers():

@@ -35,15 +35,29 @@ def test_published_row_counts(name):
     assert glue.TASKS[name].metric in METRICS
 
 
+def write_pairs(path, numbers):
+    lines = "".join(f"{i}\t{i % 2}\tfirst {i}\tsecond {i}\n" for i in numbers)
+    path.write_text(f"idx\tlabel\tsentence1\tsentence2\n{lines}")
+
+
+@pytest.mark.parametrize(("task", "numbers"), [("mrpc", [20, 21, 30, 31]), ("rte", [20, 21])])
+def test_reported_rows_have_labels_and_do_not_stand_in_train(task, numbers, tmp_path, monkeypatch):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    (tmp_path / task).mkdir()
+    for name, rows in (("train", range(20)), ("dev", [20, 3, 21]), ("test", [30, 31, 4])):
+        write_pairs(tmp_path / task / f"{name}.tsv", rows)
+    expected = Split([(f"first {i}", f"second {i}") for i in numbers], [i % 2 for i in numbers])
+    assert glue.reported_rows(task) == expected
+
+
 def test_files_of_a_training(tmp_path, monkeypatch):
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     with pytest.raises(NotMeasuredError, match=r"a folder with rte/train.tsv"):
         glue.read_split("rte", "train")
     (tmp_path / "rte").mkdir()
-    for name, rows in (("train", 20), ("dev", 3)):
-        lines = "".join(f"{i}\t{i % 2}\tfirst {i}\tsecond {i}\n" for i in range(rows))
-        (tmp_path / "rte" / f"{name}.tsv").write_text(f"idx\tlabel\tsentence1\tsentence2\n{lines}")
-    assert glue.read_split("rte", "dev") == Split([(f"first {i}", f"second {i}") for i in range(3)], [0, 1, 0])
+    write_pairs(tmp_path / "rte" / "train.tsv", range(20))
+    write_pairs(tmp_path / "rte" / "dev.tsv", range(20, 23))
+    assert glue.read_split("rte", "dev") == Split([(f"first {i}", f"second {i}") for i in range(20, 23)], [0, 1, 0])
     files = glue.write_files("rte", tmp_path / "rows", rows=10, holdout=6, seed=1)
     tables = {name: read_table(file).columns for name, file in files.items()}
     assert [len(table["text"]) for table in tables.values()] == [10, 6, 3]

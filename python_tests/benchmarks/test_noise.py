@@ -1,6 +1,6 @@
-"""Typing errors that the evidence puts into text."""
+"""Words that the evidence changes in text."""
 
-from benchmarks.evidence.noise import TYPOS, typos
+from benchmarks.evidence.noise import SAME_MEANING, TYPOS, swaps, typos
 from earlyexit_kernels.data.rows import Split
 
 TEXT = "the plot of the film was really brilliant , but the cast was dull ."
@@ -27,3 +27,13 @@ def test_errors_by_hand():
     assert TYPOS["drop"]("ab") == ["b", "a"] and TYPOS["drop"]("a") == []
     assert TYPOS["repeat"]("ab") == ["aab", "abb"]
     assert TYPOS["neighbour"]("Q1p") == ["W1p", "Q1o"]
+
+
+def test_swaps_put_words_of_the_same_meaning():
+    assert swaps(MANY, 1.0, seed=1) == swaps(MANY, 1.0, seed=1) != swaps(MANY, 1.0, seed=2)
+    assert swaps(MANY, 0.0) == MANY and swaps(MANY, 0.5).labels == MANY.labels
+    pairs = [pair for text in swaps(MANY, 1.0).texts for pair in zip(TEXT.split(), text.split(), strict=True)]
+    changed = {old for old, new in pairs if old != new}
+    assert changed == {"film", "plot", "really", "dull"}
+    assert all(new in SAME_MEANING[old] for old, new in pairs if old != new)
+    assert all(word in SAME_MEANING[other] for word, others in SAME_MEANING.items() for other in others)
