@@ -4,7 +4,7 @@ A file holds for the rows to choose settings on (``tuning``) and the rows to rep
 
 - ``{split}_logits`` ``[N, L, K]`` float16: for numbers K = 1; for classes K = C - 1, with those of the first one
   subtracted and left out, since only differences of logits are read;
-- ``{split}_halting``, ``{split}_uncertainty`` ``[N, L]`` float16, of models that have them;
+- ``{split}_halting``, ``{split}_uncertainty`` ``[N, L]`` float16, logits, of models that have them;
 - ``{split}_labels`` ``[N]``, ``{split}_tokens`` ``[N]`` uint16;
 - ``{split}_{draw}_logits``, as ``{split}_logits``, of the same rows with changed words;
 - ``{split}_{arm}_answers``, ``_exit_layer``, ``_layers_run`` ``[settings, N]`` uint8: of runs that skip layers, which a

@@ -79,7 +79,7 @@ def row_macs(
     tokens, left_at = (torch.as_tensor(values, dtype=torch.int64) for values in (lengths, exit_layer))
     ran = left_at if layers_run is None else torch.as_tensor(layers_run, dtype=torch.int64)
     _check(tokens, left_at, ran, model.depth, skips)
-    exits = _exits_computed(left_at, ran, [rule.exit_rule.is_due(k, model.depth) for k in range(1, model.depth + 1)])
+    exits = exits_computed(left_at, ran, [rule.exit_rule.is_due(k, model.depth) for k in range(1, model.depth + 1)])
     return RowMacs(
         encoder=encoder_macs(model, tokens, ran),
         exits=exits * exit_macs(model, tokens, rule.exit_rule.needs),
@@ -87,7 +87,7 @@ def row_macs(
     )
 
 
-def _exits_computed(exit_layer: Tensor, layers_run: Tensor, due: Sequence[bool]) -> Tensor:
+def exits_computed(exit_layer: Tensor, layers_run: Tensor, due: Sequence[bool]) -> Tensor:
     """Return the number of exits ``[N]`` computed for each row.
 
     Args:
