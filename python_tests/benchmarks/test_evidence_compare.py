@@ -61,7 +61,7 @@ def test_outcomes_are_those_of_a_replay_at_their_cost(rule, compared):
 
 
 @pytest.mark.parametrize("share", [0.4, 0.5, 2 / 3, 0.9])
-@pytest.mark.parametrize("rule", ["entropy", "fixed_layer", "q_exit", "dact"])
+@pytest.mark.parametrize("rule", ["entropy", "fixed_layer", "q_exit"])
 def test_a_mix_meets_the_share_on_the_reported_rows_and_reads_no_label_of_theirs(rule, share, compared):
     mix = compared.mix(rule, share)
     assert mix.macs == pytest.approx(share) and 0 <= mix.weight <= 1
@@ -101,12 +101,14 @@ def test_weighted_scores_are_those_of_repeated_rows(metric):
 def test_answers_at_each_layer_are_those_of_the_rule(compared):
     """A row that leaves at a layer is answered as there."""
     for rule in ("voting", "dact", "entropy", "patience"):
-        for outcome in compared.outcomes(rule, "reporting")[:5]:
+        left = 0
+        for outcome in compared.outcomes(rule, "reporting"):
             at = compared.at_layers("reporting", outcome.criterion)
             early = outcome.exit_layer < DEPTH
             rows = np.arange(len(early))[early]
-            assert len(rows) or rule == "patience"
+            left += len(rows)
             assert np.array_equal(at[outcome.exit_layer[rows] - 1, rows], outcome.answers[rows])
+        assert left > 300
     plain, mixed = compared.at_layers("reporting"), compared.at_layers("reporting", criteria.Dact())
     assert np.array_equal(plain, compared.kept.trace("reporting").logits.argmax(-1).T) and (plain[1] != mixed[1]).any()
 
