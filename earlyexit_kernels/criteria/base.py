@@ -68,6 +68,10 @@ class Criterion:
                 f"{cls.__name__}: expected settings by name, such as {cls.__name__}({by_name[0]}={given[0]!r}), got "
                 f"{reprlib.repr(given[0])} without a name"
             )
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        if unknown := [name for name in settings if name not in known]:
+            expected = f"the settings {', '.join(known)}" if known else "no settings"
+            raise TypeError(f"{cls.__name__}: expected {expected}, got {unknown[0]!r}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

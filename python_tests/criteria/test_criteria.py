@@ -76,6 +76,13 @@ def test_arguments_are_keyword_only_and_required(cls):
         cls()
 
 
+def test_unknown_settings_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"Entropy: expected the settings threshold, normalized, got 'treshold'"):
+        Entropy(treshold=0.2)
+    with pytest.raises(TypeError, match=r"FullDepth: expected no settings, got 'threshold'"):
+        FullDepth(threshold=0.2)
+
+
 @pytest.mark.parametrize("criterion", CRITERION, ids=str)
 def test_criteria_are_immutable(criterion):
     for field in dataclasses.fields(criterion):
