@@ -20,6 +20,7 @@ class ExitPipeline(TextClassificationPipeline):
 
     Raises:
         TypeError: the model has no exits.
+        RuntimeError: the model is in train mode, at a call.
 
     Example:
 
@@ -44,6 +45,12 @@ class ExitPipeline(TextClassificationPipeline):
                 f"ExitPipeline: expected an early-exit model, got a {type(self.model).__name__}; convert and train it, "
                 "or leave pipeline_class out"
             )
+
+    def __call__(self, inputs: Any, **parameters: Any) -> Any:
+        """Return what the pipeline returns for texts, each answer with the exit layer."""
+        if self.model.training:
+            raise RuntimeError("ExitPipeline: expected the model in eval mode, got train mode; call model.eval() first")
+        return super().__call__(inputs, **parameters)
 
     def postprocess(self, model_outputs: Any, **parameters: Any) -> Any:
         """Return what the pipeline returns for a row, one answer or a list of them, each with the exit layer."""

@@ -83,3 +83,13 @@ def test_a_stock_model_is_refused():
     with pytest.raises(TypeError, match="expected an early-exit model, got a BertForSequenceClassification"):
         base = stock(vocab_size=len(words))
         tf.pipeline("text-classification", model=base, tokenizer=words, pipeline_class=ee.ExitPipeline)
+
+
+def test_a_model_in_train_mode_is_refused():
+    model, words, out = model_with_exits()
+    classify = tf.pipeline("text-classification", model=model, tokenizer=words, pipeline_class=ee.ExitPipeline)
+    model.train()
+    with pytest.raises(RuntimeError, match=r"expected the model in eval mode, got train mode; call model.eval\(\)"):
+        classify(list(TEXTS))
+    model.eval()
+    assert [answer["exit_layer"] for answer in classify(list(TEXTS), batch_size=8)] == out.exit_layer.tolist()
