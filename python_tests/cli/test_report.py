@@ -117,6 +117,13 @@ def is_rounded(shown: str, known: np.ndarray) -> bool:
     return bool((np.abs(np.abs(values) - float(shown)) <= 0.500001 * 10**-digits).any())
 
 
+def test_page_names_the_train_file_as_it_is(page):
+    _, data = page
+    assert "rows of my_train_rows.csv." in report.page(
+        {**data, "model": {**data["model"], "task": "my_train_rows.csv"}}
+    )
+
+
 def test_page_is_well_formed_and_loads_nothing(page):
     source, _ = page
     found = Page(source)
