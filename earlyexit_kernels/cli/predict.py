@@ -17,6 +17,7 @@ from earlyexit_kernels.cli.saved import Record, columns_of, load_saved
 from earlyexit_kernels.data.rows import Text, texts_of
 from earlyexit_kernels.data.table import Table, read_table, write_table
 from earlyexit_kernels.serving.answers import ERROR
+from earlyexit_kernels.serving.rows import SHORTEN_IN_PYTHON
 from earlyexit_kernels.serving.scorer import Scorer
 
 #: Columns added to those of the input.
@@ -25,6 +26,8 @@ ADDED = ("label", "score", "exit_layer")
 PREFIX = "predicted_"
 #: Rows of a call of the scorer, between which progress is shown.
 CALL = 4096
+#: What to do about a row that is too long.
+SHORTEN = "shorten it, or leave out --no-truncate"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,7 +128,7 @@ def _answers(args: argparse.Namespace, texts: Sequence[Text]) -> tuple[dict[str,
                 values += found[name]
             bar.update(len(part))
     table["score"] = [round(score, 6) for score in table["score"]]
-    errors = table.pop(ERROR)
+    errors = [error.replace(SHORTEN_IN_PYTHON, SHORTEN) for error in table.pop(ERROR)]
     answers = {
         name: [None if error else value for value, error in zip(table[name], errors, strict=True)] for name in ADDED
     }

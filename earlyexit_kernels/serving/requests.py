@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, Valida
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from earlyexit_kernels.serving.rows import encode
+from earlyexit_kernels.serving.rows import SHORTEN_IN_PYTHON, encode
 
 #: Fields that the answer to a refused request names, and characters of a name.
 NAMED, NAME_LENGTH = 3, 40
@@ -200,7 +200,7 @@ class Encoder:
             rows |= {numbers[index]: row for index, row in zip(encoded.numbers, encoded.rows, strict=True)}
         if problems:
             first = min(problems)
-            raise _bad_input(field, first, problems[first].replace("shorten it, or pass truncate=True", SHORTEN))
+            raise _bad_input(field, first, problems[first].replace(SHORTEN_IN_PYTHON, SHORTEN))
         return [rows[number] for number in range(len(items))]
 
 

@@ -63,6 +63,10 @@ def problem_of(row: Any) -> str:
     return "" if any(text.strip() for text in texts) else "expected some text, got an empty one"
 
 
+#: What to do about a row that is too long, in the words of Python; the server and the command say it in theirs.
+SHORTEN_IN_PYTHON = "shorten it, or pass truncate=True"
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Rows as token ids.
@@ -116,7 +120,7 @@ def encode(rows: Sequence[Any], tokenizer: Any, *, max_length: int, truncate: bo
         if not tokens:
             problems[number] = "expected some text, got one without tokens"
         elif tokens > max_length:
-            problems[number] = f"expected at most {max_length} tokens, got {tokens}; shorten it, or pass truncate=True"
+            problems[number] = f"expected at most {max_length} tokens, got {tokens}; {SHORTEN_IN_PYTHON}"
     kept = [(number, row) for number, row in zip(good, encoded, strict=True) if number not in problems]
     return Encoded([row for _, row in kept], [number for number, _ in kept], problems)
 

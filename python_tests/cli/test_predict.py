@@ -51,7 +51,7 @@ def test_texts_are_answered_on_the_terminal(model, capsys):
 
 def test_long_rows_are_cut_or_left_without_an_answer(model, tmp_path, capsys):
     write_table(tmp_path / "in.csv", {"review": ["the plot was dull .", "the plot was dull " * 20]})
-    for options, words in (([], "2 rows, mean"), (["--no-truncate"], "1 without an answer")):
+    for options, words in (([], "2 rows, mean"), (["--no-truncate"], "shorten it, or leave out --no-truncate)")):
         out = ["--output", str(tmp_path / f"out{len(options)}.csv"), *options]
         assert main(["predict", str(model), str(tmp_path / "in.csv"), *out]) == 0
         assert words in capsys.readouterr().out
