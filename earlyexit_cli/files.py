@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import socket
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,6 +83,21 @@ def check_packages(what: str, *requirements: str) -> None:
     missing = [name for name in requirements if find_spec(name.partition("[")[0].replace("-", "_")) is None]
     if missing:
         raise ImportError(f"{what} requires packages that are not installed: `pip install {' '.join(missing)}`")
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise if another program listens at an address; what else is wrong with it is said when the server binds it.
+
+    Raises:
+        OSError: names the address.
+    """
+    try:
+        for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            socket.create_server(address, family=family).close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return  # asyncio passes over an address that the machine lacks, such as ::1 of localhost
+        raise OSError(f"--port: cannot listen at {host}:{port} ({error}); choose another port or --host") from error
 
 
 def check_saved(args: argparse.Namespace) -> None:
@@ -182,9 +199,10 @@ def check_predict(args: argparse.Namespace) -> None:
 
 
 def check_serve(args: argparse.Namespace) -> None:
-    """Check the model and the packages of `earlyexit serve`."""
+    """Check the model, the packages and the address of `earlyexit serve`."""
     check_saved(args)
     check_packages("serve", "fastapi", "jinja2", "prometheus-client", "uvicorn")
+    check_address(args.host, args.port)
 
 
 def check_demo(args: argparse.Namespace) -> None:

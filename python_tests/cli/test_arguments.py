@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_help_does_not_import_torch(command):
 def test_wrong_arguments_do_not_import_torch(tmp_path, words, error):
     done = without_torch(*words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {error}"), done.stderr
+
+
+def test_a_port_that_is_taken_is_refused_without_torch(tmp_path):
+    for package in ("fastapi", "jinja2", "prometheus_client", "uvicorn"):
+        pytest.importorskip(package)
+    (tmp_path / "config.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = without_torch("serve", ".", "--port", port, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --port: cannot listen at 127.0.0.1:{port}"), done
 
 
 def test_package_runs_as_a_module(capsys, monkeypatch):

@@ -142,4 +142,4 @@ def test_errors_of_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.undo()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config["backbone_config"]))
-    assert "expected a model with exits" in error_of(capsys, ["serve", str(tmp_path)])
+    assert "expected a model with exits" in error_of(capsys, ["serve", str(tmp_path), "--port", "0"])
