@@ -115,6 +115,10 @@ def check_train(args: argparse.Namespace) -> None:
         raise NotADirectoryError(f"MODEL: expected a folder with a saved model, or a hub name; {name} is a file")
     if not Path(name).is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"MODEL: expected a folder with a saved model, or a hub name; {name} does not exist")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"MODEL: expected a folder with a saved model, or a hub name; {name} has no config.json"
+        )
     check_input("--data", args.data)
     check_input("--dev", args.dev)
     check_packages("train", "accelerate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from uvicorn.supervisors import Multiprocess
 
 from earlyexit_kernels.serving.metrics import FOLDER
 from earlyexit_kernels.serving.server import Options, create_app
+
+logger = logging.getLogger("earlyexit_kernels")
 
 #: Connections beside those of rows that wait, above which uvicorn answers 503.
 CONNECTIONS = 1024
@@ -104,7 +107,13 @@ class _Supervisor(Multiprocess):
         """Replace workers that have ended or do not answer."""
         for process in self.processes:
             process.child_conn.close()  # otherwise the health check of a worker that has ended waits for its time-out
+        before = list(self.processes)
         super().keep_subprocess_alive()
+        for old, new in zip(before, self.processes, strict=True):
+            if new is not old:
+                logger.warning(
+                    "worker %s has ended with exit code %s; worker %s replaces it", old.pid, old.exitcode, new.pid
+                )
         if self._started and any(process.is_ready(HEALTH_SECONDS) for process in self.processes):
             self._started()
             self._started = None

@@ -160,6 +160,7 @@ REFUSED = {
     "train base --data in.csv --dev no.csv --output out": "--dev: expected a file, no.csv does not exist",
     "train ./no --data in.csv --output out": "MODEL: expected a folder with a saved model, or a hub name; ./no does",
     "train in.csv --data in.csv --output out": "or a hub name; in.csv is a file",
+    "train written --data in.csv --output out": "or a hub name; written has no config.json",
     "train base --data in.csv --output base": "has a model already, which is not overwritten",
     "train base --data in.csv --output written": "README.md is not a model card of `earlyexit train`",
     "train base --data in.csv --output in.csv": "--output: expected a folder that can be written to, got in.csv",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,7 @@ def test_workers_that_end_are_replaced_and_sigterm_drains(running):
             code, errors = command.end()
             assert [one.result() for one in asked] == [200] * 4
     assert code == 0, errors
+    assert re.search(r"worker \d+ has ended with exit code \d+; worker \d+ replaces it", errors)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{command.url}/health")
