@@ -15,6 +15,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,10 @@ def test_the_quick_start_prints_what_the_readme_says(in_empty_folder):
     """Sentences and labels are those of the README; the exit layers depend on the machine's rounding."""
     (shown,) = blocks(README, "text")
     expected = [match.groupdict() for match in LINE.finditer(shown)]
-    output = output_of(README)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*pin_memory")
+        output = output_of(README)
+    assert "'loss'" not in output, "the Trainer's lines are not shown"
     found = [match.groupdict() for match in LINE.finditer(output)]
     assert len(expected) == 3
     for key in ("sentence", "label", "depth"):
