@@ -80,7 +80,12 @@ def _config_digest(name: str) -> str:
     except OSError as error:
         raise OSError(f"{expected} cannot be found: {error}") from error
     if path is None:
-        raise FileNotFoundError(f"{expected} has no {CONFIG}")
+        if os.path.isdir(name):
+            raise FileNotFoundError(f"{expected} has no {CONFIG}")
+        raise FileNotFoundError(
+            f"{expected} is no folder, and neither the hub, if it can be reached, nor its cache has a {CONFIG} of that "
+            "name"
+        )
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -180,6 +180,8 @@ def test_a_folder_without_a_model_or_a_tokenizer_is_refused(varied, tmp_path):
         ee.Scorer(tmp_path)
     with pytest.raises(OSError, match="expected the folder or hub name of a saved model, no where cannot be found"):
         ee.Scorer("no where")
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder, and neither the hub"):
+        ee.Scorer("nowhere")
     assert ee.Scorer(tmp_path, varied[1])(ROWS)["exit_layer"] == ee.Scorer(*varied)(ROWS)["exit_layer"]
 
 
