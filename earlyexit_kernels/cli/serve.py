@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from transformers import AutoConfig
 
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         **{name: getattr(args, name) for name in NAMES},
     )
     about = f"{_described(args.model)}, {options.workers} worker(s)"
+    print(f"loading {args.model} in {options.workers} worker(s)", file=sys.stderr, flush=True)
     return workers.run(options, lambda url: print(f"serving {args.model} at {url}: {about}", flush=True))
 
 

@@ -103,6 +103,12 @@ class _Supervisor(Multiprocess):
         super().__init__(config, sockets)
         self._started: Callable[[], None] | None = started
 
+    def terminate_all(self) -> None:
+        """End the workers. New connections are refused: those that wait at an open socket would be reset at the end."""
+        for bound in self.sockets:
+            bound.close()
+        super().terminate_all()
+
     def keep_subprocess_alive(self) -> None:
         """Replace workers that have ended or do not answer."""
         for process in self.processes:

@@ -52,6 +52,16 @@ def ask(client, text):
         return None
 
 
+def refuses(url):
+    """Whether a server refuses connections, rather than letting them wait."""
+    address = httpx.URL(url)
+    try:
+        socket.create_connection((address.host, address.port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_workers_that_end_are_replaced_and_sigterm_drains(running):
     """One server of two workers, as it takes seconds to start."""
     command = running(FAULTY, json.dumps({"workers": 2, "max_tokens": 20}))
@@ -71,7 +81,10 @@ def test_workers_that_end_are_replaced_and_sigterm_drains(running):
         with ThreadPoolExecutor(4) as threads:
             asked = [threads.submit(ask, client, [SLOW] * 100) for _ in range(4)]
             until(lambda: counted(client, "queue_rows") > 0)
-            code, errors = command.end()
+            command.process.send_signal(signal.SIGTERM)
+            until(lambda: refuses(command.url))
+            assert not all(one.done() for one in asked), "new connections are refused while requests are under way"
+            code, errors = command.ended()
             assert [one.result() for one in asked] == [200] * 4
     assert code == 0, errors
     assert re.search(r"worker \d+ has ended with exit code \d+; worker \d+ replaces it", errors)
@@ -96,6 +109,7 @@ def test_a_model_that_is_saved_again_is_not_mixed_in(running, tmp_path):
         os.kill(command.workers[0], signal.SIGKILL)
     code, errors = command.ended()
     assert code == 2 and "has been saved again" in errors and "Traceback" not in errors
+    assert errors.startswith(f"loading {tmp_path} in 1 worker(s)\n")
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(running, tmp_path):

@@ -72,11 +72,6 @@ class Command:
         children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         return [one for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
-    def end(self) -> tuple[int, str]:
-        """Send SIGTERM; return the exit code and what was written to stderr."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.ended()
-
     def ended(self) -> tuple[int, str]:
         """Wait for its end; return the exit code and what was written to stderr."""
         _, errors = self.process.communicate(timeout=SECONDS)
