@@ -248,7 +248,7 @@ def _how_to_register(class_path: Any) -> str:
         return ""
     return (
         f"; it was saved with the class {class_path}, which is not registered here: import the module that registers "
-        "it with earlyexit_kernels.criteria.register, then load again"
+        "it with earlyexit_kernels.criteria.register (--import MODULE of the command), then load again"
     )
 
 
