@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "tuning": "arguments backbones backends criteria core hf page_style types jinja2 mapie matplotlib numpy "
     "safetensors scipy sklearn torch tqdm",
     "serving": "arguments backends criteria hf ops page_style tuning types fastapi jinja2 numpy "
-    "prometheus_client pyarrow pydantic ray starlette torch transformers uvicorn",
+    "prometheus_client pyarrow pydantic ray starlette torch tqdm transformers uvicorn",
     "data": "pyarrow tokenizers torch transformers",
     "cli": "* __init__ earlyexit_cli numpy safetensors torch tqdm transformers",
     "__init__": "* transformers",

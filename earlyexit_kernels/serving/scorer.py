@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from earlyexit_kernels.arguments import choice, flag, optional, whole
 from earlyexit_kernels.criteria import Criterion
@@ -33,6 +34,7 @@ class Options:
     function_to_apply: str | None
     scores: bool
     drift_window: int | None
+    show_progress_bar: bool
 
     def __post_init__(self) -> None:
         for name, check in OPTION_CHECKS.items():
@@ -47,6 +49,7 @@ OPTION_CHECKS = {
     "function_to_apply": choice(None, *FUNCTIONS),
     "scores": flag,
     "drift_window": optional(whole(low=1)),
+    "show_progress_bar": flag,
 }
 
 
@@ -81,6 +84,7 @@ class Scorer:
         scores: add the column ``scores``.
         drift_window: rows after which `drift` tests whether rows leave at other layers than those of the calibration;
             None: it does not.
+        show_progress_bar: show rows, rate and time left on stderr while a call runs.
 
     Attributes:
         model: as given or loaded.
@@ -118,8 +122,11 @@ class Scorer:
         function_to_apply: str | None = None,
         scores: bool = False,
         drift_window: int | None = 1000,
+        show_progress_bar: bool = False,
     ) -> None:
-        self.options = Options(max_tokens, max_length, truncate, bad_rows, function_to_apply, scores, drift_window)
+        self.options = Options(
+            max_tokens, max_length, truncate, bad_rows, function_to_apply, scores, drift_window, show_progress_bar
+        )
         self._source: Source | None = None
         if isinstance(model, (str, os.PathLike)):
             self._source = Source.of(model, tokenizer)
@@ -160,8 +167,8 @@ class Scorer:
             more = f" ({others} other row(s) cannot be classified either)" if others else ""
             raise ValueError(f"Scorer: row {first}: {encoded.problems[first]}{more}")
         batches = list(token_batches([len(row["input_ids"]) for row in encoded.rows], options.max_tokens))
-        pad = PadRight.of(self.model)
-        found = predict_batches(self.model, (pad([encoded.rows[row] for row in batch]) for batch in batches))
+        with tqdm(total=len(encoded.rows), unit="row", disable=not options.show_progress_bar) as bar:
+            found = predict_batches(self.model, _padded(encoded.rows, batches, PadRight.of(self.model), bar))
         numbers = [encoded.numbers[row] for batch in batches for row in batch]
         logits = torch.zeros(len(rows), self.model.config.num_labels)
         exit_layer = torch.zeros(len(rows), dtype=torch.int64)
@@ -182,6 +189,13 @@ class Scorer:
         if self._source is None:
             return _rebuilt, (self.model, self.tokenizer, asdict(self.options))
         return _rebuilt, (self._source, None, asdict(self.options), self.model.criterion)
+
+
+def _padded(rows: Sequence[Any], batches: Sequence[Sequence[int]], pad: PadRight, bar: Any) -> Iterator[Any]:
+    """Yield batches of rows, padded, and count on a bar those that have run."""
+    for batch in batches:
+        yield pad([rows[row] for row in batch])
+        bar.update(len(batch))
 
 
 def _rebuilt(model: Any, tokenizer: Any, options: Mapping[str, Any], criterion: Criterion | None = None) -> Scorer:

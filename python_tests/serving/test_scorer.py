@@ -219,9 +219,17 @@ def test_the_comparison_can_be_left_out(calibrated, varied):
         ("function_to_apply", "relu"),
         ("scores", "yes"),
         ("drift_window", 0),
+        ("show_progress_bar", 1),
     ],
 )
 def test_options_are_checked(varied, option, value):
     assert option in OPTION_CHECKS
     with pytest.raises(ValueError, match=rf"Scorer\({option}=...\): expected"):
         ee.Scorer(*varied, **{option: value})
+
+
+def test_a_bar_counts_the_rows_that_run(varied, capsys):
+    ee.Scorer(*varied)(ROWS)
+    assert capsys.readouterr().err == ""
+    ee.Scorer(*varied, max_tokens=40, bad_rows="report", show_progress_bar=True)([*ROWS, None])
+    assert f"{len(ROWS)}/{len(ROWS)}" in capsys.readouterr().err
