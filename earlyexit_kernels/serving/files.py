@@ -32,7 +32,7 @@ from earlyexit_kernels.serving.tables import DAMAGED, Unit, find_files, units_of
 ADDED = ((LABEL, pa.string()), (SCORE, pa.float64()), (EXIT_LAYER, pa.int32()), (ERROR, pa.string()))
 PREFIX = "predicted_"
 #: Names the model and the options of the rows in a folder.
-RUN = "run.json"
+RUN = "_run.json"
 #: Entry in the footer of an output: which run and which state of its input it belongs to.
 STAMP = b"earlyexit_stamp"
 #: Files of a model that decide on the tokens.

@@ -152,6 +152,7 @@ def test_answers_are_those_of_a_scorer(saved, tmp_path, capsys):
     assert main(command(saved, tmp_path)) == 0
     assert "42 rows in 1 file(s), 2 of them without an answer" in capsys.readouterr().out
     found, wanted = pq.read_table(*outputs(tmp_path)), ee.Scorer(str(saved), bad_rows="report")(rows)
+    assert pq.read_table(tmp_path / "out").num_rows == 42, "a folder is a data set"
     assert found.column_names == ["id", "text", "label", "score", "exit_layer", "error"]
     for name in ("label", "exit_layer", "error"):
         assert found[name].to_pylist() == wanted[name]
@@ -205,7 +206,7 @@ def test_a_full_disk_ends_the_run(saved, tmp_path, capsys, monkeypatch):
         patch.setattr(files.pa.parquet, "ParquetWriter", Full)
         message = error_of(capsys, command(saved, tmp_path))
     assert f"{tmp_path / 'out'}" in message and message.endswith("could not be written: No space left on device")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["_run.json"]
     assert main(command(saved, tmp_path)) == 0 and len(scored(tmp_path)) == 80
 
 
