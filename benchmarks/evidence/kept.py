@@ -74,7 +74,7 @@ class Kept:
         costs: of its parts.
         arms: settings of each arm that skips layers.
         data: SHA-256 of the files of rows, by name.
-        seconds: of training and measuring.
+        seconds: of the training.
         environment: machine, versions and commit.
         arrays: as in the docstring of this module.
     """
